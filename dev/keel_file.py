@@ -1,0 +1,285 @@
+#!/usr/bin/env python3
+"""Reads and writes the trainers' binary files: model, training state, debug state (NumPy only).
+
+    python3 dev/keel_file.py FILE      prints the header and a table of the tensors
+
+A file is a header of 256 int32 (1024 bytes), the tensors that `tensor_table` lists, in that order, and
+the CRC-32 of all bytes before it; everything little-endian. This module also holds what decides which
+tensors exist: the norm-placement table (`sub_layer`) and the parameter table (`parameter_table`).
+"""
+
+import os
+import struct
+import sys
+import zlib
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+HEADER_BYTES = 1024
+MAGIC = int.from_bytes(b"KEEL", "little")
+VERSION = 1
+MODEL, STATE, DEBUG = 1, 2, 3
+KINDS = {MODEL: "model", STATE: "training state", DEBUG: "debug state"}
+FP32, BF16, FP64 = 0, 1, 2
+TYPES = {FP32: "fp32", BF16: "bf16", FP64: "fp64"}
+TYPE_BYTES = {FP32: 4, BF16: 2, FP64: 8}
+
+
+class FileError(Exception):
+    """A file that is not what it should be; the message says expected, found and what to do."""
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Norm placements
+
+NORMS = ("keel", "pre", "post", "deepnorm", "mixln", "hybridnorm", "scaledpost")  # header [10] indexes this
+FINAL_NORM = ("pre", "mixln", "hybridnorm")  # placements whose last sub-layer leaves the stream unnormalised
+
+
+class SubLayer(NamedTuple):
+    """z = alpha * x + F(norm_in ? RMSNorm(x) : x);  x_next = norm_out ? RMSNorm(z) : z"""
+    alpha: float
+    norm_in: bool
+    norm_out: bool
+    norm_qkv: bool = False  # RMSNorm of q, k and v per head inside the attention
+
+
+@dataclass
+class Config:
+    max_T: int
+    V: int  # vocabulary
+    L: int  # sub-layers: attention for even l, feed-forward for odd l
+    H: int  # heads
+    C: int  # channels
+    norm: str = "keel"
+    alpha: float = None  # None: the placement's default; always a value that FP32 holds
+
+    def __post_init__(self):
+        self.alpha = float(np.float32(default_alpha(self.norm, self.L) if self.alpha is None else self.alpha))
+
+    @property
+    def Vp(self):  # rows of wte
+        return (self.V + 127) // 128 * 128
+
+    @property
+    def D(self):  # head size
+        return self.C // self.H
+
+
+def default_alpha(norm, L):
+    return {"keel": L, "scaledpost": L, "deepnorm": L ** 0.25}.get(norm, 1)
+
+
+def sub_layer(cfg, l):
+    """The row of the norm-placement table that sub-layer l runs."""
+    pre, post = SubLayer(1.0, True, False), SubLayer(1.0, False, True)
+    post_blocks = max(1, cfg.L // 8)  # Mix-LN: Post-LN in the first quarter of the L/2 blocks
+    return {
+        # The paper's section 3.1: the first attention has no output norm, the first two no alpha.
+        "keel": pre if l == 0 else SubLayer(1.0 if l == 1 else cfg.alpha, True, True),
+        "pre": pre,
+        "post": post,
+        "deepnorm": SubLayer(cfg.alpha, False, True),
+        "mixln": post if l // 2 < post_blocks else pre,
+        # y = MHA_qkvnorm(x) + x;  x' = FFN(Norm(y)) + Norm(y): the FFN reads the attention's output norm.
+        "hybridnorm": SubLayer(1.0, False, True, True) if l % 2 == 0 else SubLayer(1.0, False, False),
+        "scaledpost": SubLayer(cfg.alpha, False, True),
+    }[cfg.norm]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Tensors
+
+def parameter_table(cfg):
+    """[(name, shape)] in parameter order. Matrices are (out, in). The index is that of the sub-layer.
+    Gains are the tensors of one dimension; AdamW decays the others."""
+    C, D, table = cfg.C, cfg.D, [("wte", (cfg.Vp, cfg.C)), ("wpe", (cfg.max_T, cfg.C))]
+    for l in range(cfg.L):
+        s = sub_layer(cfg, l)
+        if s.norm_in:
+            table += [(f"gamma_in[{l}]", (C,))]
+        if l % 2 == 0:
+            table += [(f"qkvw[{l}]", (3 * C, C))]  # rows: q, k, v; head h at h*D in each
+            if s.norm_qkv:
+                table += [(f"gamma_{i}[{l}]", (D,)) for i in "qkv"]
+            table += [(f"attprojw[{l}]", (C, C))]
+        else:
+            table += [(f"fcw[{l}]", (4 * C, C)), (f"fcprojw[{l}]", (C, 4 * C))]
+        if s.norm_out:
+            table += [(f"gamma_out[{l}]", (C,))]
+    if cfg.norm in FINAL_NORM:
+        table += [("gamma_final", (C,))]
+    return table
+
+
+def tensor_table(kind, cfg, B=0, T=0):
+    """[(name, shape, is_int)] of everything between header and CRC, in file order.
+    Prefixes of a parameter's name: d its gradient, m_ and v_ AdamW's first and second moment."""
+    def params(prefix):
+        return [(prefix + name, shape, False) for name, shape in parameter_table(cfg)]
+    table = params("")
+    if kind == STATE:
+        table += params("m_") + params("v_")
+    if kind == DEBUG:
+        stream = (cfg.L + 1, B, T, cfg.C)
+        table += [("tokens", (B, T), True), ("targets", (B, T), True), ("loss", (1,), False),
+                  ("logits", (B, T, cfg.V), False), ("x", stream, False)]
+        table += params("d") + [("dx", stream, False)]
+    return table
+
+
+@dataclass
+class KeelFile:
+    kind: int
+    cfg: Config
+    tensors: dict  # name -> array, in file order
+    type: int = FP32  # of the reals as stored
+    B: int = 0
+    T: int = 0
+    step: int = 0
+    branch_bf16: bool = False
+    header: np.ndarray = field(default=None, repr=False)  # all 256 int32 of a file that was read
+
+    def parameter_list(self, prefix=""):
+        """Parameters ("") or their gradients ("d") or moments ("m_", "v_"), in parameter order."""
+        return [self.tensors[prefix + name] for name, _ in parameter_table(self.cfg)]
+
+
+def bf16_to_fp32(a):  # BF16 is the upper half of an FP32
+    return (a.astype(np.uint32) << 16).view(np.float32)
+
+
+def fp32_to_bf16(a):
+    """Round to nearest, ties to even. NaN keeps its upper half, with a mantissa bit set so that it stays NaN."""
+    bits = np.ascontiguousarray(a, np.float32).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(a), (bits >> 16) | 0x40, rounded).astype("<u2")
+
+
+def to_bytes(a, type):
+    a = fp32_to_bf16(a) if type == BF16 else np.ascontiguousarray(a, "<f8" if type == FP64 else "<f4")
+    return a.tobytes()
+
+
+def from_bytes(raw, shape, type):
+    a = np.frombuffer(raw, {FP32: "<f4", BF16: "<u2", FP64: "<f8"}[type]).reshape(shape)
+    return bf16_to_fp32(a) if type == BF16 else a
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Reading and writing
+
+def parse_header(raw, path):
+    """(header as int32, KeelFile without tensors)"""
+    def expect(ok, what, expected, found, todo="is it a file of this project?"):
+        if not ok:
+            raise FileError(f"{path}: {what}: expected {expected}, found {found}; {todo}")
+
+    expect(len(raw) == HEADER_BYTES, "header", f"{HEADER_BYTES} bytes", f"{len(raw)}", "copy or write the file again")
+    h = np.frombuffer(raw, "<i4")
+    expect(h[0] == MAGIC, "magic", "'KEEL'", repr(raw[:4]))
+    expect(h[1] == VERSION, "version", VERSION, h[1], "use the reader of the version that wrote it")
+    kind, type, max_T, V, Vp, L, H, C, norm = (int(i) for i in h[2:11])
+    expect(kind in KINDS, "kind [2]", f"one of {KINDS}", kind)
+    allowed = (FP32, FP64) if kind == DEBUG else (FP32, BF16, FP64)
+    expect(type in allowed, "type [3]", " or ".join(f"{t} ({TYPES[t]})" for t in allowed), type)
+    damaged = "the header is damaged, copy or write the file again"
+    expect(min(max_T, V, L, H, C) > 0, "max T, V, L, H, C [4,5,7,8,9]", "positive numbers", [max_T, V, L, H, C], damaged)
+    expect(L % 2 == 0, "sub-layers L [7]", "an even number", L, damaged)
+    expect(C % H == 0, "channels C [9]", f"a multiple of the {H} heads", C, damaged)
+    expect(0 <= norm < len(NORMS), "norm placement [10]", f"0..{len(NORMS) - 1}", norm, damaged)
+    alpha = float(h[11:12].view("<f4")[0])
+    expect(np.isfinite(alpha), "alpha [11]", "a finite number", alpha, damaged)
+    cfg = Config(max_T, V, L, H, C, NORMS[norm], alpha)
+    expect(Vp == cfg.Vp, "padded vocabulary Vp [6]", f"{cfg.Vp} for V {V}", Vp, damaged)
+    B, T = (int(h[12]), int(h[13])) if kind == DEBUG else (0, 0)
+    if kind == DEBUG:
+        expect(B > 0 and 0 < T <= max_T, "batch B, T [12,13]", f"B > 0, T in 1..{max_T}", [B, T], damaged)
+    return h, KeelFile(kind, cfg, {}, type, B, T, int(h[14:16].view("<i8")[0]), bool(h[16]), h)
+
+
+def read(path):
+    """KeelFile of any kind, checked; reals as float64 for type fp64, else float32 (BF16 is widened)."""
+    try:
+        size = os.path.getsize(path)
+        f = open(path, "rb")
+    except OSError as e:
+        raise FileError(f"{path}: expected a readable file, found: {e.strerror}; check the path") from None
+    with f:
+        raw = f.read(HEADER_BYTES)
+        crc = zlib.crc32(raw)
+        _, out = parse_header(raw, path)
+        table = [(name, shape, FP32 if is_int else out.type, is_int)
+                 for name, shape, is_int in tensor_table(out.kind, out.cfg, out.B, out.T)]
+        expected = HEADER_BYTES + sum(int(np.prod(s, dtype=object)) * TYPE_BYTES[t] for _, s, t, _ in table) + 4
+        if size != expected:
+            raise FileError(f"{path}: size of this {KINDS[out.kind]}: expected {expected} bytes, found {size}; "
+                            "it is cut off or not of this header, copy or write the file again")
+        for name, shape, type, is_int in table:
+            raw = f.read(int(np.prod(shape)) * TYPE_BYTES[type])
+            crc = zlib.crc32(raw, crc)
+            out.tensors[name] = np.frombuffer(raw, "<i4").reshape(shape) if is_int else from_bytes(raw, shape, type)
+        found = struct.unpack("<I", f.read(4))[0]
+    if crc != found:
+        raise FileError(f"{path}: CRC-32: expected {crc:08x} for these bytes, found {found:08x}; "
+                        "the file is damaged, copy or write it again")
+    return out
+
+
+def write(path, file):
+    """Writes a KeelFile of any kind; `file.tensors` must hold exactly the tensors of `tensor_table`."""
+    cfg = file.cfg
+    h = np.zeros(HEADER_BYTES // 4, "<i4") if file.header is None else np.array(file.header, "<i4")
+    h[:11] = [MAGIC, VERSION, file.kind, file.type, cfg.max_T, cfg.V, cfg.Vp, cfg.L, cfg.H, cfg.C,
+              NORMS.index(cfg.norm)]
+    h[11:12] = np.array([cfg.alpha], "<f4").view("<i4")
+    h[12:14] = file.B, file.T
+    h[14:16] = np.array([file.step], "<i8").view("<i4")
+    h[16] = file.branch_bf16
+    table = tensor_table(file.kind, cfg, file.B, file.T)
+    wrong = {name for name, _, _ in table} ^ set(file.tensors)
+    if wrong:
+        raise FileError(f"{path}: expected the tensors of a {KINDS[file.kind]}, missing or too many: {sorted(wrong)}")
+    with open(path, "wb") as f:
+        raw = h.tobytes()
+        crc = zlib.crc32(raw)
+        f.write(raw)
+        for name, shape, is_int in table:
+            a = np.asarray(file.tensors[name])
+            if a.shape != shape:
+                raise FileError(f"{path}: {name}: expected shape {shape}, found {a.shape}")
+            raw = np.ascontiguousarray(a, "<i4").tobytes() if is_int else to_bytes(a, file.type)
+            crc = zlib.crc32(raw, crc)
+            f.write(raw)
+        f.write(struct.pack("<I", crc))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The command
+
+def print_file(file):
+    cfg = file.cfg
+    print(f"{KINDS[file.kind]}, {TYPES[file.type]}, step {file.step}, branch {'BF16' if file.branch_bf16 else 'not BF16'}")
+    print(f"L {cfg.L}  C {cfg.C}  H {cfg.H}  D {cfg.D}  V {cfg.V}  Vp {cfg.Vp}  max T {cfg.max_T}  "
+          f"norm {cfg.norm}  alpha {cfg.alpha:.9g}" + (f"  B {file.B}  T {file.T}" if file.kind == DEBUG else ""))
+    print(f"{sum(int(np.prod(s)) for _, s in parameter_table(cfg))} parameters\n")
+    print(f"{'tensor':<18} {'shape':<18} {'rms':>12} {'min':>12} {'max':>12}")
+    for name, a in file.tensors.items():
+        parts = [(f"{name}[{l}]", a[l]) for l in range(cfg.L + 1)] if name in ("x", "dx") else [(name, a)]
+        for part, values in parts:
+            values = values.astype(np.float64)
+            print(f"{part:<18} {str(values.shape):<18} {np.sqrt(np.mean(values ** 2)):12.5g} "
+                  f"{values.min():12.5g} {values.max():12.5g}")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python3 dev/keel_file.py FILE")
+    try:
+        print_file(read(sys.argv[1]))
+    except FileError as e:
+        sys.exit(str(e))
+    except BrokenPipeError:  # `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,1458 @@
+// keel_common.h: what train_keel.cu and train_keel_cpu.cpp share, and neither computes on tensors with.
+//
+// In order: errors and small tools, random numbers, the norm placements, the parameter table, files,
+// data, the learning-rate schedule, the command line and the defaults, the memory plan, the log, and
+// the comparison of two debug states. Each fact stands here once, as a row of a table: a norm placement, a
+// parameter tensor, a flag. Allocation, file order, initialisation, dumps, comparison and the optimizer walk them.
+#pragma once
+
+#include <fcntl.h>
+#include <glob.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cerrno>
+#include <chrono>
+#include <climits>
+#include <cmath>
+#include <cstdarg>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <filesystem>
+#include <limits>
+#include <memory>
+#include <set>
+#include <span>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <variant>
+#include <vector>
+
+static_assert(std::endian::native == std::endian::little, "the file formats are little-endian");
+
+// ----------------------------------------------------------------------------------------------------
+// Errors and small tools
+
+// What a user can mend. The message is one line: what was expected, what was found, what to do.
+struct Error : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
+[[gnu::format(printf, 1, 2)]] inline std::string format(const char* pattern, ...) {
+    va_list args, again;
+    va_start(args, pattern);
+    va_copy(again, args);
+    int length = vsnprintf(nullptr, 0, pattern, args);
+    va_end(args);
+    std::string text(size_t(std::max(length, 0)), '\0');
+    vsnprintf(text.data(), text.size() + 1, pattern, again);
+    va_end(again);
+    return text;
+}
+
+// fail("-L: expected an even number, found %d; ...", L)
+template <class... Args>
+[[noreturn]] inline void fail(const char* pattern, Args... args) {
+    if constexpr (sizeof...(Args) == 0)
+        throw Error(pattern);
+    else
+        throw Error(format(pattern, args...));
+}
+
+inline double seconds() {
+    using clock = std::chrono::steady_clock;
+    return std::chrono::duration<double>(clock::now().time_since_epoch()).count();
+}
+
+inline size_t round_up(size_t n, size_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// "3.2 GiB"
+inline std::string bytes_text(double bytes) {
+    const char* units[] = {"B", "KiB", "MiB", "GiB", "TiB"};
+    int u = 0;
+    while (bytes >= 1024 && u < 4) bytes /= 1024, u++;
+    return format(u == 0 ? "%.0f %s" : "%.1f %s", bytes, units[u]);
+}
+
+// "1h02m", "3m20s", "12s"
+inline std::string duration_text(double s) {
+    long n = long(s + 0.5);
+    if (n >= 86400) return format("%ldd%02ldh", n / 86400, n % 86400 / 3600);
+    if (n >= 3600) return format("%ldh%02ldm", n / 3600, n % 3600 / 60);
+    if (n >= 60) return format("%ldm%02lds", n / 60, n % 60);
+    return format("%lds", n);
+}
+
+// "1.62 M"
+inline std::string count_text(double n) {
+    const char* units[] = {"", " K", " M", " B", " T"};
+    int u = 0;
+    while (n >= 1000 && u < 4) n /= 1000, u++;
+    return format(u == 0 ? "%.0f%s" : "%.2f%s", n, units[u]);
+}
+
+// CRC-32 of zlib and PNG (reflected polynomial 0xEDB88320), eight bytes a turn: table[k][b] is the CRC of byte b
+// followed by k zero bytes, so that the eight bytes of a word can be looked up independently ("slicing by 8").
+inline uint32_t crc32(const void* data, size_t bytes, uint32_t crc = 0) {
+    static const auto table = [] {
+        std::array<std::array<uint32_t, 256>, 8> t{};
+        for (uint32_t b = 0; b < 256; b++) {
+            uint32_t c = b;
+            for (int bit = 0; bit < 8; bit++) c = (c >> 1) ^ (c & 1 ? 0xEDB88320u : 0);
+            t[0][b] = c;
+        }
+        for (int k = 1; k < 8; k++)
+            for (int b = 0; b < 256; b++) t[k][b] = (t[k - 1][b] >> 8) ^ t[0][t[k - 1][b] & 255];
+        return t;
+    }();
+    const unsigned char* p = static_cast<const unsigned char*>(data);
+    crc = ~crc;
+    for (; bytes >= 8; bytes -= 8, p += 8) {
+        uint32_t lo, hi;
+        memcpy(&lo, p, 4);
+        memcpy(&hi, p + 4, 4);
+        lo ^= crc;
+        crc = table[7][lo & 255] ^ table[6][lo >> 8 & 255] ^ table[5][lo >> 16 & 255] ^ table[4][lo >> 24] ^
+              table[3][hi & 255] ^ table[2][hi >> 8 & 255] ^ table[1][hi >> 16 & 255] ^ table[0][hi >> 24];
+    }
+    for (; bytes > 0; bytes--, p++) crc = (crc >> 8) ^ table[0][(crc ^ *p) & 255];
+    return ~crc;
+}
+
+// ----------------------------------------------------------------------------------------------------
+// Random numbers: Philox4x32-10 (Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011)
+//
+// A block cipher of a counter: number i of a stream needs no number before it, so every weight and every
+// sample is a function of (seed, index), whatever the thread, rank or device that draws it.
+
+struct Philox {
+    uint32_t word[4];
+};
+
+inline Philox philox(uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
+    uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
+    for (int round = 0; round < 10; round++) {
+        uint64_t p0 = uint64_t(0xD2511F53u) * c0, p1 = uint64_t(0xCD9E8D57u) * c2;
+        uint32_t n0 = uint32_t(p1 >> 32) ^ c1 ^ k0, n2 = uint32_t(p0 >> 32) ^ c3 ^ k1;
+        c0 = n0, c1 = uint32_t(p1), c2 = n2, c3 = uint32_t(p0);
+        k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+    }
+    return {{c0, c1, c2, c3}};
+}
+
+// What the last counter word separates: one seed serves weights, data order and sampling, and no number twice.
+enum PhiloxStream : uint32_t { STREAM_WEIGHTS = 0, STREAM_DATA = 1, STREAM_SAMPLE = 2 };
+
+// Uniform in [0, 1) with 24 bits: exact in FP32.
+inline float uniform24(uint32_t word) { return float(word >> 8) * 0x1p-24f; }
+
+// ----------------------------------------------------------------------------------------------------
+// The model's shape and the norm placements
+//
+//     x_0     = sqrt(C) * (wte[token] + wpe[position])
+//     u_l     = norm_in  ? RMSNorm(x_l; gamma_in_l)  : x_l
+//     z_l     = alpha_l * x_l + F_l(u_l)            F_l: attention for even l, feed-forward for odd l
+//     x_{l+1} = norm_out ? RMSNorm(z_l; gamma_out_l) : z_l
+//     logits  = (norm_final ? RMSNorm(x_L; gamma_final) : x_L) @ wte^T
+
+enum NormPlacement { KEEL, PRE, POST, DEEPNORM, MIXLN, HYBRIDNORM, SCALEDPOST, NUM_PLACEMENTS };
+
+// One sub-layer's place in the formulas above. norm_qkv: a per-head RMSNorm of q, k and v (attention only).
+struct SublayerNorm {
+    float alpha;
+    bool norm_in, norm_out, norm_qkv;
+};
+
+inline bool is_attention(int l) { return l % 2 == 0; }
+
+struct PlacementRow {
+    const char* name;
+    bool norm_final;
+    float (*alpha)(int L);                            // the default alpha; null where the placement has none
+    SublayerNorm (*sublayer)(int l, int L, float a);  // a: the alpha in force
+    const char* source;
+};
+
+inline const PlacementRow placements[NUM_PLACEMENTS] = {
+    // The first attention has neither alpha nor outer norm, the first feed-forward no alpha (section 3.1).
+    {"keel", false, [](int L) { return float(L); },
+     [](int l, int, float a) { return SublayerNorm{l < 2 ? 1.0f : a, true, l > 0, false}; },
+     "Chen and Wei 2026, arXiv 2601.19895, eq. 8"},
+    {"pre", true, nullptr, [](int, int, float) { return SublayerNorm{1, true, false, false}; }, "Xiong et al. 2020"},
+    {"post", false, nullptr, [](int, int, float) { return SublayerNorm{1, false, true, false}; },
+     "Vaswani et al. 2017"},
+    {"deepnorm", false, [](int L) { return float(std::sqrt(std::sqrt(double(L)))); },
+     [](int, int, float a) { return SublayerNorm{a, false, true, false}; }, "Wang et al. 2022"},
+    // Post-LN for the first quarter of the depth, Pre-LN after.
+    {"mixln", true, nullptr,
+     [](int l, int L, float) {
+         bool post = l / 2 < std::max(1, L / 8);
+         return SublayerNorm{1, !post, post, false};
+     },
+     "Li et al. 2024"},
+    // y = MHA(x) + x with normed q, k, v;  x' = FFN(Norm(y)) + Norm(y): the norm after attention serves both.
+    {"hybridnorm", true, nullptr,
+     [](int l, int, float) { return SublayerNorm{1, false, is_attention(l), is_attention(l)}; }, "Zhuo et al. 2025"},
+    {"scaledpost", false, [](int L) { return float(L); },
+     [](int, int, float a) { return SublayerNorm{a, false, true, false}; }, "the KEEL paper's attempt 1, eq. 24"},
+};
+
+inline std::string placement_names() {
+    std::string names;
+    for (const PlacementRow& row : placements) names += (names.empty() ? "" : ", ") + std::string(row.name);
+    return names;
+}
+
+inline NormPlacement placement_by_name(const std::string& name) {
+    for (int p = 0; p < NUM_PLACEMENTS; p++)
+        if (name == placements[p].name) return NormPlacement(p);
+    fail("--norm: expected one of %s, found '%s'", placement_names().c_str(), name.c_str());
+}
+
+struct ModelConfig {
+    int max_seq_len = 0;                // rows of wpe, the longest T
+    int V = 0;                          // vocabulary
+    int L = 0;                          // sub-layers; L/2 attention and L/2 feed-forward
+    int H = 0;                          // heads
+    int C = 0;                          // channels
+    NormPlacement norm = KEEL;
+    float alpha = 1;                    // 1 where the placement has none
+
+    int Vp() const { return int(round_up(size_t(V), 128)); }  // V padded, the rows of wte
+    int D() const { return C / H; }                            // channels of a head
+    bool norm_final() const { return placements[norm].norm_final; }
+    SublayerNorm sublayer(int l) const { return placements[norm].sublayer(l, L, alpha); }
+};
+
+// Floating-point operations of one training step a token: forward 2, backward 4 a weight, and causal attention
+// counted once (half of the T x T products); recomputation is not counted.
+inline double flops_per_token(const ModelConfig& c, int T) {
+    return 6.0 * (12.0 * c.C * c.C * (c.L / 2) + double(c.Vp()) * c.C) + 6.0 * c.C * double(T) * (c.L / 2);
+}
+
+// ----------------------------------------------------------------------------------------------------
+// The parameter table
+//
+// A matrix is (out, in), row-major. qkvw's rows are q, then k, then v, with head h at h*D.
+
+enum Tensor {
+    WTE, WPE, GAMMA_IN, QKVW, GAMMA_Q, GAMMA_K, GAMMA_V, ATTPROJW, FCW, FCPROJW, GAMMA_OUT, GAMMA_FINAL, NUM_TENSORS
+};
+enum TensorPlace { BEFORE_BLOCKS, EVERY_SUBLAYER, ATTENTION, FEED_FORWARD, AFTER_BLOCKS };
+
+struct TensorRow {
+    const char* name;
+    TensorPlace place;
+    int (*rows)(const ModelConfig&);
+    int (*cols)(const ModelConfig&);
+    // Initialised uniform with variance 1/fan_in (bound sqrt(3/fan_in)) and decayed; 0: a gain, starts as 1, no decay.
+    int (*fan_in)(const ModelConfig&);
+    bool (*exists)(const ModelConfig&, const SublayerNorm&);
+};
+
+namespace table {  // the words that the table's rows are written in
+using Config = const ModelConfig&;
+using Norm = const SublayerNorm&;
+inline int one(Config) { return 1; }
+inline int none(Config) { return 0; }
+inline int C(Config c) { return c.C; }
+inline int C3(Config c) { return 3 * c.C; }
+inline int C4(Config c) { return 4 * c.C; }
+inline int D(Config c) { return c.D(); }
+inline int Vp(Config c) { return c.Vp(); }
+inline int max_T(Config c) { return c.max_seq_len; }
+inline bool always(Config, Norm) { return true; }
+inline bool norm_in(Config, Norm s) { return s.norm_in; }
+inline bool norm_out(Config, Norm s) { return s.norm_out; }
+inline bool norm_qkv(Config, Norm s) { return s.norm_qkv; }
+inline bool norm_final(Config c, Norm) { return c.norm_final(); }
+}  // namespace table
+
+inline const TensorRow tensor_rows[NUM_TENSORS] = {
+    // name         place           rows          cols      fan_in       exists where
+    {"wte",         BEFORE_BLOCKS,  table::Vp,    table::C, table::C,    table::always},
+    {"wpe",         BEFORE_BLOCKS,  table::max_T, table::C, table::C,    table::always},
+    {"gamma_in",    EVERY_SUBLAYER, table::one,   table::C, table::none, table::norm_in},
+    {"qkvw",        ATTENTION,      table::C3,    table::C, table::C,    table::always},
+    {"gamma_q",     ATTENTION,      table::one,   table::D, table::none, table::norm_qkv},
+    {"gamma_k",     ATTENTION,      table::one,   table::D, table::none, table::norm_qkv},
+    {"gamma_v",     ATTENTION,      table::one,   table::D, table::none, table::norm_qkv},
+    {"attprojw",    ATTENTION,      table::C,     table::C, table::C,    table::always},
+    {"fcw",         FEED_FORWARD,   table::C4,    table::C, table::C,    table::always},
+    {"fcprojw",     FEED_FORWARD,   table::C,     table::C4, table::C4,  table::always},
+    {"gamma_out",   EVERY_SUBLAYER, table::one,   table::C, table::none, table::norm_out},
+    {"gamma_final", AFTER_BLOCKS,   table::one,   table::C, table::none, table::norm_final},
+};
+
+// One tensor of a model: its row of the table with the shape filled in.
+struct TensorInfo {
+    Tensor id;
+    int layer;          // sub-layer; -1 outside the blocks
+    std::string name;   // "qkvw[6]"
+    size_t rows, cols;
+    size_t offset;      // first element, in the parameter order
+    float bound;        // weights start uniform in [-bound, bound); 0: a gain, starts as 1
+    float bound_tail;   // the same from row tail_row on (DeepNorm scales V alone of q, k and v)
+    size_t tail_row;
+    size_t used_rows;   // rows after these are padding, always zero (wte's)
+    bool decay;
+    size_t size() const { return rows * cols; }
+};
+
+struct ParameterLayout {
+    std::vector<TensorInfo> tensors;  // in the parameter order: that of memory and of every file
+    size_t count = 0;                 // elements in all
+    static constexpr size_t absent = SIZE_MAX;
+
+    explicit ParameterLayout(const ModelConfig& c) : index(size_t(c.L) + 1) {
+        for (auto& row : index) row.fill(absent);
+        add_place(c, BEFORE_BLOCKS, -1);
+        for (int l = 0; l < c.L; l++) add_place(c, is_attention(l) ? ATTENTION : FEED_FORWARD, l);
+        add_place(c, AFTER_BLOCKS, -1);
+    }
+
+    // Where a tensor starts, or `absent` where the placement does not have it.
+    size_t offset(Tensor id, int layer = -1) const { return index[size_t(layer + 1)][id]; }
+
+private:
+    std::vector<std::array<size_t, NUM_TENSORS>> index;  // [layer + 1][tensor] -> offset
+
+    void add_place(const ModelConfig& c, TensorPlace place, int l) {
+        for (int t = 0; t < NUM_TENSORS; t++) {
+            const TensorRow& row = tensor_rows[t];
+            SublayerNorm norm = l >= 0 ? c.sublayer(l) : SublayerNorm{};
+            bool here = row.place == place || (l >= 0 && row.place == EVERY_SUBLAYER);
+            if (!here || !row.exists(c, norm)) continue;
+            TensorInfo info{};
+            info.id = Tensor(t);
+            info.layer = l;
+            info.name = l >= 0 ? format("%s[%d]", row.name, l) : row.name;
+            info.rows = size_t(row.rows(c)), info.cols = size_t(row.cols(c));
+            info.offset = count;
+            info.used_rows = t == WTE ? size_t(c.V) : info.rows;
+            info.tail_row = info.rows;
+            int fan_in = row.fan_in(c);
+            info.decay = fan_in > 0;
+            if (fan_in > 0) {
+                // DeepNorm as the KEEL paper states it: V, the output projection and both feed-forward matrices
+                // times L^-0.25, whatever -a says of alpha.
+                double bound = std::sqrt(3.0 / fan_in), scaled = bound / std::sqrt(std::sqrt(double(c.L)));
+                bool all = c.norm == DEEPNORM && (t == ATTPROJW || t == FCW || t == FCPROJW);
+                info.bound = float(all ? scaled : bound);
+                info.bound_tail = float(scaled);
+                if (c.norm == DEEPNORM && t == QKVW) info.tail_row = 2 * size_t(c.C);
+            }
+            index[size_t(l + 1)][t] = count;
+            count += info.size();
+            tensors.push_back(info);
+        }
+    }
+};
+
+// The initial values of rows [first, last) of one tensor: key = seed, counter = (e/4, index of the tensor), word e mod 4
+// for element e, then bound * (2u - 1). Both factors are exact in FP32 and the product is rounded once, so
+// the same bits come out on every machine; uniform rather than normal because it needs no log and no cosine.
+template <class Real>
+void initialise_tensor(Real* out, const TensorInfo& t, size_t tensor_index, uint64_t seed, size_t first, size_t last) {
+    Philox block{};
+    size_t block_index = SIZE_MAX;
+    for (size_t row = first; row < last; row++) {
+        float bound = row < t.tail_row ? t.bound : t.bound_tail;
+        for (size_t col = 0; col < t.cols; col++) {
+            size_t e = row * t.cols + col;
+            if (t.bound == 0 || row >= t.used_rows) {
+                out[e] = t.bound == 0 ? Real(1) : Real(0);
+                continue;
+            }
+            if (e / 4 != block_index) {
+                block_index = e / 4;
+                block = philox(seed, uint32_t(block_index), uint32_t(block_index >> 32), uint32_t(tensor_index),
+                               STREAM_WEIGHTS);
+            }
+            out[e] = Real(bound * (2.0f * uniform24(block.word[e % 4]) - 1.0f));
+        }
+    }
+}
+
+// ----------------------------------------------------------------------------------------------------
+// Files
+//
+// Every file is a header of 256 int32, a body of reals and tokens, and the CRC-32 of all bytes before it.
+
+enum FileKind { FILE_MODEL = 1, FILE_STATE = 2, FILE_DEBUG = 3 };
+enum RealType { REAL_FP32 = 0, REAL_BF16 = 1, REAL_FP64 = 2 };
+
+inline const char* kind_name(int kind) {
+    const char* names[] = {"?", "model", "training state", "debug state"};
+    return kind >= 1 && kind <= 3 ? names[kind] : names[0];
+}
+inline size_t real_size(int type) { return type == REAL_FP64 ? 8 : type == REAL_FP32 ? 4 : 2; }
+template <class Real>
+constexpr RealType real_type = sizeof(Real) == 8 ? REAL_FP64 : REAL_FP32;
+
+// The words of the header. A training state holds beside the model all that a bit-exact resume needs.
+enum HeaderWord {
+    H_MAGIC = 0,         // the bytes 'K','E','E','L'
+    H_VERSION = 1,       // 1
+    H_KIND = 2,          // FileKind
+    H_TYPE = 3,          // RealType of the stored reals
+    H_MAX_T = 4, H_V = 5, H_VP = 6, H_L = 7, H_H = 8, H_C = 9,
+    H_NORM = 10,         // NormPlacement
+    H_ALPHA = 11,        // bits of the FP32 alpha, 1 where there is none
+    H_B = 12, H_T = 13,  // debug state: the batch; training state: micro-batch (sequences) and sequence length
+    H_STEP = 14,         // int64, steps finished
+    H_BRANCH_BF16 = 16,  // 1: the branch was computed in BF16
+    // from here on: training state only
+    H_RECOMPUTE = 17,    // 0 none, -1 gelu, 1 layer, K: every K-th z is kept
+    H_TOTAL_BATCH = 18,  // int64, tokens a step
+    H_STEPS = 20,        // int64, length of the schedule
+    H_WARMUP = 22,       // int64, steps
+    H_LR = 24,           // double
+    H_WEIGHT_DECAY = 26, // double
+    H_CLIP = 28,         // double
+    H_SEED = 30,         // uint64
+    H_TRAIN_TOKENS = 32, // int64, tokens of the training split: a resume on other data is refused
+    H_RANKS = 34, H_RANK = 35,
+};
+
+struct FileHeader {
+    std::array<int32_t, 256> word{};
+
+    template <class T>
+    T get(HeaderWord w) const {
+        T value;
+        memcpy(&value, &word[w], sizeof value);
+        return value;
+    }
+    template <class T>
+    void set(HeaderWord w, T value) { memcpy(&word[w], &value, sizeof value); }
+
+    ModelConfig model() const {
+        ModelConfig c;
+        c.max_seq_len = word[H_MAX_T], c.V = word[H_V], c.L = word[H_L], c.H = word[H_H], c.C = word[H_C];
+        c.norm = NormPlacement(word[H_NORM]);
+        c.alpha = get<float>(H_ALPHA);
+        return c;
+    }
+};
+
+inline FileHeader make_header(FileKind kind, RealType type, const ModelConfig& c, int64_t step) {
+    FileHeader h;
+    memcpy(&h.word[H_MAGIC], "KEEL", 4);
+    h.word[H_VERSION] = 1, h.word[H_KIND] = kind, h.word[H_TYPE] = type;
+    h.word[H_MAX_T] = c.max_seq_len, h.word[H_V] = c.V, h.word[H_VP] = c.Vp();
+    h.word[H_L] = c.L, h.word[H_H] = c.H, h.word[H_C] = c.C;
+    h.word[H_NORM] = c.norm;
+    h.set(H_ALPHA, c.alpha);
+    h.set(H_STEP, step);
+    return h;
+}
+
+// Bounds that keep every product of two dimensions inside int and every tensor's size inside size_t.
+inline constexpr int MAX_L = 1 << 17, MAX_C = 1 << 17, MAX_V = 1 << 24, MAX_T = 1 << 24, MAX_B = 1 << 20;
+
+// Empty if the shape is one that both trainers can hold, else what is wrong with it.
+inline std::string config_fault(const ModelConfig& c) {
+    if (c.L < 2 || c.L % 2 || c.L > MAX_L) return format("L (-L) must be even, from 2 to %d, and is %d", MAX_L, c.L);
+    if (c.C < 1 || c.C > MAX_C) return format("C (-C) must be from 1 to %d and is %d", MAX_C, c.C);
+    if (c.H < 1 || c.C % c.H) return format("H (-H) must divide C = %d and is %d", c.C, c.H);
+    if (c.V < 1 || c.V > MAX_V) return format("V must be from 1 to %d and is %d", MAX_V, c.V);
+    if (c.max_seq_len < 1 || c.max_seq_len > MAX_T)
+        return format("T (-t) must be from 1 to %d and is %d", MAX_T, c.max_seq_len);
+    if (c.norm < 0 || c.norm >= NUM_PLACEMENTS)
+        return format("the norm placement must be from 0 to %d and is %d", NUM_PLACEMENTS - 1, int(c.norm));
+    if (!(c.alpha > 0) || !std::isfinite(c.alpha)) return format("alpha (-a) must be above 0 and is %g", c.alpha);
+    return "";
+}
+
+// Bytes of a file with this header, the CRC included. 0 where B and T cannot be.
+inline size_t expected_file_size(const FileHeader& h) {
+    ModelConfig c = h.model();
+    size_t reals = ParameterLayout(c).count, ints = 0;
+    if (h.word[H_KIND] == FILE_STATE) reals *= 3;
+    if (h.word[H_KIND] == FILE_DEBUG) {
+        if (h.word[H_B] < 1 || h.word[H_B] > MAX_B || h.word[H_T] < 1 || h.word[H_T] > c.max_seq_len) return 0;
+        size_t rows = size_t(h.word[H_B]) * size_t(h.word[H_T]);
+        reals = 2 * reals + 1 + rows * size_t(c.V) + 2 * (size_t(c.L) + 1) * rows * size_t(c.C);
+        ints = 2 * rows;
+    }
+    return sizeof(FileHeader) + reals * real_size(h.word[H_TYPE]) + ints * 4 + 4;
+}
+
+inline std::string errno_text() { return strerror(errno); }
+
+// Reads one of our files. The constructor checks the header and the file's size against each other, so that nothing is
+// allocated on the word of a broken file; finish() checks the CRC of everything read.
+class FileReader {
+public:
+    FileHeader header;
+    std::string path;
+
+    FileReader(const std::string& path, FileKind kind) : path(path) {
+        file.reset(fopen(path.c_str(), "rb"));
+        struct stat st;
+        if (!file || fstat(fileno(file.get()), &st) != 0)
+            fail("%s: cannot be read (%s); expected a %s file", path.c_str(), errno_text().c_str(), kind_name(kind));
+        if (!S_ISREG(st.st_mode)) fail("%s: expected a %s file, found no regular file", path.c_str(), kind_name(kind));
+        size_t size = size_t(st.st_size);
+        if (size < sizeof header + 4)
+            fail("%s: expected a %s file of at least %zu bytes, found %zu; it is cut short or another file",
+                 path.c_str(), kind_name(kind), sizeof header + 4, size);
+        read(&header, sizeof header);
+        const auto& w = header.word;
+        if (memcmp(&w[H_MAGIC], "KEEL", 4) != 0)
+            fail("%s: expected the bytes KEEL at its start, found others; give a file that a KEEL trainer wrote",
+                 path.c_str());
+        if (w[H_VERSION] != 1)
+            fail("%s: expected file version 1, found %d; use the trainer that wrote it", path.c_str(), w[H_VERSION]);
+        if (w[H_KIND] != kind)
+            fail("%s: expected a %s (kind %d), found a %s (kind %d); give the other file", path.c_str(),
+                 kind_name(kind), int(kind), kind_name(w[H_KIND]), w[H_KIND]);
+        if (w[H_TYPE] < 0 || w[H_TYPE] > 2)
+            fail("%s: expected reals of type 0, 1 or 2, found %d; the file is damaged", path.c_str(), w[H_TYPE]);
+        ModelConfig c = header.model();
+        std::string fault = config_fault(c);
+        if (fault.empty() && w[H_VP] != c.Vp()) fault = format("Vp must be %d and is %d", c.Vp(), w[H_VP]);
+        // A model of this shape has at least L*C*C parameters: refuse before the table of its tensors is built.
+        if (fault.empty() && double(c.L) * c.C * c.C > double(size))
+            fault = "its shape needs more bytes than it has";
+        if (!fault.empty()) fail("%s: %s; the file is damaged", path.c_str(), fault.c_str());
+        size_t expected = expected_file_size(header);
+        if (size != expected)
+            fail("%s: expected %zu bytes from its header, found %zu; the file is cut short or damaged", path.c_str(),
+                 expected, size);
+    }
+
+    void read(void* out, size_t bytes) {
+        if (fread(out, 1, bytes, file.get()) != bytes)
+            fail("%s: could not be read to its end (%s)", path.c_str(), ferror(file.get()) ? errno_text().c_str() : "it shrank");
+        crc = crc32(out, bytes, crc);
+    }
+
+    // n reals, widened or rounded from the file's type to ours.
+    template <class Real>
+    void read_reals(Real* out, size_t n) {
+        int type = header.word[H_TYPE];
+        if (type == real_type<Real>) return read(out, n * sizeof(Real));
+        std::vector<char> chunk(real_size(type) << 16);
+        for (size_t done = 0; done < n;) {
+            size_t m = std::min(n - done, size_t(1) << 16);
+            read(chunk.data(), m * real_size(type));
+            for (size_t i = 0; i < m; i++) {
+                const char* p = chunk.data() + i * real_size(type);
+                if (type == REAL_FP64) {
+                    double v;
+                    memcpy(&v, p, 8);
+                    out[done + i] = Real(v);
+                } else if (type == REAL_FP32) {
+                    float v;
+                    memcpy(&v, p, 4);
+                    out[done + i] = Real(v);
+                } else {  // BF16 is the upper half of an FP32
+                    uint16_t bits;
+                    memcpy(&bits, p, 2);
+                    out[done + i] = Real(std::bit_cast<float>(uint32_t(bits) << 16));
+                }
+            }
+            done += m;
+        }
+    }
+
+    // Reads what is left of the body and compares the CRC.
+    void finish() {
+        std::vector<char> chunk(1 << 20);
+        size_t left = expected_file_size(header) - 4 - size_t(ftello(file.get()));
+        while (left > 0) {
+            size_t n = std::min(left, chunk.size());
+            read(chunk.data(), n);
+            left -= n;
+        }
+        uint32_t stored, computed = crc;
+        read(&stored, 4);
+        if (stored != computed)
+            fail("%s: expected CRC-32 %08x, found %08x; the file is damaged, use another copy", path.c_str(), stored,
+                 computed);
+    }
+
+private:
+    struct Close {
+        void operator()(FILE* f) const { fclose(f); }
+    };
+    std::unique_ptr<FILE, Close> file;
+    uint32_t crc = 0;
+};
+
+inline void sync_folder(const std::string& file_path) {
+    std::string folder = std::filesystem::path(file_path).parent_path().string();
+    int fd = open(folder.empty() ? "." : folder.c_str(), O_RDONLY | O_DIRECTORY);
+    if (fd < 0) return;  // not every file system lets a folder be opened; the rename itself has succeeded
+    fsync(fd);
+    close(fd);
+}
+
+// Writes beside the target and renames when everything is on the disk: whoever finds the file finds it whole.
+class FileWriter {
+public:
+    explicit FileWriter(const std::string& path) : path(path), temporary(path + ".tmp") {
+        file = fopen(temporary.c_str(), "wb");
+        if (!file) fail("%s: cannot be written (%s); choose another folder", path.c_str(), errno_text().c_str());
+    }
+    ~FileWriter() {
+        if (!file) return;
+        fclose(file);
+        unlink(temporary.c_str());
+    }
+    FileWriter(const FileWriter&) = delete;
+    FileWriter& operator=(const FileWriter&) = delete;
+
+    void write(const void* data, size_t bytes) {
+        if (fwrite(data, 1, bytes, file) != bytes) fail_write();
+        crc = crc32(data, bytes, crc);
+    }
+    template <class T>
+    void write(std::span<const T> values) { write(values.data(), values.size_bytes()); }
+
+    void commit() {
+        uint32_t sum = crc;
+        write(&sum, 4);
+        if (fflush(file) != 0 || fsync(fileno(file)) != 0) fail_write();
+        fclose(file);
+        file = nullptr;
+        if (rename(temporary.c_str(), path.c_str()) != 0) {
+            std::string why = errno_text();
+            unlink(temporary.c_str());
+            fail("%s: cannot be renamed into place (%s)", path.c_str(), why.c_str());
+        }
+        sync_folder(path);
+    }
+
+private:
+    [[noreturn]] void fail_write() {
+        fail("%s: could not be written (%s); free some space, what was there before is untouched", path.c_str(),
+             errno_text().c_str());
+    }
+    std::string path, temporary;
+    FILE* file = nullptr;
+    uint32_t crc = 0;
+};
+
+template <class Real>
+void write_model(const std::string& path, const ModelConfig& c, int64_t step, std::span<const Real> params) {
+    FileWriter out(path);
+    FileHeader h = make_header(FILE_MODEL, real_type<Real>, c, step);
+    out.write(&h, sizeof h);
+    out.write(params);
+    out.commit();
+}
+
+// One batch and everything that one forward and backward pass makes of it.
+template <class Real>
+struct DebugState {
+    FileHeader header;
+    std::vector<Real> params;          // in parameter order
+    std::vector<int> tokens, targets;  // (B,T)
+    Real loss = 0;
+    std::vector<Real> logits;          // (B,T,V)
+    std::vector<Real> x;               // (L+1,B,T,C)
+    std::vector<Real> grads;           // in parameter order
+    std::vector<Real> dx;              // (L+1,B,T,C)
+
+    void write(const std::string& path) const {
+        FileWriter out(path);
+        out.write(&header, sizeof header);
+        out.write(std::span<const Real>(params));
+        out.write(std::span<const int>(tokens));
+        out.write(std::span<const int>(targets));
+        out.write(&loss, sizeof loss);
+        for (auto* v : {&logits, &x, &grads, &dx}) out.write(std::span<const Real>(*v));
+        out.commit();
+    }
+
+    static DebugState read(const std::string& path) {
+        FileReader in(path, FILE_DEBUG);
+        DebugState s;
+        s.header = in.header;
+        ModelConfig c = in.header.model();
+        size_t rows = size_t(in.header.word[H_B]) * size_t(in.header.word[H_T]);
+        size_t stream = (size_t(c.L) + 1) * rows * size_t(c.C);
+        auto reals = [&](std::vector<Real>& v, size_t n) { v.resize(n), in.read_reals(v.data(), n); };
+        auto ints = [&](std::vector<int>& v) { v.resize(rows), in.read(v.data(), rows * 4); };
+        size_t count = ParameterLayout(c).count;
+        reals(s.params, count);
+        ints(s.tokens), ints(s.targets);
+        in.read_reals(&s.loss, 1);
+        reals(s.logits, rows * size_t(c.V));
+        reals(s.x, stream), reals(s.grads, count), reals(s.dx, stream);
+        in.finish();
+        for (const auto* list : {&s.tokens, &s.targets})
+            for (int token : *list)
+                if (token < 0 || token >= c.V)
+                    fail("%s: expected tokens from 0 to %d, found %d; the file is damaged", path.c_str(), c.V - 1, token);
+        return s;
+    }
+};
+
+// ----------------------------------------------------------------------------------------------------
+// Data: text files (a byte is a token, V = 256) or llm.c's token shards (.bin)
+//
+// All files of a glob, in the order of their names, are one long row of tokens. Files are opened for each read and not
+// kept open, so that ten thousand of them, or a terabyte, cost neither memory nor file descriptors.
+
+inline constexpr int SHARD_MAGIC = 20240520, SHARD_VERSION = 1, GPT2_VOCABULARY = 50257;
+
+struct TokenFile {
+    std::string path;
+    size_t first = 0, count = 0;  // its tokens are [first, first + count) of the row
+    dev_t device = 0;
+    ino_t inode = 0;
+};
+
+class TokenSource {
+public:
+    std::string pattern;
+    std::vector<TokenFile> files;
+    bool shards = false;  // uint16 tokens behind a header, else bytes
+    size_t count = 0;     // tokens in all
+
+    TokenSource() = default;
+
+    // paths: files; a single one may be a glob.
+    TokenSource(const std::vector<std::string>& paths, const char* flag) {
+        pattern = paths.size() == 1 ? paths[0] : format("%zu files", paths.size());
+        std::vector<std::string> names = paths;
+        if (paths.size() == 1 && paths[0].find_first_of("*?[") != std::string::npos) {
+            glob_t matches{};
+            names.clear();
+            if (::glob(paths[0].c_str(), 0, nullptr, &matches) == 0)
+                names.assign(matches.gl_pathv, matches.gl_pathv + matches.gl_pathc);
+            globfree(&matches);
+            if (names.empty()) fail("%s: the glob '%s' matches no file; correct it", flag, paths[0].c_str());
+        }
+        for (const std::string& name : names) add(name, flag);
+        if (count == 0) fail("%s: expected text or token shards in '%s', found nothing", flag, pattern.c_str());
+    }
+
+    // Tokens [first, first + n) of the row, each checked against V.
+    void read(size_t first, size_t n, int V, int* out) const {
+        auto file = std::upper_bound(files.begin(), files.end(), first,
+                                     [](size_t at, const TokenFile& f) { return at < f.first + f.count; });
+        while (n > 0) {
+            size_t m = std::min(n, file->first + file->count - first);
+            read_from(*file, first - file->first, m, V, out);
+            first += m, out += m, n -= m;
+            ++file;
+        }
+    }
+
+    bool same_file(const TokenSource& other) const {
+        for (const TokenFile& a : files)
+            for (const TokenFile& b : other.files)
+                if (a.device == b.device && a.inode == b.inode) return true;
+        return false;
+    }
+
+private:
+    static int open_file(const std::string& path) {
+        int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+        if (fd < 0) fail("%s: cannot be read (%s); expected a text file or a .bin shard", path.c_str(), errno_text().c_str());
+        return fd;
+    }
+
+    void add(const std::string& path, const char* flag) {
+        int fd = open_file(path);
+        struct stat st{};
+        int32_t header[256] = {};
+        bool shard = path.ends_with(".bin");
+        bool readable = fstat(fd, &st) == 0 && S_ISREG(st.st_mode);
+        bool whole_header = shard && pread(fd, header, sizeof header, 0) == ssize_t(sizeof header);
+        close(fd);
+        size_t size = size_t(st.st_size);
+        if (!readable) fail("%s: expected a file, found something else; name files or a quoted glob", path.c_str());
+        if (size == 0) fail("%s: the file is empty; leave it out of %s", path.c_str(), flag);
+        if (!files.empty() && shard != shards)
+            fail("%s: expected %s like the files before it, found %s; train on one kind", path.c_str(),
+                 shards ? "a .bin shard" : "text", shard ? "a .bin shard" : "text");
+        shards = shard;
+        TokenFile file{path, count, size, st.st_dev, st.st_ino};
+        if (shard) {
+            if (!whole_header || header[0] != SHARD_MAGIC || header[1] != SHARD_VERSION)
+                fail("%s: expected a token shard (magic %d, version %d), found %d, %d; see data/shards.py", path.c_str(),
+                     SHARD_MAGIC, SHARD_VERSION, header[0], header[1]);
+            size_t found = (size - sizeof header) / 2;
+            if (header[2] < 0 || size != sizeof header + 2 * size_t(header[2]))
+                fail("%s: expected %d tokens from its header, found %zu; fetch the shard again", path.c_str(), header[2], found);
+            file.count = found;
+            if (found == 0) return;
+        }
+        files.push_back(file);
+        count += file.count;
+    }
+
+    void read_from(const TokenFile& file, size_t first, size_t n, int V, int* out) const {
+        size_t width = shards ? 2 : 1, offset = (shards ? 1024 : 0) + first * width;
+        std::vector<unsigned char> bytes(n * width);
+        int fd = open_file(file.path);
+        size_t done = 0;
+        while (done < bytes.size()) {
+            ssize_t got = pread(fd, bytes.data() + done, bytes.size() - done, off_t(offset + done));
+            if (got < 0 && errno == EINTR) continue;
+            if (got <= 0) break;
+            done += size_t(got);
+        }
+        close(fd);
+        if (done < bytes.size())
+            fail("%s: expected %zu tokens as at the start of the run, found fewer; the file has been cut, restore it",
+                 file.path.c_str(), file.count);
+        for (size_t i = 0; i < n; i++) {
+            out[i] = shards ? bytes[2 * i] | bytes[2 * i + 1] << 8 : bytes[i];
+            if (out[i] >= V)
+                fail("%s: expected tokens below the model's V = %d, found %d at token %zu; use other data or another model",
+                     file.path.c_str(), V, out[i], first + i);
+        }
+    }
+};
+
+// Deals the sequences of a stretch of tokens [start, start + count). An epoch cuts the stretch into n = (count-1)/T sequences
+// of T inputs (targets are one further on) and shuffles them; the fewer than T tokens that do not fill a sequence are others
+// in every epoch. Sequence s is a function of (seed, s) alone: a resume needs no state of the loader, and
+// any rank can read any part of any batch.
+class Loader {
+public:
+    Loader(const TokenSource& source, size_t start, size_t count, int T, int V, uint64_t seed, bool shuffle)
+        : source(&source), start(start), T(size_t(T)), V(V), seed(seed), shuffle(shuffle) {
+        sequences = count > size_t(T) ? (count - 1) / size_t(T) : 0;
+        spare = sequences ? count - 1 - sequences * size_t(T) : 0;
+        half_bits = 1;
+        while ((uint64_t(1) << (2 * half_bits)) < sequences) half_bits++;
+    }
+
+    size_t sequences_per_epoch() const { return sequences; }
+
+    // First token of sequence s, counted from the start of training.
+    size_t position(uint64_t s) const {
+        uint64_t epoch = s / sequences, i = s % sequences;
+        if (!shuffle) return start + size_t(i) * T;
+        size_t shift = philox(seed, uint32_t(epoch), uint32_t(epoch >> 32), 0xFFFFFFFFu, STREAM_DATA).word[0] % (spare + 1);
+        return start + shift + size_t(permuted(i, epoch)) * T;
+    }
+
+    // Sequences s .. s+B-1 as tokens (B,T) and targets (B,T).
+    void batch(uint64_t s, int B, int* tokens, int* targets) const {
+        std::vector<int> row(T + 1);
+        for (int b = 0; b < B; b++) {
+            source->read(position(s + uint64_t(b)), T + 1, V, row.data());
+            std::copy(row.begin(), row.end() - 1, tokens + size_t(b) * T);
+            std::copy(row.begin() + 1, row.end(), targets + size_t(b) * T);
+        }
+    }
+
+private:
+    const TokenSource* source;
+    size_t start, T, sequences = 0, spare = 0;
+    int V, half_bits;
+    uint64_t seed;
+    bool shuffle;
+
+    // A permutation of [0, sequences) without a table: a Feistel network is a bijection of 2*half_bits bits, whatever its
+    // round function; what falls outside is sent through again until it lands inside (Black and Rogaway 2002, "cycle walking").
+    uint64_t permuted(uint64_t i, uint64_t epoch) const {
+        const uint64_t mask = (uint64_t(1) << half_bits) - 1;
+        do {
+            uint64_t left = i >> half_bits, right = i & mask;
+            for (uint32_t round = 0; round < 6; round++) {
+                uint32_t f = philox(seed ^ (epoch >> 32), uint32_t(right), uint32_t(epoch), round, STREAM_DATA).word[0];
+                std::swap(left, right);
+                right = (right ^ f) & mask;
+            }
+            i = left << half_bits | right;
+        } while (i >= sequences);
+        return i;
+    }
+};
+
+// ----------------------------------------------------------------------------------------------------
+// The command line: one row a flag, from which parsing, -h and the README's table come
+
+struct Options {
+    std::vector<std::string> train, val;  // default: the trainer's own sources; their last tenth
+    std::string out, init, prompt = "\n", dump, check, tune, moments = "fp32", grads = "fp32", recompute = "auto";
+    std::string norm = "keel";
+    int64_t layers = 64, channels = 0, heads = 0, seq_len = 0, batch = 0, total_batch = 0, warmup = 0, steps = 400;
+    double alpha = 0, lr = 0, weight_decay = 0.01, clip = 1.0;
+    int64_t seed = 1337, val_every = 100, val_batches = 16, checkpoint_every = 1000, sample_every = 200;
+    int64_t sample_tokens = 256, top_k = 40, zero = 0, probe = 0;
+    double temperature = 0.8;
+    bool resume = false, help = false;
+    std::set<std::string> given;  // long names of the flags on the command line
+    bool has(const char* long_name) const { return given.count(long_name) > 0; }
+};
+
+struct Flag {
+    const char *short_name, *long_name, *argument, *fallback, *help;
+    std::variant<std::string Options::*, std::vector<std::string> Options::*, int64_t Options::*, double Options::*,
+                 bool Options::*> member;
+    double least = 0, most = 9e18;  // of a number
+    bool gpu_only = false;
+};
+
+inline const Flag flags[] = {
+    {"-i", "--train", "PATH|GLOB", "own sources", "training data: text (a byte is a token) or llm.c .bin shards", &Options::train},
+    {"-j", "--val", "PATH|GLOB", "last tenth", "validation data; by default the last tenth of -i, never trained on", &Options::val},
+    {"-o", "--out", "DIR", "none", "folder for log.csv and checkpoints; without it nothing is written", &Options::out},
+    {"-e", "--init", "FILE", "none", "start from this model file; with --prompt and no -i, -o or -x, only sample from it", &Options::init},
+    {"-L", "--layers", "N", "64", "sub-layers, even: N/2 attention and N/2 feed-forward; chooses all that is not given", &Options::layers, 2, MAX_L},
+    {"-C", "--channels", "N", "by -L", "width of the highway", &Options::channels, 1, MAX_C},
+    {"-H", "--heads", "N", "by -C", "attention heads; divides -C", &Options::heads, 1, MAX_C},
+    {"-t", "--seq-len", "N", "by -C", "sequence length T, tokens", &Options::seq_len, 1, MAX_T},
+    {"-b", "--batch", "N", "by memory", "micro-batch B, sequences", &Options::batch, 1, MAX_B},
+    {"-d", "--total-batch", "TOKENS", "by -C", "tokens a step, a multiple of B*T; B*T where only -b is given", &Options::total_batch, 1, 1e12},
+    {"", "--norm", "NAME", "keel", "norm placement: keel, pre, post, deepnorm, mixln, hybridnorm, scaledpost", &Options::norm},
+    {"-a", "--alpha", "A", "by --norm", "weight of the shortcut, where the placement has one (keel: L)", &Options::alpha, 1e-30, 1e30},
+    {"-l", "--lr", "X", "by -L", "peak learning rate", &Options::lr, 0, 1e9},
+    {"-u", "--warmup", "N", "steps/4", "steps of linear warm-up, at most 2500 by default; then cosine to 1e-7", &Options::warmup, 0, 1e15},
+    {"-x", "--steps", "N", "400", "optimizer steps", &Options::steps, 0, 1e15},
+    {"-c", "--weight-decay", "X", "0.01", "AdamW's weight decay, on matrices and embeddings", &Options::weight_decay, 0, 1e9},
+    {"", "--clip", "X", "1", "largest global gradient norm; 0: no clipping", &Options::clip, 0, 1e30},
+    {"", "--seed", "N", "1337", "of weights, data order and samples", &Options::seed, 0},
+    {"-v", "--val-every", "N", "100", "steps between validations; 0: never, not even at the end", &Options::val_every, 0},
+    {"-m", "--val-batches", "N", "16", "validation batches of -d tokens, at most one pass over the validation data", &Options::val_batches, 1, 1e9},
+    {"-n", "--checkpoint-every", "N", "1000", "steps between checkpoints in -o; 0: never, not even at the end", &Options::checkpoint_every, 0},
+    {"-y", "--resume", "", "off", "go on from the newest whole checkpoint in -o; start fresh where there is none", &Options::resume},
+    {"-r", "--recompute", "LEVEL", "auto", "what the backward pass computes again to save memory: none, gelu, layer, an even K, auto", &Options::recompute},
+    {"-z", "--zero", "N", "0", "ZeRO level; one rank has nothing to shard and takes 0 only", &Options::zero, 0, 2},
+    {"-s", "--sample-every", "N", "200", "steps between samples of text; 0: never, not even at the end", &Options::sample_every, 0},
+    {"-g", "--sample-tokens", "N", "256", "tokens a sample", &Options::sample_tokens, 1, 1e9},
+    {"", "--prompt", "TEXT", "a newline", "what samples start with; for V other than 256, token ids such as 15496,995", &Options::prompt},
+    {"", "--temperature", "X", "0.8", "of the samples; 0: always the likeliest token", &Options::temperature, 0, 1e9},
+    {"", "--top-k", "N", "40", "sample from the N likeliest tokens; 0: from all", &Options::top_k, 0, MAX_V},
+    {"", "--probe", "N", "0", "every N steps, a row a sub-layer in probe.csv: rms, shortcut gain, gradient and update norms", &Options::probe, 0},
+    {"", "--dump", "FILE", "none", "write a debug state of one forward and backward pass, and stop", &Options::dump},
+    {"", "--check", "FILE", "none", "compare a debug state with this build, tensor by tensor, and stop", &Options::check},
+    {"", "--tune", "FILE", "none", "table of measured GEMM algorithms, made where it is missing", &Options::tune, 0, 0, true},
+    {"", "--moments", "fp32|bf16", "fp32", "type of AdamW's moments", &Options::moments, 0, 0, true},
+    {"", "--grads", "fp32|bf16", "fp32", "type of the gradients", &Options::grads, 0, 0, true},
+    {"-h", "--help", "", "", "this list", &Options::help},
+};
+
+inline std::string help_text(const char* program, bool gpu) {
+    std::string text = format("usage: %s [flags]\n\n", program);
+    for (const Flag& f : flags) {
+        if (f.gpu_only && !gpu) continue;
+        std::string left = format("  %-3s %s %s", f.short_name, f.long_name, f.argument);
+        std::string tail = f.fallback[0] ? format(" [%s]", f.fallback) : "";
+        text += format("%-31s %s%s\n", left.c_str(), f.help, tail.c_str());
+    }
+    return text;
+}
+
+inline int64_t parse_integer(const char* flag, const std::string& text, double least, double most) {
+    char* end = nullptr;
+    errno = 0;
+    long long value = strtoll(text.c_str(), &end, 10);
+    if (text.empty() || *end || isspace((unsigned char)text[0]))
+        fail("%s: expected a whole number, found '%s'", flag, text.c_str());
+    if (errno || double(value) < least || double(value) > most)
+        fail("%s: expected a whole number from %.0f to %.0f, found %s", flag, least, most, text.c_str());
+    return value;
+}
+
+inline double parse_real(const char* flag, const std::string& text, double least, double most) {
+    char* end = nullptr;
+    double value = strtod(text.c_str(), &end);
+    if (text.empty() || *end || isspace((unsigned char)text[0]) || !std::isfinite(value))
+        fail("%s: expected a number, found '%s'", flag, text.c_str());
+    if (value < least || value > most) fail("%s: expected a number from %g to %g, found %s", flag, least, most, text.c_str());
+    return value;
+}
+
+inline Options parse_command_line(int argc, const char* const* argv, bool gpu) {
+    Options o;
+    for (int i = 1; i < argc; i++) {
+        std::string word = argv[i], value;
+        bool has_value = false;
+        if (size_t eq = word.find('='); word.starts_with("--") && eq != std::string::npos)
+            value = word.substr(eq + 1), word = word.substr(0, eq), has_value = true;
+        const Flag* flag = nullptr;
+        for (const Flag& f : flags)
+            if (!word.empty() && (word == f.short_name || word == f.long_name)) flag = &f;
+        if (!flag && !word.starts_with("-"))
+            fail("expected a flag, found '%s'; quote a glob so that the shell does not expand it: -i '*.txt'", word.c_str());
+        if (!flag) fail("unknown flag '%s'; -h lists the flags", word.c_str());
+        if (flag->gpu_only && !gpu) fail("%s: is the GPU trainer's; leave it out or use train_keel", word.c_str());
+        if (!o.given.insert(flag->long_name).second) fail("%s: given twice; give it once", word.c_str());
+        if (auto* member = std::get_if<bool Options::*>(&flag->member)) {
+            if (has_value) fail("%s: takes no value, found '%s'", word.c_str(), value.c_str());
+            o.*(*member) = true;
+            continue;
+        }
+        if (!has_value) {
+            if (i + 1 >= argc) fail("%s: expected %s after it, found nothing", word.c_str(), flag->argument);
+            value = argv[++i];
+        }
+        if (auto* text = std::get_if<std::string Options::*>(&flag->member)) {
+            if (value.empty()) fail("%s: expected %s, found an empty word", word.c_str(), flag->argument);
+            o.*(*text) = value;
+        } else if (auto* list = std::get_if<std::vector<std::string> Options::*>(&flag->member)) {
+            if (value.empty()) fail("%s: expected %s, found an empty word", word.c_str(), flag->argument);
+            o.*(*list) = {value};
+        } else if (auto* integer = std::get_if<int64_t Options::*>(&flag->member)) {
+            o.*(*integer) = parse_integer(word.c_str(), value, flag->least, flag->most);
+        } else if (auto* real = std::get_if<double Options::*>(&flag->member)) {
+            o.*(*real) = parse_real(word.c_str(), value, flag->least, flag->most);
+        }
+    }
+    if (o.zero > 0) fail("-z: expected 0, found %d; this run has one rank, and ZeRO shards over several", int(o.zero));
+    if (o.resume && o.out.empty()) fail("-y: expected the run's folder with -o, found none; add -o DIR");
+    if (o.resume && !o.init.empty()) fail("-y: goes on from -o, and -e starts from another file; give one of the two");
+    if (o.probe > 0 && o.out.empty()) fail("--probe: expected a folder for probe.csv, found none; add -o DIR");
+    if (!o.dump.empty() && !o.check.empty()) fail("--dump and --check: expected one of the two, found both");
+    return o;
+}
+
+// What the backward pass computes again: none keeps everything; gelu drops u and GELU's output; layer keeps only z; a
+// number K keeps every K-th z. Stored in a training state as 0, -1, 1 and K.
+struct Recompute {
+    int level = 0;
+    bool segments() const { return level >= 2; }
+    std::string name() const {
+        return level == 0 ? "none" : level == -1 ? "gelu" : level == 1 ? "layer" : format("%d", level);
+    }
+    static Recompute parse(const std::string& text) {
+        if (text == "none") return {0};
+        if (text == "gelu") return {-1};
+        if (text == "layer") return {1};
+        int64_t k = text.find_first_not_of("0123456789") == std::string::npos ? parse_integer("-r", text, 2, MAX_L) : 0;
+        if (k < 2 || k % 2) fail("-r: expected none, gelu, layer, auto or an even number of sub-layers, found '%s'", text.c_str());
+        return {int(k)};
+    }
+};
+
+// Everything that decides a run's numbers.
+struct RunConfig {
+    ModelConfig model;
+    int T = 0;                // sequence length, at most model.max_seq_len
+    int B = 0;                // micro-batch, sequences; 0: still to be chosen by memory
+    int64_t total_batch = 0;  // tokens a step
+    int64_t steps = 0, warmup = 0;
+    double lr = 0, weight_decay = 0, clip = 0;
+    uint64_t seed = 0;
+    bool recompute_chosen = false;
+    Recompute recompute;
+
+    int64_t batch_sequences() const { return total_batch / T; }
+    int accumulation() const { return int(batch_sequences() / B); }
+};
+
+// Step s = 1..S: linear warm-up over W steps to the peak, then a cosine that reaches 1e-7 at step S.
+inline double learning_rate(const RunConfig& run, int64_t s) {
+    if (s <= run.warmup) return run.lr * double(s) / double(run.warmup);
+    if (s >= run.steps) return 1e-7;
+    double progress = double(s - run.warmup) / double(run.steps - run.warmup);
+    return 1e-7 + (run.lr - 1e-7) * (1 + std::cos(M_PI * progress)) / 2;
+}
+
+// ----------------------------------------------------------------------------------------------------
+// One dial: what -L chooses when nothing else is given, the same on every machine
+//
+// Width follows depth as C = L/4, never under 64; context and batch follow width. So up to 256 sub-layers the default is a model
+// that a laptop trains in minutes (C = 64, T = 64, 1024 tokens a step), and -L 1024 is one for a GPU (C = 256,
+// T = 1024, 65536 tokens a step).
+
+inline int default_channels(int L) { return int(std::max<size_t>(64, round_up(size_t(L) / 4, 64))); }
+
+// Heads of 64 channels, or of 32 where the model is as narrow as that; any width has at least one.
+inline int default_heads(int C) {
+    for (int D : {64, 32})
+        if (C % D == 0 && C / D >= 2) return C / D;
+    return 1;
+}
+
+inline int default_seq_len(int C) {
+    double ratio = C / 64.0;
+    return int(std::clamp(64.0 * std::floor(ratio * ratio), 64.0, 1024.0));
+}
+
+inline int64_t default_total_batch(int C, int T) { return int64_t(T) * 16 * std::max(1, C / 64); }
+
+// Peak learning rate. LRSWEEP
+inline double default_lr(const ModelConfig& c, int64_t) {
+    return 9e-3 * std::min(1.0, std::cbrt(128.0 / c.L));
+}
+
+
+inline std::string folder_of_program() {
+    std::error_code ignored;
+    return std::filesystem::read_symlink("/proc/self/exe", ignored).parent_path().string();
+}
+
+inline TokenSource open_training_data(const Options& o) {
+    if (!o.train.empty()) return TokenSource(o.train, "-i");
+    std::vector<std::string> own;
+    for (const char* name : {"keel_common.h", "train_keel.cu", "train_keel_cpu.cpp"}) {
+        std::string path = folder_of_program() + "/" + name;
+        if (access(path.c_str(), R_OK) == 0) own.push_back(path);
+    }
+    if (own.empty()) fail("-i: expected training data, found none, nor the trainer's own sources beside it; give -i PATH");
+    TokenSource source(own, "-i");
+    source.pattern = "the trainer's own sources";
+    return source;
+}
+
+// Training and validation data: two sources, or one that is cut at nine tenths.
+struct DataSplit {
+    TokenSource train, val;
+    size_t train_count = 0, val_start = 0, val_count = 0;
+
+    explicit DataSplit(const Options& o) : train(open_training_data(o)) {
+        if (o.val.empty()) {
+            val = train;
+            val_start = train_count = train.count - train.count / 10;
+            val_count = train.count / 10;
+            return;
+        }
+        val = TokenSource(o.val, "-j");
+        if (val.shards != train.shards)
+            fail("-j: expected %s like -i, found %s", train.shards ? "shards" : "text", val.shards ? "shards" : "text");
+        if (val.same_file(train)) fail("-j: a file is in -i as well; validate on data that training never sees");
+        train_count = train.count, val_count = val.count;
+    }
+    int natural_vocabulary() const { return train.shards ? GPT2_VOCABULARY : 256; }
+
+    // Every token against V, before anything is written; beyond 2^27 tokens (seconds of reading), as they are read.
+    void check_tokens(int V) const {
+        for (const TokenSource* source : {&train, &val}) {
+            if (!source->shards && V >= 256) continue;
+            std::vector<int> chunk(1 << 16);
+            size_t n = std::min(source->count, size_t(1) << 27);
+            for (size_t at = 0; at < n; at += chunk.size())
+                source->read(at, std::min(chunk.size(), n - at), V, chunk.data());
+        }
+    }
+    void check_lengths(const RunConfig& run) const {
+        size_t need = size_t(run.total_batch) + 1;
+        if ((train_count - 1) / size_t(run.T) < size_t(run.batch_sequences()))
+            fail("-i: expected at least %zu tokens to train on, one batch of -d %lld and a target, found %zu; give more data or a smaller -d",
+                 need, (long long)run.total_batch, train_count);
+    }
+    void check_validation(const RunConfig& run) const {
+        if (val_count < size_t(run.T) + 1)
+            fail("-j: expected at least T + 1 = %d tokens to validate on, found %zu; give more data, a smaller -t, or -v 0",
+                 run.T + 1, val_count);
+    }
+};
+
+// ----------------------------------------------------------------------------------------------------
+// What a run is: flags over the file it starts from, over the defaults of -L
+
+// init: header of the model file of -e or of the state that -y goes on from, or null.
+// V: the data's vocabulary, or 0 where there is no data (sampling alone).
+inline RunConfig resolve_run(const Options& o, const FileHeader* init, int V) {
+    RunConfig run;
+    ModelConfig& m = run.model;
+    bool resume = init && init->word[H_KIND] == FILE_STATE;
+    if (init) {
+        m = init->model();
+        auto differs = [&](const char* name, double asked, double stored) {
+            if (o.has(name) && asked != stored)
+                fail("%s: expected %g as in the %s, found %g; leave it out", name, stored, resume ? "checkpoint" : "model of -e", asked);
+        };
+        differs("--layers", double(o.layers), m.L);
+        differs("--channels", double(o.channels), m.C);
+        differs("--heads", double(o.heads), m.H);
+        differs("--alpha", double(float(o.alpha)), double(m.alpha));
+        if (o.has("--norm") && placement_by_name(o.norm) != m.norm)
+            fail("--norm: expected %s as in the %s, found %s; leave it out", placements[m.norm].name,
+                 resume ? "checkpoint" : "model of -e", o.norm.c_str());
+        if (o.seq_len > m.max_seq_len)
+            fail("-t: expected at most %d, the longest sequence of the model, found %lld", m.max_seq_len, (long long)o.seq_len);
+    } else {
+        m.L = int(o.layers);
+        if (m.L % 2) fail("-L: expected an even number of sub-layers, found %d; try %d", m.L, m.L + 1);
+        m.norm = placement_by_name(o.norm);
+        m.C = o.channels ? int(o.channels) : default_channels(m.L);
+        m.H = o.heads ? int(o.heads) : default_heads(m.C);
+        if (m.C % m.H) fail("-H: expected a divisor of C = %d, found %d", m.C, m.H);
+        m.max_seq_len = o.seq_len ? int(o.seq_len) : default_seq_len(m.C);
+        m.V = V;
+        const PlacementRow& row = placements[m.norm];
+        if (o.has("--alpha") && !row.alpha) fail("-a: %s has no alpha; leave it out or use --norm keel", row.name);
+        m.alpha = o.has("--alpha") ? float(o.alpha) : row.alpha ? row.alpha(m.L) : 1.0f;
+        if (std::string fault = config_fault(m); !fault.empty()) fail("%s", fault.c_str());
+    }
+
+    // A resume takes from the checkpoint what the command line does not say; anything else starts from the defaults.
+    auto choose = [&](const char* name, auto asked, HeaderWord stored, auto fallback) {
+        using Value = decltype(fallback);
+        return o.has(name) ? Value(asked) : resume ? init->get<Value>(stored) : fallback;
+    };
+    run.T = o.seq_len ? int(o.seq_len) : resume ? init->word[H_T] : m.max_seq_len;
+    run.B = o.batch ? int(o.batch) : resume ? init->word[H_B] : 0;
+    run.total_batch = o.total_batch ? o.total_batch
+                      : o.batch     ? o.batch * run.T
+                      : resume      ? init->get<int64_t>(H_TOTAL_BATCH)
+                                    : default_total_batch(m.C, run.T);
+    if (run.total_batch % run.T || (run.B && run.total_batch % (int64_t(run.B) * run.T)))
+        fail("-d: expected a multiple of %lld tokens (%sT), found %lld", (long long)std::max(run.B, 1) * run.T,
+             run.B ? "B*" : "", (long long)run.total_batch);
+    run.steps = choose("--steps", o.steps, H_STEPS, o.steps);
+    run.warmup = choose("--warmup", o.warmup, H_WARMUP, std::min<int64_t>(2500, run.steps / 4));
+    run.lr = choose("--lr", o.lr, H_LR, default_lr(m, run.total_batch));
+    run.weight_decay = choose("--weight-decay", o.weight_decay, H_WEIGHT_DECAY, o.weight_decay);
+    run.clip = choose("--clip", o.clip, H_CLIP, o.clip);
+    run.seed = uint64_t(choose("--seed", o.seed, H_SEED, o.seed));
+    run.recompute_chosen = o.recompute != "auto" || resume;
+    if (o.recompute != "auto") run.recompute = Recompute::parse(o.recompute);
+    else if (resume) run.recompute = {init->word[H_RECOMPUTE]};
+    return run;
+}
+
+inline FileHeader state_header(RealType type, const RunConfig& run, int64_t step, size_t train_tokens) {
+    FileHeader h = make_header(FILE_STATE, type, run.model, step);
+    h.word[H_B] = run.B, h.word[H_T] = run.T, h.word[H_RECOMPUTE] = run.recompute.level;
+    h.set(H_TOTAL_BATCH, run.total_batch), h.set(H_STEPS, run.steps), h.set(H_WARMUP, run.warmup);
+    h.set(H_LR, run.lr), h.set(H_WEIGHT_DECAY, run.weight_decay), h.set(H_CLIP, run.clip), h.set(H_SEED, run.seed);
+    h.set(H_TRAIN_TOKENS, int64_t(train_tokens));
+    h.word[H_RANKS] = 1, h.word[H_RANK] = 0;
+    return h;
+}
+
+// ----------------------------------------------------------------------------------------------------
+// The output folder: model_00001000.bin, state_00001000_00000.bin, log.csv, probe.csv
+
+inline std::string model_path(const std::string& folder, int64_t step) {
+    return format("%s/model_%08lld.bin", folder.c_str(), (long long)step);
+}
+inline std::string state_path(const std::string& folder, int64_t step) {
+    return format("%s/state_%08lld_00000.bin", folder.c_str(), (long long)step);
+}
+
+// The newest training state in the folder that is whole, or "". What it passes over it names on stderr.
+inline std::string newest_state(const std::string& folder) {
+    std::vector<std::pair<long long, std::string>> found;
+    std::error_code ignored;
+    for (const auto& entry : std::filesystem::directory_iterator(folder, ignored)) {
+        long long step;
+        int end = 0;
+        std::string name = entry.path().filename().string();
+        if (sscanf(name.c_str(), "state_%lld_00000.bin%n", &step, &end) == 1 && size_t(end) == name.size())
+            found.push_back({step, entry.path().string()});
+    }
+    std::sort(found.rbegin(), found.rend());
+    for (const auto& [step, path] : found) {
+        try {
+            FileReader(path, FILE_STATE).finish();
+            return path;
+        } catch (const Error& e) {
+            fprintf(stderr, "skipping a checkpoint: %s\n", e.what());
+        }
+    }
+    return "";
+}
+
+// Before anything is written: the folder can be made and written, and no other run is in it.
+inline void check_output_folder(const std::string& folder, bool resume) {
+    namespace fs = std::filesystem;
+    std::error_code error;
+    if (fs::exists(folder, error) && !fs::is_directory(folder, error))
+        fail("-o: expected a folder, found the file %s; give another name", folder.c_str());
+    if (fs::exists(folder, error) && !resume)
+        for (const auto& entry : fs::directory_iterator(folder, error)) {
+            std::string name = entry.path().filename().string();
+            if (name == "log.csv" || name.starts_with("state_") || name.starts_with("model_"))
+                fail("-o: %s holds a run (%s); go on with it by -y, or give another folder", folder.c_str(), name.c_str());
+        }
+    // The nearest folder that exists is the one that must be writable.
+    fs::path probe = fs::absolute(folder);
+    while (!fs::exists(probe, error) && probe.has_parent_path() && probe != probe.parent_path()) probe = probe.parent_path();
+    if (access(probe.c_str(), W_OK | X_OK) != 0)
+        fail("-o: %s cannot be written (%s); give a folder that can", probe.c_str(), errno_text().c_str());
+}
+
+inline void create_output_folder(const std::string& folder) {
+    std::error_code error;
+    std::filesystem::create_directories(folder, error);
+    if (error) fail("-o: %s cannot be created (%s); give another folder", folder.c_str(), error.message().c_str());
+}
+
+// A csv file that a resumed run continues: rows of later steps than the checkpoint's are dropped first.
+class CsvLog {
+public:
+    CsvLog(const std::string& path, const std::string& columns, int64_t resume_step) : path(path) {
+        std::string kept = columns + "\n";
+        if (FILE* old = resume_step >= 0 ? fopen(path.c_str(), "r") : nullptr) {
+            char* line = nullptr;
+            size_t capacity = 0;
+            bool header = true;
+            while (getline(&line, &capacity, old) > 0) {
+                std::string text = line;
+                if (!header && text.back() == '\n' && atoll(line) <= resume_step) kept += text;
+                header = false;
+            }
+            free(line);
+            fclose(old);
+        }
+        std::string temporary = path + ".tmp";
+        FILE* out = fopen(temporary.c_str(), "w");
+        bool good = out && fwrite(kept.data(), 1, kept.size(), out) == kept.size() && fflush(out) == 0 && fsync(fileno(out)) == 0;
+        if (out) fclose(out);
+        if (!good || rename(temporary.c_str(), path.c_str()) != 0)
+            fail("%s: could not be written (%s); free some space or give another -o", path.c_str(), errno_text().c_str());
+        file.reset(fopen(path.c_str(), "a"));
+        if (!file) fail("%s: could not be written (%s)", path.c_str(), errno_text().c_str());
+    }
+    void row(const std::string& text) {
+        if (fprintf(file.get(), "%s\n", text.c_str()) < 0 || fflush(file.get()) != 0)
+            fail("%s: could not be written (%s); free some space and go on by -y", path.c_str(), errno_text().c_str());
+    }
+    void sync() { fsync(fileno(file.get())); }
+
+private:
+    struct Close {
+        void operator()(FILE* f) const { fclose(f); }
+    };
+    std::string path;
+    std::unique_ptr<FILE, Close> file;
+};
+
+// ----------------------------------------------------------------------------------------------------
+// Memory: a table of what will be allocated, printed and held against what there is before anything is
+
+// Bytes that this process may still take: of the machine, of its control group, of its address space.
+inline size_t available_memory() {
+    size_t available = SIZE_MAX;
+    auto number = [](const char* path, const char* key) {  // -1 where there is none
+        FILE* f = fopen(path, "r");
+        if (!f) return -1LL;
+        char word[256];
+        long long value = -1;
+        if (!key) {
+            if (fscanf(f, "%lld", &value) != 1) value = -1;
+        } else {
+            while (value < 0 && fscanf(f, "%255s", word) == 1)
+                if (std::string(word) == key && fscanf(f, "%lld", &value) != 1) break;
+        }
+        fclose(f);
+        return value;
+    };
+    if (long long kib = number("/proc/meminfo", "MemAvailable:"); kib >= 0) available = size_t(kib) * 1024;
+    const char* groups[][3] = {{"/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat"},
+                               {"/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+                                "/sys/fs/cgroup/memory/memory.stat"}};
+    for (auto& g : groups) {
+        long long limit = number(g[0], nullptr), used = number(g[1], nullptr), cache = number(g[2], "inactive_file");
+        if (limit < 0 || used < 0) continue;
+        used = std::max(0LL, used - std::max(0LL, cache));  // page cache is given back on demand
+        available = std::min(available, size_t(std::max(0LL, limit - used)));
+    }
+    struct rlimit limit;
+    if (getrlimit(RLIMIT_AS, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY) {
+        long long pages = number("/proc/self/statm", nullptr), taken = std::max(0LL, pages) * sysconf(_SC_PAGESIZE);
+        available = std::min(available, size_t(std::max(0LL, (long long)limit.rlim_cur - taken)));
+    }
+    return available;
+}
+
+struct MemoryRow {
+    std::string name;
+    size_t bytes;
+};
+
+inline size_t total_bytes(const std::vector<MemoryRow>& rows) {
+    size_t sum = 0;
+    for (const MemoryRow& row : rows) sum += row.bytes;
+    return sum;
+}
+
+inline void print_memory_table(const std::vector<MemoryRow>& rows) {
+    for (const MemoryRow& row : rows) printf("  %-38s %12s\n", row.name.c_str(), bytes_text(double(row.bytes)).c_str());
+    printf("  %-38s %12s\n", "in all", bytes_text(double(total_bytes(rows))).c_str());
+}
+
+// ----------------------------------------------------------------------------------------------------
+// Comparing two debug states (--check)
+
+// The largest relative L2 error of a right computation, for the coarsest of the types involved: 1e-10 in FP64, 1e-4 in FP32 (a
+// right one stays under 1e-5); with a BF16 branch 3e-2, where the q, k and v gains of hybridnorm sum few and
+// nearly cancelling terms. From L = 64 on, the placements whose highway must be FP32 are held to what a BF16 highway fails.
+inline double check_tolerance(const ModelConfig& c, const std::string& tensor, int type, bool branch_bf16) {
+    if (type == REAL_BF16 || branch_bf16) {
+        bool fp32_highway = c.L >= 64 && (c.norm == KEEL || c.norm == DEEPNORM || c.norm == SCALEDPOST);
+        if (fp32_highway && tensor.starts_with("x[")) return 5e-3;
+        if (fp32_highway && tensor.starts_with("dx[")) return 1e-2;
+        for (const char* gain : {"d gamma_q", "d gamma_k", "d gamma_v"})
+            if (tensor.starts_with(gain)) return 1e-1;
+        return 3e-2;
+    }
+    return type == REAL_FP64 ? 1e-10 : 1e-4;
+}
+
+struct CheckRow {
+    std::string name, shape;
+    double error;      // ||file - ours|| / ||file||; 0 where both are all zero
+    size_t worst;      // the element that differs most
+    double worst_file, worst_ours;
+    double tolerance;
+    bool ok() const { return error <= tolerance; }  // false for NaN
+};
+
+template <class Real>
+CheckRow compare_tensor(const std::string& name, const std::string& shape, const Real* file, const Real* ours, size_t n, double tolerance) {
+    double difference = 0, norm = 0, largest = -1;
+    CheckRow row{name, shape, 0, 0, 0, 0, tolerance};
+    for (size_t i = 0; i < n; i++) {
+        double d = double(file[i]) - double(ours[i]);
+        difference += d * d, norm += double(file[i]) * double(file[i]);
+        if (std::fabs(d) > largest || std::isnan(d)) {
+            if (!std::isnan(largest)) row.worst = i;
+            largest = std::fabs(d);
+        }
+    }
+    if (n > 0) row.worst_file = double(file[row.worst]), row.worst_ours = double(ours[row.worst]);
+    row.error = difference == 0 ? 0 : std::sqrt(difference / norm);
+    return row;
+}
+
+// A row per tensor; x and dx have one for each sub-layer's input and for what the last gives.
+template <class Real>
+std::vector<CheckRow> compare_debug_states(const DebugState<Real>& file, const DebugState<Real>& ours) {
+    std::vector<CheckRow> rows;
+    ModelConfig c = file.header.model();
+    size_t B = size_t(file.header.word[H_B]), T = size_t(file.header.word[H_T]), C = size_t(c.C), stream = B * T * C;
+    bool bf16 = file.header.word[H_BRANCH_BF16] || ours.header.word[H_BRANCH_BF16];
+    int type = file.header.word[H_TYPE] == REAL_FP64 && ours.header.word[H_TYPE] == REAL_FP64 ? REAL_FP64 : REAL_FP32;
+    auto add = [&](const std::string& name, const std::string& shape, const Real* a, const Real* b, size_t n) {
+        rows.push_back(compare_tensor(name, shape, a, b, n, check_tolerance(c, name, type, bf16)));
+    };
+    std::string stream_shape = format("(%zu,%zu,%zu)", B, T, C);
+    for (int l = 0; l <= c.L; l++)
+        add(format("x[%d]", l), stream_shape, &file.x[size_t(l) * stream], &ours.x[size_t(l) * stream], stream);
+    add("logits", format("(%zu,%zu,%d)", B, T, c.V), file.logits.data(), ours.logits.data(), file.logits.size());
+    add("loss", "()", &file.loss, &ours.loss, 1);
+    for (int l = c.L; l >= 0; l--)
+        add(format("dx[%d]", l), stream_shape, &file.dx[size_t(l) * stream], &ours.dx[size_t(l) * stream], stream);
+    for (const TensorInfo& t : ParameterLayout(c).tensors)
+        add("d " + t.name, t.rows == 1 ? format("(%zu)", t.cols) : format("(%zu,%zu)", t.rows, t.cols),
+            &file.grads[t.offset], &ours.grads[t.offset], t.size());
+    return rows;
+}
+
+// Prints the table; true if every row is within its tolerance.
+inline bool print_check_table(const std::vector<CheckRow>& rows) {
+    printf("%-16s %-18s %12s %10s %24s %24s %10s  %s\n", "tensor", "shape", "rel L2 error", "worst at", "file", "ours", "tolerance", "ok");
+    size_t bad = 0;
+    for (const CheckRow& r : rows) {
+        printf("%-16s %-18s %12.3e %10zu %24.16g %24.16g %10.0e  %s\n", r.name.c_str(), r.shape.c_str(), r.error, r.worst,
+               r.worst_file, r.worst_ours, r.tolerance, r.ok() ? "ok" : "NOT OK");
+        bad += !r.ok();
+    }
+    printf("%zu of %zu tensors within their tolerance\n", rows.size() - bad, rows.size());
+    return bad == 0;
+}

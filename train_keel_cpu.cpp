@@ -1,0 +1,1354 @@
+// train_keel_cpu.cpp: trains a GPT of KEEL highway blocks on a CPU (arXiv 2601.19895), as plain loops with OpenMP.
+//
+// It is the reference that every other trainer is compared with. It reads in the order data flows: numbers, the matrix
+// product, the layers (each forward beside its backward), the sub-layer, the model, the optimizer, sampling, the run.
+// The same source builds in FP32 and, with -DKEEL_FP64, in FP64: the yardstick.
+//
+// Every result has the same bits for any number of threads: the order of each sum depends on shapes alone, threads
+// share out whole outputs, and there are no atomics.
+
+#include "keel_common.h"
+
+#include <omp.h>
+#ifdef KEEL_CBLAS
+#include <cblas.h>
+#endif
+
+// ----------------------------------------------------------------------------------------------------
+// Numbers
+
+#ifdef KEEL_FP64
+using real = double;
+#else
+using real = float;
+#endif
+using index_t = std::ptrdiff_t;  // OpenMP loops want it signed; L*B*T*C overflows an int
+
+// A register of reals, through the compiler's vector extension: the same source for AVX-512, AVX2, SSE and NEON.
+#if defined(__AVX512F__)
+constexpr int VECTOR_BYTES = 64, REGISTER_ROWS = 12;  // 32 registers: 12 x 2 sums, 2 of B, 1 of A
+#elif defined(__AVX__)
+constexpr int VECTOR_BYTES = 32, REGISTER_ROWS = 6;   // 16 registers: 6 x 2 sums, 2 of B, 1 of A
+#else
+constexpr int VECTOR_BYTES = 16, REGISTER_ROWS = 6;
+#endif
+typedef real vec __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));  // aligned like a real
+constexpr int LANES = VECTOR_BYTES / int(sizeof(real));
+
+// A buffer whose pages are first touched by whoever uses them, aligned for vectors and for huge pages.
+template <class T>
+class Buffer {
+public:
+    Buffer() = default;
+    explicit Buffer(size_t n) : n(n) {
+        if (n == 0) return;
+        size_t bytes = round_up(n * sizeof(T), 64);
+        data_ = static_cast<T*>(aligned_alloc(64, bytes));
+        if (!data_) fail("expected %s of memory, found less; use a smaller -b, -t, -C or -L, or -r layer", bytes_text(double(bytes)).c_str());
+    }
+    Buffer(Buffer&& b) noexcept : data_(std::exchange(b.data_, nullptr)), n(std::exchange(b.n, 0)) {}
+    Buffer& operator=(Buffer&& b) noexcept {
+        std::swap(data_, b.data_), std::swap(n, b.n);
+        return *this;
+    }
+    ~Buffer() { free(data_); }
+    T* data() { return data_; }
+    const T* data() const { return data_; }
+    size_t size() const { return n; }
+    T& operator[](size_t i) { return data_[i]; }
+    void zero() {
+        #pragma omp parallel for schedule(static)
+        for (index_t i = 0; i < index_t(n); i++) data_[i] = T(0);
+    }
+
+private:
+    T* data_ = nullptr;
+    size_t n = 0;
+};
+
+// exp as 2^n e^r with |r| <= ln(2)/2 and the Taylor series of e^r: its degree is where the next term is below half a
+// unit in the last place. Unlike libm's it vectorises inside a loop, and has the same bits on every machine.
+// Exact to 1.5 ulp for x from the type's smallest normal result to overflow; below it gives 0, above it infinity.
+inline real exponential(real x) {
+    constexpr bool fp64 = sizeof(real) == 8;
+    constexpr int degree = fp64 ? 13 : 7;
+    // adding and taking away 1.5 * 2^mantissa rounds to the nearest integer
+    constexpr real round_magic = fp64 ? real(6755399441055744.0) : real(12582912.0);
+    // ln 2 in two parts, the first with trailing zeros, so that n * ln2_high is exact
+    constexpr real ln2_high = fp64 ? real(6.93147180369123816490e-01) : real(0.693359375);
+    constexpr real ln2_low = fp64 ? real(1.90821492927058770002e-10) : real(-2.12194440e-4);
+    constexpr real lowest = fp64 ? real(-708) : real(-87), highest = fp64 ? real(709.5) : real(88.5);
+    real clamped = x > lowest ? (x < highest ? x : highest) : lowest;  // NaN: lowest, put right at the end
+    real n = (clamped * real(1.4426950408889634) + round_magic) - round_magic;
+    real r = (clamped - n * ln2_high) - n * ln2_low;
+    real p = 1;
+    #pragma GCC unroll 16
+    for (int k = degree; k >= 1; k--) p = p * r * (real(1) / real(k)) + 1;
+    // 2^n in two halves: n reaches one more than the largest exponent
+    using bits = std::conditional_t<fp64, int64_t, int32_t>;
+    constexpr int mantissa = fp64 ? 52 : 23;
+    constexpr bits bias = fp64 ? 1023 : 127;
+    bits half = bits(n) / 2, rest = bits(n) - half;
+    real result = p * std::bit_cast<real>((half + bias) << mantissa) * std::bit_cast<real>((rest + bias) << mantissa);
+    return x < lowest ? real(0) : x > highest ? std::numeric_limits<real>::infinity() : x != x ? x : result;
+}
+
+// ----------------------------------------------------------------------------------------------------
+// The matrix product
+//
+//     C(M,N) = A(M,K) B(K,N)   or   C += A B      A[i][k] = a[i*a_row + k*a_col], B alike, C row-major
+//
+// The one algorithm that every fast CPU library uses (Goto and van de Geijn 2008): copy blocks of A and B into
+// panels that the innermost loop reads in order, and keep REGISTER_ROWS x 2 vectors of C in registers. As the strides are
+// free, the same code serves x W^T, dy W and dy^T x. A sum over k runs in order within a block of DEPTH and over the
+// blocks, whatever the tile: so no bit of C depends on M, on N or on the threads.
+
+constexpr int TILE_M = REGISTER_ROWS, TILE_N = 2 * LANES;  // of C in registers
+constexpr int DEPTH = 256;                                 // k of a block: a TILE_N panel of B stays in the L1 cache
+constexpr int BLOCK_M = 12 * TILE_M;                       // rows of an A block: it stays in the L2 cache
+constexpr int BLOCK_N = 2048;                              // columns of a B block: it stays in the L3 cache
+
+struct Matrix {  // a view with free strides
+    const real* data;
+    size_t row, col;
+    Matrix at(size_t i, size_t j) const { return {data + i * row + j * col, row, col}; }
+    Matrix transposed() const { return {data, col, row}; }
+};
+inline Matrix row_major(const real* data, size_t stride) { return {data, stride, 1}; }
+
+// C tile += A panel (K,TILE_M) * B panel (K,TILE_N); `first` starts from zero instead.
+inline void multiply_tile(int K, const real* a, const real* b, real* c, size_t c_row, bool first) {
+    vec sum[TILE_M][2];
+    #pragma GCC unroll 12
+    for (int i = 0; i < TILE_M; i++) {
+        sum[i][0] = first ? vec{} : *(const vec*)(c + i * c_row);
+        sum[i][1] = first ? vec{} : *(const vec*)(c + i * c_row + LANES);
+    }
+    for (int k = 0; k < K; k++, a += TILE_M, b += TILE_N) {
+        vec b0 = *(const vec*)b, b1 = *(const vec*)(b + LANES);
+        #pragma GCC unroll 12
+        for (int i = 0; i < TILE_M; i++) {
+            sum[i][0] += a[i] * b0;
+            sum[i][1] += a[i] * b1;
+        }
+    }
+    #pragma GCC unroll 12
+    for (int i = 0; i < TILE_M; i++) {
+        *(vec*)(c + i * c_row) = sum[i][0];
+        *(vec*)(c + i * c_row + LANES) = sum[i][1];
+    }
+}
+
+// `width` rows of m (or its columns, if given transposed) as one panel (K,width), short of rows filled with zeros.
+template <int width>
+inline void pack_panel(const Matrix& m, int rows, int K, real* panel) {
+    if (rows == width && m.row == 1) {
+        for (int k = 0; k < K; k++) memcpy(panel + k * width, m.data + size_t(k) * m.col, width * sizeof(real));
+    } else if (rows == width) {
+        for (int k = 0; k < K; k++)
+            for (int i = 0; i < width; i++) panel[k * width + i] = m.data[size_t(i) * m.row + size_t(k) * m.col];
+    } else {
+        for (int k = 0; k < K; k++)
+            for (int i = 0; i < width; i++)
+                panel[k * width + i] = i < rows ? m.data[size_t(i) * m.row + size_t(k) * m.col] : real(0);
+    }
+}
+
+// C block (M,N) from packed A (M,K) and packed B (K,N). Tiles that overhang go through a scratch tile and the same kernel.
+inline void multiply_block(int M, int N, int K, const real* a, const real* b, real* c, size_t c_row, bool first) {
+    for (int j = 0; j < N; j += TILE_N)
+        for (int i = 0; i < M; i += TILE_M) {
+            const real *ap = a + size_t(i) * K, *bp = b + size_t(j) * K;
+            real* tile = c + size_t(i) * c_row + j;
+            int m = std::min(TILE_M, M - i), n = std::min(TILE_N, N - j);
+            if (m == TILE_M && n == TILE_N) {
+                multiply_tile(K, ap, bp, tile, c_row, first);
+                continue;
+            }
+            real edge[TILE_M * TILE_N] = {};
+            for (int y = 0; y < m && !first; y++) memcpy(edge + y * TILE_N, tile + y * c_row, n * sizeof(real));
+            multiply_tile(K, ap, bp, edge, TILE_N, first);
+            for (int y = 0; y < m; y++) memcpy(tile + y * c_row, edge + y * TILE_N, n * sizeof(real));
+        }
+}
+
+// A thread's panels. Grown once to the size of the largest block.
+struct Panels {
+    std::vector<real> a, b;
+    Panels() : a(size_t(BLOCK_M) * DEPTH) {}
+    real* b_panels(size_t n) {
+        if (b.size() < n) b.resize(n);
+        return b.data();
+    }
+};
+inline Panels& thread_panels() {
+    thread_local Panels panels;
+    return panels;
+}
+
+// The product for small matrices, inside one thread (attention's tiles).
+void small_product(int M, int N, int K, Matrix a, Matrix b, real* c, size_t c_row, bool accumulate) {
+    Panels& panels = thread_panels();
+    real* bp = panels.b_panels(round_up(size_t(N), TILE_N) * DEPTH);
+    for (int k = 0; k < K; k += DEPTH) {
+        int depth = std::min(DEPTH, K - k);
+        for (int j = 0; j < N; j += TILE_N)
+            pack_panel<TILE_N>(b.at(k, j).transposed(), std::min(TILE_N, N - j), depth, bp + size_t(j) * depth);
+        for (int i = 0; i < M; i += BLOCK_M) {
+            int m = std::min(BLOCK_M, M - i);
+            for (int y = 0; y < m; y += TILE_M)
+                pack_panel<TILE_M>(a.at(i + y, k), std::min(TILE_M, m - y), depth, panels.a.data() + size_t(y) * depth);
+            multiply_block(m, N, depth, panels.a.data(), bp, c + size_t(i) * c_row, c_row, !accumulate && k == 0);
+        }
+    }
+}
+
+// The product on all threads: they pack a block of B together, then each takes tiles of C.
+void product(size_t M, size_t N, size_t K, Matrix a, Matrix b, real* c, size_t c_row, bool accumulate) {
+#ifdef KEEL_CBLAS
+    auto order = [](const Matrix& m) { return m.col == 1 ? CblasNoTrans : CblasTrans; };
+    auto stride = [](const Matrix& m) { return int(m.col == 1 ? m.row : m.col); };
+    auto* gemm = [] { if constexpr (sizeof(real) == 8) return cblas_dgemm; else return cblas_sgemm; }();
+    gemm(CblasRowMajor, order(a), order(b), int(M), int(N), int(K), 1, a.data, stride(a), b.data, stride(b), accumulate, c, int(c_row));
+#else
+    size_t threads = size_t(omp_get_max_threads());
+    // Row blocks of equal height, as many as fill the threads; where the rows are too few, columns are shared out too.
+    size_t row_blocks = round_up((M + BLOCK_M - 1) / BLOCK_M, threads);
+    size_t height = round_up((M + row_blocks - 1) / row_blocks, TILE_M);
+    row_blocks = (M + height - 1) / height;
+    real* packed = thread_panels().b_panels(round_up(std::min(N, size_t(BLOCK_N)), TILE_N) * DEPTH);
+    #pragma omp parallel
+    for (size_t j0 = 0; j0 < N; j0 += BLOCK_N) {
+        size_t width = std::min(size_t(BLOCK_N), N - j0), column_tiles = (width + TILE_N - 1) / TILE_N;
+        size_t column_blocks = std::min(column_tiles, (threads + row_blocks - 1) / row_blocks);
+        size_t block_width = (column_tiles + column_blocks - 1) / column_blocks * TILE_N;
+        for (size_t k = 0; k < K; k += DEPTH) {
+            int depth = int(std::min(size_t(DEPTH), K - k));
+            #pragma omp for schedule(static)
+            for (size_t j = 0; j < width; j += TILE_N)
+                pack_panel<TILE_N>(b.at(k, j0 + j).transposed(), int(std::min(size_t(TILE_N), width - j)), depth, packed + j * depth);
+            #pragma omp for collapse(2) schedule(static)
+            for (size_t ib = 0; ib < row_blocks; ib++)
+                for (size_t jb = 0; jb < column_blocks; jb++) {
+                    size_t i = ib * height, j = jb * block_width;
+                    if (j >= width) continue;
+                    int m = int(std::min(height, M - i)), n = int(std::min(block_width, width - j));
+                    real* ap = thread_panels().a.data();
+                    for (int y = 0; y < m; y += TILE_M)
+                        pack_panel<TILE_M>(a.at(i + y, k), std::min(TILE_M, m - y), depth, ap + size_t(y) * depth);
+                    multiply_block(m, n, depth, ap, packed + j * depth, c + i * c_row + j0 + j, c_row, !accumulate && k == 0);
+                }
+        }
+    }
+#endif
+}
+
+// ----------------------------------------------------------------------------------------------------
+// The layers: each forward beside its backward. A backward adds to gradients of parameters, and sets those of inputs.
+
+// x (B,T,C) = sqrt(C) * (wte[token] + wpe[position]); positions start at `first`.
+// The factor makes x_0 of order 1, as a norm would: beside it the branches of a new model are neither lost nor loud.
+void embedding_forward(real* x, const int* tokens, const real* wte, const real* wpe, int B, int T, int C, int first) {
+    real scale = std::sqrt(real(C));
+    #pragma omp parallel for collapse(2) schedule(static)
+    for (index_t b = 0; b < B; b++)
+        for (index_t t = 0; t < T; t++) {
+            const real *token = wte + size_t(tokens[b * T + t]) * C, *position = wpe + (first + t) * C;
+            real* out = x + (b * T + t) * C;
+            for (int c = 0; c < C; c++) out[c] = scale * (token[c] + position[c]);
+        }
+}
+
+// dwte[token] += sqrt(C) dx, dwpe[position] += sqrt(C) dx. Rows meet in dwte, so threads share out columns, not rows.
+void embedding_backward(real* dwte, real* dwpe, const real* dx, const int* tokens, int B, int T, int C) {
+    real scale = std::sqrt(real(C));
+    constexpr int columns = 16;
+    #pragma omp parallel for schedule(static)
+    for (index_t c0 = 0; c0 < C; c0 += columns) {
+        index_t c1 = std::min<index_t>(c0 + columns, C);
+        for (index_t b = 0; b < B; b++)
+            for (index_t t = 0; t < T; t++) {
+                const real* in = dx + (b * T + t) * C;
+                real *token = dwte + size_t(tokens[b * T + t]) * C, *position = dwpe + t * C;
+                for (index_t c = c0; c < c1; c++) token[c] += scale * in[c], position[c] += scale * in[c];
+            }
+    }
+}
+
+// r = 1 / sqrt(mean(x^2) + 1e-6)
+inline real rms_reciprocal(const real* x, int C) {
+    real sum = 0;
+    #pragma omp simd reduction(+ : sum)
+    for (int c = 0; c < C; c++) sum += x[c] * x[c];
+    return 1 / std::sqrt(sum / C + real(1e-6));
+}
+
+// y = g x r, one row
+inline void rmsnorm_row_forward(real* y, const real* x, const real* g, int C) {
+    real r = rms_reciprocal(x, C);
+    for (int c = 0; c < C; c++) y[c] = g[c] * (x[c] * r);
+}
+
+// With xh = x r:  dg += dy xh,  dx = r (g dy - xh mean(g dy xh)), one row; dx may be dy. The first term is the
+// gradient through x's numerator, the second takes away what would only change x's length, which the norm ignores.
+inline void rmsnorm_row_backward(real* dx, real* dg, const real* dy, const real* x, const real* g, int C) {
+    real r = rms_reciprocal(x, C), mean = 0;
+    #pragma omp simd reduction(+ : mean)
+    for (int c = 0; c < C; c++) mean += g[c] * dy[c] * (x[c] * r);
+    mean /= C;
+    for (int c = 0; c < C; c++) {
+        real xh = x[c] * r;
+        dg[c] += dy[c] * xh;
+        dx[c] = r * (g[c] * dy[c] - xh * mean);
+    }
+}
+
+// y (rows,C) = RMSNorm(x (rows,C); g (C)). r is not kept: making it again costs one pass over a row in the L1 cache.
+void rmsnorm_forward(real* y, const real* x, const real* g, size_t rows, int C) {
+    #pragma omp parallel for schedule(static)
+    for (index_t i = 0; i < index_t(rows); i++) rmsnorm_row_forward(y + i * C, x + i * C, g, C);
+}
+
+// A gain's gradient is a sum over all rows. Blocks of GAIN_ROWS rows sum on their own, whichever thread has them, into
+// partial (blocks,C); then the blocks are added in order.
+constexpr index_t GAIN_ROWS = 32;
+inline size_t gain_blocks(size_t rows) { return (rows + GAIN_ROWS - 1) / GAIN_ROWS; }
+
+inline void add_gain_blocks(real* dg, const real* partial, size_t blocks, size_t stride, int C) {
+    for (size_t k = 0; k < blocks; k++)
+        for (int c = 0; c < C; c++) dg[c] += partial[k * stride + c];
+}
+
+void rmsnorm_backward(real* dx, real* dg, const real* dy, const real* x, const real* g, size_t rows, int C, real* partial) {
+    index_t blocks = index_t(gain_blocks(rows));
+    #pragma omp parallel for schedule(static)
+    for (index_t k = 0; k < blocks; k++) {
+        real* sum = partial + k * C;
+        std::fill(sum, sum + C, real(0));
+        for (index_t i = k * GAIN_ROWS; i < std::min((k + 1) * GAIN_ROWS, index_t(rows)); i++)
+            rmsnorm_row_backward(dx + i * C, sum, dy + i * C, x + i * C, g, C);
+    }
+    add_gain_blocks(dg, partial, size_t(blocks), size_t(C), C);
+}
+
+// HybridNorm's RMSNorm of every head's q, k and v: qkv (rows,3,H,D), a gain (D) for each of the three.
+void qkv_norm_forward(real* out, const real* qkv, const real* const g[3], size_t rows, int H, int D) {
+    #pragma omp parallel for schedule(static)
+    for (index_t i = 0; i < index_t(rows); i++)
+        for (int part = 0; part < 3; part++)
+            for (int h = 0; h < H; h++) {
+                size_t at = ((size_t(i) * 3 + part) * H + h) * D;
+                rmsnorm_row_forward(out + at, qkv + at, g[part], D);
+            }
+}
+
+// In place: dqkv comes in as the gradient of the normed q, k, v. partial: (blocks,3,D)
+void qkv_norm_backward(real* dqkv, real* const dg[3], const real* qkv, const real* const g[3], size_t rows, int H, int D, real* partial) {
+    index_t blocks = index_t(gain_blocks(rows));
+    #pragma omp parallel for schedule(static)
+    for (index_t k = 0; k < blocks; k++) {
+        real* sum = partial + k * 3 * D;
+        std::fill(sum, sum + 3 * D, real(0));
+        for (index_t i = k * GAIN_ROWS; i < std::min((k + 1) * GAIN_ROWS, index_t(rows)); i++)
+            for (int part = 0; part < 3; part++)
+                for (int h = 0; h < H; h++) {
+                    size_t at = ((size_t(i) * 3 + part) * H + h) * D;
+                    rmsnorm_row_backward(dqkv + at, sum + part * D, dqkv + at, qkv + at, g[part], D);
+                }
+    }
+    for (int part = 0; part < 3; part++) add_gain_blocks(dg[part], partial + part * D, size_t(blocks), 3 * size_t(D), D);
+}
+
+// out (rows,N) = in (rows,K) W^T, W (N,K)
+void matmul_forward(real* out, const real* in, const real* w, size_t rows, int K, int N) {
+    product(rows, N, K, row_major(in, K), row_major(w, K).transposed(), out, N, false);
+}
+
+// din (rows,K) = dout W,  dW (N,K) += dout^T in
+void matmul_backward(real* din, real* dw, const real* dout, const real* in, const real* w, size_t rows, int K, int N) {
+    product(rows, K, N, row_major(dout, N), row_major(w, K), din, K, false);
+    product(N, K, rows, row_major(dout, N).transposed(), row_major(in, K), dw, K, true);
+}
+
+// Causal attention, y = softmax(q k^T / sqrt(D)) v for every head: y (B,Tq,C), lse (B,Tq,H), qkv (B,T,3C). Queries are the last
+// Tq = T - first positions of each sequence, keys and values all T (with a KV cache only the new positions ask).
+//
+// Tiles of ATT x ATT scores, never (T,T): a row's largest score m and the sum of exp(s - m) are kept while the tiles of
+// keys pass, and what was summed under an older, smaller m is scaled down (Milakov and Gimelshein 2018; Dao et al. 2022).
+// lse = m + log(sum) is all that the backward needs to have the probabilities again: p = exp(s - lse).
+constexpr int ATT = 64;
+
+void attention_forward(real* y, real* lse, const real* qkv, int B, int T, int C, int H, int first) {
+    int D = C / H, Tq = T - first, tiles = (Tq + ATT - 1) / ATT;
+    size_t stride = 3 * size_t(C);
+    real scale = 1 / std::sqrt(real(D)), minus_infinity = -std::numeric_limits<real>::infinity();
+    #pragma omp parallel for collapse(3) schedule(dynamic)
+    for (int b = 0; b < B; b++)
+        for (int h = 0; h < H; h++)
+            for (int tile = 0; tile < tiles; tile++) {
+                int q0 = first + tile * ATT, nq = std::min(ATT, T - q0);
+                const real* heads = qkv + size_t(b) * T * stride + size_t(h) * D;
+                Matrix q = row_major(heads + size_t(q0) * stride, stride);
+                real* out = y + (size_t(b) * Tq + size_t(q0 - first)) * C + size_t(h) * D;
+                real p[ATT * ATT], m[ATT], sum[ATT];
+                std::fill(m, m + nq, minus_infinity), std::fill(sum, sum + nq, real(0));
+                for (int k0 = 0; k0 < q0 + nq; k0 += ATT) {
+                    int nk = std::min(ATT, q0 + nq - k0);
+                    Matrix k = row_major(heads + C + size_t(k0) * stride, stride);
+                    Matrix v = row_major(heads + 2 * C + size_t(k0) * stride, stride);
+                    small_product(nq, nk, D, q, k.transposed(), p, ATT, false);
+                    for (int i = 0; i < nq; i++) {
+                        real *row = p + i * ATT, before = m[i], added = 0;
+                        int visible = std::clamp(q0 + i - k0 + 1, 0, ATT);
+                        std::fill(row + visible, row + ATT, minus_infinity);
+                        for (int j = 0; j < visible; j++) m[i] = std::max(m[i], scale * row[j]);
+                        #pragma omp simd reduction(+ : added)
+                        for (int j = 0; j < ATT; j++) {
+                            row[j] = exponential(scale * row[j] - m[i]);
+                            added += row[j];
+                        }
+                        real shrink = exponential(before - m[i]);
+                        sum[i] = shrink * sum[i] + added;
+                        for (int d = 0; d < D && k0 > 0; d++) out[size_t(i) * C + d] *= shrink;
+                    }
+                    small_product(nq, D, nk, row_major(p, ATT), v, out, C, k0 > 0);
+                }
+                for (int i = 0; i < nq; i++) {
+                    for (int d = 0; d < D; d++) out[size_t(i) * C + d] /= sum[i];
+                    lse[(size_t(b) * Tq + size_t(q0 - first) + i) * H + h] = m[i] + std::log(sum[i]);
+                }
+            }
+}
+
+// With p the probabilities and s = q k^T / sqrt(D):
+//     dv = p^T dy,   dp = dy v^T,   ds = p (dp - sum_j p dp),   dq = ds k / sqrt(D),   dk = ds^T q / sqrt(D)
+// and sum_j p_ij dp_ij = dy_i . y_i, which needs no (T,T) matrix either. dqkv, qkv (B,T,3C); dy, y (B,T,C); lse (B,T,H).
+void attention_backward(real* dqkv, const real* dy, const real* qkv, const real* y, const real* lse, int B, int T, int C, int H) {
+    int D = C / H;
+    size_t stride = 3 * size_t(C);
+    real scale = 1 / std::sqrt(real(D));
+    #pragma omp parallel for collapse(2) schedule(dynamic)
+    for (int b = 0; b < B; b++)
+        for (int h = 0; h < H; h++) {
+            size_t start = size_t(b) * T * stride + size_t(h) * D, out = size_t(b) * T * C + size_t(h) * D;
+            for (int k0 = 0; k0 < T; k0 += ATT)
+                for (int q0 = k0; q0 < T; q0 += ATT) {
+                    int nk = std::min(ATT, T - k0), nq = std::min(ATT, T - q0);
+                    size_t at_q = start + q0 * stride, at_k = start + C + k0 * stride, at_v = at_k + C, at_y = out + size_t(q0) * C;
+                    Matrix q = row_major(qkv + at_q, stride), k = row_major(qkv + at_k, stride), v = row_major(qkv + at_v, stride);
+                    Matrix dout = row_major(dy + at_y, C);
+                    real p[ATT * ATT], ds[ATT * ATT];
+                    small_product(nq, nk, D, q, k.transposed(), p, ATT, false);
+                    small_product(nq, nk, D, dout, v.transposed(), ds, ATT, false);
+                    for (int i = 0; i < nq; i++) {
+                        real *pi = p + i * ATT, *dsi = ds + i * ATT, row_lse = lse[(size_t(b) * T + q0 + i) * H + h], delta = 0;
+                        const real *dyi = dy + at_y + size_t(i) * C, *yi = y + at_y + size_t(i) * C;
+                        #pragma omp simd reduction(+ : delta)
+                        for (int d = 0; d < D; d++) delta += dyi[d] * yi[d];
+                        int visible = std::clamp(q0 + i - k0 + 1, 0, nk);
+                        for (int j = 0; j < visible; j++) {
+                            pi[j] = exponential(scale * pi[j] - row_lse);
+                            dsi[j] = scale * pi[j] * (dsi[j] - delta);
+                        }
+                        std::fill(pi + visible, pi + nk, real(0)), std::fill(dsi + visible, dsi + nk, real(0));
+                    }
+                    Matrix pm = row_major(p, ATT), dsm = row_major(ds, ATT);
+                    small_product(nk, D, nq, pm.transposed(), dout, dqkv + at_v, stride, q0 > k0);
+                    small_product(nk, D, nq, dsm.transposed(), q, dqkv + at_k, stride, q0 > k0);
+                    small_product(nq, D, nk, dsm, k, dqkv + at_q, stride, k0 > 0);
+                }
+        }
+}
+
+// gelu(h) = h/2 (1 + tanh(w)),  w = sqrt(2/pi) (h + 0.044715 h^3), the tanh form of Hendrycks and Gimpel 2016.
+// As (1 + tanh(w))/2 = sigmoid(2w), one exponential does it, without cancellation for h far below zero.
+constexpr real GELU_SCALE = real(2 * 0.79788456080286535588), GELU_CUBIC = real(0.044715);
+
+void gelu_forward(real* out, const real* h, size_t n) {
+    #pragma omp parallel for simd schedule(static)
+    for (index_t i = 0; i < index_t(n); i++) {
+        real sigmoid = 1 / (1 + exponential(-GELU_SCALE * (h[i] + GELU_CUBIC * h[i] * h[i] * h[i])));
+        out[i] = h[i] * sigmoid;
+    }
+}
+
+// d gelu/dh = sigmoid(2w) + h sigmoid(2w) (1 - sigmoid(2w)) 2 dw/dh.  dh comes in as the gradient of gelu's output.
+void gelu_backward(real* dh, const real* h, size_t n) {
+    #pragma omp parallel for simd schedule(static)
+    for (index_t i = 0; i < index_t(n); i++) {
+        real sigmoid = 1 / (1 + exponential(-GELU_SCALE * (h[i] + GELU_CUBIC * h[i] * h[i] * h[i])));
+        real slope = GELU_SCALE * (1 + 3 * GELU_CUBIC * h[i] * h[i]);
+        dh[i] *= sigmoid + h[i] * sigmoid * (1 - sigmoid) * slope;
+    }
+}
+
+// loss (rows) = lse - logit[target], lse (rows) = log sum_j exp(logit_j) over the V real tokens. logits (rows,Vp)
+void cross_entropy_forward(real* loss, real* lse, const real* logits, const int* targets, size_t rows, int V, int Vp) {
+    #pragma omp parallel for schedule(static)
+    for (index_t i = 0; i < index_t(rows); i++) {
+        const real* row = logits + i * Vp;
+        real largest = row[0], sum = 0;
+        for (int v = 1; v < V; v++) largest = std::max(largest, row[v]);
+        #pragma omp simd reduction(+ : sum)
+        for (int v = 0; v < V; v++) sum += exponential(row[v] - largest);
+        lse[i] = largest + std::log(sum);
+        loss[i] = lse[i] - row[targets[i]];
+    }
+}
+
+// dlogits = scale (softmax(logits) - onehot(target)), in place; scale = 1 / (targets of the whole batch)
+void cross_entropy_backward(real* logits, const real* lse, const int* targets, size_t rows, int V, int Vp, real scale) {
+    #pragma omp parallel for schedule(static)
+    for (index_t i = 0; i < index_t(rows); i++) {
+        real* row = logits + i * Vp;
+        for (int v = 0; v < V; v++) row[v] = scale * exponential(row[v] - lse[i]);
+        row[targets[i]] -= scale;
+    }
+}
+
+// ----------------------------------------------------------------------------------------------------
+// The sub-layer: one for all norm placements
+
+// The parameters, or the gradients, of one sub-layer: w[QKVW]. Null where the placement has none.
+struct SublayerTensors {
+    real* tensor[NUM_TENSORS];
+    SublayerTensors(real* base, const ParameterLayout& layout, int l) {
+        for (int t = 0; t < NUM_TENSORS; t++) {
+            size_t at = layout.offset(Tensor(t), l);
+            tensor[t] = at == ParameterLayout::absent ? nullptr : base + at;
+        }
+    }
+    real* operator[](Tensor t) const { return tensor[t]; }
+};
+
+// What a sub-layer's branch computes on its way. Attention has qkv, y and lse, feed-forward h and gelu.
+struct BranchActivations {
+    real* u;           // (rows,C) the branch's input, where norm_in makes one
+    real* qkv;         // (B,T,3C)
+    real* qkv_normed;  // (B,T,3C) HybridNorm only
+    real* y;           // (rows,C) attention's output, before its projection
+    real* lse;         // (rows,H)
+    real* h;           // (rows,4C) before GELU
+    real* gelu;        // (rows,4C)
+};
+
+// f (rows,C) = attention(u (rows,C)), rows = B * (T - first). f may be null: then only the activations are made.
+void attention_branch_forward(real* f, const BranchActivations& a, const real* u, const SublayerTensors& w, const ModelConfig& c,
+                              int B, int T, int first) {
+    size_t rows = size_t(B) * size_t(T - first), start = size_t(first) * 3 * size_t(c.C);
+    matmul_forward(a.qkv + start, u, w[QKVW], rows, c.C, 3 * c.C);
+    const real* qkv = a.qkv;
+    if (w[GAMMA_Q]) {
+        const real* const gains[] = {w[GAMMA_Q], w[GAMMA_K], w[GAMMA_V]};
+        qkv_norm_forward(a.qkv_normed + start, a.qkv + start, gains, rows, c.H, c.D());
+        qkv = a.qkv_normed;
+    }
+    attention_forward(a.y, a.lse, qkv, B, T, c.C, c.H, first);
+    if (f) matmul_forward(f, a.y, w[ATTPROJW], rows, c.C, c.C);
+}
+
+// du (rows,C) from df (rows,C). dqkv (B,T,3C) is scratch; du serves as dy's on the way.
+void attention_branch_backward(real* du, const real* df, real* dqkv, const BranchActivations& a, const real* u,
+                               const SublayerTensors& w, const SublayerTensors& dw, const ModelConfig& c, int B, int T, real* partial) {
+    size_t rows = size_t(B) * size_t(T);
+    matmul_backward(du, dw[ATTPROJW], df, a.y, w[ATTPROJW], rows, c.C, c.C);
+    if (w[GAMMA_Q]) {
+        const real* const gains[] = {w[GAMMA_Q], w[GAMMA_K], w[GAMMA_V]};
+        real* const dgains[] = {dw[GAMMA_Q], dw[GAMMA_K], dw[GAMMA_V]};
+        qkv_norm_forward(a.qkv_normed, a.qkv, gains, rows, c.H, c.D());  // one buffer serves all sub-layers
+        attention_backward(dqkv, du, a.qkv_normed, a.y, a.lse, B, T, c.C, c.H);
+        qkv_norm_backward(dqkv, dgains, a.qkv, gains, rows, c.H, c.D(), partial);
+    } else {
+        attention_backward(dqkv, du, a.qkv, a.y, a.lse, B, T, c.C, c.H);
+    }
+    matmul_backward(du, dw[QKVW], dqkv, u, w[QKVW], rows, c.C, 3 * c.C);
+}
+
+// f (rows,C) = gelu(u fcw^T) fcprojw^T. f may be null.
+void feed_forward_branch_forward(real* f, const BranchActivations& a, const real* u, const SublayerTensors& w, const ModelConfig& c, size_t rows) {
+    matmul_forward(a.h, u, w[FCW], rows, c.C, 4 * c.C);
+    if (!f) return;
+    gelu_forward(a.gelu, a.h, rows * 4 * size_t(c.C));
+    matmul_forward(f, a.gelu, w[FCPROJW], rows, 4 * c.C, c.C);
+}
+
+// du (rows,C) from df (rows,C). dh (rows,4C) is scratch.
+void feed_forward_branch_backward(real* du, const real* df, real* dh, const BranchActivations& a, const real* u,
+                                  const SublayerTensors& w, const SublayerTensors& dw, const ModelConfig& c, size_t rows) {
+    matmul_backward(dh, dw[FCPROJW], df, a.gelu, w[FCPROJW], rows, 4 * c.C, c.C);
+    gelu_backward(dh, a.h, rows * 4 * size_t(c.C));
+    matmul_backward(du, dw[FCW], dh, u, w[FCW], rows, c.C, 4 * c.C);
+}
+
+// z = alpha x + f, and in place x' = norm_out ? RMSNorm(z; gamma_out) : z.   x, z, f (rows,C); gamma null for no norm
+void highway_forward(real* x, real* z, const real* f, const real* gamma, real alpha, size_t rows, int C) {
+    #pragma omp parallel for schedule(static)
+    for (index_t i = 0; i < index_t(rows); i++) {
+        real *xi = x + i * C, *zi = z + i * C;
+        for (int c = 0; c < C; c++) zi[c] = alpha * xi[c] + f[i * C + c];
+        if (gamma) rmsnorm_row_forward(xi, zi, gamma, C);
+        else memcpy(xi, zi, size_t(C) * sizeof(real));
+    }
+}
+
+// dx_l = alpha dz + du', where du' is du taken through the inner norm. In place: dx comes in as dz.
+void highway_backward(real* dx, const real* du, real alpha, size_t n) {
+    #pragma omp parallel for simd schedule(static)
+    for (index_t i = 0; i < index_t(n); i++) dx[i] = alpha * dx[i] + du[i];
+}
+
+// ----------------------------------------------------------------------------------------------------
+// The model: its memory, its forward and its backward
+
+// What --probe writes of each sub-layer, summed over the micro-batches of a step.
+struct SublayerProbe {
+    double x = 0, f = 0, z = 0;    // sums of squares of x_l, F(u_l) and z_l
+    double shortcut = 0;           // sum over rows of alpha / rms(z), the norm's part of the shortcut's gain
+    double dx = 0, df = 0;         // sums of squares of dL/dx_l and dL/dF_l
+};
+
+// Sum of squares in double. Chunks of a fixed size on any thread, then the chunks in order.
+double sum_of_squares(const real* values, size_t n) {
+    constexpr size_t chunk = 1 << 14;
+    std::vector<double> partial((n + chunk - 1) / chunk);
+    #pragma omp parallel for schedule(static)
+    for (index_t k = 0; k < index_t(partial.size()); k++) {
+        double sum = 0;
+        size_t end = std::min(n, (size_t(k) + 1) * chunk);
+        #pragma omp simd reduction(+ : sum)
+        for (size_t i = size_t(k) * chunk; i < end; i++) sum += double(values[i]) * double(values[i]);
+        partial[size_t(k)] = sum;
+    }
+    double sum = 0;
+    for (double p : partial) sum += p;
+    return sum;
+}
+
+struct Model {
+    ModelConfig config;
+    ParameterLayout layout;
+    int B, T;  // the largest micro-batch, and the sequence length
+    Recompute recompute;
+
+    Buffer<real> params, grads, m, v;  // in parameter order; m, v: AdamW's moments
+
+    // The highway is stored once, as z: kept holds x_0 = "z_{-1}", z_0, ..., z_{L-1}, or with -r K every K-th of them and the
+    // last, the others of one segment being in segment. x and u are made from it again.
+    Buffer<real> kept, segment;
+    Buffer<real> u, qkv, qkv_normed, y, lse, h, gelu;  // the branches' activations, a slot for each sub-layer that keeps them
+    Buffer<real> x, f;                                 // (B,T,C) the highway and the branch's output, of the sub-layer at work
+    Buffer<real> dx, du, dbranch;                      // (B,T,C), (B,T,C), (B,T,4C)
+    Buffer<real> logits, row_lse, losses;              // a chunk of rows of (.,Vp), its log-sum-exp; (B,T)
+    Buffer<real> gain_partial;                         // the gains' gradients before their last sum
+
+    std::vector<SublayerProbe> probe;  // empty while nothing is probed
+
+    // One row a buffer: what it is called in the table at the start, its elements, where it lives.
+    struct BufferRow {
+        const char* name;
+        Buffer<real> Model::* buffer;
+        size_t elements;
+    };
+
+    static size_t head_rows(const ModelConfig& c, size_t rows) {
+        // Logits of so many rows at a time that 16 M elements hold them, whatever V is.
+        return std::min(rows, std::max<size_t>(16, (size_t(1) << 24) / size_t(c.Vp())));
+    }
+
+    static std::vector<BufferRow> plan(const ModelConfig& c, int B, int T, Recompute r) {
+        size_t rows = size_t(B) * size_t(T), C = size_t(c.C), L = size_t(c.L), K = size_t(std::max(1, r.level));
+        size_t params = ParameterLayout(c).count;
+        size_t full = r.segments() ? std::min(K, L) : r.level == 1 ? 2 : L;  // sub-layers that have a slot of their own
+        size_t cheap = r.level == 0 || r.segments() ? full : 2;              // the same for u and GELU's output
+        size_t partial = gain_blocks(rows) * std::max(C, c.norm == HYBRIDNORM ? 3 * size_t(c.D()) : 0);
+        return {
+            {"parameters", &Model::params, params},
+            {"gradients", &Model::grads, params},
+            {"AdamW's first moment", &Model::m, params},
+            {"AdamW's second moment", &Model::v, params},
+            {"highway z", &Model::kept, ((L + K - 1) / K + 1) * rows * C},
+            {"highway z of one segment", &Model::segment, (std::min(K, L) - 1) * rows * C},
+            {"u", &Model::u, cheap * rows * C},
+            {"q, k, v", &Model::qkv, full / 2 * rows * 3 * C},
+            {"q, k, v normed", &Model::qkv_normed, c.norm == HYBRIDNORM ? rows * 3 * C : 0},
+            {"attention's output", &Model::y, full / 2 * rows * C},
+            {"attention's log-sum-exp", &Model::lse, full / 2 * rows * size_t(c.H)},
+            {"feed-forward before GELU", &Model::h, full / 2 * rows * 4 * C},
+            {"feed-forward after GELU", &Model::gelu, cheap / 2 * rows * 4 * C},
+            {"x", &Model::x, rows * C},
+            {"branch output", &Model::f, rows * C},
+            {"gradient of x", &Model::dx, rows * C},
+            {"gradient of u", &Model::du, rows * C},
+            {"gradient inside a branch", &Model::dbranch, rows * 4 * C},
+            {"logits, a chunk", &Model::logits, head_rows(c, rows) * size_t(c.Vp())},
+            {"log-sum-exp of logits", &Model::row_lse, head_rows(c, rows)},
+            {"losses", &Model::losses, rows},
+            {"gains' gradients, partial sums", &Model::gain_partial, partial},
+        };
+    }
+
+    Model(const ModelConfig& config, int B, int T, Recompute recompute)
+        : config(config), layout(config), B(B), T(T), recompute(recompute) {
+        for (const BufferRow& row : plan(config, B, T, recompute)) this->*row.buffer = Buffer<real>(row.elements);
+        grads.zero(), m.zero(), v.zero();
+    }
+
+    SublayerTensors weights(int l) { return {params.data(), layout, l}; }
+    SublayerTensors gradients(int l) { return {grads.data(), layout, l}; }
+    real* tensor(Buffer<real>& of, Tensor id) {
+        size_t at = layout.offset(id);
+        return at == ParameterLayout::absent ? nullptr : of.data() + at;
+    }
+
+    void initialise(uint64_t seed) {
+        for (size_t i = 0; i < layout.tensors.size(); i++) {
+            const TensorInfo& t = layout.tensors[i];
+            #pragma omp parallel for schedule(static)
+            for (index_t row = 0; row < index_t(t.rows); row++)
+                initialise_tensor(params.data() + t.offset, t, i, seed, size_t(row), size_t(row) + 1);
+        }
+    }
+
+    // Where z_{i-1} is, i = 0..L (x_0 for i = 0): what sub-layer i reads.
+    real* z(int i) {
+        size_t size = size_t(B) * size_t(T) * size_t(config.C), K = size_t(std::max(1, recompute.level)), at = size_t(i);
+        if (at % K == 0 || i == config.L) return kept.data() + (at + K - 1) / K * size;
+        return segment.data() + (at % K - 1) * size;
+    }
+
+    BranchActivations activations(int l) {
+        size_t rows = size_t(B) * size_t(T), C = size_t(config.C), at = size_t(l);
+        size_t slot = recompute.segments() ? at % size_t(recompute.level) : recompute.level == 1 ? at % 2 : at;
+        size_t cheap = recompute.level == 0 || recompute.segments() ? slot : at % 2;
+        BranchActivations a{};
+        a.u = u.data() + cheap * rows * C;
+        a.qkv = qkv.data() + slot / 2 * rows * 3 * C, a.qkv_normed = qkv_normed.data();
+        a.y = y.data() + slot / 2 * rows * C, a.lse = lse.data() + slot / 2 * rows * size_t(config.H);
+        a.h = h.data() + slot / 2 * rows * 4 * C, a.gelu = gelu.data() + cheap / 2 * rows * 4 * C;
+        return a;
+    }
+
+    // x_{l+1} in x, in place of x_l; z_l and the branch's activations in their slots.
+    void sublayer_forward(int l, int b) {
+        SublayerNorm norm = config.sublayer(l);
+        SublayerTensors w = weights(l);
+        BranchActivations a = activations(l);
+        size_t rows = size_t(b) * size_t(T);
+        const real* input = x.data();
+        if (norm.norm_in) {
+            rmsnorm_forward(a.u, x.data(), w[GAMMA_IN], rows, config.C);
+            input = a.u;
+        }
+        if (is_attention(l)) attention_branch_forward(f.data(), a, input, w, config, b, T, 0);
+        else feed_forward_branch_forward(f.data(), a, input, w, config, rows);
+        if (!probe.empty()) probe[size_t(l)].x += sum_of_squares(x.data(), rows * size_t(config.C));
+        highway_forward(x.data(), z(l + 1), f.data(), w[GAMMA_OUT], real(norm.alpha), rows, config.C);
+        if (!probe.empty()) probe_forward(l, rows);
+    }
+
+    // x_l, made again from z_{l-1} by the operations that made it, so that it has the same bits.
+    void restore_x(int l, size_t rows) {
+        const real* gamma = l > 0 ? weights(l - 1)[GAMMA_OUT] : nullptr;
+        if (gamma) rmsnorm_forward(x.data(), z(l), gamma, rows, config.C);
+        else std::copy(z(l), z(l) + rows * size_t(config.C), x.data());
+    }
+
+    // dx_l in dx, in place of dx_{l+1}:
+    //     dz   = norm_out ? RMSNorm_backward(dx_{l+1}, z_l) : dx_{l+1}
+    //     dF   = dz                          -> branch backward -> du_l
+    //     dx_l = alpha_l * dz + (norm_in ? RMSNorm_backward(du_l, x_l) : du_l)
+    // The first line is where Post-LN dies: it divides the shortcut by rms(z_l), about sqrt(2) where x and F(x) are of one size,
+    // L times over: 2^(-L/2) (the paper's eq. 14-15). KEEL's alpha = L makes rms(z_l) = sqrt(alpha^2 + 1), and the third line's
+    // alpha takes back what the first took: (alpha/sqrt(alpha^2 + 1))^L -> 1 (eq. 18-19).
+    void sublayer_backward(int l, int b) {
+        SublayerNorm norm = config.sublayer(l);
+        SublayerTensors w = weights(l), dw = gradients(l);
+        BranchActivations a = activations(l);
+        size_t rows = size_t(b) * size_t(T);
+
+        if (norm.norm_out) rmsnorm_backward(dx.data(), dw[GAMMA_OUT], dx.data(), z(l + 1), w[GAMMA_OUT], rows, config.C, gain_partial.data());
+        if (!probe.empty()) probe[size_t(l)].df += sum_of_squares(dx.data(), rows * size_t(config.C));
+
+        restore_x(l, rows);
+        const real* input = norm.norm_in ? a.u : x.data();
+        bool drop_cheap = recompute.level == -1 || recompute.level == 1, drop_all = recompute.level == 1;
+        if (norm.norm_in && drop_cheap) rmsnorm_forward(a.u, x.data(), w[GAMMA_IN], rows, config.C);
+        if (is_attention(l)) {
+            if (drop_all) attention_branch_forward(nullptr, a, input, w, config, b, T, 0);
+            attention_branch_backward(du.data(), dx.data(), dbranch.data(), a, input, w, dw, config, b, T, gain_partial.data());
+        } else {
+            if (drop_all) feed_forward_branch_forward(nullptr, a, input, w, config, rows);
+            if (drop_cheap) gelu_forward(a.gelu, a.h, rows * 4 * size_t(config.C));
+            feed_forward_branch_backward(du.data(), dx.data(), dbranch.data(), a, input, w, dw, config, rows);
+        }
+        if (norm.norm_in) rmsnorm_backward(du.data(), dw[GAMMA_IN], du.data(), x.data(), w[GAMMA_IN], rows, config.C, gain_partial.data());
+        highway_backward(dx.data(), du.data(), real(norm.alpha), rows * size_t(config.C));
+        if (!probe.empty()) probe[size_t(l)].dx += sum_of_squares(dx.data(), rows * size_t(config.C));
+    }
+
+    // logits = x wte^T, a chunk of rows at a time; returns the sum of the losses. With backward, dx = dlogits wte and
+    // dwte += dlogits^T x as well, so that logits and their gradients never exist for more than a chunk.
+    double head(const real* in, const int* targets, size_t rows, bool backward, real scale, real* logits_out) {
+        size_t C = size_t(config.C), V = size_t(config.V), Vp = size_t(config.Vp()), chunk = head_rows(config, size_t(B) * size_t(T));
+        real *wte = tensor(params, WTE), *dwte = tensor(grads, WTE);
+        for (size_t i = 0; i < rows; i += chunk) {
+            size_t n = std::min(chunk, rows - i);
+            const real* xi = in + i * C;
+            product(n, V, C, row_major(xi, C), row_major(wte, C).transposed(), logits.data(), Vp, false);
+            for (size_t r = 0; logits_out && r < n; r++) memcpy(logits_out + (i + r) * V, &logits[r * Vp], V * sizeof(real));
+            cross_entropy_forward(losses.data() + i, row_lse.data(), logits.data(), targets + i, n, config.V, config.Vp());
+            if (!backward) continue;
+            cross_entropy_backward(logits.data(), row_lse.data(), targets + i, n, config.V, config.Vp(), scale);
+            product(n, C, V, row_major(logits.data(), Vp), row_major(wte, C), dx.data() + i * C, C, false);
+            product(V, C, n, row_major(logits.data(), Vp).transposed(), row_major(xi, C), dwte, C, true);
+        }
+        double sum = 0;
+        for (size_t i = 0; i < rows; i++) sum += double(losses[i]);
+        return sum;
+    }
+
+    // x_L in x. tokens (b,T), b at most B.
+    void forward(const int* tokens, int b) {
+        embedding_forward(x.data(), tokens, tensor(params, WTE), tensor(params, WPE), b, T, config.C, 0);
+        std::copy(x.data(), x.data() + size_t(b) * size_t(T) * size_t(config.C), z(0));
+        for (int l = 0; l < config.L; l++) sublayer_forward(l, b);
+    }
+
+    // What the head reads: x_L or, in f, its norm.
+    const real* final_norm_forward(size_t rows) {
+        real* gamma = tensor(params, GAMMA_FINAL);
+        if (!gamma) return x.data();
+        rmsnorm_forward(f.data(), x.data(), gamma, rows, config.C);
+        return f.data();
+    }
+
+    // Sum of the losses of one micro-batch, tokens and targets (b,T).
+    double evaluate(const int* tokens, const int* targets, int b) {
+        size_t rows = size_t(b) * size_t(T);
+        forward(tokens, b);
+        return head(final_norm_forward(rows), targets, rows, false, 0, nullptr);
+    }
+
+    // Sum of the losses; adds to the gradients those of scale * sum. debug, if given, gets logits, x and dx.
+    double forward_backward(const int* tokens, const int* targets, int b, real scale, DebugState<real>* debug = nullptr) {
+        size_t rows = size_t(b) * size_t(T), stream = rows * size_t(config.C);
+        forward(tokens, b);
+        if (debug) debug->logits.resize(rows * size_t(config.V)), debug->x.resize((size_t(config.L) + 1) * stream), debug->dx.resize(debug->x.size());
+        auto record = [&](std::vector<real> DebugState<real>::* list, int l, const Buffer<real>& from) {
+            if (debug) std::copy(from.data(), from.data() + stream, (debug->*list).data() + size_t(l) * stream);
+        };
+        record(&DebugState<real>::x, config.L, x);
+        double loss = head(final_norm_forward(rows), targets, rows, true, scale, debug ? debug->logits.data() : nullptr);
+        if (real* gamma = tensor(params, GAMMA_FINAL))
+            rmsnorm_backward(dx.data(), tensor(grads, GAMMA_FINAL), dx.data(), x.data(), gamma, rows, config.C, gain_partial.data());
+        record(&DebugState<real>::dx, config.L, dx);
+        int K = recompute.segments() ? recompute.level : config.L;
+        for (int end = config.L; end > 0;) {
+            int begin = (end - 1) / K * K;  // the segment's first sub-layer
+            if (end < config.L) {           // the last segment's activations are still there
+                restore_x(begin, rows);
+                std::vector<SublayerProbe> once;
+                std::swap(probe, once);     // the first forward has been probed
+                for (int l = begin; l < end; l++) sublayer_forward(l, b);
+                std::swap(probe, once);
+            }
+            for (int l = end - 1; l >= begin; l--) {
+                sublayer_backward(l, b);  // leaves x_l in x
+                record(&DebugState<real>::x, l, x);
+                record(&DebugState<real>::dx, l, dx);
+            }
+            end = begin;
+        }
+        embedding_backward(tensor(grads, WTE), tensor(grads, WPE), dx.data(), tokens, b, T, config.C);
+        return loss;
+    }
+
+    void probe_forward(int l, size_t rows) {
+        SublayerProbe& p = probe[size_t(l)];
+        SublayerNorm norm = config.sublayer(l);
+        const real* zl = z(l + 1);
+        p.f += sum_of_squares(f.data(), rows * size_t(config.C));
+        p.z += sum_of_squares(zl, rows * size_t(config.C));
+        for (size_t i = 0; i < rows; i++)
+            p.shortcut += double(norm.alpha) * (norm.norm_out ? double(rms_reciprocal(zl + i * size_t(config.C), config.C)) : 1.0);
+    }
+};
+
+// The micro-batch and the level of recomputation that B = 0 and `auto` leave open: of those that fit into the memory, the one with the
+// least predicted time a token. On a CPU that is the least recomputation, then the largest micro-batch of at most
+// 8192 tokens, from where on a larger one is no faster.
+void choose_memory_plan(RunConfig& run, size_t available) {
+    std::vector<Recompute> levels = {{0}, {-1}, {1}};
+    int root = 2;  // K + L/K is least at the square root
+    while ((root + 2) * (root + 2) <= run.model.L) root += 2;
+    levels.push_back({root});
+    if (run.recompute_chosen) levels = {run.recompute};
+    std::vector<int> batches;
+    int64_t sequences = run.batch_sequences();
+    for (int64_t B = std::min<int64_t>(sequences, MAX_B); B >= 1; B--)
+        if (sequences % B == 0 && (B * run.T <= 8192 || B == 1)) batches.push_back(int(B));
+    if (run.B) batches = {run.B};
+    size_t least = SIZE_MAX;
+    for (Recompute level : levels)
+        for (int B : batches) {
+            size_t bytes = 0;
+            for (const auto& row : Model::plan(run.model, B, run.T, level)) bytes += row.elements * sizeof(real);
+            least = std::min(least, bytes);
+            if (bytes > available) continue;
+            run.B = B, run.recompute = level;
+            return;
+        }
+    const char* turn = run.B > 1 ? "a smaller -b" : run.recompute_chosen && run.recompute.level != root ? "-r auto" : "a smaller -C, -L or -t";
+    fail("memory: expected at least %s, found %s; use %s", bytes_text(double(least)).c_str(), bytes_text(double(available)).c_str(), turn);
+}
+
+// ----------------------------------------------------------------------------------------------------
+// The optimizer: AdamW (Loshchilov and Hutter 2019)
+
+constexpr double BETA1 = 0.9, BETA2 = 0.95;
+// KEEL's branch gradients shrink as 1/alpha: their RMS is 3e-6 at L = 1024, and the usual 1e-8 would slow them.
+constexpr double ADAM_EPSILON = 1e-12;
+
+// With the clipped gradient g:  m = b1 m + (1-b1) g,  v = b2 v + (1-b2) g^2,
+//     p -= lr wd p,   p -= lr mhat / (sqrt(vhat) + eps),   mhat = m / (1 - b1^s), vhat = v / (1 - b2^s)
+// at step s = 1, 2, ... ; gains are not decayed. Leaves the gradients at zero for the next step.
+// updates, if given, gets the sum of squares of each tensor's update.
+void adamw_update(Model& model, const RunConfig& run, int64_t step, double norm, std::vector<double>* updates = nullptr) {
+    double lr = learning_rate(run, step);
+    real clip = real(run.clip > 0 ? std::min(1.0, run.clip / norm) : 1.0);
+    real b1 = real(BETA1), b2 = real(BETA2), eps = real(ADAM_EPSILON);
+    real step_size = real(lr / (1 - std::pow(BETA1, double(step)))), v_scale = real(1 / (1 - std::pow(BETA2, double(step))));
+    std::vector<real> before;
+    if (updates) before.assign(model.params.data(), model.params.data() + model.params.size());
+    #pragma omp parallel
+    for (const TensorInfo& t : model.layout.tensors) {
+        real decay = real(t.decay ? lr * run.weight_decay : 0);
+        real *p = model.params.data() + t.offset, *g = model.grads.data() + t.offset;
+        real *m = model.m.data() + t.offset, *v = model.v.data() + t.offset;
+        #pragma omp for simd schedule(static) nowait
+        for (index_t i = 0; i < index_t(t.size()); i++) {
+            real gi = clip * g[i];
+            m[i] = b1 * m[i] + (1 - b1) * gi;
+            v[i] = b2 * v[i] + (1 - b2) * gi * gi;
+            p[i] -= decay * p[i];
+            p[i] -= step_size * m[i] / (std::sqrt(v[i] * v_scale) + eps);
+            g[i] = 0;
+        }
+    }
+    if (!updates) return;
+    updates->clear();
+    for (const TensorInfo& t : model.layout.tensors) {
+        for (size_t i = 0; i < t.size(); i++) before[t.offset + i] -= model.params[t.offset + i];
+        updates->push_back(sum_of_squares(before.data() + t.offset, t.size()));
+    }
+}
+
+// The global gradient norm, and if asked for the sum of squares of each tensor.
+double gradient_norm(const Model& model, std::vector<double>* squares = nullptr) {
+    double sum = 0;
+    for (const TensorInfo& t : model.layout.tensors) {
+        double square = sum_of_squares(model.grads.data() + t.offset, t.size());
+        if (squares) squares->push_back(square);
+        sum += square;
+    }
+    return std::sqrt(sum);
+}
+
+// ----------------------------------------------------------------------------------------------------
+// Sampling
+
+// Feeds tokens through the model a few at a time, keeping q, k and v of every block and position (the KV cache), so that a
+// new token costs one row through each layer. The layers are those of training, on rows instead of batches.
+class Generator {
+public:
+    Generator(Model& model, int window)
+        : model(model), window(window), length(0), C(size_t(model.config.C)),
+          cache(blocks() * window * 3 * C), normed_cache(model.config.norm == HYBRIDNORM ? cache.size() : 0),
+          x(window * C), u(window * C), f(window * C), z(window * C), y(window * C), lse(size_t(window) * size_t(model.config.H)),
+          h(window * 4 * C), gelu(window * 4 * C), logits(size_t(model.config.Vp())) {}
+
+    static size_t bytes(const ModelConfig& c, int window) {
+        size_t caches = (c.norm == HYBRIDNORM ? 2 : 1) * size_t(c.L / 2) * 3 * size_t(c.C);
+        return (size_t(window) * (caches + 13 * size_t(c.C) + size_t(c.H)) + size_t(c.Vp())) * sizeof(real);
+    }
+
+    // Appends n tokens; returns the logits (V) that follow the last. At most `window` tokens fit.
+    const real* feed(const int* tokens, int n) {
+        const ModelConfig& c = model.config;
+        int end = length + n;
+        size_t rows = size_t(n);
+        embedding_forward(x.data(), tokens, model.tensor(model.params, WTE), model.tensor(model.params, WPE), 1, n, c.C, length);
+        for (int l = 0; l < c.L; l++) {
+            SublayerNorm norm = c.sublayer(l);
+            SublayerTensors w = model.weights(l);
+            size_t block = size_t(l / 2) * size_t(window) * 3 * C;
+            BranchActivations a{u.data(), cache.data() + block, normed_cache.size() ? normed_cache.data() + block : nullptr,
+                                y.data(), lse.data(), h.data(), gelu.data()};
+            const real* input = x.data();
+            if (norm.norm_in) {
+                rmsnorm_forward(a.u, x.data(), w[GAMMA_IN], rows, c.C);
+                input = a.u;
+            }
+            if (is_attention(l)) attention_branch_forward(f.data(), a, input, w, c, 1, end, length);
+            else feed_forward_branch_forward(f.data(), a, input, w, c, rows);
+            highway_forward(x.data(), z.data(), f.data(), w[GAMMA_OUT], real(norm.alpha), rows, c.C);
+        }
+        length = end;
+        real* last = x.data() + (rows - 1) * C;
+        if (real* gamma = model.tensor(model.params, GAMMA_FINAL)) rmsnorm_forward(last, last, gamma, 1, c.C);
+        product(1, size_t(c.V), C, row_major(last, C), row_major(model.tensor(model.params, WTE), C).transposed(), logits.data(), size_t(c.Vp()), false);
+        return logits.data();
+    }
+    void clear() { length = 0; }
+    int size() const { return length; }
+
+private:
+    size_t blocks() const { return size_t(model.config.L / 2); }
+    Model& model;
+    size_t window_size() const { return size_t(window); }
+    int window, length;
+    size_t C;
+    Buffer<real> cache, normed_cache, x, u, f, z, y, lse, h, gelu, logits;
+};
+
+// One token from logits (V): the likeliest for temperature 0, else from softmax(logits / temperature) over the top_k likeliest
+// (0: over all; of equals the lower token counts as likelier). uniform in [0, 1).
+int sample_token(const real* logits, int V, double temperature, int top_k, double uniform) {
+    std::vector<int> order(static_cast<size_t>(V));
+    for (int v = 0; v < V; v++) order[size_t(v)] = v;
+    auto likelier = [&](int a, int b) { return logits[a] > logits[b] || (logits[a] == logits[b] && a < b); };
+    if (temperature == 0) return *std::min_element(order.begin(), order.end(), likelier);
+    if (top_k > 0 && top_k < V) {
+        std::nth_element(order.begin(), order.begin() + top_k - 1, order.end(), likelier);
+        order.resize(size_t(top_k));
+        std::sort(order.begin(), order.end());
+    }
+    double largest = -INFINITY, sum = 0;
+    for (int v : order) largest = std::max(largest, double(logits[v]));
+    std::vector<double> p;
+    for (int v : order) p.push_back(std::exp((double(logits[v]) - largest) / temperature)), sum += p.back();
+    double left = uniform * sum;
+    for (size_t i = 0; i < p.size(); i++)
+        if ((left -= p[i]) < 0) return order[i];
+    return order[size_t(std::max_element(p.begin(), p.end()) - p.begin())];
+}
+
+// The prompt as tokens: bytes where V = 256, else ids separated by commas.
+std::vector<int> prompt_tokens(const std::string& prompt, bool given, int V) {
+    std::vector<int> tokens;
+    if (V == 256) {
+        for (unsigned char c : prompt) tokens.push_back(c);
+        return tokens;
+    }
+    if (!given) return {V - 1};  // GPT-2's <|endoftext|> is its last token
+    for (size_t at = 0; at <= prompt.size();) {
+        size_t comma = std::min(prompt.find(',', at), prompt.size());
+        tokens.push_back(int(parse_integer("--prompt", prompt.substr(at, comma - at), 0, V - 1)));
+        at = comma + 1;
+    }
+    return tokens;
+}
+
+void print_token(int token, int V) {
+    if (V != 256) printf("%d ", token);
+    else putchar(token == '\n' || token == '\t' || token >= 32 ? token : '.');
+}
+
+// Prints the prompt and count more tokens. When the window is full, the second half of the text goes on in a new one.
+void print_sample(Model& model, const Options& o, int window, uint64_t seed, int64_t step) {
+    int V = model.config.V;
+    std::vector<int> text = prompt_tokens(o.prompt, o.has("--prompt"), V);
+    Generator generator(model, window);
+    printf("--- sample%s\n", step > 0 ? format(" at step %lld", (long long)step).c_str() : "");
+    for (int token : text) print_token(token, V);
+    size_t fed = text.size() > size_t(window) ? text.size() - size_t(window) : 0;
+    for (int64_t i = 0; i < o.sample_tokens; i++) {
+        if (generator.size() + int(text.size() - fed) > window) {
+            generator.clear();
+            fed = text.size() - size_t(std::max(1, window / 2));
+        }
+        const real* logits = generator.feed(text.data() + fed, int(text.size() - fed));
+        fed = text.size();
+        Philox draw = philox(seed, uint32_t(i), uint32_t(step), uint32_t(uint64_t(step) >> 32), STREAM_SAMPLE);
+        text.push_back(sample_token(logits, V, o.temperature, int(o.top_k), draw.word[0] * 0x1p-32));
+        print_token(text.back(), V);
+        fflush(stdout);
+    }
+    printf("\n---\n");
+}
+
+// ----------------------------------------------------------------------------------------------------
+// Files of a model
+
+void load_parameters(Model& model, FileReader& in) {
+    in.read_reals(model.params.data(), model.params.size());
+    in.finish();
+}
+
+void write_state(const std::string& path, Model& model, const RunConfig& run, int64_t step, size_t train_tokens) {
+    FileWriter out(path);
+    FileHeader header = state_header(real_type<real>, run, step, train_tokens);
+    out.write(&header, sizeof header);
+    for (auto* values : {&model.params, &model.m, &model.v}) out.write(values->data(), values->size() * sizeof(real));
+    out.commit();
+}
+
+void load_state(Model& model, const std::string& path) {
+    FileReader in(path, FILE_STATE);
+    for (auto* values : {&model.params, &model.m, &model.v}) in.read_reals(values->data(), values->size());
+    in.finish();
+}
+
+// One forward and backward on the tokens and parameters in the model and the state; fills the rest of the state.
+void fill_debug_state(Model& model, DebugState<real>& s, int B, int T) {
+    s.header = make_header(FILE_DEBUG, real_type<real>, model.config, 0);
+    s.header.word[H_B] = B, s.header.word[H_T] = T;
+    s.params.assign(model.params.data(), model.params.data() + model.params.size());
+    double rows = double(B) * T;
+    s.loss = real(model.forward_backward(s.tokens.data(), s.targets.data(), B, real(1 / rows), &s) / rows);
+    s.grads.assign(model.grads.data(), model.grads.data() + model.grads.size());
+}
+
+// --check: 0 if every tensor of the file is what this build computes from its parameters and tokens.
+int check_debug_state(const std::string& path) {
+    DebugState<real> file = DebugState<real>::read(path), ours;
+    int B = file.header.word[H_B], T = file.header.word[H_T];
+    Model model(file.header.model(), B, T, {0});
+    std::copy(file.params.begin(), file.params.end(), model.params.data());
+    ours.tokens = file.tokens, ours.targets = file.targets;
+    fill_debug_state(model, ours, B, T);
+    return print_check_table(compare_debug_states(file, ours)) ? 0 : 1;
+}
+
+// ----------------------------------------------------------------------------------------------------
+// The run
+
+// Operations a second of our own matrix product on this machine, what every rate is compared with: the median of a few.
+double measure_matrix_rate() {
+    constexpr size_t M = 1024, N = 768, K = 256;
+    Buffer<real> a(M * K), b(N * K), c(M * N);
+    a.zero(), b.zero();
+    std::vector<double> times;
+    for (int i = 0; i < 15; i++) {
+        double start = seconds();
+        matmul_forward(c.data(), a.data(), b.data(), M, K, N);
+        times.push_back(seconds() - start);
+    }
+    std::nth_element(times.begin(), times.begin() + times.size() / 2, times.end());
+    return 2.0 * M * N * K / times[times.size() / 2];
+}
+
+// The mean loss over the first -m batches of the validation data, in order.
+double validate(Model& model, const Loader& loader, const RunConfig& run, int64_t batches) {
+    size_t sequences = std::min(size_t(batches) * size_t(run.batch_sequences()), loader.sequences_per_epoch());
+    std::vector<int> tokens(size_t(run.B) * size_t(run.T)), targets(tokens.size());
+    double sum = 0;
+    for (size_t s = 0; s < sequences; s += size_t(run.B)) {
+        int b = int(std::min(size_t(run.B), sequences - s));
+        loader.batch(s, b, tokens.data(), targets.data());
+        sum += model.evaluate(tokens.data(), targets.data(), b);
+    }
+    return sum / (double(sequences) * run.T);
+}
+
+// A row for each sub-layer of one step: rms over rows and channels; the shortcut's own gain alpha gamma / rms(z) and its
+// product from here to the top; norms of gradients and updates. The gain takes the mean over rows of alpha / rms(z) and the
+// rms of gamma.
+void write_probe(CsvLog& csv, Model& model, int64_t step, const RunConfig& run, const std::vector<double>& gradient_squares,
+                 const std::vector<double>& update_squares) {
+    int L = model.config.L;
+    double rows = double(run.total_batch), elements = rows * model.config.C, to_top = 1;
+    std::vector<double> gain(static_cast<size_t>(L)), product_to_top(static_cast<size_t>(L)), gradient(static_cast<size_t>(L)), update(static_cast<size_t>(L));
+    for (int l = L - 1; l >= 0; l--) {
+        real* gamma = model.weights(l)[GAMMA_OUT];
+        double gamma_rms = gamma ? std::sqrt(sum_of_squares(gamma, size_t(model.config.C)) / model.config.C) : 1;
+        gain[size_t(l)] = gamma_rms * model.probe[size_t(l)].shortcut / rows;
+        product_to_top[size_t(l)] = to_top *= gain[size_t(l)];
+    }
+    for (size_t i = 0; i < model.layout.tensors.size(); i++)
+        if (int l = model.layout.tensors[i].layer; l >= 0) gradient[size_t(l)] += gradient_squares[i], update[size_t(l)] += update_squares[i];
+    for (int l = 0; l < L; l++) {
+        const SublayerProbe& p = model.probe[size_t(l)];
+        csv.row(format("%lld,%d,%s,%.6g,%.6g,%.6g,%.6g,%.6g,%.6g,%.6g,%.6g,%.6g", (long long)step, l, is_attention(l) ? "attention" : "feed-forward",
+                       std::sqrt(p.x / elements), std::sqrt(p.f / elements), std::sqrt(p.z / elements), gain[size_t(l)],
+                       product_to_top[size_t(l)], std::sqrt(p.dx), std::sqrt(p.df), std::sqrt(gradient[size_t(l)]), std::sqrt(update[size_t(l)])));
+    }
+}
+
+void print_run(const RunConfig& run, const ParameterLayout& layout, const DataSplit* data) {
+    const ModelConfig& m = run.model;
+    printf("model      %s, L %d sub-layers, C %d, H %d, T %d, V %d", placements[m.norm].name, m.L, m.C, m.H, run.T, m.V);
+    if (placements[m.norm].alpha) printf(", alpha %g", double(m.alpha));
+    printf("; %s parameters\n", count_text(double(layout.count)).c_str());
+    if (!data) return;
+    printf("data       %s: %s tokens to train on, %s to validate on\n", data->train.pattern.c_str(),
+           count_text(double(data->train_count)).c_str(), count_text(double(data->val_count)).c_str());
+    printf("training   %lld steps of %lld tokens (%d x %d x %d), peak LR %g, warm-up %lld, weight decay %g, clip %g, seed %llu\n",
+           (long long)run.steps, (long long)run.total_batch, run.accumulation(), run.B, run.T, run.lr, (long long)run.warmup,
+           run.weight_decay, run.clip, (unsigned long long)run.seed);
+}
+
+// Sampling alone: -e model.bin --prompt TEXT
+int run_sampling(const Options& o, FileReader& file) {
+    RunConfig run = resolve_run(o, &file.header, 0);
+    prompt_tokens(o.prompt, true, run.model.V);
+    size_t bytes = ParameterLayout(run.model).count * 4 * sizeof(real) + Generator::bytes(run.model, run.T);
+    if (size_t available = available_memory(); bytes > available)
+        fail("memory: expected %s, found %s; use a smaller -t or another machine", bytes_text(double(bytes)).c_str(), bytes_text(double(available)).c_str());
+    Model model(run.model, 1, 1, {1});
+    load_parameters(model, file);
+    print_run(run, model.layout, nullptr);
+    print_sample(model, o, run.T, run.seed, file.header.get<int64_t>(H_STEP));
+    return 0;
+}
+
+int run(int argc, const char* const* argv) {
+    Options o = parse_command_line(argc, argv, false);
+    if (o.help) {
+        printf("%s", help_text(argv[0], false).c_str());
+        return 0;
+    }
+    if (!o.check.empty()) return check_debug_state(o.check);
+
+    // What there is to start from, and the data. Nothing is written before all of it is known to be sound.
+    std::string resume_from;
+    if (!o.out.empty() && o.dump.empty()) {
+        check_output_folder(o.out, o.resume);
+        if (o.resume) resume_from = newest_state(o.out);
+    }
+    std::unique_ptr<FileReader> init;
+    if (!o.init.empty()) init = std::make_unique<FileReader>(o.init, FILE_MODEL);
+    if (!resume_from.empty()) init = std::make_unique<FileReader>(resume_from, FILE_STATE);
+    if (init && o.has("--prompt") && !o.has("--train") && !o.has("--out") && !o.has("--steps") && o.dump.empty()) return run_sampling(o, *init);
+    if (!resume_from.empty() && init->header.word[H_TYPE] != real_type<real>)
+        fail("-y: expected a checkpoint of reals of type %d, found type %d; resume with the build that wrote it", int(real_type<real>), init->header.word[H_TYPE]);
+    DataSplit data(o);
+    RunConfig run = resolve_run(o, init ? &init->header : nullptr, data.natural_vocabulary());
+    const ModelConfig& config = run.model;
+    data.check_tokens(config.V);
+    data.check_lengths(run);
+    if (o.val_every > 0 && o.dump.empty()) data.check_validation(run);
+    if (!resume_from.empty() && size_t(init->header.get<int64_t>(H_TRAIN_TOKENS)) != data.train_count)
+        fail("-i: expected the %lld training tokens of the checkpoint, found %zu; give the same data",
+             (long long)init->header.get<int64_t>(H_TRAIN_TOKENS), data.train_count);
+    if (o.sample_every > 0) prompt_tokens(o.prompt, o.has("--prompt"), config.V);
+
+    // Memory: planned, shown and compared with what there is before any of it is taken.
+    size_t beside = o.sample_every > 0 ? Generator::bytes(config, run.T) : 0;
+    if (!o.dump.empty())
+        beside = sizeof(real) * (2 * ParameterLayout(config).count +
+                                 size_t(run.B ? run.B : run.batch_sequences()) * size_t(run.T) * (2 * size_t(config.L + 1) * size_t(config.C) + size_t(config.V)));
+    if (o.probe > 0) beside += sizeof(real) * ParameterLayout(config).count;
+    size_t available = available_memory();
+    choose_memory_plan(run, available > beside ? available - beside : 0);
+    std::vector<MemoryRow> memory;
+    for (const auto& row : Model::plan(config, run.B, run.T, run.recompute))
+        if (row.elements) memory.push_back({row.name, row.elements * sizeof(real)});
+    if (beside) memory.push_back({o.dump.empty() ? "samples, probe" : "debug state", beside});
+    print_run(run, ParameterLayout(config), &data);
+    printf("memory     needs %s of %s, micro-batch %d, recompute %s:\n", bytes_text(double(total_bytes(memory))).c_str(),
+           bytes_text(double(available)).c_str(), run.B, run.recompute.name().c_str());
+    print_memory_table(memory);
+    fflush(stdout);
+
+    Model model(config, run.B, run.T, run.recompute);
+    int64_t step = 0;
+    if (!resume_from.empty()) {
+        load_state(model, resume_from);
+        step = init->header.get<int64_t>(H_STEP);
+        printf("resuming   %s\n", resume_from.c_str());
+    } else if (init) {
+        load_parameters(model, *init);
+    } else {
+        model.initialise(run.seed);
+    }
+
+    Loader train(data.train, 0, data.train_count, run.T, config.V, run.seed, true);
+    Loader val(data.val, data.val_start, data.val_count, run.T, config.V, run.seed, false);
+    std::vector<int> tokens(size_t(run.B) * size_t(run.T)), targets(tokens.size());
+
+    if (!o.dump.empty()) {
+        DebugState<real> debug;
+        train.batch(0, run.B, tokens.data(), targets.data());
+        debug.tokens = tokens, debug.targets = targets;
+        fill_debug_state(model, debug, run.B, run.T);
+        debug.write(o.dump);
+        printf("wrote      %s, loss %.9g\n", o.dump.c_str(), double(debug.loss));
+        return 0;
+    }
+
+    std::unique_ptr<CsvLog> log, probe_log;
+    if (!o.out.empty()) {
+        create_output_folder(o.out);
+        int64_t kept = resume_from.empty() ? -1 : step;
+        log = std::make_unique<CsvLog>(o.out + "/log.csv", "step,loss,val_loss,lr,grad_norm,ms,tokens_per_second,mfu", kept);
+        if (o.probe > 0)
+            probe_log = std::make_unique<CsvLog>(o.out + "/probe.csv",
+                "step,sublayer,kind,rms_x,rms_f,rms_z,shortcut_gain,shortcut_gain_to_top,dx_norm,df_norm,grad_norm,update_norm", kept);
+    }
+    double rate = measure_matrix_rate();
+    printf("machine    %d threads, %.0f GFLOP/s in matrix products\n", omp_get_max_threads(), rate * 1e-9);
+    printf("note       the first loss is not ln V = %.2f: the tied head sees each input token's own embedding\n", std::log(double(config.V)));
+
+    double spent = 0, steps_here = 0;
+    while (step < run.steps) {
+        step++;
+        double start = seconds();
+        bool last = step == run.steps;
+        auto due = [&](int64_t every) { return every > 0 && (step % every == 0 || last); };
+        bool probing = o.probe > 0 && step % o.probe == 0;
+        model.probe.assign(probing ? size_t(config.L) : 0, {});
+
+        double loss = 0;
+        for (int micro = 0; micro < run.accumulation(); micro++) {
+            train.batch(uint64_t(step - 1) * uint64_t(run.batch_sequences()) + uint64_t(micro) * uint64_t(run.B), run.B, tokens.data(), targets.data());
+            loss += model.forward_backward(tokens.data(), targets.data(), run.B, real(1.0 / double(run.total_batch)));
+        }
+        loss /= double(run.total_batch);
+        std::vector<double> gradient_squares, update_squares;
+        double norm = gradient_norm(model, probing ? &gradient_squares : nullptr);
+        adamw_update(model, run, step, norm, probing ? &update_squares : nullptr);
+        if (probing) write_probe(*probe_log, model, step, run, gradient_squares, update_squares);
+        model.probe.clear();
+
+        double elapsed = seconds() - start, tokens_per_second = double(run.total_batch) / elapsed;
+        double mfu = flops_per_token(config, run.T) * tokens_per_second / rate;
+        spent += elapsed, steps_here++;
+        printf("step %lld/%lld | loss %.4f | grad norm %.3g | lr %.2e | %.0f ms | %.0f tokens/s | %.0f %% of matrix rate | %s left\n",
+               (long long)step, (long long)run.steps, loss, norm, learning_rate(run, step), elapsed * 1e3, tokens_per_second, 100 * mfu,
+               duration_text(spent / steps_here * double(run.steps - step)).c_str());
+        std::string val_text;
+        if (due(o.val_every)) {
+            double val_loss = validate(model, val, run, o.val_batches);
+            val_text = format("%.9g", val_loss);
+            printf("validation | loss %.4f | perplexity %.3f\n", val_loss, std::exp(val_loss));
+        }
+        if (log)
+            log->row(format("%lld,%.9g,%s,%.9g,%.9g,%.3f,%.1f,%.4f", (long long)step, loss, val_text.c_str(), learning_rate(run, step), norm,
+                            elapsed * 1e3, tokens_per_second, mfu));
+        if (log && due(o.checkpoint_every)) {
+            log->sync();  // no checkpoint is ahead of its log
+            write_model<real>(model_path(o.out, step), config, step, {model.params.data(), model.params.size()});
+            write_state(state_path(o.out, step), model, run, step, data.train_count);
+            printf("checkpoint | %s\n", state_path(o.out, step).c_str());
+        }
+        if (due(o.sample_every)) print_sample(model, o, run.T, run.seed, step);
+        fflush(stdout);
+    }
+    return 0;
+}
+
+#ifndef KEEL_NO_MAIN  // the tests have a main of their own
+int main(int argc, char** argv) {
+    setvbuf(stdout, nullptr, _IOLBF, 0);
+    try {
+        return run(argc, argv);
+    } catch (const Error& e) {
+        fflush(stdout);
+        fprintf(stderr, "%s: %s\n", std::filesystem::path(argv[0]).filename().c_str(), e.what());
+    } catch (const std::bad_alloc&) {
+        fprintf(stderr, "%s: out of memory; use a smaller -b, -t, -C or -L, or -r layer\n", argv[0]);
+    }
+    return 1;
+}
+#endif
