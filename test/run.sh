@@ -1,0 +1,47 @@
+#!/bin/bash
+# Runs every suite and ends with a line that counts the test cases of all of them. Exit 1 if any failed.
+cd "$(dirname "$0")/.." || exit 1
+passed=0 failed=0 skipped=0
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+
+# Takes the counts from a suite's last summary: doctest's "test cases: N | N passed | N failed", or "N passed, N failed[, N skipped]".
+count() {
+    local status=$1 line
+    line=$(sed 's/\x1b\[[0-9;]*m//g' "$log" | grep -E 'test cases:|^[0-9]+ passed, [0-9]+ failed' | tail -1)
+    local p f s
+    p=$(grep -oE '[0-9]+ passed' <<<"$line" | grep -oE '[0-9]+')
+    f=$(grep -oE '[0-9]+ failed' <<<"$line" | grep -oE '[0-9]+')
+    s=$(grep -oE '[0-9]+ skipped' <<<"$line" | head -1 | grep -oE '[0-9]+')
+    [ "$status" -ne 0 ] && [ "${f:-0}" -eq 0 ] && f=1  # it ended before it could count
+    passed=$((passed + ${p:-0})) failed=$((failed + ${f:-0}))
+    [[ $line == *"test cases"* ]] || skipped=$((skipped + ${s:-0}))
+}
+suite() {
+    local start=$SECONDS
+    echo "== $*"
+    "$@" 2>&1 | tee "$log"
+    count "${PIPESTATUS[0]}"
+    echo "   $((SECONDS - start)) s"
+}
+
+if python=$(dev/find_python.sh torch numpy 2>/dev/null); then
+    suite "$python" dev/reference/make_dumps.py --check
+    suite "$python" test/test_reference.py
+else
+    echo "SKIPPED: the dumps against PyTorch, and the reference: no Python with torch and numpy (Debian: python3-torch)"
+    skipped=$((skipped + 2))
+fi
+if python=$(dev/find_python.sh numpy 2>/dev/null); then
+    suite "$python" test/test_data.py
+else
+    echo "SKIPPED: the data scripts: no Python with numpy (Debian: python3-numpy)"
+    skipped=$((skipped + 1))
+fi
+suite build/test_run
+suite build/test_cpu_fp32
+suite build/test_cpu_fp64
+
+[ $skipped -gt 0 ] && tail=", $skipped skipped"
+echo "$passed passed, $failed failed$tail"
+[ "$failed" -eq 0 ] && [ "$passed" -gt 0 ]
