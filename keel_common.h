@@ -1196,8 +1196,8 @@ inline RunConfig resolve_run(const Options& o, const FileHeader* init, int V) {
     run.T = o.seq_len ? int(o.seq_len) : resume ? init->word[H_T] : m.max_seq_len;
     run.B = o.batch ? int(o.batch) : resume ? init->word[H_B] : 0;
     run.total_batch = o.total_batch ? o.total_batch
-                      : o.batch     ? o.batch * run.T
                       : resume      ? init->get<int64_t>(H_TOTAL_BATCH)
+                      : o.batch     ? o.batch * run.T
                                     : default_total_batch(m.C, run.T);
     if (run.total_batch % run.T || (run.B && run.total_batch % (int64_t(run.B) * run.T)))
         fail("-d: expected a multiple of %lld tokens (%sT), found %lld", (long long)std::max(run.B, 1) * run.T,
@@ -1234,7 +1234,7 @@ inline std::string state_path(const std::string& folder, int64_t step) {
     return format("%s/state_%08lld_00000.bin", folder.c_str(), (long long)step);
 }
 
-// The newest training state in the folder that is whole, or "". What it passes over it names on stderr.
+// The newest training state in the folder that is whole, or "" where there is none at all. What it passes over it names on stderr.
 inline std::string newest_state(const std::string& folder) {
     std::vector<std::pair<long long, std::string>> found;
     std::error_code ignored;
@@ -1254,6 +1254,9 @@ inline std::string newest_state(const std::string& folder) {
             fprintf(stderr, "skipping a checkpoint: %s\n", e.what());
         }
     }
+    if (!found.empty())
+        fail("-y: expected a whole checkpoint in %s, found %zu, all damaged; restore one, or move the folder away to start fresh",
+             folder.c_str(), found.size());
     return "";
 }
 
@@ -1272,6 +1275,7 @@ inline void check_output_folder(const std::string& folder, bool resume) {
     // The nearest folder that exists is the one that must be writable.
     fs::path probe = fs::absolute(folder);
     while (!fs::exists(probe, error) && probe.has_parent_path() && probe != probe.parent_path()) probe = probe.parent_path();
+    if (!fs::is_directory(probe, error)) fail("-o: expected a folder, found the file %s; give another name", probe.c_str());
     if (access(probe.c_str(), W_OK | X_OK) != 0)
         fail("-o: %s cannot be written (%s); give a folder that can", probe.c_str(), errno_text().c_str());
 }
@@ -1364,6 +1368,12 @@ struct MemoryRow {
     std::string name;
     size_t bytes;
 };
+
+// turn: the flags that would make it fit.
+inline void require_memory(size_t bytes, size_t available, const char* turn) {
+    if (bytes > available)
+        fail("memory: expected at least %s, found %s; use %s", bytes_text(double(bytes)).c_str(), bytes_text(double(available)).c_str(), turn);
+}
 
 inline size_t total_bytes(const std::vector<MemoryRow>& rows) {
     size_t sum = 0;

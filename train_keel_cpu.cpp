@@ -687,6 +687,12 @@ struct Model {
         };
     }
 
+    static size_t bytes(const ModelConfig& c, int B, int T, Recompute r) {
+        size_t sum = 0;
+        for (const BufferRow& row : plan(c, B, T, r)) sum += row.elements * sizeof(real);
+        return sum;
+    }
+
     Model(const ModelConfig& config, int B, int T, Recompute recompute)
         : config(config), layout(config), B(B), T(T), recompute(recompute) {
         for (const BufferRow& row : plan(config, B, T, recompute)) this->*row.buffer = Buffer<real>(row.elements);
@@ -891,15 +897,14 @@ void choose_memory_plan(RunConfig& run, size_t available) {
     size_t least = SIZE_MAX;
     for (Recompute level : levels)
         for (int B : batches) {
-            size_t bytes = 0;
-            for (const auto& row : Model::plan(run.model, B, run.T, level)) bytes += row.elements * sizeof(real);
+            size_t bytes = Model::bytes(run.model, B, run.T, level);
             least = std::min(least, bytes);
             if (bytes > available) continue;
             run.B = B, run.recompute = level;
             return;
         }
     const char* turn = run.B > 1 ? "a smaller -b" : run.recompute_chosen && run.recompute.level != root ? "-r auto" : "a smaller -C, -L or -t";
-    fail("memory: expected at least %s, found %s; use %s", bytes_text(double(least)).c_str(), bytes_text(double(available)).c_str(), turn);
+    require_memory(least, available, turn);
 }
 
 // ----------------------------------------------------------------------------------------------------
@@ -1111,8 +1116,11 @@ void fill_debug_state(Model& model, DebugState<real>& s, int B, int T) {
 
 // --check: 0 if every tensor of the file is what this build computes from its parameters and tokens.
 int check_debug_state(const std::string& path) {
+    FileHeader header = FileReader(path, FILE_DEBUG).header;
+    int B = header.word[H_B], T = header.word[H_T];
+    size_t reals = (expected_file_size(header) - sizeof header) / real_size(header.word[H_TYPE]);
+    require_memory(2 * reals * sizeof(real) + Model::bytes(header.model(), B, T, {0}), available_memory(), "a dump of a smaller -b, -t or -L");
     DebugState<real> file = DebugState<real>::read(path), ours;
-    int B = file.header.word[H_B], T = file.header.word[H_T];
     Model model(file.header.model(), B, T, {0});
     std::copy(file.params.begin(), file.params.end(), model.params.data());
     ours.tokens = file.tokens, ours.targets = file.targets;
@@ -1192,9 +1200,7 @@ void print_run(const RunConfig& run, const ParameterLayout& layout, const DataSp
 int run_sampling(const Options& o, FileReader& file) {
     RunConfig run = resolve_run(o, &file.header, 0);
     prompt_tokens(o.prompt, true, run.model.V);
-    size_t bytes = ParameterLayout(run.model).count * 4 * sizeof(real) + Generator::bytes(run.model, run.T);
-    if (size_t available = available_memory(); bytes > available)
-        fail("memory: expected %s, found %s; use a smaller -t or another machine", bytes_text(double(bytes)).c_str(), bytes_text(double(available)).c_str());
+    require_memory(Model::bytes(run.model, 1, 1, {1}) + Generator::bytes(run.model, run.T), available_memory(), "a smaller -t or a larger machine");
     Model model(run.model, 1, 1, {1});
     load_parameters(model, file);
     print_run(run, model.layout, nullptr);
@@ -1288,7 +1294,7 @@ int run(int argc, const char* const* argv) {
     }
     double rate = measure_matrix_rate();
     printf("machine    %d threads, %.0f GFLOP/s in matrix products\n", omp_get_max_threads(), rate * 1e-9);
-    printf("note       the first loss is not ln V = %.2f: the tied head sees each input token's own embedding\n", std::log(double(config.V)));
+    if (!init) printf("note       the first loss is not ln V = %.2f: the tied head sees each input token's own embedding\n", std::log(double(config.V)));
 
     double spent = 0, steps_here = 0;
     while (step < run.steps) {

@@ -33,6 +33,7 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -188,12 +189,12 @@ class Gpt2Tokenizer:
 TOKENIZERS = {"gpt2": Gpt2Tokenizer, "bytes": BytesTokenizer}
 
 
-def decode(name, ids):
-    tokenizer = TOKENIZERS[name]
-    for token in ids:
-        if not 0 <= token < tokenizer.ids:
-            raise DataError(f"token {token} is not one of {name}'s, 0 to {tokenizer.ids - 1}: choose another --tokenizer")
-    return tokenizer().decode(ids)
+def print_decoded(name, ids):
+    tokenizer = TOKENIZERS[name]()
+    if max(ids, default=0) >= tokenizer.ids:
+        raise DataError(f"token {max(ids)} is not one of {name}'s, 0 to {tokenizer.ids - 1}: choose another --tokenizer")
+    for start in range(0, len(ids), 1 << 20):  # in pieces, as a list of Python integers takes 20 times a shard's memory
+        sys.stdout.buffer.write(tokenizer.decode(ids[start : start + (1 << 20)]))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -320,6 +321,7 @@ def start_worker(name):
         os._exit(1)
 
     threading.Thread(target=exit_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer, in one line
 
 
 def tokenize_batch(texts):
@@ -386,7 +388,7 @@ class ShardWriter:
         try:
             with open(self.progress_path, encoding="utf-8") as file:
                 progress = json.load(file)
-            stored = progress["settings"]
+            stored = dict(progress["settings"])
             self.shards, self.tokens = progress["shards"], progress["tokens"]
             self.documents, self.document_tokens = progress["documents"], progress["document_tokens"]
             self.finished = progress["finished"]
@@ -485,7 +487,10 @@ class ShardWriter:
     def close(self):
         """Give up the unfinished shard, if any; whole ones and the progress file stay."""
         if self.file:
-            self.file.close()
+            try:
+                self.file.close()
+            except OSError:
+                pass  # the disk is full: what could not be written is given up here anyway
             os.remove(self.path(self.shards) + ".tmp")
             self.file = None
         if self.lock_descriptor is not None:
@@ -647,7 +652,7 @@ def main():
     elif args.decode is not None:
         tokens = read_shard(args.decode, args.count)
         name = args.tokenizer or ("bytes" if max(read_shard(args.decode), default=0) < 256 else "gpt2")
-        sys.stdout.buffer.write(decode(name, tokens))
+        print_decoded(name, tokens)
     elif args.encode is not None:
         print(",".join(map(str, TOKENIZERS[args.tokenizer or "gpt2"]().encode(args.encode))))
     elif args.decode_ids is not None:
@@ -656,7 +661,7 @@ def main():
         for word in words:
             if not (word.isascii() and word.isdigit()):
                 parser.error(f"--decode-ids: expected token ids, found {word!r}")
-        sys.stdout.buffer.write(decode(args.tokenizer or "gpt2", [int(word) for word in words]))
+        print_decoded(args.tokenizer or "gpt2", [int(word) for word in words])
     else:
         args.tokenizer = args.tokenizer or "gpt2"
         for option, value in [("FILES", args.files), ("-o DIR", args.out), ("--prefix NAME", args.prefix)]:

@@ -1,0 +1,108 @@
+"""The trainers and the PyTorch reference read each other's files and agree. Ends with `N passed, N failed`."""
+
+import subprocess
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "dev"), str(ROOT / "dev" / "reference")]
+
+import numpy as np
+import torch
+
+import keel
+import keel_file
+
+CPU, FP64 = str(ROOT / "train_keel_cpu"), str(ROOT / "train_keel_cpu_fp64")
+SMALL = ["-L", "6", "-C", "12", "-H", "3", "-t", "8", "-b", "2", "-r", "none"]
+
+
+def run(*command):
+    return subprocess.run([str(word) for word in command], capture_output=True, text=True)
+
+
+def succeed(*command):
+    done = run(*command)
+    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout[-2000:]}{done.stderr}"
+    return done.stdout
+
+
+def test_check_confirms_dumps(folder):
+    """What both builds dump, for every placement, is what PyTorch computes from the same parameters."""
+    for norm in keel_file.NORMS:
+        for binary in (CPU, FP64):
+            succeed(binary, *SMALL, "--norm", norm, "--dump", folder / "d.bin")
+            succeed(sys.executable, ROOT / "dev/reference/check.py", folder / "d.bin")
+
+
+def test_check_finds_a_wrong_value(folder):
+    """The reference's own check fails, and names the tensor, when one value of a dump is moved."""
+    succeed(FP64, *SMALL, "--dump", folder / "d.bin")
+    file = keel_file.read(folder / "d.bin")
+    file.tensors["dfcw[3]"] = file.tensors["dfcw[3]"].copy()
+    file.tensors["dfcw[3]"].flat[7] += 1e-6
+    keel_file.write(folder / "d.bin", file)
+    done = run(sys.executable, ROOT / "dev/reference/check.py", folder / "d.bin")
+    assert done.returncode == 1, done.stdout
+    assert [line for line in done.stdout.splitlines() if "fcw[3]" in line and "NOT OK" in line], done.stdout
+    done = run(FP64, "--check", folder / "d.bin")
+    assert done.returncode == 1 and done.stdout.count("NOT OK") == 1, done.stdout
+
+
+def test_model_file_loads(folder):
+    """PyTorch loads a trained model file and finds the loss that the trainer finds."""
+    text = folder / "text.txt"
+    text.write_bytes(bytes((i * i // 7) % 251 for i in range(4000)))
+    succeed(CPU, *SMALL, "-i", text, "-x", "5", "-s", "0", "-o", folder / "run")
+    model_path = folder / "run" / "model_00000005.bin"
+    succeed(CPU, "-i", text, "-e", model_path, "-b", "2", "--dump", folder / "d.bin")
+    dump = keel_file.read(folder / "d.bin")
+    model = keel.from_file(model_path)
+    tokens, targets = (torch.as_tensor(np.array(dump.tensors[name])).long() for name in ("tokens", "targets"))
+    loss, expected = model.loss(tokens, targets).item(), float(dump.tensors["loss"].reshape(-1)[0])
+    assert abs(loss / expected - 1) < 1e-5, (loss, expected)
+
+
+def test_state_file_reads(folder):
+    """The reader takes a training state apart into parameters and both moments."""
+    text = folder / "text.txt"
+    text.write_bytes(bytes((i * i // 7) % 251 for i in range(4000)))
+    succeed(CPU, *SMALL, "-i", text, "-x", "3", "-s", "0", "-o", folder / "run")
+    state = keel_file.read(folder / "run" / "state_00000003_00000.bin")
+    model = keel_file.read(folder / "run" / "model_00000003.bin")
+    for name, _ in keel_file.parameter_table(model.cfg):
+        assert np.array_equal(state.tensors[name], model.tensors[name]), name
+    assert "wte" in succeed(sys.executable, ROOT / "dev/keel_file.py", folder / "run" / "model_00000003.bin")
+
+
+def test_damage_is_refused(folder):
+    """The reader refuses a file with a flipped bit, in one line."""
+    succeed(CPU, *SMALL, "--dump", folder / "d.bin")
+    raw = bytearray((folder / "d.bin").read_bytes())
+    raw[5000] ^= 1
+    (folder / "d.bin").write_bytes(raw)
+    done = run(sys.executable, ROOT / "dev/keel_file.py", folder / "d.bin")
+    assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def main():
+    passed = failed = 0
+    for name, test in list(globals().items()):
+        if not name.startswith("test_"):
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                test(Path(folder))
+                passed += 1
+            except Exception:
+                failed += 1
+                print(f"FAILED: {test.__doc__}")
+                traceback.print_exc()
+    print(f"{passed} passed, {failed} failed")
+    return failed > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
