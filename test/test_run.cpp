@@ -1,0 +1,463 @@
+// Tests of the real binaries, ./train_keel_cpu and ./train_keel_cpu_fp64: flags, bad input, resume, dumps, sampling.
+#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
+#include <doctest/doctest.h>
+#include <signal.h>
+#include <sys/wait.h>
+
+#include <fstream>
+#include <functional>
+#include <map>
+#include <sstream>
+#include <thread>
+
+#include "keel_common.h"
+
+namespace {
+
+namespace fs = std::filesystem;
+using Words = std::vector<std::string>;
+
+std::string slurp(const std::string& path) {
+    std::ifstream in(path, std::ios::binary);
+    return std::string((std::istreambuf_iterator<char>(in)), {});
+}
+void spill(const std::string& path, const std::string& content) { std::ofstream(path, std::ios::binary) << content; }
+
+struct Result {
+    int code;  // exit status; -signal if killed
+    std::string out, err;
+};
+
+// Runs a command with the given environment added; kill_after > 0 sends SIGKILL after so many seconds.
+Result run(const Words& words, const std::map<std::string, std::string>& environment = {}, double kill_after = 0) {
+    char out_name[] = "/tmp/keel_out_XXXXXX", err_name[] = "/tmp/keel_err_XXXXXX";
+    int out = mkstemp(out_name), err = mkstemp(err_name);
+    pid_t child = fork();
+    if (child == 0) {
+        for (const auto& [name, value] : environment) setenv(name.c_str(), value.c_str(), 1);
+        dup2(out, 1), dup2(err, 2);
+        std::vector<char*> argv;
+        for (const std::string& word : words) argv.push_back(const_cast<char*>(word.c_str()));
+        argv.push_back(nullptr);
+        execvp(argv[0], argv.data());
+        _exit(127);
+    }
+    if (kill_after > 0) {
+        std::this_thread::sleep_for(std::chrono::duration<double>(kill_after));
+        kill(child, SIGKILL);
+    }
+    int status = 0;
+    waitpid(child, &status, 0);
+    close(out), close(err);
+    Result r{WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status), slurp(out_name), slurp(err_name)};
+    unlink(out_name), unlink(err_name);
+    return r;
+}
+
+// A folder with a text of 4000 bytes, and a command line for a tiny model on it.
+struct Place {
+    std::string path, text;
+    Place() {
+        char name[] = "/tmp/keel_run_XXXXXX";
+        REQUIRE(mkdtemp(name));
+        path = name, text = path + "/text.txt";
+        std::string content;
+        for (int i = 0; content.size() < 4000; i++) content += format("line %d of %d, ", i * i % 97, i);
+        spill(text, content);
+    }
+    ~Place() { fs::remove_all(path); }
+    std::string operator/(const std::string& name) const { return path + "/" + name; }
+    Words tiny(const Words& more = {}, const std::string& binary = "./train_keel_cpu") const {
+        Words words = {binary, "-i", text, "-L", "4", "-C", "8", "-H", "2", "-t", "8", "-b", "2", "-x", "6", "-s", "0"};
+        for (const std::string& word : more) words.push_back(word);
+        return words;
+    }
+    // path -> content of everything in the folder
+    std::map<std::string, std::string> contents() const {
+        std::map<std::string, std::string> all;
+        for (const auto& entry : fs::recursive_directory_iterator(path)) all[entry.path().string()] = entry.is_regular_file() ? slurp(entry.path().string()) : "";
+        return all;
+    }
+    // The command must fail with one line on stderr that has these words, and leave every file as it was.
+    void fails(const Words& words, const Words& expected) const {
+        auto before = contents();
+        Result r = run(words);
+        std::string command;
+        for (const std::string& word : words) command += word + " ";
+        INFO(command << "\nstderr: " << r.err);
+        CHECK(r.code == 1);
+        CHECK(std::count(r.err.begin(), r.err.end(), '\n') == 1);
+        for (const std::string& word : expected) CHECK_MESSAGE(r.err.find(word) != std::string::npos, "missing: " << word);
+        CHECK(contents() == before);
+    }
+};
+
+Result succeeds(const Words& words, const std::map<std::string, std::string>& environment = {}) {
+    Result r = run(words, environment);
+    REQUIRE_MESSAGE(r.code == 0, words[0] << " " << r.out << r.err);
+    return r;
+}
+
+// log.csv without what depends on the clock
+std::string log_without_times(const std::string& path) {
+    std::stringstream in(slurp(path));
+    std::string kept;
+    for (std::string line; std::getline(in, line);) {
+        size_t at = 0;
+        for (int comma = 0; comma < 5 && at != std::string::npos; comma++) at = line.find(',', at + 1);
+        kept += line.substr(0, at) + "\n";
+    }
+    return kept;
+}
+
+void mend_crc(std::string& bytes) {
+    uint32_t crc = crc32(bytes.data(), bytes.size() - 4);
+    memcpy(&bytes[bytes.size() - 4], &crc, 4);
+}
+
+}  // namespace
+
+TEST_SUITE("flags") {
+    TEST_CASE("-h lists every flag of the CPU trainer with its default, and so does the README") {
+        Result r = succeeds({"./train_keel_cpu", "-h"});
+        for (const Flag& f : flags) {
+            CHECK_MESSAGE((r.out.find(std::string(f.long_name) + " ") != std::string::npos) == !f.gpu_only, f.long_name);
+            if (!f.gpu_only) CHECK(r.out.find(f.help) != std::string::npos);
+        }
+        std::string readme = slurp("README.md"), list = r.out.substr(r.out.find("\n\n") + 2);
+        CHECK_MESSAGE(readme.find(list) != std::string::npos, "README.md does not hold the list that -h prints");
+    }
+
+    TEST_CASE("A flag and its value may be two words or one") {
+        Place p;
+        succeeds(p.tiny({"-o", p / "a", "--seed", "5"})), succeeds(p.tiny({"-o", p / "b", "--seed=5"}));
+        CHECK(slurp(p / "a/model_00000006.bin") == slurp(p / "b/model_00000006.bin"));
+    }
+
+    TEST_CASE("Unknown flags, missing values, repeated flags and numbers that are none are refused") {
+        Place p;
+        p.fails({"./train_keel_cpu", "--lairs", "3"}, {"unknown flag '--lairs'", "-h"});
+        p.fails({"./train_keel_cpu", "-L"}, {"-L", "expected", "found nothing"});
+        p.fails({"./train_keel_cpu", "-L", "4", "--layers", "6"}, {"given twice"});
+        p.fails({"./train_keel_cpu", "a.txt"}, {"a.txt", "quote a glob"});
+        p.fails({"./train_keel_cpu", "--moments", "bf16"}, {"GPU"});
+        p.fails({"./train_keel_cpu", "-y=1"}, {"-y=1"});
+        p.fails({"./train_keel_cpu", "-z", "1"}, {"-z", "one rank"});
+        for (const char* flag : {"-L", "-C", "-b", "-x", "--seed", "-v", "--top-k"})
+            for (const char* value : {"12x", "", "nan", "1.5", "0x10", "-5", "99999999999999999999"}) p.fails({"./train_keel_cpu", flag, value}, {flag, "expected", "found"});
+        for (const char* flag : {"-l", "-c", "--clip", "--temperature"})
+            for (const char* value : {"x", "", "nan", "inf", "1e999", "-1", "3,5"}) p.fails({"./train_keel_cpu", flag, value}, {flag, "expected", "found"});
+    }
+}
+
+TEST_SUITE("bad input") {
+    TEST_CASE("Shapes that cannot be: odd L, H that does not divide C, T over the model's, totals that are no multiple") {
+        Place p;
+        std::string o = p / "run";
+        p.fails({"./train_keel_cpu", "-i", p.text, "-o", o, "-L", "5"}, {"-L", "expected an even", "found 5"});
+        p.fails({"./train_keel_cpu", "-i", p.text, "-o", o, "-C", "12", "-H", "5"}, {"-H", "expected a divisor", "found 5"});
+        p.fails(p.tiny({"-o", o, "-d", "24"}), {"-d", "expected a multiple of 16", "found 24"});
+        p.fails(p.tiny({"-o", o, "--norm", "batch"}), {"--norm", "keel, pre, post", "found 'batch'"});
+        p.fails(p.tiny({"-o", o, "--norm", "pre", "-a", "3"}), {"-a", "no alpha"});
+        p.fails(p.tiny({"-o", o, "-r", "3"}), {"-r", "expected", "found '3'"});
+        succeeds(p.tiny({"-o", p / "good"}));
+        std::string model = p / "good/model_00000006.bin";
+        p.fails({"./train_keel_cpu", "-i", p.text, "-o", o, "-e", model, "-t", "9"}, {"-t", "expected at most 8", "found 9"});
+        p.fails({"./train_keel_cpu", "-i", p.text, "-o", o, "-e", model, "-L", "6"}, {"--layers", "expected 4", "found 6"});
+        p.fails({"./train_keel_cpu", "-i", p.text, "-o", o, "-e", model, "--norm", "pre"}, {"--norm", "expected keel", "found pre"});
+    }
+
+    TEST_CASE("Data that cannot be trained on: missing, empty, a folder, no match, too short, tokens past V, mixed kinds") {
+        Place p;
+        std::string o = p / "run";
+        auto with = [&](const std::string& data) { return Words{"./train_keel_cpu", "-i", data, "-o", o, "-L", "4", "-C", "8", "-H", "2", "-t", "8", "-b", "2"}; };
+        spill(p / "empty.txt", ""), spill(p / "short.txt", "abcdefgh");
+        p.fails(with(p / "missing.txt"), {"missing.txt", "cannot be read", "expected"});
+        p.fails(with(p / "empty.txt"), {"empty.txt", "is empty"});
+        p.fails(with(p.path), {"expected a file", "found"});
+        p.fails(with(p / "*.none"), {"matches no file"});
+        p.fails(with(p / "short.txt"), {"expected at least 17 tokens", "found 8"});
+        std::vector<int32_t> header(256);
+        header[0] = 20240520, header[1] = 1, header[2] = 1000;
+        std::vector<uint16_t> tokens(1000, 300);
+        std::string shard((char*)header.data(), 1024);
+        shard.append((char*)tokens.data(), 2000);
+        spill(p / "s.bin", shard), spill(p / "cut.bin", shard.substr(0, 2000));
+        header[0] = 7;
+        spill(p / "other.bin", std::string((char*)header.data(), 1024) + shard.substr(1024));
+        p.fails(with(p / "cut.bin"), {"expected 1000 tokens", "found 488"});
+        p.fails(with(p / "other.bin"), {"expected a token shard", "found 7"});
+        p.fails(with(p / "s*"), {"train on one kind"});
+        succeeds(p.tiny({"-o", p / "good", "-n", "6"}));
+        p.fails({"./train_keel_cpu", "-i", p / "s.bin", "-o", o, "-e", p / "good/model_00000006.bin"}, {"expected tokens below the model's V = 256", "found 300"});
+        p.fails(p.tiny({"-o", o, "-j", p.text}), {"-j", "as well"});
+        p.fails(p.tiny({"-o", o, "-j", p / "short.txt"}), {"-j", "expected at least T + 1 = 9", "found 8"});
+        Words words = with(p / "s.bin");
+        for (const char* more : {"-x", "2", "-s", "0"}) words.push_back(more);
+        succeeds(words);  // and a good shard trains
+    }
+
+    TEST_CASE("Output folders that cannot be: below a file, a file, one that holds a run") {
+        Place p;
+        p.fails(p.tiny({"-o", p.text + "/run"}), {"-o", "expected a folder"});
+        p.fails(p.tiny({"-o", p.text}), {"-o", "expected a folder"});
+        p.fails(p.tiny({"-o", "/proc/keel"}), {"-o", "cannot be"});
+        succeeds(p.tiny({"-o", p / "run"}));
+        p.fails(p.tiny({"-o", p / "run"}), {"-o", "holds a run", "-y"});
+        p.fails(p.tiny({"-y"}), {"-y", "add -o"});
+    }
+
+    TEST_CASE("Model files of another kind, version, type or size, or damaged, are refused") {
+        Place p;
+        succeeds(p.tiny({"-o", p / "good"})), succeeds(p.tiny({"--dump", p / "debug.bin"}));
+        std::string good = slurp(p / "good/model_00000006.bin");
+        auto with = [&](const std::string& file) { return Words{"./train_keel_cpu", "-i", p.text, "-o", p / "run", "-e", file}; };
+        auto changed = [&](int word, int32_t value) {
+            std::string bad = good;
+            memcpy(&bad[size_t(word) * 4], &value, 4);
+            mend_crc(bad);
+            spill(p / "bad.bin", bad);
+            return p / "bad.bin";
+        };
+        p.fails(with(p / "missing.bin"), {"missing.bin", "cannot be read"});
+        p.fails(with(p.text), {"expected", "KEEL"});
+        p.fails(with(p / "good/state_00000006_00000.bin"), {"expected a model (kind 1)", "found a training state (kind 2)"});
+        p.fails(with(p / "debug.bin"), {"expected a model (kind 1)", "found a debug state (kind 3)"});
+        p.fails(with(changed(0, 1)), {"expected the bytes KEEL"});
+        p.fails(with(changed(1, 2)), {"expected file version 1", "found 2"});
+        p.fails(with(changed(3, 9)), {"type", "found 9"});
+        p.fails(with(changed(7, 6)), {"bytes from its header", "found"});
+        p.fails(with(changed(7, 1 << 30)), {"damaged"});
+        p.fails(with(changed(9, 1 << 16)), {"damaged"});
+        p.fails(with(changed(8, 3)), {"damaged"});
+        p.fails(with(changed(10, 99)), {"damaged"});
+        std::string bad = good;
+        bad[2000] = char(bad[2000] ^ 4);
+        spill(p / "bad.bin", bad);
+        p.fails(with(p / "bad.bin"), {"expected CRC-32", "found"});
+        spill(p / "bad.bin", good.substr(0, good.size() - 100));
+        p.fails(with(p / "bad.bin"), {"expected", "bytes", "found"});
+        spill(p / "bad.bin", good.substr(0, 100));
+        p.fails(with(p / "bad.bin"), {"cut short"});
+    }
+
+    TEST_CASE("Too little memory is said before it is taken, with the flag to turn") {
+        Place p;
+        auto limited = [&](const std::string& flags) {
+            return Words{"bash", "-c", "ulimit -v 3000000; exec ./train_keel_cpu -i " + p.text + " -o " + (p / "run") + " -t 64 -d 128 " + flags};
+        };
+        p.fails(limited("-L 1024 -C 1024 -H 8"), {"memory: expected at least", "found", "-C"});
+        // What fits only with recomputation is trained with it.
+        Result r = run({"bash", "-c", "ulimit -v 900000; OMP_NUM_THREADS=1 exec ./train_keel_cpu -i " + p.text + " -L 256 -C 64 -H 2 -t 256 -b 8 -x 1 -v 0 -s 0"});
+        INFO(r.out << r.err);
+        CHECK(r.code == 0);
+        CHECK(r.out.find("recompute none") == std::string::npos);
+    }
+}
+
+TEST_SUITE("the run") {
+    TEST_CASE("log.csv has the documented columns and a row a step; 0 means never, the end validates and checkpoints otherwise") {
+        Place p;
+        succeeds(p.tiny({"-o", p / "a", "-v", "4", "-n", "4"}));
+        std::string log = slurp(p / "a/log.csv");
+        CHECK(log.substr(0, log.find('\n')) == "step,loss,val_loss,lr,grad_norm,ms,tokens_per_second,mfu");
+        CHECK(std::count(log.begin(), log.end(), '\n') == 7);
+        std::stringstream in(log);
+        std::string line;
+        std::getline(in, line);
+        for (int step = 1; std::getline(in, line); step++) {
+            CHECK(std::stoi(line) == step);
+            size_t second = line.find(',', line.find(',') + 1);
+            CHECK((line[second + 1] == ',') == (step != 4 && step != 6));  // val_loss empty where not measured
+        }
+        for (const char* name : {"model_00000004.bin", "model_00000006.bin", "state_00000004_00000.bin", "state_00000006_00000.bin"}) CHECK_MESSAGE(fs::exists(p / "a" + "/" + name), name);
+        Result r = succeeds(p.tiny({"-o", p / "b", "-v", "0", "-n", "0"}));
+        CHECK(r.out.find("validation |") == std::string::npos);
+        CHECK(std::distance(fs::directory_iterator(p / "b"), {}) == 1);
+        auto before = p.contents();
+        succeeds(p.tiny());
+        CHECK(p.contents() == before);  // without -o nothing is written
+    }
+
+    TEST_CASE("The same bits for any number of threads, FP32 and FP64") {
+        Place p;
+        for (const char* binary : {"./train_keel_cpu", "./train_keel_cpu_fp64"}) {
+            std::string first;
+            for (const char* threads : {"1", "2", "3", "7"}) {
+                std::string out = p / threads;
+                succeeds({binary, "-i", p.text, "-L", "6", "-C", "24", "-H", "3", "-t", "70", "-b", "3", "-d", "420", "-x", "3", "-s", "0", "-o", out}, {{"OMP_NUM_THREADS", threads}});
+                std::string model = slurp(out + "/model_00000003.bin");
+                if (first.empty()) first = model;
+                CHECK_MESSAGE(model == first, binary << " with " << threads << " threads");
+                fs::remove_all(out);
+            }
+        }
+    }
+
+    TEST_CASE("A run that is killed anywhere and resumed ends with the bits and the log of one that never was, in all placements") {
+        for (const PlacementRow& placement : placements) {
+            Place p;
+            auto command = [&](const std::string& out) {
+                Words words = p.tiny({"--norm", placement.name, "-d", "32", "-n", "7", "-v", "5", "-o", out, "-y"});
+                for (size_t i = 0; i < words.size(); i++)
+                    if (words[i] == "-x") words[i + 1] = "120";
+                return words;
+            };
+            succeeds(command(p / "whole"));
+            int kills = 0;
+            for (uint32_t i = 0; i < 6; i++) {
+                double delay = 0.01 + 0.25 * uniform24(philox(i, uint32_t(placement.name[0]), 0, 0, 80).word[0]);
+                kills += run(command(p / "killed"), {}, delay).code == -SIGKILL;
+            }
+            succeeds(command(p / "killed"));
+            INFO(placement.name << ", killed " << kills << " times");
+            CHECK(slurp(p / "whole/model_00000120.bin") == slurp(p / "killed/model_00000120.bin"));
+            CHECK(slurp(p / "whole/state_00000120_00000.bin") == slurp(p / "killed/state_00000120_00000.bin"));
+            CHECK(log_without_times(p / "whole/log.csv") == log_without_times(p / "killed/log.csv"));
+        }
+    }
+
+    TEST_CASE("A resume needs the folder and the data alone, skips a damaged checkpoint, and refuses another model or other data") {
+        Place p;
+        succeeds(p.tiny({"-o", p / "whole", "-n", "2", "-l", "0.02", "--seed", "9"}));
+        fs::copy(p / "whole", p / "part");
+        fs::remove(p / "part/state_00000006_00000.bin");
+        std::string newest = p / "part/state_00000004_00000.bin", bytes = slurp(newest);
+        bytes[3000] = char(bytes[3000] ^ 1);
+        spill(newest, bytes);
+        Words resume = {"./train_keel_cpu", "-i", p.text, "-o", p / "part", "-y", "-s", "0", "-n", "2"};
+        for (auto [flag, value, name] : std::vector<std::array<const char*, 3>>{{"-L", "6", "--layers"}, {"-C", "16", "--channels"}, {"-H", "4", "--heads"}, {"--norm", "post", "--norm"}}) {
+            Words words = resume;
+            words.push_back(flag), words.push_back(value);
+            Result r = run(words);
+            CHECK(r.code == 1);
+            CHECK_MESSAGE(r.err.find(std::string(name) + ": expected") != std::string::npos, r.err);
+        }
+        spill(p / "other.txt", slurp(p.text) + "more than before");
+        Words other = resume;
+        other[2] = p / "other.txt";
+        CHECK(run(other).err.find("training tokens of the checkpoint") != std::string::npos);
+        Result r = succeeds(resume);
+        CHECK_MESSAGE(r.err.find("state_00000004_00000.bin: expected CRC-32") != std::string::npos, r.err);
+        CHECK(r.out.find("state_00000002_00000.bin") != std::string::npos);
+        CHECK(slurp(p / "whole/model_00000006.bin") == slurp(p / "part/model_00000006.bin"));
+        CHECK(log_without_times(p / "whole/log.csv") == log_without_times(p / "part/log.csv"));
+        for (const char* step : {"2", "4", "6"}) spill(p / "part/state_0000000" + step + "_00000.bin", "KEEL");
+        r = run(resume);
+        CHECK(r.code == 1);
+        CHECK(r.err.find("all damaged") != std::string::npos);
+    }
+
+    TEST_CASE("Every level of recomputation ends with the same model, but for the level stored in the state") {
+        Place p;
+        std::string first;
+        for (const char* level : {"none", "gelu", "layer", "2", "4"}) {
+            succeeds(p.tiny({"-r", level, "-o", p / level}));
+            std::string model = slurp(p / level + std::string("/model_00000006.bin"));
+            if (first.empty()) first = model;
+            CHECK_MESSAGE(model == first, level);
+        }
+    }
+
+    TEST_CASE("-e goes on from a model, of either build") {
+        Place p;
+        succeeds(p.tiny({"-o", p / "a", "-l", "0.02"})), succeeds(p.tiny({"-o", p / "b", "-l", "0.02"}, "./train_keel_cpu_fp64"));
+        for (const char* binary : {"./train_keel_cpu", "./train_keel_cpu_fp64"})
+            for (const char* from : {"a", "b"}) {
+                succeeds({binary, "-i", p.text, "-e", p / from + std::string("/model_00000006.bin"), "-x", "1", "-l", "0", "-b", "2", "-s", "0", "-o", p / "c"});
+                // no step at a learning rate of 0: the validation loss is that of the model it started from
+                auto last_val = [&](const std::string& folder) {
+                    std::string log = slurp(p / folder + "/log.csv");
+                    std::string line = log.substr(log.rfind('\n', log.size() - 2) + 1);
+                    return std::stod(line.substr(line.find(',', line.find(',') + 1) + 1));
+                };
+                CHECK(last_val("c") == doctest::Approx(last_val(from)).epsilon(1e-4));
+                fs::remove_all(p / "c");
+            }
+    }
+
+    TEST_CASE("--probe writes a row for each sub-layer, and changes no bit") {
+        Place p;
+        succeeds(p.tiny({"-o", p / "a", "--probe", "2"})), succeeds(p.tiny({"-o", p / "b"}));
+        CHECK(slurp(p / "a/model_00000006.bin") == slurp(p / "b/model_00000006.bin"));
+        std::string csv = slurp(p / "a/probe.csv");
+        CHECK(std::count(csv.begin(), csv.end(), '\n') == 1 + 3 * 4);
+        CHECK(csv.find("nan") == std::string::npos);
+        CHECK(csv.find("2,0,attention,") != std::string::npos);
+    }
+}
+
+TEST_SUITE("dump and check") {
+    TEST_CASE("A dump of either build passes the check of the other, in all placements and at L = 64") {
+        Place p;
+        auto both_ways = [&](const Words& words) {
+            for (auto [writer, reader] : {std::pair("./train_keel_cpu", "./train_keel_cpu_fp64"), std::pair("./train_keel_cpu_fp64", "./train_keel_cpu")}) {
+                Words dump = words;
+                dump[0] = writer;
+                dump.push_back("--dump"), dump.push_back(p / "d.bin");
+                succeeds(dump);
+                Result r = run({reader, "--check", p / "d.bin"});
+                CHECK_MESSAGE(r.code == 0, r.out);
+            }
+        };
+        for (const PlacementRow& placement : placements) both_ways(p.tiny({"--norm", placement.name}));
+        both_ways({"", "-i", p.text, "-L", "64", "-C", "64", "-H", "2", "-t", "64", "-b", "2"});
+    }
+
+    TEST_CASE("A value moved past its tolerance fails in its row alone; without the CRC mended the file is refused") {
+        Place p;
+        succeeds(p.tiny({"--dump", p / "d.bin"}, "./train_keel_cpu_fp64"));
+        std::string good = slurp(p / "d.bin");
+        ModelConfig c;
+        c.max_seq_len = 8, c.V = 256, c.L = 4, c.H = 2, c.C = 8, c.alpha = 4;
+        ParameterLayout layout(c);
+        size_t rows = 16, logits = 1024 + layout.count * 8 + 2 * rows * 4 + 8, x = logits + rows * 256 * 8;
+        size_t grads = x + 5 * rows * 8 * 8, dx = grads + layout.count * 8;
+        struct { size_t at; const char* row; } moves[] = {
+            {logits + 77 * 8, "logits"}, {x + (2 * 128 + 5) * 8, "x[2]"}, {dx + (3 * 128 + 1) * 8, "dx[3]"},
+            {grads + (layout.offset(FCW, 3) + 9) * 8, "d fcw[3]"}, {grads + (layout.offset(GAMMA_OUT, 1) + 2) * 8, "d gamma_out[1]"}, {logits - 8, "loss"}};
+        for (auto [at, row] : moves) {
+            std::string bad = good;
+            double value;
+            memcpy(&value, &bad[at], 8);
+            value += 1e-4;
+            memcpy(&bad[at], &value, 8);
+            spill(p / "bad.bin", bad);
+            Result r = run({"./train_keel_cpu_fp64", "--check", p / "bad.bin"});
+            CHECK(r.code == 1);
+            CHECK(r.err.find("CRC-32") != std::string::npos);
+            mend_crc(bad);
+            spill(p / "bad.bin", bad);
+            r = run({"./train_keel_cpu_fp64", "--check", p / "bad.bin"});
+            CHECK(r.code == 1);
+            std::stringstream in(r.out);
+            int blamed = 0;
+            for (std::string line; std::getline(in, line);)
+                if (line.find("NOT OK") != std::string::npos) {
+                    blamed++;
+                    CHECK_MESSAGE(line.substr(0, line.find("  ")) == row, line);
+                }
+            CHECK(blamed == 1);
+        }
+    }
+}
+
+TEST_SUITE("sampling alone") {
+    TEST_CASE("-e with --prompt starts with the prompt, repeats itself, follows the seed, and goes on past T") {
+        Place p;
+        succeeds(p.tiny({"-o", p / "a"}));
+        auto sample = [&](const Words& more) {
+            Words words = {"./train_keel_cpu", "-e", p / "a/model_00000006.bin", "--prompt", "line", "-g", "40"};
+            words.insert(words.end(), more.begin(), more.end());
+            std::string out = succeeds(words).out;
+            return out.substr(out.find("--- sample"));
+        };
+        std::string one = sample({});
+        CHECK(one.find("\nline") != std::string::npos);
+        CHECK(one.size() > 40);
+        CHECK(sample({}) == one);
+        CHECK(sample({"--seed", "2"}) != one);
+        CHECK(sample({"--temperature", "0"}) == sample({"--temperature", "0", "--seed", "2"}));
+        CHECK(sample({"--top-k", "1"}) == sample({"--temperature", "0"}));
+    }
+}
