@@ -33,11 +33,22 @@ def noted_revision(folder, prefix):
         return None  # no run yet; what is wrong with the file is for ShardWriter to say
 
 
+def ask_hub(function, *arguments, **options):
+    try:
+        return function(*arguments, **options)
+    except Exception as error:  # the hub's library passes on the errors of whichever HTTP library it stands on
+        raise shards.DataError(
+            f"the Hugging Face Hub: {error}: the same command goes on; without a network, fetch the files elsewhere"
+            " and give them with --local"
+        ) from None
+
+
 def list_files(hub, sample, revision):
     """Return (revision's commit, [(path, bytes)]) of the sample's parquet files, in order."""
     api = hub.HfApi()
-    commit = api.dataset_info(REPOSITORY, revision=revision).sha
-    entries = api.list_repo_tree(REPOSITORY, path_in_repo=f"sample/{sample}", recursive=True, revision=commit, repo_type="dataset")
+    commit = ask_hub(api.dataset_info, REPOSITORY, revision=revision).sha
+    entries = ask_hub(lambda: list(api.list_repo_tree(
+        REPOSITORY, path_in_repo=f"sample/{sample}", recursive=True, revision=commit, repo_type="dataset")))
     files = sorted((entry.path, entry.size) for entry in entries if entry.path.endswith(".parquet"))
     if not files:
         raise shards.DataError(f"{REPOSITORY} at {commit} has no parquet files in sample/{sample}: choose another --revision")
@@ -51,8 +62,8 @@ def write_sample(args):
     files = files[: args.max_files]
 
     def fetch(path):  # huggingface_hub goes on with a broken download and returns at once for a whole one
-        return hub.hf_hub_download(REPOSITORY, path, repo_type="dataset", revision=commit,
-                                   local_dir=os.path.join(args.out, "parquet"))
+        return ask_hub(hub.hf_hub_download, REPOSITORY, path, repo_type="dataset", revision=commit,
+                       local_dir=os.path.join(args.out, "parquet"))
 
     paths, sizes = [path for path, _ in files], [size for _, size in files]
     shards.write_shards(
@@ -70,6 +81,7 @@ def main():
     parser.add_argument("--local", metavar="FILE", nargs="+", help="text, .jsonl or .parquet files to take instead of fetching")
     parser.add_argument("--tokenizer", choices=shards.TOKENIZERS, default="gpt2", help="default: %(default)s")
     shards.add_writer_options(parser, prefix="fineweb_edu")
+    shards.add_workers_option(parser)
     args = parser.parse_args()
     args.out = args.out or os.path.join(os.path.dirname(os.path.abspath(__file__)), f"fineweb_edu_{args.sample}")
     if args.local:

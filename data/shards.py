@@ -157,7 +157,7 @@ class BytesTokenizer:
         return list(text.encode("utf-8", "surrogateescape"))
 
     def decode(self, ids):
-        return bytes(ids)
+        return bytes(ids)  # of a list: bytes() of an array would be its memory
 
 
 class Gpt2Tokenizer:
@@ -183,7 +183,7 @@ class Gpt2Tokenizer:
         return self.encoding.encode(text, allowed_special={"<|endoftext|>"})
 
     def decode(self, ids):
-        return self.encoding.decode_bytes(list(ids))
+        return self.encoding.decode_bytes(ids)
 
 
 TOKENIZERS = {"gpt2": Gpt2Tokenizer, "bytes": BytesTokenizer}
@@ -194,7 +194,7 @@ def print_decoded(name, ids):
     if max(ids, default=0) >= tokenizer.ids:
         raise DataError(f"token {max(ids)} is not one of {name}'s, 0 to {tokenizer.ids - 1}: choose another --tokenizer")
     for start in range(0, len(ids), 1 << 20):  # in pieces, as a list of Python integers takes 20 times a shard's memory
-        sys.stdout.buffer.write(tokenizer.decode(ids[start : start + (1 << 20)]))
+        sys.stdout.buffer.write(tokenizer.decode(list(ids[start : start + (1 << 20)])))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -260,18 +260,23 @@ def read_jsonl(path, skip, ignore_encoding):
 
 def read_parquet(path, skip, ignore_encoding):
     parquet = import_or_explain("pyarrow.parquet", "pyarrow")
-    file = parquet.ParquetFile(path)
-    row, rows = 0, file.metadata.num_rows
-    for group in range(file.num_row_groups):
-        count = file.metadata.row_group(group).num_rows
-        if skip >= count:
-            texts = [None] * count
-        else:
-            texts = file.read_row_group(group, columns=["text"]).column("text").to_pylist()
-        skip = max(0, skip - count)
-        for text in texts:
-            row += 1
-            yield (text or "").encode("utf-8", "replace"), row / rows
+    try:
+        file = parquet.ParquetFile(path)
+        if "text" not in file.schema_arrow.names:
+            raise DataError(f'{path}: expected a column "text", found {", ".join(file.schema_arrow.names)}')
+        row, rows = 0, file.metadata.num_rows
+        for group in range(file.num_row_groups):
+            count = file.metadata.row_group(group).num_rows
+            if skip >= count:
+                texts = [None] * count
+            else:
+                texts = file.read_row_group(group, columns=["text"]).column("text").to_pylist()
+            skip = max(0, skip - count)
+            for text in texts:
+                row += 1
+                yield (text or "").encode("utf-8", "replace"), row / rows
+    except ValueError as error:  # what pyarrow raises for a file that is broken or none of its own
+        raise DataError(f"{path}: not a parquet file that can be read ({error}): fetch it again") from None
 
 
 def tokenize(documents, name, workers):
@@ -603,7 +608,8 @@ def usable_cores():
 
 
 def add_writer_options(parser, folder=None, prefix=None, val_tokens=None):
-    parser.add_argument("-o", "--out", metavar="DIR", default=folder, help="folder of the shards" + (f" (default: {folder})" if folder else ""))
+    shown = f" (default: {folder})" if folder else ""
+    parser.add_argument("-o", "--out", metavar="DIR", default=folder, help="folder of the shards" + shown)
     if prefix is None:
         parser.add_argument("--prefix", metavar="NAME", help="first part of the shards' names")
     else:
@@ -611,6 +617,9 @@ def add_writer_options(parser, folder=None, prefix=None, val_tokens=None):
     parser.add_argument("--shard-tokens", metavar="N", type=positive, default=100_000_000, help="tokens a shard (default: %(default)s)")
     parser.add_argument("--val-tokens", metavar="N", type=positive, default=val_tokens,
                         help=f"tokens of the first shard, for validation (default: {val_tokens or 'as a shard'})")
+
+
+def add_workers_option(parser):
     parser.add_argument("--workers", metavar="N", type=positive, default=usable_cores(),
                         help="tokenizer processes (default: %(default)s, the cores there are)")
 
@@ -634,6 +643,7 @@ def main():
     parser.add_argument("--tokenizer", choices=TOKENIZERS,
                         help="default: gpt2; for --decode bytes where the file has no token above 255")
     add_writer_options(parser)
+    add_workers_option(parser)
     parser.add_argument("--count", metavar="N", type=positive, help="tokens for --info (default: 16) and --decode (default: all)")
     actions = parser.add_mutually_exclusive_group()
     actions.add_argument("--info", metavar="FILE.bin", help="print a shard's header and first tokens")

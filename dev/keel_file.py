@@ -186,7 +186,8 @@ def parse_header(raw, path):
     allowed = (FP32, FP64) if kind == DEBUG else (FP32, BF16, FP64)
     expect(type in allowed, "type [3]", " or ".join(f"{t} ({TYPES[t]})" for t in allowed), type)
     damaged = "the header is damaged, copy or write the file again"
-    expect(min(max_T, V, L, H, C) > 0, "max T, V, L, H, C [4,5,7,8,9]", "positive numbers", [max_T, V, L, H, C], damaged)
+    sizes = [max_T, V, L, H, C]
+    expect(min(sizes) > 0, "max T, V, L, H, C [4,5,7,8,9]", "positive numbers", sizes, damaged)
     expect(L % 2 == 0, "sub-layers L [7]", "an even number", L, damaged)
     expect(C % H == 0, "channels C [9]", f"a multiple of the {H} heads", C, damaged)
     expect(0 <= norm < len(NORMS), "norm placement [10]", f"0..{len(NORMS) - 1}", norm, damaged)
@@ -261,7 +262,7 @@ def write(path, file):
 
 def print_file(file):
     cfg = file.cfg
-    print(f"{KINDS[file.kind]}, {TYPES[file.type]}, step {file.step}, branch {'BF16' if file.branch_bf16 else 'not BF16'}")
+    print(f"{KINDS[file.kind]}, {TYPES[file.type]}, step {file.step}" + (", branch BF16" if file.branch_bf16 else ""))
     print(f"L {cfg.L}  C {cfg.C}  H {cfg.H}  D {cfg.D}  V {cfg.V}  Vp {cfg.Vp}  max T {cfg.max_T}  "
           f"norm {cfg.norm}  alpha {cfg.alpha:.9g}" + (f"  B {file.B}  T {file.T}" if file.kind == DEBUG else ""))
     print(f"{sum(int(np.prod(s)) for _, s in parameter_table(cfg))} parameters\n")

@@ -7,6 +7,7 @@ Shapes: B batch, T sequence length, C channels, H heads, D = C/H, V vocabulary, 
 
 import math
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -50,8 +51,8 @@ def init_bound(cfg, name, shape):
     """(rows, 1) float32: matrices are uniform in [-bound, bound), variance bound^2/3 = 1/fan_in."""
     bound = np.full(shape[0], math.sqrt(3.0 / shape[1]))
     if cfg.norm == "deepnorm":  # V, output projection and both FFN matrices; L's default alpha, not -a's
-        scaled = {"qkvw": slice(2 * cfg.C, None), "attprojw": slice(None), "fcw": slice(None), "fcprojw": slice(None)}
-        bound[scaled.get(name.split("[")[0], slice(0))] *= cfg.L ** -0.25
+        first_row = {"qkvw": 2 * cfg.C, "attprojw": 0, "fcw": 0, "fcprojw": 0}.get(name.split("[")[0], shape[0])
+        bound[first_row:] *= cfg.L ** -0.25
     return bound.astype(np.float32)[:, None]
 
 
@@ -91,7 +92,7 @@ class KeelGPT:
 
     def __init__(self, cfg, params, dtype=torch.float64, device="cpu", sdpa=False, branch_dtype=None):
         self.cfg, self.dtype, self.branch_dtype = cfg, dtype, branch_dtype or dtype
-        self.attention = (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)) if sdpa else attention
+        self.attention = partial(F.scaled_dot_product_attention, is_causal=True) if sdpa else attention
         self.params = {name: torch.as_tensor(np.array(p) if isinstance(p, np.ndarray) else p)
                        .to(device, dtype).clone().requires_grad_() for name, p in params.items()}
 
@@ -158,6 +159,12 @@ def debug_tensors(model, tokens, targets):
     out.update({"d" + name: g for name, g in zip(model.params, grads[:n])})
     out["dx"] = torch.stack(grads[n:])
     return {name: t.detach().cpu().numpy() for name, t in out.items()}
+
+
+def relative_error(file, ours):
+    """||file - ours|| / ||file||; 0 where both are zero"""
+    difference, size = np.linalg.norm(np.ravel(file - ours)), np.linalg.norm(np.ravel(file))
+    return 0.0 if difference == 0 else difference / size if size != 0 else math.inf
 
 
 # ---------------------------------------------------------------------------------------------------------
