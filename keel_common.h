@@ -996,6 +996,10 @@ inline Options parse_command_line(int argc, const char* const* argv, bool gpu) {
         if (!has_value) {
             if (i + 1 >= argc) fail("%s: expected %s after it, found nothing", word.c_str(), flag->argument);
             value = argv[++i];
+            for (const Flag& f : flags)
+                if (!value.empty() && (value == f.short_name || value == f.long_name))
+                    fail("%s: expected %s after it, found the flag %s; a value like that is given as %s=%s", word.c_str(), flag->argument,
+                         value.c_str(), flag->long_name, value.c_str());
         }
         if (auto* text = std::get_if<std::string Options::*>(&flag->member)) {
             if (value.empty()) fail("%s: expected %s, found an empty word", word.c_str(), flag->argument);
@@ -1285,6 +1289,21 @@ inline void check_output_folder(const std::string& folder, bool resume) {
     if (!fs::is_directory(probe, error)) fail("-o: expected a folder, found the file %s; give another name", probe.c_str());
     if (access(probe.c_str(), W_OK | X_OK) != 0)
         fail("-o: %s cannot be written (%s); give a folder that can", probe.c_str(), errno_text().c_str());
+}
+
+// Before --dump computes anything: its file can be written, and replaces nothing but an older dump.
+inline void check_dump_target(const std::string& path) {
+    namespace fs = std::filesystem;
+    std::error_code error;
+    fs::path folder = fs::absolute(path).parent_path();
+    if (!fs::is_directory(folder, error) || access(folder.c_str(), W_OK | X_OK) != 0)
+        fail("--dump: expected a folder that can be written, found %s; create it first", folder.c_str());
+    if (!fs::exists(path, error)) return;
+    int32_t word[3] = {};
+    FILE* file = fs::is_regular_file(path, error) ? fopen(path.c_str(), "rb") : nullptr;
+    bool older_dump = file && fread(word, 4, 3, file) == 3 && memcmp(word, "KEEL", 4) == 0 && word[H_KIND] == FILE_DEBUG;
+    if (file) fclose(file);
+    if (!older_dump) fail("--dump: expected a new file or an older dump, found something else in %s; give another name", path.c_str());
 }
 
 inline void create_output_folder(const std::string& folder) {

@@ -1215,6 +1215,7 @@ int run(int argc, const char* const* argv) {
         return 0;
     }
     if (!o.check.empty()) return check_debug_state(o.check);
+    if (!o.dump.empty()) check_dump_target(o.dump);
 
     // What there is to start from, and the data. Nothing is written before all of it is known to be sound.
     std::string resume_from;
@@ -1245,12 +1246,13 @@ int run(int argc, const char* const* argv) {
         beside = sizeof(real) * (2 * ParameterLayout(config).count +
                                  size_t(run.B ? run.B : run.batch_sequences()) * size_t(run.T) * (2 * size_t(config.L + 1) * size_t(config.C) + size_t(config.V)));
     if (o.probe > 0) beside += sizeof(real) * ParameterLayout(config).count;
+    beside += size_t(omp_get_max_threads()) * ((size_t(8) << 20) + size_t(BLOCK_M + BLOCK_N) * DEPTH * sizeof(real));
     size_t available = available_memory();
     choose_memory_plan(run, available > beside ? available - beside : 0);
     std::vector<MemoryRow> memory;
     for (const auto& row : Model::plan(config, run.B, run.T, run.recompute))
         if (row.elements) memory.push_back({row.name, row.elements * sizeof(real)});
-    if (beside) memory.push_back({o.dump.empty() ? "samples, probe" : "debug state", beside});
+    memory.push_back({o.dump.empty() ? "samples, probe, threads" : "debug state, threads", beside});
     print_run(run, ParameterLayout(config), &data);
     printf("memory     needs %s of %s, micro-batch %d, recompute %s:\n", bytes_text(double(total_bytes(memory))).c_str(),
            bytes_text(double(available)).c_str(), run.B, run.recompute.name().c_str());
@@ -1296,12 +1298,33 @@ int run(int argc, const char* const* argv) {
     printf("machine    %d threads, %.0f GFLOP/s in matrix products\n", omp_get_max_threads(), rate * 1e-9);
     if (!init) printf("note       the first loss is not ln V = %.2f: the tied head sees each input token's own embedding\n", std::log(double(config.V)));
 
+    auto due = [&](int64_t every) { return every > 0 && (step % every == 0 || step == run.steps); };
+    auto validation_due = [&]() -> std::string {  // the loss as text, empty where none is measured
+        if (!due(o.val_every)) return "";
+        double val_loss = validate(model, val, run, o.val_batches);
+        printf("validation | loss %.4f | perplexity %.3f\n", val_loss, std::exp(val_loss));
+        return format("%.9g", val_loss);
+    };
+    auto checkpoint_and_sample_due = [&] {
+        if (log && due(o.checkpoint_every)) {
+            log->sync();  // no checkpoint is ahead of its log
+            write_model<real>(model_path(o.out, step), config, step, {model.params.data(), model.params.size()});
+            write_state(state_path(o.out, step), model, run, step, data.train_count);
+            printf("checkpoint | %s\n", state_path(o.out, step).c_str());
+        }
+        if (due(o.sample_every)) print_sample(model, o, run.T, run.seed, step);
+        fflush(stdout);
+    };
+    if (step >= run.steps && !resume_from.empty()) printf("the run has its %lld steps; -x with a larger number goes on\n", (long long)run.steps);
+    if (run.steps == 0) {
+        validation_due();
+        checkpoint_and_sample_due();
+    }
+
     double spent = 0, steps_here = 0;
     while (step < run.steps) {
         step++;
         double start = seconds();
-        bool last = step == run.steps;
-        auto due = [&](int64_t every) { return every > 0 && (step % every == 0 || last); };
         bool probing = o.probe > 0 && step % o.probe == 0;
         model.probe.assign(probing ? size_t(config.L) : 0, {});
 
@@ -1323,29 +1346,27 @@ int run(int argc, const char* const* argv) {
         printf("step %lld/%lld | loss %.4f | grad norm %.3g | lr %.2e | %.0f ms | %.0f tokens/s | %.0f %% of matrix rate | %s left\n",
                (long long)step, (long long)run.steps, loss, norm, learning_rate(run, step), elapsed * 1e3, tokens_per_second, 100 * mfu,
                duration_text(spent / steps_here * double(run.steps - step)).c_str());
-        std::string val_text;
-        if (due(o.val_every)) {
-            double val_loss = validate(model, val, run, o.val_batches);
-            val_text = format("%.9g", val_loss);
-            printf("validation | loss %.4f | perplexity %.3f\n", val_loss, std::exp(val_loss));
-        }
+        std::string val_text = validation_due();
         if (log)
             log->row(format("%lld,%.9g,%s,%.9g,%.9g,%.3f,%.1f,%.4f", (long long)step, loss, val_text.c_str(), learning_rate(run, step), norm,
                             elapsed * 1e3, tokens_per_second, mfu));
-        if (log && due(o.checkpoint_every)) {
-            log->sync();  // no checkpoint is ahead of its log
-            write_model<real>(model_path(o.out, step), config, step, {model.params.data(), model.params.size()});
-            write_state(state_path(o.out, step), model, run, step, data.train_count);
-            printf("checkpoint | %s\n", state_path(o.out, step).c_str());
-        }
-        if (due(o.sample_every)) print_sample(model, o, run.T, run.seed, step);
-        fflush(stdout);
+        checkpoint_and_sample_due();
     }
     return 0;
 }
 
 #ifndef KEEL_NO_MAIN  // the tests have a main of their own
+// A thread that waits for the others spins, by GCC's OpenMP for about a millisecond before it sleeps. On a core that another program
+// wants too, that millisecond is taken from the very thread that is waited for: a step then takes not twice but a hundred times as
+// long. The limit is read when the runtime is loaded, so it is set in the environment of a fresh start of the program.
+void limit_spinning(char** argv) {
+    if (getenv("GOMP_SPINCOUNT") || getenv("OMP_WAIT_POLICY")) return;
+    setenv("GOMP_SPINCOUNT", "1000", 1);
+    execv("/proc/self/exe", argv);  // comes back only where this cannot be done, and then nothing but time is lost
+}
+
 int main(int argc, char** argv) {
+    limit_spinning(argv);
     setvbuf(stdout, nullptr, _IOLBF, 0);
     try {
         return run(argc, argv);

@@ -138,6 +138,7 @@ TEST_SUITE("flags") {
         Place p;
         p.fails({"./train_keel_cpu", "--lairs", "3"}, {"unknown flag '--lairs'", "-h"});
         p.fails({"./train_keel_cpu", "-L"}, {"-L", "expected", "found nothing"});
+        p.fails(p.tiny({"-o", "-y"}), {"-o", "expected DIR", "found the flag -y"});
         p.fails({"./train_keel_cpu", "-L", "4", "--layers", "6"}, {"given twice"});
         p.fails({"./train_keel_cpu", "a.txt"}, {"a.txt", "quote a glob"});
         p.fails({"./train_keel_cpu", "--moments", "bf16"}, {"GPU"});
@@ -247,8 +248,14 @@ TEST_SUITE("bad input") {
             return Words{"bash", "-c", "ulimit -v 3000000; exec ./train_keel_cpu -i " + p.text + " -o " + (p / "run") + " -t 64 -d 128 " + flags};
         };
         p.fails(limited("-L 1024 -C 1024 -H 8"), {"memory: expected at least", "found", "-C"});
+        Result r;
+        for (int limit = 30000; limit < 110000; limit += 8000) {  // KiB, from too little for the program itself to enough
+            r = run({"bash", "-c", format("ulimit -v %d; exec ./train_keel_cpu -i %s -L 8 -C 128 -H 2 -t 128 -b 8 -x 1 -v 0 -s 0", limit, p.text.c_str())});
+            INFO(limit << " KiB: " << r.err);
+            CHECK((r.code == 0 || r.err.find("memory: expected at least") != std::string::npos || r.err.find("error while loading shared libraries") != std::string::npos));
+        }
         // What fits only with recomputation is trained with it.
-        Result r = run({"bash", "-c", "ulimit -v 900000; OMP_NUM_THREADS=1 exec ./train_keel_cpu -i " + p.text + " -L 256 -C 64 -H 2 -t 256 -b 8 -x 1 -v 0 -s 0"});
+        r = run({"bash", "-c", "ulimit -v 900000; OMP_NUM_THREADS=1 exec ./train_keel_cpu -i " + p.text + " -L 256 -C 64 -H 2 -t 256 -b 8 -x 1 -v 0 -s 0"});
         INFO(r.out << r.err);
         CHECK(r.code == 0);
         CHECK(r.out.find("recompute none") == std::string::npos);
@@ -274,6 +281,11 @@ TEST_SUITE("the run") {
         Result r = succeeds(p.tiny({"-o", p / "b", "-v", "0", "-n", "0"}));
         CHECK(r.out.find("validation |") == std::string::npos);
         CHECK(std::distance(fs::directory_iterator(p / "b"), {}) == 1);
+        Words none = p.tiny({"-o", p / "c"});
+        for (size_t i = 0; i < none.size(); i++)
+            if (none[i] == "-x") none[i + 1] = "0";
+        CHECK(succeeds(none).out.find("validation |") != std::string::npos);
+        CHECK(fs::exists(p / "c/model_00000000.bin"));
         auto before = p.contents();
         succeeds(p.tiny());
         CHECK(p.contents() == before);  // without -o nothing is written
@@ -303,13 +315,16 @@ TEST_SUITE("the run") {
                     if (words[i] == "-x") words[i + 1] = "120";
                 return words;
             };
-            succeeds(command(p / "whole"));
+            // one thread: such a small model is faster so, and the kills fall into every part of the run
+            const std::map<std::string, std::string> one_thread = {{"OMP_NUM_THREADS", "1"}};
+            succeeds(command(p / "whole"), one_thread);
             int kills = 0;
             for (uint32_t i = 0; i < 6; i++) {
-                double delay = 0.01 + 0.25 * uniform24(philox(i, uint32_t(placement.name[0]), 0, 0, 80).word[0]);
-                kills += run(command(p / "killed"), {}, delay).code == -SIGKILL;
+                double delay = 0.01 + 0.1 * uniform24(philox(i, uint32_t(placement.name[0]), 0, 0, 80).word[0]);
+                kills += run(command(p / "killed"), one_thread, delay).code == -SIGKILL;
             }
-            succeeds(command(p / "killed"));
+            succeeds(command(p / "killed"), one_thread);
+            CHECK(kills > 0);
             INFO(placement.name << ", killed " << kills << " times");
             CHECK(slurp(p / "whole/model_00000120.bin") == slurp(p / "killed/model_00000120.bin"));
             CHECK(slurp(p / "whole/state_00000120_00000.bin") == slurp(p / "killed/state_00000120_00000.bin"));
@@ -402,6 +417,16 @@ TEST_SUITE("dump and check") {
         };
         for (const PlacementRow& placement : placements) both_ways(p.tiny({"--norm", placement.name}));
         both_ways({"", "-i", p.text, "-L", "64", "-C", "64", "-H", "2", "-t", "64", "-b", "2"});
+    }
+
+    TEST_CASE("A dump replaces an older dump and nothing else, and needs a folder that is there") {
+        Place p;
+        p.fails(p.tiny({"--dump", p.text}), {"--dump", "expected a new file", "found"});
+        p.fails(p.tiny({"--dump", p.path}), {"--dump", "expected a new file", "found"});
+        p.fails(p.tiny({"--dump", p / "none/d.bin"}), {"--dump", "expected a folder", "found"});
+        succeeds(p.tiny({"--dump", p / "d.bin"})), succeeds(p.tiny({"--dump", p / "d.bin"}));
+        succeeds(p.tiny({"-o", p / "a", "-n", "6"}));
+        p.fails(p.tiny({"--dump", p / "a/model_00000006.bin"}), {"--dump", "expected a new file"});
     }
 
     TEST_CASE("A value moved past its tolerance fails in its row alone; without the CRC mended the file is refused") {
