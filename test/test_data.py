@@ -339,8 +339,8 @@ class Interruption(Case):
 
     def test_kill_at_random_moments(self):
         """The moments are counted from a shard's appearance, so that a busy machine does not move them all to one end."""
-        texts = self.write_jsonl("a.jsonl", [f"document {i} " * (i % 40) for i in range(12_000)])
-        options = ["--prefix", "x", "--tokenizer", "bytes", "--shard-tokens", 120_000, "--val-tokens", 50_000, texts]
+        texts = self.write_jsonl("a.jsonl", [f"document {i} " * (i % 40) for i in range(7_000)])
+        options = ["--prefix", "x", "--tokenizer", "bytes", "--shard-tokens", 70_000, "--val-tokens", 30_000, texts]
         self.run_ok("shards", "-o", self.at("whole"), *options)
         expected = self.shard_files(self.at("whole"))
         names = sorted((name for name in expected if name.endswith(".bin")), key=lambda name: name.split("_")[-1])
@@ -376,7 +376,7 @@ class Interruption(Case):
             time.sleep(0.02)
         self.assertFalse([child for child in children if self.running(child)], "workers outlived their parent")
         self.run_ok(*["shards", *command[2:]])
-        self.run_ok("shards", "-o", self.at("whole"), *command[4:])
+        self.run_ok("shards", "-o", self.at("whole"), *command[4:], "--workers", 1)
         self.assert_same_files(self.shard_files(self.out), self.shard_files(self.at("whole")))
 
     def running(self, pid):

@@ -7,6 +7,7 @@
 #include <fstream>
 #include <functional>
 #include <map>
+#include <random>
 #include <sstream>
 #include <thread>
 
@@ -484,5 +485,205 @@ TEST_SUITE("sampling alone") {
         CHECK(sample({"--seed", "2"}) != one);
         CHECK(sample({"--temperature", "0"}) == sample({"--temperature", "0", "--seed", "2"}));
         CHECK(sample({"--top-k", "1"}) == sample({"--temperature", "0"}));
+    }
+}
+
+namespace {
+Words operator+(Words a, const Words& b) {
+    a.insert(a.end(), b.begin(), b.end());
+    return a;
+}
+// The whole folder: names, bytes, logs but for times.
+void same_folder(const std::string& a, const std::string& b, const std::string& what) {
+    auto all = [](const std::string& p) {
+        std::map<std::string, std::string> m;
+        for (const auto& e : fs::directory_iterator(p))
+            m[e.path().filename().string()] =
+                e.path().filename() == "log.csv" ? log_without_times(e.path().string()) : slurp(e.path().string());
+        return m;
+    };
+    auto x = all(a), y = all(b);
+    for (auto& [n, v] : x) {
+        bool s = y.count(n) && y[n] == v;
+        CHECK_MESSAGE(s, what << ": " << n << (y.count(n) ? " differs" : " is missing"));
+    }
+    for (auto& [n, v] : y) CHECK_MESSAGE(x.count(n) == 1, what << ": " << n << " is left over");
+}
+std::string shard_of(size_t n, int below, int bad_at = -1, int bad = 0) {
+    std::string s(1024, '\0');
+    int h[] = {20240520, 1, int(n)};
+    memcpy(&s[0], h, 12);
+    std::mt19937 r(3);
+    for (size_t i = 0; i < n; i++) {
+        int t = int(i) == bad_at ? bad : int(r() % uint32_t(below));
+        s += char(t & 255), s += char(t >> 8);
+    }
+    return s;
+}
+}  // namespace
+
+TEST_SUITE("more bad input and faults") {
+    TEST_CASE("-h ends each flag's line with its default, and a numeric default is the one that is used") {
+        Result r = succeeds({"./train_keel_cpu", "--help"});
+        CHECK(r.err.empty());
+        Options used;
+        for (const Flag& f : flags) {
+            if (f.gpu_only || !f.fallback[0])
+                continue;
+            bool listed = r.out.find(std::string(f.help) + " [" + f.fallback + "]\n") != std::string::npos;
+            CHECK_MESSAGE(listed, f.long_name);
+            if (!isdigit((unsigned char)f.fallback[0]))
+                continue;
+            double v = -1;
+            if (auto* m = std::get_if<int64_t Options::*>(&f.member))
+                v = double(used.**m);
+            if (auto* m = std::get_if<double Options::*>(&f.member))
+                v = used.**m;
+            CHECK_MESSAGE(v == atof(f.fallback), f.long_name << ": -h " << f.fallback << ", used " << v);
+        }
+    }
+
+    TEST_CASE("Every flag refuses what is no number, a missing or empty value, and a second time") {
+        Place p;
+        for (const Flag& f : flags) {
+            if (f.gpu_only)
+                continue;
+            bool integer = std::holds_alternative<int64_t Options::*>(f.member), real = std::holds_alternative<double Options::*>(f.member);
+            if (std::holds_alternative<bool Options::*>(f.member)) {
+                p.fails({"./train_keel_cpu", f.long_name, f.long_name}, {"twice"});
+                continue;
+            }
+            p.fails({"./train_keel_cpu", f.long_name}, {f.long_name, "expected", "found"});
+            p.fails({"./train_keel_cpu", f.long_name, ""}, {f.long_name, "expected", "found"});
+            p.fails({"./train_keel_cpu", f.long_name, "2", f.long_name, "2"}, {"twice"});
+            Words wrong;
+            if (integer || real)
+                wrong = {"12x", "nan", "1e9999", " 5", "--"};
+            if (integer)
+                wrong = wrong + Words{"0x10", "1.5", "1e3", "99999999999999999999", f.least > 0 ? "0" : "-5"};
+            if (real)
+                wrong.push_back("-5");
+            for (const std::string& w : wrong) p.fails({"./train_keel_cpu", f.long_name, w}, {f.long_name, "expected", "found"});
+        }
+    }
+
+    TEST_CASE("Bad shards of every kind are refused") {
+        Place p;
+        auto with = [&](const std::string& name, const std::string& bytes, const Words& said) {
+            spill(p / name, bytes);
+            Words w = p.tiny({"-o", p / "run"});
+            w[2] = p / name;
+            p.fails(w, said);
+        };
+        std::string good = shard_of(400, 50257);
+        std::string v = good, n = good, c = good;
+        v[4] = 2, n[11] = char(0x80), c[8] = char(c[8] + 3);
+        with("v.bin", v, {"version 1", "found"}), with("n.bin", n, {"expected", "found 400"}),
+            with("c.bin", c, {"expected 403", "found 400"});
+        with("odd.bin", good.substr(0, good.size() - 1), {"expected 400", "found 399"}),
+            with("stub.bin", good.substr(0, 100), {"expected", "found"});
+        with("none.bin", good.substr(0, 8) + std::string(1016, '\0'), {"expected", "found nothing"});
+        with("above.bin", shard_of(400, 50257, 37, 50257), {"V = 50257", "found 50257", "token 37"});
+        with("text.bin", slurp(p.text), {"expected a token shard", "found"});
+        spill(p / "good.bin", good);
+        p.fails(p.tiny({"-o", p / "run", "-j", p / "good.bin"}), {"-j", "expected text", "found shards"});
+        fs::create_symlink(p.text, p / "again.txt");
+        p.fails(p.tiny({"-o", p / "run", "-j", p / "again.txt"}), {"-j", "-i"});
+    }
+
+    TEST_CASE("A full disk is one line, leaves what was there, no .tmp, and the run goes on when there is space") {
+        Place p;
+        Words base = {"-i", p.text, "-L", "4", "-C", "16", "-H", "2", "-t", "8", "-b", "2", "-s", "0", "-x", "8", "-n", "4", "-y", "-o"};
+        succeeds(Words{"./train_keel_cpu"} + base + Words{p / "whole"});
+        fs::copy(p / "whole", p / "part");
+        fs::remove(p / "part/model_00000008.bin"), fs::remove(p / "part/state_00000008_00000.bin");
+        std::string old = slurp(p / "part/state_00000004_00000.bin");
+        for (const char* kib : {"60", "20"}) {
+            Result r = run(Words{"bash", "-c", std::string("trap '' XFSZ; ulimit -f ") + kib + "; exec ./train_keel_cpu \"$@\"", "b"} +
+                           base + Words{p / "part"});
+            CHECK_MESSAGE((r.code == 1 && std::count(r.err.begin(), r.err.end(), '\n') == 1 &&
+                           r.err.find("could not be written") != std::string::npos),
+                          kib << ": code " << r.code << " '" << r.err << "'");
+            CHECK(slurp(p / "part/state_00000004_00000.bin") == old);
+            for (const auto& e : fs::directory_iterator(p / "part")) CHECK_MESSAGE(e.path().extension() != ".tmp", e.path().string());
+        }
+        succeeds(Words{"./train_keel_cpu"} + base + Words{p / "part"});
+        same_folder(p / "whole", p / "part", "after space was freed");
+    }
+
+    TEST_CASE("Killed in the middle of writing a model or a state, a resume ends with the same folder") {
+        Place p;
+        Words base = {"-i", p.text, "-L", "4",  "-C", "16", "-H", "2", "-t",      "8", "-b", "2",     "-d", "32",
+                      "-s", "0",    "-x", "12", "-n", "4",  "-v", "3", "--probe", "2", "-r", "layer", "-y", "-o"};
+        succeeds(Words{"./train_keel_cpu"} + base + Words{p / "whole"});
+        size_t m = fs::file_size(p / "whole/model_00000012.bin"), s = fs::file_size(p / "whole/state_00000012_00000.bin");
+        for (size_t limit : {m / 2, (m + s) / 2}) {
+            std::string out = p / std::to_string(limit);
+            fs::copy(p / "whole", out);
+            for (const char* step : {"08", "12"})
+                fs::remove(out + "/model_000000" + step + ".bin"), fs::remove(out + "/state_000000" + step + "_00000.bin");
+            Result r =
+                run(Words{"bash", "-c", "ulimit -c 0; ulimit -f " + std::to_string(limit / 1024) + "; exec ./train_keel_cpu \"$@\"", "b"} +
+                    base + Words{out});
+            CHECK_MESSAGE(r.code == -SIGXFSZ, "code " << r.code << " " << r.err);
+            succeeds(Words{"./train_keel_cpu"} + base + Words{out});
+            same_folder(p / "whole", out, "limit " + std::to_string(limit));
+        }
+    }
+
+    TEST_CASE("Every placement and the FP64 build resume to the same folder, probe included; what is not given comes from the state") {
+        Place p;
+        auto check = [&](const std::string& binary, const std::string& norm) {
+            Words w = p.tiny({"--norm", norm, "-n", "3",    "-v",     "2",   "--probe", "2",  "-d", "32",    "-l", "0.004",
+                              "-u",     "2",  "-c", "0.05", "--clip", "0.7", "--seed",  "99", "-r", "layer", "-o", p / "whole"},
+                             binary);
+            succeeds(w);
+            fs::copy(p / "whole", p / "part");
+            fs::remove(p / "part/model_00000006.bin"), fs::remove(p / "part/state_00000006_00000.bin");
+            succeeds({binary, "-i", p.text, "-s", "0", "-v", "2", "--probe", "2", "-y", "-o", p / "part"});
+            same_folder(p / "whole", p / "part", binary + " " + norm);
+            fs::remove_all(p / "whole"), fs::remove_all(p / "part");
+        };
+        for (const PlacementRow& row : placements) check("./train_keel_cpu", row.name);
+        check("./train_keel_cpu_fp64", "keel");
+        succeeds(p.tiny({"-o", p / "run"}));
+        p.fails({"./train_keel_cpu_fp64", "-i", p.text, "-y", "-o", p / "run"}, {"-y", "expected", "found", "build"});
+        auto before = p.contents();
+        succeeds({"./train_keel_cpu", "-i", p.text, "-y", "-s", "0", "-o", p / "run"});
+        CHECK(p.contents() == before);  // a finished run
+    }
+
+    TEST_CASE("Shards: padding rows stay zero in training, ids as prompt, several shards are one, several texts are one") {
+        Place p;
+        spill(p / "all.bin", shard_of(700, 50257));
+        std::string all = slurp(p / "all.bin");
+        auto part = [&](size_t a, size_t b) {
+            std::string s = all.substr(0, 1024) + all.substr(1024 + 2 * a, 2 * (b - a));
+            int n = int(b - a);
+            memcpy(&s[8], &n, 4);
+            return s;
+        };
+        spill(p / "s_0.bin", part(0, 333)), spill(p / "s_1.bin", part(0, 0)), spill(p / "s_2.bin", part(333, 700));
+        Words one = p.tiny({"-o", p / "one"}), many = p.tiny({"-o", p / "many"});
+        one[2] = p / "all.bin", many[2] = p / "s_*.bin";
+        succeeds(one), succeeds(many);
+        same_folder(p / "one", p / "many", "shards");
+        std::string f = slurp(p / "one/model_00000006.bin");
+        int32_t padded_vocabulary;
+        memcpy(&padded_vocabulary, &f[24], 4);
+        CHECK(padded_vocabulary == 50304);
+        // wte is the first tensor: 50257 rows of 8 floats, then 47 rows of padding
+        size_t first = 1024 + size_t(50257) * 32;
+        CHECK(f.substr(first, 47 * 32) == std::string(47 * 32, '\0'));
+        Result r = succeeds({"./train_keel_cpu", "-e", p / "one/model_00000006.bin", "--prompt", "15496,995", "-g", "3"});
+        CHECK_MESSAGE(r.out.find("\n15496 995 ") != std::string::npos, r.out);
+        for (const char* w : {"hello", "15496,", "50257", "1,,2", "-1"})
+            p.fails({"./train_keel_cpu", "-e", p / "one/model_00000006.bin", "-g", "3", "--prompt", w}, {"--prompt", "expected", "found"});
+        std::string text = slurp(p.text);
+        spill(p / "t_a.txt", text.substr(0, 1001)), spill(p / "t_b.txt", text.substr(1001, 7)), spill(p / "t_c.txt", text.substr(1008));
+        Words a = p.tiny({"-o", p / "ta"}), b = p.tiny({"-o", p / "tb"});
+        b[2] = p / "t_*.txt";
+        succeeds(a), succeeds(b);
+        same_folder(p / "ta", p / "tb", "texts");
     }
 }
