@@ -968,7 +968,7 @@ class Generator {
 public:
     Generator(Model& model, int window)
         : model(model), window(window), length(0), C(size_t(model.config.C)),
-          cache(blocks() * window * 3 * C), normed_cache(model.config.norm == HYBRIDNORM ? cache.size() : 0),
+          cache(size_t(model.config.L / 2) * window * 3 * C), normed_cache(model.config.norm == HYBRIDNORM ? cache.size() : 0),
           x(window * C), u(window * C), f(window * C), z(window * C), y(window * C), lse(size_t(window) * size_t(model.config.H)),
           h(window * 4 * C), gelu(window * 4 * C), logits(size_t(model.config.Vp())) {}
 
@@ -1008,9 +1008,7 @@ public:
     int size() const { return length; }
 
 private:
-    size_t blocks() const { return size_t(model.config.L / 2); }
     Model& model;
-    size_t window_size() const { return size_t(window); }
     int window, length;
     size_t C;
     Buffer<real> cache, normed_cache, x, u, f, z, y, lse, h, gelu, logits;
