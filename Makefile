@@ -48,6 +48,9 @@ build/test_run: test/test_run.cpp keel_common.h | build
 	@dev/need.sh g++ doctest-dev
 	$(CXX) $(FLAGS) -O1 -I. -o $@ $<
 
+build/bench_matmul: dev/bench_matmul.cpp train_keel_cpu.cpp keel_common.h | build
+	$(CXX) $(FLAGS) -I. -DKEEL_NO_MAIN -o $@ $< -ldl
+
 build:
 	mkdir -p build
 
@@ -61,7 +64,7 @@ test:
 
 .PHONY: bench_cpu
 bench_cpu: train_keel_cpu
-	@dev/need.sh g++ libopenblas-dev
+	-@dev/need.sh libopenblas-dev
 	@dev/bench_cpu.sh
 
 .PHONY: dumps

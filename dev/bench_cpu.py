@@ -97,21 +97,21 @@ def keel_turn(threads):
 def pytorch_turn(python, threads, foreach, environment, steps=STEPS):
     version, *milliseconds = output([python, "dev/bench_cpu.py", "--pytorch", threads, int(foreach), steps],
                                     threads, environment)
-    return version, tokens_per_second([float(ms) for ms in milliseconds])
+    return version, [float(ms) for ms in milliseconds]
 
 
 def fastest_pytorch(python, threads):
-    """PyTorch's OpenMP threads may spin beside OpenBLAS's own: how long they should differs between builds and machines,
-    as does foreach. Returns the fastest as (foreach, environment, what it is in words), and the version."""
-    waits = [({}, "default waiting"), ({"GOMP_SPINCOUNT": "1000"}, "GOMP_SPINCOUNT=1000"),
-             ({"OMP_WAIT_POLICY": "passive"}, "OMP_WAIT_POLICY=passive")]
-    def turn(foreach, wait):
-        version, rate = pytorch_turn(python, threads, foreach, wait[0], WARM + 3)
-        return rate, foreach, wait, version
+    """PyTorch's OpenMP threads spin beside those of its BLAS: how long they should differs between builds and machines,
+    as does foreach. Returns the version and the fastest (foreach, environment), by each one's best step."""
+    def best_step(foreach, environment):
+        version, milliseconds = pytorch_turn(python, threads, foreach, environment, WARM + 3)
+        return min(milliseconds[WARM:]), version
 
-    best = max((turn(True, wait) for wait in waits), key=lambda tried: tried[0])
-    _, foreach, wait, version = max(best, turn(False, best[2]), key=lambda tried: tried[0])
-    return (foreach, wait[0], f"{wait[1]}, foreach={foreach}"), version
+    waits = [{}, {"GOMP_SPINCOUNT": "1000"}, {"OMP_WAIT_POLICY": "passive"}]
+    tried = [(*best_step(True, wait), True, wait) for wait in waits]
+    fastest = min(tried, key=lambda t: t[0])
+    _, version, foreach, wait = min(fastest, (*best_step(False, fastest[3]), False, fastest[3]), key=lambda t: t[0])
+    return version, foreach, wait
 
 
 def product_turn(library, threads, environment={}):
@@ -146,7 +146,7 @@ def total_rate(rates):
     return sum(operations.values()) / sum(operations[key] / rates[key] for key in rates)
 
 
-def measure(peers, rounds, threads):
+def measure(peers, rounds):
     """Takes turns. peers: name -> function of no arguments; returns name -> list of its results."""
     results = {name: [] for name in peers}
     for turn in range(rounds):
@@ -172,12 +172,16 @@ def main():
     print(f"load       {busy:.1f} before the start" + ("  <- THE MACHINE IS BUSY: figures are low and ratios unsure" if busy > 0.5 else ""))
     peers = {"keel": lambda: keel_turn(threads), "product": lambda: product_turn("ours", threads)[1]}
 
+    pytorch = {}  # as installed and, where that is faster, with its threads told how to wait
     try:
         if not arguments.torch_python:
             raise Missing("no Python with torch and numpy found; install them (Debian: python3-torch, python3-numpy) or set PYTHON")
-        (foreach, environment, words), version = fastest_pytorch(arguments.torch_python, threads)
-        print(f"PyTorch    {version.split()[1]} eager, {words}: the fastest of four tried")
-        peers["pytorch"] = lambda: pytorch_turn(arguments.torch_python, threads, foreach, environment)[1]
+        version, foreach, wait = fastest_pytorch(arguments.torch_python, threads)
+        print(f"PyTorch    {version.split()[1]} eager, foreach={foreach}")
+        for environment in [{}] + [wait] * bool(wait):
+            words = " ".join(f"{k}={v}" for k, v in environment.items()) or "as installed"
+            pytorch[f"PyTorch, {words}"] = lambda environment=environment: tokens_per_second(
+                pytorch_turn(arguments.torch_python, threads, foreach, environment, STEPS if environment else WARM + 3)[1])
     except Missing as why:
         print(f"PyTorch    NOT MEASURED: {why}")
     try:
@@ -193,21 +197,21 @@ def main():
         print(f"OpenBLAS   NOT MEASURED: {why}")
     sys.stdout.flush()
 
-    order = ["keel", "pytorch", "product", *kernels]
-    results = measure({name: peers[name] for name in order if name in peers}, arguments.rounds, threads)
+    results = measure({**peers, **pytorch}, arguments.rounds)
 
     rows = []  # metric, value, unit, peer's value or None
-    rows.append(("training step", median(results["keel"]), "tokens/s", median(results["pytorch"]) if "pytorch" in results else None))
     middle = lambda name: {key: median(turn[key] for turn in results[name]) for key in results[name][0]}
     ours, theirs = middle("product"), [middle(name) for name in kernels]
     best = {key: max(rates[key] for rates in theirs) for key in ours} if theirs else None
 
     print(f"\nA training step (forward, backward, clip, AdamW): L={L} C={C} H={H} T={T} B={B} V={V}; {arguments.rounds} turns each")
-    _, value, _, peer = rows[0]
-    spread = lambda name: f"{min(results[name]):.0f} to {max(results[name]):.0f}"
-    print(f"  KEEL     {value:8.0f} tokens/s   ({spread('keel')})")
-    if peer:
-        print(f"  PyTorch  {peer:8.0f} tokens/s   ({spread('pytorch')})\n  ratio    {value / peer:8.2f}            (goal: {GOAL_TRAINING} of PyTorch 1.13)")
+    value = median(results["keel"])
+    for name in ["keel", *pytorch]:
+        rate, label = median(results[name]), "KEEL" if name == "keel" else name
+        ratio = f"   ratio {value / rate:.2f} (goal: {GOAL_TRAINING} times PyTorch 1.13)" if name in pytorch else ""
+        print(f"  {label:36}{rate:7.0f} tokens/s  ({min(results[name]):.0f} to {max(results[name]):.0f}){ratio}")
+        if name in pytorch or not pytorch:
+            rows.append((f"training step / {name}" if pytorch else "training step", value, "tokens/s", rate if pytorch else None))
 
     columns = [name.split()[-1] for name in kernels]
     print("\nMatrix products of a layer y = x W^T, 1024 rows of x, W (N,K), in GFLOP/s; ratio to the better OpenBLAS kernel")
@@ -241,4 +245,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except Missing as why:  # our own side: nothing to show
+        sys.exit(f"bench_cpu: {why}")
