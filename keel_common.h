@@ -163,7 +163,7 @@ inline float uniform24(uint32_t word) { return float(word >> 8) * 0x1p-24f; }
 //     x_{l+1} = norm_out ? RMSNorm(z_l; gamma_out_l) : z_l
 //     logits  = (norm_final ? RMSNorm(x_L; gamma_final) : x_L) @ wte^T
 
-enum NormPlacement { KEEL, PRE, POST, DEEPNORM, MIXLN, HYBRIDNORM, SCALEDPOST, NUM_PLACEMENTS };
+enum NormPlacement : int32_t { KEEL, PRE, POST, DEEPNORM, MIXLN, HYBRIDNORM, SCALEDPOST, NUM_PLACEMENTS };
 
 // One sub-layer's place in the formulas above. norm_qkv: a per-head RMSNorm of q, k and v (attention only).
 struct SublayerNorm {
