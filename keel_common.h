@@ -421,6 +421,9 @@ enum HeaderWord {
     H_SEED = 30,         // uint64
     H_TRAIN_TOKENS = 32, // int64, tokens of the training split: a resume on other data is refused
     H_RANKS = 34, H_RANK = 35,
+    H_VAL_EVERY = 36,    // int64, steps; this and the next two decide what the log's val_loss is
+    H_VAL_BATCHES = 38,  // int64
+    H_VAL_TOKENS = 40,   // int64, tokens of the validation split
 };
 
 struct FileHeader {
@@ -1017,6 +1020,8 @@ inline Options parse_command_line(int argc, const char* const* argv, bool gpu) {
     if (o.resume && o.out.empty()) fail("-y: expected the run's folder with -o, found none; add -o DIR");
     if (o.resume && !o.init.empty()) fail("-y: goes on from -o, and -e starts from another file; give one of the two");
     if (o.probe > 0 && o.out.empty()) fail("--probe: expected a folder for probe.csv, found none; add -o DIR");
+    if (!o.dump.empty() && (o.resume || o.probe > 0))
+        fail("--dump: trains nothing, and %s asks for a run; leave it out, and dump a saved model with -e", o.resume ? "-y" : "--probe");
     if (!o.dump.empty() && !o.check.empty()) fail("--dump and --check: expected one of the two, found both");
     return o;
 }
@@ -1048,6 +1053,7 @@ struct RunConfig {
     int64_t steps = 0, warmup = 0;
     double lr = 0, weight_decay = 0, clip = 0;
     uint64_t seed = 0;
+    int64_t val_every = 0, val_batches = 0;
     bool recompute_chosen = false;
     Recompute recompute;
 
@@ -1055,18 +1061,19 @@ struct RunConfig {
     int accumulation() const { return int(batch_sequences() / B); }
 };
 
-// Step s = 1..S: linear warm-up over W steps to the peak, then a cosine that reaches 1e-7 at step S.
+// Step s = 1..S: linear warm-up over W steps to the peak, then a cosine that reaches 1e-7 at step S (or the peak if that is less).
 inline double learning_rate(const RunConfig& run, int64_t s) {
+    double least = std::min(1e-7, run.lr);
     if (s <= run.warmup) return run.lr * double(s) / double(run.warmup);
-    if (s >= run.steps) return 1e-7;
+    if (s >= run.steps) return least;
     double progress = double(s - run.warmup) / double(run.steps - run.warmup);
-    return 1e-7 + (run.lr - 1e-7) * (1 + std::cos(M_PI * progress)) / 2;
+    return least + (run.lr - least) * (1 + std::cos(M_PI * progress)) / 2;
 }
 
 // ----------------------------------------------------------------------------------------------------
 // One dial: what -L chooses when nothing else is given, the same on every machine
 //
-// Width follows depth as C = L/4, never under 64; context and batch follow width. So up to 256 sub-layers the default is a model
+// Width follows depth as C = L/4, rounded up to a multiple of 64; context and batch follow width. So up to 256 sub-layers the default is a model
 // that a laptop trains in minutes (C = 64, T = 64, 1024 tokens a step), and -L 1024 is one for a GPU (C = 256,
 // T = 1024, 65536 tokens a step).
 
@@ -1219,18 +1226,23 @@ inline RunConfig resolve_run(const Options& o, const FileHeader* init, int V) {
     run.weight_decay = choose("--weight-decay", o.weight_decay, H_WEIGHT_DECAY, o.weight_decay);
     run.clip = choose("--clip", o.clip, H_CLIP, o.clip);
     run.seed = uint64_t(choose("--seed", o.seed, H_SEED, o.seed));
+    run.val_every = choose("--val-every", o.val_every, H_VAL_EVERY, o.val_every);
+    run.val_batches = choose("--val-batches", o.val_batches, H_VAL_BATCHES, o.val_batches);
+    if (run.steps > 0 && run.warmup > run.steps)
+        fail("-u: expected at most the %lld steps of -x, found %lld; give fewer", (long long)run.steps, (long long)run.warmup);
     run.recompute_chosen = o.recompute != "auto" || resume;
     if (o.recompute != "auto") run.recompute = Recompute::parse(o.recompute);
     else if (resume) run.recompute = {init->word[H_RECOMPUTE]};
     return run;
 }
 
-inline FileHeader state_header(RealType type, const RunConfig& run, int64_t step, size_t train_tokens) {
+inline FileHeader state_header(RealType type, const RunConfig& run, int64_t step, const DataSplit& data) {
     FileHeader h = make_header(FILE_STATE, type, run.model, step);
     h.word[H_B] = run.B, h.word[H_T] = run.T, h.word[H_RECOMPUTE] = run.recompute.level;
     h.set(H_TOTAL_BATCH, run.total_batch), h.set(H_STEPS, run.steps), h.set(H_WARMUP, run.warmup);
     h.set(H_LR, run.lr), h.set(H_WEIGHT_DECAY, run.weight_decay), h.set(H_CLIP, run.clip), h.set(H_SEED, run.seed);
-    h.set(H_TRAIN_TOKENS, int64_t(train_tokens));
+    h.set(H_TRAIN_TOKENS, int64_t(data.train_count)), h.set(H_VAL_TOKENS, int64_t(data.val_count));
+    h.set(H_VAL_EVERY, run.val_every), h.set(H_VAL_BATCHES, run.val_batches);
     h.word[H_RANKS] = 1, h.word[H_RANK] = 0;
     return h;
 }
@@ -1298,12 +1310,22 @@ inline void check_dump_target(const std::string& path) {
     fs::path folder = fs::absolute(path).parent_path();
     if (!fs::is_directory(folder, error) || access(folder.c_str(), W_OK | X_OK) != 0)
         fail("--dump: expected a folder that can be written, found %s; create it first", folder.c_str());
+    if (fs::exists(path + ".tmp", error)) fail("--dump: expected no file %s.tmp, which it writes first; move it away or give another name", path.c_str());
     if (!fs::exists(path, error)) return;
     int32_t word[3] = {};
     FILE* file = fs::is_regular_file(path, error) ? fopen(path.c_str(), "rb") : nullptr;
     bool older_dump = file && fread(word, 4, 3, file) == 3 && memcmp(word, "KEEL", 4) == 0 && word[H_KIND] == FILE_DEBUG;
     if (file) fclose(file);
     if (!older_dump) fail("--dump: expected a new file or an older dump, found something else in %s; give another name", path.c_str());
+}
+
+// -y where no checkpoint is: a fresh start, unless models show that a run has been here whose states are gone.
+inline void check_fresh_resume(const std::string& folder) {
+    std::error_code ignored;
+    for (const auto& entry : std::filesystem::directory_iterator(folder, ignored))
+        if (std::string name = entry.path().filename().string(); name.starts_with("model_"))
+            fail("-y: expected a training state in %s, found only models such as %s; start from one by -e in another -o", folder.c_str(), name.c_str());
+    printf("starting   fresh, as there is no checkpoint in %s\n", folder.c_str());
 }
 
 inline void create_output_folder(const std::string& folder) {

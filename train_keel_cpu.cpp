@@ -67,8 +67,8 @@ private:
 };
 
 // exp as 2^n e^r with |r| <= ln(2)/2 and the Taylor series of e^r: its degree is where the next term is below half a
-// unit in the last place. Unlike libm's it vectorises inside a loop, and has the same bits on every machine.
-// Exact to 1.5 ulp for x from the type's smallest normal result to overflow; below it gives 0, above it infinity.
+// unit in the last place. Unlike libm's it vectorises inside a loop.
+// Exact to 1.5 ulp from x = -87 to 88 (FP64: -708 to 709.5); below it gives 0, from 88.5 on infinity.
 inline real exponential(real x) {
     constexpr bool fp64 = sizeof(real) == 8;
     constexpr int degree = fp64 ? 13 : 7;
@@ -1088,9 +1088,9 @@ void load_parameters(Model& model, FileReader& in) {
     in.finish();
 }
 
-void write_state(const std::string& path, Model& model, const RunConfig& run, int64_t step, size_t train_tokens) {
+void write_state(const std::string& path, Model& model, const RunConfig& run, int64_t step, const DataSplit& data) {
     FileWriter out(path);
-    FileHeader header = state_header(real_type<real>, run, step, train_tokens);
+    FileHeader header = state_header(real_type<real>, run, step, data);
     out.write(&header, sizeof header);
     for (auto* values : {&model.params, &model.m, &model.v}) out.write(values->data(), values->size() * sizeof(real));
     out.commit();
@@ -1145,8 +1145,8 @@ double measure_matrix_rate() {
 }
 
 // The mean loss over the first -m batches of the validation data, in order.
-double validate(Model& model, const Loader& loader, const RunConfig& run, int64_t batches) {
-    size_t sequences = std::min(size_t(batches) * size_t(run.batch_sequences()), loader.sequences_per_epoch());
+double validate(Model& model, const Loader& loader, const RunConfig& run) {
+    size_t sequences = std::min(size_t(run.val_batches) * size_t(run.batch_sequences()), loader.sequences_per_epoch());
     std::vector<int> tokens(size_t(run.B) * size_t(run.T)), targets(tokens.size());
     double sum = 0;
     for (size_t s = 0; s < sequences; s += size_t(run.B)) {
@@ -1185,7 +1185,7 @@ void print_run(const RunConfig& run, const ParameterLayout& layout, const DataSp
     const ModelConfig& m = run.model;
     printf("model      %s, L %d sub-layers, C %d, H %d, T %d, V %d", placements[m.norm].name, m.L, m.C, m.H, run.T, m.V);
     if (placements[m.norm].alpha) printf(", alpha %g", double(m.alpha));
-    printf("; %s parameters\n", count_text(double(layout.count)).c_str());
+    printf("; %s parameters; %s\n", count_text(double(layout.count)).c_str(), placements[m.norm].source);
     if (!data) return;
     printf("data       %s: %s tokens to train on, %s to validate on\n", data->train.pattern.c_str(),
            count_text(double(data->train_count)).c_str(), count_text(double(data->val_count)).c_str());
@@ -1220,6 +1220,7 @@ int run(int argc, const char* const* argv) {
     if (!o.out.empty() && o.dump.empty()) {
         check_output_folder(o.out, o.resume);
         if (o.resume) resume_from = newest_state(o.out);
+        if (o.resume && resume_from.empty()) check_fresh_resume(o.out);
     }
     std::unique_ptr<FileReader> init;
     if (!o.init.empty()) init = std::make_unique<FileReader>(o.init, FILE_MODEL);
@@ -1232,10 +1233,13 @@ int run(int argc, const char* const* argv) {
     const ModelConfig& config = run.model;
     data.check_tokens(config.V);
     data.check_lengths(run);
-    if (o.val_every > 0 && o.dump.empty()) data.check_validation(run);
+    if (run.val_every > 0 && o.dump.empty()) data.check_validation(run);
     if (!resume_from.empty() && size_t(init->header.get<int64_t>(H_TRAIN_TOKENS)) != data.train_count)
         fail("-i: expected the %lld training tokens of the checkpoint, found %zu; give the same data",
              (long long)init->header.get<int64_t>(H_TRAIN_TOKENS), data.train_count);
+    if (!resume_from.empty() && run.val_every > 0 && size_t(init->header.get<int64_t>(H_VAL_TOKENS)) != data.val_count)
+        fail("-j: expected the %lld validation tokens of the checkpoint, found %zu; give the same data",
+             (long long)init->header.get<int64_t>(H_VAL_TOKENS), data.val_count);
     if (o.sample_every > 0) prompt_tokens(o.prompt, o.has("--prompt"), config.V);
 
     // Memory: planned, shown and compared with what there is before any of it is taken.
@@ -1298,8 +1302,8 @@ int run(int argc, const char* const* argv) {
 
     auto due = [&](int64_t every) { return every > 0 && (step % every == 0 || step == run.steps); };
     auto validation_due = [&]() -> std::string {  // the loss as text, empty where none is measured
-        if (!due(o.val_every)) return "";
-        double val_loss = validate(model, val, run, o.val_batches);
+        if (!due(run.val_every)) return "";
+        double val_loss = validate(model, val, run);
         printf("validation | loss %.4f | perplexity %.3f\n", val_loss, std::exp(val_loss));
         return format("%.9g", val_loss);
     };
@@ -1307,7 +1311,7 @@ int run(int argc, const char* const* argv) {
         if (log && due(o.checkpoint_every)) {
             log->sync();  // no checkpoint is ahead of its log
             write_model<real>(model_path(o.out, step), config, step, {model.params.data(), model.params.size()});
-            write_state(state_path(o.out, step), model, run, step, data.train_count);
+            write_state(state_path(o.out, step), model, run, step, data);
             printf("checkpoint | %s\n", state_path(o.out, step).c_str());
         }
         if (due(o.sample_every)) print_sample(model, o, run.T, run.seed, step);
@@ -1334,6 +1338,9 @@ int run(int argc, const char* const* argv) {
         loss /= double(run.total_batch);
         std::vector<double> gradient_squares, update_squares;
         double norm = gradient_norm(model, probing ? &gradient_squares : nullptr);
+        if (!std::isfinite(loss) || !std::isfinite(norm))
+            fail("step %lld: expected a finite loss and gradient norm, found %g and %g; nothing of this step is kept, use a smaller -l, from the last checkpoint by -y",
+                 (long long)step, loss, norm);
         adamw_update(model, run, step, norm, probing ? &update_squares : nullptr);
         if (probing) write_probe(*probe_log, model, step, run, gradient_squares, update_squares);
         model.probe.clear();

@@ -161,6 +161,7 @@ TEST_SUITE("bad input") {
         p.fails(p.tiny({"-o", o, "-d", "24"}), {"-d", "expected a multiple of 16", "found 24"});
         p.fails(p.tiny({"-o", o, "--norm", "batch"}), {"--norm", "keel, pre, post", "found 'batch'"});
         p.fails(p.tiny({"-o", o, "--norm", "pre", "-a", "3"}), {"-a", "no alpha"});
+        p.fails(p.tiny({"-o", o, "-u", "7"}), {"-u", "expected at most the 6 steps", "found 7"});
         p.fails(p.tiny({"-o", o, "-r", "3"}), {"-r", "expected", "found '3'"});
         succeeds(p.tiny({"-o", p / "good"}));
         std::string model = p / "good/model_00000006.bin";
@@ -358,6 +359,9 @@ TEST_SUITE("the run") {
         CHECK(r.out.find("state_00000002_00000.bin") != std::string::npos);
         CHECK(slurp(p / "whole/model_00000006.bin") == slurp(p / "part/model_00000006.bin"));
         CHECK(log_without_times(p / "whole/log.csv") == log_without_times(p / "part/log.csv"));
+        fs::create_directory(p / "models");
+        fs::copy(p / "whole/model_00000006.bin", p / "models/model_00000006.bin");
+        p.fails({"./train_keel_cpu", "-i", p.text, "-o", p / "models", "-y"}, {"-y", "expected a training state", "found only models"});
         for (const char* step : {"2", "4", "6"}) spill(p / "part/state_0000000" + step + "_00000.bin", "KEEL");
         r = run(resume);
         CHECK(r.code == 1);
@@ -420,11 +424,25 @@ TEST_SUITE("dump and check") {
         both_ways({"", "-i", p.text, "-L", "64", "-C", "64", "-H", "2", "-t", "64", "-b", "2"});
     }
 
+    TEST_CASE("A diverged run stops before it harms the weights, and names what to do") {
+        Place p;
+        Words words = p.tiny({"-l", "1e9", "-c", "1e9", "-o", p / "run", "-n", "1"});
+        Result r = run(words);
+        INFO(r.out << r.err);
+        CHECK(r.code == 1);
+        CHECK(r.err.find("expected a finite loss") != std::string::npos);
+        CHECK(std::count(r.err.begin(), r.err.end(), '\n') == 1);
+    }
+
     TEST_CASE("A dump replaces an older dump and nothing else, and needs a folder that is there") {
         Place p;
         p.fails(p.tiny({"--dump", p.text}), {"--dump", "expected a new file", "found"});
         p.fails(p.tiny({"--dump", p.path}), {"--dump", "expected a new file", "found"});
         p.fails(p.tiny({"--dump", p / "none/d.bin"}), {"--dump", "expected a folder", "found"});
+        p.fails(p.tiny({"--dump", p / "d.bin", "-o", p / "a", "-y"}), {"--dump", "-y", "-e"});
+        spill(p / "d.bin.tmp", "precious");
+        p.fails(p.tiny({"--dump", p / "d.bin"}), {"--dump", "d.bin.tmp"});
+        fs::remove(p / "d.bin.tmp");
         succeeds(p.tiny({"--dump", p / "d.bin"})), succeeds(p.tiny({"--dump", p / "d.bin"}));
         succeeds(p.tiny({"-o", p / "a", "-n", "6"}));
         p.fails(p.tiny({"--dump", p / "a/model_00000006.bin"}), {"--dump", "expected a new file"});
@@ -640,7 +658,7 @@ TEST_SUITE("more bad input and faults") {
             succeeds(w);
             fs::copy(p / "whole", p / "part");
             fs::remove(p / "part/model_00000006.bin"), fs::remove(p / "part/state_00000006_00000.bin");
-            succeeds({binary, "-i", p.text, "-s", "0", "-v", "2", "--probe", "2", "-y", "-o", p / "part"});
+            succeeds({binary, "-i", p.text, "-s", "0", "--probe", "2", "-y", "-o", p / "part"});
             same_folder(p / "whole", p / "part", binary + " " + norm);
             fs::remove_all(p / "whole"), fs::remove_all(p / "part");
         };
