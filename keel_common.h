@@ -1097,10 +1097,10 @@ inline int64_t default_total_batch(int C, int T) { return int64_t(T) * 16 * std:
 // there with batches of 4M tokens. It holds for the default's 1024 tokens too. Validation loss after 400 steps, C = 64, T = 64, sources of
 // Python's standard library, one seed (dev/results/lr_sweep.csv; dev/sweep.py runs it):
 //
-//     peak LR   3e-3    6e-3    9e-3    1e-2   1.5e-2   2e-2    3e-2
-//     L = 16    2.133   1.997   1.963   1.975   1.971   2.011   2.048
-//     L = 64    2.133   2.006   1.975   1.975   2.018   2.017   2.157
-//     L = 256   2.136   2.042           2.043   2.065                   (the formula's 7.1e-3 lies between the two best)
+//     peak LR   3e-3    6e-3   7.1e-3   9e-3    1e-2   1.5e-2   2e-2    3e-2
+//     L = 16    2.133   1.997           1.963   1.975   1.971   2.011   2.048
+//     L = 64    2.133   2.006           1.975   1.975   2.018   2.017   2.157
+//     L = 256   2.136   2.042   2.029           2.043   2.065
 //
 // The optimum is flat, about a factor of two wide; smaller batches were expected to want less, and do not down to 1024 tokens.
 inline double default_lr(const ModelConfig& c) { return 9e-3 * std::min(1.0, std::cbrt(128.0 / c.L)); }
