@@ -1105,7 +1105,6 @@ inline int64_t default_total_batch(int C, int T) { return int64_t(T) * 16 * std:
 // The optimum is flat, about a factor of two wide; smaller batches were expected to want less, and do not down to 1024 tokens.
 inline double default_lr(const ModelConfig& c) { return 9e-3 * std::min(1.0, std::cbrt(128.0 / c.L)); }
 
-
 inline std::string folder_of_program() {
     std::error_code ignored;
     return std::filesystem::read_symlink("/proc/self/exe", ignored).parent_path().string();
