@@ -1,9 +1,10 @@
 // keel_common.h: what train_keel.cu and train_keel_cpu.cpp share, and neither computes on tensors with.
 //
-// In order: errors and small tools, random numbers, the norm placements, the parameter table, files,
-// data, the learning-rate schedule, the command line and the defaults, the memory plan, the log, and
-// the comparison of two debug states. Each fact stands here once, as a row of a table: a norm placement, a
-// parameter tensor, a flag. Allocation, file order, initialisation, dumps, comparison and the optimizer walk them.
+// In order: errors and small tools, random numbers, the norm placements, the parameter table, files, data, the
+// command line, the optimizer's schedule and the defaults, the output folder, the memory table, the comparison of two debug
+// states, sampling, and the run around a training step, a template over what a trainer computes. Each fact stands here once, as
+// a row of a table: a norm placement, a parameter tensor, a flag. Allocation, file order, initialisation, dumps,
+// comparison and the optimizer walk them.
 #pragma once
 
 #include <fcntl.h>
@@ -137,7 +138,7 @@ struct Philox {
     uint32_t word[4];
 };
 
-inline Philox philox(uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
+constexpr Philox philox(uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
     uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
     for (int round = 0; round < 10; round++) {
         uint64_t p0 = uint64_t(0xD2511F53u) * c0, p1 = uint64_t(0xCD9E8D57u) * c2;
@@ -152,7 +153,7 @@ inline Philox philox(uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2, uint32
 enum PhiloxStream : uint32_t { STREAM_WEIGHTS = 0, STREAM_DATA = 1, STREAM_SAMPLE = 2 };
 
 // Uniform in [0, 1) with 24 bits: exact in FP32.
-inline float uniform24(uint32_t word) { return float(word >> 8) * 0x1p-24f; }
+constexpr float uniform24(uint32_t word) { return float(word >> 8) * 0x1p-24f; }
 
 // ----------------------------------------------------------------------------------------------------
 // The model's shape and the norm placements
@@ -447,7 +448,7 @@ struct FileHeader {
     }
 };
 
-inline FileHeader make_header(FileKind kind, RealType type, const ModelConfig& c, int64_t step) {
+inline FileHeader make_header(FileKind kind, RealType type, const ModelConfig& c, int64_t step, bool branch_bf16 = false) {
     FileHeader h;
     memcpy(&h.word[H_MAGIC], "KEEL", 4);
     h.word[H_VERSION] = 1, h.word[H_KIND] = kind, h.word[H_TYPE] = type;
@@ -456,6 +457,7 @@ inline FileHeader make_header(FileKind kind, RealType type, const ModelConfig& c
     h.word[H_NORM] = c.norm;
     h.set(H_ALPHA, c.alpha);
     h.set(H_STEP, step);
+    h.word[H_BRANCH_BF16] = branch_bf16;
     return h;
 }
 
@@ -647,15 +649,6 @@ private:
     uint32_t crc = 0;
 };
 
-template <class Real>
-void write_model(const std::string& path, const ModelConfig& c, int64_t step, std::span<const Real> params) {
-    FileWriter out(path);
-    FileHeader h = make_header(FILE_MODEL, real_type<Real>, c, step);
-    out.write(&h, sizeof h);
-    out.write(params);
-    out.commit();
-}
-
 // One batch and everything that one forward and backward pass makes of it.
 template <class Real>
 struct DebugState {
@@ -702,6 +695,12 @@ struct DebugState {
         return s;
     }
 };
+
+// Bytes of one in the host's memory, tokens aside.
+template <class Real>
+size_t debug_state_bytes(const ModelConfig& c, int64_t B, int T) {
+    return sizeof(Real) * (2 * ParameterLayout(c).count + size_t(B) * size_t(T) * (2 * size_t(c.L + 1) * size_t(c.C) + size_t(c.V)));
+}
 
 // ----------------------------------------------------------------------------------------------------
 // Data: text files (a byte is a token, V = 256) or llm.c's token shards (.bin)
@@ -886,7 +885,7 @@ private:
 
 struct Options {
     std::vector<std::string> train, val;  // default: the trainer's own sources; their last tenth
-    std::string out, init, prompt = "\n", dump, check, tune, moments = "fp32", grads = "fp32", recompute = "auto";
+    std::string out, init, prompt = "\n", dump, check, recompute = "auto";
     std::string norm = "keel";
     int64_t layers = 64, channels = 0, heads = 0, seq_len = 0, batch = 0, total_batch = 0, warmup = 0, steps = 400;
     double alpha = 0, lr = 0, weight_decay = 0.01, clip = 1.0;
@@ -903,7 +902,6 @@ struct Flag {
     std::variant<std::string Options::*, std::vector<std::string> Options::*, int64_t Options::*, double Options::*,
                  bool Options::*> member;
     double least = 0, most = 9e18;  // of a number
-    bool gpu_only = false;
 };
 
 inline const Flag flags[] = {
@@ -939,16 +937,12 @@ inline const Flag flags[] = {
     {"", "--probe", "N", "0", "every N steps, a row a sub-layer in probe.csv: rms, shortcut gain, gradient and update norms", &Options::probe, 0},
     {"", "--dump", "FILE", "none", "write a debug state of one forward and backward pass, and stop", &Options::dump},
     {"", "--check", "FILE", "none", "compare a debug state with this build, tensor by tensor, and stop", &Options::check},
-    {"", "--tune", "FILE", "none", "table of measured GEMM algorithms, made where it is missing", &Options::tune, 0, 0, true},
-    {"", "--moments", "fp32|bf16", "fp32", "type of AdamW's moments", &Options::moments, 0, 0, true},
-    {"", "--grads", "fp32|bf16", "fp32", "type of the gradients", &Options::grads, 0, 0, true},
     {"-h", "--help", "", "", "this list", &Options::help},
 };
 
-inline std::string help_text(const char* program, bool gpu) {
+inline std::string help_text(const char* program) {
     std::string text = format("usage: %s [flags]\n\n", program);
     for (const Flag& f : flags) {
-        if (f.gpu_only && !gpu) continue;
         std::string left = format("  %-3s %s %s", f.short_name, f.long_name, f.argument);
         std::string tail = f.fallback[0] ? format(" [%s]", f.fallback) : "";
         text += format("%-31s %s%s\n", left.c_str(), f.help, tail.c_str());
@@ -976,7 +970,7 @@ inline double parse_real(const char* flag, const std::string& text, double least
     return value;
 }
 
-inline Options parse_command_line(int argc, const char* const* argv, bool gpu) {
+inline Options parse_command_line(int argc, const char* const* argv) {
     Options o;
     for (int i = 1; i < argc; i++) {
         std::string word = argv[i], value;
@@ -989,7 +983,6 @@ inline Options parse_command_line(int argc, const char* const* argv, bool gpu) {
         if (!flag && !word.starts_with("-"))
             fail("expected a flag, found '%s'; quote a glob so that the shell does not expand it: -i '*.txt'", word.c_str());
         if (!flag) fail("unknown flag '%s'; -h lists the flags", word.c_str());
-        if (flag->gpu_only && !gpu) fail("%s: is the GPU trainer's; leave it out or use train_keel", word.c_str());
         if (!o.given.insert(flag->long_name).second) fail("%s: given twice; give it once", word.c_str());
         if (auto* member = std::get_if<bool Options::*>(&flag->member)) {
             if (has_value) fail("%s: takes no value, found '%s'", word.c_str(), value.c_str());
@@ -1069,6 +1062,10 @@ inline double learning_rate(const RunConfig& run, int64_t s) {
     double progress = double(s - run.warmup) / double(run.steps - run.warmup);
     return least + (run.lr - least) * (1 + std::cos(M_PI * progress)) / 2;
 }
+
+// AdamW's (Loshchilov and Hutter 2019). KEEL's branch gradients shrink as 1/alpha: their RMS is 3e-6 at L = 1024, and the usual
+// epsilon of 1e-8 would slow them.
+inline constexpr double BETA1 = 0.9, BETA2 = 0.95, ADAM_EPSILON = 1e-12;
 
 // ----------------------------------------------------------------------------------------------------
 // One dial: what -L chooses when nothing else is given, the same on every machine
@@ -1235,8 +1232,8 @@ inline RunConfig resolve_run(const Options& o, const FileHeader* init, int V) {
     return run;
 }
 
-inline FileHeader state_header(RealType type, const RunConfig& run, int64_t step, const DataSplit& data) {
-    FileHeader h = make_header(FILE_STATE, type, run.model, step);
+inline FileHeader state_header(RealType type, bool branch_bf16, const RunConfig& run, int64_t step, const DataSplit& data) {
+    FileHeader h = make_header(FILE_STATE, type, run.model, step, branch_bf16);
     h.word[H_B] = run.B, h.word[H_T] = run.T, h.word[H_RECOMPUTE] = run.recompute.level;
     h.set(H_TOTAL_BATCH, run.total_batch), h.set(H_STEPS, run.steps), h.set(H_WARMUP, run.warmup);
     h.set(H_LR, run.lr), h.set(H_WEIGHT_DECAY, run.weight_decay), h.set(H_CLIP, run.clip), h.set(H_SEED, run.seed);
@@ -1244,6 +1241,14 @@ inline FileHeader state_header(RealType type, const RunConfig& run, int64_t step
     h.set(H_VAL_EVERY, run.val_every), h.set(H_VAL_BATCHES, run.val_batches);
     h.word[H_RANKS] = 1, h.word[H_RANK] = 0;
     return h;
+}
+
+// -y: a run goes on bit for bit only in the numbers that it began in.
+inline void check_same_build(const FileHeader& state, RealType type, bool branch_bf16) {
+    auto numbers = [](int type, bool bf16) { return format("type %d%s", type, bf16 ? " with a branch in BF16" : ""); };
+    if (state.word[H_TYPE] != type || (state.word[H_BRANCH_BF16] != 0) != branch_bf16)
+        fail("-y: expected a checkpoint of reals of %s, found %s; resume with the build that wrote it, or start from its model by -e",
+             numbers(type, branch_bf16).c_str(), numbers(state.word[H_TYPE], state.word[H_BRANCH_BF16] != 0).c_str());
 }
 
 // ----------------------------------------------------------------------------------------------------
@@ -1322,7 +1327,7 @@ inline void check_dump_target(const std::string& path) {
 inline void check_fresh_resume(const std::string& folder) {
     std::error_code ignored;
     for (const auto& entry : std::filesystem::directory_iterator(folder, ignored))
-        if (std::string name = entry.path().filename().string(); name.starts_with("model_"))
+        if (std::string name = entry.path().filename().string(); name.starts_with("model_") && !name.ends_with(".tmp"))
             fail("-y: expected a training state in %s, found only models such as %s; start from one by -e in another -o", folder.c_str(), name.c_str());
     printf("starting   fresh, as there is no checkpoint in %s\n", folder.c_str());
 }
@@ -1512,4 +1517,403 @@ inline bool print_check_table(const std::vector<CheckRow>& rows) {
     }
     printf("%zu of %zu tensors within their tolerance\n", rows.size() - bad, rows.size());
     return bad == 0;
+}
+
+// ----------------------------------------------------------------------------------------------------
+// What run_trainer asks of a Trainer
+//
+// All that is not the computation of a step stands below, once. What computes is a type Trainer of each trainer's file:
+//
+//     struct Trainer {
+//         using Real = float;                         // of its files and debug states
+//         static constexpr bool branch_bf16 = false;  // header word 16
+//
+//         // Before a Trainer is made. What a user can mend throws an Error.
+//         static void require_machine();                      // throws where there is nothing to compute on
+//         static void check_model(const ModelConfig& c);      // throws where this build cannot run the shape
+//         static size_t available_memory();                   // bytes of the memory that the three below count
+//         static void choose_memory_plan(RunConfig& run, size_t available);           // fills B and recompute where still open; throws where nothing fits
+//         static std::vector<MemoryRow> memory_rows(const RunConfig& run);            // the buffers of a Trainer of this run
+//         // What else it takes, with its name for the table: samples and probe, or the debug states of --dump (one) and --check
+//         // (two) where they lie in that memory. B may still be 0.
+//         static MemoryRow memory_beside(const RunConfig& run, const Options& o);
+//         static size_t sampling_bytes(const ModelConfig& c, int window);             // a Trainer of B = T = 1, recompute 1, and its Generator
+//
+//         explicit Trainer(const RunConfig& run);     // uses the model, B, T, recompute and the optimizer's settings; parameters not yet set, moments zero
+//         const ModelConfig& config();
+//         const ParameterLayout& layout();
+//
+//         // Parameters and moments, in the order and type of a file's body. Reading ends where they end: the caller finishes the file.
+//         void initialise(uint64_t seed);
+//         void read_parameters(FileReader& in);
+//         void read_moments(FileReader& in);
+//         void write_parameters(FileWriter& out);
+//         void write_moments(FileWriter& out);
+//
+//         double evaluate(const int* tokens, const int* targets, int b);              // sum of the losses of b <= B sequences, (b,T)
+//         StepResult step(const Loader& data, int64_t step, CsvLog* probe);           // step 1, 2, ...; probe: null where the step is not probed
+//         void debug_pass(DebugState<Real>& s, int B, int T);                         // s.tokens, s.targets given; fills the rest
+//         double matrix_rate();                       // operations a second of a large matrix product, measured
+//         std::string machine_name();                 // "2 threads"
+//
+//         // Feeds tokens and keeps what attention needs of them; feed returns the logits (V) after the last, on the host.
+//         struct Generator {
+//             Generator(Trainer& trainer, int window);
+//             const Real* feed(const int* tokens, int n);
+//             void clear();
+//             int size() const;                       // tokens fed since the start or clear
+//         };
+//     };
+
+// Mean loss over the step's tokens, and norm of the gradient before it is clipped. Where either is not finite, nothing has been updated.
+struct StepResult {
+    double loss, norm;
+};
+
+// ----------------------------------------------------------------------------------------------------
+// The probe: probe.csv, a row for each sub-layer of a probed step
+
+// Of one sub-layer, summed over the micro-batches of a step.
+struct SublayerProbe {
+    double x = 0, f = 0, z = 0;    // sums of squares of x_l, F(u_l) and z_l
+    double shortcut = 0;           // sum over rows of alpha / rms(z), the norm's part of the shortcut's gain
+    double dx = 0, df = 0;         // sums of squares of dL/dx_l and dL/dF_l
+    // once a step, after the update
+    double gamma_rms = 1;          // of gamma_out; 1 where there is none
+    double gradient = 0;           // sum of squares of the gradients of its parameters, before they are clipped
+    double update = 0;             // sum of squares of what the step added to them
+};
+
+inline constexpr const char* PROBE_COLUMNS =
+    "step,sublayer,kind,rms_x,rms_f,rms_z,shortcut_gain,shortcut_gain_to_top,dx_norm,df_norm,grad_norm,update_norm";
+
+// rms over rows and channels; the shortcut's own gain alpha gamma / rms(z) and its product from here to the top; norms of gradients
+// and updates. The gain takes the mean over rows of alpha / rms(z) and the rms of gamma.
+inline void write_probe(CsvLog& csv, const RunConfig& run, int64_t step, const std::vector<SublayerProbe>& probe) {
+    int L = run.model.L;
+    double rows = double(run.total_batch), elements = rows * run.model.C, to_top = 1;
+    std::vector<double> gain(static_cast<size_t>(L)), product_to_top(static_cast<size_t>(L));
+    for (int l = L - 1; l >= 0; l--) {
+        gain[size_t(l)] = probe[size_t(l)].gamma_rms * probe[size_t(l)].shortcut / rows;
+        product_to_top[size_t(l)] = to_top *= gain[size_t(l)];
+    }
+    for (int l = 0; l < L; l++) {
+        const SublayerProbe& p = probe[size_t(l)];
+        csv.row(format("%lld,%d,%s,%.6g,%.6g,%.6g,%.6g,%.6g,%.6g,%.6g,%.6g,%.6g", (long long)step, l, is_attention(l) ? "attention" : "feed-forward",
+                       std::sqrt(p.x / elements), std::sqrt(p.f / elements), std::sqrt(p.z / elements), gain[size_t(l)],
+                       product_to_top[size_t(l)], std::sqrt(p.dx), std::sqrt(p.df), std::sqrt(p.gradient), std::sqrt(p.update)));
+    }
+}
+
+// ----------------------------------------------------------------------------------------------------
+// Sampling
+
+// One token from logits (V): the likeliest for temperature 0, else from softmax(logits / temperature) over the top_k likeliest
+// (0: over all; of equals the lower token counts as likelier). uniform in [0, 1).
+template <class Real>
+int sample_token(const Real* logits, int V, double temperature, int top_k, double uniform) {
+    std::vector<int> order(static_cast<size_t>(V));
+    for (int v = 0; v < V; v++) order[size_t(v)] = v;
+    auto likelier = [&](int a, int b) { return logits[a] > logits[b] || (logits[a] == logits[b] && a < b); };
+    if (temperature == 0) return *std::min_element(order.begin(), order.end(), likelier);
+    if (top_k > 0 && top_k < V) {
+        std::nth_element(order.begin(), order.begin() + top_k - 1, order.end(), likelier);
+        order.resize(size_t(top_k));
+        std::sort(order.begin(), order.end());
+    }
+    double largest = -INFINITY, sum = 0;
+    for (int v : order) largest = std::max(largest, double(logits[v]));
+    std::vector<double> p;
+    for (int v : order) p.push_back(std::exp((double(logits[v]) - largest) / temperature)), sum += p.back();
+    double left = uniform * sum;
+    for (size_t i = 0; i < p.size(); i++)
+        if ((left -= p[i]) < 0) return order[i];
+    return order[size_t(std::max_element(p.begin(), p.end()) - p.begin())];
+}
+
+// The prompt as tokens: bytes where V = 256, else ids separated by commas.
+inline std::vector<int> prompt_tokens(const std::string& prompt, bool given, int V) {
+    std::vector<int> tokens;
+    if (V == 256) {
+        for (unsigned char c : prompt) tokens.push_back(c);
+        return tokens;
+    }
+    if (!given) return {V - 1};  // GPT-2's <|endoftext|> is its last token
+    for (size_t at = 0; at <= prompt.size();) {
+        size_t comma = std::min(prompt.find(',', at), prompt.size());
+        tokens.push_back(int(parse_integer("--prompt", prompt.substr(at, comma - at), 0, V - 1)));
+        at = comma + 1;
+    }
+    return tokens;
+}
+
+inline void print_token(int token, int V) {
+    if (V != 256) printf("%d ", token);
+    else putchar(token == '\n' || token == '\t' || token >= 32 ? token : '.');
+}
+
+// Prints the prompt and count more tokens. When the window is full, the second half of the text goes on in a new one.
+template <class Trainer>
+void print_sample(Trainer& trainer, const Options& o, int window, uint64_t seed, int64_t step) {
+    int V = trainer.config().V;
+    std::vector<int> text = prompt_tokens(o.prompt, o.has("--prompt"), V);
+    typename Trainer::Generator generator(trainer, window);
+    printf("--- sample%s\n", step > 0 ? format(" at step %lld", (long long)step).c_str() : "");
+    for (int token : text) print_token(token, V);
+    size_t fed = text.size() > size_t(window) ? text.size() - size_t(window) : 0;
+    for (int64_t i = 0; i < o.sample_tokens; i++) {
+        if (generator.size() + int(text.size() - fed) > window) {
+            generator.clear();
+            fed = text.size() - size_t(std::max(1, window / 2));
+        }
+        const auto* logits = generator.feed(text.data() + fed, int(text.size() - fed));
+        fed = text.size();
+        Philox draw = philox(seed, uint32_t(i), uint32_t(step), uint32_t(uint64_t(step) >> 32), STREAM_SAMPLE);
+        text.push_back(sample_token(logits, V, o.temperature, int(o.top_k), draw.word[0] * 0x1p-32));
+        print_token(text.back(), V);
+        fflush(stdout);
+    }
+    printf("\n---\n");
+}
+
+// ----------------------------------------------------------------------------------------------------
+// The run: everything around the training step
+
+template <class Trainer>
+void write_model(const std::string& path, Trainer& trainer, int64_t step) {
+    FileWriter out(path);
+    FileHeader header = make_header(FILE_MODEL, real_type<typename Trainer::Real>, trainer.config(), step, Trainer::branch_bf16);
+    out.write(&header, sizeof header);
+    trainer.write_parameters(out);
+    out.commit();
+}
+
+template <class Trainer>
+void write_state(const std::string& path, Trainer& trainer, const RunConfig& run, int64_t step, const DataSplit& data) {
+    FileWriter out(path);
+    FileHeader header = state_header(real_type<typename Trainer::Real>, Trainer::branch_bf16, run, step, data);
+    out.write(&header, sizeof header);
+    trainer.write_parameters(out);
+    trainer.write_moments(out);
+    out.commit();
+}
+
+// The mean loss over the first -m batches of the validation data, in order.
+template <class Trainer>
+double validate(Trainer& trainer, const Loader& loader, const RunConfig& run) {
+    size_t sequences = std::min(size_t(run.val_batches) * size_t(run.batch_sequences()), loader.sequences_per_epoch());
+    std::vector<int> tokens(size_t(run.B) * size_t(run.T)), targets(tokens.size());
+    double sum = 0;
+    for (size_t s = 0; s < sequences; s += size_t(run.B)) {
+        int b = int(std::min(size_t(run.B), sequences - s));
+        loader.batch(s, b, tokens.data(), targets.data());
+        sum += trainer.evaluate(tokens.data(), targets.data(), b);
+    }
+    return sum / (double(sequences) * run.T);
+}
+
+inline void print_run(const RunConfig& run, const ParameterLayout& layout, const DataSplit* data) {
+    const ModelConfig& m = run.model;
+    printf("model      %s, L %d sub-layers, C %d, H %d, T %d, V %d", placements[m.norm].name, m.L, m.C, m.H, run.T, m.V);
+    if (placements[m.norm].alpha) printf(", alpha %g", double(m.alpha));
+    printf("; %s parameters; %s\n", count_text(double(layout.count)).c_str(), placements[m.norm].source);
+    if (!data) return;
+    printf("data       %s: %s tokens to train on, %s to validate on\n", data->train.pattern.c_str(),
+           count_text(double(data->train_count)).c_str(), count_text(double(data->val_count)).c_str());
+    printf("training   %lld steps of %lld tokens (%d x %d x %d), peak LR %g, warm-up %lld, weight decay %g, clip %g, seed %llu\n",
+           (long long)run.steps, (long long)run.total_batch, run.accumulation(), run.B, run.T, run.lr, (long long)run.warmup,
+           run.weight_decay, run.clip, (unsigned long long)run.seed);
+}
+
+// --check: 0 if every tensor of the file is what this build computes from its parameters and tokens.
+template <class Trainer>
+int check_debug_state(const Options& o) {
+    using Real = typename Trainer::Real;
+    const char* turn = "a dump of a smaller -b, -t or -L";
+    FileHeader header = FileReader(o.check, FILE_DEBUG).header;
+    RunConfig run;
+    run.model = header.model(), run.B = header.word[H_B], run.T = header.word[H_T];
+    run.total_batch = int64_t(run.B) * run.T, run.recompute_chosen = true;
+    Trainer::check_model(run.model);
+    require_memory(Trainer::memory_beside(run, o).bytes + total_bytes(Trainer::memory_rows(run)), Trainer::available_memory(), turn);
+    require_memory(2 * debug_state_bytes<Real>(run.model, run.B, run.T), available_memory(), turn);
+    DebugState<Real> file = DebugState<Real>::read(o.check), ours;
+    Trainer trainer(run);
+    FileReader again(o.check, FILE_DEBUG);  // the parameters are what a debug state starts with, as a model does
+    trainer.read_parameters(again);
+    ours.tokens = file.tokens, ours.targets = file.targets;
+    trainer.debug_pass(ours, run.B, run.T);
+    return print_check_table(compare_debug_states(file, ours)) ? 0 : 1;
+}
+
+// Sampling alone: -e model.bin --prompt TEXT
+template <class Trainer>
+int run_sampling(const Options& o, FileReader& file) {
+    RunConfig run = resolve_run(o, &file.header, 0);
+    Trainer::check_model(run.model);
+    prompt_tokens(o.prompt, true, run.model.V);
+    require_memory(Trainer::sampling_bytes(run.model, run.T), Trainer::available_memory(), "a smaller -t or a larger machine");
+    RunConfig least = run;  // nothing is trained: the least memory for activations
+    least.B = least.T = 1, least.total_batch = 1, least.recompute = {1}, least.recompute_chosen = true;
+    Trainer trainer(least);
+    trainer.read_parameters(file);
+    file.finish();
+    print_run(run, trainer.layout(), nullptr);
+    print_sample(trainer, o, run.T, run.seed, file.header.get<int64_t>(H_STEP));
+    return 0;
+}
+
+template <class Trainer>
+int run_trainer(int argc, const char* const* argv) {
+    using Real = typename Trainer::Real;
+    Options o = parse_command_line(argc, argv);
+    if (o.help) {
+        printf("%s", help_text(argv[0]).c_str());
+        return 0;
+    }
+    Trainer::require_machine();
+    if (!o.check.empty()) return check_debug_state<Trainer>(o);
+    if (!o.dump.empty()) check_dump_target(o.dump);
+
+    // What there is to start from, and the data. Nothing is written before all of it is known to be sound.
+    std::string resume_from;
+    if (!o.out.empty() && o.dump.empty()) {
+        check_output_folder(o.out, o.resume);
+        if (o.resume) resume_from = newest_state(o.out);
+        if (o.resume && resume_from.empty()) check_fresh_resume(o.out);
+    }
+    std::unique_ptr<FileReader> init;
+    if (!o.init.empty()) init = std::make_unique<FileReader>(o.init, FILE_MODEL);
+    if (!resume_from.empty()) init = std::make_unique<FileReader>(resume_from, FILE_STATE);
+    if (init && o.has("--prompt") && !o.has("--train") && !o.has("--out") && !o.has("--steps") && o.dump.empty()) return run_sampling<Trainer>(o, *init);
+    if (!resume_from.empty()) check_same_build(init->header, real_type<Real>, Trainer::branch_bf16);
+    DataSplit data(o);
+    RunConfig run = resolve_run(o, init ? &init->header : nullptr, data.natural_vocabulary());
+    const ModelConfig& config = run.model;
+    Trainer::check_model(config);
+    data.check_tokens(config.V);
+    data.check_lengths(run);
+    if (run.val_every > 0 && o.dump.empty()) data.check_validation(run);
+    if (!resume_from.empty() && size_t(init->header.get<int64_t>(H_TRAIN_TOKENS)) != data.train_count)
+        fail("-i: expected the %lld training tokens of the checkpoint, found %zu; give the same data",
+             (long long)init->header.get<int64_t>(H_TRAIN_TOKENS), data.train_count);
+    if (!resume_from.empty() && run.val_every > 0 && size_t(init->header.get<int64_t>(H_VAL_TOKENS)) != data.val_count)
+        fail("-j: expected the %lld validation tokens of the checkpoint, found %zu; give the same data",
+             (long long)init->header.get<int64_t>(H_VAL_TOKENS), data.val_count);
+    if (o.sample_every > 0) prompt_tokens(o.prompt, o.has("--prompt"), config.V);
+
+    // Memory: planned, shown and compared with what there is before any of it is taken.
+    MemoryRow beside = Trainer::memory_beside(run, o);
+    size_t available = Trainer::available_memory();
+    Trainer::choose_memory_plan(run, available > beside.bytes ? available - beside.bytes : 0);
+    if (!o.dump.empty()) require_memory(debug_state_bytes<Real>(config, run.B, run.T), available_memory(), "a smaller -b, -t or -L");
+    std::vector<MemoryRow> memory = Trainer::memory_rows(run);
+    memory.push_back(beside);
+    print_run(run, ParameterLayout(config), &data);
+    printf("memory     needs %s of %s, micro-batch %d, recompute %s:\n", bytes_text(double(total_bytes(memory))).c_str(),
+           bytes_text(double(available)).c_str(), run.B, run.recompute.name().c_str());
+    print_memory_table(memory);
+    fflush(stdout);
+
+    Trainer trainer(run);
+    int64_t step = 0;
+    if (init) {
+        trainer.read_parameters(*init);
+        if (!resume_from.empty()) trainer.read_moments(*init);
+        init->finish();
+    } else {
+        trainer.initialise(run.seed);
+    }
+    if (!resume_from.empty()) {
+        step = init->header.get<int64_t>(H_STEP);
+        printf("resuming   %s\n", resume_from.c_str());
+    }
+
+    Loader train(data.train, 0, data.train_count, run.T, config.V, run.seed, true);
+    Loader val(data.val, data.val_start, data.val_count, run.T, config.V, run.seed, false);
+
+    if (!o.dump.empty()) {
+        DebugState<Real> debug;
+        debug.tokens.resize(size_t(run.B) * size_t(run.T)), debug.targets.resize(debug.tokens.size());
+        train.batch(0, run.B, debug.tokens.data(), debug.targets.data());
+        trainer.debug_pass(debug, run.B, run.T);
+        debug.write(o.dump);
+        printf("wrote      %s, loss %.9g\n", o.dump.c_str(), double(debug.loss));
+        return 0;
+    }
+
+    std::unique_ptr<CsvLog> log, probe_log;
+    if (!o.out.empty()) {
+        create_output_folder(o.out);
+        int64_t kept = resume_from.empty() ? -1 : step;
+        log = std::make_unique<CsvLog>(o.out + "/log.csv", "step,loss,val_loss,lr,grad_norm,ms,tokens_per_second,mfu", kept);
+        if (o.probe > 0) probe_log = std::make_unique<CsvLog>(o.out + "/probe.csv", PROBE_COLUMNS, kept);
+    }
+    // A run that was killed between a checkpoint's two files has the state, and the model is in it.
+    if (log && !resume_from.empty() && !std::filesystem::exists(model_path(o.out, step))) write_model(model_path(o.out, step), trainer, step);
+    double rate = trainer.matrix_rate();
+    printf("machine    %s, %.0f GFLOP/s in matrix products\n", trainer.machine_name().c_str(), rate * 1e-9);
+    if (!init) printf("note       the first loss is not ln V = %.2f: the tied head sees each input token's own embedding\n", std::log(double(config.V)));
+
+    auto due = [&](int64_t every) { return every > 0 && (step % every == 0 || step == run.steps); };
+    auto validation_due = [&]() -> std::string {  // the loss as text, empty where none is measured
+        if (!due(run.val_every)) return "";
+        double val_loss = validate(trainer, val, run);
+        printf("validation | loss %.4f | perplexity %.3f\n", val_loss, std::exp(val_loss));
+        return format("%.9g", val_loss);
+    };
+    auto checkpoint_and_sample_due = [&] {
+        if (log && due(o.checkpoint_every)) {
+            log->sync();  // no checkpoint is ahead of its log
+            write_state(state_path(o.out, step), trainer, run, step, data);
+            write_model(model_path(o.out, step), trainer, step);
+            printf("checkpoint | %s\n", state_path(o.out, step).c_str());
+        }
+        if (due(o.sample_every)) print_sample(trainer, o, run.T, run.seed, step);
+        fflush(stdout);
+    };
+    if (step >= run.steps && !resume_from.empty()) printf("the run has its %lld steps; -x with a larger number goes on\n", (long long)run.steps);
+    if (run.steps == 0) {
+        validation_due();
+        checkpoint_and_sample_due();
+    }
+
+    double spent = 0, steps_here = 0;
+    while (step < run.steps) {
+        step++;
+        double start = seconds();
+        bool probing = o.probe > 0 && step % o.probe == 0;
+        auto [loss, norm] = trainer.step(train, step, probing ? probe_log.get() : nullptr);
+        if (!std::isfinite(loss) || !std::isfinite(norm))
+            fail("step %lld: expected a finite loss and gradient norm, found %g and %g; nothing of this step is kept, use a smaller -l, from the last checkpoint by -y",
+                 (long long)step, loss, norm);
+
+        double elapsed = seconds() - start, tokens_per_second = double(run.total_batch) / elapsed;
+        double mfu = flops_per_token(config, run.T) * tokens_per_second / rate;
+        spent += elapsed, steps_here++;
+        printf("step %lld/%lld | loss %.4f | grad norm %.3g | lr %.2e | %.0f ms | %.0f tokens/s | %.0f %% of matrix rate | %s left\n",
+               (long long)step, (long long)run.steps, loss, norm, learning_rate(run, step), elapsed * 1e3, tokens_per_second, 100 * mfu,
+               duration_text(spent / steps_here * double(run.steps - step)).c_str());
+        std::string val_text = validation_due();
+        if (log)
+            log->row(format("%lld,%.9g,%s,%.9g,%.9g,%.3f,%.1f,%.4f", (long long)step, loss, val_text.c_str(), learning_rate(run, step), norm,
+                            elapsed * 1e3, tokens_per_second, mfu));
+        checkpoint_and_sample_due();
+    }
+    return 0;
+}
+
+// The program: what a user can mend is one line on stderr and exit status 1.
+template <class Trainer>
+int trainer_main(int argc, char** argv) {
+    setvbuf(stdout, nullptr, _IOLBF, 0);
+    try {
+        return run_trainer<Trainer>(argc, argv);
+    } catch (const Error& e) {
+        fflush(stdout);
+        fprintf(stderr, "%s: %s\n", std::filesystem::path(argv[0]).filename().c_str(), e.what());
+    } catch (const std::bad_alloc&) {
+        fprintf(stderr, "%s: out of memory; use a smaller -b, -t, -C or -L, or -r layer\n", argv[0]);
+    }
+    return 1;
 }

@@ -1,7 +1,7 @@
 // train_keel_cpu.cpp: trains a GPT of KEEL highway blocks on a CPU (arXiv 2601.19895), as plain loops with OpenMP.
 //
 // It is the reference that every other trainer is compared with. It reads in the order data flows: numbers, the matrix
-// product, the layers (each forward beside its backward), the sub-layer, the model, the optimizer, sampling, the run.
+// product, the layers (each forward beside its backward), the sub-layer, the model, the optimizer, sampling, the step.
 // The same source builds in FP32 and, with -DKEEL_FP64, in FP64: the yardstick.
 //
 // Every result has the same bits for any number of threads: the order of each sum depends on shapes alone, threads
@@ -600,13 +600,6 @@ void highway_backward(real* dx, const real* du, real alpha, size_t n) {
 // ----------------------------------------------------------------------------------------------------
 // The model: its memory, its forward and its backward
 
-// What --probe writes of each sub-layer, summed over the micro-batches of a step.
-struct SublayerProbe {
-    double x = 0, f = 0, z = 0;    // sums of squares of x_l, F(u_l) and z_l
-    double shortcut = 0;           // sum over rows of alpha / rms(z), the norm's part of the shortcut's gain
-    double dx = 0, df = 0;         // sums of squares of dL/dx_l and dL/dF_l
-};
-
 // Sum of squares in double. Chunks of a fixed size on any thread, then the chunks in order.
 double sum_of_squares(const real* values, size_t n) {
     constexpr size_t chunk = 1 << 14;
@@ -641,7 +634,7 @@ struct Model {
     Buffer<real> logits, row_lse, losses;              // a chunk of rows of (.,Vp), its log-sum-exp; (B,T)
     Buffer<real> gain_partial;                         // the gains' gradients before their last sum
 
-    std::vector<SublayerProbe> probe;  // empty while nothing is probed
+    std::vector<SublayerProbe> probe;  // what --probe writes; empty while nothing is probed
 
     // One row a buffer: what it is called in the table at the start, its elements, where it lives.
     struct BufferRow {
@@ -878,41 +871,21 @@ struct Model {
         for (size_t i = 0; i < rows; i++)
             p.shortcut += double(norm.alpha) * (norm.norm_out ? double(rms_reciprocal(zl + i * size_t(config.C), config.C)) : 1.0);
     }
-};
 
-// The micro-batch and the level of recomputation that B = 0 and `auto` leave open: of those that fit into the memory, the one with the
-// least predicted time a token. On a CPU that is the least recomputation, then the largest micro-batch of at most
-// 8192 tokens, from where on a larger one is no faster.
-void choose_memory_plan(RunConfig& run, size_t available) {
-    std::vector<Recompute> levels = {{0}, {-1}, {1}};
-    int root = 2;  // K + L/K is least at the square root
-    while ((root + 2) * (root + 2) <= run.model.L) root += 2;
-    levels.push_back({root});
-    if (run.recompute_chosen) levels = {run.recompute};
-    std::vector<int> batches;
-    int64_t sequences = run.batch_sequences();
-    for (int64_t B = std::min<int64_t>(sequences, MAX_B); B >= 1; B--)
-        if (sequences % B == 0 && (B * run.T <= 8192 || B == 1)) batches.push_back(int(B));
-    if (run.B) batches = {run.B};
-    size_t least = SIZE_MAX;
-    for (Recompute level : levels)
-        for (int B : batches) {
-            size_t bytes = Model::bytes(run.model, B, run.T, level);
-            least = std::min(least, bytes);
-            if (bytes > available) continue;
-            run.B = B, run.recompute = level;
-            return;
+    // After the update; squares: sums of squares, an element a tensor.
+    void probe_update(const std::vector<double>& gradient_squares, const std::vector<double>& update_squares) {
+        for (size_t i = 0; i < layout.tensors.size(); i++) {
+            const TensorInfo& t = layout.tensors[i];
+            if (t.layer < 0) continue;
+            SublayerProbe& p = probe[size_t(t.layer)];
+            p.gradient += gradient_squares[i], p.update += update_squares[i];
+            if (t.id == GAMMA_OUT) p.gamma_rms = std::sqrt(sum_of_squares(params.data() + t.offset, t.size()) / config.C);
         }
-    const char* turn = run.B > 1 ? "a smaller -b" : run.recompute_chosen && run.recompute.level != root ? "-r auto" : "a smaller -C, -L or -t";
-    require_memory(least, available, turn);
-}
+    }
+};
 
 // ----------------------------------------------------------------------------------------------------
 // The optimizer: AdamW (Loshchilov and Hutter 2019)
-
-constexpr double BETA1 = 0.9, BETA2 = 0.95;
-// KEEL's branch gradients shrink as 1/alpha: their RMS is 3e-6 at L = 1024, and the usual 1e-8 would slow them.
-constexpr double ADAM_EPSILON = 1e-12;
 
 // With the clipped gradient g:  m = b1 m + (1-b1) g,  v = b2 v + (1-b2) g^2,
 //     p -= lr wd p,   p -= lr mhat / (sqrt(vhat) + eps),   mhat = m / (1 - b1^s), vhat = v / (1 - b2^s)
@@ -1014,351 +987,136 @@ private:
     Buffer<real> cache, normed_cache, x, u, f, z, y, lse, h, gelu, logits;
 };
 
-// One token from logits (V): the likeliest for temperature 0, else from softmax(logits / temperature) over the top_k likeliest
-// (0: over all; of equals the lower token counts as likelier). uniform in [0, 1).
-int sample_token(const real* logits, int V, double temperature, int top_k, double uniform) {
-    std::vector<int> order(static_cast<size_t>(V));
-    for (int v = 0; v < V; v++) order[size_t(v)] = v;
-    auto likelier = [&](int a, int b) { return logits[a] > logits[b] || (logits[a] == logits[b] && a < b); };
-    if (temperature == 0) return *std::min_element(order.begin(), order.end(), likelier);
-    if (top_k > 0 && top_k < V) {
-        std::nth_element(order.begin(), order.begin() + top_k - 1, order.end(), likelier);
-        order.resize(size_t(top_k));
-        std::sort(order.begin(), order.end());
-    }
-    double largest = -INFINITY, sum = 0;
-    for (int v : order) largest = std::max(largest, double(logits[v]));
-    std::vector<double> p;
-    for (int v : order) p.push_back(std::exp((double(logits[v]) - largest) / temperature)), sum += p.back();
-    double left = uniform * sum;
-    for (size_t i = 0; i < p.size(); i++)
-        if ((left -= p[i]) < 0) return order[i];
-    return order[size_t(std::max_element(p.begin(), p.end()) - p.begin())];
-}
-
-// The prompt as tokens: bytes where V = 256, else ids separated by commas.
-std::vector<int> prompt_tokens(const std::string& prompt, bool given, int V) {
-    std::vector<int> tokens;
-    if (V == 256) {
-        for (unsigned char c : prompt) tokens.push_back(c);
-        return tokens;
-    }
-    if (!given) return {V - 1};  // GPT-2's <|endoftext|> is its last token
-    for (size_t at = 0; at <= prompt.size();) {
-        size_t comma = std::min(prompt.find(',', at), prompt.size());
-        tokens.push_back(int(parse_integer("--prompt", prompt.substr(at, comma - at), 0, V - 1)));
-        at = comma + 1;
-    }
-    return tokens;
-}
-
-void print_token(int token, int V) {
-    if (V != 256) printf("%d ", token);
-    else putchar(token == '\n' || token == '\t' || token >= 32 ? token : '.');
-}
-
-// Prints the prompt and count more tokens. When the window is full, the second half of the text goes on in a new one.
-void print_sample(Model& model, const Options& o, int window, uint64_t seed, int64_t step) {
-    int V = model.config.V;
-    std::vector<int> text = prompt_tokens(o.prompt, o.has("--prompt"), V);
-    Generator generator(model, window);
-    printf("--- sample%s\n", step > 0 ? format(" at step %lld", (long long)step).c_str() : "");
-    for (int token : text) print_token(token, V);
-    size_t fed = text.size() > size_t(window) ? text.size() - size_t(window) : 0;
-    for (int64_t i = 0; i < o.sample_tokens; i++) {
-        if (generator.size() + int(text.size() - fed) > window) {
-            generator.clear();
-            fed = text.size() - size_t(std::max(1, window / 2));
-        }
-        const real* logits = generator.feed(text.data() + fed, int(text.size() - fed));
-        fed = text.size();
-        Philox draw = philox(seed, uint32_t(i), uint32_t(step), uint32_t(uint64_t(step) >> 32), STREAM_SAMPLE);
-        text.push_back(sample_token(logits, V, o.temperature, int(o.top_k), draw.word[0] * 0x1p-32));
-        print_token(text.back(), V);
-        fflush(stdout);
-    }
-    printf("\n---\n");
-}
-
 // ----------------------------------------------------------------------------------------------------
-// Files of a model
+// The trainer: what the run in keel_common.h asks for, and the step
 
-void load_parameters(Model& model, FileReader& in) {
-    in.read_reals(model.params.data(), model.params.size());
-    in.finish();
-}
+struct Trainer {
+    using Real = real;
+    static constexpr bool branch_bf16 = false;
 
-void write_state(const std::string& path, Model& model, const RunConfig& run, int64_t step, const DataSplit& data) {
-    FileWriter out(path);
-    FileHeader header = state_header(real_type<real>, run, step, data);
-    out.write(&header, sizeof header);
-    for (auto* values : {&model.params, &model.m, &model.v}) out.write(values->data(), values->size() * sizeof(real));
-    out.commit();
-}
+    RunConfig run;
+    Model model;
+    std::vector<int> tokens, targets;  // (B,T) one micro-batch
 
-void load_state(Model& model, const std::string& path) {
-    FileReader in(path, FILE_STATE);
-    for (auto* values : {&model.params, &model.m, &model.v}) in.read_reals(values->data(), values->size());
-    in.finish();
-}
+    explicit Trainer(const RunConfig& run)
+        : run(run), model(run.model, run.B, run.T, run.recompute), tokens(size_t(run.B) * size_t(run.T)), targets(tokens.size()) {}
 
-// One forward and backward on the tokens and parameters in the model and the state; fills the rest of the state.
-void fill_debug_state(Model& model, DebugState<real>& s, int B, int T) {
-    s.header = make_header(FILE_DEBUG, real_type<real>, model.config, 0);
-    s.header.word[H_B] = B, s.header.word[H_T] = T;
-    s.params.assign(model.params.data(), model.params.data() + model.params.size());
-    double rows = double(B) * T;
-    s.loss = real(model.forward_backward(s.tokens.data(), s.targets.data(), B, real(1 / rows), &s) / rows);
-    s.grads.assign(model.grads.data(), model.grads.data() + model.grads.size());
-}
-
-// --check: 0 if every tensor of the file is what this build computes from its parameters and tokens.
-int check_debug_state(const std::string& path) {
-    FileHeader header = FileReader(path, FILE_DEBUG).header;
-    int B = header.word[H_B], T = header.word[H_T];
-    size_t reals = (expected_file_size(header) - sizeof header) / real_size(header.word[H_TYPE]);
-    require_memory(2 * reals * sizeof(real) + Model::bytes(header.model(), B, T, {0}), available_memory(), "a dump of a smaller -b, -t or -L");
-    DebugState<real> file = DebugState<real>::read(path), ours;
-    Model model(file.header.model(), B, T, {0});
-    std::copy(file.params.begin(), file.params.end(), model.params.data());
-    ours.tokens = file.tokens, ours.targets = file.targets;
-    fill_debug_state(model, ours, B, T);
-    return print_check_table(compare_debug_states(file, ours)) ? 0 : 1;
-}
-
-// ----------------------------------------------------------------------------------------------------
-// The run
-
-// Operations a second of our own matrix product on this machine, what every rate is compared with: the median of a few.
-double measure_matrix_rate() {
-    constexpr size_t M = 1024, N = 768, K = 256;
-    Buffer<real> a(M * K), b(N * K), c(M * N);
-    a.zero(), b.zero();
-    std::vector<double> times;
-    for (int i = 0; i < 15; i++) {
-        double start = seconds();
-        matmul_forward(c.data(), a.data(), b.data(), M, K, N);
-        times.push_back(seconds() - start);
-    }
-    std::nth_element(times.begin(), times.begin() + times.size() / 2, times.end());
-    return 2.0 * M * N * K / times[times.size() / 2];
-}
-
-// The mean loss over the first -m batches of the validation data, in order.
-double validate(Model& model, const Loader& loader, const RunConfig& run) {
-    size_t sequences = std::min(size_t(run.val_batches) * size_t(run.batch_sequences()), loader.sequences_per_epoch());
-    std::vector<int> tokens(size_t(run.B) * size_t(run.T)), targets(tokens.size());
-    double sum = 0;
-    for (size_t s = 0; s < sequences; s += size_t(run.B)) {
-        int b = int(std::min(size_t(run.B), sequences - s));
-        loader.batch(s, b, tokens.data(), targets.data());
-        sum += model.evaluate(tokens.data(), targets.data(), b);
-    }
-    return sum / (double(sequences) * run.T);
-}
-
-// A row for each sub-layer of one step: rms over rows and channels; the shortcut's own gain alpha gamma / rms(z) and its
-// product from here to the top; norms of gradients and updates. The gain takes the mean over rows of alpha / rms(z) and the
-// rms of gamma.
-void write_probe(CsvLog& csv, Model& model, int64_t step, const RunConfig& run, const std::vector<double>& gradient_squares,
-                 const std::vector<double>& update_squares) {
-    int L = model.config.L;
-    double rows = double(run.total_batch), elements = rows * model.config.C, to_top = 1;
-    std::vector<double> gain(static_cast<size_t>(L)), product_to_top(static_cast<size_t>(L)), gradient(static_cast<size_t>(L)), update(static_cast<size_t>(L));
-    for (int l = L - 1; l >= 0; l--) {
-        real* gamma = model.weights(l)[GAMMA_OUT];
-        double gamma_rms = gamma ? std::sqrt(sum_of_squares(gamma, size_t(model.config.C)) / model.config.C) : 1;
-        gain[size_t(l)] = gamma_rms * model.probe[size_t(l)].shortcut / rows;
-        product_to_top[size_t(l)] = to_top *= gain[size_t(l)];
-    }
-    for (size_t i = 0; i < model.layout.tensors.size(); i++)
-        if (int l = model.layout.tensors[i].layer; l >= 0) gradient[size_t(l)] += gradient_squares[i], update[size_t(l)] += update_squares[i];
-    for (int l = 0; l < L; l++) {
-        const SublayerProbe& p = model.probe[size_t(l)];
-        csv.row(format("%lld,%d,%s,%.6g,%.6g,%.6g,%.6g,%.6g,%.6g,%.6g,%.6g,%.6g", (long long)step, l, is_attention(l) ? "attention" : "feed-forward",
-                       std::sqrt(p.x / elements), std::sqrt(p.f / elements), std::sqrt(p.z / elements), gain[size_t(l)],
-                       product_to_top[size_t(l)], std::sqrt(p.dx), std::sqrt(p.df), std::sqrt(gradient[size_t(l)]), std::sqrt(update[size_t(l)])));
-    }
-}
-
-void print_run(const RunConfig& run, const ParameterLayout& layout, const DataSplit* data) {
-    const ModelConfig& m = run.model;
-    printf("model      %s, L %d sub-layers, C %d, H %d, T %d, V %d", placements[m.norm].name, m.L, m.C, m.H, run.T, m.V);
-    if (placements[m.norm].alpha) printf(", alpha %g", double(m.alpha));
-    printf("; %s parameters; %s\n", count_text(double(layout.count)).c_str(), placements[m.norm].source);
-    if (!data) return;
-    printf("data       %s: %s tokens to train on, %s to validate on\n", data->train.pattern.c_str(),
-           count_text(double(data->train_count)).c_str(), count_text(double(data->val_count)).c_str());
-    printf("training   %lld steps of %lld tokens (%d x %d x %d), peak LR %g, warm-up %lld, weight decay %g, clip %g, seed %llu\n",
-           (long long)run.steps, (long long)run.total_batch, run.accumulation(), run.B, run.T, run.lr, (long long)run.warmup,
-           run.weight_decay, run.clip, (unsigned long long)run.seed);
-}
-
-// Sampling alone: -e model.bin --prompt TEXT
-int run_sampling(const Options& o, FileReader& file) {
-    RunConfig run = resolve_run(o, &file.header, 0);
-    prompt_tokens(o.prompt, true, run.model.V);
-    require_memory(Model::bytes(run.model, 1, 1, {1}) + Generator::bytes(run.model, run.T), available_memory(), "a smaller -t or a larger machine");
-    Model model(run.model, 1, 1, {1});
-    load_parameters(model, file);
-    print_run(run, model.layout, nullptr);
-    print_sample(model, o, run.T, run.seed, file.header.get<int64_t>(H_STEP));
-    return 0;
-}
-
-int run(int argc, const char* const* argv) {
-    Options o = parse_command_line(argc, argv, false);
-    if (o.help) {
-        printf("%s", help_text(argv[0], false).c_str());
-        return 0;
-    }
-    if (!o.check.empty()) return check_debug_state(o.check);
-    if (!o.dump.empty()) check_dump_target(o.dump);
-
-    // What there is to start from, and the data. Nothing is written before all of it is known to be sound.
-    std::string resume_from;
-    if (!o.out.empty() && o.dump.empty()) {
-        check_output_folder(o.out, o.resume);
-        if (o.resume) resume_from = newest_state(o.out);
-        if (o.resume && resume_from.empty()) check_fresh_resume(o.out);
-    }
-    std::unique_ptr<FileReader> init;
-    if (!o.init.empty()) init = std::make_unique<FileReader>(o.init, FILE_MODEL);
-    if (!resume_from.empty()) init = std::make_unique<FileReader>(resume_from, FILE_STATE);
-    if (init && o.has("--prompt") && !o.has("--train") && !o.has("--out") && !o.has("--steps") && o.dump.empty()) return run_sampling(o, *init);
-    if (!resume_from.empty() && init->header.word[H_TYPE] != real_type<real>)
-        fail("-y: expected a checkpoint of reals of type %d, found type %d; resume with the build that wrote it", int(real_type<real>), init->header.word[H_TYPE]);
-    DataSplit data(o);
-    RunConfig run = resolve_run(o, init ? &init->header : nullptr, data.natural_vocabulary());
-    const ModelConfig& config = run.model;
-    data.check_tokens(config.V);
-    data.check_lengths(run);
-    if (run.val_every > 0 && o.dump.empty()) data.check_validation(run);
-    if (!resume_from.empty() && size_t(init->header.get<int64_t>(H_TRAIN_TOKENS)) != data.train_count)
-        fail("-i: expected the %lld training tokens of the checkpoint, found %zu; give the same data",
-             (long long)init->header.get<int64_t>(H_TRAIN_TOKENS), data.train_count);
-    if (!resume_from.empty() && run.val_every > 0 && size_t(init->header.get<int64_t>(H_VAL_TOKENS)) != data.val_count)
-        fail("-j: expected the %lld validation tokens of the checkpoint, found %zu; give the same data",
-             (long long)init->header.get<int64_t>(H_VAL_TOKENS), data.val_count);
-    if (o.sample_every > 0) prompt_tokens(o.prompt, o.has("--prompt"), config.V);
-
-    // Memory: planned, shown and compared with what there is before any of it is taken.
-    size_t beside = o.sample_every > 0 ? Generator::bytes(config, run.T) : 0;
-    if (!o.dump.empty())
-        beside = sizeof(real) * (2 * ParameterLayout(config).count +
-                                 size_t(run.B ? run.B : run.batch_sequences()) * size_t(run.T) * (2 * size_t(config.L + 1) * size_t(config.C) + size_t(config.V)));
-    if (o.probe > 0) beside += sizeof(real) * ParameterLayout(config).count;
-    beside += size_t(omp_get_max_threads()) * ((size_t(8) << 20) + size_t(BLOCK_M + BLOCK_N) * DEPTH * sizeof(real));
-    size_t available = available_memory();
-    choose_memory_plan(run, available > beside ? available - beside : 0);
-    std::vector<MemoryRow> memory;
-    for (const auto& row : Model::plan(config, run.B, run.T, run.recompute))
-        if (row.elements) memory.push_back({row.name, row.elements * sizeof(real)});
-    memory.push_back({o.dump.empty() ? "samples, probe, threads" : "debug state, threads", beside});
-    print_run(run, ParameterLayout(config), &data);
-    printf("memory     needs %s of %s, micro-batch %d, recompute %s:\n", bytes_text(double(total_bytes(memory))).c_str(),
-           bytes_text(double(available)).c_str(), run.B, run.recompute.name().c_str());
-    print_memory_table(memory);
-    fflush(stdout);
-
-    Model model(config, run.B, run.T, run.recompute);
-    int64_t step = 0;
-    if (!resume_from.empty()) {
-        load_state(model, resume_from);
-        step = init->header.get<int64_t>(H_STEP);
-        printf("resuming   %s\n", resume_from.c_str());
-    } else if (init) {
-        load_parameters(model, *init);
-    } else {
-        model.initialise(run.seed);
-    }
-
-    Loader train(data.train, 0, data.train_count, run.T, config.V, run.seed, true);
-    Loader val(data.val, data.val_start, data.val_count, run.T, config.V, run.seed, false);
-    std::vector<int> tokens(size_t(run.B) * size_t(run.T)), targets(tokens.size());
-
-    if (!o.dump.empty()) {
-        DebugState<real> debug;
-        train.batch(0, run.B, tokens.data(), targets.data());
-        debug.tokens = tokens, debug.targets = targets;
-        fill_debug_state(model, debug, run.B, run.T);
-        debug.write(o.dump);
-        printf("wrote      %s, loss %.9g\n", o.dump.c_str(), double(debug.loss));
-        return 0;
-    }
-
-    std::unique_ptr<CsvLog> log, probe_log;
-    if (!o.out.empty()) {
-        create_output_folder(o.out);
-        int64_t kept = resume_from.empty() ? -1 : step;
-        log = std::make_unique<CsvLog>(o.out + "/log.csv", "step,loss,val_loss,lr,grad_norm,ms,tokens_per_second,mfu", kept);
-        if (o.probe > 0)
-            probe_log = std::make_unique<CsvLog>(o.out + "/probe.csv",
-                "step,sublayer,kind,rms_x,rms_f,rms_z,shortcut_gain,shortcut_gain_to_top,dx_norm,df_norm,grad_norm,update_norm", kept);
-    }
-    double rate = measure_matrix_rate();
-    printf("machine    %d threads, %.0f GFLOP/s in matrix products\n", omp_get_max_threads(), rate * 1e-9);
-    if (!init) printf("note       the first loss is not ln V = %.2f: the tied head sees each input token's own embedding\n", std::log(double(config.V)));
-
-    auto due = [&](int64_t every) { return every > 0 && (step % every == 0 || step == run.steps); };
-    auto validation_due = [&]() -> std::string {  // the loss as text, empty where none is measured
-        if (!due(run.val_every)) return "";
-        double val_loss = validate(model, val, run);
-        printf("validation | loss %.4f | perplexity %.3f\n", val_loss, std::exp(val_loss));
-        return format("%.9g", val_loss);
-    };
-    auto checkpoint_and_sample_due = [&] {
-        if (log && due(o.checkpoint_every)) {
-            log->sync();  // no checkpoint is ahead of its log
-            write_model<real>(model_path(o.out, step), config, step, {model.params.data(), model.params.size()});
-            write_state(state_path(o.out, step), model, run, step, data);
-            printf("checkpoint | %s\n", state_path(o.out, step).c_str());
-        }
-        if (due(o.sample_every)) print_sample(model, o, run.T, run.seed, step);
-        fflush(stdout);
-    };
-    if (step >= run.steps && !resume_from.empty()) printf("the run has its %lld steps; -x with a larger number goes on\n", (long long)run.steps);
-    if (run.steps == 0) {
-        validation_due();
-        checkpoint_and_sample_due();
-    }
-
-    double spent = 0, steps_here = 0;
-    while (step < run.steps) {
-        step++;
-        double start = seconds();
-        bool probing = o.probe > 0 && step % o.probe == 0;
-        model.probe.assign(probing ? size_t(config.L) : 0, {});
-
+    // One optimizer step: the gradient of the mean loss over run.total_batch tokens, a micro-batch at a time, then AdamW.
+    StepResult step(const Loader& data, int64_t step, CsvLog* probe) {
+        model.probe.assign(probe ? size_t(run.model.L) : 0, {});
+        uint64_t first = uint64_t(step - 1) * uint64_t(run.batch_sequences());
         double loss = 0;
         for (int micro = 0; micro < run.accumulation(); micro++) {
-            train.batch(uint64_t(step - 1) * uint64_t(run.batch_sequences()) + uint64_t(micro) * uint64_t(run.B), run.B, tokens.data(), targets.data());
+            data.batch(first + uint64_t(micro) * uint64_t(run.B), run.B, tokens.data(), targets.data());
             loss += model.forward_backward(tokens.data(), targets.data(), run.B, real(1.0 / double(run.total_batch)));
         }
         loss /= double(run.total_batch);
         std::vector<double> gradient_squares, update_squares;
-        double norm = gradient_norm(model, probing ? &gradient_squares : nullptr);
-        if (!std::isfinite(loss) || !std::isfinite(norm))
-            fail("step %lld: expected a finite loss and gradient norm, found %g and %g; nothing of this step is kept, use a smaller -l, from the last checkpoint by -y",
-                 (long long)step, loss, norm);
-        adamw_update(model, run, step, norm, probing ? &update_squares : nullptr);
-        if (probing) write_probe(*probe_log, model, step, run, gradient_squares, update_squares);
-        model.probe.clear();
-
-        double elapsed = seconds() - start, tokens_per_second = double(run.total_batch) / elapsed;
-        double mfu = flops_per_token(config, run.T) * tokens_per_second / rate;
-        spent += elapsed, steps_here++;
-        printf("step %lld/%lld | loss %.4f | grad norm %.3g | lr %.2e | %.0f ms | %.0f tokens/s | %.0f %% of matrix rate | %s left\n",
-               (long long)step, (long long)run.steps, loss, norm, learning_rate(run, step), elapsed * 1e3, tokens_per_second, 100 * mfu,
-               duration_text(spent / steps_here * double(run.steps - step)).c_str());
-        std::string val_text = validation_due();
-        if (log)
-            log->row(format("%lld,%.9g,%s,%.9g,%.9g,%.3f,%.1f,%.4f", (long long)step, loss, val_text.c_str(), learning_rate(run, step), norm,
-                            elapsed * 1e3, tokens_per_second, mfu));
-        checkpoint_and_sample_due();
+        double norm = gradient_norm(model, probe ? &gradient_squares : nullptr);
+        if (!std::isfinite(loss) || !std::isfinite(norm)) return {loss, norm};
+        adamw_update(model, run, step, norm, probe ? &update_squares : nullptr);
+        if (probe) {
+            model.probe_update(gradient_squares, update_squares);
+            write_probe(*probe, run, step, model.probe);
+            model.probe.clear();
+        }
+        return {loss, norm};
     }
-    return 0;
-}
+
+    double evaluate(const int* tokens, const int* targets, int b) { return model.evaluate(tokens, targets, b); }
+
+    // One forward and backward on the parameters in the model and the tokens in the state; fills the rest of the state.
+    void debug_pass(DebugState<real>& s, int B, int T) {
+        s.header = make_header(FILE_DEBUG, real_type<real>, run.model, 0, branch_bf16);
+        s.header.word[H_B] = B, s.header.word[H_T] = T;
+        s.params.assign(model.params.data(), model.params.data() + model.params.size());
+        double rows = double(B) * T;
+        s.loss = real(model.forward_backward(s.tokens.data(), s.targets.data(), B, real(1 / rows), &s) / rows);
+        s.grads.assign(model.grads.data(), model.grads.data() + model.grads.size());
+    }
+
+    const ModelConfig& config() const { return model.config; }
+    const ParameterLayout& layout() const { return model.layout; }
+    void initialise(uint64_t seed) { model.initialise(seed); }
+    void read_parameters(FileReader& in) { in.read_reals(model.params.data(), model.params.size()); }
+    void read_moments(FileReader& in) {
+        for (Buffer<real>* moment : {&model.m, &model.v}) in.read_reals(moment->data(), moment->size());
+    }
+    void write_parameters(FileWriter& out) const { out.write(model.params.data(), model.params.size() * sizeof(real)); }
+    void write_moments(FileWriter& out) const {
+        for (const Buffer<real>* moment : {&model.m, &model.v}) out.write(moment->data(), moment->size() * sizeof(real));
+    }
+
+    struct Generator : ::Generator {
+        Generator(Trainer& trainer, int window) : ::Generator(trainer.model, window) {}
+    };
+
+    static void require_machine() {}
+    static void check_model(const ModelConfig&) {}  // any shape that config_fault lets pass
+    static std::string machine_name() { return format("%d threads", omp_get_max_threads()); }
+
+    // Operations a second of our own matrix product on this machine, what every rate is compared with: the median of a few.
+    static double matrix_rate() {
+        constexpr size_t M = 1024, N = 768, K = 256;
+        Buffer<real> a(M * K), b(N * K), c(M * N);
+        a.zero(), b.zero();
+        std::vector<double> times;
+        for (int i = 0; i < 15; i++) {
+            double start = seconds();
+            matmul_forward(c.data(), a.data(), b.data(), M, K, N);
+            times.push_back(seconds() - start);
+        }
+        std::nth_element(times.begin(), times.begin() + times.size() / 2, times.end());
+        return 2.0 * M * N * K / times[times.size() / 2];
+    }
+
+    static size_t available_memory() { return ::available_memory(); }
+
+    static std::vector<MemoryRow> memory_rows(const RunConfig& run) {
+        std::vector<MemoryRow> rows;
+        for (const Model::BufferRow& row : Model::plan(run.model, run.B, run.T, run.recompute))
+            if (row.elements) rows.push_back({row.name, row.elements * sizeof(real)});
+        return rows;
+    }
+
+    static MemoryRow memory_beside(const RunConfig& run, const Options& o) {
+        size_t debug_state = debug_state_bytes<real>(run.model, run.B ? run.B : run.batch_sequences(), run.T);
+        if (!o.check.empty()) return {"debug states", 2 * debug_state};
+        size_t bytes = !o.dump.empty() ? debug_state : o.sample_every > 0 ? ::Generator::bytes(run.model, run.T) : 0;
+        if (o.probe > 0) bytes += sizeof(real) * ParameterLayout(run.model).count;  // the parameters before their update
+        bytes += size_t(omp_get_max_threads()) * ((size_t(8) << 20) + size_t(BLOCK_M + BLOCK_N) * DEPTH * sizeof(real));  // stacks, panels
+        return {o.dump.empty() ? "samples, probe, threads" : "debug state, threads", bytes};
+    }
+
+    static size_t sampling_bytes(const ModelConfig& c, int window) { return Model::bytes(c, 1, 1, {1}) + ::Generator::bytes(c, window); }
+
+    // The micro-batch and the level of recomputation that B = 0 and `auto` leave open: of those that fit into the memory, the one with
+    // the least predicted time a token. On a CPU that is the least recomputation, then the largest micro-batch of at most
+    // 8192 tokens, from where on a larger one is no faster.
+    static void choose_memory_plan(RunConfig& run, size_t available) {
+        std::vector<Recompute> levels = {{0}, {-1}, {1}};
+        int root = 2;  // K + L/K is least at the square root
+        while ((root + 2) * (root + 2) <= run.model.L) root += 2;
+        levels.push_back({root});
+        if (run.recompute_chosen) levels = {run.recompute};
+        std::vector<int> batches;
+        int64_t sequences = run.batch_sequences();
+        for (int64_t B = std::min<int64_t>(sequences, MAX_B); B >= 1; B--)
+            if (sequences % B == 0 && (B * run.T <= 8192 || B == 1)) batches.push_back(int(B));
+        if (run.B) batches = {run.B};
+        size_t least = SIZE_MAX;
+        for (Recompute level : levels)
+            for (int B : batches) {
+                size_t bytes = Model::bytes(run.model, B, run.T, level);
+                least = std::min(least, bytes);
+                if (bytes > available) continue;
+                run.B = B, run.recompute = level;
+                return;
+            }
+        const char* turn = run.B > 1 ? "a smaller -b" : run.recompute_chosen && run.recompute.level != root ? "-r auto" : "a smaller -C, -L or -t";
+        require_memory(least, available, turn);
+    }
+};
 
 #ifndef KEEL_NO_MAIN  // the tests have a main of their own
 // A thread that waits for the others spins, by GCC's OpenMP for about a millisecond before it sleeps. On a core that another program
@@ -1372,15 +1130,6 @@ void limit_spinning(char** argv) {
 
 int main(int argc, char** argv) {
     limit_spinning(argv);
-    setvbuf(stdout, nullptr, _IOLBF, 0);
-    try {
-        return run(argc, argv);
-    } catch (const Error& e) {
-        fflush(stdout);
-        fprintf(stderr, "%s: %s\n", std::filesystem::path(argv[0]).filename().c_str(), e.what());
-    } catch (const std::bad_alloc&) {
-        fprintf(stderr, "%s: out of memory; use a smaller -b, -t, -C or -L, or -r layer\n", argv[0]);
-    }
-    return 1;
+    return trainer_main<Trainer>(argc, argv);
 }
 #endif

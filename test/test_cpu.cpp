@@ -74,6 +74,13 @@ ModelConfig small_config(NormPlacement norm, int L = 6, int C = 12, int H = 3, i
     return c;
 }
 
+// A run of B sequences of T tokens a step.
+RunConfig small_run(const ModelConfig& c, int B, int T) {
+    RunConfig run;
+    run.model = c, run.B = B, run.T = T, run.total_batch = int64_t(B) * T;
+    return run;
+}
+
 // Gains that are not 1, so that a forgotten one shows.
 void initialise_for_test(Model& model, uint64_t seed) {
     model.initialise(seed);
@@ -520,10 +527,10 @@ TEST_SUITE("model") {
             DebugState<real> file = DebugState<real>::read(path), ours;
             int B = file.header.word[H_B], T = file.header.word[H_T];
             seen.insert(file.header.word[H_NORM]);
-            Model model(file.header.model(), B, T, {0});
-            std::copy(file.params.begin(), file.params.end(), model.params.data());
+            Trainer trainer(small_run(file.header.model(), B, T));
+            std::copy(file.params.begin(), file.params.end(), trainer.model.params.data());
             ours.tokens = file.tokens, ours.targets = file.targets;
-            fill_debug_state(model, ours, B, T);
+            trainer.debug_pass(ours, B, T);
             for (const CheckRow& row : compare_debug_states(file, ours)) {
                 CHECK_MESSAGE(row.ok(), path << " " << row.name << ": error " << row.error << ", allowed " << row.tolerance);
                 // what a right computation stays under, well inside the tolerance
@@ -818,10 +825,11 @@ TEST_SUITE("files") {
     TEST_CASE("A model file has the documented bytes: header, parameters, CRC-32") {
         TemporaryFolder folder;
         ModelConfig c = small_config(DEEPNORM, 4);
-        Model model(c, 1, 1, {0});
+        Trainer trainer(small_run(c, 1, 1));
+        Model& model = trainer.model;
         initialise_for_test(model, 9);
         std::string path = folder.path + "/model.bin";
-        write_model<real>(path, c, (int64_t(1) << 33) + 5, {model.params.data(), model.params.size()});
+        write_model(path, trainer, (int64_t(1) << 33) + 5);
         std::ifstream in(path, std::ios::binary);
         std::string bytes((std::istreambuf_iterator<char>(in)), {});
         REQUIRE(bytes.size() == 1024 + model.params.size() * sizeof(real) + 4);
@@ -846,15 +854,15 @@ TEST_SUITE("files") {
     TEST_CASE("Any flipped bit in a model file is noticed, and any cut") {
         TemporaryFolder folder;
         ModelConfig c = small_config(KEEL, 2, 4, 2, 3, 2);
-        Model model(c, 1, 1, {0});
-        model.initialise(1);
+        Trainer trainer(small_run(c, 1, 1));
+        trainer.initialise(1);
         std::string path = folder.path + "/model.bin";
-        write_model<real>(path, c, 1, {model.params.data(), model.params.size()});
+        write_model(path, trainer, 1);
         std::ifstream in(path, std::ios::binary);
         std::string bytes((std::istreambuf_iterator<char>(in)), {});
         auto load = [&](const std::string& content) {
             std::string bad = folder.write("bad.bin", content);
-            return error_of([&] { FileReader reader(bad, FILE_MODEL); Model m(reader.header.model(), 1, 1, {0}); load_parameters(m, reader); });
+            return error_of([&] { FileReader reader(bad, FILE_MODEL); Trainer t(small_run(reader.header.model(), 1, 1)); t.read_parameters(reader), reader.finish(); });
         };
         CHECK(load(bytes) == "");
         for (size_t at = 0; at < bytes.size(); at += at < 80 ? 1 : 61) {
