@@ -1,0 +1,2202 @@
+// train_keel.cu: trains a GPT of KEEL highway blocks on one GPU (arXiv 2601.19895), as explicit forward and backward kernels.
+//
+// It reads in the order data flows: numbers and the device's primitives, memory and launches, matrix products, the layers (each
+// forward beside its backward), the optimizer, the sub-layer, the model, sampling, the step. train_keel_cpu.cpp does the same passes
+// as plain loops and is the reference for each of them; keel_common.h holds what both share.
+//
+// The highway (x, z, their gradients and norms) is FP32 always. The branches compute in BF16 on tensor cores, or in FP32 with
+// -DKEEL_FP32, the build for comparisons. Weights are FP32, with a BF16 copy for the matrix products.
+//
+// Every result has the same bits in every run: the order of each sum depends on shapes alone, no float is added atomically.
+//
+// Conventions, which let a plain C++ compiler build and run this file on machines without a GPU (test/cuda_on_cpu):
+// kernels start through launch(); shared memory is dynamic and reached through shared<T>(); PTX stands in one room.
+
+#include <cublasLt.h>
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+#include <map>
+#include <tuple>
+
+#include "keel_common.h"
+
+// ----------------------------------------------------------------------------------------------------
+// Numbers
+
+#ifdef KEEL_FP32
+using branch_t = float;
+#else
+using branch_t = __nv_bfloat16;
+#endif
+constexpr bool BRANCH_BF16 = sizeof(branch_t) == 2;
+constexpr int WIDE = 16 / int(sizeof(branch_t));  // branch numbers in the 16 bytes that a thread loads at once
+
+constexpr int WARP = 32;               // threads
+constexpr unsigned ALL_LANES = ~0u;    // the mask of a whole warp
+constexpr float NORM_EPSILON = 1e-6f;
+
+// ----------------------------------------------------------------------------------------------------
+// The device's primitives: the one room with PTX (PTX ISA 8.0, sections on mma, ldmatrix, cp.async)
+
+#ifndef CUDA_ON_CPU  // there, the headers bring their own
+// The block's shared memory, one struct a kernel; its size is an argument of launch().
+template <class T>
+__device__ __forceinline__ T& shared() {
+    extern __shared__ __align__(128) unsigned char shared_memory[];
+    return *reinterpret_cast<T*>(shared_memory);
+}
+
+// p as a pointer to whole vectors, to which it must be aligned.
+template <class Vector, class T>
+__device__ __forceinline__ Vector* as_vector(T* p) { return reinterpret_cast<Vector*>(p); }
+
+// d (16,8) += a (16,16) b (16,8), a warp's tile on the tensor cores: BF16 in, FP32 out. With g = lane / 4, t = lane % 4 a lane holds
+//     d[0..1] = d(g, 2t..2t+1)     d[2..3] = d(g+8, 2t..2t+1)
+//     a[0] = a(g, 2t..2t+1)   a[1] = a(g+8, 2t..2t+1)   a[2] = a(g, 2t+8..2t+9)   a[3] = a(g+8, 2t+8..2t+9)
+//     b0 = b(2t..2t+1, g)     b1 = b(2t+8..2t+9, g)
+__device__ __forceinline__ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Four 8x8 matrices of BF16 from shared memory. Lane i gives the address of row i % 8 of matrix i / 8 and gets, in r[j], elements
+// 2t and 2t+1 of row g of matrix j; transposed, elements (2t, g) and (2t+1, g).
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const __nv_bfloat16* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(uint32_t(__cvta_generic_to_shared(row))) : "memory");
+}
+__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const __nv_bfloat16* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(uint32_t(__cvta_generic_to_shared(row))) : "memory");
+}
+
+// 16 bytes from global to shared memory behind the thread's back, zeros where not valid; they are there after the wait, and for other
+// threads after a barrier too. wait<N> lets the N groups committed last go on.
+__device__ __forceinline__ void cp_async_16(void* to, const void* from, bool valid) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 :: "r"(uint32_t(__cvta_generic_to_shared(to))), "l"(from), "r"(valid ? 16 : 0) : "memory");
+}
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N>
+__device__ __forceinline__ void cp_async_wait() { asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory"); }
+
+// 2^x, to 2 units in the last place
+__device__ __forceinline__ float fast_exp2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+#endif
+
+// N numbers that are loaded and stored at once
+template <class T, int N>
+struct alignas(sizeof(T) * N) Pack {
+    T v[N];
+    __device__ T& operator[](int i) { return v[i]; }
+    __device__ const T& operator[](int i) const { return v[i]; }
+};
+template <int N, class T>
+__device__ __forceinline__ Pack<T, N> load(const T* p) { return *as_vector<const Pack<T, N>>(p); }
+template <int N, class T>
+__device__ __forceinline__ void store(T* p, const Pack<T, N>& values) { *as_vector<Pack<T, N>>(p) = values; }
+
+// The sum or the largest over a warp, in every lane with the same bits.
+template <class T>
+__device__ T warp_sum(T value) {
+    for (int lane = WARP / 2; lane > 0; lane /= 2) value += __shfl_xor_sync(ALL_LANES, value, lane);
+    return value;
+}
+__device__ inline float warp_max(float value) {
+    for (int lane = WARP / 2; lane > 0; lane /= 2) value = fmaxf(value, __shfl_xor_sync(ALL_LANES, value, lane));
+    return value;
+}
+
+// True in all threads of the block that comes last of `blocks` to this point; what the others wrote before is visible to it.
+__device__ inline bool last_to_arrive(unsigned* arrived, unsigned blocks) {
+    __threadfence();
+    __syncthreads();
+    bool last = threadIdx.x == 0 && atomicAdd(arrived, 1u) == blocks - 1;
+    if (!__syncthreads_or(last)) return false;
+    if (threadIdx.x == 0) *arrived = 0;  // for the next kernel
+    __threadfence();
+    return true;
+}
+
+// Sums over all blocks in an order that the grid's size alone decides, within the kernel that makes them. Each block has written
+// its row of partial (blocks,n). The last block of every FAN_IN adds up their rows in order, the last of those adds up the results, and
+// calls out(i, sum) for each column. arrived: 1 + blocks / FAN_IN rounded up counters, zero before and after.
+constexpr unsigned FAN_IN = 16, MAX_PARTIAL_BLOCKS = 1024, ARRIVAL_COUNTERS = 1 + MAX_PARTIAL_BLOCKS / FAN_IN;
+
+template <class T, class Out>
+__device__ void add_partials(T* partial, int n, unsigned* arrived, Out out) {
+    unsigned group = blockIdx.x / FAN_IN, groups = (gridDim.x + FAN_IN - 1) / FAN_IN, first = group * FAN_IN;
+    unsigned members = gridDim.x - first < FAN_IN ? gridDim.x - first : FAN_IN;
+    // volatile: not from this multiprocessor's own cache
+    auto sum_rows = [&](unsigned from, unsigned step, unsigned count, int i) {
+        T sum = 0;
+        for (unsigned k = 0; k < count; k++) sum += *(volatile const T*)&partial[size_t(from + k * step) * n + i];
+        return sum;
+    };
+    if (!last_to_arrive(&arrived[1 + group], members)) return;
+    for (int i = threadIdx.x; i < n; i += blockDim.x) partial[size_t(first) * n + i] = sum_rows(first, 1, members, i);
+    if (!last_to_arrive(&arrived[0], groups)) return;
+    for (int i = threadIdx.x; i < n; i += blockDim.x) out(i, sum_rows(0, FAN_IN, groups, i));
+}
+
+// ----------------------------------------------------------------------------------------------------
+// Memory and launches
+
+inline void check(cudaError_t error, const char* what) {
+    if (error != cudaSuccess) fail("%s: %s (%s); see the driver's log (dmesg), or use train_keel_cpu", what, cudaGetErrorString(error), cudaGetErrorName(error));
+}
+#define CUDA(call) check(call, #call)
+
+inline void check(cublasStatus_t status, const char* what) {
+    if (status != CUBLAS_STATUS_SUCCESS) fail("%s: %s", what, cublasLtGetStatusString(status));
+}
+
+// A buffer in the device's memory.
+template <class T>
+class DeviceArray {
+public:
+    using Element = T;
+    DeviceArray() = default;
+    explicit DeviceArray(size_t n) : n(n) {
+        if (n == 0) return;
+        if (cudaError_t error = cudaMalloc(&pointer, n * sizeof(T)); error != cudaSuccess) {
+            cudaGetLastError();
+            fail("GPU memory: expected %s more, found less (%s); use a smaller -b, -t, -C or -L, or -r layer", bytes_text(double(n * sizeof(T))).c_str(),
+                 cudaGetErrorString(error));
+        }
+    }
+    DeviceArray(DeviceArray&& a) noexcept : pointer(std::exchange(a.pointer, nullptr)), n(std::exchange(a.n, 0)) {}
+    DeviceArray& operator=(DeviceArray&& a) noexcept {
+        std::swap(pointer, a.pointer), std::swap(n, a.n);
+        return *this;
+    }
+    ~DeviceArray() { cudaFree(pointer); }
+    T* data() const { return pointer; }
+    size_t size() const { return n; }
+
+private:
+    T* pointer = nullptr;
+    size_t n = 0;
+};
+
+// A buffer in the host's memory from which the device copies by itself.
+template <class T>
+class PinnedArray {
+public:
+    PinnedArray() = default;
+    explicit PinnedArray(size_t n) : n(n) { CUDA(cudaMallocHost((void**)&pointer, n * sizeof(T))); }
+    PinnedArray(PinnedArray&& a) noexcept : pointer(std::exchange(a.pointer, nullptr)), n(std::exchange(a.n, 0)) {}
+    PinnedArray& operator=(PinnedArray&& a) noexcept {
+        std::swap(pointer, a.pointer), std::swap(n, a.n);
+        return *this;
+    }
+    ~PinnedArray() { cudaFreeHost(pointer); }
+    T* data() const { return pointer; }
+    size_t size() const { return n; }
+    T& operator[](size_t i) const { return pointer[i]; }
+
+private:
+    T* pointer = nullptr;
+    size_t n = 0;
+};
+
+// kernel<<<grid, block, shared_bytes, stream>>>(arguments...), and its error.
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), size_t grid, unsigned block, size_t shared_bytes, cudaStream_t stream, Arguments... arguments) {
+    if (grid > size_t(INT_MAX)) fail("a kernel needs %zu blocks, more than a grid has; use a smaller -b", grid);
+    if (shared_bytes > 48 << 10)  // beyond what a kernel may use unasked
+        CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)));
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(unsigned(grid)), config.blockDim = dim3(block), config.dynamicSmemBytes = shared_bytes, config.stream = stream;
+    CUDA(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
+}
+inline size_t ceil_div(size_t n, size_t d) { return (n + d - 1) / d; }
+constexpr unsigned THREADS = 256;  // of a block, where nothing speaks for another number
+
+// What every layer needs to run: the stream, and scratch memory that layers use one after another.
+constexpr size_t GEMM_WORKSPACE = 32 << 20;  // bytes, what NVIDIA recommends for Hopper
+
+struct GemmPlan {
+    cublasLtMatmulDesc_t operation;
+    cublasLtMatrixLayout_t a, b, d;
+    cublasLtMatmulAlgo_t algorithm;
+};
+using GemmKey = std::tuple<bool, bool, size_t, size_t, size_t, bool, bool>;  // a, b transposed; m, n, k; FP32 result; added to it
+
+class Device {
+public:
+    cudaStream_t stream = nullptr;
+    DeviceArray<char> workspace;             // cuBLASLt's
+    DeviceArray<unsigned> arrived;           // counters of add_partials
+    DeviceArray<double> partial_doubles;     // (MAX_PARTIAL_BLOCKS)
+
+    Device() : workspace(GEMM_WORKSPACE), arrived(ARRIVAL_COUNTERS), partial_doubles(MAX_PARTIAL_BLOCKS) {
+        CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+        CUDA(cudaMemsetAsync(arrived.data(), 0, arrived.size() * sizeof(unsigned), stream));
+        check(cublasLtCreate(&handle), "cublasLtCreate");
+    }
+    ~Device() {
+        for (auto& [key, plan] : plans) {
+            cublasLtMatmulDescDestroy(plan.operation);
+            for (auto layout : {plan.a, plan.b, plan.d}) cublasLtMatrixLayoutDestroy(layout);
+        }
+        cublasLtDestroy(handle);
+        cudaStreamDestroy(stream);
+    }
+    Device(const Device&) = delete;
+    Device& operator=(const Device&) = delete;
+
+    void synchronize() { CUDA(cudaStreamSynchronize(stream)); }
+    void quiesce() { cudaStreamSynchronize(stream); }  // where nothing may be thrown
+    template <class T>
+    void zero(const DeviceArray<T>& a) {
+        if (a.size()) CUDA(cudaMemsetAsync(a.data(), 0, a.size() * sizeof(T), stream));
+    }
+    template <class T>
+    void copy(T* to, const T* from, size_t n) { CUDA(cudaMemcpyAsync(to, from, n * sizeof(T), cudaMemcpyDefault, stream)); }
+
+    // ----- Matrix products, all by cuBLASLt, whose matrices are column-major: d (m,n) = a (m,k) b (k,n), or d += a b.
+    // The same memory read row-major is the transposed matrix, so that out (rows,N) = in W^T is out^T (N,rows) = W in^T.
+    template <class Out>
+    void product(Out* d, const branch_t* a, bool a_transposed, const branch_t* b, bool b_transposed, size_t m, size_t n, size_t k, bool accumulate) {
+        const GemmPlan& plan = gemm_plan({a_transposed, b_transposed, m, n, k, sizeof(Out) == 4, accumulate});
+        float one = 1, beta = accumulate ? 1 : 0;
+        check(cublasLtMatmul(handle, plan.operation, &one, a, plan.a, b, plan.b, &beta, d, plan.d, d, plan.d, &plan.algorithm, workspace.data(),
+                             workspace.size(), stream), "cublasLtMatmul");
+    }
+
+private:
+    cublasLtHandle_t handle = nullptr;
+    std::map<GemmKey, GemmPlan> plans;
+
+    // A shape's algorithm is the first that cuBLASLt's heuristic names: the same on every run.
+    const GemmPlan& gemm_plan(const GemmKey& key) {
+        if (auto found = plans.find(key); found != plans.end()) return found->second;
+        auto [ta, tb, m, n, k, fp32_out, accumulate] = key;
+        cudaDataType in_type = BRANCH_BF16 ? CUDA_R_16BF : CUDA_R_32F, out_type = fp32_out ? CUDA_R_32F : CUDA_R_16BF;
+        GemmPlan plan{};
+        cublasOperation_t op_a = ta ? CUBLAS_OP_T : CUBLAS_OP_N, op_b = tb ? CUBLAS_OP_T : CUBLAS_OP_N;
+        check(cublasLtMatmulDescCreate(&plan.operation, CUBLAS_COMPUTE_32F, CUDA_R_32F), "cublasLtMatmulDescCreate");
+        check(cublasLtMatmulDescSetAttribute(plan.operation, CUBLASLT_MATMUL_DESC_TRANSA, &op_a, sizeof op_a), "CUBLASLT_MATMUL_DESC_TRANSA");
+        check(cublasLtMatmulDescSetAttribute(plan.operation, CUBLASLT_MATMUL_DESC_TRANSB, &op_b, sizeof op_b), "CUBLASLT_MATMUL_DESC_TRANSB");
+        auto layout = [](cublasLtMatrixLayout_t* l, cudaDataType type, size_t rows, size_t cols) {
+            check(cublasLtMatrixLayoutCreate(l, type, rows, cols, int64_t(rows)), "cublasLtMatrixLayoutCreate");
+        };
+        layout(&plan.a, in_type, ta ? k : m, ta ? m : k);
+        layout(&plan.b, in_type, tb ? n : k, tb ? k : n);
+        layout(&plan.d, out_type, m, n);
+        cublasLtMatmulPreference_t preference;
+        check(cublasLtMatmulPreferenceCreate(&preference), "cublasLtMatmulPreferenceCreate");
+        size_t bytes = GEMM_WORKSPACE;
+        check(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &bytes, sizeof bytes), "workspace");
+        // Tensors start wherever the one before them ends: at 16 bytes in BF16, whose shapes are multiples, at 4 in FP32.
+        uint32_t alignment = BRANCH_BF16 ? 16 : 4;
+        for (auto which : {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+                           CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
+            check(cublasLtMatmulPreferenceSetAttribute(preference, which, &alignment, sizeof alignment), "alignment");
+        cublasLtMatmulHeuristicResult_t result{};
+        int found = 0;
+        cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(handle, plan.operation, plan.a, plan.b, plan.d, plan.d, preference, 1, &result, &found);
+        cublasLtMatmulPreferenceDestroy(preference);
+        if (status != CUBLAS_STATUS_SUCCESS || found == 0)
+            fail("cuBLASLt has no algorithm for a product of %zu x %zu x %zu (%s); use another -C or the FP32 build", m, n, k, cublasLtGetStatusString(status));
+        plan.algorithm = result.algo;
+        return plans[key] = plan;
+    }
+};
+
+// ----------------------------------------------------------------------------------------------------
+// The layers: each forward beside its backward. A backward adds to gradients of parameters, and sets those of inputs.
+
+// out (rows,N) = in (rows,K) W^T, W (N,K).  2 rows N K operations
+template <class Out>
+void matmul_forward(Device& device, Out* out, const branch_t* in, const branch_t* w, size_t rows, size_t K, size_t N) {
+    device.product(out, w, true, in, false, N, rows, K, false);
+}
+
+// din (rows,K) = dout W,  dW (N,K) += dout^T in.  4 rows N K operations; dW adds in FP32
+void matmul_backward(Device& device, branch_t* din, float* dw, const branch_t* dout, const branch_t* in, const branch_t* w, size_t rows, size_t K, size_t N) {
+    device.product(dw, in, false, dout, true, K, N, rows, true);
+    device.product(din, w, false, dout, false, K, rows, N, false);
+}
+
+// ----- Embedding
+
+// x_0 (B,T,C) = sqrt(C) * (wte[token] + wpe[position]), positions from `first` on.  12 bytes an element, 4 of them of wpe mostly cached
+template <int N>
+__global__ void embedding_forward_kernel(float* x, const int* tokens, const float* wte, const float* wpe, int rows, int T, int C, int first) {
+    size_t at = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * N;
+    if (at >= size_t(rows) * C) return;
+    int row = int(at / C), c = int(at % C);
+    float scale = sqrtf(float(C));
+    auto token = load<N>(wte + size_t(tokens[row]) * C + c), position = load<N>(wpe + size_t(first + row % T) * C + c);
+    Pack<float, N> out;
+    for (int i = 0; i < N; i++) out[i] = scale * (token[i] + position[i]);
+    store<N>(x + at, out);
+}
+
+// One batch as the device gets it: tokens and targets (rows), and the rows sorted by their token, so that each token's gradient is one
+// block's sum in the order of the rows. bucket k has the rows order[start[k]] .. order[start[k + 1] - 1].
+struct TokenBatch {
+    int *tokens, *targets, *order, *start, *buckets;
+    TokenBatch(int* base, size_t rows) : tokens(base), targets(base + rows), order(base + 2 * rows), start(base + 3 * rows), buckets(base + 4 * rows + 1) {}
+    static size_t size(size_t rows) { return 4 * rows + 2; }
+
+    // On the host, from tokens (rows): a counting sort, stable.
+    void sort(size_t rows, int V, std::vector<int>& count) {
+        count.assign(size_t(V) + 1, 0);
+        for (size_t i = 0; i < rows; i++) count[size_t(tokens[i]) + 1]++;
+        *buckets = 0;
+        for (int v = 0; v < V; v++) {
+            if (count[size_t(v) + 1]) start[(*buckets)++] = count[size_t(v)];
+            count[size_t(v) + 1] += count[size_t(v)];
+        }
+        start[*buckets] = int(rows);
+        for (size_t i = 0; i < rows; i++) order[count[size_t(tokens[i])]++] = int(i);
+        for (size_t k = size_t(*buckets) + 1; k <= rows; k++) start[k] = 0;  // not used, but copied
+    }
+};
+
+// dwte[token] += sqrt(C) * sum of dx (rows,C) over the token's rows; a block a token.  4 bytes an element, 8 for each of dwte that occurs
+__global__ void embedding_backward_kernel(float* dwte, const float* dx, const int* tokens, const int* order, const int* start, const int* buckets, int C) {
+    int bucket = blockIdx.x;
+    if (bucket >= *buckets) return;
+    int begin = start[bucket], end = start[bucket + 1];
+    float scale = sqrtf(float(C));
+    float* out = dwte + size_t(tokens[order[begin]]) * C;
+    for (int c = threadIdx.x; c < C; c += blockDim.x) {
+        float sum = 0;
+        for (int i = begin; i < end; i++) sum += dx[size_t(order[i]) * C + c];
+        out[c] += scale * sum;
+    }
+}
+
+// dwpe[position] += sqrt(C) * sum of dx (B,T,C) over the sequences.  4 bytes an element
+__global__ void position_backward_kernel(float* dwpe, const float* dx, int B, int T, int C) {
+    size_t at = size_t(blockIdx.x) * blockDim.x + threadIdx.x, size = size_t(T) * C;
+    if (at >= size) return;
+    float sum = 0;
+    for (int b = 0; b < B; b++) sum += dx[b * size + at];
+    dwpe[at] += sqrtf(float(C)) * sum;
+}
+
+void embedding_forward(Device& device, float* x, const int* tokens, const float* wte, const float* wpe, int B, int T, int C, int first) {
+    int rows = B * T;
+    if (C % 4 == 0) launch(embedding_forward_kernel<4>, ceil_div(size_t(rows) * C / 4, THREADS), THREADS, 0, device.stream, x, tokens, wte, wpe, rows, T, C, first);
+    else launch(embedding_forward_kernel<1>, ceil_div(size_t(rows) * C, THREADS), THREADS, 0, device.stream, x, tokens, wte, wpe, rows, T, C, first);
+}
+
+void embedding_backward(Device& device, float* dwte, float* dwpe, const float* dx, const TokenBatch& batch, int B, int T, int C, int V) {
+    size_t most = std::min(size_t(B) * T, size_t(V));
+    launch(embedding_backward_kernel, most, unsigned(std::min(1024, int(round_up(size_t(C), WARP)))), 0, device.stream, dwte, dx, batch.tokens, batch.order, batch.start,
+           batch.buckets, C);
+    launch(position_backward_kernel, ceil_div(size_t(T) * C, THREADS), THREADS, 0, device.stream, dwpe, dx, B, T, C);
+}
+
+// ----- The highway
+//
+// It is stored once, as z. At point l, between sub-layers l-1 and l (0: after the embedding, L: before the head),
+//     x_l = norm_out of sub-layer l-1 ? gamma_out z r_out : z,   r_out = 1 / rms(z),    z = z_{l-1}; x_0 at point 0
+//     u_l = norm_in of sub-layer l    ? gamma_in x_l r_in : x_l, r_in = 1 / rms(x_l),   u_L: what the head reads
+// so that with the two numbers r a row, whoever needs x or u has it from z again with the same bits.
+struct HighwayPoint {
+    float* z;                // (rows,C)
+    float *r_out, *r_in;     // (rows)
+    const float* gamma_out;  // (C), null: no norm
+    const float* gamma_in;   // (C), null: no norm
+    branch_t* u;             // (rows,C), null: not wanted
+};
+
+// A warp has a row, and a lane the same columns of it in every pass, so that the warp's stretch of shared memory needs no barrier.
+// N: numbers that a lane loads at once.
+template <int N>
+__device__ float row_rms_reciprocal(const float* x, int C, int lane) {
+    float sum = 0;
+    for (int c = lane * N; c < C; c += WARP * N)
+        for (int i = 0; i < N; i++) sum += x[c + i] * x[c + i];
+    return 1 / sqrtf(warp_sum(sum) / C + NORM_EPSILON);
+}
+
+// From a row of z in x: r_out, r_in and u.
+template <int N>
+__device__ void highway_norms(const HighwayPoint& p, float* x, int row, int C, int lane) {
+    if (p.gamma_out) {
+        float r = row_rms_reciprocal<N>(x, C, lane);
+        if (lane == 0) p.r_out[row] = r;
+        for (int c = lane * N; c < C; c += WARP * N) {
+            auto gamma = load<N>(p.gamma_out + c);
+            for (int i = 0; i < N; i++) x[c + i] = gamma[i] * (x[c + i] * r);
+        }
+    }
+    float r = 1;
+    if (p.gamma_in) {
+        r = row_rms_reciprocal<N>(x, C, lane);
+        if (lane == 0) p.r_in[row] = r;
+    }
+    if (!p.u) return;
+    for (int c = lane * N; c < C; c += WARP * N) {
+        Pack<float, N> gamma{};
+        if (p.gamma_in) gamma = load<N>(p.gamma_in + c);
+        Pack<branch_t, N> u;
+        for (int i = 0; i < N; i++) u[i] = branch_t(p.gamma_in ? gamma[i] * (x[c + i] * r) : x[c + i]);
+        store<N>(p.u + size_t(row) * C + c, u);
+    }
+}
+
+// x at a point, N columns of a row
+template <int N>
+__device__ Pack<float, N> highway_x(const HighwayPoint& p, float r, size_t at, int c) {
+    auto x = load<N>(p.z + at);
+    if (p.gamma_out) {
+        auto gamma = load<N>(p.gamma_out + c);
+        for (int i = 0; i < N; i++) x[i] = gamma[i] * (x[i] * r);
+    }
+    return x;
+}
+
+// u at a point, again
+template <int N>
+__device__ void highway_restore_u(const HighwayPoint& p, int row, int C, int lane) {
+    float r_out = p.gamma_out ? p.r_out[row] : 1, r_in = p.gamma_in ? p.r_in[row] : 1;
+    for (int c = lane * N; c < C; c += WARP * N) {
+        size_t at = size_t(row) * C + c;
+        auto x = highway_x<N>(p, r_out, at, c);
+        Pack<float, N> gamma{};
+        if (p.gamma_in) gamma = load<N>(p.gamma_in + c);
+        Pack<branch_t, N> u;
+        for (int i = 0; i < N; i++) u[i] = branch_t(p.gamma_in ? gamma[i] * (x[i] * r_in) : x[i]);
+        store<N>(p.u + at, u);
+    }
+}
+
+// z_l = alpha x_l + f, from point l to point l+1, whose norms it makes too.  12 bytes an element: z 4 and f 2 in, z 4 and u 2 out.
+// Shared: C floats a warp.  to.z may be from.z.
+template <int N>
+__global__ void highway_forward_kernel(HighwayPoint to, HighwayPoint from, const branch_t* f, float alpha, int rows, int C) {
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
+    float* z = &shared<float>() + size_t(warp) * C;
+    for (int row = blockIdx.x * warps + warp; row < rows; row += gridDim.x * warps) {
+        float r = from.gamma_out ? from.r_out[row] : 1;
+        for (int c = lane * N; c < C; c += WARP * N) {
+            size_t at = size_t(row) * C + c;
+            auto out = highway_x<N>(from, r, at, c);
+            auto branch = load<N>(f + at);
+            for (int i = 0; i < N; i++) z[c + i] = out[i] = alpha * out[i] + float(branch[i]);
+            store<N>(to.z + at, out);
+        }
+        highway_norms<N>(to, z, row, C, lane);
+    }
+}
+
+// r_out, r_in and u of a point whose z is there.  6 bytes an element.  Shared: C floats a warp.
+template <int N>
+__global__ void highway_norms_kernel(HighwayPoint p, int rows, int C) {
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
+    float* x = &shared<float>() + size_t(warp) * C;
+    for (int row = blockIdx.x * warps + warp; row < rows; row += gridDim.x * warps) {
+        for (int c = lane * N; c < C; c += WARP * N) {
+            auto z = load<N>(p.z + size_t(row) * C + c);
+            for (int i = 0; i < N; i++) x[c + i] = z[i];
+        }
+        highway_norms<N>(p, x, row, C, lane);
+    }
+}
+
+// x (rows,C) of a point, for dumps and probes.
+template <int N>
+__global__ void highway_x_kernel(float* x, HighwayPoint p, int rows, int C) {
+    size_t at = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * N;
+    if (at >= size_t(rows) * C) return;
+    int row = int(at / C), c = int(at % C);
+    store<N>(x + at, highway_x<N>(p, p.gamma_out ? p.r_out[row] : 1, at, c));
+}
+
+struct HighwayGradients {
+    float* dz;                        // (rows,C) comes as dz_l, goes as dz_{l-1}; at point L nothing comes
+    const branch_t* du;               // (rows,C) du_l
+    branch_t* df;                     // (rows,C) dF_{l-1} = dz_{l-1} for the branch before; null: not wanted
+    float* dx;                        // (rows,C) dx_l; null: not wanted
+    float *dgamma_out, *dgamma_in;    // (C), added to; null as the gains are
+};
+
+// From point l to point l-1, in the order of the formulas:
+//     dx_l     = alpha_l dz_l + (norm_in ? RMSNorm_backward(du_l, x_l) : du_l)
+//     dz_{l-1} = norm_out ? RMSNorm_backward(dx_l, z_{l-1}) : dx_l
+//     dF_{l-1} = dz_{l-1}
+//     RMSNorm_backward(dy, x): xh = x r;  dg += sum_rows dy xh;  dx = r (g dy - xh mean(g dy xh))
+// The second line is where Post-LN dies: it divides by rms(z), about sqrt(2) where x and F(x) are of one size, L times over:
+// 2^(-L/2) (the paper's eq. 14-15). KEEL's alpha = L makes rms(z) = sqrt(alpha^2 + 1), and the first line's alpha takes back what the second
+// took: (alpha / sqrt(alpha^2 + 1))^L -> 1 (eq. 18-19).
+//
+// 16 bytes an element: du 2, dz 4, z 4 in, dz 4, df 2 out; 6 more where u of the point before is made again (before.u not null).
+// Shared: 4 C floats a warp: z, a gradient, and the sums over rows for the two gains.  partial (blocks,2,C)
+template <int N>
+__global__ void highway_backward_kernel(HighwayPoint p, HighwayPoint before, HighwayGradients g, float alpha, bool last_point, int rows, int C,
+                                        float* partial, unsigned* arrived) {
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
+    float *row_base = &shared<float>() + size_t(warp) * 4 * C, *z = row_base, *d = row_base + C, *sum_out = row_base + 2 * C, *sum_in = row_base + 3 * C;
+    bool norm_out = p.gamma_out, norm_in = p.gamma_in;
+    for (int c = lane * N; c < C; c += WARP * N)
+        for (int i = 0; i < N; i++) sum_out[c + i] = sum_in[c + i] = 0;
+
+    for (int row = blockIdx.x * warps + warp; row < rows; row += gridDim.x * warps) {
+        float r_out = norm_out ? p.r_out[row] : 1, r_in = norm_in ? p.r_in[row] : 1, mean_in = 0, mean_out = 0;
+        for (int c = lane * N; c < C; c += WARP * N) {
+            size_t at = size_t(row) * C + c;
+            auto zs = load<N>(p.z + at);
+            auto du = load<N>(g.du + at);
+            Pack<float, N> gamma_out{}, gamma_in{};
+            if (norm_out) gamma_out = load<N>(p.gamma_out + c);
+            if (norm_in) gamma_in = load<N>(p.gamma_in + c);
+            for (int i = 0; i < N; i++) {
+                float dui = float(du[i]), x = norm_out ? gamma_out[i] * (zs[i] * r_out) : zs[i], xh = x * r_in;
+                z[c + i] = zs[i], d[c + i] = norm_in ? gamma_in[i] * dui : dui;
+                if (norm_in) sum_in[c + i] += dui * xh, mean_in += d[c + i] * xh;
+            }
+        }
+        if (norm_in) mean_in = warp_sum(mean_in) / C;
+        for (int c = lane * N; c < C; c += WARP * N) {
+            size_t at = size_t(row) * C + c;
+            Pack<float, N> gamma_out{}, dz{}, dx;
+            if (norm_out) gamma_out = load<N>(p.gamma_out + c);
+            if (!last_point) dz = load<N>(g.dz + at);
+            for (int i = 0; i < N; i++) {
+                float zh = z[c + i] * r_out, x = norm_out ? gamma_out[i] * zh : z[c + i], xh = x * r_in;
+                dx[i] = (norm_in ? r_in * (d[c + i] - xh * mean_in) : d[c + i]) + alpha * dz[i];
+                d[c + i] = norm_out ? gamma_out[i] * dx[i] : dx[i];
+                if (norm_out) sum_out[c + i] += dx[i] * zh, mean_out += d[c + i] * zh;
+            }
+            if (g.dx) store<N>(g.dx + at, dx);
+        }
+        if (norm_out) mean_out = warp_sum(mean_out) / C;
+        for (int c = lane * N; c < C; c += WARP * N) {
+            size_t at = size_t(row) * C + c;
+            Pack<float, N> dz;
+            Pack<branch_t, N> df;
+            for (int i = 0; i < N; i++) {
+                dz[i] = norm_out ? r_out * (d[c + i] - z[c + i] * r_out * mean_out) : d[c + i];
+                df[i] = branch_t(dz[i]);
+            }
+            store<N>(g.dz + at, dz);
+            if (g.df) store<N>(g.df + at, df);
+        }
+        if (before.u) highway_restore_u<N>(before, row, C, lane);
+    }
+
+    if (!norm_out && !norm_in) return;
+    __syncthreads();  // the rows of all warps are in their sums
+    for (int i = threadIdx.x; i < 2 * C; i += blockDim.x) {
+        float sum = 0;
+        for (int w = 0; w < warps; w++) sum += (&shared<float>())[(size_t(w) * 4 + 2) * C + i];
+        partial[size_t(blockIdx.x) * 2 * C + i] = sum;
+    }
+    add_partials(partial, 2 * C, arrived, [&](int i, float sum) {
+        if (i < C && norm_out) g.dgamma_out[i] += sum;
+        if (i >= C && norm_in) g.dgamma_in[i - C] += sum;
+    });
+}
+
+// Warps of a block whose rows need so many floats a column of shared memory each: 8, or fewer where two blocks would not fit into a multiprocessor.
+constexpr int HIGHWAY_FLOATS = 4;                       // of highway_backward, the one that needs most
+constexpr int MAX_CHANNELS = (227 << 10) / (HIGHWAY_FLOATS * 4);  // one warp in the 227 KiB that a block can have: 14528
+inline unsigned highway_warps(int C, int floats) { return unsigned(std::clamp((112 << 10) / (floats * 4 * C), 1, 8)); }
+// Blocks of a kernel that sums over rows: two for each multiprocessor of a large GPU, and few partial sums.
+constexpr size_t GAIN_BLOCKS = 256;
+inline size_t gain_blocks(size_t rows, unsigned warps) { return std::min(ceil_div(rows, warps), GAIN_BLOCKS); }
+
+void highway_forward(Device& device, const HighwayPoint& to, const HighwayPoint& from, const branch_t* f, float alpha, size_t rows, int C) {
+    unsigned warps = highway_warps(C, 1);
+    auto* kernel = C % 4 == 0 ? highway_forward_kernel<4> : highway_forward_kernel<1>;
+    launch(kernel, ceil_div(rows, warps), warps * WARP, warps * size_t(C) * 4, device.stream, to, from, f, alpha, int(rows), C);
+}
+void highway_norms(Device& device, const HighwayPoint& p, size_t rows, int C) {
+    unsigned warps = highway_warps(C, 1);
+    auto* kernel = C % 4 == 0 ? highway_norms_kernel<4> : highway_norms_kernel<1>;
+    launch(kernel, ceil_div(rows, warps), warps * WARP, warps * size_t(C) * 4, device.stream, p, int(rows), C);
+}
+void highway_x(Device& device, float* x, const HighwayPoint& p, size_t rows, int C) {
+    auto* kernel = C % 4 == 0 ? highway_x_kernel<4> : highway_x_kernel<1>;
+    launch(kernel, ceil_div(rows * size_t(C) / (C % 4 == 0 ? 4 : 1), THREADS), THREADS, 0, device.stream, x, p, int(rows), C);
+}
+void highway_backward(Device& device, const HighwayPoint& p, const HighwayPoint& before, const HighwayGradients& g, float alpha, bool last_point, size_t rows,
+                      int C, float* partial) {
+    unsigned warps = highway_warps(C, HIGHWAY_FLOATS);
+    auto* kernel = C % 4 == 0 ? highway_backward_kernel<4> : highway_backward_kernel<1>;
+    launch(kernel, gain_blocks(rows, warps), warps * WARP, warps * size_t(C) * HIGHWAY_FLOATS * 4, device.stream, p, before, g, alpha, last_point, int(rows), C,
+           partial, device.arrived.data());
+}
+
+// ----- HybridNorm's RMSNorm of every head's q, k and v: qkv (rows,3,H,D), a gain (D) for each of the three
+
+struct QkvGains {
+    const float* gamma[3];
+    float* dgamma[3];
+};
+
+// A warp a head.  4 bytes an element in BF16
+__global__ void qkv_norm_forward_kernel(branch_t* out, const branch_t* qkv, QkvGains g, int rows, int H, int D) {
+    size_t head = size_t(blockIdx.x) * (blockDim.x / WARP) + threadIdx.x / WARP;
+    int lane = threadIdx.x % WARP, part = int(head / H % 3);
+    if (head >= size_t(rows) * 3 * H) return;
+    const branch_t* x = qkv + head * D;
+    float sum = 0;
+    for (int d = lane; d < D; d += WARP) sum += float(x[d]) * float(x[d]);
+    float r = 1 / sqrtf(warp_sum(sum) / D + NORM_EPSILON);
+    for (int d = lane; d < D; d += WARP) out[head * D + d] = branch_t(g.gamma[part][d] * (float(x[d]) * r));
+}
+
+// In place: dqkv comes as the gradient of the normed q, k, v. A warp a row, all heads. Shared: 3 D floats a warp. partial (blocks,3,D).
+// 6 bytes an element in BF16
+__global__ void qkv_norm_backward_kernel(branch_t* dqkv, const branch_t* qkv, QkvGains g, int rows, int H, int D, float* partial, unsigned* arrived) {
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
+    float* dgamma = &shared<float>() + size_t(warp) * 3 * D;
+    for (int part = 0; part < 3; part++)
+        for (int d = lane; d < D; d += WARP) dgamma[part * D + d] = 0;
+    for (int row = blockIdx.x * warps + warp; row < rows; row += gridDim.x * warps)
+        for (int part = 0; part < 3; part++)
+            for (int h = 0; h < H; h++) {
+                size_t at = ((size_t(row) * 3 + part) * H + h) * D;
+                const float* gamma = g.gamma[part];
+                float sum = 0, mean = 0;
+                for (int d = lane; d < D; d += WARP) sum += float(qkv[at + d]) * float(qkv[at + d]);
+                float r = 1 / sqrtf(warp_sum(sum) / D + NORM_EPSILON);
+                for (int d = lane; d < D; d += WARP) {
+                    float dy = float(dqkv[at + d]), xh = float(qkv[at + d]) * r;
+                    dgamma[part * D + d] += dy * xh, mean += gamma[d] * dy * xh;
+                }
+                mean = warp_sum(mean) / D;
+                for (int d = lane; d < D; d += WARP) {
+                    float dy = float(dqkv[at + d]), xh = float(qkv[at + d]) * r;
+                    dqkv[at + d] = branch_t(r * (gamma[d] * dy - xh * mean));
+                }
+            }
+    __syncthreads();
+    for (int i = threadIdx.x; i < 3 * D; i += blockDim.x) {
+        float sum = 0;
+        for (int w = 0; w < warps; w++) sum += (&shared<float>())[size_t(w) * 3 * D + i];
+        partial[size_t(blockIdx.x) * 3 * D + i] = sum;
+    }
+    add_partials(partial, 3 * D, arrived, [&](int i, float sum) { g.dgamma[i / D][i % D] += sum; });
+}
+
+void qkv_norm_forward(Device& device, branch_t* out, const branch_t* qkv, const QkvGains& g, size_t rows, int H, int D) {
+    launch(qkv_norm_forward_kernel, ceil_div(rows * 3 * size_t(H), THREADS / WARP), THREADS, 0, device.stream, out, qkv, g, int(rows), H, D);
+}
+void qkv_norm_backward(Device& device, branch_t* dqkv, const branch_t* qkv, const QkvGains& g, size_t rows, int H, int D, float* partial) {
+    unsigned warps = highway_warps(D, 3);
+    launch(qkv_norm_backward_kernel, gain_blocks(rows, warps), warps * WARP, warps * size_t(D) * 3 * 4, device.stream, dqkv, qkv, g, int(rows), H, D, partial,
+           device.arrived.data());
+}
+
+// ----- Attention
+//
+// Causal, y = softmax(q k^T / sqrt(D)) v for every head: y (B,Tq,C), lse (B,H,Tq), qkv (B,T,3C). Queries are the last Tq = T - first
+// positions of each sequence, keys and values all T (with a KV cache only the new positions ask).
+//
+// Tiles of scores, never (T,T): a row's largest score m and the sum of exp(s - m) are kept while the tiles of keys pass, and what was
+// summed under an older, smaller m is scaled down (Milakov and Gimelshein 2018; Dao et al. 2022). lse = m + log(sum) is all that the
+// backward needs to have the probabilities again: p = exp(s - lse). With s = q k^T / sqrt(D):
+//     dv = p^T dy,   dp = dy v^T,   ds = p (dp - sum_j p dp),   dq = ds k / sqrt(D),   dk = ds^T q / sqrt(D)
+// and sum_j p_ij dp_ij = dy_i . y_i = delta_i. dk and dv are sums over queries and dq one over keys: a kernel for each, so that no sum
+// crosses blocks (the scores are made twice: 7 products of tiles instead of 5, and the same bits always).
+// Operations of a head: forward 4 T^2 D / 2 (half of the scores are masked), backward 14 T^2 D / 2.
+
+struct AttentionShape {
+    int T, C, H, first;
+    __host__ __device__ int queries() const { return T - first; }
+};
+
+// delta (B,H,T) = sum_d dy y; a warp a row and head.  4 bytes an element in BF16
+__global__ void attention_delta_kernel(float* delta, const branch_t* dy, const branch_t* y, int B, int T, int H, int D) {
+    size_t head = size_t(blockIdx.x) * (blockDim.x / WARP) + threadIdx.x / WARP;
+    int lane = threadIdx.x % WARP;
+    if (head >= size_t(B) * T * H) return;
+    float sum = 0;
+    for (int d = lane; d < D; d += WARP) sum += float(dy[head * D + d]) * float(y[head * D + d]);
+    sum = warp_sum(sum);
+    size_t row = head / H, b = row / T;
+    if (lane == 0) delta[(b * H + head % H) * T + row % T] = sum;
+}
+
+#ifdef KEEL_FP32
+// Without tensor cores, for any D: a block has 8 rows, a warp each, and meets 32 rows of the other side at a time, a lane each.
+constexpr int PLAIN_WARPS = 8;
+struct PlainShared {
+    float row[PLAIN_WARPS][WARP];     // 32 channels of each warp's row
+    float tile[WARP][WARP + 1];       // and of each lane's; one more keeps lanes on banks of their own
+    float p[PLAIN_WARPS][WARP], ds[PLAIN_WARPS][WARP];
+};
+
+// a[a0 + warp] . b[b0 + lane] over D, rows from a_end or b_end on being zero. All threads of the block come.
+__device__ float tile_dot(PlainShared& s, const float* a, size_t a_stride, int a0, int a_end, const float* b, size_t b_stride, int b0, int b_end, int D) {
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    float sum = 0;
+    for (int d0 = 0; d0 < D; d0 += WARP) {
+        bool column = d0 + lane < D;
+        __syncthreads();
+        s.row[warp][lane] = column && a0 + warp < a_end ? a[size_t(a0 + warp) * a_stride + d0 + lane] : 0;
+        for (int i = warp; i < WARP; i += PLAIN_WARPS) s.tile[i][lane] = column && b0 + i < b_end ? b[size_t(b0 + i) * b_stride + d0 + lane] : 0;
+        __syncthreads();
+        for (int d = 0; d < WARP; d++) sum += s.row[warp][d] * s.tile[lane][d];
+    }
+    return sum;
+}
+
+// out (D) = shrink * out + sum_i weight[i] rows[i], the first `count` of 32 rows; the first time out holds nothing.
+__device__ void add_weighted(float* out, float shrink, bool first_time, const float* weight, const float* rows, size_t stride, int count, int D) {
+    for (int d = threadIdx.x % WARP; d < D; d += WARP) {
+        float sum = first_time ? 0 : shrink * out[d];
+        for (int i = 0; i < count; i++) sum += weight[i] * rows[size_t(i) * stride + d];
+        out[d] = sum;
+    }
+}
+
+__global__ void attention_forward_kernel(float* y, float* lse, const float* qkv, AttentionShape shape) {
+    auto& s = shared<PlainShared>();
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, T = shape.T, C = shape.C, H = shape.H, D = C / H, Tq = shape.queries();
+    int tiles = (Tq + PLAIN_WARPS - 1) / PLAIN_WARPS, q0 = shape.first + int(blockIdx.x % tiles) * PLAIN_WARPS, query = q0 + warp;
+    size_t head = blockIdx.x / tiles, b = head / H, stride = 3 * size_t(C);
+    const float *q = qkv + b * T * stride + head % H * D, *k = q + C, *v = k + C;
+    float* out = y + (b * Tq + (query - shape.first)) * C + head % H * D;
+    float scale = 1 / sqrtf(float(D)), m = -INFINITY, sum = 0;
+    for (int k0 = 0; k0 < min(q0 + PLAIN_WARPS, T); k0 += WARP) {
+        float score = scale * tile_dot(s, q, stride, q0, T, k, stride, k0, T, D);
+        if (k0 + lane > query || k0 + lane >= T) score = -INFINITY;
+        float before = m;
+        m = fmaxf(m, warp_max(score));
+        float p = expf(score - m), shrink = expf(before - m);
+        sum = sum * shrink + warp_sum(p);
+        s.p[warp][lane] = p;
+        __syncwarp();
+        if (query < T) add_weighted(out, shrink, k0 == 0, s.p[warp], v + size_t(k0) * stride, stride, min(WARP, T - k0), D);
+        __syncwarp();
+    }
+    if (query >= T) return;
+    for (int d = lane; d < D; d += WARP) out[d] /= sum;
+    if (lane == 0) lse[head * Tq + query - shape.first] = m + logf(sum);
+}
+
+// dk and dv: a warp a key.
+__global__ void attention_backward_kv_kernel(float* dqkv, const float* dy, const float* qkv, const float* lse, const float* delta, AttentionShape shape) {
+    auto& s = shared<PlainShared>();
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, T = shape.T, C = shape.C, H = shape.H, D = C / H;
+    int tiles = (T + PLAIN_WARPS - 1) / PLAIN_WARPS, k0 = int(blockIdx.x % tiles) * PLAIN_WARPS, key = k0 + warp;
+    size_t head = blockIdx.x / tiles, b = head / H, stride = 3 * size_t(C), at = b * T * stride + head % H * D;
+    const float *q = qkv + at, *k = q + C, *v = k + C, *dout = dy + b * T * C + head % H * D;
+    float *dk = dqkv + at + C + size_t(key) * stride, *dv = dk + C, scale = 1 / sqrtf(float(D));
+    int begin = k0 / WARP * WARP;
+    for (int q0 = begin; q0 < T; q0 += WARP) {
+        int query = q0 + lane;
+        bool visible = query < T && query >= key;
+        float score = scale * tile_dot(s, k, stride, k0, T, q, stride, q0, T, D);
+        float dp = tile_dot(s, v, stride, k0, T, dout, C, q0, T, D);
+        float p = visible ? expf(score - lse[head * T + query]) : 0;
+        s.p[warp][lane] = p;
+        s.ds[warp][lane] = visible ? scale * p * (dp - delta[head * T + query]) : 0;
+        __syncwarp();
+        if (key < T) {
+            add_weighted(dv, 1, q0 == begin, s.p[warp], dout + size_t(q0) * C, C, min(WARP, T - q0), D);
+            add_weighted(dk, 1, q0 == begin, s.ds[warp], q + size_t(q0) * stride, stride, min(WARP, T - q0), D);
+        }
+        __syncwarp();
+    }
+}
+
+// dq: a warp a query.
+__global__ void attention_backward_q_kernel(float* dqkv, const float* dy, const float* qkv, const float* lse, const float* delta, AttentionShape shape) {
+    auto& s = shared<PlainShared>();
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, T = shape.T, C = shape.C, H = shape.H, D = C / H;
+    int tiles = (T + PLAIN_WARPS - 1) / PLAIN_WARPS, q0 = int(blockIdx.x % tiles) * PLAIN_WARPS, query = q0 + warp;
+    size_t head = blockIdx.x / tiles, b = head / H, stride = 3 * size_t(C), at = b * T * stride + head % H * D;
+    const float *q = qkv + at, *k = q + C, *v = k + C, *dout = dy + b * T * C + head % H * D;
+    float *dq = dqkv + at + size_t(query) * stride, scale = 1 / sqrtf(float(D));
+    float row_lse = query < T ? lse[head * T + query] : 0, row_delta = query < T ? delta[head * T + query] : 0;
+    for (int k0 = 0; k0 < min(q0 + PLAIN_WARPS, T); k0 += WARP) {
+        bool visible = query < T && k0 + lane <= query;
+        float score = scale * tile_dot(s, q, stride, q0, T, k, stride, k0, T, D);
+        float dp = tile_dot(s, dout, C, q0, T, v, stride, k0, T, D);
+        s.ds[warp][lane] = visible ? scale * expf(score - row_lse) * (dp - row_delta) : 0;
+        __syncwarp();
+        if (query < T) add_weighted(dq, 1, k0 == 0, s.ds[warp], k + size_t(k0) * stride, stride, min(WARP, T - k0), D);
+        __syncwarp();
+    }
+}
+
+void attention_forward(Device& device, float* y, float* lse, const float* qkv, int B, int T, int C, int H, int first) {
+    launch(attention_forward_kernel, ceil_div(size_t(T - first), PLAIN_WARPS) * B * H, PLAIN_WARPS * WARP, sizeof(PlainShared), device.stream, y, lse, qkv,
+           AttentionShape{T, C, H, first});
+}
+
+void attention_backward(Device& device, float* dqkv, float* delta, const float* dy, const float* qkv, const float* y, const float* lse, int B, int T, int C, int H) {
+    AttentionShape shape{T, C, H, 0};
+    size_t blocks = ceil_div(size_t(T), PLAIN_WARPS) * B * H;
+    launch(attention_delta_kernel, ceil_div(size_t(B) * T * H, THREADS / WARP), THREADS, 0, device.stream, delta, dy, y, B, T, H, C / H);
+    launch(attention_backward_kv_kernel, blocks, PLAIN_WARPS * WARP, sizeof(PlainShared), device.stream, dqkv, dy, qkv, lse, delta, shape);
+    launch(attention_backward_q_kernel, blocks, PLAIN_WARPS * WARP, sizeof(PlainShared), device.stream, dqkv, dy, qkv, lse, delta, shape);
+}
+#else
+// On tensor cores. A block of 4 warps has 64 rows, 16 a warp, and walks over the tiles of the other side, the next of them on its way
+// (cp.async) while one is at work. Scores stay in registers: as d of one product they are a of the next.
+constexpr int ATT_WARPS = 4, ATT_ROWS = 16 * ATT_WARPS;
+// Rows of the other side that meet them at a time in the kernel of dk and dv: with D = 128 its sums leave registers for 32.
+template <int D>
+constexpr int KV_QUERIES = D == 128 ? 32 : 64;
+
+// A tile (rows,D) in shared memory: where the 8 numbers of `chunk` in `row` are. Within a row chunks change places, so that the 8
+// rows that ldmatrix reads at once lie in different banks: 8 chunks of 16 bytes pass over all 32 banks.
+template <int D>
+__device__ __forceinline__ int tile_at(int row, int chunk) {
+    constexpr int chunks = D / 8 < 8 ? D / 8 : 8, rows_a_pass = 8 / chunks;
+    return row * D + (chunk ^ (row / rows_a_pass % chunks)) * 8;
+}
+
+// Starts the copy of rows [first, first + ROWS) to a tile; rows from `end` on are zero. Threads of the block: ATT_WARPS warps.
+template <int ROWS, int D>
+__device__ __forceinline__ void load_tile(branch_t* tile, const branch_t* from, size_t stride, int first, int end) {
+    for (int i = threadIdx.x; i < ROWS * (D / 8); i += ATT_WARPS * WARP) {
+        int row = i / (D / 8), chunk = i % (D / 8);
+        bool valid = first + row < end;
+        cp_async_16(tile + tile_at<D>(row, chunk), from + size_t(valid ? first + row : 0) * stride + chunk * 8, valid);
+    }
+}
+
+// Operands of mma_16x8x16 from a tile. a: rows [row, row+16), channels [16k, 16k+16) of it. b of two products side by side:
+// b[0], b[1] for n = 0..7 and b[2], b[3] for n = 8..15. rows: n runs over the tile's rows, k over its channels; columns: the other way.
+template <int D>
+__device__ __forceinline__ void load_a(uint32_t (&a)[4], const branch_t* tile, int row, int k, int lane) {
+    ldmatrix_x4(a, tile + tile_at<D>(row + lane % 16, 2 * k + lane / 16));
+}
+template <int D>
+__device__ __forceinline__ void load_b_rows(uint32_t (&b)[4], const branch_t* tile, int row, int k, int lane) {
+    ldmatrix_x4(b, tile + tile_at<D>(row + lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2));
+}
+template <int D>
+__device__ __forceinline__ void load_b_columns(uint32_t (&b)[4], const branch_t* tile, int row, int n, int lane) {
+    ldmatrix_x4_trans(b, tile + tile_at<D>(row + lane % 16, 2 * n + lane / 16));
+}
+
+__device__ __forceinline__ uint32_t pack_pair(float low, float high) {
+    __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<uint32_t*>(&pair);
+}
+// Columns [16j, 16j+16) of a product's d as the next one's a.
+__device__ __forceinline__ void d_as_a(uint32_t (&a)[4], const float (*d)[4], int j) {
+    a[0] = pack_pair(d[2 * j][0], d[2 * j][1]), a[1] = pack_pair(d[2 * j][2], d[2 * j][3]);
+    a[2] = pack_pair(d[2 * j + 1][0], d[2 * j + 1][1]), a[3] = pack_pair(d[2 * j + 1][2], d[2 * j + 1][3]);
+}
+
+// d (16,N) = a_tile[row..row+16) (16,D) b_tile[0..N) (N,D)^T
+template <int N, int D>
+__device__ __forceinline__ void tile_product(float (&d)[N / 8][4], const branch_t* a_tile, int row, const branch_t* b_tile, int lane) {
+#pragma unroll
+    for (int n = 0; n < N / 8; n++) d[n][0] = d[n][1] = d[n][2] = d[n][3] = 0;
+#pragma unroll
+    for (int k = 0; k < D / 16; k++) {
+        uint32_t a[4];
+        load_a<D>(a, a_tile, row, k, lane);
+#pragma unroll
+        for (int n = 0; n < N / 16; n++) {
+            uint32_t b[4];
+            load_b_rows<D>(b, b_tile, 16 * n, k, lane);
+            mma_16x8x16(d[2 * n], a, b[0], b[1]);
+            mma_16x8x16(d[2 * n + 1], a, b[2], b[3]);
+        }
+    }
+}
+
+// sum (16,D) += s (16,N) tile[0..N) (N,D), s as a product left it
+template <int N, int D>
+__device__ __forceinline__ void add_tile_product(float (&sum)[D / 8][4], const float (&s)[N / 8][4], const branch_t* tile, int lane) {
+#pragma unroll
+    for (int j = 0; j < N / 16; j++) {
+        uint32_t a[4];
+        d_as_a(a, s, j);
+#pragma unroll
+        for (int n = 0; n < D / 16; n++) {
+            uint32_t b[4];
+            load_b_columns<D>(b, tile, 16 * j, n, lane);
+            mma_16x8x16(sum[2 * n], a, b[0], b[1]);
+            mma_16x8x16(sum[2 * n + 1], a, b[2], b[3]);
+        }
+    }
+}
+
+// Rows g and g + 8 of a warp's (16,D), times a factor each, to memory; rows from `end` on are left out.
+template <int D>
+__device__ __forceinline__ void store_rows(branch_t* out, size_t stride, int row, int end, const float (&d)[D / 8][4], float factor_0, float factor_8, int lane) {
+#pragma unroll
+    for (int n = 0; n < D / 8; n++) {
+        int column = n * 8 + lane % 4 * 2;
+        if (row < end) *as_vector<uint32_t>(out + size_t(row) * stride + column) = pack_pair(factor_0 * d[n][0], factor_0 * d[n][1]);
+        if (row + 8 < end) *as_vector<uint32_t>(out + size_t(row + 8) * stride + column) = pack_pair(factor_8 * d[n][2], factor_8 * d[n][3]);
+    }
+}
+
+constexpr float LOG2_E = 1.44269504088896341f, LN_2 = 0.69314718055994531f;
+
+template <int D>
+struct AttentionForwardShared {
+    branch_t q[ATT_ROWS * D], k[2][ATT_ROWS * D], v[2][ATT_ROWS * D];
+};
+
+template <int D>
+__global__ void __launch_bounds__(ATT_WARPS * WARP) attention_forward_kernel(branch_t* y, float* lse, const branch_t* qkv, AttentionShape shape) {
+    auto& s = shared<AttentionForwardShared<D>>();
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, T = shape.T, C = shape.C, H = shape.H, Tq = shape.queries();
+    int tiles = (Tq + ATT_ROWS - 1) / ATT_ROWS;
+    int q0 = shape.first + (tiles - 1 - int(blockIdx.x % tiles)) * ATT_ROWS;  // the longest rows first
+    size_t head = blockIdx.x / tiles, b = head / H, stride = 3 * size_t(C);
+    const branch_t *q = qkv + b * T * stride + head % H * D, *k = q + C, *v = k + C;
+    int end = min(q0 + ATT_ROWS, T);  // of the keys that any query here sees
+    float scale = LOG2_E / sqrtf(float(D));  // scores in units of log 2
+
+    load_tile<ATT_ROWS, D>(s.q, q, stride, q0, T);
+    load_tile<ATT_ROWS, D>(s.k[0], k, stride, 0, end);
+    load_tile<ATT_ROWS, D>(s.v[0], v, stride, 0, end);
+    cp_async_commit();
+    float out[D / 8][4] = {}, m[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};  // of rows g and g + 8
+    for (int k0 = 0; k0 < end; k0 += ATT_ROWS) {
+        int now = k0 / ATT_ROWS % 2;
+        if (k0 + ATT_ROWS < end) {
+            load_tile<ATT_ROWS, D>(s.k[1 - now], k, stride, k0 + ATT_ROWS, end);
+            load_tile<ATT_ROWS, D>(s.v[1 - now], v, stride, k0 + ATT_ROWS, end);
+        }
+        cp_async_commit();
+        cp_async_wait<1>();
+        __syncthreads();
+        float p[ATT_ROWS / 8][4];
+        tile_product<ATT_ROWS, D>(p, s.q, warp * 16, s.k[now], lane);
+        if (k0 + ATT_ROWS > q0)  // some keys are later than some queries
+#pragma unroll
+            for (int n = 0; n < ATT_ROWS / 8; n++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    int key = k0 + n * 8 + lane % 4 * 2 + i % 2, query = q0 + warp * 16 + lane / 4 + i / 2 * 8;
+                    if (key > query) p[n][i] = -INFINITY;
+                }
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            float largest = m[half];
+#pragma unroll
+            for (int n = 0; n < ATT_ROWS / 8; n++) largest = fmaxf(largest, fmaxf(p[n][2 * half], p[n][2 * half + 1]));
+            largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, 1));  // the four lanes of a row
+            largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, 2));
+            float shrink = fast_exp2(scale * (m[half] - largest)), added = 0;  // key 0 is visible to all: largest is finite
+            m[half] = largest;
+#pragma unroll
+            for (int n = 0; n < ATT_ROWS / 8; n++)
+#pragma unroll
+                for (int i = 2 * half; i < 2 * half + 2; i++) added += p[n][i] = fast_exp2(scale * (p[n][i] - largest));
+            sum[half] = sum[half] * shrink + added;
+#pragma unroll
+            for (int n = 0; n < D / 8; n++) out[n][2 * half] *= shrink, out[n][2 * half + 1] *= shrink;
+        }
+        add_tile_product<ATT_ROWS, D>(out, p, s.v[now], lane);
+        __syncthreads();  // before the tiles are overwritten
+    }
+    cp_async_wait<0>();
+    for (int half = 0; half < 2; half++) {
+        sum[half] += __shfl_xor_sync(ALL_LANES, sum[half], 1);
+        sum[half] += __shfl_xor_sync(ALL_LANES, sum[half], 2);
+        int query = q0 + warp * 16 + lane / 4 + half * 8;
+        if (lane % 4 == 0 && query < T) lse[head * Tq + query - shape.first] = LN_2 * (scale * m[half]) + logf(sum[half]);
+    }
+    store_rows<D>(y + b * Tq * C + head % H * D, C, q0 - shape.first + warp * 16 + lane / 4, Tq, out, 1 / sum[0], 1 / sum[1], lane);
+}
+
+template <int D>
+struct AttentionKvShared {
+    branch_t k[ATT_ROWS * D], v[ATT_ROWS * D], q[2][KV_QUERIES<D> * D], dy[2][KV_QUERIES<D> * D];
+    float lse[2][KV_QUERIES<D>], delta[2][KV_QUERIES<D>];
+};
+
+// dk and dv: a block has 64 keys and meets the queries from them on. Scores are made transposed, (keys, queries).
+template <int D>
+__global__ void __launch_bounds__(ATT_WARPS * WARP) attention_backward_kv_kernel(branch_t* dqkv, const branch_t* dy, const branch_t* qkv, const float* lse,
+                                                                                 const float* delta, AttentionShape shape) {
+    constexpr int Q = KV_QUERIES<D>;
+    auto& s = shared<AttentionKvShared<D>>();
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, T = shape.T, C = shape.C, H = shape.H;
+    int tiles = (T + ATT_ROWS - 1) / ATT_ROWS, k0 = int(blockIdx.x % tiles) * ATT_ROWS;
+    size_t head = blockIdx.x / tiles, b = head / H, stride = 3 * size_t(C), at = b * T * stride + head % H * D;
+    const branch_t *q = qkv + at, *k = q + C, *v = k + C, *dout = dy + b * T * C + head % H * D;
+    float scale = LOG2_E / sqrtf(float(D));
+
+    auto load_queries = [&](int q0, int buffer) {
+        load_tile<Q, D>(s.q[buffer], q, stride, q0, T);
+        load_tile<Q, D>(s.dy[buffer], dout, C, q0, T);
+        for (int i = threadIdx.x; i < Q; i += ATT_WARPS * WARP) {
+            s.lse[buffer][i] = q0 + i < T ? LOG2_E * lse[head * T + q0 + i] : 0;
+            s.delta[buffer][i] = q0 + i < T ? delta[head * T + q0 + i] : 0;
+        }
+    };
+    load_tile<ATT_ROWS, D>(s.k, k, stride, k0, T);
+    load_tile<ATT_ROWS, D>(s.v, v, stride, k0, T);
+    load_queries(k0, 0);
+    cp_async_commit();
+    float dk[D / 8][4] = {}, dv[D / 8][4] = {};
+    for (int q0 = k0; q0 < T; q0 += Q) {
+        int now = (q0 - k0) / Q % 2;
+        if (q0 + Q < T) load_queries(q0 + Q, 1 - now);
+        cp_async_commit();
+        cp_async_wait<1>();
+        __syncthreads();
+        float p[Q / 8][4], ds[Q / 8][4];
+        tile_product<Q, D>(p, s.k, warp * 16, s.q[now], lane);
+        tile_product<Q, D>(ds, s.v, warp * 16, s.dy[now], lane);
+#pragma unroll
+        for (int n = 0; n < Q / 8; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                int column = n * 8 + lane % 4 * 2 + i % 2, query = q0 + column, key = k0 + warp * 16 + lane / 4 + i / 2 * 8;
+                bool visible = query < T && key <= query;
+                p[n][i] = visible ? fast_exp2(scale * p[n][i] - s.lse[now][column]) : 0;
+                ds[n][i] = p[n][i] * (ds[n][i] - s.delta[now][column]);
+            }
+        add_tile_product<Q, D>(dv, p, s.dy[now], lane);
+        add_tile_product<Q, D>(dk, ds, s.q[now], lane);
+        __syncthreads();
+    }
+    cp_async_wait<0>();
+    float factor = scale * LN_2;
+    int row = k0 + warp * 16 + lane / 4;
+    store_rows<D>(dqkv + at + C, stride, row, T, dk, factor, factor, lane);
+    store_rows<D>(dqkv + at + 2 * C, stride, row, T, dv, 1, 1, lane);
+}
+
+template <int D>
+struct AttentionQShared {
+    branch_t q[ATT_ROWS * D], dy[ATT_ROWS * D], k[2][ATT_ROWS * D], v[2][ATT_ROWS * D];
+};
+
+// dq: a block has 64 queries and meets the keys up to them.
+template <int D>
+__global__ void __launch_bounds__(ATT_WARPS * WARP) attention_backward_q_kernel(branch_t* dqkv, const branch_t* dy, const branch_t* qkv, const float* lse,
+                                                                                const float* delta, AttentionShape shape) {
+    auto& s = shared<AttentionQShared<D>>();
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, T = shape.T, C = shape.C, H = shape.H;
+    int tiles = (T + ATT_ROWS - 1) / ATT_ROWS, q0 = (tiles - 1 - int(blockIdx.x % tiles)) * ATT_ROWS, end = min(q0 + ATT_ROWS, T);
+    size_t head = blockIdx.x / tiles, b = head / H, stride = 3 * size_t(C), at = b * T * stride + head % H * D;
+    const branch_t *q = qkv + at, *k = q + C, *v = k + C, *dout = dy + b * T * C + head % H * D;
+    float scale = LOG2_E / sqrtf(float(D)), row_lse[2] = {0, 0}, row_delta[2] = {0, 0};
+    int row = q0 + warp * 16 + lane / 4;
+    for (int half = 0; half < 2; half++)
+        if (row + 8 * half < T) row_lse[half] = LOG2_E * lse[head * T + row + 8 * half], row_delta[half] = delta[head * T + row + 8 * half];
+
+    load_tile<ATT_ROWS, D>(s.q, q, stride, q0, T);
+    load_tile<ATT_ROWS, D>(s.dy, dout, C, q0, T);
+    load_tile<ATT_ROWS, D>(s.k[0], k, stride, 0, end);
+    load_tile<ATT_ROWS, D>(s.v[0], v, stride, 0, end);
+    cp_async_commit();
+    float dq[D / 8][4] = {};
+    for (int k0 = 0; k0 < end; k0 += ATT_ROWS) {
+        int now = k0 / ATT_ROWS % 2;
+        if (k0 + ATT_ROWS < end) {
+            load_tile<ATT_ROWS, D>(s.k[1 - now], k, stride, k0 + ATT_ROWS, end);
+            load_tile<ATT_ROWS, D>(s.v[1 - now], v, stride, k0 + ATT_ROWS, end);
+        }
+        cp_async_commit();
+        cp_async_wait<1>();
+        __syncthreads();
+        float p[ATT_ROWS / 8][4], ds[ATT_ROWS / 8][4];
+        tile_product<ATT_ROWS, D>(p, s.q, warp * 16, s.k[now], lane);
+        tile_product<ATT_ROWS, D>(ds, s.dy, warp * 16, s.v[now], lane);
+#pragma unroll
+        for (int n = 0; n < ATT_ROWS / 8; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                int key = k0 + n * 8 + lane % 4 * 2 + i % 2, query = row + i / 2 * 8;
+                bool visible = query < T && key <= query;
+                ds[n][i] = visible ? fast_exp2(scale * p[n][i] - row_lse[i / 2]) * (ds[n][i] - row_delta[i / 2]) : 0;
+            }
+        add_tile_product<ATT_ROWS, D>(dq, ds, s.k[now], lane);
+        __syncthreads();
+    }
+    cp_async_wait<0>();
+    store_rows<D>(dqkv + at, stride, row, T, dq, scale * LN_2, scale * LN_2, lane);
+}
+
+// The kernels of each D that the BF16 build has.
+template <class Action>
+void by_head_size(int D, Action action) {
+    if (D == 16) action(std::integral_constant<int, 16>{});
+    else if (D == 32) action(std::integral_constant<int, 32>{});
+    else if (D == 64) action(std::integral_constant<int, 64>{});
+    else if (D == 128) action(std::integral_constant<int, 128>{});
+    else fail("-H: expected heads of 16, 32, 64 or 128 channels, found %d", D);
+}
+
+void attention_forward(Device& device, branch_t* y, float* lse, const branch_t* qkv, int B, int T, int C, int H, int first) {
+    by_head_size(C / H, [&](auto size) {
+        constexpr int D = size;
+        launch(attention_forward_kernel<D>, ceil_div(size_t(T - first), ATT_ROWS) * B * H, ATT_WARPS * WARP, sizeof(AttentionForwardShared<D>), device.stream, y, lse,
+               qkv, AttentionShape{T, C, H, first});
+    });
+}
+
+// dqkv, qkv (B,T,3C); dy, y (B,T,C); lse, delta (B,H,T), delta scratch
+void attention_backward(Device& device, branch_t* dqkv, float* delta, const branch_t* dy, const branch_t* qkv, const branch_t* y, const float* lse, int B, int T,
+                        int C, int H) {
+    AttentionShape shape{T, C, H, 0};
+    size_t blocks = ceil_div(size_t(T), ATT_ROWS) * B * H;
+    launch(attention_delta_kernel, ceil_div(size_t(B) * T * H, THREADS / WARP), THREADS, 0, device.stream, delta, dy, y, B, T, H, C / H);
+    by_head_size(C / H, [&](auto size) {
+        constexpr int D = size;
+        launch(attention_backward_kv_kernel<D>, blocks, ATT_WARPS * WARP, sizeof(AttentionKvShared<D>), device.stream, dqkv, dy, qkv, lse, delta, shape);
+        launch(attention_backward_q_kernel<D>, blocks, ATT_WARPS * WARP, sizeof(AttentionQShared<D>), device.stream, dqkv, dy, qkv, lse, delta, shape);
+    });
+}
+#endif
+
+// ----- GELU
+//
+// gelu(h) = h/2 (1 + tanh(w)),  w = sqrt(2/pi) (h + 0.044715 h^3), the tanh form of Hendrycks and Gimpel 2016.
+// As (1 + tanh(w))/2 = sigmoid(2w), one exponential does it, without cancellation for h far below zero.
+constexpr float GELU_SCALE = float(2 * 0.79788456080286535588), GELU_CUBIC = 0.044715f;
+
+__device__ __forceinline__ float gelu_sigmoid(float h) { return 1 / (1 + expf(-GELU_SCALE * (h + GELU_CUBIC * h * h * h))); }
+
+// 4 bytes an element in BF16
+__global__ void gelu_forward_kernel(branch_t* out, const branch_t* h, size_t n) {
+    size_t at = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * WIDE;
+    if (at >= n) return;
+    auto x = load<WIDE>(h + at);
+    for (int i = 0; i < WIDE; i++) x[i] = branch_t(float(x[i]) * gelu_sigmoid(float(x[i])));
+    store<WIDE>(out + at, x);
+}
+
+// d gelu/dh = sigmoid(2w) + h sigmoid(2w) (1 - sigmoid(2w)) 2 dw/dh.  dh comes as the gradient of gelu's output.  6 bytes an element in BF16
+__global__ void gelu_backward_kernel(branch_t* dh, const branch_t* h, size_t n) {
+    size_t at = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * WIDE;
+    if (at >= n) return;
+    auto x = load<WIDE>(h + at);
+    auto d = load<WIDE>(dh + at);
+    for (int i = 0; i < WIDE; i++) {
+        float hi = float(x[i]), sigmoid = gelu_sigmoid(hi), slope = GELU_SCALE * (1 + 3 * GELU_CUBIC * hi * hi);
+        d[i] = branch_t(float(d[i]) * (sigmoid + hi * sigmoid * (1 - sigmoid) * slope));
+    }
+    store<WIDE>(dh + at, d);
+}
+
+// n: a multiple of WIDE, as a hidden layer of 4C is
+void gelu_forward(Device& device, branch_t* out, const branch_t* h, size_t n) {
+    launch(gelu_forward_kernel, ceil_div(n / WIDE, THREADS), THREADS, 0, device.stream, out, h, n);
+}
+void gelu_backward(Device& device, branch_t* dh, const branch_t* h, size_t n) {
+    launch(gelu_backward_kernel, ceil_div(n / WIDE, THREADS), THREADS, 0, device.stream, dh, h, n);
+}
+
+// ----- Cross entropy
+//
+// loss (rows) = lse - logit[target],  lse = log sum_j exp(logit_j) over the V real tokens,  dlogits = scale (softmax - onehot(target)),
+// in place of logits (rows,Vp) if `backward`; padded columns get zeros. A block a row.  In BF16 4 bytes an element, 6 with backward
+constexpr int MAX_CROSS_ENTROPY_WARPS = 16;
+struct CrossEntropyShared {
+    float largest[MAX_CROSS_ENTROPY_WARPS], sum[MAX_CROSS_ENTROPY_WARPS];
+};
+
+template <bool backward>
+__global__ void cross_entropy_kernel(float* loss, branch_t* logits, const int* targets, int V, int Vp, float scale) {
+    auto& s = shared<CrossEntropyShared>();
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
+    branch_t* row = logits + size_t(blockIdx.x) * Vp;
+    int target = targets[blockIdx.x];
+    float target_logit = float(row[target]), largest = -INFINITY, sum = 0;
+    for (int v0 = threadIdx.x * WIDE; v0 < V; v0 += blockDim.x * WIDE) {
+        auto x = load<WIDE>(row + v0);
+        float before = largest;
+        for (int i = 0; i < WIDE; i++)
+            if (v0 + i < V) largest = fmaxf(largest, float(x[i]));
+        sum *= expf(before - largest);
+        for (int i = 0; i < WIDE; i++)
+            if (v0 + i < V) sum += expf(float(x[i]) - largest);
+    }
+    float warp_largest = warp_max(largest);
+    sum = warp_sum(sum == 0 ? 0.0f : sum * expf(largest - warp_largest));  // 0: no logit here; a NaN goes on
+    if (lane == 0) s.largest[warp] = warp_largest, s.sum[warp] = sum;
+    __syncthreads();  // from here on the row's logits may be overwritten: all threads have read the target's
+    largest = -INFINITY, sum = 0;
+    for (int w = 0; w < warps; w++) largest = fmaxf(largest, s.largest[w]);
+    for (int w = 0; w < warps; w++)
+        if (s.sum[w] != 0) sum += s.sum[w] * expf(s.largest[w] - largest);
+    float lse = largest + logf(sum);
+    if (threadIdx.x == 0) loss[blockIdx.x] = lse - target_logit;
+    if constexpr (backward)
+        for (int v0 = threadIdx.x * WIDE; v0 < Vp; v0 += blockDim.x * WIDE) {
+            auto x = load<WIDE>(row + v0);
+            for (int i = 0; i < WIDE; i++) {
+                int v = v0 + i;
+                x[i] = branch_t(v < V ? scale * (expf(float(x[i]) - lse) - (v == target ? 1.0f : 0.0f)) : 0.0f);
+            }
+            store<WIDE>(row + v0, x);
+        }
+}
+
+void cross_entropy(Device& device, float* loss, branch_t* logits, const int* targets, size_t rows, int V, int Vp, bool backward, float scale) {
+    unsigned threads = unsigned(std::clamp<size_t>(round_up(size_t(Vp) / WIDE, WARP), WARP, MAX_CROSS_ENTROPY_WARPS * WARP));
+    launch(backward ? cross_entropy_kernel<true> : cross_entropy_kernel<false>, rows, threads, sizeof(CrossEntropyShared), device.stream, loss, logits, targets, V, Vp, scale);
+}
+
+// ----- Sums
+
+// out += the sum of values, or of their squares, in double.  4 or 2 bytes an element
+constexpr int SUM_THREADS = 256, SUM_UNROLL = 4;
+struct SumShared {
+    double warp[SUM_THREADS / WARP];
+};
+
+template <class T, bool squares>
+__global__ void sum_kernel(double* out, const T* values, size_t n, double* partial, unsigned* arrived) {
+    auto& s = shared<SumShared>();
+    bool aligned = reinterpret_cast<size_t>(values) % sizeof(Pack<T, SUM_UNROLL>) == 0;  // a tensor may start anywhere
+    double sum = 0;
+    // A thread adds 4 numbers in FP32 before they go to double: the same elements whatever the grid's order.
+    for (size_t at = (size_t(blockIdx.x) * SUM_THREADS + threadIdx.x) * SUM_UNROLL; at < n; at += size_t(gridDim.x) * SUM_THREADS * SUM_UNROLL) {
+        float four = 0;
+        Pack<T, SUM_UNROLL> value;
+        if (aligned && at + SUM_UNROLL <= n) value = load<SUM_UNROLL>(values + at);
+        else
+            for (int i = 0; i < SUM_UNROLL; i++) value[i] = at + i < n ? values[at + i] : T(0.0f);
+        for (int i = 0; i < SUM_UNROLL; i++) four += squares ? float(value[i]) * float(value[i]) : float(value[i]);
+        sum += four;
+    }
+    sum = warp_sum(sum);
+    if (threadIdx.x % WARP == 0) s.warp[threadIdx.x / WARP] = sum;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        double total = 0;
+        for (double w : s.warp) total += w;
+        partial[blockIdx.x] = total;
+    }
+    add_partials(partial, 1, arrived, [&](int, double total) { *out += total; });
+}
+
+template <bool squares, class T>
+void add_sum(Device& device, double* out, const T* values, size_t n) {
+    size_t blocks = std::clamp<size_t>(ceil_div(n, SUM_THREADS * SUM_UNROLL), 1, MAX_PARTIAL_BLOCKS);
+    launch(sum_kernel<T, squares>, blocks, SUM_THREADS, sizeof(SumShared), device.stream, out, values, n, device.partial_doubles.data(), device.arrived.data());
+}
+
+// ----------------------------------------------------------------------------------------------------
+// The optimizer: AdamW (Loshchilov and Hutter 2019)
+//
+// All that changes from step to step is read from the device's memory, so that a graph of these launches serves every step.
+
+struct StepSettings {   // comes from the host
+    float step_size;    // lr / (1 - b1^s)
+    float v_scale;      // 1 / (1 - b2^s)
+    float decay;        // lr * weight decay
+    double max_norm;    // of the gradient; 0: no clipping
+};
+struct StepState {      // goes to the host
+    double loss_sum;    // over the step's targets
+    double grad_squares, norm;
+    float clip;
+    int finite;
+};
+
+// clip = min(1, max_norm / norm), and whether there is anything wrong with the step.
+__global__ void prepare_update_kernel(StepState* state, const StepSettings* settings) {
+    state->norm = sqrt(state->grad_squares);
+    double limit = settings->max_norm / state->norm;
+    state->clip = float(settings->max_norm > 0 && limit < 1 ? limit : 1.0);
+    double zero_if_finite = state->norm * 0 + state->loss_sum * 0;
+    state->finite = zero_if_finite == 0;
+}
+
+// A stretch of one tensor, a block's work: all tensors in one launch, each with its own decay.
+struct UpdateChunk {
+    size_t first;
+    int count, decayed;
+};
+constexpr int UPDATE_CHUNK = 8192;  // elements
+
+// With the clipped gradient g:  m = b1 m + (1-b1) g,  v = b2 v + (1-b2) g^2,
+//     p -= lr wd p,   p -= lr mhat / (sqrt(vhat) + eps),   mhat = m / (1 - b1^s), vhat = v / (1 - b2^s)
+// and g = 0 for the next step. matrices: the BF16 copy of p. Where the step is not finite nothing is touched.
+// 34 bytes an element in BF16: p, g, m, v in, the same and the copy out.
+template <int N>
+__device__ void adamw(float* p, branch_t* matrices, float* g, float* m, float* v, size_t at, float clip, float decay, const StepSettings& s) {
+    constexpr float b1 = float(BETA1), b2 = float(BETA2), epsilon = float(ADAM_EPSILON);
+    auto ps = load<N>(p + at), gs = load<N>(g + at), ms = load<N>(m + at), vs = load<N>(v + at);
+    Pack<branch_t, N> copy;
+    for (int i = 0; i < N; i++) {
+        float gi = clip * gs[i];
+        ms[i] = b1 * ms[i] + (1 - b1) * gi;
+        vs[i] = b2 * vs[i] + (1 - b2) * gi * gi;
+        ps[i] -= decay * ps[i];
+        ps[i] -= s.step_size * ms[i] / (sqrtf(vs[i] * s.v_scale) + epsilon);
+        gs[i] = 0;
+        copy[i] = branch_t(ps[i]);
+    }
+    store<N>(p + at, ps), store<N>(g + at, gs), store<N>(m + at, ms), store<N>(v + at, vs);
+    if (matrices) store<N>(matrices + at, copy);
+}
+
+__global__ void adamw_kernel(float* p, branch_t* matrices, float* g, float* m, float* v, const UpdateChunk* chunks, const StepSettings* settings, const StepState* state) {
+    if (!state->finite) return;
+    UpdateChunk chunk = chunks[blockIdx.x];
+    StepSettings s = *settings;
+    float decay = chunk.decayed ? s.decay : 0, clip = state->clip;
+    // Fours where the stretch starts at a multiple of four; what is left over, one by one.
+    int in_fours = chunk.first % 4 == 0 ? chunk.count / 4 * 4 : 0;
+    for (int i = threadIdx.x * 4; i < in_fours; i += blockDim.x * 4) adamw<4>(p, matrices, g, m, v, chunk.first + i, clip, decay, s);
+    for (int i = in_fours + threadIdx.x; i < chunk.count; i += blockDim.x) adamw<1>(p, matrices, g, m, v, chunk.first + i, clip, decay, s);
+}
+
+std::vector<UpdateChunk> update_chunks(const ParameterLayout& layout) {
+    std::vector<UpdateChunk> chunks;
+    for (const TensorInfo& t : layout.tensors)
+        for (size_t at = 0; at < t.size(); at += UPDATE_CHUNK) chunks.push_back({t.offset + at, int(std::min(t.size() - at, size_t(UPDATE_CHUNK))), t.decay});
+    return chunks;
+}
+
+// Initial weights, the bits of initialise_tensor in keel_common.h: a thread draws four.
+struct TensorStart {
+    size_t rows, cols, used_rows, tail_row;
+    float bound, bound_tail;
+    uint32_t index;  // of the tensor in the parameter order
+};
+
+template <class Out>
+__global__ void initialise_kernel(Out* out, TensorStart t, uint64_t seed) {
+    size_t block = size_t(blockIdx.x) * blockDim.x + threadIdx.x, size = t.rows * t.cols;
+    if (block * 4 >= size) return;
+    Philox draw = philox(seed, uint32_t(block), uint32_t(block >> 32), t.index, STREAM_WEIGHTS);
+    for (size_t e = block * 4; e < block * 4 + 4 && e < size; e++) {
+        size_t row = e / t.cols;
+        float bound = row < t.tail_row ? t.bound : t.bound_tail, u = uniform24(draw.word[e % 4]);
+        out[e] = Out(t.bound == 0 ? 1.0f : row >= t.used_rows ? 0.0f : bound * (2 * u - 1));
+    }
+}
+
+// The branch's copy of FP32 weights.  6 bytes an element
+__global__ void round_kernel(branch_t* out, const float* in, size_t n) {
+    size_t at = size_t(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (at < n) out[at] = branch_t(in[at]);
+}
+
+// a = b - a, for the probe's update norms
+__global__ void difference_kernel(float* a, const float* b, size_t n) {
+    size_t at = size_t(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (at < n) a[at] = b[at] - a[at];
+}
+
+// ----------------------------------------------------------------------------------------------------
+// The sub-layer's branch: attention or feed-forward
+
+// The parameters, or the gradients, of one sub-layer: w[QKVW]. Null where the placement has none.
+template <class T>
+struct SublayerTensors {
+    T* tensor[NUM_TENSORS];
+    SublayerTensors(T* base, const ParameterLayout& layout, int l) {
+        for (int t = 0; t < NUM_TENSORS; t++) {
+            size_t at = layout.offset(Tensor(t), l);
+            tensor[t] = at == ParameterLayout::absent ? nullptr : base + at;
+        }
+    }
+    T* operator[](Tensor t) const { return tensor[t]; }
+};
+
+// What a branch computes on its way. Attention has qkv, y and lse, feed-forward h and gelu.
+struct BranchActivations {
+    branch_t* u;           // (rows,C) the branch's input
+    branch_t* qkv;         // (B,T,3C)
+    branch_t* qkv_normed;  // (B,T,3C) HybridNorm only
+    branch_t* y;           // (rows,C) attention's output, before its projection
+    float* lse;            // (B,H,Tq)
+    branch_t* h;           // (rows,4C) before GELU
+    branch_t* gelu;        // (rows,4C)
+};
+
+// f (rows,C) = attention(u (rows,C)), rows = B * (T - first). f may be null: then only the activations are made.
+void attention_branch_forward(Device& device, branch_t* f, const BranchActivations& a, const SublayerTensors<branch_t>& w, const SublayerTensors<float>& gains,
+                              const ModelConfig& c, int B, int T, int first) {
+    size_t rows = size_t(B) * size_t(T - first), C = size_t(c.C), start = size_t(first) * 3 * C;
+    matmul_forward(device, a.qkv + start, a.u, w[QKVW], rows, C, 3 * C);
+    const branch_t* qkv = a.qkv;
+    if (gains[GAMMA_Q]) {
+        qkv_norm_forward(device, a.qkv_normed + start, a.qkv + start, {{gains[GAMMA_Q], gains[GAMMA_K], gains[GAMMA_V]}, {}}, rows, c.H, c.D());
+        qkv = a.qkv_normed;
+    }
+    attention_forward(device, a.y, a.lse, qkv, B, T, c.C, c.H, first);
+    if (f) matmul_forward(device, f, a.y, w[ATTPROJW], rows, C, C);
+}
+
+// Scratch that the backward passes of all branches share.
+struct BranchScratch {
+    branch_t* dbranch;   // (rows,4C) dqkv or dh
+    float* delta;        // (B,H,T)
+    float* partial;      // of the gains
+};
+
+// du (rows,C) from df (rows,C); du serves as dy's on the way.
+void attention_branch_backward(Device& device, branch_t* du, const branch_t* df, const BranchActivations& a, const SublayerTensors<branch_t>& w,
+                               const SublayerTensors<float>& gains, const SublayerTensors<float>& dw, const ModelConfig& c, int B, int T, const BranchScratch& s) {
+    size_t rows = size_t(B) * size_t(T), C = size_t(c.C);
+    matmul_backward(device, du, dw[ATTPROJW], df, a.y, w[ATTPROJW], rows, C, C);
+    if (gains[GAMMA_Q]) {
+        QkvGains g{{gains[GAMMA_Q], gains[GAMMA_K], gains[GAMMA_V]}, {dw[GAMMA_Q], dw[GAMMA_K], dw[GAMMA_V]}};
+        qkv_norm_forward(device, a.qkv_normed, a.qkv, g, rows, c.H, c.D());  // one buffer serves all sub-layers
+        attention_backward(device, s.dbranch, s.delta, du, a.qkv_normed, a.y, a.lse, B, T, c.C, c.H);
+        qkv_norm_backward(device, s.dbranch, a.qkv, g, rows, c.H, c.D(), s.partial);
+    } else {
+        attention_backward(device, s.dbranch, s.delta, du, a.qkv, a.y, a.lse, B, T, c.C, c.H);
+    }
+    matmul_backward(device, du, dw[QKVW], s.dbranch, a.u, w[QKVW], rows, C, 3 * C);
+}
+
+// f (rows,C) = gelu(u fcw^T) fcprojw^T. f may be null.
+void feed_forward_branch_forward(Device& device, branch_t* f, const BranchActivations& a, const SublayerTensors<branch_t>& w, const ModelConfig& c, size_t rows) {
+    size_t C = size_t(c.C);
+    matmul_forward(device, a.h, a.u, w[FCW], rows, C, 4 * C);
+    gelu_forward(device, a.gelu, a.h, rows * 4 * C);
+    if (f) matmul_forward(device, f, a.gelu, w[FCPROJW], rows, 4 * C, C);
+}
+
+// du (rows,C) from df (rows,C).
+void feed_forward_branch_backward(Device& device, branch_t* du, const branch_t* df, const BranchActivations& a, const SublayerTensors<branch_t>& w,
+                                  const SublayerTensors<float>& dw, const ModelConfig& c, size_t rows, const BranchScratch& s) {
+    size_t C = size_t(c.C);
+    matmul_backward(device, s.dbranch, dw[FCPROJW], df, a.gelu, w[FCPROJW], rows, 4 * C, C);
+    gelu_backward(device, s.dbranch, a.h, rows * 4 * C);
+    matmul_backward(device, du, dw[FCW], s.dbranch, a.u, w[FCW], rows, C, 4 * C);
+}
+
+// ----------------------------------------------------------------------------------------------------
+// The model: its memory, its forward and its backward
+
+// A sub-layer's sums for --probe, on the device.
+struct ProbeSums {
+    double x, f, z, r_out, dx, df;
+};
+
+struct Model {
+    ModelConfig config;
+    ParameterLayout layout;
+    int B, T;  // the largest micro-batch, and the sequence length
+    Recompute recompute;
+    Device device;
+
+    DeviceArray<float> params, grads, m, v;  // in parameter order; m, v: AdamW's moments
+    DeviceArray<branch_t> matrices;          // params in BF16, which is what the matrix products read
+
+    // The highway is stored once, as z: kept holds x_0 = "z_{-1}", z_0, ..., z_{L-1}, or with -r K every K-th of them and the
+    // last, the others of one segment being in segment. r_out, r_in (L+1, rows): the norms' two numbers a row.
+    DeviceArray<float> kept, segment, r_out, r_in;
+    DeviceArray<branch_t> u, qkv, qkv_normed, y, h, gelu;  // the branches' activations, a slot for each sub-layer that keeps them
+    DeviceArray<float> lse;
+    DeviceArray<branch_t> head_in, f, df, du, dbranch;     // (B,T,C), dbranch (B,T,4C), of the sub-layer at work
+    DeviceArray<float> dz, delta;                          // (B,T,C) the highway's gradient; (B,H,T)
+    DeviceArray<branch_t> logits;                          // a chunk of rows of (.,Vp)
+    DeviceArray<float> losses, gain_partial;               // (B,T); the gains' gradients before their last sum
+    DeviceArray<int> batch;                                // a TokenBatch
+    DeviceArray<StepState> state;
+    DeviceArray<StepSettings> settings;
+    DeviceArray<UpdateChunk> chunks;
+
+    DeviceArray<ProbeSums> probe;                          // (L), of size 0 but for --probe
+    bool probing = false;
+
+    // Logits of so many rows at a time that 64 M elements hold them, whatever V is: 128 MiB in BF16.
+    static inline size_t head_elements = size_t(1) << 26;
+    static size_t head_rows(const ModelConfig& c, size_t rows) { return std::min(rows, std::max<size_t>(16, head_elements / size_t(c.Vp()))); }
+
+    // One row a buffer: what it is called in the table at the start, where it lives, its elements. count: of all parameters.
+    template <class Visit>
+    static void each_buffer(const ModelConfig& c, size_t count, int B, int T, Recompute r, Visit visit) {
+        size_t rows = size_t(B) * size_t(T), C = size_t(c.C), L = size_t(c.L), K = size_t(std::max(1, r.level));
+        size_t full = r.segments() ? std::min(K, L) : r.level == 1 ? 2 : L;  // sub-layers that have a slot of their own
+        size_t cheap = r.level == 0 || r.segments() ? full : 2;              // the same for u and GELU's output
+        visit("parameters", &Model::params, count);
+        visit("gradients", &Model::grads, count);
+        visit("AdamW's first moment", &Model::m, count);
+        visit("AdamW's second moment", &Model::v, count);
+        visit("parameters in BF16", &Model::matrices, BRANCH_BF16 ? count : 0);
+        visit("highway z", &Model::kept, ((L + K - 1) / K + 1) * rows * C);
+        visit("highway z of one segment", &Model::segment, (std::min(K, L) - 1) * rows * C);
+        visit("1 / rms of z", &Model::r_out, (L + 1) * rows);
+        visit("1 / rms of x", &Model::r_in, (L + 1) * rows);
+        visit("u", &Model::u, cheap * rows * C);
+        visit("q, k, v", &Model::qkv, full / 2 * rows * 3 * C);
+        visit("q, k, v normed", &Model::qkv_normed, c.norm == HYBRIDNORM ? rows * 3 * C : 0);
+        visit("attention's output", &Model::y, full / 2 * rows * C);
+        visit("attention's log-sum-exp", &Model::lse, full / 2 * rows * size_t(c.H));
+        visit("feed-forward before GELU", &Model::h, full / 2 * rows * 4 * C);
+        visit("feed-forward after GELU", &Model::gelu, cheap / 2 * rows * 4 * C);
+        visit("head's input", &Model::head_in, rows * C);
+        visit("branch output", &Model::f, rows * C);
+        visit("gradient of branch output", &Model::df, rows * C);
+        visit("gradient of u", &Model::du, rows * C);
+        visit("gradient inside a branch", &Model::dbranch, rows * 4 * C);
+        visit("gradient of z", &Model::dz, rows * C);
+        visit("attention's delta", &Model::delta, rows * size_t(c.H));
+        visit("logits, a chunk", &Model::logits, head_rows(c, rows) * size_t(c.Vp()));
+        visit("losses", &Model::losses, rows);
+        visit("gains' gradients, partial sums", &Model::gain_partial, std::min(rows, GAIN_BLOCKS) * 3 * C);
+        visit("tokens", &Model::batch, TokenBatch::size(rows));
+        visit("step's numbers out", &Model::state, 1);
+        visit("step's numbers in", &Model::settings, 1);
+        visit("optimizer's work list", &Model::chunks, count / UPDATE_CHUNK + size_t(NUM_TENSORS) * L);
+    }
+
+    static std::vector<MemoryRow> plan(const ModelConfig& c, size_t count, int B, int T, Recompute r) {
+        std::vector<MemoryRow> rows;
+        each_buffer(c, count, B, T, r, [&]<class T_>(const char* name, DeviceArray<T_> Model::*, size_t elements) {
+            if (elements) rows.push_back({name, elements * sizeof(T_)});
+        });
+        rows.push_back({"cuBLASLt's workspace", GEMM_WORKSPACE});
+        return rows;
+    }
+
+    Model(const ModelConfig& config, int B, int T, Recompute recompute) : config(config), layout(config), B(B), T(T), recompute(recompute) {
+        each_buffer(config, layout.count, B, T, recompute,
+                    [&]<class T_>(const char*, DeviceArray<T_> Model::* buffer, size_t elements) { this->*buffer = DeviceArray<T_>(elements); });
+        std::vector<UpdateChunk> work = update_chunks(layout);
+        device.copy(chunks.data(), work.data(), work.size());
+        update_blocks = work.size();
+        device.zero(grads), device.zero(m), device.zero(v), device.zero(state);
+        device.synchronize();
+    }
+    size_t update_blocks = 0;
+
+    branch_t* branch_params() {
+        void* from = BRANCH_BF16 ? static_cast<void*>(matrices.data()) : params.data();
+        return static_cast<branch_t*>(from);
+    }
+    SublayerTensors<branch_t> weights(int l) { return {branch_params(), layout, l}; }
+    SublayerTensors<float> gains(int l) { return {params.data(), layout, l}; }
+    SublayerTensors<float> gradients(int l) { return {grads.data(), layout, l}; }
+    float* tensor(const DeviceArray<float>& of, Tensor id, int l = -1) {
+        size_t at = layout.offset(id, l);
+        return at == ParameterLayout::absent ? nullptr : of.data() + at;
+    }
+
+    void initialise(uint64_t seed) {
+        for (size_t i = 0; i < layout.tensors.size(); i++) {
+            const TensorInfo& t = layout.tensors[i];
+            launch(initialise_kernel<float>, ceil_div(ceil_div(t.size(), 4), THREADS), THREADS, 0, device.stream, params.data() + t.offset,
+                   TensorStart{t.rows, t.cols, t.used_rows, t.tail_row, t.bound, t.bound_tail, uint32_t(i)}, seed);
+        }
+        parameters_changed();
+    }
+
+    // After params were written from outside: the copy that the matrix products read.
+    void parameters_changed() {
+        if (BRANCH_BF16) launch(round_kernel, ceil_div(layout.count, THREADS), THREADS, 0, device.stream, branch_params(), params.data(), layout.count);
+        device.synchronize();
+    }
+
+    // Where z_{i-1} is, i = 0..L (x_0 for i = 0).
+    float* z(int i) {
+        size_t size = size_t(B) * size_t(T) * size_t(config.C), K = size_t(std::max(1, recompute.level)), at = size_t(i);
+        if (at % K == 0 || i == config.L) return kept.data() + (at + K - 1) / K * size;
+        return segment.data() + (at % K - 1) * size;
+    }
+
+    BranchActivations activations(int l) {
+        size_t rows = size_t(B) * size_t(T), C = size_t(config.C), at = size_t(l);
+        size_t slot = recompute.segments() ? at % size_t(recompute.level) : recompute.level == 1 ? at % 2 : at;
+        size_t cheap = recompute.level == 0 || recompute.segments() ? slot : at % 2;
+        BranchActivations a{};
+        a.u = u.data() + cheap * rows * C;
+        a.qkv = qkv.data() + slot / 2 * rows * 3 * C, a.qkv_normed = qkv_normed.data();
+        a.y = y.data() + slot / 2 * rows * C, a.lse = lse.data() + slot / 2 * rows * size_t(config.H);
+        a.h = h.data() + slot / 2 * rows * 4 * C, a.gelu = gelu.data() + cheap / 2 * rows * 4 * C;
+        return a;
+    }
+
+    HighwayPoint point(int l) {
+        size_t rows = size_t(B) * size_t(T);
+        HighwayPoint p{};
+        p.z = z(l), p.r_out = r_out.data() + size_t(l) * rows, p.r_in = r_in.data() + size_t(l) * rows;
+        p.gamma_out = l > 0 ? tensor(params, GAMMA_OUT, l - 1) : nullptr;
+        p.gamma_in = l < config.L ? tensor(params, GAMMA_IN, l) : tensor(params, GAMMA_FINAL);
+        p.u = l < config.L ? activations(l).u : head_in.data();
+        return p;
+    }
+
+    // F_l(u_l) in out, or only the branch's activations where out is null.
+    void branch_forward(int l, int b, branch_t* out) {
+        if (is_attention(l)) attention_branch_forward(device, out, activations(l), weights(l), gains(l), config, b, T, 0);
+        else feed_forward_branch_forward(device, out, activations(l), weights(l), config, size_t(b) * size_t(T));
+    }
+
+    // du_l in du, from dF_l in df.
+    void branch_backward(int l, int b) {
+        BranchActivations a = activations(l);
+        BranchScratch scratch{dbranch.data(), delta.data(), gain_partial.data()};
+        size_t rows = size_t(b) * size_t(T);
+        if (recompute.level == 1) branch_forward(l, b, nullptr);
+        else if (recompute.level == -1 && !is_attention(l)) gelu_forward(device, a.gelu, a.h, rows * 4 * size_t(config.C));
+        if (is_attention(l)) attention_branch_backward(device, du.data(), df.data(), a, weights(l), gains(l), gradients(l), config, b, T, scratch);
+        else feed_forward_branch_backward(device, du.data(), df.data(), a, weights(l), gradients(l), config, rows, scratch);
+    }
+
+    // From point l to point l + 1: z_l = alpha_l x_l + F_l(u_l).
+    void sublayer_forward(int l, int b) {
+        branch_forward(l, b, f.data());
+        highway_forward(device, point(l + 1), point(l), f.data(), config.sublayer(l).alpha, size_t(b) * size_t(T), config.C);
+    }
+
+    // From dz_l in dz (at point L: from the head's du_L) to dz_{l-1} in dz and dF_{l-1} in df; x and u as point l has them.
+    void point_backward(int l, int b, float* dx) {
+        HighwayPoint before = l > 0 ? point(l - 1) : HighwayPoint{};
+        if (recompute.level == 0 || recompute.segments()) before.u = nullptr;  // it was kept
+        HighwayGradients g{dz.data(), du.data(), l > 0 ? df.data() : nullptr, dx, l > 0 ? tensor(grads, GAMMA_OUT, l - 1) : nullptr,
+                           l < config.L ? tensor(grads, GAMMA_IN, l) : tensor(grads, GAMMA_FINAL)};
+        highway_backward(device, point(l), before, g, l < config.L ? config.sublayer(l).alpha : 0, l == config.L, size_t(b) * size_t(T), config.C, gain_partial.data());
+    }
+
+    // logits = u_L wte^T, a chunk of rows at a time. With backward, du = dlogits wte and dwte += dlogits^T u_L as well, so that logits
+    // and their gradients never exist for more than a chunk. targets: on the device. logits_out, if given, on the host (rows,V).
+    void head(const int* targets, size_t rows, bool backward, float scale, float* logits_out) {
+        size_t C = size_t(config.C), V = size_t(config.V), Vp = size_t(config.Vp()), chunk = head_rows(config, size_t(B) * size_t(T));
+        const branch_t* wte = branch_params() + layout.offset(WTE);
+        for (size_t i = 0; i < rows; i += chunk) {
+            size_t n = std::min(chunk, rows - i);
+            const branch_t* in = head_in.data() + i * C;
+            matmul_forward(device, logits.data(), in, wte, n, C, Vp);
+            if (logits_out) copy_logits(logits_out + i * V, logits.data(), n, V, Vp);
+            cross_entropy(device, losses.data() + i, logits.data(), targets + i, n, config.V, config.Vp(), backward, scale);
+            if (backward) matmul_backward(device, du.data() + i * C, tensor(grads, WTE), logits.data(), in, wte, n, C, Vp);
+        }
+        add_sum<false>(device, &state.data()->loss_sum, losses.data(), rows);
+    }
+
+    void copy_logits(float* out, const branch_t* from, size_t rows, size_t V, size_t Vp) {
+        std::vector<branch_t> host(rows * Vp);
+        device.copy(host.data(), from, host.size());
+        device.synchronize();
+        for (size_t r = 0; r < rows; r++)
+            for (size_t j = 0; j < V; j++) out[r * V + j] = float(host[r * Vp + j]);
+    }
+
+    // From tokens (b,T) on the device to u_L in head_in.
+    void forward(const int* tokens, int b) {
+        size_t rows = size_t(b) * size_t(T), n = rows * size_t(config.C);
+        embedding_forward(device, z(0), tokens, tensor(params, WTE), tensor(params, WPE), b, T, config.C, 0);
+        highway_norms(device, point(0), rows, config.C);
+        for (int l = 0; l < config.L; l++) {
+            sublayer_forward(l, b);
+            if (!probing) continue;
+            ProbeSums* sums = probe.data() + l;
+            highway_x(device, scratch_x(), point(l), rows, config.C);
+            add_sum<true>(device, &sums->x, scratch_x(), n);
+            add_sum<true>(device, &sums->f, f.data(), n);
+            add_sum<true>(device, &sums->z, z(l + 1), n);
+            if (config.sublayer(l).norm_out) add_sum<false>(device, &sums->r_out, point(l + 1).r_out, rows);
+        }
+    }
+
+    // (rows,C) in FP32 that is free between a branch's passes: dbranch has room for it in both builds.
+    float* scratch_x() { return reinterpret_cast<float*>(dbranch.data()); }
+
+    // Adds the sum of the losses of tokens and targets (b,T) to state.loss_sum.
+    void evaluate(const int* tokens, const int* targets, int b) {
+        forward(tokens, b);
+        head(targets, size_t(b) * size_t(T), false, 0, nullptr);
+    }
+
+    // The same, and adds to the gradients those of scale * sum. debug, if given, gets logits, x and dx.
+    void forward_backward(int b, float scale, DebugState<float>* debug = nullptr) {
+        size_t rows = size_t(b) * size_t(T), n = rows * size_t(config.C);
+        TokenBatch tokens(batch.data(), rows);
+        forward(tokens.tokens, b);
+        if (debug) debug->logits.resize(rows * size_t(config.V)), debug->x.resize((size_t(config.L) + 1) * n), debug->dx.resize(debug->x.size());
+        head(tokens.targets, rows, true, scale, debug ? debug->logits.data() : nullptr);
+
+        auto to_point = [&](int l) {
+            bool observed = debug || probing;
+            point_backward(l, b, observed ? scratch_x() : nullptr);
+            if (debug) {
+                device.copy(debug->dx.data() + size_t(l) * n, scratch_x(), n);
+                highway_x(device, scratch_x(), point(l), rows, config.C);
+                device.copy(debug->x.data() + size_t(l) * n, scratch_x(), n);
+            } else if (probing) {
+                if (l < config.L) add_sum<true>(device, &probe.data()[l].dx, scratch_x(), n);
+                if (l > 0) add_sum<true>(device, &probe.data()[l - 1].df, dz.data(), n);
+            }
+        };
+        to_point(config.L);
+        int K = recompute.segments() ? recompute.level : config.L;
+        for (int end = config.L; end > 0;) {
+            int begin = (end - 1) / K * K;              // the segment's first sub-layer
+            if (end < config.L) forward_again(begin, end, b);  // the last segment's activations are still there
+            for (int l = end - 1; l >= begin; l--) {
+                branch_backward(l, b);
+                to_point(l);
+            }
+            end = begin;
+        }
+        embedding_backward(device, tensor(grads, WTE), tensor(grads, WPE), dz.data(), tokens, b, T, config.C, config.V);
+    }
+
+    // What the backward of sub-layers [begin, end) needs, from the z before them. The last one's z is there.
+    void forward_again(int begin, int end, int b) {
+        highway_norms(device, point(begin), size_t(b) * size_t(T), config.C);
+        for (int l = begin; l < end - 1; l++) sublayer_forward(l, b);
+        branch_forward(end - 1, b, nullptr);
+    }
+
+    // Norm, clip and AdamW, in place; the gradients are zero afterwards.
+    void update() {
+        add_sum<true>(device, &state.data()->grad_squares, grads.data(), grads.size());
+        launch(prepare_update_kernel, 1, 1, 0, device.stream, state.data(), settings.data());
+        launch(adamw_kernel, update_blocks, THREADS, 0, device.stream, params.data(), BRANCH_BF16 ? branch_params() : nullptr, grads.data(), m.data(), v.data(),
+               chunks.data(), settings.data(), state.data());
+    }
+};
+
+// Seconds of a micro-step of B sequences: a rough model of one large GPU, which need only put the choices in their order. Matrix products at
+// the rate that their tiles fill the multiprocessors, the kernels' bytes, and a floor for each of the graph's nodes.
+inline double predicted_seconds(const ModelConfig& c, int B, int T, Recompute r) {
+    constexpr double matrix_rate = 600e12, memory_rate = 3e12, node_seconds = 2e-6, multiprocessors = 132;
+    double rows = double(B) * T, blocks = c.L / 2;
+    bool again = r.level == 1 || r.segments();
+    double operations = rows * flops_per_token(c, T) * (again ? 4.0 / 3 : 1);
+    double filled = std::min(1.0, std::ceil(rows / 128) * std::ceil(c.C / 128.0) / multiprocessors);
+    // A block's activations pass through memory about 180 times C bytes a token (see the kernels' figures and the products' operands).
+    double bytes = rows * blocks * c.C * (180 + (r.level == -1 ? 40 : again ? 90 : 0));
+    double nodes = blocks * (22 + (r.level == -1 ? 1 : again ? 6 : 0));
+    return operations / (matrix_rate * filled) + bytes / memory_rate + nodes * node_seconds;
+}
+
+// ----------------------------------------------------------------------------------------------------
+// Sampling
+
+// Feeds tokens through the model a few at a time, keeping q, k and v of every block and position (the KV cache), so that a
+// new token costs one row through each layer. The layers are those of training, on rows instead of batches.
+class Generator {
+public:
+    Generator(Model& model, int window)
+        : model(model), window(window), C(size_t(model.config.C)), cache(size_t(model.config.L / 2) * window * 3 * C),
+          normed_cache(model.config.norm == HYBRIDNORM ? cache.size() : 0), u(window * C), f(window * C), y(window * C), h(window * 4 * C), gelu(window * 4 * C),
+          logits(size_t(model.config.Vp())), z(window * C), r(2 * size_t(window)), lse(size_t(window) * size_t(model.config.H)), tokens(size_t(window)),
+          host_logits(logits.size()), result(size_t(model.config.V)) {}
+
+    static size_t bytes(const ModelConfig& c, int window) {
+        size_t caches = (c.norm == HYBRIDNORM ? 2 : 1) * size_t(c.L / 2) * 3 * size_t(c.C);
+        return (size_t(window) * (caches + 11 * size_t(c.C)) + size_t(c.Vp())) * sizeof(branch_t) + size_t(window) * (size_t(c.C) + size_t(c.H) + 3) * 4;
+    }
+
+    // Appends n tokens; returns the logits (V) that follow the last. At most `window` tokens fit.
+    const float* feed(const int* new_tokens, int n) {
+        const ModelConfig& c = model.config;
+        Device& device = model.device;
+        int end = length + n;
+        size_t rows = size_t(n);
+        device.copy(tokens.data(), new_tokens, rows);
+        embedding_forward(device, z.data(), tokens.data(), model.tensor(model.params, WTE), model.tensor(model.params, WPE), 1, n, c.C, length);
+        highway_norms(device, point(0), rows, c.C);
+        for (int l = 0; l < c.L; l++) {
+            size_t block = size_t(l / 2) * size_t(window) * 3 * C;
+            BranchActivations a{u.data(), cache.data() + block, normed_cache.size() ? normed_cache.data() + block : nullptr, y.data(), lse.data(), h.data(), gelu.data()};
+            if (is_attention(l)) attention_branch_forward(device, f.data(), a, model.weights(l), model.gains(l), c, 1, end, length);
+            else feed_forward_branch_forward(device, f.data(), a, model.weights(l), c, rows);
+            highway_forward(device, point(l + 1), point(l), f.data(), c.sublayer(l).alpha, rows, c.C);
+        }
+        length = end;
+        matmul_forward(device, logits.data(), u.data() + (rows - 1) * C, model.branch_params() + model.layout.offset(WTE), 1, C, size_t(c.Vp()));
+        device.copy(host_logits.data(), logits.data(), host_logits.size());
+        device.synchronize();
+        for (size_t v = 0; v < result.size(); v++) result[v] = float(host_logits[v]);
+        return result.data();
+    }
+    void clear() { length = 0; }
+    int size() const { return length; }
+
+private:
+    // All points share z, u and the norms' numbers: each is read for the last time as the next is made.
+    HighwayPoint point(int l) {
+        HighwayPoint p = model.point(l);
+        p.z = z.data(), p.r_out = r.data(), p.r_in = r.data() + window, p.u = u.data();
+        return p;
+    }
+
+    Model& model;
+    int window, length = 0;
+    size_t C;
+    DeviceArray<branch_t> cache, normed_cache, u, f, y, h, gelu, logits;
+    DeviceArray<float> z, r, lse;
+    DeviceArray<int> tokens;
+    std::vector<branch_t> host_logits;
+    std::vector<float> result;
+};
+
+// ----------------------------------------------------------------------------------------------------
+// The step and what else a run asks of a trainer (run_trainer in keel_common.h has the run)
+
+// Launches recorded once and repeated at the cost of one.
+struct Graph {
+    cudaGraphExec_t launches = nullptr;
+    size_t nodes = 0;
+
+    template <class Action>
+    void record(cudaStream_t stream, Action action) {
+        cudaGraph_t graph = nullptr;
+        // Relaxed: what action asks of the driver beside its launches (a kernel's attributes, a heuristic) is allowed.
+        CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeRelaxed));
+        try {
+            action();
+        } catch (...) {
+            if (cudaStreamEndCapture(stream, &graph) == cudaSuccess) cudaGraphDestroy(graph);
+            throw;
+        }
+        CUDA(cudaStreamEndCapture(stream, &graph));
+        CUDA(cudaGraphGetNodes(graph, nullptr, &nodes));
+        CUDA(cudaGraphInstantiate(&launches, graph, 0));
+        CUDA(cudaGraphDestroy(graph));
+    }
+    Graph() = default;
+    ~Graph() {
+        if (launches) cudaGraphExecDestroy(launches);
+    }
+    Graph(const Graph&) = delete;
+    Graph& operator=(const Graph&) = delete;
+};
+
+struct Trainer {
+    using Real = float;
+    static constexpr bool branch_bf16 = BRANCH_BF16;
+
+    RunConfig run;
+    Model model;
+    PinnedArray<int> staging[2];      // batches on their way to the device, by turns
+    cudaEvent_t staged[2] = {};       // the device has the batch
+    PinnedArray<StepSettings> settings;
+    PinnedArray<StepState> state;
+    std::vector<int> token_counts;    // scratch of TokenBatch::sort
+    Graph micro_step, update;         // recorded at the end of the first step, which by then has loaded every kernel
+    bool use_graphs = true;
+
+    explicit Trainer(const RunConfig& run) : run(run), model(run.model, run.B, run.T, run.recompute), settings(1), state(1) {
+        for (int i = 0; i < 2; i++) {
+            staging[i] = PinnedArray<int>(TokenBatch::size(rows()));
+            CUDA(cudaEventCreateWithFlags(&staged[i], cudaEventDisableTiming));
+        }
+    }
+    ~Trainer() {
+        model.device.quiesce();
+        for (cudaEvent_t event : staged) cudaEventDestroy(event);
+    }
+    Trainer(const Trainer&) = delete;
+    Trainer& operator=(const Trainer&) = delete;
+
+    size_t rows() const { return size_t(run.B) * size_t(run.T); }
+
+    // One optimizer step: the gradient of the mean loss over run.total_batch tokens, a micro-batch at a time, then AdamW.
+    StepResult step(const Loader& data, int64_t step, CsvLog* probe) {
+        Device& device = model.device;
+        bool replay = micro_step.launches && !probe;
+        begin_step(step);
+        if (probe) begin_probe();
+
+        uint64_t first = uint64_t(step - 1) * uint64_t(run.batch_sequences());
+        for (int micro = 0; micro < run.accumulation(); micro++) {
+            stage_batch(data, first + uint64_t(micro) * uint64_t(run.B), micro % 2);
+            if (replay) CUDA(cudaGraphLaunch(micro_step.launches, device.stream));
+            else micro_batch();
+        }
+        std::vector<SublayerProbe> probed;
+        if (probe) probed = probe_gradients();
+        if (replay) CUDA(cudaGraphLaunch(update.launches, device.stream));
+        else model.update();
+
+        device.copy(state.data(), model.state.data(), 1);
+        device.synchronize();
+        StepResult result{state[0].loss_sum / double(run.total_batch), state[0].norm};
+        if (!state[0].finite) return result;
+        if (probe) {
+            probe_updates(probed);
+            write_probe(*probe, run, step, probed);
+        }
+        if (use_graphs && !micro_step.launches && step < run.steps) record_graphs();
+        return result;
+    }
+
+    // What the kernels read that changes from step to step.
+    void begin_step(int64_t step) {
+        double lr = learning_rate(run, step);
+        settings[0] = {float(lr / (1 - std::pow(BETA1, double(step)))), float(1 / (1 - std::pow(BETA2, double(step)))), float(lr * run.weight_decay), run.clip};
+        model.device.copy(model.settings.data(), settings.data(), 1);
+        model.device.zero(model.state);
+    }
+
+    // Reads a batch while the device is at work on the one before.
+    void stage_batch(const Loader& data, uint64_t sequence, int slot) {
+        CUDA(cudaEventSynchronize(staged[slot]));
+        TokenBatch batch(staging[slot].data(), rows());
+        data.batch(sequence, run.B, batch.tokens, batch.targets);
+        batch.sort(rows(), run.model.V, token_counts);
+        model.device.copy(model.batch.data(), staging[slot].data(), staging[slot].size());
+        CUDA(cudaEventRecord(staged[slot], model.device.stream));
+    }
+
+    void micro_batch() { model.forward_backward(run.B, float(1.0 / double(run.total_batch))); }
+
+    void record_graphs() {
+        double start = seconds();
+        micro_step.record(model.device.stream, [&] { micro_batch(); });
+        update.record(model.device.stream, [&] { model.update(); });
+        printf("graphs     micro-step %zu nodes, update %zu nodes, made in %.2f s\n", micro_step.nodes, update.nodes, seconds() - start);
+    }
+
+    double evaluate(const int* tokens, const int* targets, int b) {
+        size_t n = size_t(b) * size_t(run.T);
+        Device& device = model.device;
+        TokenBatch batch(model.batch.data(), n);
+        device.copy(batch.tokens, tokens, n), device.copy(batch.targets, targets, n);
+        device.zero(model.state);
+        model.evaluate(batch.tokens, batch.targets, b);
+        device.copy(state.data(), model.state.data(), 1);
+        device.synchronize();
+        return state[0].loss_sum;
+    }
+
+    // One forward and backward on the parameters in the model and the tokens in the state; fills the rest of the state.
+    void debug_pass(DebugState<float>& s, int B, int T) {
+        Device& device = model.device;
+        s.header = make_header(FILE_DEBUG, REAL_FP32, run.model, 0, branch_bf16);
+        s.header.word[H_B] = B, s.header.word[H_T] = T;
+        s.params.resize(model.layout.count), s.grads.resize(model.layout.count);
+        std::vector<int> host(TokenBatch::size(rows()));
+        TokenBatch batch(host.data(), rows());
+        std::copy(s.tokens.begin(), s.tokens.end(), batch.tokens), std::copy(s.targets.begin(), s.targets.end(), batch.targets);
+        batch.sort(rows(), run.model.V, token_counts);
+        device.copy(model.batch.data(), host.data(), host.size());
+        device.zero(model.state);
+        model.forward_backward(B, float(1 / (double(B) * T)), &s);
+        device.copy(s.params.data(), model.params.data(), s.params.size());
+        device.copy(s.grads.data(), model.grads.data(), s.grads.size());
+        device.copy(state.data(), model.state.data(), 1);
+        device.synchronize();
+        s.loss = float(state[0].loss_sum / (double(B) * T));
+    }
+
+    // ----- --probe: the step's kernels one by one, with sums between them
+    DeviceArray<double> tensor_squares;   // a sum for each tensor
+    DeviceArray<float> params_before;
+
+    void begin_probe() {
+        if (model.probe.size() == 0) {
+            model.probe = DeviceArray<ProbeSums>(size_t(run.model.L));
+            tensor_squares = DeviceArray<double>(model.layout.tensors.size());
+            params_before = DeviceArray<float>(model.layout.count);
+        }
+        model.device.zero(model.probe);
+        model.probing = true;
+    }
+
+    // Adds to each sub-layer its part of the sum of squares of `values`, which are in the parameter order.
+    void add_squares(const DeviceArray<float>& values, std::vector<SublayerProbe>& probed, double SublayerProbe::* sum) {
+        const auto& tensors = model.layout.tensors;
+        std::vector<double> host(tensors.size());
+        model.device.zero(tensor_squares);
+        for (size_t i = 0; i < tensors.size(); i++) add_sum<true>(model.device, tensor_squares.data() + i, values.data() + tensors[i].offset, tensors[i].size());
+        model.device.copy(host.data(), tensor_squares.data(), host.size());
+        model.device.synchronize();
+        for (size_t i = 0; i < tensors.size(); i++)
+            if (tensors[i].layer >= 0) probed[size_t(tensors[i].layer)].*sum += host[i];
+    }
+
+    std::vector<SublayerProbe> probe_gradients() {
+        Device& device = model.device;
+        model.probing = false;
+        std::vector<ProbeSums> sums(size_t(run.model.L));
+        std::vector<SublayerProbe> probed(sums.size());
+        device.copy(sums.data(), model.probe.data(), sums.size());
+        device.synchronize();
+        for (int l = 0; l < run.model.L; l++) {
+            SublayerNorm norm = run.model.sublayer(l);
+            const ProbeSums& s = sums[size_t(l)];
+            SublayerProbe& p = probed[size_t(l)];
+            p.x = s.x, p.f = s.f, p.z = s.z, p.dx = s.dx, p.df = s.df;
+            p.shortcut = double(norm.alpha) * (norm.norm_out ? s.r_out : double(run.total_batch));
+        }
+        add_squares(model.grads, probed, &SublayerProbe::gradient);
+        device.copy(params_before.data(), model.params.data(), model.layout.count);
+        return probed;
+    }
+
+    void probe_updates(std::vector<SublayerProbe>& probed) {
+        Device& device = model.device;
+        std::vector<float> gamma(size_t(run.model.C));
+        for (int l = 0; l < run.model.L; l++) {
+            if (float* from = model.tensor(model.params, GAMMA_OUT, l)) {
+                double squares = 0;
+                device.copy(gamma.data(), from, gamma.size());
+                device.synchronize();
+                for (float g : gamma) squares += double(g) * double(g);
+                probed[size_t(l)].gamma_rms = std::sqrt(squares / double(gamma.size()));
+            }
+        }
+        launch(difference_kernel, ceil_div(model.layout.count, THREADS), THREADS, 0, device.stream, params_before.data(), model.params.data(), model.layout.count);
+        add_squares(params_before, probed, &SublayerProbe::update);
+    }
+
+    // ----- The model and the files
+    const ModelConfig& config() const { return model.config; }
+    const ParameterLayout& layout() const { return model.layout; }
+    void initialise(uint64_t seed) { model.initialise(seed); }
+
+    void read_parameters(FileReader& in) {
+        read(in, model.params);
+        model.parameters_changed();
+    }
+    void read_moments(FileReader& in) { read(in, model.m), read(in, model.v); }
+    void write_parameters(FileWriter& out) { write(out, model.params); }
+    void write_moments(FileWriter& out) { write(out, model.m), write(out, model.v); }
+
+    static constexpr size_t FILE_CHUNK = size_t(16) << 20;  // numbers on the host at a time
+    void read(FileReader& in, const DeviceArray<float>& to) {
+        std::vector<float> chunk(std::min(to.size(), FILE_CHUNK));
+        for (size_t at = 0; at < to.size(); at += chunk.size()) {
+            size_t n = std::min(chunk.size(), to.size() - at);
+            in.read_reals(chunk.data(), n);
+            model.device.copy(to.data() + at, chunk.data(), n);
+            model.device.synchronize();
+        }
+    }
+    void write(FileWriter& out, const DeviceArray<float>& from) {
+        std::vector<float> chunk(std::min(from.size(), FILE_CHUNK));
+        for (size_t at = 0; at < from.size(); at += chunk.size()) {
+            size_t n = std::min(chunk.size(), from.size() - at);
+            model.device.copy(chunk.data(), from.data() + at, n);
+            model.device.synchronize();
+            out.write(chunk.data(), n * sizeof(float));
+        }
+    }
+
+    struct Generator : ::Generator {
+        Generator(Trainer& trainer, int window) : ::Generator(trainer.model, window) {}
+    };
+
+    // ----- The machine
+    static cudaDeviceProp properties() {
+        cudaDeviceProp p;
+        CUDA(cudaGetDeviceProperties(&p, 0));
+        return p;
+    }
+
+    static void require_machine() {
+        int devices = 0, driver = 0, runtime = 0;
+        cudaError_t error = cudaGetDeviceCount(&devices);
+        cudaDriverGetVersion(&driver), cudaRuntimeGetVersion(&runtime);
+        if (error == cudaErrorInsufficientDriver && driver > 0)
+            fail("expected an NVIDIA driver for CUDA %d.%d, found one for %d.%d; update it, or use train_keel_cpu", runtime / 1000, runtime % 1000 / 10, driver / 1000,
+                 driver % 1000 / 10);
+        if (error != cudaSuccess || devices == 0)
+            fail("expected an NVIDIA GPU, found none (%s); use train_keel_cpu", error == cudaSuccess ? "no device" : driver == 0 ? "no driver" : cudaGetErrorString(error));
+        cudaDeviceProp p = properties();
+        if (p.major < 8) fail("expected a GPU of compute capability 8.0 or later, found %s with %d.%d; use train_keel_cpu", p.name, p.major, p.minor);
+    }
+
+    static void check_model(const ModelConfig& c) {
+        if (c.C > MAX_CHANNELS) fail("-C: expected at most %d channels on a GPU, found %d; use a smaller -C, or train_keel_cpu", MAX_CHANNELS, c.C);
+        if (!BRANCH_BF16) return;
+        if (c.C % 64) fail("-C: expected a multiple of 64 in this build, found %d; use another -C, or train_keel_fp32 or train_keel_cpu", c.C);
+        if (c.D() != 16 && c.D() != 32 && c.D() != 64 && c.D() != 128)
+            fail("-H: expected heads of 16, 32, 64 or 128 channels (C / H) in this build, found %d; use another -H, or train_keel_fp32 or train_keel_cpu", c.D());
+    }
+
+    static std::string machine_name() {
+        cudaDeviceProp p = properties();
+        return format("%s, %d multiprocessors", p.name, p.multiProcessorCount);
+    }
+
+    // Operations a second of a large product in the branch's type, what every rate is compared with: the median of a few. The matrices hold
+    // random numbers, as zeros take less power and run faster; they are as large as the machine and the memory that is left.
+    double matrix_rate() {
+        Device& device = model.device;
+        size_t n = 256;
+        while (n < 8192 && n < size_t(properties().multiProcessorCount) * 64) n *= 2;
+        size_t free = 0, total = 0;
+        CUDA(cudaMemGetInfo(&free, &total));
+        while (n > 256 && 4 * n * n * sizeof(branch_t) > free) n /= 2;
+        DeviceArray<branch_t> a(n * n), b(n * n), out(n * n);
+        for (auto* matrix : {&a, &b})
+            launch(initialise_kernel<branch_t>, ceil_div(n * n / 4, THREADS), THREADS, 0, device.stream, matrix->data(), TensorStart{n, n, n, n, 1, 1, 0}, uint64_t(1));
+        cudaEvent_t start, end;
+        CUDA(cudaEventCreate(&start));
+        CUDA(cudaEventCreate(&end));
+        std::vector<float> times(15);  // milliseconds
+        matmul_forward(device, out.data(), a.data(), b.data(), n, n, n);
+        for (float& ms : times) {
+            CUDA(cudaEventRecord(start, device.stream));
+            matmul_forward(device, out.data(), a.data(), b.data(), n, n, n);
+            CUDA(cudaEventRecord(end, device.stream));
+            CUDA(cudaEventSynchronize(end));
+            CUDA(cudaEventElapsedTime(&ms, start, end));
+        }
+        cudaEventDestroy(start), cudaEventDestroy(end);
+        std::nth_element(times.begin(), times.begin() + 7, times.end());
+        return 2.0 * double(n) * double(n) * double(n) / (times[7] * 1e-3);
+    }
+
+    // ----- Memory
+    static size_t available_memory() {
+        size_t free = 0, total = 0, reserve = size_t(1) << 30;  // for the graphs, the kernels' code and the product that matrix_rate times
+        CUDA(cudaMemGetInfo(&free, &total));
+        return free > reserve ? free - reserve : 0;
+    }
+
+    static std::vector<MemoryRow> memory_rows(const RunConfig& run) { return Model::plan(run.model, ParameterLayout(run.model).count, run.B, run.T, run.recompute); }
+
+    static MemoryRow memory_beside(const RunConfig& run, const Options& o) {
+        size_t bytes = o.check.empty() && o.dump.empty() && o.sample_every > 0 ? ::Generator::bytes(run.model, run.T) : 0;
+        ParameterLayout layout(run.model);
+        if (o.probe > 0) bytes += layout.count * sizeof(float) + layout.tensors.size() * sizeof(double) + size_t(run.model.L) * sizeof(ProbeSums);
+        return {"samples, probe", bytes};
+    }
+
+    static size_t sampling_bytes(const ModelConfig& c, int window) {
+        return total_bytes(Model::plan(c, ParameterLayout(c).count, 1, 1, {1})) + ::Generator::bytes(c, window);
+    }
+
+    // The micro-batch and the level of recomputation that B = 0 and `auto` leave open: of those that fit into the memory, the one with the
+    // least predicted time a token.
+    static void choose_memory_plan(RunConfig& run, size_t available) {
+        const ModelConfig& c = run.model;
+        size_t count = ParameterLayout(c).count, least = SIZE_MAX;
+        int root = 2;  // K + L/K is least at the square root
+        while ((root + 2) * (root + 2) <= c.L) root += 2;
+        std::vector<Recompute> levels = {{0}, {-1}, {1}, {root}};
+        if (run.recompute_chosen) levels = {run.recompute};
+        std::vector<int> batches;
+        int64_t sequences = run.batch_sequences();
+        for (int64_t B = std::min<int64_t>(sequences, MAX_B); B >= 1; B--)
+            if (sequences % B == 0 && B * run.T < MAX_ROWS) batches.push_back(int(B));
+        if (run.B) batches = {run.B};
+        if (int64_t(run.B) * run.T >= MAX_ROWS)
+            fail("-b: expected fewer than 2^30 tokens (B*T) at a time, found %lld; use a smaller -b", (long long)run.B * run.T);
+        RunConfig chosen = run;
+        double best = INFINITY;
+        for (int B : batches)
+            for (Recompute level : levels) {
+                size_t bytes = total_bytes(Model::plan(c, count, B, run.T, level));
+                double seconds = predicted_seconds(c, B, run.T, level) / B;
+                least = std::min(least, bytes);
+                if (bytes > available || seconds >= best) continue;
+                best = seconds, chosen.B = B, chosen.recompute = level;
+            }
+        if (best == INFINITY) {
+            const char* turn = run.B > 1 ? "a smaller -b" : run.recompute_chosen && run.recompute.level != root ? "-r auto" : "a smaller -C, -L or -t";
+            require_memory(least, available, turn);
+        }
+        run = chosen;
+    }
+    static constexpr int64_t MAX_ROWS = int64_t(1) << 30;  // kernels count rows in int
+};
+
+#ifndef KEEL_NO_MAIN  // the tests have a main of their own
+int main(int argc, char** argv) { return trainer_main<Trainer>(argc, argv); }
+#endif
