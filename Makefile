@@ -11,20 +11,48 @@ FLAGS    += -DKEEL_CBLAS
 LIBRARIES = -lopenblas
 endif
 
+# The CUDA compiler, and code for the GPU that is here or else for sm_80, sm_90, sm_100 and, as PTX, for later ones.
+# --expt-relaxed-constexpr: kernels call the constexpr functions of keel_common.h, such as Philox.
+NVCC     ?= nvcc
+NVCCFLAGS ?= -O3
+CUDA_FLAGS = -std=c++20 $(NVCCFLAGS) --expt-relaxed-constexpr $$(dev/cuda.sh arch) -Xcompiler -Wall,-Wextra
+export NVCC
+
+# The GPU trainer built by a plain C++ compiler and run on the CPU: test/cuda_on_cpu has headers of the toolkit's names.
+# Names of kernels come from the symbol table, hence -rdynamic. Kernels read memory as vectors and as bits, hence -fno-strict-aliasing.
+ON_CPU    = $(FLAGS) -fno-strict-aliasing -rdynamic -Itest/cuda_on_cpu -I. -x c++
+ON_CPU_LIBRARIES = -x none -lboost_context -pthread -ldl
+CUDA_ON_CPU = $(wildcard test/cuda_on_cpu/*.h)
+SANITIZE  = -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
+
 .PHONY: help
 help:
 	@echo "make train                trains the default model on the trainer's own sources, a minute or two, and samples from it"
 	@echo "make test                 builds and runs all tests; fetches what they need where it can"
+	@echo "make train_keel           the trainer for an NVIDIA GPU: branches in BF16, highway in FP32"
+	@echo "make train_keel_fp32      the same all in FP32, for comparing"
 	@echo "make train_keel_cpu       the trainer for the CPU, FP32"
 	@echo "make train_keel_cpu_fp64  the same in FP64, the yardstick for gradients"
+	@echo "make compare              CPU against GPU, tensor by tensor, both ways; without a GPU its kernels run on the CPU"
+	@echo "make test_gpu             the tests of the GPU trainer, on the GPU that is here"
+	@echo "make gpu_check            all of it on a machine with a GPU, under 8 minutes, ending with a table"
+	@echo "make ptxas                registers, shared memory and spills of each kernel for sm_80, sm_90 and sm_100"
 	@echo "make bench_cpu            training speed and matrix products beside PyTorch and OpenBLAS"
 	@echo "make dumps                writes the reference dumps of test/dumps again, with PyTorch"
 	@echo "make clean                removes what was built"
-	@echo "options: CXX=clang++  CXXFLAGS='-O3 -march=native'  CBLAS=1 (matrix products by OpenBLAS)  PYTHON=/usr/bin/python3"
+	@echo "options: CXX=clang++  CXXFLAGS='-O3 -march=native'  CBLAS=1 (matrix products by OpenBLAS)  NVCC=/path/nvcc  PYTHON=/usr/bin/python3"
 
 .PHONY: train
-train: train_keel_cpu
-	./train_keel_cpu
+train:
+	@trainer=$$(dev/cuda.sh trainer) && $(MAKE) --no-print-directory $$trainer && ./$$trainer
+
+train_keel: train_keel.cu keel_common.h
+	@dev/cuda.sh nvcc >/dev/null
+	$$(dev/cuda.sh nvcc) $(CUDA_FLAGS) -o $@ $< -lcublasLt $$(dev/cuda.sh rpath)
+
+train_keel_fp32: train_keel.cu keel_common.h
+	@dev/cuda.sh nvcc >/dev/null
+	$$(dev/cuda.sh nvcc) $(CUDA_FLAGS) -DKEEL_FP32 -o $@ $< -lcublasLt $$(dev/cuda.sh rpath)
 
 train_keel_cpu: train_keel_cpu.cpp keel_common.h
 	@dev/need.sh g++
@@ -48,19 +76,74 @@ build/test_run: test/test_run.cpp keel_common.h | build
 	@dev/need.sh g++ doctest-dev
 	$(CXX) $(FLAGS) -O1 -I. -o $@ $<
 
+# The GPU trainer and its tests, on the CPU ...
+build/train_keel_on_cpu: train_keel.cu keel_common.h $(CUDA_ON_CPU) | build
+	@dev/need.sh g++ libboost-context-dev
+	$(CXX) $(ON_CPU) -o $@ $< $(ON_CPU_LIBRARIES)
+
+build/train_keel_fp32_on_cpu: train_keel.cu keel_common.h $(CUDA_ON_CPU) | build
+	@dev/need.sh g++ libboost-context-dev
+	$(CXX) $(ON_CPU) -DKEEL_FP32 -o $@ $< $(ON_CPU_LIBRARIES)
+
+GPU_TEST = test/test_gpu.cu train_keel.cu train_keel_cpu.cpp keel_common.h
+
+build/test_gpu_bf16_on_cpu: $(GPU_TEST) $(CUDA_ON_CPU) | build
+	@dev/need.sh g++ doctest-dev libboost-context-dev
+	$(CXX) $(ON_CPU) -DKEEL_NO_MAIN -o $@ $< $(ON_CPU_LIBRARIES)
+
+build/test_gpu_fp32_on_cpu: $(GPU_TEST) $(CUDA_ON_CPU) | build
+	@dev/need.sh g++ doctest-dev libboost-context-dev
+	$(CXX) $(ON_CPU) -DKEEL_NO_MAIN -DKEEL_FP32 -o $@ $< $(ON_CPU_LIBRARIES)
+
+build/test_gpu_bf16_sanitized: $(GPU_TEST) $(CUDA_ON_CPU) | build
+	$(CXX) $(ON_CPU) $(SANITIZE) -DKEEL_NO_MAIN -o $@ $< $(ON_CPU_LIBRARIES)
+
+build/test_cuda_on_cpu: test/cuda_on_cpu/test_cuda_on_cpu.cpp $(CUDA_ON_CPU) | build
+	@dev/need.sh g++ doctest-dev libboost-context-dev
+	$(CXX) $(ON_CPU) -o $@ $< $(ON_CPU_LIBRARIES)
+
+# ... and on a GPU.
+build/test_gpu_bf16: $(GPU_TEST) | build
+	@dev/cuda.sh nvcc >/dev/null
+	@dev/need.sh g++ doctest-dev
+	$$(dev/cuda.sh nvcc) $(CUDA_FLAGS),-fopenmp,-march=native,-Wno-psabi,-Wno-unknown-pragmas -diag-suppress 1675 -I. -DKEEL_NO_MAIN -o $@ $< -lcublasLt $$(dev/cuda.sh rpath)
+
+build/test_gpu_fp32: $(GPU_TEST) | build
+	@dev/cuda.sh nvcc >/dev/null
+	@dev/need.sh g++ doctest-dev
+	$$(dev/cuda.sh nvcc) $(CUDA_FLAGS),-fopenmp,-march=native,-Wno-psabi,-Wno-unknown-pragmas -diag-suppress 1675 -I. -DKEEL_NO_MAIN -DKEEL_FP32 -o $@ $< -lcublasLt $$(dev/cuda.sh rpath)
+
 build/bench_matmul: dev/bench_matmul.cpp train_keel_cpu.cpp keel_common.h | build
 	$(CXX) $(FLAGS) -I. -DKEEL_NO_MAIN -o $@ $< -ldl
 
 build:
 	mkdir -p build
 
-TEST_PROGRAMS = train_keel_cpu train_keel_cpu_fp64 build/test_cpu_fp32 build/test_cpu_fp64 build/test_run
+TEST_PROGRAMS = train_keel_cpu train_keel_cpu_fp64 build/test_cpu_fp32 build/test_cpu_fp64 build/test_run build/train_keel_on_cpu \
+                build/train_keel_fp32_on_cpu build/test_gpu_bf16_on_cpu build/test_gpu_fp32_on_cpu build/test_gpu_bf16_sanitized build/test_cuda_on_cpu
 
 .PHONY: test
 test:
-	@dev/need.sh g++ doctest-dev
+	@dev/need.sh g++ doctest-dev libboost-context-dev
 	@$(MAKE) --no-print-directory -j2 $(TEST_PROGRAMS)
 	@test/run.sh
+
+.PHONY: test_gpu
+test_gpu: build/test_gpu_bf16 build/test_gpu_fp32
+	build/test_gpu_bf16
+	build/test_gpu_fp32
+
+.PHONY: compare
+compare:
+	@dev/compare.sh
+
+.PHONY: gpu_check
+gpu_check:
+	@dev/gpu_check.sh
+
+.PHONY: ptxas
+ptxas:
+	@dev/ptxas.sh
 
 .PHONY: bench_cpu
 bench_cpu: train_keel_cpu
@@ -73,4 +156,4 @@ dumps:
 
 .PHONY: clean
 clean:
-	rm -rf build train_keel_cpu train_keel_cpu_fp64
+	rm -rf build train_keel train_keel_fp32 train_keel_cpu train_keel_cpu_fp64

@@ -6,6 +6,7 @@ for package in "$@"; do
     case $package in
         g++) command -v "${CXX:-g++}" >/dev/null 2>&1 && continue ;;
         doctest-dev) echo '#include <doctest/doctest.h>' | "${CXX:-g++}" -x c++ -E - >/dev/null 2>&1 && continue ;;
+        libboost-context-dev) echo '#include <boost/context/detail/fcontext.hpp>' | "${CXX:-g++}" -x c++ -E - >/dev/null 2>&1 && continue ;;
         libopenblas-dev) echo '#include <cblas.h>' | "${CXX:-g++}" -x c++ -E - >/dev/null 2>&1 && continue ;;
         *) dpkg -s "$package" >/dev/null 2>&1 && continue ;;
     esac
@@ -19,5 +20,5 @@ if command -v apt-get >/dev/null 2>&1 && { [ -z "$sudo" ] || command -v sudo >/d
     $sudo apt-get install -y --no-install-recommends $missing >/dev/null 2>&1 && exit 0
     $sudo apt-get update >/dev/null && $sudo apt-get install -y --no-install-recommends $missing >/dev/null && exit 0
 fi
-echo "missing:$missing. Install what these Debian packages hold (a C++20 compiler with OpenMP; the doctest header; OpenBLAS), then try again." >&2
+echo "missing:$missing. Install what these Debian packages hold (a C++20 compiler with OpenMP; the doctest header; Boost.Context; OpenBLAS), then try again." >&2
 exit 1
