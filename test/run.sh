@@ -38,9 +38,27 @@ else
     echo "SKIPPED: the data scripts: no Python"
     skipped=$((skipped + 1))
 fi
+suite test/test_build.sh
+if dev/cuda.sh nvcc >/dev/null 2>&1; then
+    suite dev/ptxas.sh --test
+else
+    echo "SKIPPED: train_keel.cu under nvcc for sm_80, sm_90 and sm_100: no nvcc (the CUDA Toolkit)"
+    skipped=$((skipped + 1))
+fi
 suite build/test_run
 suite build/test_cpu_fp32
 suite build/test_cpu_fp64
+suite build/test_cuda_on_cpu
+suite build/test_gpu_bf16_on_cpu
+suite build/test_gpu_fp32_on_cpu
+suite build/test_gpu_bf16_sanitized
+if [ "$(dev/cuda.sh trainer 2>/dev/null)" = train_keel ] && make --no-print-directory -j2 build/test_gpu_bf16 build/test_gpu_fp32; then
+    suite build/test_gpu_bf16
+    suite build/test_gpu_fp32
+else
+    echo "SKIPPED: the kernels on a GPU, BF16 and FP32: no GPU that train_keel can use (they ran on the CPU)"
+    skipped=$((skipped + 2))
+fi
 
 [ $skipped -gt 0 ] && tail=", $skipped skipped"
 echo "$passed passed, $failed failed$tail"

@@ -708,3 +708,96 @@ TEST_SUITE("more bad input and faults") {
         same_folder(p / "ta", p / "tb", "texts");
     }
 }
+
+// ----------------------------------------------------------------------------------------------------
+// train_keel as it is: on the GPU where there is one, else built with test/cuda_on_cpu and its kernels run on the CPU.
+TEST_SUITE("the GPU trainer") {
+    const std::string gpu_fp32 = "build/train_keel_fp32_on_cpu", gpu_bf16 = "build/train_keel_on_cpu";
+    // A model that the BF16 build takes too.
+    Words wide(const Place& p, const std::string& binary, const char* steps, const Words& more) {
+        Words words = {binary, "-i", p.text, "-L", "6", "-C", "64", "-H", "2", "-t", "16", "-b", "2", "-d", "64", "-x", steps, "-s", "0", "-v", "4", "-l", "3e-3"};
+        for (const std::string& word : more) words.push_back(word);
+        return words;
+    }
+    // Column of log.csv as numbers; empty fields are left out.
+    std::vector<double> column(const std::string& path, int which) {
+        std::stringstream in(slurp(path));
+        std::vector<double> values;
+        std::string line;
+        std::getline(in, line);
+        while (std::getline(in, line)) {
+            std::stringstream cells(line);
+            std::string cell;
+            for (int i = 0; i <= which; i++) std::getline(cells, cell, ',');
+            if (!cell.empty()) values.push_back(std::stod(cell));
+        }
+        return values;
+    }
+
+    TEST_CASE("It has the CPU trainer's flags, and trains the same losses, norms and validation losses with the same data") {
+        auto flags_of = [](const std::string& binary) { std::string out = succeeds({binary, "-h"}).out; return out.substr(out.find('\n')); };
+        CHECK(flags_of(gpu_fp32) == flags_of("./train_keel_cpu"));
+        CHECK(flags_of(gpu_bf16) == flags_of("./train_keel_cpu"));
+        for (const char* norm : {"keel", "hybridnorm", "pre"}) {
+            Place p;
+            succeeds(wide(p, "./train_keel_cpu", "8", {"--norm", norm, "-o", p / "cpu"}));
+            succeeds(wide(p, gpu_fp32, "8", {"--norm", norm, "-o", p / "fp32"}));
+            succeeds(wide(p, gpu_bf16, "8", {"--norm", norm, "-o", p / "bf16"}));
+            for (auto [folder, tolerance] : {std::pair<const char*, double>{"fp32", 1e-4}, {"bf16", 2e-2}})  // AdamW's first steps enlarge rounding
+                for (int which : {1, 2, 4}) {
+                    auto cpu = column(p / "cpu/log.csv", which), gpu = column(p / (std::string(folder) + "/log.csv"), which);
+                    REQUIRE(cpu.size() == gpu.size());
+                    double worst = 0;
+                    for (size_t i = 0; i < cpu.size(); i++) worst = std::max(worst, std::fabs(gpu[i] / cpu[i] - 1));
+                    CHECK_MESSAGE(worst < tolerance, norm << " " << folder << " column " << which << ": worst relative difference " << worst);
+                }
+        }
+    }
+
+    TEST_CASE("It says its memory and its graphs, killed runs resume to the same bits and log, and a finished one is left alone") {
+        for (const std::string& binary : {gpu_fp32, gpu_bf16}) {
+            Place p;
+            auto command = [&](const std::string& out) { return wide(p, binary, "24", {"-n", "2", "-o", out, "-y"}); };
+            Result whole = succeeds(command(p / "whole"));
+            for (const char* words : {"memory     needs ", "highway z", "graphs     micro-step ", "step 24/24"}) CHECK_MESSAGE(whole.out.find(words) != std::string::npos, words);
+            int kills = 0;
+            for (uint32_t i = 0; i < 4; i++) kills += run(command(p / "killed"), {}, 0.05 + 0.3 * uniform24(philox(i, 1, 0, 0, 81).word[0])).code == -SIGKILL;
+            CHECK(kills > 0);
+            succeeds(command(p / "killed"));
+            CHECK(slurp(p / "whole/model_00000024.bin") == slurp(p / "killed/model_00000024.bin"));
+            CHECK(slurp(p / "whole/state_00000024_00000.bin") == slurp(p / "killed/state_00000024_00000.bin"));
+            CHECK(log_without_times(p / "whole/log.csv") == log_without_times(p / "killed/log.csv"));
+            auto before = p.contents();
+            succeeds(command(p / "killed"));
+            CHECK(p.contents() == before);
+        }
+    }
+
+    TEST_CASE("Models go from one trainer to the other, and sample the same text; states stay with the build that wrote them") {
+        Place p;
+        succeeds(wide(p, "./train_keel_cpu", "8", {"-o", p / "cpu"}));
+        succeeds(wide(p, gpu_bf16, "8", {"-o", p / "bf16"}));
+        auto sample = [&](const std::string& binary, const std::string& model) {
+            std::string out = succeeds({binary, "-e", model, "--prompt", "line 1", "-g", "24", "--temperature", "0"}).out;
+            return out.substr(out.find("---"));
+        };
+        CHECK(sample("./train_keel_cpu", p / "cpu/model_00000008.bin") == sample(gpu_fp32, p / "cpu/model_00000008.bin"));
+        CHECK(sample("./train_keel_cpu", p / "bf16/model_00000008.bin") == sample(gpu_fp32, p / "bf16/model_00000008.bin"));
+        CHECK(sample(gpu_bf16, p / "bf16/model_00000008.bin").find("line 1") != std::string::npos);
+        succeeds({gpu_bf16, "-i", p.text, "-e", p / "cpu/model_00000008.bin", "-t", "16", "-b", "2", "-x", "2", "-s", "0"});
+        p.fails({"./train_keel_cpu", "-i", p.text, "-y", "-o", p / "bf16"}, {"-y", "expected", "BF16", "build"});
+        p.fails({gpu_bf16, "-i", p.text, "-y", "-o", p / "cpu"}, {"-y", "expected", "BF16", "build"});
+    }
+
+    TEST_CASE("Shapes that the tensor cores' build cannot run are refused before anything is written, and name the builds that can") {
+        Place p;
+        p.fails({gpu_bf16, "-i", p.text, "-C", "72", "-o", p / "run"}, {"-C", "multiple of 64", "72", "train_keel_fp32"});
+        p.fails({gpu_bf16, "-i", p.text, "-C", "64", "-H", "8", "-o", p / "run"}, {"-H", "16, 32, 64 or 128", "8", "train_keel_fp32"});
+        p.fails({gpu_fp32, "-i", p.text, "-C", "16384", "-t", "8", "-b", "1", "-o", p / "run"}, {"-C", "at most 14528"});
+        // a card of 1100 MiB, 1 GiB of which is set aside
+        Result r = run({gpu_bf16, "-i", p.text, "-L", "64", "-C", "256", "-t", "64", "-b", "1", "-o", p / "run"}, {{"CUDA_ON_CPU_MEMORY", "1100"}});
+        CHECK(r.code == 1);
+        CHECK_MESSAGE(r.err.find("memory: expected at least") != std::string::npos, r.err);
+        CHECK(!fs::exists(p / "run"));
+    }
+}
