@@ -9,12 +9,15 @@
 
 #include <fcntl.h>
 #include <glob.h>
+#include <signal.h>
+#include <sys/file.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <bit>
 #include <cerrno>
 #include <chrono>
@@ -25,13 +28,17 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
 #include <filesystem>
+#include <functional>
 #include <limits>
 #include <memory>
 #include <set>
 #include <span>
 #include <stdexcept>
 #include <string>
+#include <system_error>
+#include <thread>
 #include <type_traits>
 #include <utility>
 #include <variant>
@@ -45,6 +52,11 @@ static_assert(std::endian::native == std::endian::little, "the file formats are 
 // What a user can mend. The message is one line: what was expected, what was found, what to do.
 struct Error : std::runtime_error {
     using std::runtime_error::runtime_error;
+};
+
+// Training data that went away or changed while the run was reading it. The weights are still those of the step before.
+struct DataError : Error {
+    using Error::Error;
 };
 
 [[gnu::format(printf, 1, 2)]] inline std::string format(const char* pattern, ...) {
@@ -126,6 +138,45 @@ inline uint32_t crc32(const void* data, size_t bytes, uint32_t crc = 0) {
     }
     for (; bytes > 0; bytes--, p++) crc = (crc >> 8) ^ table[0][(crc ^ *p) & 255];
     return ~crc;
+}
+
+// The CRC of two stretches of bytes, from the CRC of each: n bytes more multiply a CRC, as a polynomial over GF(2) whose highest bit is
+// the constant term, by x^(8n) modulo the CRC's own polynomial.
+inline uint32_t crc32_combine(uint32_t first, uint32_t second, size_t bytes_of_second) {
+    auto product = [](uint32_t a, uint32_t b) {
+        uint32_t p = 0;
+        for (uint32_t bit = 1u << 31; bit; bit >>= 1) {
+            if (a & bit) p ^= b;
+            b = (b >> 1) ^ (b & 1 ? 0xEDB88320u : 0);
+        }
+        return p;
+    };
+    uint32_t power = 1u << 31, square = 1u << 23;  // x^0, x^8
+    for (size_t n = bytes_of_second; n; n >>= 1, square = product(square, square))
+        if (n & 1) power = product(power, square);
+    return product(power, first) ^ second;
+}
+
+// The same CRC by several threads where there are enough bytes: each takes a piece, then the pieces are combined in order.
+inline uint32_t crc32_parallel(const void* data, size_t bytes, uint32_t crc = 0) {
+    constexpr size_t least_piece = size_t(2) << 20;
+    size_t pieces = std::min<size_t>({bytes / least_piece, std::max(1u, std::thread::hardware_concurrency()), 16});
+    if (pieces < 2) return crc32(data, bytes, crc);
+    const char* from = static_cast<const char*>(data);
+    size_t piece = bytes / pieces;
+    std::vector<uint32_t> sums(pieces);
+    std::vector<std::thread> threads;
+    auto take = [&](size_t i) { sums[i] = crc32(from + i * piece, i + 1 < pieces ? piece : bytes - i * piece); };
+    size_t started = 1;  // the first piece is ours
+    try {
+        for (threads.reserve(pieces); started < pieces; started++) threads.emplace_back(take, started);
+    } catch (const std::system_error&) {  // no more threads: what is left is ours too
+    }
+    take(0);
+    for (size_t i = started; i < pieces; i++) take(i);
+    for (std::thread& thread : threads) thread.join();
+    for (size_t i = 0; i < pieces; i++) crc = crc32_combine(crc, sums[i], i + 1 < pieces ? piece : bytes - i * piece);
+    return crc;
 }
 
 // ----------------------------------------------------------------------------------------------------
@@ -425,6 +476,9 @@ enum HeaderWord {
     H_VAL_EVERY = 36,    // int64, steps; this and the next two decide what the log's val_loss is
     H_VAL_BATCHES = 38,  // int64
     H_VAL_TOKENS = 40,   // int64, tokens of the validation split
+    H_SKIPPED = 42,      // int64, steps so far that updated nothing, as their loss or gradient was not finite: AdamW's bias corrections
+                         // count the others
+    H_SKIPPED_IN_ROW = 44,  // int64, of them the last ones without a finite step between
 };
 
 struct FileHeader {
@@ -478,14 +532,60 @@ inline std::string config_fault(const ModelConfig& c) {
     return "";
 }
 
-// Bytes of a file with this header, the CRC included. 0 where B and T cannot be.
+// The largest numbers of a run, in flags and in files alike: a product of two of them that the program takes stays inside an int64.
+inline constexpr double MAX_STEPS = 1e15, MAX_TOTAL_BATCH = 1e12, MAX_VAL_BATCHES = 1e9, MAX_RATE = 1e9, MAX_CLIP = 1e30;
+
+// Empty if the words of a training state are those of a run that can be, else what is wrong with them. A CRC only tells of accidents:
+// whoever makes a file makes its CRC too.
+inline std::string state_fault(const FileHeader& h) {
+    ModelConfig c = h.model();
+    int B = h.word[H_B], T = h.word[H_T], level = h.word[H_RECOMPUTE];
+    if (B < 1 || B > MAX_B) return format("B must be from 1 to %d and is %d", MAX_B, B);
+    if (T < 1 || T > c.max_seq_len) return format("T must be from 1 to %d and is %d", c.max_seq_len, T);
+    if (level < -1 || level > MAX_L || (level > 1 && level % 2)) return format("the level of recomputation must be -1, 0, 1 or even and is %d", level);
+    int64_t total = h.get<int64_t>(H_TOTAL_BATCH);
+    if (total < 1 || double(total) > MAX_TOTAL_BATCH || total % (int64_t(B) * T))
+        return format("the total batch must be a multiple of %lld and is %lld", (long long)B * T, (long long)total);
+    struct { HeaderWord word; const char* name; double least, most; } integers[] = {
+        {H_STEP, "the step", 0, MAX_STEPS}, {H_STEPS, "the number of steps", 0, MAX_STEPS}, {H_WARMUP, "the warm-up", 0, MAX_STEPS},
+        {H_TRAIN_TOKENS, "the number of training tokens", 0, 9e18}, {H_VAL_TOKENS, "the number of validation tokens", 0, 9e18},
+        {H_VAL_EVERY, "the steps between validations", 0, 9e18}, {H_VAL_BATCHES, "the number of validation batches", 1, MAX_VAL_BATCHES},
+        {H_SKIPPED, "the number of skipped steps", 0, double(h.get<int64_t>(H_STEP))},
+        {H_SKIPPED_IN_ROW, "the number of steps skipped in a row", 0, double(h.get<int64_t>(H_SKIPPED))}};
+    for (const auto& row : integers)
+        if (int64_t n = h.get<int64_t>(row.word); double(n) < row.least || double(n) > row.most)
+            return format("%s must be from %.0f to %.0f and is %lld", row.name, row.least, row.most, (long long)n);
+    struct { HeaderWord word; const char* name; double most; } reals[] = {
+        {H_LR, "the learning rate", MAX_RATE}, {H_WEIGHT_DECAY, "the weight decay", MAX_RATE}, {H_CLIP, "the clip", MAX_CLIP}};
+    for (const auto& row : reals)
+        if (double x = h.get<double>(row.word); !(x >= 0 && x <= row.most)) return format("%s must be from 0 to %g and is %g", row.name, row.most, x);
+    if (h.word[H_RANKS] != 1 || h.word[H_RANK] != 0) return format("it must be of rank 0 of 1 and is of rank %d of %d", h.word[H_RANK], h.word[H_RANKS]);
+    return "";
+}
+
+// Elements of a model's parameters, without the table of its tensors: nothing is allocated on the word of a file.
+inline size_t parameter_count(const ModelConfig& c) {
+    size_t count = 0;
+    for (int l = -1; l < c.L; l++) {  // -1: what stands outside the blocks
+        SublayerNorm norm = l >= 0 ? c.sublayer(l) : SublayerNorm{};
+        TensorPlace place = l < 0 ? BEFORE_BLOCKS : is_attention(l) ? ATTENTION : FEED_FORWARD;
+        for (const TensorRow& row : tensor_rows) {
+            bool here = row.place == place || row.place == (l < 0 ? AFTER_BLOCKS : EVERY_SUBLAYER);
+            if (here && row.exists(c, norm)) count += size_t(row.rows(c)) * size_t(row.cols(c));
+        }
+    }
+    return count;
+}
+
+// Bytes of a file with this header, the CRC included. 0 where B and T cannot be, or no file is as long.
 inline size_t expected_file_size(const FileHeader& h) {
     ModelConfig c = h.model();
-    size_t reals = ParameterLayout(c).count, ints = 0;
+    size_t reals = parameter_count(c), ints = 0;
     if (h.word[H_KIND] == FILE_STATE) reals *= 3;
     if (h.word[H_KIND] == FILE_DEBUG) {
         if (h.word[H_B] < 1 || h.word[H_B] > MAX_B || h.word[H_T] < 1 || h.word[H_T] > c.max_seq_len) return 0;
         size_t rows = size_t(h.word[H_B]) * size_t(h.word[H_T]);
+        if (double(rows) * (double(c.V) + 2 * (double(c.L) + 1) * double(c.C)) > 1e18) return 0;
         reals = 2 * reals + 1 + rows * size_t(c.V) + 2 * (size_t(c.L) + 1) * rows * size_t(c.C);
         ints = 2 * rows;
     }
@@ -502,9 +602,10 @@ public:
     std::string path;
 
     FileReader(const std::string& path, FileKind kind) : path(path) {
-        file.reset(fopen(path.c_str(), "rb"));
+        int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a pipe must not make us wait
+        if (fd >= 0) file.reset(fdopen(fd, "rb"));
         struct stat st;
-        if (!file || fstat(fileno(file.get()), &st) != 0)
+        if (!file || fstat(fd, &st) != 0)
             fail("%s: cannot be read (%s); expected a %s file", path.c_str(), errno_text().c_str(), kind_name(kind));
         if (!S_ISREG(st.st_mode)) fail("%s: expected a %s file, found no regular file", path.c_str(), kind_name(kind));
         size_t size = size_t(st.st_size);
@@ -526,9 +627,12 @@ public:
         ModelConfig c = header.model();
         std::string fault = config_fault(c);
         if (fault.empty() && w[H_VP] != c.Vp()) fault = format("Vp must be %d and is %d", c.Vp(), w[H_VP]);
-        // A model of this shape has at least L*C*C parameters: refuse before the table of its tensors is built.
+        // A model of this shape has at least L*C*C parameters: refuse before they are counted sub-layer by sub-layer.
         if (fault.empty() && double(c.L) * c.C * c.C > double(size))
             fault = "its shape needs more bytes than it has";
+        if (fault.empty() && kind == FILE_STATE) fault = state_fault(header);
+        if (int64_t step = header.get<int64_t>(H_STEP); fault.empty() && (step < 0 || double(step) > MAX_STEPS))
+            fault = format("its step must be from 0 to %.0f and is %lld", MAX_STEPS, (long long)step);
         if (!fault.empty()) fail("%s: %s; the file is damaged", path.c_str(), fault.c_str());
         size_t expected = expected_file_size(header);
         if (size != expected)
@@ -539,7 +643,7 @@ public:
     void read(void* out, size_t bytes) {
         if (fread(out, 1, bytes, file.get()) != bytes)
             fail("%s: could not be read to its end (%s)", path.c_str(), ferror(file.get()) ? errno_text().c_str() : "it shrank");
-        crc = crc32(out, bytes, crc);
+        crc = crc32_parallel(out, bytes, crc);
     }
 
     // n reals, widened or rounded from the file's type to ours.
@@ -573,8 +677,8 @@ public:
 
     // Reads what is left of the body and compares the CRC.
     void finish() {
-        std::vector<char> chunk(1 << 20);
         size_t left = expected_file_size(header) - 4 - size_t(ftello(file.get()));
+        std::vector<char> chunk(std::min(left, size_t(32) << 20));
         while (left > 0) {
             size_t n = std::min(left, chunk.size());
             read(chunk.data(), n);
@@ -595,19 +699,22 @@ private:
     uint32_t crc = 0;
 };
 
+// After a rename: the folder's entry reaches the disk too.
 inline void sync_folder(const std::string& file_path) {
     std::string folder = std::filesystem::path(file_path).parent_path().string();
-    int fd = open(folder.empty() ? "." : folder.c_str(), O_RDONLY | O_DIRECTORY);
+    int fd = open(folder.empty() ? "." : folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (fd < 0) return;  // not every file system lets a folder be opened; the rename itself has succeeded
-    fsync(fd);
+    bool failed = fsync(fd) != 0 && errno != EINVAL && errno != ENOTSUP;  // these two: the file system has nothing to sync
+    std::string why = errno_text();
     close(fd);
+    if (failed) fail("%s: its folder could not be written (%s); see to the disk, what was there before is untouched", file_path.c_str(), why.c_str());
 }
 
 // Writes beside the target and renames when everything is on the disk: whoever finds the file finds it whole.
 class FileWriter {
 public:
     explicit FileWriter(const std::string& path) : path(path), temporary(path + ".tmp") {
-        file = fopen(temporary.c_str(), "wb");
+        file = fopen(temporary.c_str(), "wbe");
         if (!file) fail("%s: cannot be written (%s); choose another folder", path.c_str(), errno_text().c_str());
     }
     ~FileWriter() {
@@ -620,7 +727,7 @@ public:
 
     void write(const void* data, size_t bytes) {
         if (fwrite(data, 1, bytes, file) != bytes) fail_write();
-        crc = crc32(data, bytes, crc);
+        crc = crc32_parallel(data, bytes, crc);
     }
     template <class T>
     void write(std::span<const T> values) { write(values.data(), values.size_bytes()); }
@@ -763,8 +870,8 @@ public:
 
 private:
     static int open_file(const std::string& path) {
-        int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC);
-        if (fd < 0) fail("%s: cannot be read (%s); expected a text file or a .bin shard", path.c_str(), errno_text().c_str());
+        int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a pipe must not make us wait
+        if (fd < 0) throw DataError(format("%s: cannot be read (%s); expected a text file or a .bin shard", path.c_str(), errno_text().c_str()));
         return fd;
     }
 
@@ -811,8 +918,8 @@ private:
         }
         close(fd);
         if (done < bytes.size())
-            fail("%s: expected %zu tokens as at the start of the run, found fewer; the file has been cut, restore it",
-                 file.path.c_str(), file.count);
+            throw DataError(format("%s: expected %zu tokens as at the start of the run, found fewer; the file has been cut, restore it",
+                                   file.path.c_str(), file.count));
         for (size_t i = 0; i < n; i++) {
             out[i] = shards ? bytes[2 * i] | bytes[2 * i + 1] << 8 : bytes[i];
             if (out[i] >= V)
@@ -890,9 +997,9 @@ struct Options {
     int64_t layers = 64, channels = 0, heads = 0, seq_len = 0, batch = 0, total_batch = 0, warmup = 0, steps = 400;
     double alpha = 0, lr = 0, weight_decay = 0.01, clip = 1.0;
     int64_t seed = 1337, val_every = 100, val_batches = 16, checkpoint_every = 1000, sample_every = 200;
-    int64_t sample_tokens = 256, top_k = 40, zero = 0, probe = 0;
+    int64_t sample_tokens = 256, top_k = 40, zero = 0, probe = 0, keep = 3, max_skips = 10;
     double temperature = 0.8;
-    bool resume = false, help = false;
+    bool resume = false, stop_on_divergence = false, help = false;
     std::set<std::string> given;  // long names of the flags on the command line
     bool has(const char* long_name) const { return given.count(long_name) > 0; }
 };
@@ -914,19 +1021,22 @@ inline const Flag flags[] = {
     {"-H", "--heads", "N", "by -C", "attention heads; divides -C", &Options::heads, 1, MAX_C},
     {"-t", "--seq-len", "N", "by -C", "sequence length T, tokens", &Options::seq_len, 1, MAX_T},
     {"-b", "--batch", "N", "by memory", "micro-batch B, sequences", &Options::batch, 1, MAX_B},
-    {"-d", "--total-batch", "TOKENS", "by -C", "tokens a step, a multiple of B*T; B*T where only -b is given", &Options::total_batch, 1, 1e12},
+    {"-d", "--total-batch", "TOKENS", "by -C", "tokens a step, a multiple of B*T; B*T where only -b is given", &Options::total_batch, 1, MAX_TOTAL_BATCH},
     {"", "--norm", "NAME", "keel", "norm placement: keel, pre, post, deepnorm, mixln, hybridnorm, scaledpost", &Options::norm},
     {"-a", "--alpha", "A", "by --norm", "weight of the shortcut, where the placement has one (keel: L)", &Options::alpha, 1e-30, 1e30},
-    {"-l", "--lr", "X", "by -L", "peak learning rate", &Options::lr, 0, 1e9},
-    {"-u", "--warmup", "N", "steps/4", "steps of linear warm-up, at most 2500 by default; then cosine to 1e-7", &Options::warmup, 0, 1e15},
-    {"-x", "--steps", "N", "400", "optimizer steps", &Options::steps, 0, 1e15},
-    {"-c", "--weight-decay", "X", "0.01", "AdamW's weight decay, on matrices and embeddings", &Options::weight_decay, 0, 1e9},
-    {"", "--clip", "X", "1", "largest global gradient norm; 0: no clipping", &Options::clip, 0, 1e30},
+    {"-l", "--lr", "X", "by -L", "peak learning rate", &Options::lr, 0, MAX_RATE},
+    {"-u", "--warmup", "N", "steps/4", "steps of linear warm-up, at most 2500 by default; then cosine to 1e-7", &Options::warmup, 0, MAX_STEPS},
+    {"-x", "--steps", "N", "400", "optimizer steps", &Options::steps, 0, MAX_STEPS},
+    {"-c", "--weight-decay", "X", "0.01", "AdamW's weight decay, on matrices and embeddings", &Options::weight_decay, 0, MAX_RATE},
+    {"", "--clip", "X", "1", "largest global gradient norm; 0: no clipping", &Options::clip, 0, MAX_CLIP},
     {"", "--seed", "N", "1337", "of weights, data order and samples", &Options::seed, 0},
     {"-v", "--val-every", "N", "100", "steps between validations; 0: never, not even at the end", &Options::val_every, 0},
-    {"-m", "--val-batches", "N", "16", "validation batches of -d tokens, at most one pass over the validation data", &Options::val_batches, 1, 1e9},
+    {"-m", "--val-batches", "N", "16", "validation batches of -d tokens, at most one pass over the validation data", &Options::val_batches, 1, MAX_VAL_BATCHES},
     {"-n", "--checkpoint-every", "N", "1000", "steps between checkpoints in -o; 0: never, not even at the end", &Options::checkpoint_every, 0},
+    {"", "--keep", "N", "3", "checkpoints to keep in -o, the newest; 0: all", &Options::keep, 0},
     {"-y", "--resume", "", "off", "go on from the newest whole checkpoint in -o; start fresh where there is none", &Options::resume},
+    {"", "--max-skips", "N", "10", "steps in a row that update nothing, their loss or gradient not finite, before the run stops", &Options::max_skips, 1},
+    {"", "--stop-on-divergence", "", "off", "stop where the loss has diverged, not only warn: stagnation, instability, degradation", &Options::stop_on_divergence},
     {"-r", "--recompute", "LEVEL", "auto", "what the backward pass computes again to save memory: none, gelu, layer, an even K, auto", &Options::recompute},
     {"-z", "--zero", "N", "0", "ZeRO level; one rank has nothing to shard and takes 0 only", &Options::zero, 0, 2},
     {"-s", "--sample-every", "N", "200", "steps between samples of text; 0: never, not even at the end", &Options::sample_every, 0},
@@ -1049,6 +1159,8 @@ struct RunConfig {
     int64_t val_every = 0, val_batches = 0;
     bool recompute_chosen = false;
     Recompute recompute;
+    // So far, not settings: steps that updated nothing, and how many of them are the last ones. AdamW's bias corrections count the others.
+    int64_t skipped = 0, skipped_in_row = 0;
 
     int64_t batch_sequences() const { return total_batch / T; }
     int accumulation() const { return int(batch_sequences() / B); }
@@ -1150,6 +1262,22 @@ struct DataSplit {
                 source->read(at, std::min(chunk.size(), n - at), V, chunk.data());
         }
     }
+
+    // Nats a token: the loss of a model that knows of the training data how frequent each token is, and nothing more. From its first 2^22.
+    double unigram_entropy(int V) const {
+        size_t n = std::min(train_count, size_t(1) << 22);
+        std::vector<size_t> counts(static_cast<size_t>(V));
+        std::vector<int> chunk(1 << 16);
+        for (size_t at = 0; at < n; at += chunk.size()) {
+            size_t m = std::min(chunk.size(), n - at);
+            train.read(at, m, V, chunk.data());
+            for (size_t i = 0; i < m; i++) counts[size_t(chunk[i])]++;
+        }
+        double sum = 0;
+        for (size_t count : counts)
+            if (count) sum -= double(count) * std::log(double(count) / double(n));
+        return sum / double(n);
+    }
     void check_lengths(const RunConfig& run) const {
         size_t need = size_t(run.total_batch) + 1;
         if ((train_count - 1) / size_t(run.T) < size_t(run.batch_sequences()))
@@ -1226,6 +1354,7 @@ inline RunConfig resolve_run(const Options& o, const FileHeader* init, int V) {
     run.val_batches = choose("--val-batches", o.val_batches, H_VAL_BATCHES, o.val_batches);
     if (run.steps > 0 && run.warmup > run.steps)
         fail("-u: expected at most the %lld steps of -x, found %lld; give fewer", (long long)run.steps, (long long)run.warmup);
+    if (resume) run.skipped = init->get<int64_t>(H_SKIPPED), run.skipped_in_row = init->get<int64_t>(H_SKIPPED_IN_ROW);
     run.recompute_chosen = o.recompute != "auto" || resume;
     if (o.recompute != "auto") run.recompute = Recompute::parse(o.recompute);
     else if (resume) run.recompute = {init->word[H_RECOMPUTE]};
@@ -1239,6 +1368,7 @@ inline FileHeader state_header(RealType type, bool branch_bf16, const RunConfig&
     h.set(H_LR, run.lr), h.set(H_WEIGHT_DECAY, run.weight_decay), h.set(H_CLIP, run.clip), h.set(H_SEED, run.seed);
     h.set(H_TRAIN_TOKENS, int64_t(data.train_count)), h.set(H_VAL_TOKENS, int64_t(data.val_count));
     h.set(H_VAL_EVERY, run.val_every), h.set(H_VAL_BATCHES, run.val_batches);
+    h.set(H_SKIPPED, run.skipped), h.set(H_SKIPPED_IN_ROW, run.skipped_in_row);
     h.word[H_RANKS] = 1, h.word[H_RANK] = 0;
     return h;
 }
@@ -1261,18 +1391,40 @@ inline std::string state_path(const std::string& folder, int64_t step) {
     return format("%s/state_%08lld_00000.bin", folder.c_str(), (long long)step);
 }
 
-// The newest training state in the folder that is whole, or "" where there is none at all. What it passes over it names on stderr.
-inline std::string newest_state(const std::string& folder) {
+// The files in a folder whose name fits the pattern, "state_%lld_00000.bin%n", with their step, from the newest on.
+inline std::vector<std::pair<long long, std::string>> files_by_step(const std::string& folder, const char* pattern) {
     std::vector<std::pair<long long, std::string>> found;
     std::error_code ignored;
     for (const auto& entry : std::filesystem::directory_iterator(folder, ignored)) {
         long long step;
         int end = 0;
         std::string name = entry.path().filename().string();
-        if (sscanf(name.c_str(), "state_%lld_00000.bin%n", &step, &end) == 1 && size_t(end) == name.size())
-            found.push_back({step, entry.path().string()});
+        if (sscanf(name.c_str(), pattern, &step, &end) == 1 && size_t(end) == name.size()) found.push_back({step, entry.path().string()});
     }
     std::sort(found.rbegin(), found.rend());
+    return found;
+}
+inline constexpr const char *STATE_PATTERN = "state_%lld_00000.bin%n", *MODEL_PATTERN = "model_%lld.bin%n";
+
+// --keep: removes all but the newest checkpoints up to this step. Later ones are not this run's: a resume passed them over.
+inline void remove_old_checkpoints(const std::string& folder, int64_t step, int64_t keep) {
+    if (keep == 0) return;
+    for (const char* pattern : {STATE_PATTERN, MODEL_PATTERN}) {
+        int64_t seen = 0;
+        for (const auto& [file_step, path] : files_by_step(folder, pattern))
+            if (file_step <= step && ++seen > keep) unlink(path.c_str());
+    }
+}
+
+// What a killed run left half-written.
+inline void remove_unfinished_files(const std::string& folder) {
+    for (const char* pattern : {"state_%lld_00000.bin.tmp%n", "model_%lld.bin.tmp%n"})
+        for (const auto& file : files_by_step(folder, pattern)) unlink(file.second.c_str());
+}
+
+// The newest training state in the folder that is whole, or "" where there is none at all. What it passes over it names on stderr.
+inline std::string newest_state(const std::string& folder) {
+    std::vector<std::pair<long long, std::string>> found = files_by_step(folder, STATE_PATTERN);
     for (const auto& [step, path] : found) {
         try {
             FileReader(path, FILE_STATE).finish();
@@ -1332,10 +1484,86 @@ inline void check_fresh_resume(const std::string& folder) {
     printf("starting   fresh, as there is no checkpoint in %s\n", folder.c_str());
 }
 
+// Makes the folder and those above it, each on the disk before the next.
 inline void create_output_folder(const std::string& folder) {
-    std::error_code error;
-    std::filesystem::create_directories(folder, error);
-    if (error) fail("-o: %s cannot be created (%s); give another folder", folder.c_str(), error.message().c_str());
+    std::filesystem::path path;
+    for (const auto& part : std::filesystem::path(folder)) {
+        path /= part;
+        if (mkdir(path.c_str(), 0777) == 0) sync_folder(path.has_filename() ? path.string() : path.parent_path().string());
+        else if (std::error_code error; !std::filesystem::is_directory(path, error))
+            fail("-o: %s cannot be created (%s); give another folder", folder.c_str(), errno_text().c_str());
+    }
+}
+
+// One run in a folder at a time. The lock is the kernel's, on a file that names its holder: it ends with the process, however that ends,
+// and the file that a killed run leaves stands in nobody's way.
+class FolderLock {
+public:
+    FolderLock() = default;
+    explicit FolderLock(const std::string& folder) : path(folder + "/lock") {
+        for (;;) {
+            fd = open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC | O_NONBLOCK, 0666);
+            if (fd < 0) fail("-o: %s cannot be written (%s); give a folder that can", folder.c_str(), errno_text().c_str());
+            if (flock(fd, LOCK_EX | LOCK_NB) != 0) {
+                if (errno != EWOULDBLOCK) {
+                    printf("note       %s cannot be locked (%s): see that no other run writes there\n", folder.c_str(), errno_text().c_str());
+                    return;
+                }
+                char holder[256] = {};
+                if (pread(fd, holder, sizeof holder - 1, 0) <= 0) snprintf(holder, sizeof holder, "another run");
+                close(fd);
+                fail("-o: %s is in use by %s; wait for it, end it, or give another folder", folder.c_str(), holder);
+            }
+            struct stat ours, there;  // the holder before us may have removed the file between our open and our lock
+            if (fstat(fd, &ours) == 0 && stat(path.c_str(), &there) == 0 && ours.st_ino == there.st_ino && ours.st_dev == there.st_dev) break;
+            close(fd);
+        }
+        char host[128] = "?";
+        gethostname(host, sizeof host - 1);
+        std::string text = format("process %d on %s", int(getpid()), host);
+        if (ftruncate(fd, 0) != 0 || pwrite(fd, text.data(), text.size(), 0) != ssize_t(text.size())) {}  // on a full disk it is a lock without a name
+    }
+    ~FolderLock() {
+        if (fd < 0) return;
+        unlink(path.c_str());
+        close(fd);
+    }
+    FolderLock(FolderLock&& other) noexcept : path(other.path), fd(std::exchange(other.fd, -1)) {}
+    FolderLock& operator=(FolderLock&& other) noexcept {
+        std::swap(path, other.path), std::swap(fd, other.fd);
+        return *this;
+    }
+    explicit operator bool() const { return fd >= 0; }
+
+private:
+    std::string path;
+    int fd = -1;
+};
+
+// The rows of a csv file of ours up to a step: whole lines that start with a step in order. Anything else in it is dropped: a killed run
+// leaves half a line, a crashed machine leaves zeros.
+template <class Row>
+void read_csv_rows(const std::string& path, int64_t last_step, Row row) {
+    int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    struct stat st;
+    FILE* file = fd >= 0 && fstat(fd, &st) == 0 && S_ISREG(st.st_mode) ? fdopen(fd, "r") : nullptr;
+    if (!file) {
+        if (fd >= 0) close(fd);
+        return;
+    }
+    char* line = nullptr;
+    size_t capacity = 0;
+    ssize_t length;
+    int64_t before = 0;
+    while ((length = getline(&line, &capacity, file)) > 0) {
+        if (line[length - 1] != '\n' || size_t(length) != strlen(line) || !isdigit((unsigned char)line[0])) continue;
+        int64_t step = atoll(line);
+        if (step < before || step > last_step) continue;
+        before = step;
+        row(step, std::string(line, size_t(length)));
+    }
+    free(line);
+    fclose(file);
 }
 
 // A csv file that a resumed run continues: rows of later steps than the checkpoint's are dropped first.
@@ -1343,32 +1571,28 @@ class CsvLog {
 public:
     CsvLog(const std::string& path, const std::string& columns, int64_t resume_step) : path(path) {
         std::string kept = columns + "\n";
-        if (FILE* old = resume_step >= 0 ? fopen(path.c_str(), "r") : nullptr) {
-            char* line = nullptr;
-            size_t capacity = 0;
-            bool header = true;
-            while (getline(&line, &capacity, old) > 0) {
-                std::string text = line;
-                if (!header && text.back() == '\n' && atoll(line) <= resume_step) kept += text;
-                header = false;
-            }
-            free(line);
-            fclose(old);
-        }
+        if (resume_step >= 0) read_csv_rows(path, resume_step, [&](int64_t, const std::string& line) { kept += line; });
         std::string temporary = path + ".tmp";
-        FILE* out = fopen(temporary.c_str(), "w");
+        FILE* out = fopen(temporary.c_str(), "we");
         bool good = out && fwrite(kept.data(), 1, kept.size(), out) == kept.size() && fflush(out) == 0 && fsync(fileno(out)) == 0;
+        std::string why = errno_text();
         if (out) fclose(out);
+        if (!good) unlink(temporary.c_str());
         if (!good || rename(temporary.c_str(), path.c_str()) != 0)
-            fail("%s: could not be written (%s); free some space or give another -o", path.c_str(), errno_text().c_str());
-        file.reset(fopen(path.c_str(), "a"));
+            fail("%s: could not be written (%s); free some space or give another -o", path.c_str(), good ? errno_text().c_str() : why.c_str());
+        sync_folder(path);  // rows from now on go to the new file: no crash may bring the old one back
+        file.reset(fopen(path.c_str(), "ae"));
         if (!file) fail("%s: could not be written (%s)", path.c_str(), errno_text().c_str());
     }
     void row(const std::string& text) {
         if (fprintf(file.get(), "%s\n", text.c_str()) < 0 || fflush(file.get()) != 0)
             fail("%s: could not be written (%s); free some space and go on by -y", path.c_str(), errno_text().c_str());
     }
-    void sync() { fsync(fileno(file.get())); }
+    // May be called while another thread adds rows: what was there before the call is on the disk after it.
+    void sync() {
+        if (fsync(fileno(file.get())) != 0 && errno != EINVAL)
+            fail("%s: could not be written (%s); free some space and go on by -y", path.c_str(), errno_text().c_str());
+    }
 
 private:
     struct Close {
@@ -1526,7 +1750,9 @@ inline bool print_check_table(const std::vector<CheckRow>& rows) {
 //
 //     struct Trainer {
 //         using Real = float;                         // of its files and debug states
+//         using HostArray = Buffer<float>;            // HostArray(n): n Reals at data() in the host's memory, where snapshot is fast
 //         static constexpr bool branch_bf16 = false;  // header word 16
+//         static constexpr bool on_host = true;       // available_memory is the host's
 //
 //         // Before a Trainer is made. What a user can mend throws an Error.
 //         static void require_machine();                      // throws where there is nothing to compute on
@@ -1543,12 +1769,15 @@ inline bool print_check_table(const std::vector<CheckRow>& rows) {
 //         const ModelConfig& config();
 //         const ParameterLayout& layout();
 //
+//         RunConfig run;                              // the constructor's; the run counts its skipped steps here
+//
 //         // Parameters and moments, in the order and type of a file's body. Reading ends where they end: the caller finishes the file.
 //         void initialise(uint64_t seed);
 //         void read_parameters(FileReader& in);
 //         void read_moments(FileReader& in);
 //         void write_parameters(FileWriter& out);
 //         void write_moments(FileWriter& out);
+//         void snapshot(Real* out);                   // copies parameters, first moments, second moments: 3 * layout().count reals
 //
 //         double evaluate(const int* tokens, const int* targets, int b);              // sum of the losses of b <= B sequences, (b,T)
 //         StepResult step(const Loader& data, int64_t step, CsvLog* probe);           // step 1, 2, ...; probe: null where the step is not probed
@@ -1565,9 +1794,71 @@ inline bool print_check_table(const std::vector<CheckRow>& rows) {
 //         };
 //     };
 
-// Mean loss over the step's tokens, and norm of the gradient before it is clipped. Where either is not finite, nothing has been updated.
+// Mean loss over the step's tokens, and norm of the gradient before it is clipped. Where either is not finite, nothing has been updated and
+// the gradients are zero for the next step. A DataError from the step, too, has left parameters and moments alone.
 struct StepResult {
     double loss, norm;
+};
+
+// ----------------------------------------------------------------------------------------------------
+// Divergence: the three kinds that the paper's protocols count, from the losses of the steps alone
+//
+// Losses are averaged over windows of w steps, w = steps/40 from 10 to 200. Their noise s is what neighbouring steps differ by, a window's is
+// s/sqrt(w). U is the unigram entropy of the data, the loss of knowing only how frequent each token is: a healthy run passes it within its
+// first tens of steps, and a run whose deeper layers get no gradient stays there (Post-LN at L = 64: 3.17 for U = 3.16; a healthy one passes at step 30).
+//
+//     stagnation    warm-up is over, ten windows at 0.98 U or above, and the last five no lower than the five before by more than 0.01 U and
+//                   their noise: a plateau where a healthy run is not any more
+//     degradation   the same level after twice the warm-up and twenty windows, still falling: anomalously slow
+//     instability   ten windows in a row above the lowest so far by 0.03 of it and four times their noise: a spike without a return
+//
+// Each kind is told once a run.
+class DivergenceDetector {
+public:
+    DivergenceDetector(int64_t steps, int64_t warmup, double unigram) : w(std::clamp<int64_t>(steps / 40, 10, 200)), warmup(warmup), unigram(unigram) {}
+
+    // Of the next step, in order; a loss that is not finite does not count. Returns what has been found, or "".
+    std::string add(int64_t step, double loss) {
+        if (!std::isfinite(loss)) return "";
+        if (n > 0) squares += (loss - before) * (loss - before) / 2;
+        before = loss, n++, sum += loss;
+        if (n % w) return "";
+        mean.push_back(sum / double(w));
+        sum = 0;
+        if (mean.size() == 1 || mean.back() < lowest) lowest = mean.back();
+        double noise = std::sqrt(squares / double(n) / double(w));  // of a window's mean
+        above = mean.back() > lowest + 0.03 * std::fabs(lowest) + 4 * noise ? above + 1 : 0;
+        if (above >= 10 && !told[0]) {
+            told[0] = true;
+            return format("instability: the loss has been at %.3f or so since a spike %lld steps ago and does not return to the %.3f before it; a smaller -l or a longer -u may help",
+                          average(0, 5), (long long)(above * w), lowest);
+        }
+        if (mean.size() < 10 || step < warmup + 10 * w || unigram < 0.1) return "";
+        double last = average(0, 5), earlier = average(5, 5);
+        if (std::min(last, earlier) < 0.98 * unigram) return "";
+        bool flat = last > earlier - 0.01 * unigram - noise;
+        if (flat && !told[1]) {
+            told[1] = true;
+            return format("stagnation: the loss stays at %.3f, and knowing how frequent each token is gives %.3f; a smaller -l or another --norm may help", last, unigram);
+        }
+        if (!flat && !told[2] && step >= 2 * warmup && mean.size() >= 20) {
+            told[2] = true;
+            return format("degradation: the loss is %.3f after %lld steps, and knowing how frequent each token is gives %.3f; another -l may help", last, (long long)step, unigram);
+        }
+        return "";
+    }
+
+private:
+    // of `count` windows, skipping the last `skip`
+    double average(size_t skip, size_t count) const {
+        double total = 0;
+        for (size_t i = 0; i < count; i++) total += mean[mean.size() - 1 - skip - i];
+        return total / double(count);
+    }
+    int64_t w, warmup, n = 0, above = 0;
+    double unigram, before = 0, sum = 0, squares = 0, lowest = 0;
+    std::vector<double> mean;  // of each whole window
+    bool told[3] = {};
 };
 
 // ----------------------------------------------------------------------------------------------------
@@ -1698,6 +1989,135 @@ void write_state(const std::string& path, Trainer& trainer, const RunConfig& run
     out.commit();
 }
 
+// Checkpoints of a run: the state first, then its model, as a resume writes a model that is missing. Where the host's memory holds a
+// snapshot of parameters and moments, training stalls for that copy only, and a thread writes the files beside it. One write at a time:
+// the next waits for it, and so does the run's end. An error in it is thrown by the next call.
+template <class Trainer>
+class CheckpointWriter {
+public:
+    using Real = typename Trainer::Real;
+
+    CheckpointWriter(Trainer& trainer, const DataSplit& data, const std::string& folder, int64_t keep, bool background, std::vector<CsvLog*> logs)
+        : trainer(trainer), data(data), folder(folder), keep(keep), logs(std::move(logs)) {
+        if (!background) return;
+        snapshot = typename Trainer::HostArray(3 * trainer.layout().count);
+        trainer.snapshot(snapshot.data());  // touches its pages, which would stall the first checkpoint
+    }
+    ~CheckpointWriter() {
+        if (thread.joinable()) thread.join();
+    }
+
+    // Where steps are being skipped, nothing is removed for the new checkpoint: it may hold what cannot be trained.
+    void write(int64_t step) {
+        wait();
+        double start = seconds();
+        job = {step, trainer.run.skipped_in_row > 0 ? 0 : keep, 0, 0,
+               state_header(real_type<Real>, Trainer::branch_bf16, trainer.run, step, data),
+               make_header(FILE_MODEL, real_type<Real>, trainer.config(), step, Trainer::branch_bf16)};
+        done = false, error = nullptr;
+        if (snapshot.size()) {
+            trainer.snapshot(snapshot.data());
+            job.stalled = seconds() - start;
+            try {
+                thread = std::thread([this] { write_files(true); });
+                return;
+            } catch (const std::system_error&) {  // no more threads
+            }
+        }
+        write_files(false);
+        job.stalled = seconds() - start;
+        finish();
+    }
+
+    // Between steps: says what has been written, or throws why it could not be.
+    void poll() {
+        if (thread.joinable() && done.load(std::memory_order_acquire)) wait();
+    }
+    void wait() {
+        if (!thread.joinable()) return;
+        thread.join();
+        finish();
+    }
+    int64_t last_step() const { return last; }  // of the newest that is whole and on the disk; -1: none
+
+private:
+    struct Job {
+        int64_t step, keep;
+        double stalled, written;  // seconds
+        FileHeader state, model;
+    };
+
+    void write_files(bool from_snapshot) {
+        double start = seconds();
+        try {
+            for (CsvLog* log : logs) log->sync();  // no checkpoint is ahead of its log
+            for (bool state : {true, false}) {
+                FileWriter out(state ? state_path(folder, job.step) : model_path(folder, job.step));
+                out.write(state ? &job.state : &job.model, sizeof(FileHeader));
+                if (from_snapshot) {
+                    out.write(snapshot.data(), (state ? 3 : 1) * trainer.layout().count * sizeof(Real));
+                } else {
+                    trainer.write_parameters(out);
+                    if (state) trainer.write_moments(out);
+                }
+                out.commit();
+            }
+            remove_old_checkpoints(folder, job.step, job.keep);
+        } catch (...) {
+            error = std::current_exception();
+        }
+        job.written = seconds() - start;
+        done.store(true, std::memory_order_release);
+    }
+
+    void finish() {
+        if (error) std::rethrow_exception(std::exchange(error, nullptr));
+        last = job.step;
+        printf("checkpoint | %s | training stalled for %.1f ms, written in %.0f ms\n", state_path(folder, job.step).c_str(), job.stalled * 1e3, job.written * 1e3);
+    }
+
+    Trainer& trainer;
+    const DataSplit& data;
+    std::string folder;
+    int64_t keep, last = -1;
+    std::vector<CsvLog*> logs;
+    typename Trainer::HostArray snapshot;  // empty: checkpoints are written while training waits
+    Job job{};
+    std::exception_ptr error;
+    std::atomic<bool> done = false;
+    std::thread thread;
+};
+
+// SIGTERM, SIGINT and SIGUSR1 ask a run to finish its step, write a checkpoint and end with 0: a scheduler can take the machine back. A
+// second one ends it at once. Two within 50 ms are one: some programs send it to a process and to its group.
+class StopSignals {
+public:
+    StopSignals() {
+        struct sigaction action = {};
+        action.sa_handler = handle;
+        action.sa_flags = SA_RESTART;
+        for (size_t i = 0; i < 3; i++) sigaction(numbers[i], &action, &before[i]);
+    }
+    ~StopSignals() {
+        for (size_t i = 0; i < 3; i++) sigaction(numbers[i], &before[i], nullptr);
+    }
+    static bool asked() { return first_at != 0; }
+
+private:
+    static constexpr int numbers[3] = {SIGTERM, SIGINT, SIGUSR1};
+    static inline std::atomic<int64_t> first_at = 0;  // nanoseconds; 0: none has come
+    struct sigaction before[3];
+
+    static void handle(int number) {
+        timespec now;
+        clock_gettime(CLOCK_MONOTONIC, &now);
+        int64_t at = int64_t(now.tv_sec) * 1000000000 + now.tv_nsec, first = 0;
+        if (first_at.compare_exchange_strong(first, at) || at - first < 50000000) return;
+        signal(number, SIG_DFL);
+        raise(number);
+    }
+};
+
 // The mean loss over the first -m batches of the validation data, in order.
 template <class Trainer>
 double validate(Trainer& trainer, const Loader& loader, const RunConfig& run) {
@@ -1711,6 +2131,9 @@ double validate(Trainer& trainer, const Loader& loader, const RunConfig& run) {
     }
     return sum / (double(sequences) * run.T);
 }
+
+// For the log: a NaN has no sign that means anything.
+inline std::string number_text(double x) { return std::isnan(x) ? "nan" : format("%.9g", x); }
 
 inline void print_run(const RunConfig& run, const ParameterLayout& layout, const DataSplit* data) {
     const ModelConfig& m = run.model;
@@ -1777,8 +2200,10 @@ int run_trainer(int argc, const char* const* argv) {
 
     // What there is to start from, and the data. Nothing is written before all of it is known to be sound.
     std::string resume_from;
+    FolderLock lock;
     if (!o.out.empty() && o.dump.empty()) {
         check_output_folder(o.out, o.resume);
+        if (std::filesystem::is_directory(o.out)) lock = FolderLock(o.out);
         if (o.resume) resume_from = newest_state(o.out);
         if (o.resume && resume_from.empty()) check_fresh_resume(o.out);
     }
@@ -1809,10 +2234,23 @@ int run_trainer(int argc, const char* const* argv) {
     if (!o.dump.empty()) require_memory(debug_state_bytes<Real>(config, run.B, run.T), available_memory(), "a smaller -b, -t or -L");
     std::vector<MemoryRow> memory = Trainer::memory_rows(run);
     memory.push_back(beside);
+    bool checkpoints_wanted = !o.out.empty() && o.dump.empty() && o.checkpoint_every > 0, background = false;
+    size_t snapshot_bytes = 3 * ParameterLayout(config).count * sizeof(Real), host_left = ::available_memory();
+    if (checkpoints_wanted) {
+        size_t with_thread = snapshot_bytes + (size_t(8) << 20);  // the stack of the thread that writes
+        if (Trainer::on_host) host_left -= std::min(host_left, total_bytes(memory));
+        background = with_thread <= host_left;
+        if (background && Trainer::on_host) memory.push_back({"snapshot for checkpoints", with_thread});
+    }
     print_run(run, ParameterLayout(config), &data);
     printf("memory     needs %s of %s, micro-batch %d, recompute %s:\n", bytes_text(double(total_bytes(memory))).c_str(),
            bytes_text(double(available)).c_str(), run.B, run.recompute.name().c_str());
     print_memory_table(memory);
+    if (checkpoints_wanted && !background)
+        printf("note       a snapshot of %s does not fit into the %s of memory left: training waits while a checkpoint is written\n",
+               bytes_text(double(snapshot_bytes)).c_str(), bytes_text(double(host_left)).c_str());
+    else if (checkpoints_wanted && !Trainer::on_host)
+        printf("  %-38s %12s\n", "snapshot for checkpoints, on the host", bytes_text(double(snapshot_bytes)).c_str());
     fflush(stdout);
 
     Trainer trainer(run);
@@ -1842,15 +2280,32 @@ int run_trainer(int argc, const char* const* argv) {
         return 0;
     }
 
+    // The detector takes up where the log of a resumed run ends.
+    DivergenceDetector divergence(run.steps, run.warmup, data.unigram_entropy(config.V));
+    if (!resume_from.empty())
+        read_csv_rows(o.out + "/log.csv", step, [&](int64_t row_step, const std::string& line) { divergence.add(row_step, atof(line.c_str() + std::min(line.size(), line.find(',') + 1))); });
+
     std::unique_ptr<CsvLog> log, probe_log;
     if (!o.out.empty()) {
         create_output_folder(o.out);
+        if (!lock) {  // the folder is new, or was a moment ago
+            lock = FolderLock(o.out);
+            check_output_folder(o.out, o.resume && !resume_from.empty());
+        }
+        remove_unfinished_files(o.out);
         int64_t kept = resume_from.empty() ? -1 : step;
         log = std::make_unique<CsvLog>(o.out + "/log.csv", "step,loss,val_loss,lr,grad_norm,ms,tokens_per_second,mfu", kept);
         if (o.probe > 0) probe_log = std::make_unique<CsvLog>(o.out + "/probe.csv", PROBE_COLUMNS, kept);
     }
     // A run that was killed between a checkpoint's two files has the state, and the model is in it.
     if (log && !resume_from.empty() && !std::filesystem::exists(model_path(o.out, step))) write_model(model_path(o.out, step), trainer, step);
+    std::unique_ptr<CheckpointWriter<Trainer>> checkpoints;
+    if (checkpoints_wanted) {
+        std::vector<CsvLog*> logs = {log.get()};
+        if (probe_log) logs.push_back(probe_log.get());
+        checkpoints = std::make_unique<CheckpointWriter<Trainer>>(trainer, data, o.out, o.keep, background, logs);
+    }
+    std::unique_ptr<StopSignals> signals = std::make_unique<StopSignals>();
     double rate = trainer.matrix_rate();
     printf("machine    %s, %.0f GFLOP/s in matrix products\n", trainer.machine_name().c_str(), rate * 1e-9);
     if (!init) printf("note       the first loss is not ln V = %.2f: the tied head sees each input token's own embedding\n", std::log(double(config.V)));
@@ -1860,33 +2315,42 @@ int run_trainer(int argc, const char* const* argv) {
         if (!due(run.val_every)) return "";
         double val_loss = validate(trainer, val, run);
         printf("validation | loss %.4f | perplexity %.3f\n", val_loss, std::exp(val_loss));
-        return format("%.9g", val_loss);
+        return number_text(val_loss);
     };
-    auto checkpoint_and_sample_due = [&] {
-        if (log && due(o.checkpoint_every)) {
-            log->sync();  // no checkpoint is ahead of its log
-            write_state(state_path(o.out, step), trainer, run, step, data);
-            write_model(model_path(o.out, step), trainer, step);
-            printf("checkpoint | %s\n", state_path(o.out, step).c_str());
-        }
-        if (due(o.sample_every)) print_sample(trainer, o, run.T, run.seed, step);
+    int64_t known_good = -1, newest = resume_from.empty() ? -1 : step;  // steps of checkpoints: of one from which a finite step was made, of the last
+    auto checkpoint = [&] {
+        if (checkpoints && newest != step) checkpoints->write(step), newest = step;
+    };
+    auto sample_due = [&] {
+        if (due(o.sample_every) && !StopSignals::asked()) print_sample(trainer, o, run.T, run.seed, step);
         fflush(stdout);
     };
     if (step >= run.steps && !resume_from.empty()) printf("the run has its %lld steps; -x with a larger number goes on\n", (long long)run.steps);
     if (run.steps == 0) {
         validation_due();
-        checkpoint_and_sample_due();
+        checkpoint();
+        sample_due();
     }
 
     double spent = 0, steps_here = 0;
-    while (step < run.steps) {
+    while (step < run.steps && !StopSignals::asked()) {
         step++;
         double start = seconds();
         bool probing = o.probe > 0 && step % o.probe == 0;
-        auto [loss, norm] = trainer.step(train, step, probing ? probe_log.get() : nullptr);
-        if (!std::isfinite(loss) || !std::isfinite(norm))
-            fail("step %lld: expected a finite loss and gradient norm, found %g and %g; nothing of this step is kept, use a smaller -l, from the last checkpoint by -y",
-                 (long long)step, loss, norm);
+        StepResult result;
+        try {
+            result = trainer.step(train, step, probing ? probe_log.get() : nullptr);
+        } catch (const DataError& e) {
+            step--;
+            if (step > 0) checkpoint();
+            if (checkpoints) checkpoints->wait();
+            throw;
+        }
+        auto [loss, norm] = result;
+        bool skipped = !std::isfinite(loss) || !std::isfinite(norm);
+        trainer.run.skipped += skipped;
+        trainer.run.skipped_in_row = skipped ? trainer.run.skipped_in_row + 1 : 0;
+        if (!skipped) known_good = newest;
 
         double elapsed = seconds() - start, tokens_per_second = double(run.total_batch) / elapsed;
         double mfu = flops_per_token(config, run.T) * tokens_per_second / rate;
@@ -1894,12 +2358,41 @@ int run_trainer(int argc, const char* const* argv) {
         printf("step %lld/%lld | loss %.4f | grad norm %.3g | lr %.2e | %.0f ms | %.0f tokens/s | %.0f %% of matrix rate | %s left\n",
                (long long)step, (long long)run.steps, loss, norm, learning_rate(run, step), elapsed * 1e3, tokens_per_second, 100 * mfu,
                duration_text(spent / steps_here * double(run.steps - step)).c_str());
+        if (skipped)
+            printf("skipped    step %lld, whose loss or gradient is not finite: nothing is updated; %lld in a row, %lld in all\n", (long long)step,
+                   (long long)trainer.run.skipped_in_row, (long long)trainer.run.skipped);
         std::string val_text = validation_due();
         if (log)
-            log->row(format("%lld,%.9g,%s,%.9g,%.9g,%.3f,%.1f,%.4f", (long long)step, loss, val_text.c_str(), learning_rate(run, step), norm,
-                            elapsed * 1e3, tokens_per_second, mfu));
-        checkpoint_and_sample_due();
+            log->row(format("%lld,%s,%s,%.9g,%s,%.3f,%.1f,%.4f", (long long)step, number_text(loss).c_str(), val_text.c_str(), learning_rate(run, step),
+                            number_text(norm).c_str(), elapsed * 1e3, tokens_per_second, mfu));
+        if (trainer.run.skipped_in_row >= o.max_skips) {
+            if (checkpoints) checkpoints->wait();
+            if (known_good < 0 || !std::filesystem::exists(state_path(o.out, known_good))) known_good = newest;
+            std::string turn = !checkpoints || newest < 0 ? "there is no checkpoint: start again with a smaller -l"
+                               : format("the last good checkpoint is %s: %sgo on from it by -y with a smaller -l", state_path(o.out, known_good).c_str(),
+                                        known_good < newest ? "remove the newer ones and " : "");
+            fail("step %lld: expected a finite loss and gradient norm, found %g and %g, the last of %lld skipped in a row (--max-skips); %s",
+                 (long long)step, loss, norm, (long long)trainer.run.skipped_in_row, turn.c_str());
+        }
+        if (std::string kind = divergence.add(step, loss); !kind.empty()) {
+            fflush(stdout);
+            fprintf(stderr, "warning: %s\n", kind.c_str());
+            if (o.stop_on_divergence) {
+                if (checkpoints) checkpoints->wait();
+                fail("step %lld: expected a loss that goes down, found it diverged (--stop-on-divergence); use a smaller -l or a longer -u", (long long)step);
+            }
+        }
+        if (checkpoints) checkpoints->poll();
+        // While steps are skipped the parameters stay those of the last checkpoint or go bad: only the run's end is worth one.
+        if (due(o.checkpoint_every) && (!skipped || step == run.steps)) checkpoint();
+        sample_due();
     }
+    if (StopSignals::asked() && step < run.steps) {
+        if (step > 0) checkpoint();
+        printf("stopping   after step %lld, as a signal asked\n", (long long)step);
+    }
+    if (checkpoints) checkpoints->wait();
+    if (trainer.run.skipped > 0) printf("skipped    %lld of %lld steps, whose loss or gradient was not finite\n", (long long)trainer.run.skipped, (long long)step);
     return 0;
 }
 

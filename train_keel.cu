@@ -1866,7 +1866,8 @@ struct Graph {
 
 struct Trainer {
     using Real = float;
-    static constexpr bool branch_bf16 = BRANCH_BF16;
+    using HostArray = PinnedArray<float>;
+    static constexpr bool branch_bf16 = BRANCH_BF16, on_host = false;
 
     RunConfig run;
     Model model;
@@ -1914,7 +1915,10 @@ struct Trainer {
         device.copy(state.data(), model.state.data(), 1);
         device.synchronize();
         StepResult result{state[0].loss_sum / double(run.total_batch), state[0].norm};
-        if (!state[0].finite) return result;
+        if (!state[0].finite) {
+            device.zero(model.grads);  // as the update leaves them
+            return result;
+        }
         if (probe) {
             probe_updates(probed);
             write_probe(*probe, run, step, probed);
@@ -1925,8 +1929,8 @@ struct Trainer {
 
     // What the kernels read that changes from step to step.
     void begin_step(int64_t step) {
-        double lr = learning_rate(run, step);
-        settings[0] = {float(lr / (1 - std::pow(BETA1, double(step)))), float(1 / (1 - std::pow(BETA2, double(step)))), float(lr * run.weight_decay), run.clip};
+        double lr = learning_rate(run, step), s = double(step - run.skipped);
+        settings[0] = {float(lr / (1 - std::pow(BETA1, s))), float(1 / (1 - std::pow(BETA2, s))), float(lr * run.weight_decay), run.clip};
         model.device.copy(model.settings.data(), settings.data(), 1);
         model.device.zero(model.state);
     }
@@ -2053,6 +2057,10 @@ struct Trainer {
         model.parameters_changed();
     }
     void read_moments(FileReader& in) { read(in, model.m), read(in, model.v); }
+    void snapshot(float* out) {
+        for (const DeviceArray<float>* values : {&model.params, &model.m, &model.v}) model.device.copy(out, values->data(), values->size()), out += values->size();
+        model.device.synchronize();
+    }
     void write_parameters(FileWriter& out) { write(out, model.params); }
     void write_moments(FileWriter& out) { write(out, model.m), write(out, model.v); }
 

@@ -889,13 +889,14 @@ struct Model {
 
 // With the clipped gradient g:  m = b1 m + (1-b1) g,  v = b2 v + (1-b2) g^2,
 //     p -= lr wd p,   p -= lr mhat / (sqrt(vhat) + eps),   mhat = m / (1 - b1^s), vhat = v / (1 - b2^s)
-// at step s = 1, 2, ... ; gains are not decayed. Leaves the gradients at zero for the next step.
+// at update s = 1, 2, ... (steps that were skipped are not counted); gains are not decayed. Leaves the gradients at zero for the next step.
 // updates, if given, gets the sum of squares of each tensor's update.
 void adamw_update(Model& model, const RunConfig& run, int64_t step, double norm, std::vector<double>* updates = nullptr) {
     double lr = learning_rate(run, step);
     real clip = real(run.clip > 0 ? std::min(1.0, run.clip / norm) : 1.0);
     real b1 = real(BETA1), b2 = real(BETA2), eps = real(ADAM_EPSILON);
-    real step_size = real(lr / (1 - std::pow(BETA1, double(step)))), v_scale = real(1 / (1 - std::pow(BETA2, double(step))));
+    double s = double(step - run.skipped);
+    real step_size = real(lr / (1 - std::pow(BETA1, s))), v_scale = real(1 / (1 - std::pow(BETA2, s)));
     std::vector<real> before;
     if (updates) before.assign(model.params.data(), model.params.data() + model.params.size());
     #pragma omp parallel
@@ -992,7 +993,8 @@ private:
 
 struct Trainer {
     using Real = real;
-    static constexpr bool branch_bf16 = false;
+    using HostArray = Buffer<real>;
+    static constexpr bool branch_bf16 = false, on_host = true;
 
     RunConfig run;
     Model model;
@@ -1013,7 +1015,10 @@ struct Trainer {
         loss /= double(run.total_batch);
         std::vector<double> gradient_squares, update_squares;
         double norm = gradient_norm(model, probe ? &gradient_squares : nullptr);
-        if (!std::isfinite(loss) || !std::isfinite(norm)) return {loss, norm};
+        if (!std::isfinite(loss) || !std::isfinite(norm)) {
+            model.grads.zero();  // as the update leaves them
+            return {loss, norm};
+        }
         adamw_update(model, run, step, norm, probe ? &update_squares : nullptr);
         if (probe) {
             model.probe_update(gradient_squares, update_squares);
@@ -1041,6 +1046,14 @@ struct Trainer {
     void read_parameters(FileReader& in) { in.read_reals(model.params.data(), model.params.size()); }
     void read_moments(FileReader& in) {
         for (Buffer<real>* moment : {&model.m, &model.v}) in.read_reals(moment->data(), moment->size());
+    }
+    void snapshot(real* out) const {
+        for (const Buffer<real>* values : {&model.params, &model.m, &model.v}) {
+            const real* from = values->data();
+            #pragma omp parallel for simd schedule(static)
+            for (index_t i = 0; i < index_t(values->size()); i++) out[i] = from[i];
+            out += values->size();
+        }
     }
     void write_parameters(FileWriter& out) const { out.write(model.params.data(), model.params.size() * sizeof(real)); }
     void write_moments(FileWriter& out) const {

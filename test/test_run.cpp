@@ -423,9 +423,9 @@ TEST_SUITE("dump and check") {
         both_ways({"", "-i", p.text, "-L", "64", "-C", "64", "-H", "2", "-t", "64", "-b", "2"});
     }
 
-    TEST_CASE("A diverged run stops before it harms the weights, and names what to do") {
+    TEST_CASE("A run whose losses are not finite stops after --max-skips of them, and names the last good checkpoint") {
         Place p;
-        Words words = p.tiny({"-l", "1e9", "-c", "1e9", "-o", p / "run", "-n", "1"});
+        Words words = p.tiny({"-l", "1e9", "-c", "1e9", "-o", p / "run", "-n", "1", "--max-skips", "2"});
         Result r = run(words);
         INFO(r.out << r.err);
         CHECK(r.code == 1);
