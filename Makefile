@@ -35,6 +35,7 @@ help:
 	@echo "make train_keel_cpu_fp64  the same in FP64, the yardstick for gradients"
 	@echo "make compare              CPU against GPU, tensor by tensor, both ways; without a GPU its kernels run on the CPU"
 	@echo "make test_gpu             the tests of the GPU trainer, on the GPU that is here"
+	@echo "make crash_test           kills the CPU trainer 210 times, cuts its power, fills its disk, flips bits in its files: each run must end as if nothing had been"
 	@echo "make gpu_check            all of it on a machine with a GPU, under 8 minutes, ending with a table"
 	@echo "make ptxas                registers, shared memory and spills of each kernel for sm_80, sm_90 and sm_100"
 	@echo "make bench_cpu            training speed and matrix products beside PyTorch and OpenBLAS"
@@ -75,6 +76,14 @@ build/test_cpu_fp64: test/test_cpu.cpp train_keel_cpu.cpp keel_common.h | build
 build/test_run: test/test_run.cpp keel_common.h | build
 	@dev/need.sh g++ doctest-dev
 	$(CXX) $(FLAGS) -O1 -I. -o $@ $<
+
+# Kills the real binary, fills its disk, cuts its power. The shim notes what a program's fsync has made certain.
+build/crash_test: test/crash_test.cpp test/crash_disk.h keel_common.h | build
+	@dev/need.sh g++
+	$(CXX) $(FLAGS) -O1 -I. -o $@ $<
+
+build/crash_shim.so: test/crash_shim.cpp test/crash_disk.h | build
+	$(CXX) $(FLAGS) -O1 -shared -fPIC -o $@ $< -ldl
 
 # The GPU trainer and its tests, on the CPU ...
 build/train_keel_on_cpu: train_keel.cu keel_common.h $(CUDA_ON_CPU) | build
@@ -119,7 +128,7 @@ build/bench_matmul: dev/bench_matmul.cpp train_keel_cpu.cpp keel_common.h | buil
 build:
 	mkdir -p build
 
-TEST_PROGRAMS = train_keel_cpu train_keel_cpu_fp64 build/test_cpu_fp32 build/test_cpu_fp64 build/test_run build/train_keel_on_cpu \
+TEST_PROGRAMS = train_keel_cpu train_keel_cpu_fp64 build/test_cpu_fp32 build/test_cpu_fp64 build/test_run build/crash_test build/crash_shim.so build/train_keel_on_cpu \
                 build/train_keel_fp32_on_cpu build/test_gpu_bf16_on_cpu build/test_gpu_fp32_on_cpu build/test_gpu_bf16_sanitized build/test_cuda_on_cpu
 
 .PHONY: test
@@ -132,6 +141,10 @@ test:
 test_gpu: build/test_gpu_bf16 build/test_gpu_fp32
 	build/test_gpu_bf16
 	build/test_gpu_fp32
+
+.PHONY: crash_test
+crash_test: train_keel_cpu build/crash_test build/crash_shim.so
+	build/crash_test
 
 .PHONY: compare
 compare:

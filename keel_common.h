@@ -2092,21 +2092,17 @@ private:
 // second one ends it at once. Two within 50 ms are one: some programs send it to a process and to its group.
 class StopSignals {
 public:
-    StopSignals() {
+    // To the end of the process: one that comes when the run has just ended must not turn its exit status.
+    static void watch() {
         struct sigaction action = {};
         action.sa_handler = handle;
         action.sa_flags = SA_RESTART;
-        for (size_t i = 0; i < 3; i++) sigaction(numbers[i], &action, &before[i]);
-    }
-    ~StopSignals() {
-        for (size_t i = 0; i < 3; i++) sigaction(numbers[i], &before[i], nullptr);
+        for (int number : {SIGTERM, SIGINT, SIGUSR1}) sigaction(number, &action, nullptr);
     }
     static bool asked() { return first_at != 0; }
 
 private:
-    static constexpr int numbers[3] = {SIGTERM, SIGINT, SIGUSR1};
     static inline std::atomic<int64_t> first_at = 0;  // nanoseconds; 0: none has come
-    struct sigaction before[3];
 
     static void handle(int number) {
         timespec now;
@@ -2305,7 +2301,7 @@ int run_trainer(int argc, const char* const* argv) {
         if (probe_log) logs.push_back(probe_log.get());
         checkpoints = std::make_unique<CheckpointWriter<Trainer>>(trainer, data, o.out, o.keep, background, logs);
     }
-    std::unique_ptr<StopSignals> signals = std::make_unique<StopSignals>();
+    StopSignals::watch();
     double rate = trainer.matrix_rate();
     printf("machine    %s, %.0f GFLOP/s in matrix products\n", trainer.machine_name().c_str(), rate * 1e-9);
     if (!init) printf("note       the first loss is not ln V = %.2f: the tied head sees each input token's own embedding\n", std::log(double(config.V)));
