@@ -416,7 +416,27 @@ struct HighwayPoint {
 };
 
 // A warp has a row, and a lane the same columns of it in every pass, so that the warp's stretch of shared memory needs no barrier.
-// N: numbers that a lane loads at once.
+// N: numbers that a lane loads at once. each_column calls use(c, load(c)) for the lane's columns: IN_FLIGHT loads are on their way before
+// the first is used, as the stores of use() would hold up loads after them (the compiler cannot know that they never meet).
+constexpr int IN_FLIGHT = 4;
+template <class A, class B, int N>
+struct Both {
+    Pack<A, N> a;
+    Pack<B, N> b;
+};
+template <int N, class Load, class Use>
+__device__ __forceinline__ void each_column(int C, int lane, Load load, Use use) {
+    for (int c0 = lane * N; c0 < C; c0 += WARP * N * IN_FLIGHT) {
+        decltype(load(0)) values[IN_FLIGHT] = {};
+#pragma unroll
+        for (int j = 0; j < IN_FLIGHT; j++)
+            if (c0 + j * WARP * N < C) values[j] = load(c0 + j * WARP * N);
+#pragma unroll
+        for (int j = 0; j < IN_FLIGHT; j++)
+            if (c0 + j * WARP * N < C) use(c0 + j * WARP * N, values[j]);
+    }
+}
+
 template <int N>
 __device__ float row_rms_reciprocal(const float* x, int C, int lane) {
     float sum = 0;
@@ -451,30 +471,28 @@ __device__ void highway_norms(const HighwayPoint& p, float* x, int row, int C, i
     }
 }
 
-// x at a point, N columns of a row
+// x at a point from z, N columns of a row
 template <int N>
-__device__ Pack<float, N> highway_x(const HighwayPoint& p, float r, size_t at, int c) {
-    auto x = load<N>(p.z + at);
-    if (p.gamma_out) {
-        auto gamma = load<N>(p.gamma_out + c);
-        for (int i = 0; i < N; i++) x[i] = gamma[i] * (x[i] * r);
-    }
-    return x;
+__device__ __forceinline__ Pack<float, N> highway_x(const HighwayPoint& p, Pack<float, N> z, float r, int c) {
+    if (!p.gamma_out) return z;
+    auto gamma = load<N>(p.gamma_out + c);
+    for (int i = 0; i < N; i++) z[i] = gamma[i] * (z[i] * r);
+    return z;
 }
 
 // u at a point, again
 template <int N>
 __device__ void highway_restore_u(const HighwayPoint& p, int row, int C, int lane) {
     float r_out = p.gamma_out ? p.r_out[row] : 1, r_in = p.gamma_in ? p.r_in[row] : 1;
-    for (int c = lane * N; c < C; c += WARP * N) {
-        size_t at = size_t(row) * C + c;
-        auto x = highway_x<N>(p, r_out, at, c);
+    size_t at = size_t(row) * C;
+    each_column<N>(C, lane, [&](int c) { return load<N>(p.z + at + c); }, [&](int c, const Pack<float, N>& z) {
+        auto x = highway_x<N>(p, z, r_out, c);
         Pack<float, N> gamma{};
         if (p.gamma_in) gamma = load<N>(p.gamma_in + c);
         Pack<branch_t, N> u;
         for (int i = 0; i < N; i++) u[i] = branch_t(p.gamma_in ? gamma[i] * (x[i] * r_in) : x[i]);
-        store<N>(p.u + at, u);
-    }
+        store<N>(p.u + at + c, u);
+    });
 }
 
 // z_l = alpha x_l + f, from point l to point l+1, whose norms it makes too.  12 bytes an element: z 4 and f 2 in, z 4 and u 2 out.
@@ -485,13 +503,13 @@ __global__ void highway_forward_kernel(HighwayPoint to, HighwayPoint from, const
     float* z = &shared<float>() + size_t(warp) * C;
     for (int row = blockIdx.x * warps + warp; row < rows; row += gridDim.x * warps) {
         float r = from.gamma_out ? from.r_out[row] : 1;
-        for (int c = lane * N; c < C; c += WARP * N) {
-            size_t at = size_t(row) * C + c;
-            auto out = highway_x<N>(from, r, at, c);
-            auto branch = load<N>(f + at);
-            for (int i = 0; i < N; i++) z[c + i] = out[i] = alpha * out[i] + float(branch[i]);
-            store<N>(to.z + at, out);
-        }
+        size_t at = size_t(row) * C;
+        each_column<N>(C, lane, [&](int c) { return Both<float, branch_t, N>{load<N>(from.z + at + c), load<N>(f + at + c)}; },
+                       [&](int c, const Both<float, branch_t, N>& in) {
+                           auto out = highway_x<N>(from, in.a, r, c);
+                           for (int i = 0; i < N; i++) z[c + i] = out[i] = alpha * out[i] + float(in.b[i]);
+                           store<N>(to.z + at + c, out);
+                       });
         highway_norms<N>(to, z, row, C, lane);
     }
 }
@@ -502,10 +520,9 @@ __global__ void highway_norms_kernel(HighwayPoint p, int rows, int C) {
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
     float* x = &shared<float>() + size_t(warp) * C;
     for (int row = blockIdx.x * warps + warp; row < rows; row += gridDim.x * warps) {
-        for (int c = lane * N; c < C; c += WARP * N) {
-            auto z = load<N>(p.z + size_t(row) * C + c);
+        each_column<N>(C, lane, [&](int c) { return load<N>(p.z + size_t(row) * C + c); }, [&](int c, const Pack<float, N>& z) {
             for (int i = 0; i < N; i++) x[c + i] = z[i];
-        }
+        });
         highway_norms<N>(p, x, row, C, lane);
     }
 }
@@ -516,7 +533,7 @@ __global__ void highway_x_kernel(float* x, HighwayPoint p, int rows, int C) {
     size_t at = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * N;
     if (at >= size_t(rows) * C) return;
     int row = int(at / C), c = int(at % C);
-    store<N>(x + at, highway_x<N>(p, p.gamma_out ? p.r_out[row] : 1, at, c));
+    store<N>(x + at, highway_x<N>(p, load<N>(p.z + at), p.gamma_out ? p.r_out[row] : 1, c));
 }
 
 struct HighwayGradients {
@@ -549,44 +566,40 @@ __global__ void highway_backward_kernel(HighwayPoint p, HighwayPoint before, Hig
 
     for (int row = blockIdx.x * warps + warp; row < rows; row += gridDim.x * warps) {
         float r_out = norm_out ? p.r_out[row] : 1, r_in = norm_in ? p.r_in[row] : 1, mean_in = 0, mean_out = 0;
-        for (int c = lane * N; c < C; c += WARP * N) {
-            size_t at = size_t(row) * C + c;
-            auto zs = load<N>(p.z + at);
-            auto du = load<N>(g.du + at);
-            Pack<float, N> gamma_out{}, gamma_in{};
-            if (norm_out) gamma_out = load<N>(p.gamma_out + c);
-            if (norm_in) gamma_in = load<N>(p.gamma_in + c);
-            for (int i = 0; i < N; i++) {
-                float dui = float(du[i]), x = norm_out ? gamma_out[i] * (zs[i] * r_out) : zs[i], xh = x * r_in;
-                z[c + i] = zs[i], d[c + i] = norm_in ? gamma_in[i] * dui : dui;
-                if (norm_in) sum_in[c + i] += dui * xh, mean_in += d[c + i] * xh;
-            }
-        }
+        size_t at = size_t(row) * C;
+        each_column<N>(C, lane, [&](int c) { return Both<float, branch_t, N>{load<N>(p.z + at + c), load<N>(g.du + at + c)}; },
+                       [&](int c, const Both<float, branch_t, N>& in) {
+                           Pack<float, N> gamma_out{}, gamma_in{};
+                           if (norm_out) gamma_out = load<N>(p.gamma_out + c);
+                           if (norm_in) gamma_in = load<N>(p.gamma_in + c);
+                           for (int i = 0; i < N; i++) {
+                               float zi = in.a[i], du = float(in.b[i]), x = norm_out ? gamma_out[i] * (zi * r_out) : zi, xh = x * r_in;
+                               z[c + i] = zi, d[c + i] = norm_in ? gamma_in[i] * du : du;
+                               if (norm_in) sum_in[c + i] += du * xh, mean_in += d[c + i] * xh;
+                           }
+                       });
         if (norm_in) mean_in = warp_sum(mean_in) / C;
-        for (int c = lane * N; c < C; c += WARP * N) {
-            size_t at = size_t(row) * C + c;
-            Pack<float, N> gamma_out{}, dz{}, dx;
+        each_column<N>(C, lane, [&](int c) { return last_point ? Pack<float, N>{} : load<N>(g.dz + at + c); }, [&](int c, const Pack<float, N>& dz) {
+            Pack<float, N> gamma_out{}, dx;
             if (norm_out) gamma_out = load<N>(p.gamma_out + c);
-            if (!last_point) dz = load<N>(g.dz + at);
             for (int i = 0; i < N; i++) {
                 float zh = z[c + i] * r_out, x = norm_out ? gamma_out[i] * zh : z[c + i], xh = x * r_in;
                 dx[i] = (norm_in ? r_in * (d[c + i] - xh * mean_in) : d[c + i]) + alpha * dz[i];
                 d[c + i] = norm_out ? gamma_out[i] * dx[i] : dx[i];
                 if (norm_out) sum_out[c + i] += dx[i] * zh, mean_out += d[c + i] * zh;
             }
-            if (g.dx) store<N>(g.dx + at, dx);
-        }
+            if (g.dx) store<N>(g.dx + at + c, dx);
+        });
         if (norm_out) mean_out = warp_sum(mean_out) / C;
         for (int c = lane * N; c < C; c += WARP * N) {
-            size_t at = size_t(row) * C + c;
             Pack<float, N> dz;
             Pack<branch_t, N> df;
             for (int i = 0; i < N; i++) {
                 dz[i] = norm_out ? r_out * (d[c + i] - z[c + i] * r_out * mean_out) : d[c + i];
                 df[i] = branch_t(dz[i]);
             }
-            store<N>(g.dz + at, dz);
-            if (g.df) store<N>(g.df + at, df);
+            store<N>(g.dz + at + c, dz);
+            if (g.df) store<N>(g.df + at + c, df);
         }
         if (before.u) highway_restore_u<N>(before, row, C, lane);
     }
@@ -608,9 +621,9 @@ __global__ void highway_backward_kernel(HighwayPoint p, HighwayPoint before, Hig
 constexpr int HIGHWAY_FLOATS = 4;                       // of highway_backward, the one that needs most
 constexpr int MAX_CHANNELS = (227 << 10) / (HIGHWAY_FLOATS * 4);  // one warp in the 227 KiB that a block can have: 14528
 inline unsigned highway_warps(int C, int floats) { return unsigned(std::clamp((112 << 10) / (floats * 4 * C), 1, 8)); }
-// Blocks of a kernel that sums over rows: two for each multiprocessor of a large GPU, and few partial sums.
-constexpr size_t GAIN_BLOCKS = 256;
-inline size_t gain_blocks(size_t rows, unsigned warps) { return std::min(ceil_div(rows, warps), GAIN_BLOCKS); }
+// Blocks of a kernel that sums over rows: enough to fill a large GPU, and partial sums of a few MiB at most.
+inline size_t most_gain_blocks(int C) { return std::clamp<size_t>((size_t(1) << 18) / size_t(C), 64, MAX_PARTIAL_BLOCKS); }
+inline size_t gain_blocks(size_t rows, unsigned warps, int C) { return std::min(ceil_div(rows, warps), most_gain_blocks(C)); }
 
 void highway_forward(Device& device, const HighwayPoint& to, const HighwayPoint& from, const branch_t* f, float alpha, size_t rows, int C) {
     unsigned warps = highway_warps(C, 1);
@@ -630,7 +643,7 @@ void highway_backward(Device& device, const HighwayPoint& p, const HighwayPoint&
                       int C, float* partial) {
     unsigned warps = highway_warps(C, HIGHWAY_FLOATS);
     auto* kernel = C % 4 == 0 ? highway_backward_kernel<4> : highway_backward_kernel<1>;
-    launch(kernel, gain_blocks(rows, warps), warps * WARP, warps * size_t(C) * HIGHWAY_FLOATS * 4, device.stream, p, before, g, alpha, last_point, int(rows), C,
+    launch(kernel, gain_blocks(rows, warps, C), warps * WARP, warps * size_t(C) * HIGHWAY_FLOATS * 4, device.stream, p, before, g, alpha, last_point, int(rows), C,
            partial, device.arrived.data());
 }
 
@@ -692,7 +705,7 @@ void qkv_norm_forward(Device& device, branch_t* out, const branch_t* qkv, const 
 }
 void qkv_norm_backward(Device& device, branch_t* dqkv, const branch_t* qkv, const QkvGains& g, size_t rows, int H, int D, float* partial) {
     unsigned warps = highway_warps(D, 3);
-    launch(qkv_norm_backward_kernel, gain_blocks(rows, warps), warps * WARP, warps * size_t(D) * 3 * 4, device.stream, dqkv, qkv, g, int(rows), H, D, partial,
+    launch(qkv_norm_backward_kernel, gain_blocks(rows, warps, H * D), warps * WARP, warps * size_t(D) * 3 * 4, device.stream, dqkv, qkv, g, int(rows), H, D, partial,
            device.arrived.data());
 }
 
@@ -843,12 +856,18 @@ void attention_backward(Device& device, float* dqkv, float* delta, const float* 
     launch(attention_backward_q_kernel, blocks, PLAIN_WARPS * WARP, sizeof(PlainShared), device.stream, dqkv, dy, qkv, lse, delta, shape);
 }
 #else
-// On tensor cores. A block of 4 warps has 64 rows, 16 a warp, and walks over the tiles of the other side, the next of them on its way
-// (cp.async) while one is at work. Scores stay in registers: as d of one product they are a of the next.
-constexpr int ATT_WARPS = 4, ATT_ROWS = 16 * ATT_WARPS;
-// Rows of the other side that meet them at a time in the kernel of dk and dv: with D = 128 its sums leave registers for 32.
+// On tensor cores. A warp has M tiles of 16 rows, a block 4 warps, and walks over N rows of the other side at a time, the next of them
+// on their way (cp.async) while these are at work. Scores stay in registers: as d of one product they are a of the next.
+// M = 2: what a warp reads from shared memory serves two products, or shared memory would be the bound. Where a warp's sums and scores
+// would not fit into 255 registers, M and N are less.
+constexpr int ATT_WARPS = 4;
 template <int D>
-constexpr int KV_QUERIES = D == 128 ? 32 : 64;
+struct AttentionTiles {
+    static constexpr int FORWARD_M = 2, FORWARD_N = D == 128 ? 32 : 64;
+    static constexpr int KV_M = D == 128 ? 1 : 2, KV_N = D == 64 ? 16 : 32, KV_STAGE = D == 128 ? 32 : 64;  // a stage: what is copied at a time
+    static constexpr int Q_M = D == 128 ? 1 : 2, Q_N = D == 64 ? 32 : 64;
+};
+constexpr int att_rows(int M) { return 16 * M * ATT_WARPS; }  // of a block
 
 // A tile (rows,D) in shared memory: where the 8 numbers of `chunk` in `row` are. Within a row chunks change places, so that the 8
 // rows that ldmatrix reads at once lie in different banks: 8 chunks of 16 bytes pass over all 32 banks.
@@ -887,241 +906,302 @@ __device__ __forceinline__ uint32_t pack_pair(float low, float high) {
     __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
     return *reinterpret_cast<uint32_t*>(&pair);
 }
-// Columns [16j, 16j+16) of a product's d as the next one's a.
-__device__ __forceinline__ void d_as_a(uint32_t (&a)[4], const float (*d)[4], int j) {
-    a[0] = pack_pair(d[2 * j][0], d[2 * j][1]), a[1] = pack_pair(d[2 * j][2], d[2 * j][3]);
-    a[2] = pack_pair(d[2 * j + 1][0], d[2 * j + 1][1]), a[3] = pack_pair(d[2 * j + 1][2], d[2 * j + 1][3]);
-}
 
-// d (16,N) = a_tile[row..row+16) (16,D) b_tile[0..N) (N,D)^T
-template <int N, int D>
-__device__ __forceinline__ void tile_product(float (&d)[N / 8][4], const branch_t* a_tile, int row, const branch_t* b_tile, int lane) {
+// A warp's numbers (16 M, columns) as mma_16x8x16 leaves them: [m][n] is the tile of rows 16m and columns 8n; of it a lane holds, with
+// g = lane / 4 and t = lane % 4, [0..1] = (g, 2t..2t+1) and [2..3] = (g+8, 2t..2t+1).
+template <int M, int COLUMNS>
+struct WarpTile {
+    float v[M][COLUMNS / 8][4];
+    __device__ __forceinline__ void zero() {
 #pragma unroll
-    for (int n = 0; n < N / 8; n++) d[n][0] = d[n][1] = d[n][2] = d[n][3] = 0;
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int n = 0; n < COLUMNS / 8; n++) v[m][n][0] = v[m][n][1] = v[m][n][2] = v[m][n][3] = 0;
+    }
+    // action(value, m, half, column) for each number of the lane: its row is 16 m + 8 half + g
+    template <class Action>
+    __device__ __forceinline__ void each(int lane, Action action) {
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int n = 0; n < COLUMNS / 8; n++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) action(v[m][n][i], m, i / 2, n * 8 + lane % 4 * 2 + i % 2);
+    }
+};
+
+// d (16 M, N) = a_tile[row .. row + 16 M) (16 M, D) b_tile[0..N) (N,D)^T
+template <int M, int N, int D>
+__device__ __forceinline__ void tile_product(WarpTile<M, N>& d, const branch_t* a_tile, int row, const branch_t* b_tile, int lane) {
+    d.zero();
 #pragma unroll
     for (int k = 0; k < D / 16; k++) {
-        uint32_t a[4];
-        load_a<D>(a, a_tile, row, k, lane);
+        uint32_t a[M][4];
+#pragma unroll
+        for (int m = 0; m < M; m++) load_a<D>(a[m], a_tile, row + 16 * m, k, lane);
 #pragma unroll
         for (int n = 0; n < N / 16; n++) {
             uint32_t b[4];
             load_b_rows<D>(b, b_tile, 16 * n, k, lane);
-            mma_16x8x16(d[2 * n], a, b[0], b[1]);
-            mma_16x8x16(d[2 * n + 1], a, b[2], b[3]);
+#pragma unroll
+            for (int m = 0; m < M; m++) {
+                mma_16x8x16(d.v[m][2 * n], a[m], b[0], b[1]);
+                mma_16x8x16(d.v[m][2 * n + 1], a[m], b[2], b[3]);
+            }
         }
     }
 }
 
-// sum (16,D) += s (16,N) tile[0..N) (N,D), s as a product left it
-template <int N, int D>
-__device__ __forceinline__ void add_tile_product(float (&sum)[D / 8][4], const float (&s)[N / 8][4], const branch_t* tile, int lane) {
+// sum (16 M, D) += s (16 M, N) tile[0..N) (N,D), s as a product left it
+template <int M, int N, int D>
+__device__ __forceinline__ void add_tile_product(WarpTile<M, D>& sum, const WarpTile<M, N>& s, const branch_t* tile, int lane) {
 #pragma unroll
-    for (int j = 0; j < N / 16; j++) {
-        uint32_t a[4];
-        d_as_a(a, s, j);
+    for (int k = 0; k < N / 16; k++) {
+        uint32_t a[M][4];
+#pragma unroll
+        for (int m = 0; m < M; m++) {
+            const auto &left = s.v[m][2 * k], &right = s.v[m][2 * k + 1];
+            a[m][0] = pack_pair(left[0], left[1]), a[m][1] = pack_pair(left[2], left[3]);
+            a[m][2] = pack_pair(right[0], right[1]), a[m][3] = pack_pair(right[2], right[3]);
+        }
 #pragma unroll
         for (int n = 0; n < D / 16; n++) {
             uint32_t b[4];
-            load_b_columns<D>(b, tile, 16 * j, n, lane);
-            mma_16x8x16(sum[2 * n], a, b[0], b[1]);
-            mma_16x8x16(sum[2 * n + 1], a, b[2], b[3]);
+            load_b_columns<D>(b, tile, 16 * k, n, lane);
+#pragma unroll
+            for (int m = 0; m < M; m++) {
+                mma_16x8x16(sum.v[m][2 * n], a[m], b[0], b[1]);
+                mma_16x8x16(sum.v[m][2 * n + 1], a[m], b[2], b[3]);
+            }
         }
     }
 }
 
-// Rows g and g + 8 of a warp's (16,D), times a factor each, to memory; rows from `end` on are left out.
-template <int D>
-__device__ __forceinline__ void store_rows(branch_t* out, size_t stride, int row, int end, const float (&d)[D / 8][4], float factor_0, float factor_8, int lane) {
+// A warp's rows from `row` on, times a factor each, to memory; rows from `end` on are left out.
+template <int M, int D, class Factor>
+__device__ __forceinline__ void store_rows(branch_t* out, size_t stride, int row, int end, const WarpTile<M, D>& d, int lane, Factor factor) {
 #pragma unroll
-    for (int n = 0; n < D / 8; n++) {
-        int column = n * 8 + lane % 4 * 2;
-        if (row < end) *as_vector<uint32_t>(out + size_t(row) * stride + column) = pack_pair(factor_0 * d[n][0], factor_0 * d[n][1]);
-        if (row + 8 < end) *as_vector<uint32_t>(out + size_t(row + 8) * stride + column) = pack_pair(factor_8 * d[n][2], factor_8 * d[n][3]);
-    }
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            int r = row + 16 * m + 8 * half + lane / 4;
+            if (r >= end) continue;
+#pragma unroll
+            for (int n = 0; n < D / 8; n++)
+                *as_vector<uint32_t>(out + size_t(r) * stride + n * 8 + lane % 4 * 2) =
+                    pack_pair(factor(m, half) * d.v[m][n][2 * half], factor(m, half) * d.v[m][n][2 * half + 1]);
+        }
 }
 
 constexpr float LOG2_E = 1.44269504088896341f, LN_2 = 0.69314718055994531f;
 
-template <int D>
+template <int D, int ROWS, int N>
 struct AttentionForwardShared {
-    branch_t q[ATT_ROWS * D], k[2][ATT_ROWS * D], v[2][ATT_ROWS * D];
+    branch_t q[ROWS * D], k[2][N * D], v[2][N * D];
 };
 
-template <int D>
+template <int D, int M, int N>
 __global__ void __launch_bounds__(ATT_WARPS * WARP) attention_forward_kernel(branch_t* y, float* lse, const branch_t* qkv, AttentionShape shape) {
-    auto& s = shared<AttentionForwardShared<D>>();
+    constexpr int ROWS = att_rows(M);
+    auto& s = shared<AttentionForwardShared<D, ROWS, N>>();
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, T = shape.T, C = shape.C, H = shape.H, Tq = shape.queries();
-    int tiles = (Tq + ATT_ROWS - 1) / ATT_ROWS;
-    int q0 = shape.first + (tiles - 1 - int(blockIdx.x % tiles)) * ATT_ROWS;  // the longest rows first
+    int tiles = (Tq + ROWS - 1) / ROWS;
+    int q0 = shape.first + (tiles - 1 - int(blockIdx.x % tiles)) * ROWS, warp_q0 = q0 + warp * 16 * M;  // the longest rows first
     size_t head = blockIdx.x / tiles, b = head / H, stride = 3 * size_t(C);
     const branch_t *q = qkv + b * T * stride + head % H * D, *k = q + C, *v = k + C;
-    int end = min(q0 + ATT_ROWS, T);  // of the keys that any query here sees
+    int end = min(q0 + ROWS, T);             // of the keys that any query here sees
     float scale = LOG2_E / sqrtf(float(D));  // scores in units of log 2
 
-    load_tile<ATT_ROWS, D>(s.q, q, stride, q0, T);
-    load_tile<ATT_ROWS, D>(s.k[0], k, stride, 0, end);
-    load_tile<ATT_ROWS, D>(s.v[0], v, stride, 0, end);
+    load_tile<ROWS, D>(s.q, q, stride, q0, T);
+    load_tile<N, D>(s.k[0], k, stride, 0, end);
+    load_tile<N, D>(s.v[0], v, stride, 0, end);
     cp_async_commit();
-    float out[D / 8][4] = {}, m[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};  // of rows g and g + 8
-    for (int k0 = 0; k0 < end; k0 += ATT_ROWS) {
-        int now = k0 / ATT_ROWS % 2;
-        if (k0 + ATT_ROWS < end) {
-            load_tile<ATT_ROWS, D>(s.k[1 - now], k, stride, k0 + ATT_ROWS, end);
-            load_tile<ATT_ROWS, D>(s.v[1 - now], v, stride, k0 + ATT_ROWS, end);
+    WarpTile<M, D> out;
+    out.zero();
+    float largest[M][2], sum[M][2];  // of rows 16 m + 8 half + g
+#pragma unroll
+    for (int m = 0; m < M; m++) largest[m][0] = largest[m][1] = -INFINITY, sum[m][0] = sum[m][1] = 0;
+    for (int k0 = 0; k0 < end; k0 += N) {
+        int now = k0 / N % 2;
+        if (k0 + N < end) {
+            load_tile<N, D>(s.k[1 - now], k, stride, k0 + N, end);
+            load_tile<N, D>(s.v[1 - now], v, stride, k0 + N, end);
         }
         cp_async_commit();
         cp_async_wait<1>();
         __syncthreads();
-        float p[ATT_ROWS / 8][4];
-        tile_product<ATT_ROWS, D>(p, s.q, warp * 16, s.k[now], lane);
-        if (k0 + ATT_ROWS > q0)  // some keys are later than some queries
+        if (k0 < warp_q0 + 16 * M && warp_q0 < T) {  // some query of this warp sees some of these keys
+            WarpTile<M, N> p;
+            tile_product<M, N, D>(p, s.q, warp * 16 * M, s.k[now], lane);
+            if (k0 + N > warp_q0)  // some keys are later than some queries
+                p.each(lane, [&](float& score, int m, int half, int column) {
+                    if (k0 + column > warp_q0 + 16 * m + 8 * half + lane / 4) score = -INFINITY;
+                });
 #pragma unroll
-            for (int n = 0; n < ATT_ROWS / 8; n++)
+            for (int m = 0; m < M; m++)
 #pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    int key = k0 + n * 8 + lane % 4 * 2 + i % 2, query = q0 + warp * 16 + lane / 4 + i / 2 * 8;
-                    if (key > query) p[n][i] = -INFINITY;
+                for (int half = 0; half < 2; half++) {
+                    float most = largest[m][half], added = 0;
+#pragma unroll
+                    for (int n = 0; n < N / 8; n++) most = fmaxf(most, fmaxf(p.v[m][n][2 * half], p.v[m][n][2 * half + 1]));
+                    most = fmaxf(most, __shfl_xor_sync(ALL_LANES, most, 1));  // the four lanes of a row
+                    most = fmaxf(most, __shfl_xor_sync(ALL_LANES, most, 2));
+                    float shift = scale * most, shrink = fast_exp2(scale * (largest[m][half] - most));  // exactly 1 where nothing is larger
+                    largest[m][half] = most;
+#pragma unroll
+                    for (int n = 0; n < N / 8; n++)
+#pragma unroll
+                        for (int i = 2 * half; i < 2 * half + 2; i++) added += p.v[m][n][i] = fast_exp2(scale * p.v[m][n][i] - shift);
+                    sum[m][half] = sum[m][half] * shrink + added;
+#pragma unroll
+                    for (int n = 0; n < D / 8; n++) out.v[m][n][2 * half] *= shrink, out.v[m][n][2 * half + 1] *= shrink;
                 }
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            float largest = m[half];
-#pragma unroll
-            for (int n = 0; n < ATT_ROWS / 8; n++) largest = fmaxf(largest, fmaxf(p[n][2 * half], p[n][2 * half + 1]));
-            largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, 1));  // the four lanes of a row
-            largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, 2));
-            float shrink = fast_exp2(scale * (m[half] - largest)), added = 0;  // key 0 is visible to all: largest is finite
-            m[half] = largest;
-#pragma unroll
-            for (int n = 0; n < ATT_ROWS / 8; n++)
-#pragma unroll
-                for (int i = 2 * half; i < 2 * half + 2; i++) added += p[n][i] = fast_exp2(scale * (p[n][i] - largest));
-            sum[half] = sum[half] * shrink + added;
-#pragma unroll
-            for (int n = 0; n < D / 8; n++) out[n][2 * half] *= shrink, out[n][2 * half + 1] *= shrink;
+            add_tile_product<M, N, D>(out, p, s.v[now], lane);
         }
-        add_tile_product<ATT_ROWS, D>(out, p, s.v[now], lane);
         __syncthreads();  // before the tiles are overwritten
     }
     cp_async_wait<0>();
-    for (int half = 0; half < 2; half++) {
-        sum[half] += __shfl_xor_sync(ALL_LANES, sum[half], 1);
-        sum[half] += __shfl_xor_sync(ALL_LANES, sum[half], 2);
-        int query = q0 + warp * 16 + lane / 4 + half * 8;
-        if (lane % 4 == 0 && query < T) lse[head * Tq + query - shape.first] = LN_2 * (scale * m[half]) + logf(sum[half]);
-    }
-    store_rows<D>(y + b * Tq * C + head % H * D, C, q0 - shape.first + warp * 16 + lane / 4, Tq, out, 1 / sum[0], 1 / sum[1], lane);
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            sum[m][half] += __shfl_xor_sync(ALL_LANES, sum[m][half], 1);
+            sum[m][half] += __shfl_xor_sync(ALL_LANES, sum[m][half], 2);
+            int query = warp_q0 + 16 * m + 8 * half + lane / 4;
+            if (lane % 4 == 0 && query < T) lse[head * Tq + query - shape.first] = LN_2 * (scale * largest[m][half]) + logf(sum[m][half]);
+        }
+    store_rows(y + b * Tq * C + head % H * D, C, warp_q0 - shape.first, Tq, out, lane, [&](int m, int half) { return 1 / sum[m][half]; });
 }
 
-template <int D>
+template <int D, int ROWS, int STAGE>
 struct AttentionKvShared {
-    branch_t k[ATT_ROWS * D], v[ATT_ROWS * D], q[2][KV_QUERIES<D> * D], dy[2][KV_QUERIES<D> * D];
-    float lse[2][KV_QUERIES<D>], delta[2][KV_QUERIES<D>];
+    branch_t k[ROWS * D], v[ROWS * D], q[2][STAGE * D], dy[2][STAGE * D];
+    float lse[2][STAGE], delta[2][STAGE];
 };
 
-// dk and dv: a block has 64 keys and meets the queries from them on. Scores are made transposed, (keys, queries).
-template <int D>
+// dk and dv: a warp has keys, and meets the queries from them on. Scores are made transposed, (keys, queries).
+template <int D, int M, int N, int STAGE>
 __global__ void __launch_bounds__(ATT_WARPS * WARP) attention_backward_kv_kernel(branch_t* dqkv, const branch_t* dy, const branch_t* qkv, const float* lse,
                                                                                  const float* delta, AttentionShape shape) {
-    constexpr int Q = KV_QUERIES<D>;
-    auto& s = shared<AttentionKvShared<D>>();
+    constexpr int ROWS = att_rows(M);
+    auto& s = shared<AttentionKvShared<D, ROWS, STAGE>>();
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, T = shape.T, C = shape.C, H = shape.H;
-    int tiles = (T + ATT_ROWS - 1) / ATT_ROWS, k0 = int(blockIdx.x % tiles) * ATT_ROWS;
+    int tiles = (T + ROWS - 1) / ROWS, k0 = int(blockIdx.x % tiles) * ROWS, warp_k0 = k0 + warp * 16 * M;
     size_t head = blockIdx.x / tiles, b = head / H, stride = 3 * size_t(C), at = b * T * stride + head % H * D;
     const branch_t *q = qkv + at, *k = q + C, *v = k + C, *dout = dy + b * T * C + head % H * D;
     float scale = LOG2_E / sqrtf(float(D));
 
     auto load_queries = [&](int q0, int buffer) {
-        load_tile<Q, D>(s.q[buffer], q, stride, q0, T);
-        load_tile<Q, D>(s.dy[buffer], dout, C, q0, T);
-        for (int i = threadIdx.x; i < Q; i += ATT_WARPS * WARP) {
+        load_tile<STAGE, D>(s.q[buffer], q, stride, q0, T);
+        load_tile<STAGE, D>(s.dy[buffer], dout, C, q0, T);
+        for (int i = threadIdx.x; i < STAGE; i += ATT_WARPS * WARP) {
             s.lse[buffer][i] = q0 + i < T ? LOG2_E * lse[head * T + q0 + i] : 0;
             s.delta[buffer][i] = q0 + i < T ? delta[head * T + q0 + i] : 0;
         }
     };
-    load_tile<ATT_ROWS, D>(s.k, k, stride, k0, T);
-    load_tile<ATT_ROWS, D>(s.v, v, stride, k0, T);
+    load_tile<ROWS, D>(s.k, k, stride, k0, T);
+    load_tile<ROWS, D>(s.v, v, stride, k0, T);
     load_queries(k0, 0);
     cp_async_commit();
-    float dk[D / 8][4] = {}, dv[D / 8][4] = {};
-    for (int q0 = k0; q0 < T; q0 += Q) {
-        int now = (q0 - k0) / Q % 2;
-        if (q0 + Q < T) load_queries(q0 + Q, 1 - now);
+    WarpTile<M, D> dk, dv;
+    dk.zero(), dv.zero();
+    for (int stage = k0; stage < T; stage += STAGE) {
+        int now = (stage - k0) / STAGE % 2;
+        if (stage + STAGE < T) load_queries(stage + STAGE, 1 - now);
         cp_async_commit();
         cp_async_wait<1>();
         __syncthreads();
-        float p[Q / 8][4], ds[Q / 8][4];
-        tile_product<Q, D>(p, s.k, warp * 16, s.q[now], lane);
-        tile_product<Q, D>(ds, s.v, warp * 16, s.dy[now], lane);
+#pragma unroll 1
+        for (int first = 0; first < STAGE; first += N) {
+            int q0 = stage + first;
+            if (q0 + N <= warp_k0 || q0 >= T || warp_k0 >= T) continue;  // none of these queries sees a key of this warp
+            bool masked = q0 < warp_k0 + 16 * M || q0 + N > T;
+            const branch_t *q_tile = s.q[now] + first * D, *dy_tile = s.dy[now] + first * D;
+            WarpTile<M, N> p, ds;
+            tile_product<M, N, D>(p, s.k, warp * 16 * M, q_tile, lane);
+            tile_product<M, N, D>(ds, s.v, warp * 16 * M, dy_tile, lane);
+            p.each(lane, [&](float& score, int m, int half, int column) {
+                score = fast_exp2(scale * score - s.lse[now][first + column]);
+                if (masked && (q0 + column >= T || warp_k0 + 16 * m + 8 * half + lane / 4 > q0 + column)) score = 0;
+            });
+            add_tile_product<M, N, D>(dv, p, dy_tile, lane);
 #pragma unroll
-        for (int n = 0; n < Q / 8; n++)
+            for (int m = 0; m < M; m++)
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                int column = n * 8 + lane % 4 * 2 + i % 2, query = q0 + column, key = k0 + warp * 16 + lane / 4 + i / 2 * 8;
-                bool visible = query < T && key <= query;
-                p[n][i] = visible ? fast_exp2(scale * p[n][i] - s.lse[now][column]) : 0;
-                ds[n][i] = p[n][i] * (ds[n][i] - s.delta[now][column]);
-            }
-        add_tile_product<Q, D>(dv, p, s.dy[now], lane);
-        add_tile_product<Q, D>(dk, ds, s.q[now], lane);
+                for (int n = 0; n < N / 8; n++)
+#pragma unroll
+                    for (int i = 0; i < 4; i++) ds.v[m][n][i] = p.v[m][n][i] * (ds.v[m][n][i] - s.delta[now][first + n * 8 + lane % 4 * 2 + i % 2]);
+            add_tile_product<M, N, D>(dk, ds, q_tile, lane);
+        }
         __syncthreads();
     }
     cp_async_wait<0>();
-    float factor = scale * LN_2;
-    int row = k0 + warp * 16 + lane / 4;
-    store_rows<D>(dqkv + at + C, stride, row, T, dk, factor, factor, lane);
-    store_rows<D>(dqkv + at + 2 * C, stride, row, T, dv, 1, 1, lane);
+    store_rows(dqkv + at + C, stride, warp_k0, T, dk, lane, [&](int, int) { return scale * LN_2; });
+    store_rows(dqkv + at + 2 * C, stride, warp_k0, T, dv, lane, [](int, int) { return 1.0f; });
 }
 
-template <int D>
+template <int D, int ROWS, int N>
 struct AttentionQShared {
-    branch_t q[ATT_ROWS * D], dy[ATT_ROWS * D], k[2][ATT_ROWS * D], v[2][ATT_ROWS * D];
+    branch_t q[ROWS * D], dy[ROWS * D], k[2][N * D], v[2][N * D];
 };
 
-// dq: a block has 64 queries and meets the keys up to them.
-template <int D>
+// dq: a warp has queries, and meets the keys up to them.
+template <int D, int M, int N>
 __global__ void __launch_bounds__(ATT_WARPS * WARP) attention_backward_q_kernel(branch_t* dqkv, const branch_t* dy, const branch_t* qkv, const float* lse,
                                                                                 const float* delta, AttentionShape shape) {
-    auto& s = shared<AttentionQShared<D>>();
+    constexpr int ROWS = att_rows(M);
+    auto& s = shared<AttentionQShared<D, ROWS, N>>();
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, T = shape.T, C = shape.C, H = shape.H;
-    int tiles = (T + ATT_ROWS - 1) / ATT_ROWS, q0 = (tiles - 1 - int(blockIdx.x % tiles)) * ATT_ROWS, end = min(q0 + ATT_ROWS, T);
+    int tiles = (T + ROWS - 1) / ROWS, q0 = (tiles - 1 - int(blockIdx.x % tiles)) * ROWS, end = min(q0 + ROWS, T), warp_q0 = q0 + warp * 16 * M;
     size_t head = blockIdx.x / tiles, b = head / H, stride = 3 * size_t(C), at = b * T * stride + head % H * D;
     const branch_t *q = qkv + at, *k = q + C, *v = k + C, *dout = dy + b * T * C + head % H * D;
-    float scale = LOG2_E / sqrtf(float(D)), row_lse[2] = {0, 0}, row_delta[2] = {0, 0};
-    int row = q0 + warp * 16 + lane / 4;
-    for (int half = 0; half < 2; half++)
-        if (row + 8 * half < T) row_lse[half] = LOG2_E * lse[head * T + row + 8 * half], row_delta[half] = delta[head * T + row + 8 * half];
+    float scale = LOG2_E / sqrtf(float(D)), row_lse[M][2], row_delta[M][2];
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            int query = warp_q0 + 16 * m + 8 * half + lane / 4;
+            row_lse[m][half] = query < T ? LOG2_E * lse[head * T + query] : 0;
+            row_delta[m][half] = query < T ? delta[head * T + query] : 0;
+        }
 
-    load_tile<ATT_ROWS, D>(s.q, q, stride, q0, T);
-    load_tile<ATT_ROWS, D>(s.dy, dout, C, q0, T);
-    load_tile<ATT_ROWS, D>(s.k[0], k, stride, 0, end);
-    load_tile<ATT_ROWS, D>(s.v[0], v, stride, 0, end);
+    load_tile<ROWS, D>(s.q, q, stride, q0, T);
+    load_tile<ROWS, D>(s.dy, dout, C, q0, T);
+    load_tile<N, D>(s.k[0], k, stride, 0, end);
+    load_tile<N, D>(s.v[0], v, stride, 0, end);
     cp_async_commit();
-    float dq[D / 8][4] = {};
-    for (int k0 = 0; k0 < end; k0 += ATT_ROWS) {
-        int now = k0 / ATT_ROWS % 2;
-        if (k0 + ATT_ROWS < end) {
-            load_tile<ATT_ROWS, D>(s.k[1 - now], k, stride, k0 + ATT_ROWS, end);
-            load_tile<ATT_ROWS, D>(s.v[1 - now], v, stride, k0 + ATT_ROWS, end);
+    WarpTile<M, D> dq;
+    dq.zero();
+    for (int k0 = 0; k0 < end; k0 += N) {
+        int now = k0 / N % 2;
+        if (k0 + N < end) {
+            load_tile<N, D>(s.k[1 - now], k, stride, k0 + N, end);
+            load_tile<N, D>(s.v[1 - now], v, stride, k0 + N, end);
         }
         cp_async_commit();
         cp_async_wait<1>();
         __syncthreads();
-        float p[ATT_ROWS / 8][4], ds[ATT_ROWS / 8][4];
-        tile_product<ATT_ROWS, D>(p, s.q, warp * 16, s.k[now], lane);
-        tile_product<ATT_ROWS, D>(ds, s.dy, warp * 16, s.v[now], lane);
+        if (k0 < warp_q0 + 16 * M && warp_q0 < T) {
+            bool masked = k0 + N > warp_q0;
+            WarpTile<M, N> p, ds;
+            tile_product<M, N, D>(p, s.q, warp * 16 * M, s.k[now], lane);
+            tile_product<M, N, D>(ds, s.dy, warp * 16 * M, s.v[now], lane);
 #pragma unroll
-        for (int n = 0; n < ATT_ROWS / 8; n++)
+            for (int m = 0; m < M; m++)
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                int key = k0 + n * 8 + lane % 4 * 2 + i % 2, query = row + i / 2 * 8;
-                bool visible = query < T && key <= query;
-                ds[n][i] = visible ? fast_exp2(scale * p[n][i] - row_lse[i / 2]) * (ds[n][i] - row_delta[i / 2]) : 0;
-            }
-        add_tile_product<ATT_ROWS, D>(dq, ds, s.k[now], lane);
+                for (int n = 0; n < N / 8; n++)
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        int column = n * 8 + lane % 4 * 2 + i % 2, query = warp_q0 + 16 * m + i / 2 * 8 + lane / 4;
+                        float probability = fast_exp2(scale * p.v[m][n][i] - row_lse[m][i / 2]);
+                        ds.v[m][n][i] = masked && k0 + column > query ? 0 : probability * (ds.v[m][n][i] - row_delta[m][i / 2]);
+                    }
+            add_tile_product<M, N, D>(dq, ds, s.k[now], lane);
+        }
         __syncthreads();
     }
     cp_async_wait<0>();
-    store_rows<D>(dqkv + at, stride, row, T, dq, scale * LN_2, scale * LN_2, lane);
+    store_rows(dqkv + at, stride, warp_q0, T, dq, lane, [&](int, int) { return scale * LN_2; });
 }
 
 // The kernels of each D that the BF16 build has.
@@ -1136,9 +1216,9 @@ void by_head_size(int D, Action action) {
 
 void attention_forward(Device& device, branch_t* y, float* lse, const branch_t* qkv, int B, int T, int C, int H, int first) {
     by_head_size(C / H, [&](auto size) {
-        constexpr int D = size;
-        launch(attention_forward_kernel<D>, ceil_div(size_t(T - first), ATT_ROWS) * B * H, ATT_WARPS * WARP, sizeof(AttentionForwardShared<D>), device.stream, y, lse,
-               qkv, AttentionShape{T, C, H, first});
+        constexpr int D = size, M = AttentionTiles<D>::FORWARD_M, N = AttentionTiles<D>::FORWARD_N, ROWS = att_rows(M);
+        launch(attention_forward_kernel<D, M, N>, ceil_div(size_t(T - first), ROWS) * B * H, ATT_WARPS * WARP, sizeof(AttentionForwardShared<D, ROWS, N>),
+               device.stream, y, lse, qkv, AttentionShape{T, C, H, first});
     });
 }
 
@@ -1146,12 +1226,15 @@ void attention_forward(Device& device, branch_t* y, float* lse, const branch_t* 
 void attention_backward(Device& device, branch_t* dqkv, float* delta, const branch_t* dy, const branch_t* qkv, const branch_t* y, const float* lse, int B, int T,
                         int C, int H) {
     AttentionShape shape{T, C, H, 0};
-    size_t blocks = ceil_div(size_t(T), ATT_ROWS) * B * H;
     launch(attention_delta_kernel, ceil_div(size_t(B) * T * H, THREADS / WARP), THREADS, 0, device.stream, delta, dy, y, B, T, H, C / H);
     by_head_size(C / H, [&](auto size) {
         constexpr int D = size;
-        launch(attention_backward_kv_kernel<D>, blocks, ATT_WARPS * WARP, sizeof(AttentionKvShared<D>), device.stream, dqkv, dy, qkv, lse, delta, shape);
-        launch(attention_backward_q_kernel<D>, blocks, ATT_WARPS * WARP, sizeof(AttentionQShared<D>), device.stream, dqkv, dy, qkv, lse, delta, shape);
+        using Tiles = AttentionTiles<D>;
+        constexpr int KV_ROWS = att_rows(Tiles::KV_M), Q_ROWS = att_rows(Tiles::Q_M);
+        launch(attention_backward_kv_kernel<D, Tiles::KV_M, Tiles::KV_N, Tiles::KV_STAGE>, ceil_div(size_t(T), KV_ROWS) * B * H, ATT_WARPS * WARP,
+               sizeof(AttentionKvShared<D, KV_ROWS, Tiles::KV_STAGE>), device.stream, dqkv, dy, qkv, lse, delta, shape);
+        launch(attention_backward_q_kernel<D, Tiles::Q_M, Tiles::Q_N>, ceil_div(size_t(T), Q_ROWS) * B * H, ATT_WARPS * WARP,
+               sizeof(AttentionQShared<D, Q_ROWS, Tiles::Q_N>), device.stream, dqkv, dy, qkv, lse, delta, shape);
     });
 }
 #endif
@@ -1197,21 +1280,24 @@ void gelu_backward(Device& device, branch_t* dh, const branch_t* h, size_t n) {
 // ----- Cross entropy
 //
 // loss (rows) = lse - logit[target],  lse = log sum_j exp(logit_j) over the V real tokens,  dlogits = scale (softmax - onehot(target)),
-// in place of logits (rows,Vp) if `backward`; padded columns get zeros. A block a row.  In BF16 4 bytes an element, 6 with backward
-constexpr int MAX_CROSS_ENTROPY_WARPS = 16;
+// in place of logits (rows,Vp) if `backward`; padded columns get zeros. A block a row.  In BF16 4 bytes an element, without backward 2;
+// the row waits in shared memory for its second pass, unless it is so long that a multiprocessor would not hold two: then 6.
+constexpr int MAX_CROSS_ENTROPY_WARPS = 16, MAX_STASH = 110 << 10;  // bytes
 struct CrossEntropyShared {
     float largest[MAX_CROSS_ENTROPY_WARPS], sum[MAX_CROSS_ENTROPY_WARPS];
 };
 
 template <bool backward>
-__global__ void cross_entropy_kernel(float* loss, branch_t* logits, const int* targets, int V, int Vp, float scale) {
+__global__ void cross_entropy_kernel(float* loss, branch_t* logits, const int* targets, int V, int Vp, float scale, bool stashed) {
     auto& s = shared<CrossEntropyShared>();
+    branch_t* stash = reinterpret_cast<branch_t*>(&s + 1);  // (Vp), each thread's own stretches
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
     branch_t* row = logits + size_t(blockIdx.x) * Vp;
     int target = targets[blockIdx.x];
     float target_logit = float(row[target]), largest = -INFINITY, sum = 0;
     for (int v0 = threadIdx.x * WIDE; v0 < V; v0 += blockDim.x * WIDE) {
         auto x = load<WIDE>(row + v0);
+        if (backward && stashed) store<WIDE>(stash + v0, x);
         float before = largest;
         for (int i = 0; i < WIDE; i++)
             if (v0 + i < V) largest = fmaxf(largest, float(x[i]));
@@ -1231,7 +1317,7 @@ __global__ void cross_entropy_kernel(float* loss, branch_t* logits, const int* t
     if (threadIdx.x == 0) loss[blockIdx.x] = lse - target_logit;
     if constexpr (backward)
         for (int v0 = threadIdx.x * WIDE; v0 < Vp; v0 += blockDim.x * WIDE) {
-            auto x = load<WIDE>(row + v0);
+            auto x = stashed && v0 < V ? load<WIDE>(stash + v0) : load<WIDE>(row + v0);
             for (int i = 0; i < WIDE; i++) {
                 int v = v0 + i;
                 x[i] = branch_t(v < V ? scale * (expf(float(x[i]) - lse) - (v == target ? 1.0f : 0.0f)) : 0.0f);
@@ -1242,7 +1328,10 @@ __global__ void cross_entropy_kernel(float* loss, branch_t* logits, const int* t
 
 void cross_entropy(Device& device, float* loss, branch_t* logits, const int* targets, size_t rows, int V, int Vp, bool backward, float scale) {
     unsigned threads = unsigned(std::clamp<size_t>(round_up(size_t(Vp) / WIDE, WARP), WARP, MAX_CROSS_ENTROPY_WARPS * WARP));
-    launch(backward ? cross_entropy_kernel<true> : cross_entropy_kernel<false>, rows, threads, sizeof(CrossEntropyShared), device.stream, loss, logits, targets, V, Vp, scale);
+    size_t stash = size_t(Vp) * sizeof(branch_t);
+    bool stashed = backward && stash <= MAX_STASH;
+    launch(backward ? cross_entropy_kernel<true> : cross_entropy_kernel<false>, rows, threads, sizeof(CrossEntropyShared) + (stashed ? stash : 0), device.stream,
+           loss, logits, targets, V, Vp, scale, stashed);
 }
 
 // ----- Sums
@@ -1541,7 +1630,7 @@ struct Model {
         visit("attention's delta", &Model::delta, rows * size_t(c.H));
         visit("logits, a chunk", &Model::logits, head_rows(c, rows) * size_t(c.Vp()));
         visit("losses", &Model::losses, rows);
-        visit("gains' gradients, partial sums", &Model::gain_partial, std::min(rows, GAIN_BLOCKS) * 3 * C);
+        visit("gains' gradients, partial sums", &Model::gain_partial, std::min(rows, most_gain_blocks(c.C)) * 3 * C);
         visit("tokens", &Model::batch, TokenBatch::size(rows));
         visit("step's numbers out", &Model::state, 1);
         visit("step's numbers in", &Model::settings, 1);

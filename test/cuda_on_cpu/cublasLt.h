@@ -1,0 +1,347 @@
+// cuBLASLt's matrix product on the CPU: a stream operation, checked as the library checks it, each sum over k in order.
+#pragma once
+
+#include "cuda_runtime.h"
+
+enum cublasStatus_t {
+    CUBLAS_STATUS_SUCCESS = 0,
+    CUBLAS_STATUS_NOT_INITIALIZED = 1,
+    CUBLAS_STATUS_ALLOC_FAILED = 3,
+    CUBLAS_STATUS_INVALID_VALUE = 7,
+    CUBLAS_STATUS_ARCH_MISMATCH = 8,
+    CUBLAS_STATUS_MAPPING_ERROR = 11,
+    CUBLAS_STATUS_EXECUTION_FAILED = 13,
+    CUBLAS_STATUS_INTERNAL_ERROR = 14,
+    CUBLAS_STATUS_NOT_SUPPORTED = 15,
+};
+enum cublasOperation_t { CUBLAS_OP_N = 0, CUBLAS_OP_T = 1, CUBLAS_OP_C = 2 };
+enum cublasComputeType_t { CUBLAS_COMPUTE_32F = 68, CUBLAS_COMPUTE_32F_PEDANTIC = 69, CUBLAS_COMPUTE_32F_FAST_TF32 = 77 };
+enum cublasLtPointerMode_t { CUBLASLT_POINTER_MODE_HOST = 0, CUBLASLT_POINTER_MODE_DEVICE = 1 };
+enum cublasLtEpilogue_t { CUBLASLT_EPILOGUE_DEFAULT = 1 };
+enum cublasLtMatmulDescAttributes_t {
+    CUBLASLT_MATMUL_DESC_COMPUTE_TYPE = 0,
+    CUBLASLT_MATMUL_DESC_SCALE_TYPE = 1,
+    CUBLASLT_MATMUL_DESC_POINTER_MODE = 2,
+    CUBLASLT_MATMUL_DESC_TRANSA = 3,
+    CUBLASLT_MATMUL_DESC_TRANSB = 4,
+    CUBLASLT_MATMUL_DESC_EPILOGUE = 7,
+    CUBLASLT_MATMUL_DESC_SM_COUNT_TARGET = 15,
+};
+enum cublasLtMatrixLayoutAttribute_t {
+    CUBLASLT_MATRIX_LAYOUT_TYPE = 0,
+    CUBLASLT_MATRIX_LAYOUT_ROWS = 2,
+    CUBLASLT_MATRIX_LAYOUT_COLS = 3,
+    CUBLASLT_MATRIX_LAYOUT_LD = 4,
+    CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT = 5,
+    CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET = 6,
+};
+enum cublasLtMatmulPreferenceAttributes_t {
+    CUBLASLT_MATMUL_PREF_SEARCH_MODE = 0,
+    CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES = 1,
+    CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK = 3,
+    CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES = 5,
+    CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES = 6,
+    CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES = 7,
+    CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES = 8,
+};
+
+struct cublasLtContext {};
+struct cublasLtMatmulDescOpaque_t {
+    int32_t trans_a = CUBLAS_OP_N, trans_b = CUBLAS_OP_N;
+};
+struct cublasLtMatrixLayoutOpaque_t {
+    cudaDataType type;
+    uint64_t rows, cols;
+    int64_t ld;
+    int32_t batch_count = 1;
+    int64_t batch_stride = 0;
+};
+struct cublasLtMatmulPreferenceOpaque_t {
+    uint64_t max_workspace = 0;
+    uint32_t alignment[4] = {256, 256, 256, 256};
+};
+struct cublasLtMatmulAlgo_t {
+    uint64_t data[8];
+};
+using cublasLtHandle_t = cublasLtContext*;
+using cublasLtMatmulDesc_t = cublasLtMatmulDescOpaque_t*;
+using cublasLtMatrixLayout_t = cublasLtMatrixLayoutOpaque_t*;
+using cublasLtMatmulPreference_t = cublasLtMatmulPreferenceOpaque_t*;
+struct cublasLtMatmulHeuristicResult_t {
+    cublasLtMatmulAlgo_t algo;
+    size_t workspaceSize;
+    cublasStatus_t state;
+    float wavesCount;
+    int reserved[4];
+};
+
+inline const char* cublasLtGetStatusName(cublasStatus_t status) {
+    switch (status) {
+        case CUBLAS_STATUS_SUCCESS: return "CUBLAS_STATUS_SUCCESS";
+        case CUBLAS_STATUS_NOT_INITIALIZED: return "CUBLAS_STATUS_NOT_INITIALIZED";
+        case CUBLAS_STATUS_ALLOC_FAILED: return "CUBLAS_STATUS_ALLOC_FAILED";
+        case CUBLAS_STATUS_INVALID_VALUE: return "CUBLAS_STATUS_INVALID_VALUE";
+        case CUBLAS_STATUS_ARCH_MISMATCH: return "CUBLAS_STATUS_ARCH_MISMATCH";
+        case CUBLAS_STATUS_MAPPING_ERROR: return "CUBLAS_STATUS_MAPPING_ERROR";
+        case CUBLAS_STATUS_EXECUTION_FAILED: return "CUBLAS_STATUS_EXECUTION_FAILED";
+        case CUBLAS_STATUS_INTERNAL_ERROR: return "CUBLAS_STATUS_INTERNAL_ERROR";
+        case CUBLAS_STATUS_NOT_SUPPORTED: return "CUBLAS_STATUS_NOT_SUPPORTED";
+    }
+    return "unknown cublasStatus_t";
+}
+inline const char* cublasLtGetStatusString(cublasStatus_t status) { return cublasLtGetStatusName(status); }
+inline const char* cublasGetStatusString(cublasStatus_t status) { return cublasLtGetStatusName(status); }
+inline const char* cublasGetStatusName(cublasStatus_t status) { return cublasLtGetStatusName(status); }
+inline size_t cublasLtGetVersion() { return 130100; }
+
+inline cublasStatus_t cublasLtCreate(cublasLtHandle_t* handle) { return *handle = new cublasLtContext, CUBLAS_STATUS_SUCCESS; }
+inline cublasStatus_t cublasLtDestroy(cublasLtHandle_t handle) { return delete handle, CUBLAS_STATUS_SUCCESS; }
+
+namespace cuda_on_cpu {
+
+template <class T>
+cublasStatus_t read_attribute(T& to, const void* from, size_t bytes) {
+    if (!from || bytes != sizeof to) return CUBLAS_STATUS_INVALID_VALUE;
+    return memcpy(&to, from, bytes), CUBLAS_STATUS_SUCCESS;
+}
+// An attribute that has one supported value.
+inline cublasStatus_t expect_attribute(int32_t expected, const void* from, size_t bytes) {
+    int32_t found;
+    if (cublasStatus_t status = read_attribute(found, from, bytes)) return status;
+    return found == expected ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_NOT_SUPPORTED;
+}
+
+}  // namespace cuda_on_cpu
+
+inline cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t* desc, cublasComputeType_t compute, cudaDataType_t scale) {
+    *desc = nullptr;
+    if (compute != CUBLAS_COMPUTE_32F && compute != CUBLAS_COMPUTE_32F_PEDANTIC && compute != CUBLAS_COMPUTE_32F_FAST_TF32) return CUBLAS_STATUS_NOT_SUPPORTED;
+    if (scale != CUDA_R_32F) return CUBLAS_STATUS_NOT_SUPPORTED;
+    return *desc = new cublasLtMatmulDescOpaque_t, CUBLAS_STATUS_SUCCESS;
+}
+inline cublasStatus_t cublasLtMatmulDescDestroy(cublasLtMatmulDesc_t desc) { return delete desc, CUBLAS_STATUS_SUCCESS; }
+inline cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t desc, cublasLtMatmulDescAttributes_t attribute, const void* value, size_t bytes) {
+    switch (attribute) {
+        case CUBLASLT_MATMUL_DESC_TRANSA: return cuda_on_cpu::read_attribute(desc->trans_a, value, bytes);
+        case CUBLASLT_MATMUL_DESC_TRANSB: return cuda_on_cpu::read_attribute(desc->trans_b, value, bytes);
+        case CUBLASLT_MATMUL_DESC_EPILOGUE: return cuda_on_cpu::expect_attribute(CUBLASLT_EPILOGUE_DEFAULT, value, bytes);
+        case CUBLASLT_MATMUL_DESC_POINTER_MODE: return cuda_on_cpu::expect_attribute(CUBLASLT_POINTER_MODE_HOST, value, bytes);
+        case CUBLASLT_MATMUL_DESC_SM_COUNT_TARGET: return CUBLAS_STATUS_SUCCESS;
+        default: return CUBLAS_STATUS_INVALID_VALUE;
+    }
+}
+
+inline cublasStatus_t cublasLtMatrixLayoutCreate(cublasLtMatrixLayout_t* layout, cudaDataType type, uint64_t rows, uint64_t cols, int64_t ld) {
+    return *layout = new cublasLtMatrixLayoutOpaque_t{type, rows, cols, ld}, CUBLAS_STATUS_SUCCESS;
+}
+inline cublasStatus_t cublasLtMatrixLayoutDestroy(cublasLtMatrixLayout_t layout) { return delete layout, CUBLAS_STATUS_SUCCESS; }
+inline cublasStatus_t cublasLtMatrixLayoutSetAttribute(cublasLtMatrixLayout_t layout, cublasLtMatrixLayoutAttribute_t attribute, const void* value, size_t bytes) {
+    switch (attribute) {
+        case CUBLASLT_MATRIX_LAYOUT_TYPE: return cuda_on_cpu::read_attribute(layout->type, value, bytes);
+        case CUBLASLT_MATRIX_LAYOUT_ROWS: return cuda_on_cpu::read_attribute(layout->rows, value, bytes);
+        case CUBLASLT_MATRIX_LAYOUT_COLS: return cuda_on_cpu::read_attribute(layout->cols, value, bytes);
+        case CUBLASLT_MATRIX_LAYOUT_LD: return cuda_on_cpu::read_attribute(layout->ld, value, bytes);
+        case CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT: return cuda_on_cpu::read_attribute(layout->batch_count, value, bytes);
+        case CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET: return cuda_on_cpu::read_attribute(layout->batch_stride, value, bytes);
+        default: return CUBLAS_STATUS_INVALID_VALUE;
+    }
+}
+
+inline cublasStatus_t cublasLtMatmulPreferenceCreate(cublasLtMatmulPreference_t* preference) {
+    return *preference = new cublasLtMatmulPreferenceOpaque_t, CUBLAS_STATUS_SUCCESS;
+}
+inline cublasStatus_t cublasLtMatmulPreferenceDestroy(cublasLtMatmulPreference_t preference) { return delete preference, CUBLAS_STATUS_SUCCESS; }
+inline cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t preference, cublasLtMatmulPreferenceAttributes_t attribute,
+                                                           const void* value, size_t bytes) {
+    switch (attribute) {
+        case CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES: return cuda_on_cpu::read_attribute(preference->max_workspace, value, bytes);
+        case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES:
+        case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES:
+        case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES:
+        case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES:
+            return cuda_on_cpu::read_attribute(preference->alignment[attribute - CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES], value, bytes);
+        case CUBLASLT_MATMUL_PREF_SEARCH_MODE:
+        case CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK: return CUBLAS_STATUS_SUCCESS;
+        default: return CUBLAS_STATUS_INVALID_VALUE;
+    }
+}
+
+namespace cuda_on_cpu {
+
+using Layout = cublasLtMatrixLayoutOpaque_t;
+
+inline size_t element_bytes(cudaDataType type) { return type == CUDA_R_16BF ? 2 : 4; }
+
+// One problem, D = alpha op(A) op(B) + beta C, column-major: op(A) (m,k), op(B) (k,n), C and D (m,n).
+struct Product {
+    Layout a, b, c, d;
+    bool trans_a, trans_b;
+    size_t m, n, k;
+    float alpha, beta;
+    const void *A, *B, *C;
+    void* D;
+};
+
+// What the library refuses before it looks at any pointer.
+inline cublasStatus_t check_layouts(const cublasLtMatmulDescOpaque_t* desc, const Layout* a, const Layout* b, const Layout* c, const Layout* d) {
+    if (!desc || !a || !b || !c || !d) return CUBLAS_STATUS_INVALID_VALUE;
+    for (const Layout* l : {a, b, c, d}) {
+        if (l->rows == 0 || l->cols == 0 || l->ld < int64_t(l->rows) || l->batch_count < 1) return CUBLAS_STATUS_INVALID_VALUE;
+        if (l->type != CUDA_R_32F && l->type != CUDA_R_16BF) return CUBLAS_STATUS_NOT_SUPPORTED;
+        if (l->batch_count != a->batch_count) return CUBLAS_STATUS_INVALID_VALUE;
+    }
+    uint64_t m = desc->trans_a ? a->cols : a->rows, k = desc->trans_a ? a->rows : a->cols;
+    uint64_t other_k = desc->trans_b ? b->cols : b->rows, n = desc->trans_b ? b->rows : b->cols;
+    if (k != other_k || d->rows != m || d->cols != n || c->rows != m || c->cols != n) return CUBLAS_STATUS_INVALID_VALUE;
+    if (a->type != b->type || c->type != d->type || (a->type == CUDA_R_32F && d->type != CUDA_R_32F)) return CUBLAS_STATUS_NOT_SUPPORTED;
+    // Other BF16 matrices have no tensor-core kernel.
+    for (const Layout* l : {a, b, c, d})
+        if (l->type == CUDA_R_16BF && l->ld * 2 % 16) return CUBLAS_STATUS_NOT_SUPPORTED;
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+#ifdef __AVX__
+constexpr size_t tile_m = 16, tile_n = 6;  // 12 accumulators of 8 floats, of 16 registers
+#else
+constexpr size_t tile_m = 8, tile_n = 4;   // 8 accumulators of 4 floats, kept as pairs
+#endif
+
+// Element (i, k) of op(X), where `along` is the distance between neighbours in i, `across` in k, for i < count; zeros after.
+// Panel layout: (k, width).
+inline void pack_panel(float* panel, const void* x, cudaDataType type, size_t along, size_t across, size_t count, size_t width, size_t K) {
+    auto copy = [&](auto&& at) {
+        if (along == 1) {
+            for (size_t k = 0; k < K; k++) {
+                for (size_t i = 0; i < count; i++) panel[k * width + i] = at(i + k * across);
+                for (size_t i = count; i < width; i++) panel[k * width + i] = 0;
+            }
+        } else {
+            for (size_t i = 0; i < width; i++)
+                for (size_t k = 0; k < K; k++) panel[k * width + i] = i < count ? at(i * along + k * across) : 0;
+        }
+    };
+    if (type == CUDA_R_16BF) {
+        const unsigned short* values = static_cast<const unsigned short*>(x);
+        copy([values](size_t i) { return bf16_value(values[i]); });
+    } else {
+        const float* values = static_cast<const float*>(x);
+        copy([values](size_t i) { return values[i]; });
+    }
+}
+
+// sums (n, m) = a (k, m) b (k, n), k in order.
+inline void multiply_panels(const float* a, const float* b, size_t K, float (&sums)[tile_n][tile_m]) {
+    typedef float Vector __attribute__((vector_size(32)));
+    Vector sum[tile_n][tile_m / 8] = {};
+    for (size_t k = 0; k < K; k++, a += tile_m, b += tile_n) {
+        Vector column[tile_m / 8];
+        memcpy(column, a, sizeof column);
+#pragma GCC unroll 8
+        for (size_t j = 0; j < tile_n; j++)
+#pragma GCC unroll 2
+            for (size_t i = 0; i < tile_m / 8; i++) sum[j][i] += column[i] * b[j];
+    }
+    memcpy(sums, sum, sizeof sum);
+}
+
+inline void run_product(const Product& p) {
+    size_t panels_m = (p.m + tile_m - 1) / tile_m, panels_n = (p.n + tile_n - 1) / tile_n;
+    static std::vector<float> a, b;  // one product runs at a time
+    if (a.size() < panels_m * tile_m * p.k) a.resize(panels_m * tile_m * p.k);
+    if (b.size() < panels_n * tile_n * p.k) b.resize(panels_n * tile_n * p.k);
+    bool alone = p.m * p.n * p.k < 100000;
+    size_t lda = size_t(p.a.ld), ldb = size_t(p.b.ld), ldc = size_t(p.c.ld), ldd = size_t(p.d.ld);
+    pool().run(panels_m + panels_n, [&](size_t i) {
+        if (i < panels_m) {
+            size_t first = i * tile_m, along = p.trans_a ? lda : 1, across = p.trans_a ? 1 : lda;
+            pack_panel(&a[first * p.k], (const char*)p.A + first * along * element_bytes(p.a.type), p.a.type, along, across, std::min(tile_m, p.m - first), tile_m, p.k);
+        } else {
+            size_t first = (i - panels_m) * tile_n, along = p.trans_b ? 1 : ldb, across = p.trans_b ? ldb : 1;
+            pack_panel(&b[first * p.k], (const char*)p.B + first * along * element_bytes(p.b.type), p.b.type, along, across, std::min(tile_n, p.n - first), tile_n, p.k);
+        }
+    }, alone);
+    pool().run(panels_n, [&](size_t panel) {
+        size_t column = panel * tile_n;
+        for (size_t row = 0; row < p.m; row += tile_m) {
+            alignas(32) float sums[tile_n][tile_m];
+            multiply_panels(&a[row * p.k], &b[column * p.k], p.k, sums);
+            for (size_t j = 0; j < std::min(tile_n, p.n - column); j++)
+                for (size_t i = 0; i < std::min(tile_m, p.m - row); i++) {
+                    float value = p.alpha * sums[j][i];
+                    size_t from = (column + j) * ldc + row + i, to = (column + j) * ldd + row + i;
+                    if (p.beta != 0) value += p.beta * (p.c.type == CUDA_R_16BF ? bf16_value(((const unsigned short*)p.C)[from]) : ((const float*)p.C)[from]);
+                    if (p.d.type == CUDA_R_16BF) ((unsigned short*)p.D)[to] = bf16_bits(value);
+                    else ((float*)p.D)[to] = value;
+                }
+        }
+    }, alone);
+}
+
+}  // namespace cuda_on_cpu
+
+// As many results as were asked for, up to three, which differ in the workspace that they need. All compute the same bits.
+inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc, cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b,
+                                                     cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t d, cublasLtMatmulPreference_t preference, int requested,
+                                                     cublasLtMatmulHeuristicResult_t results[], int* found) {
+    *found = 0;
+    if (!handle) return CUBLAS_STATUS_NOT_INITIALIZED;
+    if (!preference || requested < 1 || !results) return CUBLAS_STATUS_INVALID_VALUE;
+    if (cublasStatus_t status = cuda_on_cpu::check_layouts(desc, a, b, c, d)) return status;
+    const cublasLtMatrixLayoutOpaque_t* layouts[] = {a, b, c, d};
+    for (int i = 0; i < 4; i++)
+        if (preference->alignment[i] < (layouts[i]->type == CUDA_R_16BF ? 16 : 4)) return CUBLAS_STATUS_NOT_SUPPORTED;
+    for (size_t workspace : {size_t(1) << 20, size_t(0), size_t(1) << 16}) {
+        if (*found == requested) break;
+        if (workspace > preference->max_workspace) continue;
+        cublasLtMatmulHeuristicResult_t result{};
+        result.algo.data[0] = 0x6b63, result.algo.data[1] = workspace;
+        result.workspaceSize = workspace, result.state = CUBLAS_STATUS_SUCCESS, result.wavesCount = 1;
+        results[(*found)++] = result;
+    }
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc, const void* alpha, const void* A, cublasLtMatrixLayout_t a, const void* B,
+                                     cublasLtMatrixLayout_t b, const void* beta, const void* C, cublasLtMatrixLayout_t c, void* D, cublasLtMatrixLayout_t d,
+                                     const cublasLtMatmulAlgo_t* algo, void* workspace, size_t workspace_bytes, cudaStream_t stream) {
+    using namespace cuda_on_cpu;
+    if (!handle) return CUBLAS_STATUS_NOT_INITIALIZED;
+    if (!alpha || !beta || !A || !B || !C || !D) return CUBLAS_STATUS_INVALID_VALUE;
+    if (cublasStatus_t status = check_layouts(desc, a, b, c, d)) return status;
+    const std::pair<const void*, const Layout*> matrices[] = {{A, a}, {B, b}, {C, c}, {D, d}};
+    for (auto [pointer, layout] : matrices)
+        if (reinterpret_cast<uintptr_t>(pointer) % (layout->type == CUDA_R_16BF ? 16 : 4)) return CUBLAS_STATUS_NOT_SUPPORTED;
+    if (C == D && (c->ld != d->ld || c->type != d->type)) return CUBLAS_STATUS_INVALID_VALUE;
+    size_t needed = algo ? size_t(algo->data[1]) : 0;
+    if (algo && algo->data[0] != 0x6b63) return CUBLAS_STATUS_INVALID_VALUE;
+    if (needed > workspace_bytes || (needed && !workspace)) return CUBLAS_STATUS_INVALID_VALUE;
+    if (needed && reinterpret_cast<uintptr_t>(workspace) % 16) return CUBLAS_STATUS_INVALID_VALUE;
+
+    Product product{*a, *b, *c, *d, desc->trans_a != 0, desc->trans_b != 0, d->rows, d->cols, desc->trans_a ? a->rows : a->cols,
+                    *static_cast<const float*>(alpha), *static_cast<const float*>(beta), A, B, C, D};
+    cudaError_t error = api([&](Streams& s) {
+        // The real library would fault later; here the call says which matrix it is.
+        const char* names[] = {"A", "B", "C", "D"};
+        for (int i = 0; i < 4; i++) {
+            const Layout& l = *matrices[i].second;
+            size_t elements = size_t(l.batch_count - 1) * size_t(l.batch_stride) + (l.cols - 1) * size_t(l.ld) + l.rows;
+            if ((i == 2 && product.beta == 0) || memory().contains(matrices[i].first, elements * element_bytes(l.type))) continue;
+            report_misuse(format("cublasLtMatmul: expected %s's %zu bytes inside one device allocation, found them outside", names[i], elements * element_bytes(l.type)), true);
+            return cudaErrorInvalidValue;
+        }
+        if (needed && !memory().contains(workspace, needed)) {
+            report_misuse(format("cublasLtMatmul: expected a workspace of %zu bytes inside one device allocation, found it outside", needed), true);
+            return cudaErrorInvalidValue;
+        }
+        return s.enqueue(stream, cudaGraphNodeTypeKernel, [product, workspace, needed] {
+            if (needed) memset(workspace, settings().poison, needed);  // whatever else lies there is lost
+            Product one = product;
+            for (int i = 0; i < product.a.batch_count; i++) {
+                run_product(one);
+                auto advance = [](auto*& pointer, const Layout& l) { pointer = (char*)pointer + size_t(l.batch_stride) * element_bytes(l.type); };
+                advance(one.A, one.a), advance(one.B, one.b), advance(one.C, one.c), advance(one.D, one.d);
+            }
+        });
+    });
+    return error ? CUBLAS_STATUS_EXECUTION_FAILED : CUBLAS_STATUS_SUCCESS;
+}
