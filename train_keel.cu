@@ -1864,9 +1864,9 @@ inline double predicted_seconds(const ModelConfig& c, int B, int T, Recompute r)
 
 // Feeds tokens through the model a few at a time, keeping q, k and v of every block and position (the KV cache), so that a
 // new token costs one row through each layer. The layers are those of training, on rows instead of batches.
-class Generator {
+class TokenGenerator {
 public:
-    Generator(Model& model, int window)
+    TokenGenerator(Model& model, int window)
         : model(model), window(window), C(size_t(model.config.C)), cache(size_t(model.config.L / 2) * window * 3 * C),
           normed_cache(model.config.norm == HYBRIDNORM ? cache.size() : 0), u(window * C), f(window * C), y(window * C), h(window * 4 * C), gelu(window * 4 * C),
           logits(size_t(model.config.Vp())), z(window * C), r(2 * size_t(window)), lse(size_t(window) * size_t(model.config.H)), tokens(size_t(window)),
@@ -2173,8 +2173,8 @@ struct Trainer {
         }
     }
 
-    struct Generator : ::Generator {
-        Generator(Trainer& trainer, int window) : ::Generator(trainer.model, window) {}
+    struct Generator : TokenGenerator {
+        Generator(Trainer& trainer, int window) : TokenGenerator(trainer.model, window) {}
     };
 
     // ----- The machine
@@ -2249,14 +2249,14 @@ struct Trainer {
     static std::vector<MemoryRow> memory_rows(const RunConfig& run) { return Model::plan(run.model, ParameterLayout(run.model).count, run.B, run.T, run.recompute); }
 
     static MemoryRow memory_beside(const RunConfig& run, const Options& o) {
-        size_t bytes = o.check.empty() && o.dump.empty() && o.sample_every > 0 ? ::Generator::bytes(run.model, run.T) : 0;
+        size_t bytes = o.check.empty() && o.dump.empty() && o.sample_every > 0 ? TokenGenerator::bytes(run.model, run.T) : 0;
         ParameterLayout layout(run.model);
         if (o.probe > 0) bytes += layout.count * sizeof(float) + layout.tensors.size() * sizeof(double) + size_t(run.model.L) * sizeof(ProbeSums);
         return {"samples, probe", bytes};
     }
 
     static size_t sampling_bytes(const ModelConfig& c, int window) {
-        return total_bytes(Model::plan(c, ParameterLayout(c).count, 1, 1, {1})) + ::Generator::bytes(c, window);
+        return total_bytes(Model::plan(c, ParameterLayout(c).count, 1, 1, {1})) + TokenGenerator::bytes(c, window);
     }
 
     // The micro-batch and the level of recomputation that B = 0 and `auto` leave open: of those that fit into the memory, the one with the

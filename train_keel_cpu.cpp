@@ -938,9 +938,9 @@ double gradient_norm(const Model& model, std::vector<double>* squares = nullptr)
 
 // Feeds tokens through the model a few at a time, keeping q, k and v of every block and position (the KV cache), so that a
 // new token costs one row through each layer. The layers are those of training, on rows instead of batches.
-class Generator {
+class TokenGenerator {
 public:
-    Generator(Model& model, int window)
+    TokenGenerator(Model& model, int window)
         : model(model), window(window), length(0), C(size_t(model.config.C)),
           cache(size_t(model.config.L / 2) * window * 3 * C), normed_cache(model.config.norm == HYBRIDNORM ? cache.size() : 0),
           x(window * C), u(window * C), f(window * C), z(window * C), y(window * C), lse(size_t(window) * size_t(model.config.H)),
@@ -1060,8 +1060,8 @@ struct Trainer {
         for (const Buffer<real>* moment : {&model.m, &model.v}) out.write(moment->data(), moment->size() * sizeof(real));
     }
 
-    struct Generator : ::Generator {
-        Generator(Trainer& trainer, int window) : ::Generator(trainer.model, window) {}
+    struct Generator : TokenGenerator {
+        Generator(Trainer& trainer, int window) : TokenGenerator(trainer.model, window) {}
     };
 
     static void require_machine() {}
@@ -1095,13 +1095,13 @@ struct Trainer {
     static MemoryRow memory_beside(const RunConfig& run, const Options& o) {
         size_t debug_state = debug_state_bytes<real>(run.model, run.B ? run.B : run.batch_sequences(), run.T);
         if (!o.check.empty()) return {"debug states", 2 * debug_state};
-        size_t bytes = !o.dump.empty() ? debug_state : o.sample_every > 0 ? ::Generator::bytes(run.model, run.T) : 0;
+        size_t bytes = !o.dump.empty() ? debug_state : o.sample_every > 0 ? TokenGenerator::bytes(run.model, run.T) : 0;
         if (o.probe > 0) bytes += sizeof(real) * ParameterLayout(run.model).count;  // the parameters before their update
         bytes += size_t(omp_get_max_threads()) * ((size_t(8) << 20) + size_t(BLOCK_M + BLOCK_N) * DEPTH * sizeof(real));  // stacks, panels
         return {o.dump.empty() ? "samples, probe, threads" : "debug state, threads", bytes};
     }
 
-    static size_t sampling_bytes(const ModelConfig& c, int window) { return Model::bytes(c, 1, 1, {1}) + ::Generator::bytes(c, window); }
+    static size_t sampling_bytes(const ModelConfig& c, int window) { return Model::bytes(c, 1, 1, {1}) + TokenGenerator::bytes(c, window); }
 
     // The micro-batch and the level of recomputation that B = 0 and `auto` leave open: of those that fit into the memory, the one with
     // the least predicted time a token. On a CPU that is the least recomputation, then the largest micro-batch of at most

@@ -682,7 +682,7 @@ TEST_SUITE("sampling") {
             auto tokens = random_tokens(size_t(T), c.V, 1);
             DebugState<real> full;
             model.forward_backward(tokens.data(), tokens.data(), 1, 1, &full);
-            Generator generator(model, T);
+            TokenGenerator generator(model, T);
             int at = 0;
             for (int piece : {1, 1, 7, 1, 60, 1, 1, 3}) {
                 const real* logits = generator.feed(tokens.data() + at, piece);
