@@ -77,6 +77,20 @@ build/test_run: test/test_run.cpp keel_common.h | build
 	@dev/need.sh g++ doctest-dev
 	$(CXX) $(FLAGS) -O1 -I. -o $@ $<
 
+# Faults of numbers, files and folders, on the CPU trainer's code.
+build/test_faults: test/test_faults.cpp train_keel_cpu.cpp keel_common.h | build
+	@dev/need.sh g++ doctest-dev
+	$(CXX) $(FLAGS) -O2 -I. -DKEEL_NO_MAIN -o $@ $<
+
+# Both suites of the CPU trainer under the sanitizers. TSan needs an OpenMP runtime that tells it of its barriers: LLVM's, with its archer.
+build/%_asan: test/%.cpp train_keel_cpu.cpp keel_common.h | build
+	@dev/need.sh g++ doctest-dev
+	$(CXX) $(FLAGS) $(SANITIZE) -I. -DKEEL_NO_MAIN -o $@ $<
+
+build/%_tsan: test/%.cpp train_keel_cpu.cpp keel_common.h | build
+	@dev/need.sh g++ doctest-dev clang-14 libclang-rt-14-dev libomp-14-dev
+	clang++-14 $(FLAGS) -O1 -g -fsanitize=thread -I. -DKEEL_NO_MAIN -o $@ $<
+
 # Kills the real binary, fills its disk, cuts its power. The shim notes what a program's fsync has made certain.
 build/crash_test: test/crash_test.cpp test/crash_disk.h keel_common.h | build
 	@dev/need.sh g++
@@ -128,7 +142,7 @@ build/bench_matmul: dev/bench_matmul.cpp train_keel_cpu.cpp keel_common.h | buil
 build:
 	mkdir -p build
 
-TEST_PROGRAMS = train_keel_cpu train_keel_cpu_fp64 build/test_cpu_fp32 build/test_cpu_fp64 build/test_run build/crash_test build/crash_shim.so build/train_keel_on_cpu \
+TEST_PROGRAMS = train_keel_cpu train_keel_cpu_fp64 build/test_cpu_fp32 build/test_cpu_fp64 build/test_run build/test_faults build/crash_test build/crash_shim.so build/train_keel_on_cpu \
                 build/train_keel_fp32_on_cpu build/test_gpu_bf16_on_cpu build/test_gpu_fp32_on_cpu build/test_gpu_bf16_sanitized build/test_cuda_on_cpu
 
 .PHONY: test

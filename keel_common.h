@@ -1807,8 +1807,8 @@ struct StepResult {
 // s/sqrt(w). U is the unigram entropy of the data, the loss of knowing only how frequent each token is: a healthy run passes it within its
 // first tens of steps, and a run whose deeper layers get no gradient stays there (Post-LN at L = 64: 3.17 for U = 3.16; a healthy one passes at step 30).
 //
-//     stagnation    warm-up is over, ten windows at 0.98 U or above, and the last five no lower than the five before by more than 0.01 U and
-//                   their noise: a plateau where a healthy run is not any more
+//     stagnation    ten windows at 0.98 U or above, after the warm-up or twenty windows, and the last five no lower than the five before by
+//                   more than 0.01 U and their noise: a plateau where a healthy run is not any more
 //     degradation   the same level after twice the warm-up and twenty windows, still falling: anomalously slow
 //     instability   ten windows in a row above the lowest so far by 0.03 of it and four times their noise: a spike without a return
 //
@@ -1833,7 +1833,7 @@ public:
             return format("instability: the loss has been at %.3f or so since a spike %lld steps ago and does not return to the %.3f before it; a smaller -l or a longer -u may help",
                           average(0, 5), (long long)(above * w), lowest);
         }
-        if (mean.size() < 10 || step < warmup + 10 * w || unigram < 0.1) return "";
+        if (mean.size() < 10 || (step < warmup + 10 * w && mean.size() < 20) || unigram < 0.1) return "";
         double last = average(0, 5), earlier = average(5, 5);
         if (std::min(last, earlier) < 0.98 * unigram) return "";
         bool flat = last > earlier - 0.01 * unigram - noise;

@@ -46,6 +46,7 @@ else
     skipped=$((skipped + 1))
 fi
 suite build/test_run
+suite build/test_faults
 suite build/crash_test
 suite build/test_cpu_fp32
 suite build/test_cpu_fp64

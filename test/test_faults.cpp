@@ -1,0 +1,436 @@
+// Tests of what a run does when its numbers, its files or its folder go wrong, on the CPU trainer's own code: steps that are not finite, the
+// detector of divergence on recorded curves, locks, checkpoints in the background, headers that lie. Built plainly and under the sanitizers.
+#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
+#include <doctest/doctest.h>
+#include <sys/wait.h>
+
+#include <fstream>
+#include <map>
+#include <sstream>
+
+#include "../train_keel_cpu.cpp"
+
+namespace {
+
+namespace fs = std::filesystem;
+using Words = std::vector<std::string>;
+
+std::string slurp(const std::string& path) {
+    std::ifstream in(path, std::ios::binary);
+    return std::string((std::istreambuf_iterator<char>(in)), {});
+}
+void spill(const std::string& path, const std::string& content) { std::ofstream(path, std::ios::binary) << content; }
+
+// The CPU trainer with faults: in the steps of KEEL_TEST_BAD, a list such as "3,4,9", a weight is not a number while the step is computed.
+// From step KEEL_TEST_BROKEN on it stays so, as after an update that went too far.
+struct FaultyTrainer : Trainer {
+    using Trainer::Trainer;
+    StepResult step(const Loader& data, int64_t step, CsvLog* probe) {
+        static const char *bad = getenv("KEEL_TEST_BAD"), *broken = getenv("KEEL_TEST_BROKEN");
+        bool once = bad && ("," + std::string(bad) + ",").find(format(",%lld,", (long long)step)) != std::string::npos;
+        if (broken && step == atoll(broken)) model.params[model.layout.offset(QKVW, 0)] = real(NAN);
+        if (!once) return Trainer::step(data, step, probe);
+        real& weight = model.params[model.layout.offset(QKVW, 0)];
+        real good = std::exchange(weight, real(NAN));
+        StepResult result = Trainer::step(data, step, probe);
+        weight = good;
+        return result;
+    }
+    struct Generator : TokenGenerator {
+        Generator(FaultyTrainer& trainer, int window) : TokenGenerator(trainer.model, window) {}
+    };
+};
+
+struct Place {
+    std::string path, text;
+    Place() {
+        char name[] = "/tmp/keel_faults_XXXXXX";
+        REQUIRE(mkdtemp(name));
+        path = name, text = path + "/text.txt";
+        std::string content;
+        for (int i = 0; content.size() < 4000; i++) content += format("line %d of %d, ", i * i % 97, i);
+        spill(text, content);
+    }
+    ~Place() { fs::remove_all(path); }
+    std::string operator/(const std::string& name) const { return path + "/" + name; }
+    Words tiny(const Words& more = {}) const {
+        Words words = {"train", "-i", text, "-L", "4", "-C", "8", "-H", "2", "-t", "8", "-b", "2", "-x", "24", "-n", "2", "-v", "0", "-s", "0", "--keep", "0", "-o", path + "/run"};
+        words.insert(words.end(), more.begin(), more.end());
+        return words;
+    }
+};
+
+struct Result {
+    int code;
+    std::string out, err;
+};
+
+// The trainer's program in a process of its own, which starts anew as this binary: OpenMP does not live through a fork.
+Result run(const Words& words, const std::map<std::string, std::string>& environment = {}) {
+    char out_name[] = "/tmp/keel_out_XXXXXX", err_name[] = "/tmp/keel_err_XXXXXX";
+    int out = mkstemp(out_name), err = mkstemp(err_name);
+    pid_t child = fork();
+    if (child == 0) {
+        setenv("KEEL_TEST_TRAINER", "1", 1);
+        setenv("OMP_NUM_THREADS", "1", 1);  // such a small model is faster so
+        for (const auto& [name, value] : environment) setenv(name.c_str(), value.c_str(), 1);
+        dup2(out, 1), dup2(err, 2);
+        std::vector<char*> argv;
+        for (const std::string& word : words) argv.push_back(const_cast<char*>(word.c_str()));
+        argv.push_back(nullptr);
+        execv("/proc/self/exe", argv.data());
+        _exit(127);
+    }
+    int status = 0;
+    waitpid(child, &status, 0);
+    close(out), close(err);
+    Result r{WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status), slurp(out_name), slurp(err_name)};
+    unlink(out_name), unlink(err_name);
+    return r;
+}
+
+// Before doctest's main: this binary as a trainer.
+const bool is_trainer = [] {
+    if (!getenv("KEEL_TEST_TRAINER")) return false;
+    std::string words = slurp("/proc/self/cmdline");
+    std::vector<char*> argv;
+    for (size_t at = 0; at < words.size(); at += strlen(&words[at]) + 1) argv.push_back(&words[at]);
+    int code = trainer_main<FaultyTrainer>(int(argv.size()), argv.data());
+    fflush(stdout);
+    exit(code);
+}();
+
+std::string losses(const std::string& log) {  // step, loss, val_loss, lr, grad_norm
+    std::stringstream in(slurp(log));
+    std::string kept;
+    for (std::string line; std::getline(in, line);) {
+        size_t at = 0;
+        for (int comma = 0; comma < 5 && at != std::string::npos; comma++) at = line.find(',', at + 1);
+        kept += line.substr(0, at) + "\n";
+    }
+    return kept;
+}
+
+// The kinds that the detector names on a curve of the file, with their steps.
+std::vector<std::pair<std::string, int64_t>> found_on(const std::string& name, int64_t warmup) {
+    std::ifstream in("test/loss_curves.csv");
+    std::string line, cell;
+    std::getline(in, line);
+    std::stringstream head(line);
+    int column = 0;
+    while (std::getline(head, cell, ',') && cell != name) column++;
+    std::vector<double> curve;
+    while (std::getline(in, line)) {
+        std::stringstream cells(line);
+        for (int i = 0; i <= column; i++) cell.clear(), std::getline(cells, cell, ',');
+        if (!cell.empty()) curve.push_back(std::stod(cell));
+    }
+    REQUIRE(curve.size() >= 400);
+    DivergenceDetector detector(int64_t(curve.size()), warmup, 3.160);  // the unigram entropy of these runs' text
+    std::vector<std::pair<std::string, int64_t>> found;
+    for (size_t i = 0; i < curve.size(); i++)
+        if (std::string text = detector.add(int64_t(i) + 1, curve[i]); !text.empty()) found.push_back({text.substr(0, text.find(':')), int64_t(i) + 1});
+    return found;
+}
+
+}  // namespace
+
+TEST_CASE("CRC-32: pieces combined are the CRC of the whole, by one thread and by many") {
+    std::vector<unsigned char> bytes(size_t(23) << 20);
+    for (size_t i = 0; i < bytes.size(); i++) bytes[i] = (unsigned char)(philox(1, uint32_t(i / 16), 0, 0, 90).word[i / 4 % 4] >> 8 * (i % 4));
+    CHECK(crc32("123456789", 9) == 0xCBF43926u);  // the check value of the CRC catalogues
+    uint32_t whole = crc32(bytes.data(), bytes.size());
+    for (size_t cut : {size_t(0), size_t(1), size_t(7), size_t(4096), bytes.size() / 3, bytes.size() - 1, bytes.size()})
+        CHECK(crc32_combine(crc32(bytes.data(), cut), crc32(bytes.data() + cut, bytes.size() - cut), bytes.size() - cut) == whole);
+    CHECK(crc32_parallel(bytes.data(), bytes.size()) == whole);
+    CHECK(crc32_parallel(bytes.data() + 5, bytes.size() - 5, crc32(bytes.data(), 5)) == whole);
+}
+
+TEST_CASE("A step that is not finite updates nothing and is counted; a run that is resumed among such steps ends with the same bits") {
+    Place p;
+    const std::map<std::string, std::string> bad = {{"KEEL_TEST_BAD", "1,5,6,7,12,13,20"}};
+    Result whole = run(p.tiny({"--max-skips", "4"}), bad);
+    REQUIRE_MESSAGE(whole.code == 0, whole.err);
+    CHECK(whole.out.find("skipped    step 7, whose loss or gradient is not finite: nothing is updated; 3 in a row, 4 in all") != std::string::npos);
+    CHECK(whole.out.find("skipped    7 of 24 steps") != std::string::npos);
+    CHECK(slurp(p / "run/log.csv").find("\n6,nan,,") != std::string::npos);
+    fs::rename(p / "run", p / "whole");
+    for (int64_t from : {2, 4, 8, 10, 14}) {  // a checkpoint is not written in a skipped step
+        fs::create_directory(p / "run");
+        fs::copy(p / "whole/log.csv", p / "run/log.csv"), fs::copy(state_path(p / "whole", from), state_path(p / "run", from));
+        Result r = run({"train", "-y", "-i", p.text, "-o", p / "run", "-s", "0", "-n", "2", "--keep", "0"}, bad);
+        CHECK_MESSAGE(r.code == 0, r.err);
+        CHECK_MESSAGE(slurp(state_path(p / "run", 24)) == slurp(state_path(p / "whole", 24)), from);
+        CHECK_MESSAGE(losses(p / "run/log.csv") == losses(p / "whole/log.csv"), from);
+        fs::remove_all(p / "run");
+    }
+    CHECK(!fs::exists(state_path(p / "whole", 6)));
+    CHECK(!fs::exists(state_path(p / "whole", 12)));
+}
+
+TEST_CASE("AdamW's bias corrections count updates, not steps: after a skipped first step the second is a first one") {
+    Place p;
+    auto end = [&](const char* bad, const char* steps) {
+        Words words = p.tiny({"-u", "0", "-d", "16"});
+        for (size_t i = 0; i < words.size(); i++)
+            if (words[i] == "-x") words[i + 1] = steps;
+        fs::remove_all(p / "run");
+        REQUIRE(run(words, {{"KEEL_TEST_BAD", bad}}).code == 0);
+        return slurp(state_path(p / "run", atoll(steps)));
+    };
+    std::string state = end("1", "2");
+    FileHeader header;
+    memcpy(&header, state.data(), sizeof header);
+    CHECK(header.get<int64_t>(H_SKIPPED) == 1);
+    CHECK(header.get<int64_t>(H_SKIPPED_IN_ROW) == 0);
+    // One update from zero moments moves each weight by lr g / (|g| + eps) and its decay, whatever the step is called: a correction for
+    // step 2 would move it by 0.73 of that.
+    ModelConfig c = header.model();
+    ParameterLayout layout(c);
+    const float* after = reinterpret_cast<const float*>(state.data() + sizeof header);
+    RunConfig run_config;
+    run_config.steps = 2, run_config.lr = default_lr(c);
+    double lr = learning_rate(run_config, 2);
+    for (const TensorInfo& t : layout.tensors) {
+        if (t.id != FCW) continue;
+        std::vector<float> before(t.size());
+        for (size_t i = 0; i < layout.tensors.size(); i++)
+            if (&layout.tensors[i] == &t) initialise_tensor(before.data(), t, i, 1337, 0, t.rows);
+        for (size_t e = 0; e < t.size(); e++) {
+            double moved = std::fabs(double(after[t.offset + e]) - double(before[e]) * (1 - lr * 0.01));
+            CHECK(moved == doctest::Approx(lr).epsilon(0.02 + 1e-6 / lr));
+        }
+    }
+}
+
+TEST_CASE("--max-skips: the run stops and names the last checkpoint from which a finite step was made") {
+    Place p;
+    Result r = run(p.tiny({"--max-skips", "3"}), {{"KEEL_TEST_BAD", "8,9,10,11"}});
+    CHECK(r.code == 1);
+    CHECK(std::count(r.err.begin(), r.err.end(), '\n') == 1);
+    for (const char* words : {"step 10: expected a finite loss", "3 skipped in a row (--max-skips)", "last good checkpoint is", "state_00000006_00000.bin", "-y"}) CHECK_MESSAGE(r.err.find(words) != std::string::npos, r.err);
+    fs::remove_all(p / "run");
+    // The update of step 8 went wrong: its checkpoint holds what cannot be trained, and the one before is named.
+    r = run(p.tiny({"--max-skips", "3"}), {{"KEEL_TEST_BROKEN", "9"}});
+    CHECK(r.code == 1);
+    CHECK_MESSAGE(r.err.find("state_00000006_00000.bin: remove the newer ones") != std::string::npos, r.err);
+    FileReader(state_path(p / "run", 6), FILE_STATE).finish();
+    fs::remove_all(p / "run");
+    r = run({"train", "-i", p.text, "-L", "4", "-C", "8", "-H", "2", "-t", "8", "-b", "2", "-n", "0", "--max-skips", "1"}, {{"KEEL_TEST_BAD", "3"}});
+    CHECK_MESSAGE(r.err.find("there is no checkpoint") != std::string::npos, r.err);
+}
+
+TEST_CASE("Divergence: healthy recorded curves raise no alarm") {
+    CHECK(found_on("keel", 100).empty());
+    CHECK(found_on("keel_long", 200).empty());
+    CHECK(found_on("pre", 100).empty());
+}
+
+TEST_CASE("Divergence: each of the paper's three kinds is found on recorded curves, while the run is not yet over") {
+    struct { const char *curve, *kind; int64_t warmup, latest; } wanted[] = {
+        {"post_64_layers", "stagnation", 100, 250},  // Post-LN at 64 layers, peak 3e-3: no gradient reaches the first layers
+        {"post_ramp", "stagnation", 600, 400},       // the paper's protocol: the rate rises through the whole run
+        {"keel_hot", "stagnation", 40, 250},         // peak 0.3, thirty times too much
+        {"pre_hot", "stagnation", 40, 250},
+        {"pre_ramp", "instability", 600, 600},       // from a rate of 0.1 on the loss climbs, and does not return
+        {"keel_slow", "degradation", 100, 400}};     // peak 1e-5, a thousandth of what it should be
+    for (const auto& row : wanted) {
+        auto found = found_on(row.curve, row.warmup);
+        REQUIRE_MESSAGE(!found.empty(), row.curve);
+        CHECK_MESSAGE(found[0].first == row.kind, row.curve << ": " << found[0].first << " at step " << found[0].second);
+        CHECK_MESSAGE(found[0].second <= row.latest, row.curve << ": at step " << found[0].second);
+    }
+}
+
+TEST_CASE("Divergence: a spike that comes down again is none, and one that does not is") {
+    auto alarm = [](bool returns) -> std::string {
+        DivergenceDetector detector(1000, 0, 3.0);
+        for (int64_t step = 1; step <= 1000; step++) {
+            double noise = 0.1 * (uniform24(philox(7, uint32_t(step), 0, 0, 91).word[0]) - 0.5);
+            double loss = 1.5 + 3 * std::exp(-double(step) / 60) + noise;
+            if (step > 500) loss += returns ? 2 * std::exp(-double(step - 500) / 40) : 0.8;
+            if (std::string text = detector.add(step, step == 300 ? NAN : loss); !text.empty()) return text;
+        }
+        return "";
+    };
+    CHECK(alarm(true) == "");
+    CHECK_MESSAGE(alarm(false).starts_with("instability"), alarm(false));
+}
+
+TEST_CASE("Divergence in a run: a warning by default, a stop with --stop-on-divergence; a resume goes on watching where the log ends") {
+    Place p;
+    // Pure noise: nothing can be learned beyond how frequent each byte is, so the loss stays there.
+    std::string noise;
+    for (uint32_t i = 0; i < 40000; i++) noise += char('a' + philox(5, i, 0, 0, 92).word[0] % 16);
+    spill(p.text, noise);
+    auto words = [&](const Words& more) {
+        Words all = {"train", "-i", p.text, "-L", "2", "-C", "8", "-H", "2", "-t", "8", "-b", "16", "-u", "20", "-l", "0.02", "-x", "400", "-n", "100", "-v", "0", "-s", "0", "-o", p / "run"};
+        all.insert(all.end(), more.begin(), more.end());
+        return all;
+    };
+    Result r = run(words({}));
+    CHECK(r.code == 0);
+    CHECK_MESSAGE(r.err.find("warning: stagnation: the loss stays at 2.") != std::string::npos, r.err);
+    fs::remove_all(p / "run");
+    r = run(words({"--stop-on-divergence"}));
+    CHECK(r.code == 1);
+    CHECK_MESSAGE(r.err.find("(--stop-on-divergence)") != std::string::npos, r.err);
+    int64_t last = 0;
+    read_csv_rows(p / "run/log.csv", INT64_MAX, [&](int64_t step, const std::string&) { last = step; });
+    CHECK(last < 400);
+    Result again = run(words({"--stop-on-divergence", "-y"}));  // from step 100, before the alarm: it comes at the same step
+    CHECK(again.code == 1);
+    CHECK(again.err == r.err);
+}
+
+TEST_CASE("--keep: the newest K states and models stay, 0 keeps all, and checkpoints later than the one a resume took are left alone") {
+    Place p;
+    auto kept = [&](const Words& more) {
+        fs::remove_all(p / "run");
+        Words words = p.tiny(more);
+        for (size_t i = 0; i + 1 < words.size(); i++)
+            if (words[i] == "--keep") words.erase(words.begin() + long(i), words.begin() + long(i) + 2);
+        REQUIRE(run(words).code == 0);
+        std::string steps;
+        auto states = files_by_step(p / "run", STATE_PATTERN), models = files_by_step(p / "run", MODEL_PATTERN);
+        CHECK(states.size() == models.size());
+        for (const auto& file : states) steps += format("%lld ", file.first);
+        return steps;
+    };
+    CHECK(kept({}) == "24 22 20 ");
+    CHECK(kept({"--keep=1"}) == "24 ");
+    CHECK(kept({"--keep=0"}) == "24 22 20 18 16 14 12 10 8 6 4 2 ");
+    CHECK(kept({"--keep=5"}) == "24 22 20 18 16 ");
+    spill(state_path(p / "run", 24), "damaged"), spill(state_path(p / "run", 99), "damaged too");
+    Result r = run({"train", "-y", "-i", p.text, "-o", p / "run", "-s", "0", "-n", "1", "--keep", "2"});
+    CHECK_MESSAGE(r.code == 0, r.err);
+    CHECK(r.err.find("skipping a checkpoint: " + state_path(p / "run", 99)) != std::string::npos);
+    CHECK(r.err.find("skipping a checkpoint: " + state_path(p / "run", 24)) != std::string::npos);
+    CHECK(files_by_step(p / "run", STATE_PATTERN).size() == 3);  // 23, 24 and what is not this run's
+}
+
+TEST_CASE("Where memory does not hold a snapshot, checkpoints are written while training waits, which is said, and have the same bytes") {
+    Place p;
+    REQUIRE(run(p.tiny()).code == 0);
+    fs::rename(p / "run", p / "background");
+    DataSplit data(parse_command_line(3, std::array<const char*, 3>{"train", "-i", p.text.c_str()}.data()));
+    FileReader file(state_path(p / "background", 24), FILE_STATE);
+    Options o;
+    RunConfig config = resolve_run(o, &file.header, 0);
+    Trainer trainer(config);
+    trainer.read_parameters(file), trainer.read_moments(file), file.finish();
+    CsvLog log(p / "log.csv", "step", -1);
+    for (bool background : {false, true}) {
+        std::string folder = p / (background ? "b" : "f");
+        fs::create_directory(folder);
+        CheckpointWriter<Trainer> writer(trainer, data, folder, 0, background, {&log});
+        writer.write(24);
+        if (background) trainer.model.params.zero();  // the snapshot is what is written
+        writer.wait();
+        CHECK(slurp(state_path(folder, 24)) == slurp(state_path(p / "background", 24)));
+        CHECK(slurp(model_path(folder, 24)) == slurp(model_path(p / "background", 24)));
+    }
+    // An error of the thread comes out of the next call, and what was there is untouched.
+    CheckpointWriter<Trainer> writer(trainer, data, p / "none", 0, true, {&log});
+    writer.write(24);
+    CHECK_THROWS_AS(writer.wait(), Error);
+}
+
+TEST_CASE("The stall of a checkpoint of 1 GB is that of the copy") {
+    if (getenv("KEEL_TEST_SMALL")) return;  // sanitizers are too slow for it
+    Place p;
+    ModelConfig c;
+    c.max_seq_len = 64, c.V = 256, c.L = 14, c.H = 16, c.C = 1024, c.norm = PRE;
+    RunConfig config;
+    config.model = c, config.T = 64, config.B = 1, config.total_batch = 64, config.recompute = {1};
+    size_t bytes = 3 * parameter_count(c) * sizeof(real);
+    if (available_memory() < 3 * bytes) return;
+    Trainer trainer(config);
+    trainer.initialise(1);
+    DataSplit data(parse_command_line(3, std::array<const char*, 3>{"train", "-i", p.text.c_str()}.data()));
+    CheckpointWriter<Trainer> writer(trainer, data, p.path, 1, true, {});
+    double start = seconds();
+    writer.write(1);
+    double stall = seconds() - start;
+    writer.wait();
+    double whole = seconds() - start;
+    MESSAGE(format("a state of %.2f GB: training stalled for %.0f ms, written after %.2f s", double(bytes) * 1e-9, stall * 1e3, whole));
+    CHECK(bytes > 1000000000);
+    CHECK(stall < 0.5 * whole);
+}
+
+TEST_CASE("The lock: a second run is refused and told who holds the folder; a dead run's file stands in nobody's way") {
+    Place p;
+    {
+        FolderLock lock(p.path);
+        try {
+            FolderLock second(p.path);
+            FAIL("two locks");
+        } catch (const Error& e) {
+            CHECK_MESSAGE(std::string(e.what()).find(format("in use by process %d on ", getpid())) != std::string::npos, e.what());
+        }
+        Words words = p.tiny();
+        words.back() = p.path;
+        Result r = run(words);
+        CHECK(r.code == 1);
+        CHECK_MESSAGE(r.err.find(format("in use by process %d on ", getpid())) != std::string::npos, r.err);
+    }
+    CHECK(!fs::exists(p / "lock"));
+    spill(p / "lock", "process 1 on nowhere");
+    FolderLock lock(p.path);
+    CHECK(slurp(p / "lock").starts_with(format("process %d on ", getpid())));
+}
+
+TEST_CASE("A state whose numbers cannot be is refused although its CRC is right, and so is a debug state whose sizes overflow") {
+    Place p;
+    REQUIRE(run(p.tiny()).code == 0);
+    std::string good = slurp(state_path(p / "run", 24));
+    auto refused = [&](FileKind kind, const std::string& from, const std::function<void(FileHeader&)>& change, const char* words) {
+        std::string bad = from;
+        FileHeader header;
+        memcpy(&header, bad.data(), sizeof header);
+        change(header);
+        memcpy(bad.data(), &header, sizeof header);
+        uint32_t crc = crc32(bad.data(), bad.size() - 4);
+        memcpy(&bad[bad.size() - 4], &crc, 4);
+        spill(p / "bad.bin", bad);
+        try {
+            FileReader(p / "bad.bin", kind).finish();
+            FAIL(words);
+        } catch (const Error& e) {
+            CHECK_MESSAGE(std::string(e.what()).find(words) != std::string::npos, e.what());
+        }
+    };
+    refused(FILE_STATE, good, [](FileHeader& h) { h.word[H_T] = 0; }, "T must be");
+    refused(FILE_STATE, good, [](FileHeader& h) { h.word[H_B] = -1; }, "B must be");
+    refused(FILE_STATE, good, [](FileHeader& h) { h.word[H_RECOMPUTE] = 7; }, "recomputation");
+    refused(FILE_STATE, good, [](FileHeader& h) { h.set(H_TOTAL_BATCH, int64_t(17)); }, "total batch");
+    refused(FILE_STATE, good, [](FileHeader& h) { h.set(H_STEP, int64_t(-1)); }, "the step");
+    refused(FILE_STATE, good, [](FileHeader& h) { h.set(H_STEPS, INT64_MIN); }, "number of steps");
+    refused(FILE_STATE, good, [](FileHeader& h) { h.set(H_WARMUP, INT64_MAX); }, "warm-up");
+    refused(FILE_STATE, good, [](FileHeader& h) { h.set(H_VAL_BATCHES, int64_t(0)); }, "validation batches");
+    refused(FILE_STATE, good, [](FileHeader& h) { h.set(H_LR, double(NAN)); }, "learning rate");
+    refused(FILE_STATE, good, [](FileHeader& h) { h.set(H_CLIP, -1.0); }, "clip");
+    refused(FILE_STATE, good, [](FileHeader& h) { h.set(H_SKIPPED, int64_t(25)); }, "skipped steps");
+    refused(FILE_STATE, good, [](FileHeader& h) { h.word[H_RANKS] = 8; }, "rank");
+    refused(FILE_MODEL, slurp(model_path(p / "run", 24)), [](FileHeader& h) { h.set(H_STEP, int64_t(-1)); }, "step must be");
+    // B T V and (L+1) B T C beyond 2^64
+    refused(FILE_DEBUG, good, [](FileHeader& h) { h.word[H_KIND] = FILE_DEBUG, h.word[H_MAX_T] = h.word[H_T] = MAX_T, h.word[H_B] = MAX_B; }, "bytes from its header");
+}
+
+TEST_CASE("A pipe where a file is expected is refused, not waited for") {
+    Place p;
+    REQUIRE(mkfifo((p / "pipe").c_str(), 0600) == 0);
+    REQUIRE(mkfifo((p / "pipe.bin").c_str(), 0600) == 0);
+    for (const char* name : {"pipe", "pipe.bin"}) CHECK_THROWS_AS(TokenSource({p / name}, "-i"), Error);
+    CHECK_THROWS_AS(FileReader(p / "pipe", FILE_MODEL), Error);
+    read_csv_rows(p / "pipe", 9, [](int64_t, const std::string&) { FAIL("a row"); });
+}
+
+TEST_CASE("Rows of a log: half a line, zeros, words, steps that go back and steps after the checkpoint are dropped") {
+    Place p;
+    spill(p / "log.csv", std::string("step,loss\n1,2.5\nnoise\n2,2.4\n1,9\n\n") + std::string(5, '\0') + "\n3,2.3\n4,2.2\n5,2");
+    std::string rows;
+    read_csv_rows(p / "log.csv", 3, [&](int64_t step, const std::string& line) { rows += format("%lld:", (long long)step) + line; });
+    CHECK(rows == "1:1,2.5\n2:2,2.4\n3:3,2.3\n");
+}
