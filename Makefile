@@ -16,6 +16,8 @@ endif
 NVCC     ?= nvcc
 NVCCFLAGS ?= -O3
 CUDA_FLAGS = -std=c++20 $(NVCCFLAGS) --expt-relaxed-constexpr $$(dev/cuda.sh arch) -Xcompiler -Wall,-Wextra
+# The tests and benchmarks have the CPU trainer in them; -Wno-parentheses is for what nvcc makes of it for g++.
+CUDA_TEST = $(CUDA_FLAGS),-fopenmp,-march=native,-Wno-psabi,-Wno-unknown-pragmas,-Wno-parentheses -diag-suppress 1675 -I. -DKEEL_NO_MAIN
 export NVCC
 
 # The GPU trainer built by a plain C++ compiler and run on the CPU: test/cuda_on_cpu has headers of the toolkit's names.
@@ -37,6 +39,7 @@ help:
 	@echo "make test_gpu             the tests of the GPU trainer, on the GPU that is here"
 	@echo "make crash_test           kills the CPU trainer 210 times, cuts its power, fills its disk, flips bits in its files: each run must end as if nothing had been"
 	@echo "make gpu_check            all of it on a machine with a GPU, under 8 minutes, ending with a table"
+	@echo "make bench_kernels        each kernel's bandwidth or rate on the GPU that is here, beside a copy, a matrix product and PyTorch's attention"
 	@echo "make ptxas                registers, shared memory and spills of each kernel for sm_80, sm_90 and sm_100"
 	@echo "make bench_cpu            training speed and matrix products beside PyTorch and OpenBLAS"
 	@echo "make dumps                writes the reference dumps of test/dumps again, with PyTorch"
@@ -125,16 +128,29 @@ build/test_cuda_on_cpu: test/cuda_on_cpu/test_cuda_on_cpu.cpp $(CUDA_ON_CPU) | b
 	@dev/need.sh g++ doctest-dev libboost-context-dev
 	$(CXX) $(ON_CPU) -o $@ $< $(ON_CPU_LIBRARIES)
 
+build/bench_kernels_on_cpu: dev/bench_kernels.cu train_keel.cu train_keel_cpu.cpp keel_common.h $(CUDA_ON_CPU) | build
+	@dev/need.sh g++ libboost-context-dev
+	$(CXX) $(ON_CPU) -DKEEL_NO_MAIN -o $@ $< $(ON_CPU_LIBRARIES)
+
+# Another compiler's reading of the same source and headers.
+build/train_keel_clang_on_cpu: train_keel.cu keel_common.h $(CUDA_ON_CPU) | build
+	@dev/need.sh clang libboost-context-dev
+	clang++ $(filter-out -fopenmp,$(ON_CPU)) -Wno-pass-failed -o $@ $< $(ON_CPU_LIBRARIES)
+
 # ... and on a GPU.
 build/test_gpu_bf16: $(GPU_TEST) | build
 	@dev/cuda.sh nvcc >/dev/null
 	@dev/need.sh g++ doctest-dev
-	$$(dev/cuda.sh nvcc) $(CUDA_FLAGS),-fopenmp,-march=native,-Wno-psabi,-Wno-unknown-pragmas -diag-suppress 1675 -I. -DKEEL_NO_MAIN -o $@ $< -lcublasLt $$(dev/cuda.sh rpath)
+	$$(dev/cuda.sh nvcc) $(CUDA_TEST) -o $@ $< -lcublasLt $$(dev/cuda.sh rpath)
 
 build/test_gpu_fp32: $(GPU_TEST) | build
 	@dev/cuda.sh nvcc >/dev/null
 	@dev/need.sh g++ doctest-dev
-	$$(dev/cuda.sh nvcc) $(CUDA_FLAGS),-fopenmp,-march=native,-Wno-psabi,-Wno-unknown-pragmas -diag-suppress 1675 -I. -DKEEL_NO_MAIN -DKEEL_FP32 -o $@ $< -lcublasLt $$(dev/cuda.sh rpath)
+	$$(dev/cuda.sh nvcc) $(CUDA_TEST) -DKEEL_FP32 -o $@ $< -lcublasLt $$(dev/cuda.sh rpath)
+
+build/bench_kernels: dev/bench_kernels.cu train_keel.cu train_keel_cpu.cpp keel_common.h | build
+	@dev/cuda.sh nvcc >/dev/null
+	$$(dev/cuda.sh nvcc) $(CUDA_TEST) -o $@ $< -lcublasLt $$(dev/cuda.sh rpath)
 
 build/bench_matmul: dev/bench_matmul.cpp train_keel_cpu.cpp keel_common.h | build
 	$(CXX) $(FLAGS) -I. -DKEEL_NO_MAIN -o $@ $< -ldl
@@ -143,7 +159,8 @@ build:
 	mkdir -p build
 
 TEST_PROGRAMS = train_keel_cpu train_keel_cpu_fp64 build/test_cpu_fp32 build/test_cpu_fp64 build/test_run build/test_faults build/crash_test build/crash_shim.so build/train_keel_on_cpu \
-                build/train_keel_fp32_on_cpu build/test_gpu_bf16_on_cpu build/test_gpu_fp32_on_cpu build/test_gpu_bf16_sanitized build/test_cuda_on_cpu
+                build/train_keel_fp32_on_cpu build/test_gpu_bf16_on_cpu build/test_gpu_fp32_on_cpu build/test_gpu_bf16_sanitized build/test_cuda_on_cpu \
+                build/bench_kernels_on_cpu build/train_keel_clang_on_cpu
 
 .PHONY: test
 test:
@@ -167,6 +184,10 @@ compare:
 .PHONY: gpu_check
 gpu_check:
 	@dev/gpu_check.sh
+
+.PHONY: bench_kernels
+bench_kernels:
+	@dev/bench_kernels.sh
 
 .PHONY: ptxas
 ptxas:

@@ -5,6 +5,7 @@ missing=
 for package in "$@"; do
     case $package in
         g++) command -v "${CXX:-g++}" >/dev/null 2>&1 && continue ;;
+        clang) command -v clang++ >/dev/null 2>&1 && continue ;;
         doctest-dev) echo '#include <doctest/doctest.h>' | "${CXX:-g++}" -x c++ -E - >/dev/null 2>&1 && continue ;;
         libboost-context-dev) echo '#include <boost/context/detail/fcontext.hpp>' | "${CXX:-g++}" -x c++ -E - >/dev/null 2>&1 && continue ;;
         libopenblas-dev) echo '#include <cblas.h>' | "${CXX:-g++}" -x c++ -E - >/dev/null 2>&1 && continue ;;

@@ -789,6 +789,19 @@ TEST_SUITE("the GPU trainer") {
         p.fails({gpu_bf16, "-i", p.text, "-y", "-o", p / "cpu"}, {"-y", "expected", "BF16", "build"});
     }
 
+    TEST_CASE("clang++ builds the same source, and what it dumps passes the check of g++'s build") {
+        Place p;
+        succeeds(wide(p, "build/train_keel_clang_on_cpu", "8", {"--dump", p / "dump"}));
+        succeeds({gpu_bf16, "--check", p / "dump"});
+    }
+
+    TEST_CASE("The kernels' benchmark agrees with the CPU at small shapes, and writes no figure that no GPU printed") {
+        Place p;
+        Result r = succeeds({"build/bench_kernels_on_cpu", "--small"});
+        CHECK_MESSAGE(r.out.find("every result agrees with the CPU's") != std::string::npos, r.out);
+        p.fails({"build/bench_kernels_on_cpu", "--small", "--csv", p / "figures.csv"}, {"--csv", "expected a GPU"});
+    }
+
     TEST_CASE("Shapes that the tensor cores' build cannot run are refused before anything is written, and name the builds that can") {
         Place p;
         p.fails({gpu_bf16, "-i", p.text, "-C", "72", "-o", p / "run"}, {"-C", "multiple of 64", "72", "train_keel_fp32"});

@@ -1,0 +1,388 @@
+// bench_kernels: how fast each kernel of train_keel.cu runs, beside what the memory or the tensor cores of this GPU do in the same run.
+//
+// Each kernel is first checked against the CPU trainer's function, then timed at B*T = 16384 over buffers that together pass the L2 cache,
+// and compared with a copy of the same bytes (bandwidth-bound kernels), a kernel that only reads them (the gradient's norm), or a large
+// matrix product (attention; dev/bench_sdpa.py has PyTorch's beside it). Medians of REPEATS timings of a row of launches.
+// Prints a table, and with --csv FILE appends metric,value,unit,peer_value,ratio,commit,date. --sdpa FILE: PyTorch's attention in this run, from
+// dev/bench_sdpa.py; dev/bench_kernels.sh calls both.   --small: shapes for a dry run, also on the CPU headers.
+#include <omp.h>
+
+#include <fstream>
+#include <functional>
+
+#include "keel_common.h"
+namespace cpu {
+#include "train_keel_cpu.cpp"
+}
+#include "train_keel.cu"
+
+namespace {
+
+constexpr int REPEATS = 9;
+bool small = false;
+size_t cache_bytes = 0;  // what a kernel's buffers together must pass
+
+std::string csv_path, commit = "unknown";
+std::map<std::string, double> sdpa;  // TFLOP/s of attention_forward_T1024_D64 and so on
+int bad = 0;
+
+// Median seconds of a launch. run(i) makes launch i, on the i-th set of buffers.
+double median_seconds(Device& device, const std::function<void(int)>& run) {
+    int launches = small ? 2 : 20;
+    cudaEvent_t start, end;
+    CUDA(cudaEventCreate(&start));
+    CUDA(cudaEventCreate(&end));
+    for (int i = 0; i < launches; i++) run(i);
+    std::vector<float> times(REPEATS);
+    for (float& ms : times) {
+        CUDA(cudaEventRecord(start, device.stream));
+        for (int i = 0; i < launches; i++) run(i);
+        CUDA(cudaEventRecord(end, device.stream));
+        CUDA(cudaEventSynchronize(end));
+        CUDA(cudaEventElapsedTime(&ms, start, end));
+    }
+    cudaEventDestroy(start), cudaEventDestroy(end);
+    std::nth_element(times.begin(), times.begin() + REPEATS / 2, times.end());
+    return double(times[REPEATS / 2]) * 1e-3 / launches;
+}
+
+__global__ void copy_kernel(float4* to, const float4* from, size_t n) {
+    size_t i = size_t(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (i < n) to[i] = from[i];
+}
+
+// Reads n float4, four on their way at a time, and writes nothing that it could leave out: the sum is never -1.
+__global__ void read_kernel(float* never, const float4* from, size_t n) {
+    float sum = 0;
+    size_t step = size_t(gridDim.x) * blockDim.x;
+    for (size_t i = size_t(blockIdx.x) * blockDim.x + threadIdx.x; i < n; i += 4 * step) {
+        float4 v[4] = {};
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            if (i + j * step < n) v[j] = from[i + j * step];
+#pragma unroll
+        for (int j = 0; j < 4; j++) sum += v[j].x * v[j].x + v[j].y * v[j].y + v[j].z * v[j].z + v[j].w * v[j].w;
+    }
+    if (sum == -1) *never = sum;
+}
+
+// Sets of one buffer, by turns, so that all buffers of a kernel together pass the cache.
+template <class T>
+struct Ring {
+    size_t n, sets;
+    DeviceArray<T> all;
+    Ring(size_t n, size_t sets) : n(round_up(n, 256)), sets(sets), all(this->n * sets) {}
+    T* operator()(int i) const { return all.data() + size_t(i) % sets * n; }
+};
+size_t sets_for(size_t bytes) { return std::max<size_t>(1, ceil_div(4 * cache_bytes, bytes)); }
+
+template <class T>
+void fill(Device& device, const Ring<T>& ring, float bound, uint32_t seed) {
+    size_t n = ring.all.size();
+    launch(initialise_kernel<T>, ceil_div(ceil_div(n, 4), THREADS), THREADS, 0, device.stream, ring.all.data(), TensorStart{1, n, 1, 1, bound, bound, seed}, uint64_t(seed));
+}
+template <class T>
+std::vector<float> host(Device& device, const T* from, size_t n) {
+    std::vector<T> values(n);
+    device.copy(values.data(), from, n);
+    device.synchronize();
+    return std::vector<float>(values.begin(), values.end());
+}
+
+void check(const char* what, const std::vector<float>& expected, const std::vector<float>& found, double tolerance) {
+    double difference = 0, norm = 0;
+    for (size_t i = 0; i < expected.size(); i++) {
+        double d = double(expected[i]) - double(found[i]);
+        difference += d * d, norm += double(expected[i]) * double(expected[i]);
+    }
+    double error = std::sqrt(difference / norm);
+    if (error <= tolerance) return;
+    printf("WRONG: %s: relative L2 error %.3g beside the CPU, expected at most %.3g\n", what, error, tolerance);
+    bad++;
+}
+constexpr double TOLERANCE = BRANCH_BF16 ? 5e-3 : 1e-5;  // BF16 rounds to 2^-9
+
+void report(const std::string& name, double seconds, double amount, const char* unit, double peer, const char* peer_name, double goal) {
+    double scale = unit[0] == 'G' ? 1e9 : 1e12, value = amount / seconds / scale;
+    printf("%-34s %10.1f us %10.1f %-8s %10.1f %-18s ratio %.2f%s\n", name.c_str(), seconds * 1e6, value, unit, peer, peer_name, value / peer,
+           goal > 0 && !small ? format("  goal %.2f %s", goal, value / peer >= goal ? "met" : "missed").c_str() : "");
+    fflush(stdout);
+    if (csv_path.empty()) return;
+    char date[32];
+    time_t now = time(nullptr);
+    strftime(date, sizeof date, "%Y-%m-%d", gmtime(&now));
+    bool fresh = access(csv_path.c_str(), F_OK) != 0;
+    std::ofstream csv(csv_path, std::ios::app);
+    if (fresh) csv << "metric,value,unit,peer_value,ratio,commit,date\n";
+    csv << format("%s,%.1f,%s,%.1f,%.3f,%s,%s\n", name.c_str(), value, unit, peer, value / peer, commit.c_str(), date);
+    if (!csv) fail("%s: could not be written (%s)", csv_path.c_str(), errno_text().c_str());
+}
+
+// GB/s of a copy that moves so many bytes, half of them in and half out.
+double copy_rate(Device& device, size_t bytes) {
+    size_t n = bytes / 32;
+    Ring<float4> to(n, sets_for(bytes)), from(n, sets_for(bytes));
+    CUDA(cudaMemsetAsync(from.all.data(), 0, from.all.size() * 16, device.stream));
+    return double(n) * 32 / 1e9 / median_seconds(device, [&](int i) { launch(copy_kernel, ceil_div(n, 256), 256, 0, device.stream, to(i), from(i), n); });
+}
+
+void bandwidth(Device& device, const std::string& name, double bytes, double goal, const std::function<void(int)>& run) {
+    double seconds = median_seconds(device, run);
+    report(name, seconds, bytes, "GB/s", copy_rate(device, size_t(bytes)), "copy, GB/s", goal);
+}
+
+void bench_highway(Device& device, int rows, int C, double goal_share) {
+    size_t n = size_t(rows) * size_t(C);
+    double forward_bytes = double(n) * (8 + 2 * sizeof(branch_t)), backward_bytes = double(n) * (12 + 2 * sizeof(branch_t)), u_bytes = double(n) * (4 + sizeof(branch_t));
+    size_t sets = sets_for(size_t(forward_bytes));
+    Ring<float> z0(n, sets), z1(n, sets), dz(n, sets), numbers(size_t(rows) * 4, sets), gains(size_t(C) * 4, 1), dgains(size_t(C) * 2, 1);
+    Ring<branch_t> f(n, sets), u0(n, sets), u1(n, sets), df(n, sets);
+    DeviceArray<float> partial(most_gain_blocks(C) * 2 * size_t(C));
+    fill(device, z0, 1, 1), fill(device, f, 1, 2), fill(device, dz, 1, 3), fill(device, gains, 1, 4);
+    CUDA(cudaMemsetAsync(dgains.all.data(), 0, dgains.all.size() * 4, device.stream));
+    auto point = [&](int which, int i) {
+        float* r = numbers(i) + size_t(which) * 2 * size_t(rows);
+        const float* g = gains(0) + size_t(which) * 2 * size_t(C);
+        return HighwayPoint{which ? z1(i) : z0(i), r, r + rows, g, g + C, which ? u1(i) : u0(i)};
+    };
+    float alpha = 64;
+    for (size_t i = 0; i < sets; i++) highway_norms(device, point(0, int(i)), size_t(rows), C);
+    auto forward = [&](int i) { highway_forward(device, point(1, i), point(0, i), f(i), alpha, size_t(rows), C); };
+    auto backward = [&](int i, bool restore) {
+        HighwayPoint before = point(0, i);
+        if (!restore) before.u = nullptr;
+        highway_backward(device, point(1, i), before, {dz(i), u1(i), df(i), nullptr, dgains(0), dgains(0) + C}, alpha, false, size_t(rows), C, partial.data());
+    };
+
+    {   // beside the CPU: z, u, dz and the gains' gradients
+        auto z = host(device, z0(0), n), fs = host(device, f(0), n), dzs = host(device, dz(0), n), g = host(device, gains(0), size_t(C) * 4);
+        std::vector<float> x(n), zo(n), u(n), du(n), dx(n), dg(size_t(C) * 2), blocks(cpu::gain_blocks(size_t(rows)) * size_t(C));
+        cpu::rmsnorm_forward(x.data(), z.data(), g.data(), size_t(rows), C);
+        cpu::highway_forward(x.data(), zo.data(), fs.data(), g.data() + 2 * C, alpha, size_t(rows), C);  // x is x_{l+1} now
+        cpu::rmsnorm_forward(u.data(), x.data(), g.data() + 3 * C, size_t(rows), C);
+        for (size_t i = 0; i < sets; i++) forward(int(i));
+        check("highway_forward z", zo, host(device, z1(0), n), 1e-5);
+        auto found_u = host(device, u1(0), n);
+        check("highway_forward u", u, found_u, TOLERANCE);
+        du = found_u;  // u serves as du
+        cpu::rmsnorm_backward(du.data(), dg.data() + C, du.data(), x.data(), g.data() + 3 * C, size_t(rows), C, blocks.data());
+        dx = dzs;
+        cpu::highway_backward(dx.data(), du.data(), alpha, n);
+        cpu::rmsnorm_backward(dx.data(), dg.data(), dx.data(), zo.data(), g.data() + 2 * C, size_t(rows), C, blocks.data());
+        backward(0, true);
+        check("highway_backward dz", dx, host(device, dz(0), n), 1e-5);
+        check("highway_backward gains", dg, host(device, dgains(0), size_t(C) * 2), 1e-4);
+    }
+    bandwidth(device, format("highway_forward_C%d", C), forward_bytes, 0.88 * goal_share, forward);
+    bandwidth(device, format("highway_backward_C%d", C), backward_bytes, 0.80 * goal_share, [&](int i) { backward(i, false); });
+    bandwidth(device, format("highway_backward_and_u_C%d", C), backward_bytes + u_bytes, 0, [&](int i) { backward(i, true); });
+    bandwidth(device, format("highway_norms_C%d", C), u_bytes, 0, [&](int i) { highway_norms(device, point(0, i), size_t(rows), C); });
+}
+
+void bench_gelu(Device& device, int rows, int C) {
+    size_t n = size_t(rows) * 4 * size_t(C), sets = sets_for(n * 2 * sizeof(branch_t));
+    Ring<branch_t> h(n, sets), out(n, sets);
+    fill(device, h, 3, 1), fill(device, out, 1, 2);
+    auto hs = host(device, h(0), n), dh = host(device, out(0), n);
+    std::vector<float> expected(n);
+    cpu::gelu_backward(dh.data(), hs.data(), n);
+    gelu_backward(device, out(0), h(0), n);
+    check("gelu_backward", dh, host(device, out(0), n), TOLERANCE);
+    cpu::gelu_forward(expected.data(), hs.data(), n);
+    gelu_forward(device, out(0), h(0), n);
+    check("gelu_forward", expected, host(device, out(0), n), TOLERANCE);
+    bandwidth(device, format("gelu_forward_C%d", C), double(n) * 2 * sizeof(branch_t), 0, [&](int i) { gelu_forward(device, out(i), h(i), n); });
+    bandwidth(device, format("gelu_backward_C%d", C), double(n) * 3 * sizeof(branch_t), 0, [&](int i) { gelu_backward(device, out(i), h(i), n); });
+}
+
+void bench_classifier(Device& device, int rows, int V) {
+    size_t Vp = round_up(size_t(V), 128), n = size_t(rows) * Vp, sets = sets_for(n * 2 * sizeof(branch_t));
+    Ring<branch_t> logits(n, sets);
+    Ring<float> losses(size_t(rows), 1);
+    Ring<int> targets(size_t(rows), 1);
+    std::vector<int> target(static_cast<size_t>(rows));
+    for (size_t i = 0; i < target.size(); i++) target[i] = int(philox(1, uint32_t(i), 0, 0, 9).word[0] % uint32_t(V));
+    device.copy(targets(0), target.data(), target.size());
+    fill(device, logits, 8, 1);
+    auto expected = host(device, logits(0), n);
+    std::vector<float> loss(target.size()), lse(target.size());
+    float scale = 1.0f / float(rows);
+    cpu::cross_entropy_forward(loss.data(), lse.data(), expected.data(), target.data(), size_t(rows), V, int(Vp));
+    cpu::cross_entropy_backward(expected.data(), lse.data(), target.data(), size_t(rows), V, int(Vp), scale);
+    for (size_t i = 0; i < size_t(rows); i++) std::fill(&expected[i * Vp + size_t(V)], &expected[i * Vp] + Vp, 0.0f);
+    cross_entropy(device, losses(0), logits(0), targets(0), size_t(rows), V, int(Vp), true, scale);
+    check("cross_entropy losses", loss, host(device, losses(0), size_t(rows)), 1e-5);
+    check("cross_entropy dlogits", expected, host(device, logits(0), n), TOLERANCE);
+    bandwidth(device, format("classifier_V%d", V), double(n) * 2 * sizeof(branch_t), 0.80,
+              [&](int i) { cross_entropy(device, losses(0), logits(i), targets(0), size_t(rows), V, int(Vp), true, scale); });
+    bandwidth(device, format("classifier_loss_V%d", V), double(n) * sizeof(branch_t), 0,
+              [&](int i) { cross_entropy(device, losses(0), logits(i), targets(0), size_t(rows), V, int(Vp), false, scale); });
+}
+
+// The optimizer on a real model's tensors.
+void bench_optimizer(Device& device, const ModelConfig& c) {
+    ParameterLayout layout(c);
+    size_t n = layout.count;
+    std::vector<UpdateChunk> work = update_chunks(layout);
+    DeviceArray<UpdateChunk> chunks(work.size());
+    device.copy(chunks.data(), work.data(), work.size());
+    Ring<float> p(n, 1), g(n, 1), m(n, 1), v(n, 1);
+    Ring<branch_t> matrices(n, 1);
+    fill(device, p, 1, 1), fill(device, g, 1, 2), fill(device, m, 1, 3);
+    CUDA(cudaMemsetAsync(v.all.data(), 0, v.all.size() * 4, device.stream));
+    DeviceArray<StepState> state(1);
+    DeviceArray<StepSettings> settings(1);
+    StepSettings s{1e-3f, 20, 1e-5f, 1};
+    device.copy(settings.data(), &s, 1);
+    device.zero(state);
+    add_sum<true>(device, &state.data()->grad_squares, g(0), n);
+    launch(prepare_update_kernel, 1, 1, 0, device.stream, state.data(), settings.data());
+    StepState found;
+    device.copy(&found, state.data(), 1);
+    auto gs = host(device, g(0), n);
+    check("gradient norm", {float(std::sqrt(cpu::sum_of_squares(gs.data(), n)))}, {float(found.norm)}, 1e-6);
+    branch_t* copy = BRANCH_BF16 ? matrices(0) : nullptr;
+    auto update = [&](int) { launch(adamw_kernel, work.size(), THREADS, 0, device.stream, p(0), copy, g(0), m(0), v(0), chunks.data(), settings.data(), state.data()); };
+    bandwidth(device, "adamw", double(n) * (32 + (BRANCH_BF16 ? 2 : 0)), 0.90, update);
+
+    double norm = median_seconds(device, [&](int) { add_sum<true>(device, &state.data()->grad_squares, g(0), n); });
+    size_t fours = n / 4;
+    unsigned blocks = unsigned(std::min<size_t>(ceil_div(fours, 1024), 4096));
+    double read = median_seconds(device, [&](int) { launch(read_kernel, blocks, 256, 0, device.stream, m(0), reinterpret_cast<const float4*>(g(0)), fours); });
+    report("gradient_norm", norm, double(n) * 4, "GB/s", double(fours) * 16 / read / 1e9, "read only, GB/s", 0.85);
+}
+
+void bench_embedding(Device& device, int B, int T, int C, int V) {
+    size_t rows = size_t(B) * size_t(T), n = rows * size_t(C), sets = sets_for(n * 12);
+    Ring<float> x(n, sets), wte(size_t(V) * size_t(C), 1), wpe(size_t(T) * size_t(C), 1), dwte(wte.n, 1), dwpe(wpe.n, 1);
+    fill(device, x, 1, 1), fill(device, wte, 1, 2), fill(device, wpe, 1, 3);
+    std::vector<int> batch_host(TokenBatch::size(rows)), count;
+    TokenBatch on_host(batch_host.data(), rows);
+    for (size_t i = 0; i < rows; i++) {  // as in text, a few tokens are frequent
+        double u = philox(1, uint32_t(i), 0, 0, 9).word[0] * 0x1p-32;
+        on_host.tokens[i] = int(u * u * u * V), on_host.targets[i] = 0;
+    }
+    on_host.sort(rows, V, count);
+    Ring<int> batch_device(batch_host.size(), 1);
+    device.copy(batch_device(0), batch_host.data(), batch_host.size());
+    CUDA(cudaMemsetAsync(dwte.all.data(), 0, dwte.all.size() * 4, device.stream));
+    CUDA(cudaMemsetAsync(dwpe.all.data(), 0, dwpe.all.size() * 4, device.stream));
+    TokenBatch batch(batch_device(0), rows);
+    auto dx = host(device, x(0), n);
+    std::vector<float> dte(size_t(V) * size_t(C)), dpe(size_t(T) * size_t(C)), expected(n);
+    auto te = host(device, wte(0), dte.size()), pe = host(device, wpe(0), dpe.size());
+    cpu::embedding_backward(dte.data(), dpe.data(), dx.data(), on_host.tokens, B, T, C);
+    embedding_backward(device, dwte(0), dwpe(0), x(0), batch, B, T, C, V);
+    check("embedding_backward wte", dte, host(device, dwte(0), dte.size()), 1e-5);
+    check("embedding_backward wpe", dpe, host(device, dwpe(0), dpe.size()), 1e-5);
+    cpu::embedding_forward(expected.data(), on_host.tokens, te.data(), pe.data(), B, T, C, 0);
+    bandwidth(device, format("embedding_backward_C%d_V%d", C, V), double(n) * 8, 0, [&](int i) { embedding_backward(device, dwte(0), dwpe(0), x(i), batch, B, T, C, V); });
+    bandwidth(device, format("embedding_forward_C%d_V%d", C, V), double(n) * 8, 0, [&](int i) { embedding_forward(device, x(i), batch.tokens, wte(0), wpe(0), B, T, C, 0); });
+    embedding_forward(device, x(0), batch.tokens, wte(0), wpe(0), B, T, C, 0);
+    check("embedding_forward", expected, host(device, x(0), n), 1e-6);
+}
+
+void bench_attention(Device& device, int B, int T, int C, int D, double matrix_rate) {
+    int H = C / D;
+    size_t n = size_t(B) * size_t(T) * size_t(C), numbers = size_t(B) * size_t(T) * size_t(H), sets = sets_for(n * 8 * sizeof(branch_t));
+    Ring<branch_t> qkv(3 * n, sets), dqkv(3 * n, sets), y(n, sets), dy(n, sets);
+    Ring<float> lse(numbers, sets), delta(numbers, 1);
+    fill(device, qkv, 2, 1), fill(device, dy, 1, 2);
+    {   // one sequence beside the CPU
+        size_t one = size_t(T) * size_t(C);
+        auto q = host(device, qkv(0), 3 * one), d = host(device, dy(0), one);
+        std::vector<float> ys(one), ls(size_t(T) * size_t(H)), dq(3 * one);
+        cpu::attention_forward(ys.data(), ls.data(), q.data(), 1, T, C, H, 0);
+        cpu::attention_backward(dq.data(), d.data(), q.data(), ys.data(), ls.data(), 1, T, C, H);
+        attention_forward(device, y(0), lse(0), qkv(0), 1, T, C, H, 0);
+        attention_backward(device, dqkv(0), delta(0), dy(0), qkv(0), y(0), lse(0), 1, T, C, H);
+        check("attention_forward", ys, host(device, y(0), one), TOLERANCE);
+        check("attention_backward", dq, host(device, dqkv(0), 3 * one), 2 * TOLERANCE);  // p and ds are rounded on the way
+    }
+    // Beside PyTorch's flash attention where it has run, else beside the large product.
+    auto report_attention = [&](const std::string& name, double seconds, double flops, double goal) {
+        if (auto peer = sdpa.find(name); peer != sdpa.end()) report(name, seconds, flops, "TFLOP/s", peer->second, "SDPA, TFLOP/s", goal);
+        else report(name, seconds, flops, "TFLOP/s", matrix_rate / 1e12, "matrix, TFLOP/s", 0);
+    };
+    double flops = 2.0 * B * T * double(T) * C;  // forward: two products, half of the scores
+    for (size_t i = 0; i < sets; i++) attention_forward(device, y(int(i)), lse(int(i)), qkv(int(i)), B, T, C, H, 0);
+    std::string shape = format("_T%d_D%d", T, D);
+    double forward = median_seconds(device, [&](int i) { attention_forward(device, y(i), lse(i), qkv(i), B, T, C, H, 0); });
+    report_attention("attention_forward" + shape, forward, flops, 0.9);
+    double backward = median_seconds(device, [&](int i) { attention_backward(device, dqkv(i), delta(0), dy(i), qkv(i), y(i), lse(i), B, T, C, H); });
+    report_attention("attention_backward" + shape, backward, 2.5 * flops, 1.0);  // five products, as flash attention counts
+}
+
+void bench_products(Device& device, int rows, int C, double matrix_rate) {
+    for (auto [name, K, N] : {std::tuple<const char*, int, int>{"qkv", C, 3 * C}, {"attproj", C, C}, {"fc", C, 4 * C}, {"fcproj", 4 * C, C}}) {
+        size_t k = size_t(K), n = size_t(N), r = size_t(rows), sets = sets_for((k + n) * r * sizeof(branch_t));
+        Ring<branch_t> in(r * k, sets), out(r * n, sets), w(k * n, 1);
+        Ring<float> dw(k * n, 1);
+        fill(device, in, 1, 1), fill(device, w, 1, 2), fill(device, out, 1, 3);
+        double operations = 2.0 * double(r) * double(k) * double(n);
+        double forward = median_seconds(device, [&](int i) { matmul_forward(device, out(i), in(i), w(0), r, k, n); });
+        report(format("product_%s_C%d", name, C), forward, operations, "TFLOP/s", matrix_rate / 1e12, "matrix, TFLOP/s", 0);
+        double backward = median_seconds(device, [&](int i) { matmul_backward(device, in(i), dw(0), out(i), in(i), w(0), r, k, n); });
+        report(format("product_%s_backward_C%d", name, C), backward, 2 * operations, "TFLOP/s", matrix_rate / 1e12, "matrix, TFLOP/s", 0);
+    }
+}
+
+// Lines of name,TFLOP/s
+void read_sdpa(const std::string& path) {
+    std::ifstream in(path);
+    for (std::string line; std::getline(in, line);)
+        if (size_t comma = line.find(','); comma != std::string::npos) sdpa[line.substr(0, comma)] = std::atof(line.c_str() + comma + 1);
+    if (sdpa.empty()) fail("--sdpa: expected lines of name,TFLOP/s in %s, found none", path.c_str());
+}
+
+int bench(int argc, char** argv) {
+    for (int i = 1; i < argc; i++) {
+        std::string word = argv[i];
+        if (word == "--small") small = true;
+        else if (word == "--csv" && i + 1 < argc) csv_path = argv[++i];
+        else if (word == "--commit" && i + 1 < argc) commit = argv[++i];
+        else if (word == "--sdpa" && i + 1 < argc) read_sdpa(argv[++i]);
+        else fail("expected --small, --csv FILE, --sdpa FILE or --commit NAME, found '%s'", word.c_str());
+    }
+#ifdef CUDA_ON_CPU
+    if (!csv_path.empty()) fail("--csv: expected a GPU, found its headers on the CPU, whose times say nothing; leave it out");
+#endif
+    Trainer::require_machine();
+    RunConfig run;
+    run.model.max_seq_len = 1, run.model.V = 256, run.model.L = 2, run.model.H = 1, run.model.C = 64;
+    run.B = run.T = 1, run.total_batch = 1;
+    Trainer trainer(run);  // for its device and its matrix rate
+    Device& device = trainer.model.device;
+    cudaDeviceProp p = Trainer::properties();
+    cache_bytes = small ? 1 << 16 : size_t(p.l2CacheSize);
+    double rate = trainer.matrix_rate();
+    printf("%s; L2 %.0f MiB; %s build; matrix products %.1f TFLOP/s\n", p.name, double(p.l2CacheSize) / (1 << 20), BRANCH_BF16 ? "BF16" : "FP32", rate / 1e12);
+    int rows = small ? 192 : 16384;
+    for (int C : {1024, 256}) {
+        int channels = small ? C / 4 : C;
+        bench_highway(device, rows, channels, C == 1024 ? 1 : 0.9);
+        bench_gelu(device, rows, channels);
+    }
+    bench_classifier(device, small ? 24 : 4096, small ? 1000 : 50257);
+    ModelConfig c;
+    c.L = small ? 4 : 24, c.C = small ? 64 : 1024, c.H = c.C / 64, c.V = small ? 256 : 50257, c.max_seq_len = small ? 64 : 1024, c.alpha = float(c.L);
+    bench_optimizer(device, c);
+    for (int V : {256, 50257}) bench_embedding(device, small ? 3 : 16, small ? 64 : 1024, small ? 64 : 1024, small ? V / 50 + 7 : V);
+    for (int T : {1024, 4096})
+        for (int D : {64, 128}) bench_attention(device, small ? 1 : 16384 / T, small ? T / 16 : T, small ? 128 : 1024, D, rate);
+    for (int C : {1024, 256}) bench_products(device, rows, small ? C / 4 : C, rate);
+    printf("%s\n", bad ? format("%d results differ from the CPU's", bad).c_str() : "every result agrees with the CPU's");
+    return bad ? 1 : 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    setvbuf(stdout, nullptr, _IOLBF, 0);
+    try {
+        return bench(argc, argv);
+    } catch (const Error& e) {
+        fprintf(stderr, "bench_kernels: %s\n", e.what());
+        return 1;
+    }
+}
