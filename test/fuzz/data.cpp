@@ -1,0 +1,36 @@
+// Training data: a token shard behind an odd first byte, text behind an even one.
+#include "fuzz.h"
+
+void fuzz(const unsigned char* data, size_t size) {
+    if (size == 0) return;
+    bool shard = data[0] & 1;
+    Bytes file;
+    if (shard) {  // three words of the header, zeros, the tokens; bit 1: the count is mended
+        file.resize(1024);
+        memcpy(file.data(), data + 1, std::min<size_t>(size - 1, 12));
+        if (size > 13) file.insert(file.end(), data + 13, data + size);
+        int32_t count = int32_t(file.size() - 1024) / 2;
+        if (data[0] & 2) memcpy(&file[8], &count, 4);
+        if (data[0] & 4) file.resize(size_t(data[0]) * 16);  // cut
+    } else {
+        file.assign(data + 1, data + size);
+    }
+    std::string path = file_of(file, shard ? ".bin" : ".txt");
+    TokenSource source({path}, "-i");
+    std::vector<int> tokens(source.count);
+    source.read(0, source.count, data[0] & 8 ? GPT2_VOCABULARY : 65536, tokens.data());
+    Loader loader(source, 0, source.count, 4, 65536, 1, data[0] & 16);
+    if (loader.sequences_per_epoch() == 0) return;
+    int batch[2][8];
+    for (uint64_t s = 0; s < 4; s++) loader.batch(s * 1000, 2, batch[0], batch[1]);
+}
+
+std::vector<Bytes> seeds() {
+    Bytes shard(1 + 12 + 40);
+    shard[0] = 3;
+    int32_t words[] = {SHARD_MAGIC, SHARD_VERSION, 20};
+    memcpy(&shard[1], words, sizeof words);
+    Bytes text = {0};
+    for (const char* c = "some text of a few words\n"; *c; c++) text.push_back((unsigned char)*c);
+    return {shard, text};
+}
