@@ -1,7 +1,7 @@
 #!/bin/bash
-# ptxas.sh [--test]: compiles train_keel.cu, BF16 and FP32, for sm_80, sm_90 and sm_100 and prints for each kernel its registers, the shared
-# memory that it declares itself (what a launch adds is in launch()'s arguments), and its spills, in bytes a thread. Exit 1 for a warning or a spill.
-# --test prints only what is wrong and a line that counts.
+# ptxas.sh [--test]: compiles train_keel.cu, BF16 and FP32, for sm_80, sm_90 and sm_100 and prints for each kernel its registers, stack and spills
+# (bytes a thread), and the threads and shared memory (bytes) of a block as the trainer launches it at C = 1024, which the CUDA-on-CPU
+# headers tell (- where those runs do not launch it). Exit 1 for a warning or a spill.  --test prints only what is wrong and a line that counts.
 cd "$(dirname "$0")/.." || exit 1
 nvcc=$(dev/cuda.sh nvcc) || exit 1
 logs=$(mktemp -d)
@@ -16,20 +16,35 @@ export nvcc logs
 for build in BF16 FP32; do for arch in $archs; do echo "$arch $build"; done; done | xargs -P "$(nproc)" -L 1 bash -c 'compile $0 $1'
 
 passed=0 failed=0
-[ "$1" = --test ] || printf '%-5s %-7s %9s %7s %7s %7s  %s\n' build arch registers shared stack spills kernel
+declare -A launch
+if [ "$1" != --test ] && make --no-print-directory build/train_keel_on_cpu build/train_keel_fp32_on_cpu >/dev/null; then
+    plain() { sed -E 's/^void //; s/\(.*//'; }
+    for run in "BF16 build/train_keel_on_cpu -H 64" "BF16 build/train_keel_on_cpu -H 32 --norm hybridnorm" "BF16 build/train_keel_on_cpu -H 16" \
+               "BF16 build/train_keel_on_cpu -H 8 -s 1 -g 1" "FP32 build/train_keel_fp32_on_cpu -H 16 --norm hybridnorm -s 1 -g 1"; do
+        read -r build command <<<"$run"
+        while read -r _ threads shared name; do
+            name=$(plain <<<"$name")
+            [ "$name" ] && launch["$build $name"]="$threads $shared"
+        done < <(CUDA_ON_CPU_TRACE=1 $command -i keel_common.h -L 2 -C 1024 -t 64 -b 1 -x 1 -v 1 -m 1 2>&1 | sed '1,/shared bytes/d')
+    done
+fi
+[ "$1" = --test ] || printf '%-5s %-7s %9s %6s %7s %8s %8s  %s\n' build arch registers stack spills threads shared kernel
 for build in BF16 FP32; do
     for arch in $archs; do
         log=$logs/$arch-$build.log
         rows=$(awk '/Compiling entry function/ { split($0, part, "\x27"); name = part[2] }
                     /bytes stack frame/ { stack = $1; spills = $5 + $9 }
-                    /Used [0-9]+ registers/ { shared = 0; registers = $0; sub(/.*Used /, "", registers); sub(/ .*/, "", registers)
-                        if (match($0, /[0-9]+ bytes smem/)) shared = substr($0, RSTART, RLENGTH) + 0
-                        print registers, shared, stack, spills, name }' "$log" | c++filt)
-        while read -r registers shared stack spills name; do
-            [ "$1" = --test ] || printf '%-5s sm_%-4s %9s %7s %7s %7s  %s\n' $build $arch "$registers" "$shared" "$stack" "$spills" "$(sed -E 's/^void //; s/\(.*//' <<<"$name")"
+                    /Used [0-9]+ registers/ { registers = $0; sub(/.*Used /, "", registers); sub(/ .*/, "", registers)
+                        print registers, stack, spills, name }' "$log" | c++filt)
+        while read -r registers stack spills name; do
+            if [ "$1" != --test ]; then
+                plain_name=$(plain <<<"$name")
+                read -r threads dynamic <<<"${launch["$build $plain_name"]:-- -}"
+                printf '%-5s sm_%-4s %9s %6s %7s %8s %8s  %s\n' $build $arch "$registers" "$stack" "$spills" "$threads" "$dynamic" "$plain_name"
+            fi
             [ "$spills" = 0 ] || echo "spill: $build sm_$arch $name: $spills bytes"
         done <<<"$rows"
-        if [ -n "$rows" ] && ! grep -iE 'warning|error' "$log" && awk '$4 != 0 { bad = 1 } END { exit bad }' <<<"$rows"; then
+        if [ -n "$rows" ] && ! grep -iE 'warning|error' "$log" && awk '$3 != 0 { bad = 1 } END { exit bad }' <<<"$rows"; then
             passed=$((passed + 1))
         else
             failed=$((failed + 1))

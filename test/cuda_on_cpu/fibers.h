@@ -451,7 +451,9 @@ inline void run_grid(const Launch& launch) {
     Shared& shared = shared_state();
     Random& random = shared.random();
     uint64_t number = shared.launches++;
-    shared.launched[launch.function]++;
+    Launches& launches = shared.launched[launch.function];
+    launches.count++, launches.threads = std::max(launches.threads, launch.block.x * launch.block.y * launch.block.z);
+    launches.shared_bytes = std::max(launches.shared_bytes, launch.shared_bytes);
     size_t blocks = size_t(launch.grid.x) * launch.grid.y * launch.grid.z;
     std::vector<uint32_t> order(blocks);
     std::iota(order.begin(), order.end(), 0u);

@@ -22,6 +22,7 @@ struct Settings {
     unsigned char poison;  // fills device, pinned and shared memory that nothing has been written to
     int threads;           // OS threads that run a grid
     bool protect;          // device memory is out of the host's reach
+    bool trace;            // the program ends with a table of the kernels that it launched
 };
 
 inline Settings& settings() {
@@ -32,7 +33,8 @@ inline Settings& settings() {
         };
         long hardware = std::max(1, int(std::thread::hardware_concurrency()));
         return Settings{uint64_t(number("CUDA_ON_CPU_SEED", 1)), (unsigned char)number("CUDA_ON_CPU_POISON", 0xFF),
-                        int(std::max(1L, number("CUDA_ON_CPU_THREADS", std::min(2L, hardware)))), number("CUDA_ON_CPU_PROTECT", 1) != 0};
+                        int(std::max(1L, number("CUDA_ON_CPU_THREADS", std::min(2L, hardware)))), number("CUDA_ON_CPU_PROTECT", 1) != 0,
+                        number("CUDA_ON_CPU_TRACE", 0) != 0};
     }();
     return values;
 }
@@ -52,13 +54,27 @@ struct Random {
     }
 };
 
+// Of one kernel: launches, and the largest block and dynamic shared memory of any.
+struct Launches {
+    size_t count = 0, shared_bytes = 0;
+    unsigned threads = 0;
+};
+inline std::string kernel_name(const void* function);
+
+inline void print_trace(const std::map<const void*, Launches>& launched) {
+    printf("%9s %8s %13s  %s\n", "launches", "threads", "shared bytes", "kernel");
+    std::map<std::string, Launches> by_name;
+    for (auto& [function, l] : launched) by_name[kernel_name(function)] = l;
+    for (auto& [name, l] : by_name) printf("%9zu %8u %13zu  %s\n", l.count, l.threads, l.shared_bytes, name.c_str());
+}
+
 // What all host threads share. The lock is recursive since a synchronising call runs queued work, which calls back.
 struct Shared {
     std::recursive_mutex mutex;
     std::mutex misuse_mutex;
     std::string misuse;
     cudaError_t sticky = cudaSuccess;
-    std::map<const void*, size_t> launched;
+    std::map<const void*, Launches> launched;
     uint64_t launches = 0;
     Random order;
     uint64_t order_seed = ~uint64_t(0);
@@ -67,6 +83,9 @@ struct Shared {
     Random& random() {
         if (order_seed != settings().seed) order_seed = settings().seed, launches = 0, order.start(order_seed, 0x5eed, 0);
         return order;
+    }
+    ~Shared() {
+        if (settings().trace) print_trace(launched);
     }
 };
 inline Shared& shared_state() {
@@ -114,7 +133,7 @@ inline std::string last_misuse() {
 inline std::map<std::string, size_t> launched_kernels() {
     std::lock_guard lock(shared_state().mutex);
     std::map<std::string, size_t> names;
-    for (auto [function, count] : shared_state().launched) names[kernel_name(function)] += count;
+    for (auto [function, launches] : shared_state().launched) names[kernel_name(function)] += launches.count;
     return names;
 }
 
