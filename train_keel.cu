@@ -238,6 +238,8 @@ public:
     DeviceArray<unsigned> arrived;           // counters of add_partials
     DeviceArray<double> partial_doubles;     // (MAX_PARTIAL_BLOCKS)
 
+    static constexpr size_t BYTES = GEMM_WORKSPACE + ARRIVAL_COUNTERS * sizeof(unsigned) + MAX_PARTIAL_BLOCKS * sizeof(double);
+
     Device() : workspace(GEMM_WORKSPACE), arrived(ARRIVAL_COUNTERS), partial_doubles(MAX_PARTIAL_BLOCKS) {
         CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
         CUDA(cudaMemsetAsync(arrived.data(), 0, arrived.size() * sizeof(unsigned), stream));
@@ -1604,7 +1606,7 @@ struct Model {
     static void each_buffer(const ModelConfig& c, size_t count, int B, int T, Recompute r, Visit visit) {
         size_t rows = size_t(B) * size_t(T), C = size_t(c.C), L = size_t(c.L), K = size_t(std::max(1, r.level));
         size_t full = r.segments() ? std::min(K, L) : r.level == 1 ? 2 : L;  // sub-layers that have a slot of their own
-        size_t cheap = r.level == 0 || r.segments() ? full : 2;              // the same for u and GELU's output
+        bool cheap_kept = r.level == 0 || r.segments();                      // so do u and GELU's output; else one serves all
         visit("parameters", &Model::params, count);
         visit("gradients", &Model::grads, count);
         visit("AdamW's first moment", &Model::m, count);
@@ -1614,13 +1616,13 @@ struct Model {
         visit("highway z of one segment", &Model::segment, (std::min(K, L) - 1) * rows * C);
         visit("1 / rms of z", &Model::r_out, (L + 1) * rows);
         visit("1 / rms of x", &Model::r_in, (L + 1) * rows);
-        visit("u", &Model::u, cheap * rows * C);
+        visit("u", &Model::u, (cheap_kept ? full : 1) * rows * C);
         visit("q, k, v", &Model::qkv, full / 2 * rows * 3 * C);
         visit("q, k, v normed", &Model::qkv_normed, c.norm == HYBRIDNORM ? rows * 3 * C : 0);
         visit("attention's output", &Model::y, full / 2 * rows * C);
         visit("attention's log-sum-exp", &Model::lse, full / 2 * rows * size_t(c.H));
         visit("feed-forward before GELU", &Model::h, full / 2 * rows * 4 * C);
-        visit("feed-forward after GELU", &Model::gelu, cheap / 2 * rows * 4 * C);
+        visit("feed-forward after GELU", &Model::gelu, (cheap_kept ? full / 2 : 1) * rows * 4 * C);
         visit("head's input", &Model::head_in, rows * C);
         visit("branch output", &Model::f, rows * C);
         visit("gradient of branch output", &Model::df, rows * C);
@@ -1642,7 +1644,7 @@ struct Model {
         each_buffer(c, count, B, T, r, [&]<class T_>(const char* name, DeviceArray<T_> Model::*, size_t elements) {
             if (elements) rows.push_back({name, elements * sizeof(T_)});
         });
-        rows.push_back({"cuBLASLt's workspace", GEMM_WORKSPACE});
+        rows.push_back({"products' workspace, partial sums", Device::BYTES});
         return rows;
     }
 
@@ -1694,7 +1696,7 @@ struct Model {
     BranchActivations activations(int l) {
         size_t rows = size_t(B) * size_t(T), C = size_t(config.C), at = size_t(l);
         size_t slot = recompute.segments() ? at % size_t(recompute.level) : recompute.level == 1 ? at % 2 : at;
-        size_t cheap = recompute.level == 0 || recompute.segments() ? slot : at % 2;
+        size_t cheap = recompute.level == 0 || recompute.segments() ? slot : 0;
         BranchActivations a{};
         a.u = u.data() + cheap * rows * C;
         a.qkv = qkv.data() + slot / 2 * rows * 3 * C, a.qkv_normed = qkv_normed.data();
