@@ -38,6 +38,8 @@ help:
 	@echo "make compare              CPU against GPU, tensor by tensor, both ways; without a GPU its kernels run on the CPU"
 	@echo "make test_gpu             the tests of the GPU trainer, on the GPU that is here"
 	@echo "make crash_test           kills the CPU trainer 210 times, cuts its power, fills its disk, flips bits in its files: each run must end as if nothing had been"
+	@echo "make sanitize             the CPU trainer's tests under ASan, UBSan and TSan, and a short run under valgrind's memcheck"
+	@echo "make fuzz                 libFuzzer on each parser and the command line, 60 s each, two at a time; FUZZ_SECONDS=600 for longer"
 	@echo "make gpu_check            all of it on a machine with a GPU, under 8 minutes, ending with a table"
 	@echo "make bench_kernels        each kernel's bandwidth or rate on the GPU that is here, beside a copy, a matrix product and PyTorch's attention"
 	@echo "make ptxas                registers, shared memory and spills of each kernel for sm_80, sm_90 and sm_100"
@@ -86,13 +88,29 @@ build/test_faults: test/test_faults.cpp train_keel_cpu.cpp keel_common.h | build
 	$(CXX) $(FLAGS) -O2 -I. -DKEEL_NO_MAIN -o $@ $<
 
 # Both suites of the CPU trainer under the sanitizers. TSan needs an OpenMP runtime that tells it of its barriers: LLVM's, with its archer.
+CLANG = clang++-14
+CLANG_PACKAGES = clang-14 libclang-rt-14-dev libomp-14-dev
+
 build/%_asan: test/%.cpp train_keel_cpu.cpp keel_common.h | build
-	@dev/need.sh g++ doctest-dev
-	$(CXX) $(FLAGS) $(SANITIZE) -I. -DKEEL_NO_MAIN -o $@ $<
+	@dev/need.sh doctest-dev $(CLANG_PACKAGES)
+	$(CLANG) $(FLAGS) $(SANITIZE) -O2 -Wno-pass-failed -I. -DKEEL_NO_MAIN -o $@ $<
 
 build/%_tsan: test/%.cpp train_keel_cpu.cpp keel_common.h | build
-	@dev/need.sh g++ doctest-dev clang-14 libclang-rt-14-dev libomp-14-dev
-	clang++-14 $(FLAGS) -O1 -g -fsanitize=thread -I. -DKEEL_NO_MAIN -o $@ $<
+	@dev/need.sh doctest-dev $(CLANG_PACKAGES)
+	$(CLANG) $(FLAGS) -O1 -g -fsanitize=thread -Wno-pass-failed -I. -DKEEL_NO_MAIN -o $@ $<
+
+# Memcheck does not know AVX-512.
+build/train_keel_cpu_valgrind: train_keel_cpu.cpp keel_common.h | build
+	@dev/need.sh g++ valgrind
+	$(CXX) $(FLAGS) -O1 -g $(if $(filter x86_64,$(shell uname -m)),-march=x86-64-v3) -o $@ $<
+
+SANITIZED = build/test_cpu_asan build/test_faults_asan build/test_cpu_tsan build/test_faults_tsan build/train_keel_cpu_valgrind
+
+# libFuzzer's targets, under ASan and UBSan.
+FUZZERS = $(patsubst test/fuzz/%.cpp,build/fuzz_%,$(wildcard test/fuzz/*.cpp))
+build/fuzz_%: test/fuzz/%.cpp test/fuzz/fuzz.h test/fuzz/uncovered.txt keel_common.h | build
+	@dev/need.sh $(CLANG_PACKAGES)
+	$(CLANG) -std=c++20 -O2 -g -I. -Wall -Wextra -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -fsanitize-coverage-ignorelist=test/fuzz/uncovered.txt -o $@ $<
 
 # Kills the real binary, fills its disk, cuts its power. The shim notes what a program's fsync has made certain.
 build/crash_test: test/crash_test.cpp test/crash_disk.h keel_common.h | build
@@ -166,6 +184,7 @@ TEST_PROGRAMS = train_keel_cpu train_keel_cpu_fp64 build/test_cpu_fp32 build/tes
 test:
 	@dev/need.sh g++ doctest-dev libboost-context-dev
 	@$(MAKE) --no-print-directory -j2 $(TEST_PROGRAMS)
+	@if dev/need.sh $(CLANG_PACKAGES) valgrind; then $(MAKE) --no-print-directory -j2 $(SANITIZED) $(FUZZERS); fi
 	@test/run.sh
 
 .PHONY: test_gpu
@@ -176,6 +195,15 @@ test_gpu: build/test_gpu_bf16 build/test_gpu_fp32
 .PHONY: crash_test
 crash_test: train_keel_cpu build/crash_test build/crash_shim.so
 	build/crash_test
+
+.PHONY: sanitize
+sanitize: $(SANITIZED)
+	test/sanitize.sh
+
+FUZZ_SECONDS ?= 60
+.PHONY: fuzz
+fuzz: $(FUZZERS)
+	test/fuzz/run.sh $(FUZZ_SECONDS)
 
 .PHONY: compare
 compare:

@@ -48,6 +48,13 @@ fi
 suite build/test_run
 suite build/test_faults
 suite build/crash_test
+if dev/need.sh clang-14 libclang-rt-14-dev libomp-14-dev valgrind >/dev/null 2>&1; then
+    suite test/sanitize.sh
+    suite test/fuzz/run.sh
+else
+    echo "SKIPPED: the sanitizers and the fuzzers: no clang 14 or valgrind"
+    skipped=$((skipped + 2))
+fi
 suite build/test_cpu_fp32
 suite build/test_cpu_fp64
 suite build/test_cuda_on_cpu

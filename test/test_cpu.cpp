@@ -289,7 +289,8 @@ TEST_SUITE("tables") {
 TEST_SUITE("matrix product") {
     TEST_CASE("All three forms agree with the definition at odd and at blocked shapes") {
         struct { int M, N, K; } shapes[] = {{1, 1, 1}, {7, 5, 3}, {13, 33, 257}, {145, 65, 300}, {64, 2100, 20}, {300, 64, 513}};
-        for (auto [M, N, K] : shapes) {
+        for (auto [m_, n_, k_] : shapes) {  // copies: clang 14 lets no lambda, as of CHECK, hold a binding
+            auto M = m_, N = n_, K = k_;
             auto a = random_reals(size_t(M * K), 1), b = random_reals(size_t(K * N), 2), start = random_reals(size_t(M * N), 3);
             std::vector<real> at(a.size()), bt(b.size());
             for (int i = 0; i < M; i++) for (int k = 0; k < K; k++) at[size_t(k * M + i)] = a[size_t(i * K + k)];
@@ -349,7 +350,9 @@ TEST_SUITE("layers") {
     }
 
     TEST_CASE("RMSNorm: central differences, rows of one channel and gain blocks that do not fill") {
-        for (auto [rows, C] : {std::pair<size_t, int>{3, 1}, {1, 33}, {75, 10}}) {
+        for (auto [rows_, C_] : {std::pair<size_t, int>{3, 1}, {1, 33}, {75, 10}}) {
+            auto rows = rows_;
+            auto C = C_;
             auto x = random_reals(rows * size_t(C), 1), g = random_reals(size_t(C), 2), w = random_reals(x.size(), 3);
             std::vector<real> y(x.size()), dx(x.size()), dg(g.size()), partial(gain_blocks(rows) * size_t(C), real(NAN));
             auto loss = [&] { rmsnorm_forward(y.data(), x.data(), g.data(), rows, C); return dot(y, w); };
@@ -398,7 +401,8 @@ TEST_SUITE("layers") {
 
     TEST_CASE("Attention agrees with softmax(q k^T / sqrt(D)) v written out, across tiles and for one channel a head") {
         struct { int B, T, C, H; } shapes[] = {{2, 5, 6, 2}, {1, 64, 8, 1}, {1, 65, 6, 3}, {2, 150, 6, 6}, {1, 1, 4, 1}};
-        for (auto [B, T, C, H] : shapes) {
+        for (auto [b_, t_, c_, h_] : shapes) {
+            auto B = b_, T = t_, C = c_, H = h_;
             int D = C / H;
             auto qkv = random_reals(size_t(B * T * 3 * C), 1, 3);
             std::vector<real> y(size_t(B * T * C)), lse(size_t(B * T * H)), expected(y.size());
@@ -426,7 +430,8 @@ TEST_SUITE("layers") {
 
     TEST_CASE("Attention: central differences of q, k and v, across tiles and for one channel a head") {
         struct { int B, T, C, H; } shapes[] = {{2, 5, 6, 2}, {1, 70, 6, 3}, {1, 9, 3, 3}, {1, 130, 4, 1}};
-        for (auto [B, T, C, H] : shapes) {
+        for (auto [b_, t_, c_, h_] : shapes) {
+            auto B = b_, T = t_, C = c_, H = h_;
             auto qkv = random_reals(size_t(B * T * 3 * C), 1), w = random_reals(size_t(B * T * C), 2);
             std::vector<real> y(w.size()), lse(size_t(B * T * H)), dqkv(qkv.size(), real(NAN));
             auto loss = [&] { attention_forward(y.data(), lse.data(), qkv.data(), B, T, C, H, 0); return dot(y, w); };

@@ -21,8 +21,9 @@ inline std::string file_of(const Bytes& bytes, const char* ending) {
     std::string path = folder + "/file" + ending;
     static int fd = -1;
     static std::string open_path;
-    if (open_path != path) fd = open(path.c_str(), O_WRONLY | O_CREAT, 0600), open_path = path;
-    if (ftruncate(fd, off_t(bytes.size())) != 0 || pwrite(fd, bytes.data(), bytes.size(), 0) != ssize_t(bytes.size())) abort();
+    static size_t before = 0;
+    if (open_path != path) fd = open(path.c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0600), open_path = path, before = 0;
+    if ((std::exchange(before, bytes.size()) > bytes.size() && ftruncate(fd, off_t(bytes.size())) != 0) || pwrite(fd, bytes.data(), bytes.size(), 0) != ssize_t(bytes.size())) abort();
     return path;
 }
 
@@ -43,8 +44,8 @@ inline Bytes keel_file(const unsigned char* data, size_t size, FileKind kind) {
     memcpy(file.data(), &header, sizeof header);
     if (size > 256) file.insert(file.end(), data + 256, data + size);
     ModelConfig c = header.model();
-    if (choices & 2 && config_fault(c).empty() && double(c.L) * c.C * c.C < 1e5)
-        if (size_t expected = expected_file_size(header); expected > 0 && expected < (size_t(1) << 16)) file.resize(expected);
+    if (choices & 2 && config_fault(c).empty() && double(c.L) * c.C * c.C < 256)
+        if (size_t expected = expected_file_size(header); expected > 0 && expected < 8192) file.resize(expected);
     if (choices & 4 && file.size() >= 4) {
         uint32_t crc = crc32(file.data(), file.size() - 4);
         memcpy(&file[file.size() - 4], &crc, 4);

@@ -1,0 +1,36 @@
+#!/bin/bash
+# The CPU trainer's tests under the sanitizers, and a run with checkpoints, a signal and a resume under valgrind's memcheck. Ends with
+# "N passed, N failed".
+cd "$(dirname "$0")/.." || exit 1
+export KEEL_TEST_SMALL=1 OMP_NUM_THREADS=2
+passed=0 failed=0
+log=$(mktemp) folder=$(mktemp -d)
+trap 'rm -rf "$log" "$folder"' EXIT
+check() {
+    local what=$1 start=$SECONDS
+    shift
+    if "$@" >"$log" 2>&1; then
+        passed=$((passed + 1))
+        printf '%-28s clean%s (%d s)\n' "$what" "$(grep -oE '[0-9]+ passed' "$log" | head -1 | sed 's/^/, test cases: /')" $((SECONDS - start))
+    else
+        failed=$((failed + 1))
+        printf '%-28s FAILED\n' "$what"
+        grep -vE '^(step|checkpoint) ' "$log" | head -60
+    fi
+}
+echo "leak:libomp.so" >"$folder/leaks"  # what the runtime keeps to its end
+export LSAN_OPTIONS="suppressions=$folder/leaks:print_suppressions=0"
+for suite in test_cpu test_faults; do
+    check "ASan and UBSan, $suite" build/${suite}_asan
+    # archer tells TSan of OpenMP's barriers; it cannot see into the runtime itself, which was built without it.
+    OMP_TOOL_LIBRARIES=$(ls /usr/lib/llvm-14/lib/libarcher.so /usr/lib/*/libarcher.so 2>/dev/null | head -1) \
+        TSAN_OPTIONS="ignore_noninstrumented_modules=1" check "TSan, $suite" build/${suite}_tsan
+done
+memcheck() {
+    GOMP_SPINCOUNT=1 valgrind --quiet --error-exitcode=9 --leak-check=full --errors-for-leak-kinds=definite build/train_keel_cpu_valgrind -i keel_common.h \
+        -L 4 -C 8 -H 2 -t 8 -b 2 -n 2 -v 4 -s 4 -g 4 --keep 2 -y -o "$folder/run" "$@"
+}
+check "memcheck, a run" memcheck -x 6
+check "memcheck, its resume" memcheck -x 8
+echo "$passed passed, $failed failed"
+[ "$failed" -eq 0 ]
