@@ -678,7 +678,7 @@ public:
     // Reads what is left of the body and compares the CRC.
     void finish() {
         size_t left = expected_file_size(header) - 4 - size_t(ftello(file.get()));
-        std::vector<char> chunk(std::min(left, size_t(32) << 20));
+        std::vector<char> chunk(std::min(left, size_t(8) << 20));
         while (left > 0) {
             size_t n = std::min(left, chunk.size());
             read(chunk.data(), n);

@@ -310,7 +310,7 @@ TEST_CASE("--keep: the newest K states and models stay, 0 keeps all, and checkpo
     CHECK(files_by_step(p / "run", STATE_PATTERN).size() == 3);  // 23, 24 and what is not this run's
 }
 
-TEST_CASE("Where memory does not hold a snapshot, checkpoints are written while training waits, which is said, and have the same bytes") {
+TEST_CASE("Checkpoints written in the background, from the snapshot, and while training waits have the same bytes; an error of the thread is thrown") {
     Place p;
     REQUIRE(run(p.tiny()).code == 0);
     fs::rename(p / "run", p / "background");

@@ -395,6 +395,22 @@ TEST_SUITE("the run") {
             }
     }
 
+    TEST_CASE("Where memory holds the run but no snapshot, checkpoints are written while training waits, which is said") {
+        Place p;
+        bool said = false, silent = false;
+        for (int limit = 40000; limit <= 120000 && !silent; limit += 5000) {  // KiB
+            fs::remove_all(p / "run");
+            Result r = run({"bash", "-c", format("ulimit -v %d; exec ./train_keel_cpu -i %s -L 16 -C 128 -H 2 -t 64 -b 4 -r layer -x 1 -n 1 -v 0 -s 0 -o %s", limit, p.text.c_str(), (p / "run").c_str())}, {{"OMP_NUM_THREADS", "1"}});
+            if (r.code != 0) continue;
+            bool note = r.out.find("does not fit into the") != std::string::npos;
+            (note ? said : silent) = true;
+            CHECK(note == (r.out.find("snapshot for checkpoints") == std::string::npos));  // its row in the memory table
+            CHECK(fs::exists(p / "run/state_00000001_00000.bin"));
+        }
+        CHECK(said);
+        CHECK(silent);
+    }
+
     TEST_CASE("--probe writes a row for each sub-layer, and changes no bit") {
         Place p;
         succeeds(p.tiny({"-o", p / "a", "--probe", "2"})), succeeds(p.tiny({"-o", p / "b"}));
