@@ -544,7 +544,7 @@ inline std::string state_fault(const FileHeader& h) {
     if (T < 1 || T > c.max_seq_len) return format("T must be from 1 to %d and is %d", c.max_seq_len, T);
     if (level < -1 || level > MAX_L || (level > 1 && level % 2)) return format("the level of recomputation must be -1, 0, 1 or even and is %d", level);
     int64_t total = h.get<int64_t>(H_TOTAL_BATCH);
-    if (total < 1 || double(total) > MAX_TOTAL_BATCH || total % (int64_t(B) * T))
+    if (total < 1 || double(total) > MAX_TOTAL_BATCH || total / T > INT_MAX || total % (int64_t(B) * T))
         return format("the total batch must be a multiple of %lld and is %lld", (long long)B * T, (long long)total);
     struct { HeaderWord word; const char* name; double least, most; } integers[] = {
         {H_STEP, "the step", 0, MAX_STEPS}, {H_STEPS, "the number of steps", 0, MAX_STEPS}, {H_WARMUP, "the warm-up", 0, MAX_STEPS},
@@ -651,9 +651,10 @@ public:
     void read_reals(Real* out, size_t n) {
         int type = header.word[H_TYPE];
         if (type == real_type<Real>) return read(out, n * sizeof(Real));
-        std::vector<char> chunk(real_size(type) << 16);
+        size_t most = std::min(n, size_t(1) << 16);
+        std::vector<char> chunk(real_size(type) * most);
         for (size_t done = 0; done < n;) {
-            size_t m = std::min(n - done, size_t(1) << 16);
+            size_t m = std::min(n - done, most);
             read(chunk.data(), m * real_size(type));
             for (size_t i = 0; i < m; i++) {
                 const char* p = chunk.data() + i * real_size(type);
@@ -1344,6 +1345,8 @@ inline RunConfig resolve_run(const Options& o, const FileHeader* init, int V) {
     if (run.total_batch % run.T || (run.B && run.total_batch % (int64_t(run.B) * run.T)))
         fail("-d: expected a multiple of %lld tokens (%sT), found %lld", (long long)std::max(run.B, 1) * run.T,
              run.B ? "B*" : "", (long long)run.total_batch);
+    if (run.batch_sequences() > INT_MAX)
+        fail("-d: expected at most %d sequences of -t tokens, found %lld; give a smaller -d or a larger -t", INT_MAX, (long long)run.batch_sequences());
     run.steps = choose("--steps", o.steps, H_STEPS, o.steps);
     run.warmup = choose("--warmup", o.warmup, H_WARMUP, std::min<int64_t>(2500, run.steps / 4));
     run.lr = choose("--lr", o.lr, H_LR, default_lr(m));

@@ -406,6 +406,7 @@ TEST_CASE("A state whose numbers cannot be is refused although its CRC is right,
     refused(FILE_STATE, good, [](FileHeader& h) { h.word[H_B] = -1; }, "B must be");
     refused(FILE_STATE, good, [](FileHeader& h) { h.word[H_RECOMPUTE] = 7; }, "recomputation");
     refused(FILE_STATE, good, [](FileHeader& h) { h.set(H_TOTAL_BATCH, int64_t(17)); }, "total batch");
+    refused(FILE_STATE, good, [](FileHeader& h) { h.set(H_TOTAL_BATCH, int64_t(1) << 36), h.word[H_B] = h.word[H_T] = 1; }, "total batch");  // the fuzzer's: 2^36 micro-batches
     refused(FILE_STATE, good, [](FileHeader& h) { h.set(H_STEP, int64_t(-1)); }, "the step");
     refused(FILE_STATE, good, [](FileHeader& h) { h.set(H_STEPS, INT64_MIN); }, "number of steps");
     refused(FILE_STATE, good, [](FileHeader& h) { h.set(H_WARMUP, INT64_MAX); }, "warm-up");

@@ -158,6 +158,7 @@ TEST_SUITE("bad input") {
         p.fails({"./train_keel_cpu", "-i", p.text, "-o", o, "-L", "5"}, {"-L", "expected an even", "found 5"});
         p.fails({"./train_keel_cpu", "-i", p.text, "-o", o, "-C", "12", "-H", "5"}, {"-H", "expected a divisor", "found 5"});
         p.fails(p.tiny({"-o", o, "-d", "24"}), {"-d", "expected a multiple of 16", "found 24"});
+        p.fails({"./train_keel_cpu", "-i", p.text, "-o", o, "-t", "1", "-b", "1", "-d", "900000000000"}, {"-d", "at most 2147483647 sequences", "found 900000000000"});
         p.fails(p.tiny({"-o", o, "--norm", "batch"}), {"--norm", "keel, pre, post", "found 'batch'"});
         p.fails(p.tiny({"-o", o, "--norm", "pre", "-a", "3"}), {"-a", "no alpha"});
         p.fails(p.tiny({"-o", o, "-u", "7"}), {"-u", "expected at most the 6 steps", "found 7"});

@@ -12,7 +12,7 @@ void fuzz(const unsigned char* data, size_t size) {
     Options o = parse_command_line(int(argv.size()), argv.data());
     prompt_tokens(o.prompt, o.has("--prompt"), 256);
     RunConfig run = resolve_run(o, nullptr, 256);
-    if (run.total_batch % run.T || (run.B && run.accumulation() < 1)) abort();
+    if (run.total_batch % run.T || run.batch_sequences() < 1 || (run.B && run.accumulation() < 1)) abort();
     if (double lr = learning_rate(run, 1); !std::isfinite(lr)) abort();
     learning_rate(run, run.steps), learning_rate(run, run.steps / 2);
     prompt_tokens(o.prompt, true, GPT2_VOCABULARY);

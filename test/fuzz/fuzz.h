@@ -22,6 +22,7 @@ inline std::string file_of(const Bytes& bytes, const char* ending) {
     static int fd = -1;
     static std::string open_path;
     static size_t before = 0;
+    if (open_path != path && fd >= 0) close(fd);
     if (open_path != path) fd = open(path.c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0600), open_path = path, before = 0;
     if ((std::exchange(before, bytes.size()) > bytes.size() && ftruncate(fd, off_t(bytes.size())) != 0) || pwrite(fd, bytes.data(), bytes.size(), 0) != ssize_t(bytes.size())) abort();
     return path;
