@@ -104,6 +104,22 @@ __device__ __forceinline__ Pack<T, N> load(const T* p) { return *as_vector<const
 template <int N, class T>
 __device__ __forceinline__ void store(T* p, const Pack<T, N>& values) { *as_vector<Pack<T, N>>(p) = values; }
 
+// Calls use(c, load(c)) for c = first, first + step, ... below end. IN_FLIGHT loads are on their way before the first of them is used: a
+// store in use() would hold up the loads after it, as the compiler cannot know that the two never meet.
+constexpr int IN_FLIGHT = 4;
+template <class Load, class Use>
+__device__ __forceinline__ void each_in_flight(int first, int end, int step, Load load, Use use) {
+    for (int c0 = first; c0 < end; c0 += step * IN_FLIGHT) {
+        decltype(load(0)) values[IN_FLIGHT] = {};
+#pragma unroll
+        for (int j = 0; j < IN_FLIGHT; j++)
+            if (c0 + j * step < end) values[j] = load(c0 + j * step);
+#pragma unroll
+        for (int j = 0; j < IN_FLIGHT; j++)
+            if (c0 + j * step < end) use(c0 + j * step, values[j]);
+    }
+}
+
 // The sum or the largest over a warp, in every lane with the same bits.
 template <class T>
 __device__ T warp_sum(T value) {
@@ -217,6 +233,15 @@ void launch(void (*kernel)(Parameters...), size_t grid, unsigned block, size_t s
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(unsigned(grid)), config.blockDim = dim3(block), config.dynamicSmemBytes = shared_bytes, config.stream = stream;
     CUDA(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
+}
+// Bytes of shared memory that a block can have: 227 KiB on Hopper, 163 on A100, 99 on the cards for desktops.
+inline int shared_limit() {
+    static const int bytes = [] {
+        int value = 0;
+        CUDA(cudaDeviceGetAttribute(&value, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0));
+        return value;
+    }();
+    return bytes;
 }
 inline size_t ceil_div(size_t n, size_t d) { return (n + d - 1) / d; }
 constexpr unsigned THREADS = 256;  // of a block, where nothing speaks for another number
@@ -418,26 +443,14 @@ struct HighwayPoint {
 };
 
 // A warp has a row, and a lane the same columns of it in every pass, so that the warp's stretch of shared memory needs no barrier.
-// N: numbers that a lane loads at once. each_column calls use(c, load(c)) for the lane's columns: IN_FLIGHT loads are on their way before
-// the first is used, as the stores of use() would hold up loads after them (the compiler cannot know that they never meet).
-constexpr int IN_FLIGHT = 4;
+// N: numbers that a lane loads at once.
 template <class A, class B, int N>
 struct Both {
     Pack<A, N> a;
     Pack<B, N> b;
 };
 template <int N, class Load, class Use>
-__device__ __forceinline__ void each_column(int C, int lane, Load load, Use use) {
-    for (int c0 = lane * N; c0 < C; c0 += WARP * N * IN_FLIGHT) {
-        decltype(load(0)) values[IN_FLIGHT] = {};
-#pragma unroll
-        for (int j = 0; j < IN_FLIGHT; j++)
-            if (c0 + j * WARP * N < C) values[j] = load(c0 + j * WARP * N);
-#pragma unroll
-        for (int j = 0; j < IN_FLIGHT; j++)
-            if (c0 + j * WARP * N < C) use(c0 + j * WARP * N, values[j]);
-    }
-}
+__device__ __forceinline__ void each_column(int C, int lane, Load load, Use use) { each_in_flight(lane * N, C, WARP * N, load, use); }
 
 template <int N>
 __device__ float row_rms_reciprocal(const float* x, int C, int lane) {
@@ -619,10 +632,11 @@ __global__ void highway_backward_kernel(HighwayPoint p, HighwayPoint before, Hig
     });
 }
 
-// Warps of a block whose rows need so many floats a column of shared memory each: 8, or fewer where two blocks would not fit into a multiprocessor.
-constexpr int HIGHWAY_FLOATS = 4;                       // of highway_backward, the one that needs most
-constexpr int MAX_CHANNELS = (227 << 10) / (HIGHWAY_FLOATS * 4);  // one warp in the 227 KiB that a block can have: 14528
-inline unsigned highway_warps(int C, int floats) { return unsigned(std::clamp((112 << 10) / (floats * 4 * C), 1, 8)); }
+// Warps of a block whose rows need so many floats a column of shared memory each: 8, or fewer where two blocks would not fit into a
+// multiprocessor of Hopper.
+constexpr int HIGHWAY_FLOATS = 4;  // of highway_backward, the one that needs most
+inline int most_channels() { return shared_limit() / (HIGHWAY_FLOATS * 4); }  // a block of one warp: 14528 on Hopper
+inline unsigned highway_warps(int C, int floats) { return unsigned(std::clamp(std::min(112 << 10, shared_limit()) / (floats * 4 * C), 1, 8)); }
 // Blocks of a kernel that sums over rows: enough to fill a large GPU, and partial sums of a few MiB at most.
 inline size_t most_gain_blocks(int C) { return std::clamp<size_t>((size_t(1) << 18) / size_t(C), 64, MAX_PARTIAL_BLOCKS); }
 inline size_t gain_blocks(size_t rows, unsigned warps, int C) { return std::min(ceil_div(rows, warps), most_gain_blocks(C)); }
@@ -1297,8 +1311,7 @@ __global__ void cross_entropy_kernel(float* loss, branch_t* logits, const int* t
     branch_t* row = logits + size_t(blockIdx.x) * Vp;
     int target = targets[blockIdx.x];
     float target_logit = float(row[target]), largest = -INFINITY, sum = 0;
-    for (int v0 = threadIdx.x * WIDE; v0 < V; v0 += blockDim.x * WIDE) {
-        auto x = load<WIDE>(row + v0);
+    each_in_flight(threadIdx.x * WIDE, V, blockDim.x * WIDE, [&](int v0) { return load<WIDE>(row + v0); }, [&](int v0, const Pack<branch_t, WIDE>& x) {
         if (backward && stashed) store<WIDE>(stash + v0, x);
         float before = largest;
         for (int i = 0; i < WIDE; i++)
@@ -1306,7 +1319,7 @@ __global__ void cross_entropy_kernel(float* loss, branch_t* logits, const int* t
         sum *= expf(before - largest);
         for (int i = 0; i < WIDE; i++)
             if (v0 + i < V) sum += expf(float(x[i]) - largest);
-    }
+    });
     float warp_largest = warp_max(largest);
     sum = warp_sum(sum == 0 ? 0.0f : sum * expf(largest - warp_largest));  // 0: no logit here; a NaN goes on
     if (lane == 0) s.largest[warp] = warp_largest, s.sum[warp] = sum;
@@ -1331,7 +1344,7 @@ __global__ void cross_entropy_kernel(float* loss, branch_t* logits, const int* t
 void cross_entropy(Device& device, float* loss, branch_t* logits, const int* targets, size_t rows, int V, int Vp, bool backward, float scale) {
     unsigned threads = unsigned(std::clamp<size_t>(round_up(size_t(Vp) / WIDE, WARP), WARP, MAX_CROSS_ENTROPY_WARPS * WARP));
     size_t stash = size_t(Vp) * sizeof(branch_t);
-    bool stashed = backward && stash <= MAX_STASH;
+    bool stashed = backward && stash + sizeof(CrossEntropyShared) <= size_t(std::min(MAX_STASH, shared_limit()));
     launch(backward ? cross_entropy_kernel<true> : cross_entropy_kernel<false>, rows, threads, sizeof(CrossEntropyShared) + (stashed ? stash : 0), device.stream,
            loss, logits, targets, V, Vp, scale, stashed);
 }
@@ -2200,7 +2213,7 @@ struct Trainer {
     }
 
     static void check_model(const ModelConfig& c) {
-        if (c.C > MAX_CHANNELS) fail("-C: expected at most %d channels on a GPU, found %d; use a smaller -C, or train_keel_cpu", MAX_CHANNELS, c.C);
+        if (c.C > most_channels()) fail("-C: expected at most %d channels on this GPU, found %d; use a smaller -C, or train_keel_cpu", most_channels(), c.C);
         if (!BRANCH_BF16) return;
         if (c.C % 64) fail("-C: expected a multiple of 64 in this build, found %d; use another -C, or train_keel_fp32 or train_keel_cpu", c.C);
         if (c.D() != 16 && c.D() != 32 && c.D() != 64 && c.D() != 128)

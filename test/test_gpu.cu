@@ -410,7 +410,7 @@ TEST_SUITE("layers") {
                 for (bool last_point : {false, true})
                     for (int before : {-1, 0, 1, 2, 3})
                         if (rows * size_t(C) < 5000 || before == 3) check_highway_backward(rows, C, norms & 1, norms & 2, last_point, before, compare, compare_branch);
-        check_highway_backward(2, MAX_CHANNELS, true, true, false, 3, compare, compare_branch);
+        check_highway_backward(2, most_channels(), true, true, false, 3, compare, compare_branch);
     }
 
     TEST_CASE("HybridNorm's per-head norms of q, k and v are the CPU's, forward and backward") {
@@ -1111,7 +1111,7 @@ TEST_SUITE("training") {
 TEST_SUITE("memory and machine") {
     TEST_CASE("A shape that the build cannot run is refused with what to turn") {
         auto refusal = [](int C, int H) { return error_of([&] { Trainer::check_model(test_config(KEEL, 4, C, H, 256, 8)); }); };
-        CHECK(refusal(MAX_CHANNELS + 64, 1).find(format("at most %d channels", MAX_CHANNELS)) != std::string::npos);
+        CHECK(refusal(most_channels() + 64, 1).find(format("at most %d channels", most_channels())) != std::string::npos);
         for (int H : {1, 2, 4, 8}) CHECK(refusal(128, H) == "");
         if (bf16) {
             CHECK(refusal(72, 1).find("-C: expected a multiple of 64 in this build, found 72") != std::string::npos);
