@@ -7,7 +7,8 @@
 // The highway (x, z, their gradients and norms) is FP32 always. The branches compute in BF16 on tensor cores, or in FP32 with
 // -DKEEL_FP32, the build for comparisons. Weights are FP32, with a BF16 copy for the matrix products.
 //
-// Every result has the same bits in every run: the order of each sum depends on shapes alone, no float is added atomically.
+// Every result has the same bits in every run on one kind of GPU with one cuBLAS: the order of each sum depends on shapes and the card
+// alone, and no float is added atomically.
 //
 // Conventions, which let a plain C++ compiler build and run this file on machines without a GPU (test/cuda_on_cpu):
 // kernels start through launch(); shared memory is dynamic and reached through shared<T>(); PTX stands in one room.
@@ -34,13 +35,13 @@ constexpr int WIDE = 16 / int(sizeof(branch_t));  // branch numbers in the 16 by
 
 constexpr int WARP = 32;               // threads
 constexpr unsigned ALL_LANES = ~0u;    // the mask of a whole warp
-constexpr float NORM_EPSILON = 1e-6f;
+constexpr float NORM_EPSILON = 1e-6f;  // rms(x) = sqrt(mean(x^2) + this)
 
 // ----------------------------------------------------------------------------------------------------
 // The device's primitives: the one room with PTX (PTX ISA 8.0, sections on mma, ldmatrix, cp.async)
 
 #ifndef CUDA_ON_CPU  // there, the headers bring their own
-// The block's shared memory, one struct a kernel; its size is an argument of launch().
+// The block's shared memory as a T, a struct or the first of an array; its size in bytes is an argument of launch().
 template <class T>
 __device__ __forceinline__ T& shared() {
     extern __shared__ __align__(128) unsigned char shared_memory[];
@@ -123,11 +124,11 @@ __device__ __forceinline__ void each_in_flight(int first, int end, int step, Loa
 // The sum or the largest over a warp, in every lane with the same bits.
 template <class T>
 __device__ T warp_sum(T value) {
-    for (int lane = WARP / 2; lane > 0; lane /= 2) value += __shfl_xor_sync(ALL_LANES, value, lane);
+    for (int distance = WARP / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(ALL_LANES, value, distance);
     return value;
 }
 __device__ inline float warp_max(float value) {
-    for (int lane = WARP / 2; lane > 0; lane /= 2) value = fmaxf(value, __shfl_xor_sync(ALL_LANES, value, lane));
+    for (int distance = WARP / 2; distance > 0; distance /= 2) value = fmaxf(value, __shfl_xor_sync(ALL_LANES, value, distance));
     return value;
 }
 
@@ -143,7 +144,7 @@ __device__ inline bool last_to_arrive(unsigned* arrived, unsigned blocks) {
 }
 
 // Sums over all blocks in an order that the grid's size alone decides, within the kernel that makes them. Each block has written
-// its row of partial (blocks,n). The last block of every FAN_IN adds up their rows in order, the last of those adds up the results, and
+// its row of partial (blocks,n), which is overwritten. The last block of every FAN_IN adds up their rows in order, the last of those adds up the results, and
 // calls out(i, sum) for each column. arrived: 1 + blocks / FAN_IN rounded up counters, zero before and after.
 constexpr unsigned FAN_IN = 16, MAX_PARTIAL_BLOCKS = 1024, ARRIVAL_COUNTERS = 1 + MAX_PARTIAL_BLOCKS / FAN_IN;
 
@@ -179,7 +180,6 @@ inline void check(cublasStatus_t status, const char* what) {
 template <class T>
 class DeviceArray {
 public:
-    using Element = T;
     DeviceArray() = default;
     explicit DeviceArray(size_t n) : n(n) {
         if (n == 0) return;
@@ -246,9 +246,9 @@ inline int shared_limit() {
 inline size_t ceil_div(size_t n, size_t d) { return (n + d - 1) / d; }
 constexpr unsigned THREADS = 256;  // of a block, where nothing speaks for another number
 
-// What every layer needs to run: the stream, and scratch memory that layers use one after another.
 constexpr size_t GEMM_WORKSPACE = 32 << 20;  // bytes, what NVIDIA recommends for Hopper
 
+// How cuBLASLt does a product of one shape; made at its first use.
 struct GemmPlan {
     cublasLtMatmulDesc_t operation;
     cublasLtMatrixLayout_t a, b, d;
@@ -256,12 +256,13 @@ struct GemmPlan {
 };
 using GemmKey = std::tuple<bool, bool, size_t, size_t, size_t, bool, bool>;  // a, b transposed; m, n, k; FP32 result; added to it
 
+// What every layer needs to run: the stream, matrix products, and scratch memory that layers use one after another.
 class Device {
 public:
     cudaStream_t stream = nullptr;
     DeviceArray<char> workspace;             // cuBLASLt's
     DeviceArray<unsigned> arrived;           // counters of add_partials
-    DeviceArray<double> partial_doubles;     // (MAX_PARTIAL_BLOCKS)
+    DeviceArray<double> partial_doubles;     // (MAX_PARTIAL_BLOCKS), of add_sum
 
     static constexpr size_t BYTES = GEMM_WORKSPACE + ARRIVAL_COUNTERS * sizeof(unsigned) + MAX_PARTIAL_BLOCKS * sizeof(double);
 
@@ -282,7 +283,6 @@ public:
     Device& operator=(const Device&) = delete;
 
     void synchronize() { CUDA(cudaStreamSynchronize(stream)); }
-    void quiesce() { cudaStreamSynchronize(stream); }  // where nothing may be thrown
     template <class T>
     void zero(const DeviceArray<T>& a) {
         if (a.size()) CUDA(cudaMemsetAsync(a.data(), 0, a.size() * sizeof(T), stream));
@@ -324,7 +324,7 @@ private:
         check(cublasLtMatmulPreferenceCreate(&preference), "cublasLtMatmulPreferenceCreate");
         size_t bytes = GEMM_WORKSPACE;
         check(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &bytes, sizeof bytes), "workspace");
-        // Tensors start wherever the one before them ends: at 16 bytes in BF16, whose shapes are multiples, at 4 in FP32.
+        // In bytes. A tensor starts where the one before it ends: every size is a multiple of 8 elements in BF16, of one in FP32.
         uint32_t alignment = BRANCH_BF16 ? 16 : 4;
         for (auto which : {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
                            CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
@@ -346,13 +346,13 @@ private:
 // out (rows,N) = in (rows,K) W^T, W (N,K).  2 rows N K operations
 template <class Out>
 void matmul_forward(Device& device, Out* out, const branch_t* in, const branch_t* w, size_t rows, size_t K, size_t N) {
-    device.product(out, w, true, in, false, N, rows, K, false);
+    device.product(out, w, true, in, false, N, rows, K, false);  // out^T (N,rows) = W in^T
 }
 
 // din (rows,K) = dout W,  dW (N,K) += dout^T in.  4 rows N K operations; dW adds in FP32
 void matmul_backward(Device& device, branch_t* din, float* dw, const branch_t* dout, const branch_t* in, const branch_t* w, size_t rows, size_t K, size_t N) {
-    device.product(dw, in, false, dout, true, K, N, rows, true);
-    device.product(din, w, false, dout, false, K, rows, N, false);
+    device.product(dw, in, false, dout, true, K, N, rows, true);     // dW^T (K,N) += in^T dout
+    device.product(din, w, false, dout, false, K, rows, N, false);   // din^T (K,rows) = W^T dout^T
 }
 
 // ----- Embedding
@@ -373,11 +373,13 @@ __global__ void embedding_forward_kernel(float* x, const int* tokens, const floa
 // One batch as the device gets it: tokens and targets (rows), and the rows sorted by their token, so that each token's gradient is one
 // block's sum in the order of the rows. bucket k has the rows order[start[k]] .. order[start[k + 1] - 1].
 struct TokenBatch {
-    int *tokens, *targets, *order, *start, *buckets;
+    int *tokens, *targets, *order;  // (rows)
+    int* start;                     // (rows + 1), of which buckets + 1 are used
+    int* buckets;                   // (1) how many different tokens occur
     TokenBatch(int* base, size_t rows) : tokens(base), targets(base + rows), order(base + 2 * rows), start(base + 3 * rows), buckets(base + 4 * rows + 1) {}
     static size_t size(size_t rows) { return 4 * rows + 2; }
 
-    // On the host, from tokens (rows): a counting sort, stable.
+    // On the host, from tokens (rows): a counting sort, stable. count: scratch (V+1)
     void sort(size_t rows, int V, std::vector<int>& count) {
         count.assign(size_t(V) + 1, 0);
         for (size_t i = 0; i < rows; i++) count[size_t(tokens[i]) + 1]++;
@@ -406,7 +408,7 @@ __global__ void embedding_backward_kernel(float* dwte, const float* dx, const in
     }
 }
 
-// dwpe[position] += sqrt(C) * sum of dx (B,T,C) over the sequences.  4 bytes an element
+// dwpe[position] += sqrt(C) * sum of dx (B,T,C) over the sequences.  4 bytes an element of dx, 8 of dwpe
 __global__ void position_backward_kernel(float* dwpe, const float* dx, int B, int T, int C) {
     size_t at = size_t(blockIdx.x) * blockDim.x + threadIdx.x, size = size_t(T) * C;
     if (at >= size) return;
@@ -417,15 +419,15 @@ __global__ void position_backward_kernel(float* dwpe, const float* dx, int B, in
 
 void embedding_forward(Device& device, float* x, const int* tokens, const float* wte, const float* wpe, int B, int T, int C, int first) {
     int rows = B * T;
-    if (C % 4 == 0) launch(embedding_forward_kernel<4>, ceil_div(size_t(rows) * C / 4, THREADS), THREADS, 0, device.stream, x, tokens, wte, wpe, rows, T, C, first);
-    else launch(embedding_forward_kernel<1>, ceil_div(size_t(rows) * C, THREADS), THREADS, 0, device.stream, x, tokens, wte, wpe, rows, T, C, first);
+    auto* kernel = C % 4 == 0 ? embedding_forward_kernel<4> : embedding_forward_kernel<1>;
+    launch(kernel, ceil_div(size_t(rows) * size_t(C) / (C % 4 == 0 ? 4 : 1), THREADS), THREADS, 0, device.stream, x, tokens, wte, wpe, rows, T, C, first);
 }
 
 void embedding_backward(Device& device, float* dwte, float* dwpe, const float* dx, const TokenBatch& batch, int B, int T, int C, int V) {
-    size_t most = std::min(size_t(B) * T, size_t(V));
-    launch(embedding_backward_kernel, most, unsigned(std::min(1024, int(round_up(size_t(C), WARP)))), 0, device.stream, dwte, dx, batch.tokens, batch.order, batch.start,
-           batch.buckets, C);
-    launch(position_backward_kernel, ceil_div(size_t(T) * C, THREADS), THREADS, 0, device.stream, dwpe, dx, B, T, C);
+    size_t most_buckets = std::min(size_t(B) * size_t(T), size_t(V));
+    unsigned threads = unsigned(std::min<size_t>(1024, round_up(size_t(C), WARP)));
+    launch(embedding_backward_kernel, most_buckets, threads, 0, device.stream, dwte, dx, batch.tokens, batch.order, batch.start, batch.buckets, C);
+    launch(position_backward_kernel, ceil_div(size_t(T) * size_t(C), THREADS), THREADS, 0, device.stream, dwpe, dx, B, T, C);
 }
 
 // ----- The highway
@@ -433,7 +435,8 @@ void embedding_backward(Device& device, float* dwte, float* dwpe, const float* d
 // It is stored once, as z. At point l, between sub-layers l-1 and l (0: after the embedding, L: before the head),
 //     x_l = norm_out of sub-layer l-1 ? gamma_out z r_out : z,   r_out = 1 / rms(z),    z = z_{l-1}; x_0 at point 0
 //     u_l = norm_in of sub-layer l    ? gamma_in x_l r_in : x_l, r_in = 1 / rms(x_l),   u_L: what the head reads
-// so that with the two numbers r a row, whoever needs x or u has it from z again with the same bits.
+// so that with the two numbers r a row, whoever needs x or u has it from z again with the same bits. alpha, norm_in and norm_out of each
+// sub-layer are rows of the table `placements` in keel_common.h (KEEL's first two sub-layers are exceptions, the paper's section 3.1).
 struct HighwayPoint {
     float* z;                // (rows,C)
     float *r_out, *r_in;     // (rows)
@@ -442,13 +445,14 @@ struct HighwayPoint {
     branch_t* u;             // (rows,C), null: not wanted
 };
 
-// A warp has a row, and a lane the same columns of it in every pass, so that the warp's stretch of shared memory needs no barrier.
-// N: numbers that a lane loads at once.
+// The same columns of two tensors.
 template <class A, class B, int N>
 struct Both {
     Pack<A, N> a;
     Pack<B, N> b;
 };
+// A warp has a row, and a lane the same columns of it in every pass, so that the warp's stretch of shared memory needs no barrier.
+// each_in_flight over the lane's columns, N numbers at a time.
 template <int N, class Load, class Use>
 __device__ __forceinline__ void each_column(int C, int lane, Load load, Use use) { each_in_flight(lane * N, C, WARP * N, load, use); }
 
@@ -460,57 +464,52 @@ __device__ float row_rms_reciprocal(const float* x, int C, int lane) {
     return 1 / sqrtf(warp_sum(sum) / C + NORM_EPSILON);
 }
 
-// From a row of z in x: r_out, r_in and u.
-template <int N>
-__device__ void highway_norms(const HighwayPoint& p, float* x, int row, int C, int lane) {
-    if (p.gamma_out) {
-        float r = row_rms_reciprocal<N>(x, C, lane);
-        if (lane == 0) p.r_out[row] = r;
-        for (int c = lane * N; c < C; c += WARP * N) {
-            auto gamma = load<N>(p.gamma_out + c);
-            for (int i = 0; i < N; i++) x[c + i] = gamma[i] * (x[c + i] * r);
-        }
-    }
-    float r = 1;
-    if (p.gamma_in) {
-        r = row_rms_reciprocal<N>(x, C, lane);
-        if (lane == 0) p.r_in[row] = r;
-    }
-    if (!p.u) return;
-    for (int c = lane * N; c < C; c += WARP * N) {
-        Pack<float, N> gamma{};
-        if (p.gamma_in) gamma = load<N>(p.gamma_in + c);
-        Pack<branch_t, N> u;
-        for (int i = 0; i < N; i++) u[i] = branch_t(p.gamma_in ? gamma[i] * (x[c + i] * r) : x[c + i]);
-        store<N>(p.u + size_t(row) * C + c, u);
-    }
-}
-
 // x at a point from z, N columns of a row
 template <int N>
-__device__ __forceinline__ Pack<float, N> highway_x(const HighwayPoint& p, Pack<float, N> z, float r, int c) {
+__device__ __forceinline__ Pack<float, N> x_of_z(const HighwayPoint& p, Pack<float, N> z, float r_out, int c) {
     if (!p.gamma_out) return z;
     auto gamma = load<N>(p.gamma_out + c);
-    for (int i = 0; i < N; i++) z[i] = gamma[i] * (z[i] * r);
+    for (int i = 0; i < N; i++) z[i] = gamma[i] * (z[i] * r_out);
     return z;
+}
+
+// u at a point from x, N columns of a row. at: of the first in (rows,C)
+template <int N>
+__device__ __forceinline__ void store_u(const HighwayPoint& p, const Pack<float, N>& x, float r_in, int c, size_t at) {
+    Pack<float, N> gamma{};
+    if (p.gamma_in) gamma = load<N>(p.gamma_in + c);
+    Pack<branch_t, N> u;
+    for (int i = 0; i < N; i++) u[i] = branch_t(p.gamma_in ? gamma[i] * (x[i] * r_in) : x[i]);
+    store<N>(p.u + at, u);
+}
+
+// From a row of z in shared memory, which becomes x: r_out, r_in and u.
+template <int N>
+__device__ void row_norms(const HighwayPoint& p, float* x, int row, int C, int lane) {
+    if (p.gamma_out) {
+        float r_out = row_rms_reciprocal<N>(x, C, lane);
+        if (lane == 0) p.r_out[row] = r_out;
+        for (int c = lane * N; c < C; c += WARP * N) store<N>(x + c, x_of_z<N>(p, load<N>(x + c), r_out, c));
+    }
+    float r_in = 1;
+    if (p.gamma_in) {
+        r_in = row_rms_reciprocal<N>(x, C, lane);
+        if (lane == 0) p.r_in[row] = r_in;
+    }
+    if (!p.u) return;
+    for (int c = lane * N; c < C; c += WARP * N) store_u<N>(p, load<N>(x + c), r_in, c, size_t(row) * C + c);
 }
 
 // u at a point, again
 template <int N>
-__device__ void highway_restore_u(const HighwayPoint& p, int row, int C, int lane) {
+__device__ void restore_u(const HighwayPoint& p, int row, int C, int lane) {
     float r_out = p.gamma_out ? p.r_out[row] : 1, r_in = p.gamma_in ? p.r_in[row] : 1;
     size_t at = size_t(row) * C;
-    each_column<N>(C, lane, [&](int c) { return load<N>(p.z + at + c); }, [&](int c, const Pack<float, N>& z) {
-        auto x = highway_x<N>(p, z, r_out, c);
-        Pack<float, N> gamma{};
-        if (p.gamma_in) gamma = load<N>(p.gamma_in + c);
-        Pack<branch_t, N> u;
-        for (int i = 0; i < N; i++) u[i] = branch_t(p.gamma_in ? gamma[i] * (x[i] * r_in) : x[i]);
-        store<N>(p.u + at + c, u);
-    });
+    each_column<N>(C, lane, [&](int c) { return load<N>(p.z + at + c); },
+                   [&](int c, const Pack<float, N>& z) { store_u<N>(p, x_of_z<N>(p, z, r_out, c), r_in, c, at + c); });
 }
 
-// z_l = alpha x_l + f, from point l to point l+1, whose norms it makes too.  12 bytes an element: z 4 and f 2 in, z 4 and u 2 out.
+// z_l = alpha x_l + f, from point l to point l+1, whose norms it makes too.  In BF16 12 bytes an element: z 4 and f 2 in, z 4 and u 2 out.
 // Shared: C floats a warp.  to.z may be from.z.
 template <int N>
 __global__ void highway_forward_kernel(HighwayPoint to, HighwayPoint from, const branch_t* f, float alpha, int rows, int C) {
@@ -521,15 +520,15 @@ __global__ void highway_forward_kernel(HighwayPoint to, HighwayPoint from, const
         size_t at = size_t(row) * C;
         each_column<N>(C, lane, [&](int c) { return Both<float, branch_t, N>{load<N>(from.z + at + c), load<N>(f + at + c)}; },
                        [&](int c, const Both<float, branch_t, N>& in) {
-                           auto out = highway_x<N>(from, in.a, r, c);
+                           auto out = x_of_z<N>(from, in.a, r, c);
                            for (int i = 0; i < N; i++) z[c + i] = out[i] = alpha * out[i] + float(in.b[i]);
                            store<N>(to.z + at + c, out);
                        });
-        highway_norms<N>(to, z, row, C, lane);
+        row_norms<N>(to, z, row, C, lane);
     }
 }
 
-// r_out, r_in and u of a point whose z is there.  6 bytes an element.  Shared: C floats a warp.
+// r_out, r_in and u of a point whose z is there.  In BF16 6 bytes an element.  Shared: C floats a warp.
 template <int N>
 __global__ void highway_norms_kernel(HighwayPoint p, int rows, int C) {
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
@@ -538,7 +537,7 @@ __global__ void highway_norms_kernel(HighwayPoint p, int rows, int C) {
         each_column<N>(C, lane, [&](int c) { return load<N>(p.z + size_t(row) * C + c); }, [&](int c, const Pack<float, N>& z) {
             for (int i = 0; i < N; i++) x[c + i] = z[i];
         });
-        highway_norms<N>(p, x, row, C, lane);
+        row_norms<N>(p, x, row, C, lane);
     }
 }
 
@@ -548,7 +547,7 @@ __global__ void highway_x_kernel(float* x, HighwayPoint p, int rows, int C) {
     size_t at = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * N;
     if (at >= size_t(rows) * C) return;
     int row = int(at / C), c = int(at % C);
-    store<N>(x + at, highway_x<N>(p, load<N>(p.z + at), p.gamma_out ? p.r_out[row] : 1, c));
+    store<N>(x + at, x_of_z<N>(p, load<N>(p.z + at), p.gamma_out ? p.r_out[row] : 1, c));
 }
 
 struct HighwayGradients {
@@ -559,22 +558,23 @@ struct HighwayGradients {
     float *dgamma_out, *dgamma_in;    // (C), added to; null as the gains are
 };
 
-// From point l to point l-1, in the order of the formulas:
+// From point l to point l-1: the last line of sub-layer l's backward and the first two of sub-layer l-1's, as a point meets them:
 //     dx_l     = alpha_l dz_l + (norm_in ? RMSNorm_backward(du_l, x_l) : du_l)
 //     dz_{l-1} = norm_out ? RMSNorm_backward(dx_l, z_{l-1}) : dx_l
 //     dF_{l-1} = dz_{l-1}
 //     RMSNorm_backward(dy, x): xh = x r;  dg += sum_rows dy xh;  dx = r (g dy - xh mean(g dy xh))
 // The second line is where Post-LN dies: it divides by rms(z), about sqrt(2) where x and F(x) are of one size, L times over:
-// 2^(-L/2) (the paper's eq. 14-15). KEEL's alpha = L makes rms(z) = sqrt(alpha^2 + 1), and the first line's alpha takes back what the second
+// 2^(-L/2) (the paper's eq. 14-15). KEEL's alpha = L makes rms(z) about sqrt(alpha^2 + 1), and the first line's alpha takes back what the second
 // took: (alpha / sqrt(alpha^2 + 1))^L -> 1 (eq. 18-19).
 //
-// 16 bytes an element: du 2, dz 4, z 4 in, dz 4, df 2 out; 6 more where u of the point before is made again (before.u not null).
-// Shared: 4 C floats a warp: z, a gradient, and the sums over rows for the two gains.  partial (blocks,2,C)
+// In BF16 16 bytes an element: du 2, dz 4, z 4 in, dz 4, df 2 out; 6 more where u of the point before is made again (before.u not null),
+// 4 more where dx is wanted. Shared: HIGHWAY_FLOATS * C floats a warp: z, a gradient, the sums over rows for the two gains.  partial (blocks,2,C)
+constexpr int HIGHWAY_FLOATS = 4;
 template <int N>
 __global__ void highway_backward_kernel(HighwayPoint p, HighwayPoint before, HighwayGradients g, float alpha, bool last_point, int rows, int C,
                                         float* partial, unsigned* arrived) {
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
-    float *row_base = &shared<float>() + size_t(warp) * 4 * C, *z = row_base, *d = row_base + C, *sum_out = row_base + 2 * C, *sum_in = row_base + 3 * C;
+    float *z = &shared<float>() + size_t(warp) * HIGHWAY_FLOATS * C, *d = z + C, *sum_out = d + C, *sum_in = sum_out + C;
     bool norm_out = p.gamma_out, norm_in = p.gamma_in;
     for (int c = lane * N; c < C; c += WARP * N)
         for (int i = 0; i < N; i++) sum_out[c + i] = sum_in[c + i] = 0;
@@ -616,14 +616,14 @@ __global__ void highway_backward_kernel(HighwayPoint p, HighwayPoint before, Hig
             store<N>(g.dz + at + c, dz);
             if (g.df) store<N>(g.df + at + c, df);
         }
-        if (before.u) highway_restore_u<N>(before, row, C, lane);
+        if (before.u) restore_u<N>(before, row, C, lane);
     }
 
     if (!norm_out && !norm_in) return;
     __syncthreads();  // the rows of all warps are in their sums
     for (int i = threadIdx.x; i < 2 * C; i += blockDim.x) {
         float sum = 0;
-        for (int w = 0; w < warps; w++) sum += (&shared<float>())[(size_t(w) * 4 + 2) * C + i];
+        for (int w = 0; w < warps; w++) sum += (&shared<float>())[(size_t(w) * HIGHWAY_FLOATS + 2) * C + i];
         partial[size_t(blockIdx.x) * 2 * C + i] = sum;
     }
     add_partials(partial, 2 * C, arrived, [&](int i, float sum) {
@@ -634,20 +634,21 @@ __global__ void highway_backward_kernel(HighwayPoint p, HighwayPoint before, Hig
 
 // Warps of a block whose rows need so many floats a column of shared memory each: 8, or fewer where two blocks would not fit into a
 // multiprocessor of Hopper.
-constexpr int HIGHWAY_FLOATS = 4;  // of highway_backward, the one that needs most
+// highway_backward needs most.
 inline int most_channels() { return shared_limit() / (HIGHWAY_FLOATS * 4); }  // a block of one warp: 14528 on Hopper
-inline unsigned highway_warps(int C, int floats) { return unsigned(std::clamp(std::min(112 << 10, shared_limit()) / (floats * 4 * C), 1, 8)); }
-// Blocks of a kernel that sums over rows: enough to fill a large GPU, and partial sums of a few MiB at most.
+inline unsigned row_warps(int C, int floats) { return unsigned(std::clamp(std::min(112 << 10, shared_limit()) / (floats * 4 * C), 1, 8)); }
+// Blocks of a kernel that sums over rows: 2^18 / C, so that partial sums stay near 3 MiB; beyond C = 1985 they are fewer than a large GPU has
+// multiprocessors.
 inline size_t most_gain_blocks(int C) { return std::clamp<size_t>((size_t(1) << 18) / size_t(C), 64, MAX_PARTIAL_BLOCKS); }
 inline size_t gain_blocks(size_t rows, unsigned warps, int C) { return std::min(ceil_div(rows, warps), most_gain_blocks(C)); }
 
 void highway_forward(Device& device, const HighwayPoint& to, const HighwayPoint& from, const branch_t* f, float alpha, size_t rows, int C) {
-    unsigned warps = highway_warps(C, 1);
+    unsigned warps = row_warps(C, 1);
     auto* kernel = C % 4 == 0 ? highway_forward_kernel<4> : highway_forward_kernel<1>;
     launch(kernel, ceil_div(rows, warps), warps * WARP, warps * size_t(C) * 4, device.stream, to, from, f, alpha, int(rows), C);
 }
 void highway_norms(Device& device, const HighwayPoint& p, size_t rows, int C) {
-    unsigned warps = highway_warps(C, 1);
+    unsigned warps = row_warps(C, 1);
     auto* kernel = C % 4 == 0 ? highway_norms_kernel<4> : highway_norms_kernel<1>;
     launch(kernel, ceil_div(rows, warps), warps * WARP, warps * size_t(C) * 4, device.stream, p, int(rows), C);
 }
@@ -657,7 +658,7 @@ void highway_x(Device& device, float* x, const HighwayPoint& p, size_t rows, int
 }
 void highway_backward(Device& device, const HighwayPoint& p, const HighwayPoint& before, const HighwayGradients& g, float alpha, bool last_point, size_t rows,
                       int C, float* partial) {
-    unsigned warps = highway_warps(C, HIGHWAY_FLOATS);
+    unsigned warps = row_warps(C, HIGHWAY_FLOATS);
     auto* kernel = C % 4 == 0 ? highway_backward_kernel<4> : highway_backward_kernel<1>;
     launch(kernel, gain_blocks(rows, warps, C), warps * WARP, warps * size_t(C) * HIGHWAY_FLOATS * 4, device.stream, p, before, g, alpha, last_point, int(rows), C,
            partial, device.arrived.data());
@@ -682,7 +683,8 @@ __global__ void qkv_norm_forward_kernel(branch_t* out, const branch_t* qkv, QkvG
     for (int d = lane; d < D; d += WARP) out[head * D + d] = branch_t(g.gamma[part][d] * (float(x[d]) * r));
 }
 
-// In place: dqkv comes as the gradient of the normed q, k, v. A warp a row, all heads. Shared: 3 D floats a warp. partial (blocks,3,D).
+// RMSNorm_backward as in the highway, x being a head's D numbers. In place: dqkv comes as the gradient of the normed q, k, v. A warp a row,
+// all heads. Shared: 3 D floats a warp. partial (blocks,3,D).
 // 6 bytes an element in BF16
 __global__ void qkv_norm_backward_kernel(branch_t* dqkv, const branch_t* qkv, QkvGains g, int rows, int H, int D, float* partial, unsigned* arrived) {
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
@@ -720,7 +722,7 @@ void qkv_norm_forward(Device& device, branch_t* out, const branch_t* qkv, const 
     launch(qkv_norm_forward_kernel, ceil_div(rows * 3 * size_t(H), THREADS / WARP), THREADS, 0, device.stream, out, qkv, g, int(rows), H, D);
 }
 void qkv_norm_backward(Device& device, branch_t* dqkv, const branch_t* qkv, const QkvGains& g, size_t rows, int H, int D, float* partial) {
-    unsigned warps = highway_warps(D, 3);
+    unsigned warps = row_warps(D, 3);
     launch(qkv_norm_backward_kernel, gain_blocks(rows, warps, H * D), warps * WARP, warps * size_t(D) * 3 * 4, device.stream, dqkv, qkv, g, int(rows), H, D, partial,
            device.arrived.data());
 }
@@ -738,6 +740,8 @@ void qkv_norm_backward(Device& device, branch_t* dqkv, const branch_t* qkv, cons
 // crosses blocks (the scores are made twice: 7 products of tiles instead of 5, and the same bits always).
 // Operations of a head: forward 4 T^2 D / 2 (half of the scores are masked), backward 14 T^2 D / 2.
 
+// In either build attention_forward makes y (B,Tq,C) and lse (B,H,Tq) from qkv (B,T,3C), and attention_backward dqkv (B,T,3C) from dy, y (B,T,C),
+// qkv and lse (B,H,T); delta (B,H,T) is scratch. D = C / H. (The CPU trainer's lse is (rows,H).) In the kernels `head` is b * H + h.
 struct AttentionShape {
     int T, C, H, first;
     __host__ __device__ int queries() const { return T - first; }
@@ -761,7 +765,7 @@ constexpr int PLAIN_WARPS = 8;
 struct PlainShared {
     float row[PLAIN_WARPS][WARP];     // 32 channels of each warp's row
     float tile[WARP][WARP + 1];       // and of each lane's; one more keeps lanes on banks of their own
-    float p[PLAIN_WARPS][WARP], ds[PLAIN_WARPS][WARP];
+    float p[PLAIN_WARPS][WARP], ds[PLAIN_WARPS][WARP];  // ds times 1 / sqrt(D)
 };
 
 // a[a0 + warp] . b[b0 + lane] over D, rows from a_end or b_end on being zero. All threads of the block come.
@@ -821,8 +825,7 @@ __global__ void attention_backward_kv_kernel(float* dqkv, const float* dy, const
     size_t head = blockIdx.x / tiles, b = head / H, stride = 3 * size_t(C), at = b * T * stride + head % H * D;
     const float *q = qkv + at, *k = q + C, *v = k + C, *dout = dy + b * T * C + head % H * D;
     float *dk = dqkv + at + C + size_t(key) * stride, *dv = dk + C, scale = 1 / sqrtf(float(D));
-    int begin = k0 / WARP * WARP;
-    for (int q0 = begin; q0 < T; q0 += WARP) {
+    for (int q0 = k0; q0 < T; q0 += WARP) {
         int query = q0 + lane;
         bool visible = query < T && query >= key;
         float score = scale * tile_dot(s, k, stride, k0, T, q, stride, q0, T, D);
@@ -832,8 +835,8 @@ __global__ void attention_backward_kv_kernel(float* dqkv, const float* dy, const
         s.ds[warp][lane] = visible ? scale * p * (dp - delta[head * T + query]) : 0;
         __syncwarp();
         if (key < T) {
-            add_weighted(dv, 1, q0 == begin, s.p[warp], dout + size_t(q0) * C, C, min(WARP, T - q0), D);
-            add_weighted(dk, 1, q0 == begin, s.ds[warp], q + size_t(q0) * stride, stride, min(WARP, T - q0), D);
+            add_weighted(dv, 1, q0 == k0, s.p[warp], dout + size_t(q0) * C, C, min(WARP, T - q0), D);
+            add_weighted(dk, 1, q0 == k0, s.ds[warp], q + size_t(q0) * stride, stride, min(WARP, T - q0), D);
         }
         __syncwarp();
     }
@@ -1034,7 +1037,7 @@ __global__ void __launch_bounds__(ATT_WARPS * WARP) attention_forward_kernel(bra
     cp_async_commit();
     WarpTile<M, D> out;
     out.zero();
-    float largest[M][2], sum[M][2];  // of rows 16 m + 8 half + g
+    float largest[M][2], sum[M][2];  // of rows 16 m + 8 half + g; sum: of this lane's columns, the row's other three lanes join at the end
 #pragma unroll
     for (int m = 0; m < M; m++) largest[m][0] = largest[m][1] = -INFINITY, sum[m][0] = sum[m][1] = 0;
     for (int k0 = 0; k0 < end; k0 += N) {
@@ -1062,7 +1065,7 @@ __global__ void __launch_bounds__(ATT_WARPS * WARP) attention_forward_kernel(bra
                     for (int n = 0; n < N / 8; n++) most = fmaxf(most, fmaxf(p.v[m][n][2 * half], p.v[m][n][2 * half + 1]));
                     most = fmaxf(most, __shfl_xor_sync(ALL_LANES, most, 1));  // the four lanes of a row
                     most = fmaxf(most, __shfl_xor_sync(ALL_LANES, most, 2));
-                    float shift = scale * most, shrink = fast_exp2(scale * (largest[m][half] - most));  // exactly 1 where nothing is larger
+                    float shift = scale * most, shrink = fast_exp2(scale * (largest[m][half] - most));  // exactly 1 where the largest stays
                     largest[m][half] = most;
 #pragma unroll
                     for (int n = 0; n < N / 8; n++)
@@ -1152,7 +1155,7 @@ __global__ void __launch_bounds__(ATT_WARPS * WARP) attention_backward_kv_kernel
         __syncthreads();
     }
     cp_async_wait<0>();
-    store_rows(dqkv + at + C, stride, warp_k0, T, dk, lane, [&](int, int) { return scale * LN_2; });
+    store_rows(dqkv + at + C, stride, warp_k0, T, dk, lane, [&](int, int) { return scale * LN_2; });  // 1 / sqrt(D)
     store_rows(dqkv + at + 2 * C, stride, warp_k0, T, dv, lane, [](int, int) { return 1.0f; });
 }
 
@@ -1238,7 +1241,6 @@ void attention_forward(Device& device, branch_t* y, float* lse, const branch_t* 
     });
 }
 
-// dqkv, qkv (B,T,3C); dy, y (B,T,C); lse, delta (B,H,T), delta scratch
 void attention_backward(Device& device, branch_t* dqkv, float* delta, const branch_t* dy, const branch_t* qkv, const branch_t* y, const float* lse, int B, int T,
                         int C, int H) {
     AttentionShape shape{T, C, H, 0};
@@ -1259,7 +1261,7 @@ void attention_backward(Device& device, branch_t* dqkv, float* delta, const bran
 //
 // gelu(h) = h/2 (1 + tanh(w)),  w = sqrt(2/pi) (h + 0.044715 h^3), the tanh form of Hendrycks and Gimpel 2016.
 // As (1 + tanh(w))/2 = sigmoid(2w), one exponential does it, without cancellation for h far below zero.
-constexpr float GELU_SCALE = float(2 * 0.79788456080286535588), GELU_CUBIC = 0.044715f;
+constexpr float GELU_SCALE = float(2 * 0.79788456080286535588) /* 2 sqrt(2/pi) */, GELU_CUBIC = 0.044715f;
 
 __device__ __forceinline__ float gelu_sigmoid(float h) { return 1 / (1 + expf(-GELU_SCALE * (h + GELU_CUBIC * h * h * h))); }
 
@@ -1390,7 +1392,7 @@ void add_sum(Device& device, double* out, const T* values, size_t n) {
 }
 
 // ----------------------------------------------------------------------------------------------------
-// The optimizer: AdamW (Loshchilov and Hutter 2019)
+// The parameters: AdamW (Loshchilov and Hutter 2019), initial values, the branch's copy
 //
 // All that changes from step to step is read from the device's memory, so that a graph of these launches serves every step.
 
@@ -1402,12 +1404,12 @@ struct StepSettings {   // comes from the host
 };
 struct StepState {      // goes to the host
     double loss_sum;    // over the step's targets
-    double grad_squares, norm;
-    float clip;
-    int finite;
+    double grad_squares, norm;  // of all gradients, before clipping
+    float clip;                 // the factor of every gradient
+    int finite;                 // 0: the step updates nothing
 };
 
-// clip = min(1, max_norm / norm), and whether there is anything wrong with the step.
+// clip = min(1, max_norm / norm), and whether norm and loss are finite: x * 0 is 0 for a finite x alone.
 __global__ void prepare_update_kernel(StepState* state, const StepSettings* settings) {
     state->norm = sqrt(state->grad_squares);
     double limit = settings->max_norm / state->norm;
@@ -1425,10 +1427,10 @@ constexpr int UPDATE_CHUNK = 8192;  // elements
 
 // With the clipped gradient g:  m = b1 m + (1-b1) g,  v = b2 v + (1-b2) g^2,
 //     p -= lr wd p,   p -= lr mhat / (sqrt(vhat) + eps),   mhat = m / (1 - b1^s), vhat = v / (1 - b2^s)
-// and g = 0 for the next step. matrices: the BF16 copy of p. Where the step is not finite nothing is touched.
+// and g = 0 for the next step. branch_copy: p in BF16. Where the step is not finite nothing is touched.
 // 34 bytes an element in BF16: p, g, m, v in, the same and the copy out.
 template <int N>
-__device__ void adamw(float* p, branch_t* matrices, float* g, float* m, float* v, size_t at, float clip, float decay, const StepSettings& s) {
+__device__ void adamw(float* p, branch_t* branch_copy, float* g, float* m, float* v, size_t at, float clip, float decay, const StepSettings& s) {
     constexpr float b1 = float(BETA1), b2 = float(BETA2), epsilon = float(ADAM_EPSILON);
     auto ps = load<N>(p + at), gs = load<N>(g + at), ms = load<N>(m + at), vs = load<N>(v + at);
     Pack<branch_t, N> copy;
@@ -1442,18 +1444,19 @@ __device__ void adamw(float* p, branch_t* matrices, float* g, float* m, float* v
         copy[i] = branch_t(ps[i]);
     }
     store<N>(p + at, ps), store<N>(g + at, gs), store<N>(m + at, ms), store<N>(v + at, vs);
-    if (matrices) store<N>(matrices + at, copy);
+    if (branch_copy) store<N>(branch_copy + at, copy);
 }
 
-__global__ void adamw_kernel(float* p, branch_t* matrices, float* g, float* m, float* v, const UpdateChunk* chunks, const StepSettings* settings, const StepState* state) {
+__global__ void adamw_kernel(float* p, branch_t* branch_copy, float* g, float* m, float* v, const UpdateChunk* chunks, const StepSettings* settings,
+                             const StepState* state) {
     if (!state->finite) return;
     UpdateChunk chunk = chunks[blockIdx.x];
     StepSettings s = *settings;
     float decay = chunk.decayed ? s.decay : 0, clip = state->clip;
     // Fours where the stretch starts at a multiple of four; what is left over, one by one.
     int in_fours = chunk.first % 4 == 0 ? chunk.count / 4 * 4 : 0;
-    for (int i = threadIdx.x * 4; i < in_fours; i += blockDim.x * 4) adamw<4>(p, matrices, g, m, v, chunk.first + i, clip, decay, s);
-    for (int i = in_fours + threadIdx.x; i < chunk.count; i += blockDim.x) adamw<1>(p, matrices, g, m, v, chunk.first + i, clip, decay, s);
+    for (int i = threadIdx.x * 4; i < in_fours; i += blockDim.x * 4) adamw<4>(p, branch_copy, g, m, v, chunk.first + i, clip, decay, s);
+    for (int i = in_fours + threadIdx.x; i < chunk.count; i += blockDim.x) adamw<1>(p, branch_copy, g, m, v, chunk.first + i, clip, decay, s);
 }
 
 std::vector<UpdateChunk> update_chunks(const ParameterLayout& layout) {
@@ -1464,6 +1467,7 @@ std::vector<UpdateChunk> update_chunks(const ParameterLayout& layout) {
 }
 
 // Initial weights, the bits of initialise_tensor in keel_common.h: a thread draws four.
+// The part of TensorInfo (keel_common.h) that this needs. bound 0: a gain, all ones
 struct TensorStart {
     size_t rows, cols, used_rows, tail_row;
     float bound, bound_tail;
@@ -1521,7 +1525,8 @@ struct BranchActivations {
     branch_t* gelu;        // (rows,4C)
 };
 
-// f (rows,C) = attention(u (rows,C)), rows = B * (T - first). f may be null: then only the activations are made.
+// f (rows,C) = attention(u (rows,C)), rows = B * (T - first). f may be null: then only the activations are made. first > 0, with a KV cache,
+// wants B = 1: the new rows are one stretch of qkv.
 void attention_branch_forward(Device& device, branch_t* f, const BranchActivations& a, const SublayerTensors<branch_t>& w, const SublayerTensors<float>& gains,
                               const ModelConfig& c, int B, int T, int first) {
     size_t rows = size_t(B) * size_t(T - first), C = size_t(c.C), start = size_t(first) * 3 * C;
@@ -1539,7 +1544,7 @@ void attention_branch_forward(Device& device, branch_t* f, const BranchActivatio
 struct BranchScratch {
     branch_t* dbranch;   // (rows,4C) dqkv or dh
     float* delta;        // (B,H,T)
-    float* partial;      // of the gains
+    float* partial;      // (blocks,2C) or (blocks,3D) of the gains
 };
 
 // du (rows,C) from df (rows,C); du serves as dy's on the way.
@@ -1591,7 +1596,7 @@ struct Model {
     Device device;
 
     DeviceArray<float> params, grads, m, v;  // in parameter order; m, v: AdamW's moments
-    DeviceArray<branch_t> matrices;          // params in BF16, which is what the matrix products read
+    DeviceArray<branch_t> branch_copy;       // params in BF16, which the matrix products read; the FP32 build reads params
 
     // The highway is stored once, as z: kept holds x_0 = "z_{-1}", z_0, ..., z_{L-1}, or with -r K every K-th of them and the
     // last, the others of one segment being in segment. r_out, r_in (L+1, rows): the norms' two numbers a row.
@@ -1601,16 +1606,18 @@ struct Model {
     DeviceArray<branch_t> head_in, f, df, du, dbranch;     // (B,T,C), dbranch (B,T,4C), of the sub-layer at work
     DeviceArray<float> dz, delta;                          // (B,T,C) the highway's gradient; (B,H,T)
     DeviceArray<branch_t> logits;                          // a chunk of rows of (.,Vp)
-    DeviceArray<float> losses, gain_partial;               // (B,T); the gains' gradients before their last sum
+    DeviceArray<float> losses, gain_partial;               // (B,T); the gains' gradients before their last sum, (blocks,2C) or (blocks,3D)
     DeviceArray<int> batch;                                // a TokenBatch
     DeviceArray<StepState> state;
     DeviceArray<StepSettings> settings;
     DeviceArray<UpdateChunk> chunks;
+    size_t update_blocks = 0;                              // chunks in use, the blocks of adamw_kernel
 
     DeviceArray<ProbeSums> probe;                          // (L), of size 0 but for --probe
     bool probing = false;
 
     // Logits of so many rows at a time that 64 M elements hold them, whatever V is: 128 MiB in BF16.
+    // Not const: a test makes it smaller.
     static inline size_t head_elements = size_t(1) << 26;
     static size_t head_rows(const ModelConfig& c, size_t rows) { return std::min(rows, std::max<size_t>(16, head_elements / size_t(c.Vp()))); }
 
@@ -1624,7 +1631,7 @@ struct Model {
         visit("gradients", &Model::grads, count);
         visit("AdamW's first moment", &Model::m, count);
         visit("AdamW's second moment", &Model::v, count);
-        visit("parameters in BF16", &Model::matrices, BRANCH_BF16 ? count : 0);
+        visit("parameters in BF16", &Model::branch_copy, BRANCH_BF16 ? count : 0);
         visit("highway z", &Model::kept, ((L + K - 1) / K + 1) * rows * C);
         visit("highway z of one segment", &Model::segment, (std::min(K, L) - 1) * rows * C);
         visit("1 / rms of z", &Model::r_out, (L + 1) * rows);
@@ -1670,10 +1677,9 @@ struct Model {
         device.zero(grads), device.zero(m), device.zero(v), device.zero(state);
         device.synchronize();
     }
-    size_t update_blocks = 0;
 
     branch_t* branch_params() {
-        void* from = BRANCH_BF16 ? static_cast<void*>(matrices.data()) : params.data();
+        void* from = BRANCH_BF16 ? static_cast<void*>(branch_copy.data()) : params.data();
         return static_cast<branch_t*>(from);
     }
     SublayerTensors<branch_t> weights(int l) { return {branch_params(), layout, l}; }
@@ -1810,7 +1816,8 @@ struct Model {
         head(targets, size_t(b) * size_t(T), false, 0, nullptr);
     }
 
-    // The same, and adds to the gradients those of scale * sum. debug, if given, gets logits, x and dx.
+    // Forward and backward of the b sequences of the TokenBatch in `batch`: adds the sum of their losses to state.loss_sum, and the gradients of
+    // scale * sum to grads. debug, if given, gets logits (rows,V), x and dx (L+1,rows,C).
     void forward_backward(int b, float scale, DebugState<float>* debug = nullptr) {
         size_t rows = size_t(b) * size_t(T), n = rows * size_t(config.C);
         TokenBatch tokens(batch.data(), rows);
@@ -1851,7 +1858,7 @@ struct Model {
         branch_forward(end - 1, b, nullptr);
     }
 
-    // Norm, clip and AdamW, in place; the gradients are zero afterwards.
+    // Norm, clip and AdamW, in place; the gradients are zero afterwards, unless the step is not finite: then nothing is touched.
     void update() {
         add_sum<true>(device, &state.data()->grad_squares, grads.data(), grads.size());
         launch(prepare_update_kernel, 1, 1, 0, device.stream, state.data(), settings.data());
@@ -1861,15 +1868,15 @@ struct Model {
 };
 
 // Seconds of a micro-step of B sequences: a rough model of one large GPU, which need only put the choices in their order. Matrix products at
-// the rate that their tiles fill the multiprocessors, the kernels' bytes, and a floor for each of the graph's nodes.
+// the rate that their tiles fill the multiprocessors, the kernels' bytes, and a floor for each of the graph's nodes. The rates are those of an H100
+// or H200, a quarter off for what is not at its peak; bytes and nodes a block are counted in dev/doc/speed.md.
 inline double predicted_seconds(const ModelConfig& c, int B, int T, Recompute r) {
     constexpr double matrix_rate = 600e12, memory_rate = 3e12, node_seconds = 2e-6, multiprocessors = 132;
     double rows = double(B) * T, blocks = c.L / 2;
     bool again = r.level == 1 || r.segments();
     double operations = rows * flops_per_token(c, T) * (again ? 4.0 / 3 : 1);
     double filled = std::min(1.0, std::ceil(rows / 128) * std::ceil(c.C / 128.0) / multiprocessors);
-    // A block's activations pass through memory about 180 times C bytes a token (see the kernels' figures and the products' operands).
-    double bytes = rows * blocks * c.C * (180 + (r.level == -1 ? 40 : again ? 90 : 0));
+    double bytes = rows * blocks * c.C * (226 + (r.level == -1 ? 28 : r.level == 1 ? 54 : r.segments() ? 80 : 0));
     double nodes = blocks * (22 + (r.level == -1 ? 1 : again ? 6 : 0));
     return operations / (matrix_rate * filled) + bytes / memory_rate + nodes * node_seconds;
 }
@@ -1990,7 +1997,7 @@ struct Trainer {
         }
     }
     ~Trainer() {
-        model.device.quiesce();
+        cudaStreamSynchronize(model.device.stream);  // nothing may be thrown here
         for (cudaEvent_t event : staged) cudaEventDestroy(event);
     }
     Trainer(const Trainer&) = delete;
@@ -2128,6 +2135,7 @@ struct Trainer {
             const ProbeSums& s = sums[size_t(l)];
             SublayerProbe& p = probed[size_t(l)];
             p.x = s.x, p.f = s.f, p.z = s.z, p.dx = s.dx, p.df = s.df;
+            // the sum over rows of alpha / rms(z), or of alpha where nothing divides by it
             p.shortcut = double(norm.alpha) * (norm.norm_out ? s.r_out : double(run.total_batch));
         }
         add_squares(model.grads, probed, &SublayerProbe::gradient);
@@ -2217,7 +2225,7 @@ struct Trainer {
         if (!BRANCH_BF16) return;
         if (c.C % 64) fail("-C: expected a multiple of 64 in this build, found %d; use another -C, or train_keel_fp32 or train_keel_cpu", c.C);
         if (c.D() != 16 && c.D() != 32 && c.D() != 64 && c.D() != 128)
-            fail("-H: expected heads of 16, 32, 64 or 128 channels (C / H) in this build, found %d; use another -H, or train_keel_fp32 or train_keel_cpu", c.D());
+            fail("-H: expected heads of 16, 32, 64 or 128 channels (C / H) in this build, found %d; use another -H, train_keel_fp32 or train_keel_cpu", c.D());
     }
 
     static std::string machine_name() {
@@ -2276,6 +2284,7 @@ struct Trainer {
 
     // The micro-batch and the level of recomputation that B = 0 and `auto` leave open: of those that fit into the memory, the one with the
     // least predicted time a token.
+    static constexpr int64_t MAX_ROWS = int64_t(1) << 30;  // kernels count rows in int
     static void choose_memory_plan(RunConfig& run, size_t available) {
         const ModelConfig& c = run.model;
         size_t count = ParameterLayout(c).count, least = SIZE_MAX;
@@ -2306,7 +2315,6 @@ struct Trainer {
         }
         run = chosen;
     }
-    static constexpr int64_t MAX_ROWS = int64_t(1) << 30;  // kernels count rows in int
 };
 
 #ifndef KEEL_NO_MAIN  // the tests have a main of their own

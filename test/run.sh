@@ -1,9 +1,10 @@
 #!/bin/bash
-# Runs every suite and ends with a line that counts the test cases of all of them. Exit 1 if any failed.
+# Runs every suite and ends with a line that counts the test cases of all of them. Exit 1 if any failed. LONG=1 adds the CPU trainer's tests under
+# the sanitizers and memcheck, and the fuzzers.
 cd "$(dirname "$0")/.." || exit 1
 passed=0 failed=0 skipped=0
-log=$(mktemp)
-trap 'rm -f "$log"' EXIT
+logs=$(mktemp -d) log=$logs/log
+trap 'rm -rf "$logs"' EXIT
 
 # Takes the counts from a suite's last summary: doctest's "test cases: N | N passed | N failed", or "N passed, N failed[, N skipped]".
 count() {
@@ -38,29 +39,47 @@ else
     echo "SKIPPED: the data scripts: no Python"
     skipped=$((skipped + 1))
 fi
-suite test/test_build.sh
+# Suites that use little more than one core run beside the others, and are told and counted after them.
+beside=(build/test_gpu_bf16_sanitized build/test_gpu_fp32_on_cpu build/test_cuda_on_cpu)
 if dev/cuda.sh nvcc >/dev/null 2>&1; then
-    suite dev/ptxas.sh --test
+    beside+=("dev/ptxas.sh --test")
 else
     echo "SKIPPED: train_keel.cu under nvcc for sm_80, sm_90 and sm_100: no nvcc (the CUDA Toolkit)"
     skipped=$((skipped + 1))
 fi
+for i in "${!beside[@]}"; do
+    start=$SECONDS
+    ${beside[i]} >"$logs/$i" 2>&1
+    echo $? $((SECONDS - start)) >"$logs/$i.status"
+done &
+
+suite test/test_build.sh
 suite build/test_run
 suite build/test_faults
 suite build/crash_test
-if dev/need.sh clang-14 libclang-rt-14-dev libomp-14-dev valgrind >/dev/null 2>&1; then
-    suite test/sanitize.sh
-    suite test/fuzz/run.sh
-else
-    echo "SKIPPED: the sanitizers and the fuzzers: no clang 14 or valgrind"
-    skipped=$((skipped + 2))
-fi
 suite build/test_cpu_fp32
 suite build/test_cpu_fp64
-suite build/test_cuda_on_cpu
 suite build/test_gpu_bf16_on_cpu
-suite build/test_gpu_fp32_on_cpu
-suite build/test_gpu_bf16_sanitized
+
+wait
+for i in "${!beside[@]}"; do
+    echo "== ${beside[i]}"
+    cat "$logs/$i"
+    read -r status took <"$logs/$i.status"
+    cp "$logs/$i" "$log"
+    count "$status"
+    echo "   $took s"
+done
+
+if [ "$LONG" ]; then
+    if dev/need.sh clang-14 libclang-rt-14-dev libomp-14-dev valgrind >/dev/null 2>&1; then
+        suite test/sanitize.sh
+        suite test/fuzz/run.sh
+    else
+        echo "SKIPPED: the sanitizers and the fuzzers: no clang 14 or valgrind"
+        skipped=$((skipped + 2))
+    fi
+fi
 if [ "$(dev/cuda.sh trainer 2>/dev/null)" = train_keel ] && make --no-print-directory -j2 build/test_gpu_bf16 build/test_gpu_fp32; then
     suite build/test_gpu_bf16
     suite build/test_gpu_fp32
