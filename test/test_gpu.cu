@@ -979,6 +979,26 @@ TEST_SUITE("training") {
         }
     }
 
+    TEST_CASE("A step whose gradients are not finite is skipped, eager or replayed, and the next ones are those of a run that never saw them") {
+        TestData data;
+        for (bool use_graphs : {false, true}) {
+            RunConfig run = test_run(small_config(KEEL, 4, 256, 16), 2, 16, 2);
+            Trainer faulty(run), expected(run);
+            faulty.use_graphs = expected.use_graphs = use_graphs;
+            faulty.initialise(1), expected.initialise(1);
+            Outcome before = run_steps(faulty, data, 1, 2);
+            run_steps(expected, data, 1, 2);
+            float not_finite = NAN;
+            faulty.model.device.copy(faulty.model.grads.data() + 5, &not_finite, 1);
+            Loader loader = data.loader(run);
+            CHECK(!std::isfinite(faulty.step(loader, 3, nullptr).norm));
+            CHECK(same_bits(before.params, host(faulty.model.params)));
+            CHECK(same_bits(before.m, host(faulty.model.m)));
+            faulty.run.skipped = expected.run.skipped = 1;  // as the run counts it; the other has only the number
+            CHECK_MESSAGE(run_steps(expected, data, 4, 5) == run_steps(faulty, data, 4, 5), (use_graphs ? "replayed" : "eager"));
+        }
+    }
+
     TEST_CASE("Every level of recomputation gives the bits of none, in losses, gradients and parameters") {
         TestData data;
         for (NormPlacement norm : {KEEL, HYBRIDNORM, PRE})
