@@ -642,24 +642,32 @@ inline unsigned row_warps(int C, int floats) { return unsigned(std::clamp(std::m
 inline size_t most_gain_blocks(int C) { return std::clamp<size_t>((size_t(1) << 18) / size_t(C), 64, MAX_PARTIAL_BLOCKS); }
 inline size_t gain_blocks(size_t rows, unsigned warps, int C) { return std::min(ceil_div(rows, warps), most_gain_blocks(C)); }
 
+// Whether a row can be read four numbers at a time: it is whole fours, and the gains start at whole fours (after HybridNorm's gains of D numbers
+// a tensor may start anywhere in the FP32 build).
+inline bool in_fours(int C, std::initializer_list<HighwayPoint> points) {
+    auto aligned = [](const float* gain) { return reinterpret_cast<size_t>(gain) % 16 == 0; };
+    return C % 4 == 0 && std::all_of(points.begin(), points.end(), [&](const HighwayPoint& p) { return aligned(p.gamma_out) && aligned(p.gamma_in); });
+}
+
 void highway_forward(Device& device, const HighwayPoint& to, const HighwayPoint& from, const branch_t* f, float alpha, size_t rows, int C) {
     unsigned warps = row_warps(C, 1);
-    auto* kernel = C % 4 == 0 ? highway_forward_kernel<4> : highway_forward_kernel<1>;
+    auto* kernel = in_fours(C, {to, from}) ? highway_forward_kernel<4> : highway_forward_kernel<1>;
     launch(kernel, ceil_div(rows, warps), warps * WARP, warps * size_t(C) * 4, device.stream, to, from, f, alpha, int(rows), C);
 }
 void highway_norms(Device& device, const HighwayPoint& p, size_t rows, int C) {
     unsigned warps = row_warps(C, 1);
-    auto* kernel = C % 4 == 0 ? highway_norms_kernel<4> : highway_norms_kernel<1>;
+    auto* kernel = in_fours(C, {p}) ? highway_norms_kernel<4> : highway_norms_kernel<1>;
     launch(kernel, ceil_div(rows, warps), warps * WARP, warps * size_t(C) * 4, device.stream, p, int(rows), C);
 }
 void highway_x(Device& device, float* x, const HighwayPoint& p, size_t rows, int C) {
-    auto* kernel = C % 4 == 0 ? highway_x_kernel<4> : highway_x_kernel<1>;
-    launch(kernel, ceil_div(rows * size_t(C) / (C % 4 == 0 ? 4 : 1), THREADS), THREADS, 0, device.stream, x, p, int(rows), C);
+    bool fours = in_fours(C, {p});
+    auto* kernel = fours ? highway_x_kernel<4> : highway_x_kernel<1>;
+    launch(kernel, ceil_div(rows * size_t(C) / (fours ? 4 : 1), THREADS), THREADS, 0, device.stream, x, p, int(rows), C);
 }
 void highway_backward(Device& device, const HighwayPoint& p, const HighwayPoint& before, const HighwayGradients& g, float alpha, bool last_point, size_t rows,
                       int C, float* partial) {
     unsigned warps = row_warps(C, HIGHWAY_FLOATS);
-    auto* kernel = C % 4 == 0 ? highway_backward_kernel<4> : highway_backward_kernel<1>;
+    auto* kernel = in_fours(C, {p, before}) ? highway_backward_kernel<4> : highway_backward_kernel<1>;
     launch(kernel, gain_blocks(rows, warps, C), warps * WARP, warps * size_t(C) * HIGHWAY_FLOATS * 4, device.stream, p, before, g, alpha, last_point, int(rows), C,
            partial, device.arrived.data());
 }
