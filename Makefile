@@ -78,12 +78,12 @@ build/test_cpu_fp64: test/test_cpu.cpp train_keel_cpu.cpp keel_common.h | build
 	$(CXX) $(FLAGS) -I. -DKEEL_NO_MAIN -DKEEL_FP64 -o $@ $<
 
 # Runs the real binaries: flags, bad input, resume.
-build/test_run: test/test_run.cpp keel_common.h | build
+build/test_run: test/test_run.cpp test/files.h keel_common.h | build
 	@dev/need.sh g++ doctest-dev
 	$(CXX) $(FLAGS) -O1 -I. -o $@ $<
 
 # Faults of numbers, files and folders, on the CPU trainer's code.
-build/test_faults: test/test_faults.cpp train_keel_cpu.cpp keel_common.h | build
+build/test_faults: test/test_faults.cpp test/files.h train_keel_cpu.cpp keel_common.h | build
 	@dev/need.sh g++ doctest-dev
 	$(CXX) $(FLAGS) -O2 -I. -DKEEL_NO_MAIN -o $@ $<
 
@@ -113,11 +113,11 @@ build/fuzz_%: test/fuzz/%.cpp test/fuzz/fuzz.h test/fuzz/uncovered.txt keel_comm
 	$(CLANG) -std=c++20 -O2 -g -I. -Wall -Wextra -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -fsanitize-coverage-ignorelist=test/fuzz/uncovered.txt -o $@ $<
 
 # Kills the real binary, fills its disk, cuts its power. The shim notes what a program's fsync has made certain.
-build/crash_test: test/crash_test.cpp test/crash_disk.h keel_common.h | build
+build/crash_test: test/crash_test.cpp test/files.h test/crash_disk.h keel_common.h | build
 	@dev/need.sh g++
 	$(CXX) $(FLAGS) -O1 -I. -o $@ $<
 
-build/crash_shim.so: test/crash_shim.cpp test/crash_disk.h | build
+build/crash_shim.so: test/crash_shim.cpp test/crash_disk.h test/files.h | build
 	$(CXX) $(FLAGS) -O1 -shared -fPIC -o $@ $< -ldl
 
 # The GPU trainer and its tests, on the CPU ...

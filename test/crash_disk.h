@@ -4,6 +4,7 @@
 // POSIX promises after fsync of a file its content, and after fsync of a folder its entries; nothing else is certain. So the record has
 // the content of each inode at its last fsync, and the names of the folder, each with its inode, at the folder's last.
 #pragma once
+
 #include <fcntl.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -13,6 +14,8 @@
 #include <fstream>
 #include <map>
 #include <string>
+
+#include "files.h"
 
 namespace disk {
 
@@ -26,11 +29,6 @@ inline std::string identity(const std::string& path) {
     char text[128];
     snprintf(text, sizeof text, "%u_%u_%llu_%llu_%llu", s.stx_dev_major, s.stx_dev_minor, (unsigned long long)s.stx_ino, seconds, nanoseconds);
     return text;
-}
-
-inline std::string slurp(const std::string& path) {
-    std::ifstream in(path, std::ios::binary);
-    return std::string((std::istreambuf_iterator<char>(in)), {});
 }
 
 // Whole or not at all: the process may be killed in here.

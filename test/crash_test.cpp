@@ -16,13 +16,12 @@
 #include <thread>
 
 #include "crash_disk.h"
+#include "files.h"
 #include "keel_common.h"
 
 namespace {
 
 namespace fs = std::filesystem;
-using Words = std::vector<std::string>;
-using disk::slurp;
 
 std::string trainer = "./train_keel_cpu", shim = "build/crash_shim.so";
 int64_t kills_wanted = 210, cuts_wanted = 60, signals_wanted = 30;
@@ -30,7 +29,6 @@ std::mt19937_64 dice;
 
 double uniform(double least, double most) { return least + (most - least) * double(dice() >> 11) * 0x1p-53; }
 bool coin() { return dice() & 1; }
-void spill(const std::string& path, const std::string& content) { std::ofstream(path, std::ios::binary) << content; }
 void wait_for(double s) { std::this_thread::sleep_for(std::chrono::duration<double>(s)); }
 
 // ----------------------------------------------------------------------------------------------------
@@ -168,17 +166,6 @@ Result succeeds(const Words& words, const Place& place) {
     for (const std::string& word : words) command += word + " ";
     expect(r.code == 0, format("%s: exit %d, %s", command.c_str(), r.code, r.err.c_str()));
     return r;
-}
-
-std::string log_without_times(const std::string& path) {
-    std::stringstream in(slurp(path));
-    std::string kept;
-    for (std::string line; std::getline(in, line);) {
-        size_t at = 0;
-        for (int comma = 0; comma < 5 && at != std::string::npos; comma++) at = line.find(',', at + 1);
-        kept += line.substr(0, at) + "\n";
-    }
-    return kept;
 }
 
 // Of two finished runs; counts as one mismatch whatever differs.

@@ -9,17 +9,11 @@
 #include <sstream>
 
 #include "../train_keel_cpu.cpp"
+#include "files.h"
 
 namespace {
 
 namespace fs = std::filesystem;
-using Words = std::vector<std::string>;
-
-std::string slurp(const std::string& path) {
-    std::ifstream in(path, std::ios::binary);
-    return std::string((std::istreambuf_iterator<char>(in)), {});
-}
-void spill(const std::string& path, const std::string& content) { std::ofstream(path, std::ios::binary) << content; }
 
 // The CPU trainer with faults: in the steps of KEEL_TEST_BAD, a list such as "3,4,9", a weight is not a number while the step is computed.
 // From step KEEL_TEST_BROKEN on it stays so, as after an update that went too far.
@@ -101,17 +95,6 @@ const bool is_trainer = [] {
     exit(code);
 }();
 
-std::string losses(const std::string& log) {  // step, loss, val_loss, lr, grad_norm
-    std::stringstream in(slurp(log));
-    std::string kept;
-    for (std::string line; std::getline(in, line);) {
-        size_t at = 0;
-        for (int comma = 0; comma < 5 && at != std::string::npos; comma++) at = line.find(',', at + 1);
-        kept += line.substr(0, at) + "\n";
-    }
-    return kept;
-}
-
 // The kinds that the detector names on a curve of the file, with their steps.
 std::vector<std::pair<std::string, int64_t>> found_on(const std::string& name, int64_t warmup) {
     std::ifstream in("test/loss_curves.csv");
@@ -162,7 +145,7 @@ TEST_CASE("A step that is not finite updates nothing and is counted; a run that 
         Result r = run({"train", "-y", "-i", p.text, "-o", p / "run", "-s", "0", "-n", "2", "--keep", "0"}, bad);
         CHECK_MESSAGE(r.code == 0, r.err);
         CHECK_MESSAGE(slurp(state_path(p / "run", 24)) == slurp(state_path(p / "whole", 24)), from);
-        CHECK_MESSAGE(losses(p / "run/log.csv") == losses(p / "whole/log.csv"), from);
+        CHECK_MESSAGE(log_without_times(p / "run/log.csv") == log_without_times(p / "whole/log.csv"), from);
         fs::remove_all(p / "run");
     }
     CHECK(!fs::exists(state_path(p / "whole", 6)));

@@ -11,18 +11,12 @@
 #include <sstream>
 #include <thread>
 
+#include "files.h"
 #include "keel_common.h"
 
 namespace {
 
 namespace fs = std::filesystem;
-using Words = std::vector<std::string>;
-
-std::string slurp(const std::string& path) {
-    std::ifstream in(path, std::ios::binary);
-    return std::string((std::istreambuf_iterator<char>(in)), {});
-}
-void spill(const std::string& path, const std::string& content) { std::ofstream(path, std::ios::binary) << content; }
 
 struct Result {
     int code;  // exit status; -signal if killed
@@ -97,18 +91,6 @@ Result succeeds(const Words& words, const std::map<std::string, std::string>& en
     Result r = run(words, environment);
     REQUIRE_MESSAGE(r.code == 0, words[0] << " " << r.out << r.err);
     return r;
-}
-
-// log.csv without what depends on the clock
-std::string log_without_times(const std::string& path) {
-    std::stringstream in(slurp(path));
-    std::string kept;
-    for (std::string line; std::getline(in, line);) {
-        size_t at = 0;
-        for (int comma = 0; comma < 5 && at != std::string::npos; comma++) at = line.find(',', at + 1);
-        kept += line.substr(0, at) + "\n";
-    }
-    return kept;
 }
 
 void mend_crc(std::string& bytes) {
