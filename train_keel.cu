@@ -134,9 +134,12 @@ __device__ inline float warp_max(float value) {
 
 // True in all threads of the block that comes last of `blocks` to this point; what the others wrote before is visible to it.
 __device__ inline bool last_to_arrive(unsigned* arrived, unsigned blocks) {
-    __threadfence();
     __syncthreads();
-    bool last = threadIdx.x == 0 && atomicAdd(arrived, 1u) == blocks - 1;
+    bool last = false;
+    if (threadIdx.x == 0) {
+        __threadfence();
+        last = atomicAdd(arrived, 1u) == blocks - 1;
+    }
     if (!__syncthreads_or(last)) return false;
     if (threadIdx.x == 0) *arrived = 0;  // for the next kernel
     __threadfence();
@@ -152,10 +155,10 @@ template <class T, class Out>
 __device__ void add_partials(T* partial, int n, unsigned* arrived, Out out) {
     unsigned group = blockIdx.x / FAN_IN, groups = (gridDim.x + FAN_IN - 1) / FAN_IN, first = group * FAN_IN;
     unsigned members = gridDim.x - first < FAN_IN ? gridDim.x - first : FAN_IN;
-    // volatile: not from this multiprocessor's own cache
     auto sum_rows = [&](unsigned from, unsigned step, unsigned count, int i) {
         T sum = 0;
-        for (unsigned k = 0; k < count; k++) sum += *(volatile const T*)&partial[size_t(from + k * step) * n + i];
+#pragma unroll 16
+        for (unsigned k = 0; k < count; k++) sum += partial[size_t(from + k * step) * n + i];
         return sum;
     };
     if (!last_to_arrive(&arrived[1 + group], members)) return;
@@ -460,7 +463,7 @@ template <int N>
 __device__ float row_rms_reciprocal(const float* x, int C, int lane) {
     float sum = 0;
     for (int c = lane * N; c < C; c += WARP * N)
-        for (int i = 0; i < N; i++) sum += x[c + i] * x[c + i];
+        for (auto values = load<N>(x + c); float value : values.v) sum += value * value;
     return 1 / sqrtf(warp_sum(sum) / C + NORM_EPSILON);
 }
 
@@ -521,7 +524,8 @@ __global__ void highway_forward_kernel(HighwayPoint to, HighwayPoint from, const
         each_column<N>(C, lane, [&](int c) { return Both<float, branch_t, N>{load<N>(from.z + at + c), load<N>(f + at + c)}; },
                        [&](int c, const Both<float, branch_t, N>& in) {
                            auto out = x_of_z<N>(from, in.a, r, c);
-                           for (int i = 0; i < N; i++) z[c + i] = out[i] = alpha * out[i] + float(in.b[i]);
+                           for (int i = 0; i < N; i++) out[i] = alpha * out[i] + float(in.b[i]);
+                           store<N>(z + c, out);
                            store<N>(to.z + at + c, out);
                        });
         row_norms<N>(to, z, row, C, lane);
@@ -535,7 +539,7 @@ __global__ void highway_norms_kernel(HighwayPoint p, int rows, int C) {
     float* x = &shared<float>() + size_t(warp) * C;
     for (int row = blockIdx.x * warps + warp; row < rows; row += gridDim.x * warps) {
         each_column<N>(C, lane, [&](int c) { return load<N>(p.z + size_t(row) * C + c); }, [&](int c, const Pack<float, N>& z) {
-            for (int i = 0; i < N; i++) x[c + i] = z[i];
+            store<N>(x + c, z);
         });
         row_norms<N>(p, x, row, C, lane);
     }
@@ -587,30 +591,35 @@ __global__ void highway_backward_kernel(HighwayPoint p, HighwayPoint before, Hig
                            Pack<float, N> gamma_out{}, gamma_in{};
                            if (norm_out) gamma_out = load<N>(p.gamma_out + c);
                            if (norm_in) gamma_in = load<N>(p.gamma_in + c);
+                           Pack<float, N> ds, sums = load<N>(sum_in + c);
                            for (int i = 0; i < N; i++) {
                                float zi = in.a[i], du = float(in.b[i]), x = norm_out ? gamma_out[i] * (zi * r_out) : zi, xh = x * r_in;
-                               z[c + i] = zi, d[c + i] = norm_in ? gamma_in[i] * du : du;
-                               if (norm_in) sum_in[c + i] += du * xh, mean_in += d[c + i] * xh;
+                               ds[i] = norm_in ? gamma_in[i] * du : du;
+                               if (norm_in) sums[i] += du * xh, mean_in += ds[i] * xh;
                            }
+                           store<N>(z + c, in.a), store<N>(d + c, ds);
+                           if (norm_in) store<N>(sum_in + c, sums);
                        });
         if (norm_in) mean_in = warp_sum(mean_in) / C;
         each_column<N>(C, lane, [&](int c) { return last_point ? Pack<float, N>{} : load<N>(g.dz + at + c); }, [&](int c, const Pack<float, N>& dz) {
-            Pack<float, N> gamma_out{}, dx;
+            Pack<float, N> gamma_out{}, dx, zs = load<N>(z + c), ds = load<N>(d + c), sums = load<N>(sum_out + c);
             if (norm_out) gamma_out = load<N>(p.gamma_out + c);
             for (int i = 0; i < N; i++) {
-                float zh = z[c + i] * r_out, x = norm_out ? gamma_out[i] * zh : z[c + i], xh = x * r_in;
-                dx[i] = (norm_in ? r_in * (d[c + i] - xh * mean_in) : d[c + i]) + alpha * dz[i];
-                d[c + i] = norm_out ? gamma_out[i] * dx[i] : dx[i];
-                if (norm_out) sum_out[c + i] += dx[i] * zh, mean_out += d[c + i] * zh;
+                float zh = zs[i] * r_out, x = norm_out ? gamma_out[i] * zh : zs[i], xh = x * r_in;
+                dx[i] = (norm_in ? r_in * (ds[i] - xh * mean_in) : ds[i]) + alpha * dz[i];
+                ds[i] = norm_out ? gamma_out[i] * dx[i] : dx[i];
+                if (norm_out) sums[i] += dx[i] * zh, mean_out += ds[i] * zh;
             }
+            store<N>(d + c, ds);
+            if (norm_out) store<N>(sum_out + c, sums);
             if (g.dx) store<N>(g.dx + at + c, dx);
         });
         if (norm_out) mean_out = warp_sum(mean_out) / C;
         for (int c = lane * N; c < C; c += WARP * N) {
-            Pack<float, N> dz;
+            Pack<float, N> dz, zs = load<N>(z + c), ds = load<N>(d + c);
             Pack<branch_t, N> df;
             for (int i = 0; i < N; i++) {
-                dz[i] = norm_out ? r_out * (d[c + i] - z[c + i] * r_out * mean_out) : d[c + i];
+                dz[i] = norm_out ? r_out * (ds[i] - zs[i] * r_out * mean_out) : ds[i];
                 df[i] = branch_t(dz[i]);
             }
             store<N>(g.dz + at + c, dz);
