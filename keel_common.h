@@ -1135,6 +1135,7 @@ inline Options parse_command_line(int argc, const char* const* argv) {
 struct Recompute {
     int level = 0;
     bool segments() const { return level >= 2; }
+    bool keeps_cheap() const { return level == 0 || segments(); }  // u and GELU's output stay until their backward
     std::string name() const {
         return level == 0 ? "none" : level == -1 ? "gelu" : level == 1 ? "layer" : format("%d", level);
     }
@@ -2003,7 +2004,12 @@ public:
     CheckpointWriter(Trainer& trainer, const DataSplit& data, const std::string& folder, int64_t keep, bool background, std::vector<CsvLog*> logs)
         : trainer(trainer), data(data), folder(folder), keep(keep), logs(std::move(logs)) {
         if (!background) return;
-        snapshot = typename Trainer::HostArray(3 * trainer.layout().count);
+        try {
+            snapshot = typename Trainer::HostArray(3 * trainer.layout().count);
+        } catch (const Error& e) {  // free memory is not always memory that can be had, such as pinned memory in a container
+            printf("note       training waits while a checkpoint is written: no snapshot (%s)\n", e.what());
+            return;
+        }
         trainer.snapshot(snapshot.data());  // touches its pages, which would stall the first checkpoint
     }
     ~CheckpointWriter() {

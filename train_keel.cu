@@ -327,6 +327,9 @@ private:
         check(cublasLtMatmulPreferenceCreate(&preference), "cublasLtMatmulPreferenceCreate");
         size_t bytes = GEMM_WORKSPACE;
         check(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &bytes, sizeof bytes), "workspace");
+        // A product that is split along k adds its parts in FP32, never in BF16.
+        uint32_t schemes = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
+        check(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &schemes, sizeof schemes), "reduction");
         // In bytes. A tensor starts where the one before it ends: every size is a multiple of 8 elements in BF16, of one in FP32.
         uint32_t alignment = BRANCH_BF16 ? 16 : 4;
         for (auto which : {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
@@ -646,9 +649,9 @@ __global__ void highway_backward_kernel(HighwayPoint p, HighwayPoint before, Hig
 // highway_backward needs most.
 inline int most_channels() { return shared_limit() / (HIGHWAY_FLOATS * 4); }  // a block of one warp: 14528 on Hopper
 inline unsigned row_warps(int C, int floats) { return unsigned(std::clamp(std::min(112 << 10, shared_limit()) / (floats * 4 * C), 1, 8)); }
-// Blocks of a kernel that sums over rows: 2^18 / C, so that partial sums stay near 3 MiB; beyond C = 1985 they are fewer than a large GPU has
-// multiprocessors.
-inline size_t most_gain_blocks(int C) { return std::clamp<size_t>((size_t(1) << 18) / size_t(C), 64, MAX_PARTIAL_BLOCKS); }
+// Blocks of a kernel that sums over rows: 2^18 / C, so that partial sums stay near 3 MiB, but at least two for each of the 132 multiprocessors of
+// a large GPU.
+inline size_t most_gain_blocks(int C) { return std::clamp<size_t>((size_t(1) << 18) / size_t(C), 264, MAX_PARTIAL_BLOCKS); }
 inline size_t gain_blocks(size_t rows, unsigned warps, int C) { return std::min(ceil_div(rows, warps), most_gain_blocks(C)); }
 
 // Whether a row can be read four numbers at a time: it is whole fours, and the gains start at whole fours (after HybridNorm's gains of D numbers
@@ -1643,7 +1646,7 @@ struct Model {
     static void each_buffer(const ModelConfig& c, size_t count, int B, int T, Recompute r, Visit visit) {
         size_t rows = size_t(B) * size_t(T), C = size_t(c.C), L = size_t(c.L), K = size_t(std::max(1, r.level));
         size_t full = r.segments() ? std::min(K, L) : r.level == 1 ? 2 : L;  // sub-layers that have a slot of their own
-        bool cheap_kept = r.level == 0 || r.segments();                      // so do u and GELU's output; else one serves all
+        bool cheap_kept = r.keeps_cheap();                                   // so do u and GELU's output; else one serves all
         visit("parameters", &Model::params, count);
         visit("gradients", &Model::grads, count);
         visit("AdamW's first moment", &Model::m, count);
@@ -1732,7 +1735,7 @@ struct Model {
     BranchActivations activations(int l) {
         size_t rows = size_t(B) * size_t(T), C = size_t(config.C), at = size_t(l);
         size_t slot = recompute.segments() ? at % size_t(recompute.level) : recompute.level == 1 ? at % 2 : at;
-        size_t cheap = recompute.level == 0 || recompute.segments() ? slot : 0;
+        size_t cheap = recompute.keeps_cheap() ? slot : 0;
         BranchActivations a{};
         a.u = u.data() + cheap * rows * C;
         a.qkv = qkv.data() + slot / 2 * rows * 3 * C, a.qkv_normed = qkv_normed.data();
@@ -1777,7 +1780,7 @@ struct Model {
     // From dz_l in dz (at point L: from the head's du_L) to dz_{l-1} in dz and dF_{l-1} in df; x and u as point l has them.
     void point_backward(int l, int b, float* dx) {
         HighwayPoint before = l > 0 ? point(l - 1) : HighwayPoint{};
-        if (recompute.level == 0 || recompute.segments()) before.u = nullptr;  // it was kept
+        if (recompute.keeps_cheap()) before.u = nullptr;  // it was kept
         HighwayGradients g{dz.data(), du.data(), l > 0 ? df.data() : nullptr, dx, l > 0 ? tensor(grads, GAMMA_OUT, l - 1) : nullptr,
                            l < config.L ? tensor(grads, GAMMA_IN, l) : tensor(grads, GAMMA_FINAL)};
         highway_backward(device, point(l), before, g, l < config.L ? config.sublayer(l).alpha : 0, l == config.L, size_t(b) * size_t(T), config.C, gain_partial.data());
@@ -1983,6 +1986,7 @@ struct Graph {
         CUDA(cudaGraphGetNodes(graph, nullptr, &nodes));
         CUDA(cudaGraphInstantiate(&launches, graph, 0));
         CUDA(cudaGraphDestroy(graph));
+        CUDA(cudaGraphUpload(launches, stream));  // now, rather than before its first launch
     }
     Graph() = default;
     ~Graph() {

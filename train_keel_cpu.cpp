@@ -652,7 +652,7 @@ struct Model {
         size_t rows = size_t(B) * size_t(T), C = size_t(c.C), L = size_t(c.L), K = size_t(std::max(1, r.level));
         size_t params = ParameterLayout(c).count;
         size_t full = r.segments() ? std::min(K, L) : r.level == 1 ? 2 : L;  // sub-layers that have a slot of their own
-        size_t cheap = r.level == 0 || r.segments() ? full : 2;              // the same for u and GELU's output
+        size_t cheap = r.keeps_cheap() ? full : 2;                           // the same for u and GELU's output
         size_t partial = gain_blocks(rows) * std::max(C, c.norm == HYBRIDNORM ? 3 * size_t(c.D()) : 0);
         return {
             {"parameters", &Model::params, params},
@@ -718,7 +718,7 @@ struct Model {
     BranchActivations activations(int l) {
         size_t rows = size_t(B) * size_t(T), C = size_t(config.C), at = size_t(l);
         size_t slot = recompute.segments() ? at % size_t(recompute.level) : recompute.level == 1 ? at % 2 : at;
-        size_t cheap = recompute.level == 0 || recompute.segments() ? slot : at % 2;
+        size_t cheap = recompute.keeps_cheap() ? slot : at % 2;
         BranchActivations a{};
         a.u = u.data() + cheap * rows * C;
         a.qkv = qkv.data() + slot / 2 * rows * 3 * C, a.qkv_normed = qkv_normed.data();

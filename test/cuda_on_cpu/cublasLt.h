@@ -45,6 +45,14 @@ enum cublasLtMatmulPreferenceAttributes_t {
     CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES = 8,
 };
 
+enum cublasLtReductionScheme_t {
+    CUBLASLT_REDUCTION_SCHEME_NONE = 0,
+    CUBLASLT_REDUCTION_SCHEME_INPLACE = 1,
+    CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE = 2,
+    CUBLASLT_REDUCTION_SCHEME_OUTPUT_TYPE = 4,
+    CUBLASLT_REDUCTION_SCHEME_MASK = 7,
+};
+
 struct cublasLtContext {};
 struct cublasLtMatmulDescOpaque_t {
     int32_t trans_a = CUBLAS_OP_N, trans_b = CUBLAS_OP_N;
@@ -161,7 +169,7 @@ inline cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPrefere
         case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES:
             return cuda_on_cpu::read_attribute(preference->alignment[attribute - CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES], value, bytes);
         case CUBLASLT_MATMUL_PREF_SEARCH_MODE:
-        case CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK: return CUBLAS_STATUS_SUCCESS;
+        case CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK: return CUBLAS_STATUS_SUCCESS;  // one algorithm, which splits nothing
         default: return CUBLAS_STATUS_INVALID_VALUE;
     }
 }
