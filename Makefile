@@ -69,11 +69,11 @@ train_keel_cpu_fp64: train_keel_cpu.cpp keel_common.h
 	$(CXX) $(FLAGS) -DKEEL_FP64 -o $@ $< $(LIBRARIES)
 
 # The tests include the trainer's source without its main, once for each number type.
-build/test_cpu_fp32: test/test_cpu.cpp train_keel_cpu.cpp keel_common.h | build
+build/test_cpu_fp32: test/test_cpu.cpp test/numbers.h train_keel_cpu.cpp keel_common.h | build
 	@dev/need.sh g++ doctest-dev
 	$(CXX) $(FLAGS) -I. -DKEEL_NO_MAIN -o $@ $<
 
-build/test_cpu_fp64: test/test_cpu.cpp train_keel_cpu.cpp keel_common.h | build
+build/test_cpu_fp64: test/test_cpu.cpp test/numbers.h train_keel_cpu.cpp keel_common.h | build
 	@dev/need.sh g++ doctest-dev
 	$(CXX) $(FLAGS) -I. -DKEEL_NO_MAIN -DKEEL_FP64 -o $@ $<
 
@@ -91,11 +91,11 @@ build/test_faults: test/test_faults.cpp test/files.h train_keel_cpu.cpp keel_com
 CLANG = clang++-14
 CLANG_PACKAGES = clang-14 libclang-rt-14-dev libomp-14-dev
 
-build/%_asan: test/%.cpp train_keel_cpu.cpp keel_common.h | build
+build/%_asan: test/%.cpp test/files.h test/numbers.h train_keel_cpu.cpp keel_common.h | build
 	@dev/need.sh doctest-dev $(CLANG_PACKAGES)
 	$(CLANG) $(FLAGS) $(SANITIZE) -O2 -Wno-pass-failed -I. -DKEEL_NO_MAIN -o $@ $<
 
-build/%_tsan: test/%.cpp train_keel_cpu.cpp keel_common.h | build
+build/%_tsan: test/%.cpp test/files.h test/numbers.h train_keel_cpu.cpp keel_common.h | build
 	@dev/need.sh doctest-dev $(CLANG_PACKAGES)
 	$(CLANG) $(FLAGS) -O1 -g -fsanitize=thread -Wno-pass-failed -I. -DKEEL_NO_MAIN -o $@ $<
 
@@ -129,7 +129,7 @@ build/train_keel_fp32_on_cpu: train_keel.cu keel_common.h $(CUDA_ON_CPU) | build
 	@dev/need.sh g++ libboost-context-dev
 	$(CXX) $(ON_CPU) -DKEEL_FP32 -o $@ $< $(ON_CPU_LIBRARIES)
 
-GPU_TEST = test/test_gpu.cu train_keel.cu train_keel_cpu.cpp keel_common.h
+GPU_TEST = test/test_gpu.cu test/numbers.h train_keel.cu train_keel_cpu.cpp keel_common.h
 
 build/test_gpu_bf16_on_cpu: $(GPU_TEST) $(CUDA_ON_CPU) | build
 	@dev/need.sh g++ doctest-dev libboost-context-dev

@@ -9,32 +9,17 @@
 #include <sstream>
 
 #include "train_keel_cpu.cpp"
+#include "test/numbers.h"
 
 namespace {
 
 constexpr bool fp64 = sizeof(real) == 8;
 
-// Numbers for tests: uniform in [-1, 1), a function of the seed.
-std::vector<real> random_reals(size_t n, uint32_t seed, double scale = 1) {
-    std::vector<real> values(n);
-    for (size_t i = 0; i < n; i++) values[i] = real(scale * (2.0 * philox(seed, uint32_t(i), 0, 0, 77).word[0] * 0x1p-32 - 1));
-    return values;
-}
-std::vector<int> random_tokens(size_t n, int V, uint32_t seed) {
-    std::vector<int> values(n);
-    for (size_t i = 0; i < n; i++) values[i] = int(philox(seed, uint32_t(i), 0, 0, 78).word[0] % uint32_t(V));
-    return values;
-}
+std::vector<real> random_reals(size_t n, uint32_t seed, double scale = 1) { return random_numbers<real>(n, seed, scale); }
 double dot(const std::vector<real>& a, const std::vector<real>& b) {
     double sum = 0;
     for (size_t i = 0; i < a.size(); i++) sum += double(a[i]) * double(b[i]);
     return sum;
-}
-double relative_error(const std::vector<real>& expected, const std::vector<real>& found) {
-    double difference = 0, norm = 0;
-    for (size_t i = 0; i < expected.size(); i++)
-        difference += std::pow(double(expected[i]) - double(found[i]), 2), norm += std::pow(double(expected[i]), 2);
-    return difference == 0 ? 0 : std::sqrt(difference / norm);
 }
 bool same_bits(const real* a, const real* b, size_t n) { return memcmp(a, b, n * sizeof(real)) == 0; }
 
@@ -87,29 +72,6 @@ void initialise_for_test(Model& model, uint64_t seed) {
     for (const TensorInfo& t : model.layout.tensors)
         if (!t.decay)
             for (size_t i = 0; i < t.size(); i++) model.params[t.offset + i] = real(0.5 + uniform24(philox(seed, uint32_t(t.offset + i), 1, 0, 79).word[0]));
-}
-
-struct TemporaryFolder {
-    std::string path;
-    TemporaryFolder() {
-        char name[] = "/tmp/keel_test_XXXXXX";
-        REQUIRE(mkdtemp(name));
-        path = name;
-    }
-    ~TemporaryFolder() { std::filesystem::remove_all(path); }
-    std::string write(const std::string& name, const std::string& content) const {
-        std::ofstream(path + "/" + name, std::ios::binary) << content;
-        return path + "/" + name;
-    }
-};
-
-std::string error_of(const std::function<void()>& action) {
-    try {
-        action();
-    } catch (const Error& e) {
-        return e.what();
-    }
-    return "";
 }
 
 // Central differences with h = 1e-4 along the gradient and along one random direction, relative to ||g||. The five-point form:

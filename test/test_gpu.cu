@@ -21,6 +21,7 @@ namespace cpu {
 }
 
 #include "train_keel.cu"
+#include "test/numbers.h"
 
 namespace {
 
@@ -40,17 +41,7 @@ Device& device() {
     return instance;
 }
 
-// Numbers for tests: uniform in [-scale, scale), a function of the seed.
-std::vector<float> random_floats(size_t n, uint32_t seed, double scale = 1) {
-    std::vector<float> values(n);
-    for (size_t i = 0; i < n; i++) values[i] = float(scale * (2.0 * philox(seed, uint32_t(i), 0, 0, 77).word[0] * 0x1p-32 - 1));
-    return values;
-}
-std::vector<int> random_tokens(size_t n, int V, uint32_t seed) {
-    std::vector<int> values(n);
-    for (size_t i = 0; i < n; i++) values[i] = int(philox(seed, uint32_t(i), 0, 0, 78).word[0] % uint32_t(V));
-    return values;
-}
+std::vector<float> random_floats(size_t n, uint32_t seed, double scale = 1) { return random_numbers<float>(n, seed, scale); }
 float in_branch(float value) { return float(branch_t(value)); }
 std::vector<float> random_branch(size_t n, uint32_t seed, double scale = 1) {
     std::vector<float> values = random_floats(n, seed, scale);
@@ -58,12 +49,6 @@ std::vector<float> random_branch(size_t n, uint32_t seed, double scale = 1) {
     return values;
 }
 
-double relative_error(const std::vector<float>& expected, const std::vector<float>& found) {
-    double difference = 0, norm = 0;
-    for (size_t i = 0; i < expected.size(); i++)
-        difference += std::pow(double(expected[i]) - double(found[i]), 2), norm += std::pow(double(expected[i]), 2);
-    return difference == 0 ? 0 : std::sqrt(difference / norm);
-}
 template <class T>
 bool same_bits(const std::vector<T>& a, const std::vector<T>& b) { return a.size() == b.size() && memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0; }
 
@@ -146,25 +131,6 @@ DeviceArray<int> upload_batch(const std::vector<int>& tokens, const std::vector<
     return upload(host);
 }
 
-struct TemporaryFolder {
-    std::string path;
-    TemporaryFolder() {
-        char name[] = "/tmp/keel_test_XXXXXX";
-        REQUIRE(mkdtemp(name));
-        path = name;
-    }
-    ~TemporaryFolder() { std::filesystem::remove_all(path); }
-};
-
-std::string error_of(const std::function<void()>& action) {
-    try {
-        action();
-    } catch (const Error& e) {
-        return e.what();
-    }
-    return "";
-}
-
 // ----- Models
 
 ModelConfig test_config(NormPlacement norm, int L, int C, int H, int V, int max_T) {
@@ -216,10 +182,9 @@ struct TestData {
     TemporaryFolder folder;
     TokenSource source;
     TestData() {
-        std::string path = folder.path + "/text", text;
+        std::string text;
         for (int i = 0; i < 400; i++) text += format("%d times %d is %d; ", i, i % 7, i * (i % 7));
-        std::ofstream(path) << text;
-        source = TokenSource({path}, "-i");
+        source = TokenSource({folder.write("text", text)}, "-i");
     }
     Loader loader(const RunConfig& run) const { return Loader(source, 0, source.count, run.T, run.model.V, 1, true); }
 };
@@ -526,7 +491,7 @@ TEST_SUITE("layers") {
                     for (int h = 0; h < H; h++)
                         same = same && memcmp(&whole_lse[size_t((b * H + h) * T + first)], &part_lse[size_t((b * H + h) * Tq)], size_t(Tq) * sizeof(float)) == 0;
                 }
-                CHECK_MESSAGE(same, "D " << D << " T " << T << " from " << first << ": y differs by " << relative_error({whole.end() - C, whole.end()}, {part.end() - C, part.end()}));
+                CHECK_MESSAGE(same, "D " << D << " T " << T << " from " << first << ": y differs by " << relative_error<float>({whole.end() - C, whole.end()}, {part.end() - C, part.end()}));
             }
     }
 
