@@ -47,12 +47,14 @@ double median_seconds(Device& device, const std::function<void(int)>& run) {
 }
 
 __global__ void copy_kernel(float4* to, const float4* from, size_t n) {
+    wait_for_predecessor();
     size_t i = size_t(blockIdx.x) * blockDim.x + threadIdx.x;
     if (i < n) to[i] = from[i];
 }
 
 // Reads n float4, four on their way at a time, and writes nothing that it could leave out: the sum is never -1.
 __global__ void read_kernel(float* never, const float4* from, size_t n) {
+    wait_for_predecessor();
     float sum = 0;
     size_t step = size_t(gridDim.x) * blockDim.x;
     for (size_t i = size_t(blockIdx.x) * blockDim.x + threadIdx.x; i < n; i += 4 * step) {
@@ -223,7 +225,7 @@ void bench_classifier(Device& device, int rows, int V) {
 void bench_optimizer(Device& device, const ModelConfig& c) {
     ParameterLayout layout(c);
     size_t n = layout.count;
-    std::vector<UpdateChunk> work = update_chunks(layout);
+    std::vector<UpdateChunk> work = update_chunks(layout, GradientLayout(layout, c.L, false));
     DeviceArray<UpdateChunk> chunks(work.size());
     device.copy(chunks.data(), work.data(), work.size());
     Ring<float> p(n, 1), g(n, 1), m(n, 1), v(n, 1);
@@ -232,17 +234,20 @@ void bench_optimizer(Device& device, const ModelConfig& c) {
     CUDA(cudaMemsetAsync(v.all.data(), 0, v.all.size() * 4, device.stream));
     DeviceArray<StepState> state(1);
     DeviceArray<StepSettings> settings(1);
-    StepSettings s{1e-3f, 20, 1e-5f, 1};
+    DeviceArray<long long> updates(1);
+    StepSettings s{1e-3, 0.01, 1, 0};
     device.copy(settings.data(), &s, 1);
-    device.zero(state);
+    device.zero(state), device.zero(updates);
     add_sum<true>(device, &state.data()->grad_squares, g(0), n);
-    launch(prepare_update_kernel, 1, 1, 0, device.stream, state.data(), settings.data());
+    launch(prepare_update_kernel, 1, 1, 0, device.stream, state.data(), settings.data(), updates.data());
     StepState found;
     device.copy(&found, state.data(), 1);
     auto gs = host(device, g(0), n);
     check("gradient norm", {float(std::sqrt(cpu::sum_of_squares(gs.data(), n)))}, {float(found.norm)}, 1e-6);
     branch_t* copy = BRANCH_BF16 ? matrices(0) : nullptr;
-    auto update = [&](int) { launch(adamw_kernel, work.size(), THREADS, 0, device.stream, p(0), copy, g(0), m(0), v(0), chunks.data(), settings.data(), state.data()); };
+    auto update = [&](int) {
+        launch(adamw_kernel<float>, work.size(), THREADS, 0, device.stream, p(0), copy, g(0), nullptr, m(0), v(0), chunks.data(), settings.data(), state.data(), updates.data());
+    };
     bandwidth(device, "adamw", double(n) * (32 + (BRANCH_BF16 ? 2 : 0)), 0.90, update);
 
     double norm = median_seconds(device, [&](int) { add_sum<true>(device, &state.data()->grad_squares, g(0), n); });
@@ -322,7 +327,7 @@ void bench_products(Device& device, int rows, int C, double matrix_rate) {
         double operations = 2.0 * double(r) * double(k) * double(n);
         double forward = median_seconds(device, [&](int i) { matmul_forward(device, out(i), in(i), w(0), r, k, n); });
         report(format("product_%s_C%d", name, C), forward, operations, "TFLOP/s", matrix_rate / 1e12, "matrix, TFLOP/s", 0);
-        double backward = median_seconds(device, [&](int i) { matmul_backward(device, in(i), dw(0), out(i), in(i), w(0), r, k, n); });
+        double backward = median_seconds(device, [&](int i) { matmul_backward(device, in(i), {dw(0), nullptr, nullptr, 0, {}}, out(i), in(i), w(0), r, k, n); });
         report(format("product_%s_backward_C%d", name, C), backward, 2 * operations, "TFLOP/s", matrix_rate / 1e12, "matrix, TFLOP/s", 0);
     }
 }
