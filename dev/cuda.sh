@@ -5,6 +5,7 @@
 #   cuda.sh trainer  prints the best trainer that this machine can build and run, and on stderr why it is not train_keel
 #   cuda.sh rpath    prints the linker's flag for the folder of the toolkit's libraries, so that programs find them at run time
 #   cuda.sh cupti    prints a C++ compiler's flags for CUPTI, the toolkit's library that records when kernels run, or says that it is missing
+#   cuda.sh results  prints the file of results of the GPU that is here: dev/results/h200.csv and so on, dev/results/gpu.csv for others
 # NVCC, if set, is the compiler; CUDA_HOME the toolkit's folder, if it is not /usr/local/cuda.
 
 find_nvcc() {
@@ -44,6 +45,9 @@ case $1 in
         fi
         echo "expected the CUDA Toolkit's CUPTI (cupti.h and libcupti.so), which is not here; install it (it is a part of the CUDA Toolkit) or set NVCC" >&2
         exit 1 ;;
+    results)
+        gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -1)
+        if [[ ${gpu,,} =~ (h200|h100|a100|b200) ]]; then echo "dev/results/${BASH_REMATCH[1]}.csv"; else echo dev/results/gpu.csv; fi ;;
     trainer)
         if ! found=$(capability); then
             echo "no NVIDIA GPU with a working driver here: taking train_keel_cpu" >&2
@@ -63,5 +67,5 @@ case $1 in
             fi
         fi
         echo train_keel_cpu ;;
-    *) sed -n '2,8p' "$0" >&2; exit 2 ;;
+    *) sed -n '2,9p' "$0" >&2; exit 2 ;;
 esac
