@@ -9,8 +9,9 @@ Data: the text of Python's own library, and for the large vocabulary its words, 
 as frequent and as rare as in text, which is what costs time, though no tokenizer's ids. Both are made in build/bench_gpu.
 
 Rows are added to dev/results/<GPU>.csv, none is ever changed. Its columns: metric (model, a slash, what: mfu, vs_torch, first_step, memory,
-floor), value and unit of ours, peer_value of PyTorch's best or of the floor, ratio (ours over the peer's; of the floor: the floor's share of our step), commit, date, gpu,
-driver, command. An empty peer_value: there was none; "out of memory": PyTorch's best try at that model.
+floor, matrix_rate, copy_rate), value and unit of ours, peer_value of PyTorch's best or of the floor, ratio (ours over the peer's; of the floor: its
+share of our step), commit, date, gpu, driver, command. An empty peer_value: there was none; "out of memory": PyTorch's best try at that model.
+dev/bench_kernels.sh adds rows of the same columns.
 """
 
 import argparse
@@ -183,15 +184,16 @@ def middle(turns, name):
 class Result:
     """The figures of one model."""
 
-    def __init__(self, name, row, ours, theirs, form, copy_rate, out_of_memory):
+    def __init__(self, name, row, ours, theirs, form, rates, out_of_memory):
         self.name, self.row, self.form, self.out_of_memory = name, row, form, out_of_memory
         self.matrix_rate, self.plan = middle(ours, "matrix_rate"), ours[0].plan
         self.operations = predict.counted_operations(row.L, row.C, row.V, row.T)
         self.ms, self.their_ms = middle(ours, "ms"), middle(theirs, "ms") if theirs else None
         self.ours, self.theirs = ours, theirs
         self.floor = self.predicted = None
-        if copy_rate:
-            self.floor, self.predicted = (1e3 * s for s in predict.step_seconds(row.L, row.C, row.V, row.T, row.total_batch, *self.plan, self.matrix_rate, copy_rate))
+        self.their_matrix_rate, self.copy_rate = rates
+        if self.copy_rate:
+            self.floor, self.predicted = (1e3 * s for s in predict.step_seconds(row.L, row.C, row.V, row.T, row.total_batch, *self.plan, self.matrix_rate, self.copy_rate))
 
     def rate(self, ms):
         return self.row.total_batch / ms * 1e3
@@ -207,6 +209,9 @@ class Result:
         for what, unit in (("first_step", "s"), ("memory", "GiB")):
             if (value := middle(self.ours, what)) is not None:
                 out.append((what, value, unit, middle(self.theirs, what) if theirs else None))
+        out.append(("matrix_rate", self.matrix_rate / 1e12, "TFLOP/s", self.their_matrix_rate / 1e12 if self.their_matrix_rate else None))
+        if self.copy_rate:
+            out.append(("copy_rate", self.copy_rate / 1e9, "GB/s", None))
         out = [(what, value, unit, peer, value / peer if peer else None) for what, value, unit, peer in out]
         if self.floor:
             out.append(("floor", self.ms, "ms", self.floor, self.floor / self.ms))
@@ -215,13 +220,14 @@ class Result:
     def print(self):
         goals = GOALS.get(self.name, {})
         said = lambda what, value: f"  goal {goals[what]:g}, {'met' if value >= goals[what] else 'missed'}" if what in goals else ""
-        print(f"\n{self.name}: {self.row.total_batch} tokens a step, micro-batch {self.plan[0]}, recompute {self.plan[1]}; matrix rate {self.matrix_rate / 1e12:.1f} TFLOP/s")
+        print(f"\n{self.name}: {self.row.total_batch} tokens a step, micro-batch {self.plan[0]}, recompute {self.plan[1]}")
         print(f"  {'':26}{'train_keel':>12}{'PyTorch':>12}{'ratio':>8}")
         for what, value, unit, peer, ratio in self.metrics():
-            label = {"mfu": "MFU", "vs_torch": "tokens/s", "first_step": "process start to step 1, s", "memory": "memory in use, GiB", "floor": "floor, ms"}[what]
+            label = {"mfu": "MFU", "vs_torch": "tokens/s", "first_step": "process start to step 1, s", "memory": "memory in use, GiB",
+                     "matrix_rate": "matrix product, TFLOP/s", "copy_rate": "copy, GB/s"}.get(what)
             goal = said(what, value / 100 if what == "mfu" else ratio or 0)
             if what == "floor":
-                print(f"  {'step, ms':26}{value:12.1f}{'':12}{ratio:8.2f}  of it the floor of {peer:.1f} ms (predicted {self.predicted:.1f} ms){goal}")
+                print(f"  {'a step, ms':26}{value:12.1f}{'':12}{ratio:8.2f}  of it the floor of {peer:.1f} ms (predicted {self.predicted:.1f} ms){goal}")
             else:
                 print(f"  {label:26}{value:12.1f}" + (f"{peer:12.1f}{ratio:8.2f}" if peer else f"{'-':>12}{'':8}") + goal)
         if self.out_of_memory:
@@ -256,7 +262,7 @@ def best_of_torch(name, row, a, deadline):
     return *best, short
 
 
-def measure(name, row, a, deadline, copy_rate):
+def measure(name, row, a, deadline, rates):
     """A Result. train_keel once, then PyTorch's forms, then the best of them and train_keel in turns."""
     ours, theirs, form, trial, short = [], [], None, None, False
     for turn in range(a.repeats):
@@ -279,7 +285,7 @@ def measure(name, row, a, deadline, copy_rate):
             break
     if trial and not theirs:
         theirs = [trial]
-    return Result(name, row, ours, theirs, form, copy_rate, short and not trial)
+    return Result(name, row, ours, theirs, form, rates, short and not trial)
 
 
 def append_rows(path, result, about):
@@ -289,7 +295,7 @@ def append_rows(path, result, about):
         if fresh:
             writer.writerow(COLUMNS)
         for what, value, unit, peer, ratio in result.metrics():
-            peer_text = f"{peer:.2f}" if peer else "out of memory" if result.out_of_memory and what != "floor" else ""
+            peer_text = f"{peer:.2f}" if peer else "out of memory" if result.out_of_memory and what in ("mfu", "vs_torch", "first_step", "memory") else ""
             writer.writerow([f"{result.name}/{what}", f"{value:.2f}", unit, peer_text, f"{ratio:.3f}" if ratio else "", *about])
 
 
@@ -342,13 +348,13 @@ def main(arguments, rows=predict.ROWS):
     now = datetime.datetime.now(datetime.timezone.utc)
     command = " ".join(["dev/bench_gpu.sh", *(["--quick"] if a.quick else []), "--rows", a.rows, *(["--modes", a.modes] if a.modes != parser.get_default("modes") else []), *(["--keel-flags", shlex.quote(a.keel_flags)] if a.keel_flags else [])])
     print(f"date       {now:%Y-%m-%d %H:%M} UTC, commit {commit}\nGPU        {gpu}, driver {driver}\ncommand    {command}")
-    copy_rate = None
+    rates = None, None
     if not a.torch_python:
         print("PyTorch    NOT MEASURED: no Python with PyTorch 2 and CUDA found; set PYTHON")
     elif a.device == "cuda":
         try:
-            matrix, copy_rate = yardsticks(a.torch_python, deadline)
-            print(f"PyTorch    {first_line([a.torch_python, '-c', 'import torch; print(torch.__version__)'])}; its matrix product {matrix / 1e12:.1f} TFLOP/s, its copy {copy_rate / 1e9:.0f} GB/s")
+            rates = yardsticks(a.torch_python, deadline)
+            print(f"PyTorch    {first_line([a.torch_python, '-c', 'import torch; print(torch.__version__)'])}; its matrix product {rates[0] / 1e12:.1f} TFLOP/s, its copy {rates[1] / 1e9:.0f} GB/s")
         except Failed as why:
             print(f"PyTorch    its yardsticks: NOT MEASURED: {why}")
     sys.stdout.flush()
@@ -363,7 +369,7 @@ def main(arguments, rows=predict.ROWS):
         print(f"\n{name}", flush=True)
         try:
             share = (deadline - time.monotonic()) / (len(names) - i)  # of the time that is left
-            result = measure(name, rows[name], a, time.monotonic() + share, copy_rate)
+            result = measure(name, rows[name], a, time.monotonic() + share, rates)
         except Failed as why:
             print(f"{name}: NOT MEASURED: {why}", flush=True)
             failed = True

@@ -39,14 +39,14 @@ OUT_OF_MEMORY = 3  # exit status
 # The trainer's weights and batches, bit for bit
 
 def philox4x32_10(block, stream, seed):
-    """keel.philox4x32_10 as tensors of int64 that hold uint32: words of counter (block, stream, 0), in the order they come, (4, n)."""
+    """keel.philox4x32_10 in int64 that holds uint32: the words of counter (block, stream, 0), for blocks (1,n) and streams (k,1) (4,k,n)."""
     mask = 0xFFFFFFFF
 
     def multiply(a, b):  # high and low word of a product of 64 bits, which int64 does not hold
         low, high = a * (b & 0xFFFF), a * (b >> 16)
         return (high + (low >> 16)) >> 16, (low + ((high & 0xFFFF) << 16)) & mask
 
-    c0, c1, c2, c3 = block & mask, block >> 32, torch.full_like(block, stream), torch.zeros_like(block)
+    c0, c1, c2, c3 = block & mask, block >> 32, stream, torch.zeros_like(stream)
     k0, k1 = seed & mask, (seed >> 32) & mask
     for _ in range(10):
         (h0, l0), (h1, l1) = multiply(c0, 0xD2511F53), multiply(c2, 0xCD9E8D57)
@@ -55,21 +55,29 @@ def philox4x32_10(block, stream, seed):
     return torch.stack([c0, c1, c2, c3])
 
 
-def initial_weights(cfg, seed, device):
-    """keel.init_params on the device: a GPU draws billions in a second."""
-    params = {}
-    for index, (name, shape) in enumerate(parameter_table(cfg)):
-        if len(shape) == 1:
-            params[name] = torch.ones(shape, device=device)
-            continue
-        count, parts = shape[0] * shape[1], []
-        for at in range(0, count, 1 << 26):
-            n = min(1 << 26, count - at)
-            words = philox4x32_10(torch.arange(at // 4, (at + n + 3) // 4, device=device), index, seed)
-            parts.append(((words >> 8).T.reshape(-1)[:n]).float() * 2.0 ** -24)
-        u = torch.cat(parts).reshape(shape)
-        params[name] = torch.from_numpy(keel.init_bound(cfg, name, shape)).to(device) * (2 * u - 1)
+def initial_weights(cfg, seed, device, at_once=1 << 25):
+    """keel.init_params on the device, where billions are drawn in a second or two: matrices of one shape together, `at_once` numbers at a time."""
+    table = parameter_table(cfg)
+    params = {name: torch.ones(shape, device=device) for name, shape in table}
+    for shape in {shape for _, shape in table if len(shape) == 2}:
+        members = [(index, name) for index, (name, s) in enumerate(table) if s == shape]
+        count, per = shape[0] * shape[1], max(1, at_once // (shape[0] * shape[1]))
+        blocks = (count + 3) // 4
+        for first in range(0, len(members), per):
+            part = members[first:first + per]
+            stream = torch.tensor([index for index, _ in part], device=device)[:, None]
+            for at in range(0, blocks, at_once // 4):
+                n = min(at_once // 4, blocks - at)
+                words = philox4x32_10(torch.arange(at, at + n, device=device)[None], stream, seed)
+                u = (words >> 8).float().permute(1, 2, 0).reshape(len(part), 4 * n) * 2.0 ** -24
+                for (_, name), row in zip(part, u):
+                    params[name].view(-1)[4 * at:4 * (at + n)] = row[:count - 4 * at]
+    for name, p in params.items():
+        if p.dim() == 2:
+            p.mul_(2).sub_(1).mul_(torch.from_numpy(keel.init_bound(cfg, name, p.shape)).to(device))
     params["wte"][cfg.V:] = 0
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     return params
 
 
@@ -158,7 +166,8 @@ class Model:
         self.cfg, self.params = cfg, params
         for p in params.values():
             p.requires_grad_()
-        compiled_form = torch.compile if compiled else lambda function: function
+        # dynamic=False: alpha is a constant of each placement's code, not a number that a kernel is given
+        compiled_form = (lambda function: torch.compile(function, dynamic=False)) if compiled else lambda function: function
         attention = getattr(F, "scaled_dot_product_attention", None)
         attention = (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)) if attention else keel.attention
         fused = not compiled and hasattr(F, "rms_norm")

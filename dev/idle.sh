@@ -1,14 +1,14 @@
 #!/bin/bash
-# idle.sh [--steps N] [train_keel's flags]: how much of a training step the GPU waits, and what each kernel takes. Two runs of N + 5 steps (default
+# idle.sh [--steps N] [--once] [train_keel's flags]: how much of a training step the GPU waits, and what each kernel takes. Two runs of N + 5 steps (default
 # 100) that validate, save and sample nothing: one as it is, whose step time counts, and one in which CUPTI records every kernel, copy and
 # fill (dev/cupti_idle.cpp); dev/idle.py compares them and says what its figures mean. The trace stays in build/idle.
-# Without flags: -L 1024 -C 256 -t 1024 -b 32.  RUN_AGAIN= (empty) takes the step time from the recorded run, in half the time.
+# Without flags: -L 1024 -C 256 -t 1024 -b 32.  --once: only the second run, whose step time counts, in half the time.
 cd "$(dirname "$0")/.." || exit 1
-steps=100
-if [ "$1" = --steps ]; then
-    steps=$2
-    shift 2
-fi
+steps=100 once=
+while [[ $1 == --steps || $1 == --once ]]; do
+    if [ "$1" = --once ]; then once=1; else steps=$2; shift; fi
+    shift
+done
 [[ $steps =~ ^[1-9][0-9]*$ ]] || { echo "idle: --steps: expected a number of steps, found '$steps'" >&2; exit 1; }
 [ $# -gt 0 ] || set -- -L 1024 -C 256 -t 1024 -b 32
 if [ "$(dev/cuda.sh trainer)" != train_keel ]; then
@@ -23,8 +23,9 @@ mkdir -p $folder
 run=(./train_keel "$@" -x $((steps + 5)) -v 0 -n 0 -s 0)
 echo "command    ${run[*]}"
 echo "GPU        $(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | head -1), commit $(git describe --always --dirty 2>/dev/null || echo unknown)"
+echo "date       $(date -u '+%Y-%m-%d %H:%M') UTC"
 log=()
-if [ "${RUN_AGAIN-1}" ]; then
+if [ ! "$once" ]; then
     "${run[@]}" -o $folder/run >$folder/run.txt || exit 1
     log=(--log $folder/run/log.csv)
 fi
