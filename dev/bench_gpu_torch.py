@@ -166,7 +166,9 @@ class Model:
         self.cfg, self.params = cfg, params
         for p in params.values():
             p.requires_grad_()
-        # dynamic=False: alpha is a constant of each placement's code, not a number that a kernel is given
+        if compiled:  # alpha is a constant of each placement's code, not a number that a kernel is given, of which a cache may keep an old one
+            from torch import _dynamo
+            _dynamo.config.specialize_float = True
         compiled_form = (lambda function: torch.compile(function, dynamic=False)) if compiled else lambda function: function
         attention = getattr(F, "scaled_dot_product_attention", None)
         attention = (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)) if attention else keel.attention
@@ -224,7 +226,7 @@ class MicroStep:
             torch.cuda.current_stream().wait_stream(side)
             torch.cuda.empty_cache()  # for the graph's own pool
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.graph(self.graph, stream=side):  # for which the libraries have their handles by now
                 self.run()
             self.reset()
 
@@ -271,8 +273,6 @@ def train(a, B, device, branch):
         loss, norm = micro_step.total.item(), norm.item()
         micro_step.reset()
         print(f"step {step} loss {loss:.9g} norm {norm:.9g} ms {(time.perf_counter() - begin) * 1e3:.3f}", flush=True)
-    if on_gpu:
-        print(f"memory {torch.cuda.max_memory_reserved()}")
 
 
 def yardsticks():
