@@ -193,7 +193,8 @@ class Result:
         self.floor = self.predicted = None
         self.their_matrix_rate, self.copy_rate = rates
         if self.copy_rate:
-            self.floor, self.predicted = (1e3 * s for s in predict.step_seconds(row.L, row.C, row.V, row.T, row.total_batch, *self.plan, self.matrix_rate, self.copy_rate))
+            seconds = predict.step_seconds(row.L, row.C, row.V, row.T, row.total_batch, *self.plan, self.matrix_rate, self.copy_rate)
+            self.floor, self.predicted = (1e3 * s for s in seconds)
 
     def rate(self, ms):
         return self.row.total_batch / ms * 1e3
@@ -255,7 +256,8 @@ def best_of_torch(name, row, a, deadline):
         except Failed as why:
             print(said + f"NOT MEASURED: {why}", flush=True)
             continue
-        print(said + (f"{turn.ms:.1f} ms a step, micro-batch {turn.B}, first step after {turn.first_step:.1f} s" if turn else "out of memory"), flush=True)
+        print(said + (f"{turn.ms:.1f} ms a step, micro-batch {turn.B}, first step after {turn.first_step:.1f} s" if turn else "out of memory"),
+              flush=True)
         short = short or turn is None
         if turn and (best[1] is None or turn.ms < best[1].ms):
             best = form, turn
@@ -346,7 +348,11 @@ def main(arguments, rows=predict.ROWS):
     deadline = time.monotonic() + 60 * a.minutes
     gpu, driver, commit = nvidia_smi("name") or "none", nvidia_smi("driver_version"), first_line(["git", "describe", "--always", "--dirty"])
     now = datetime.datetime.now(datetime.timezone.utc)
-    command = " ".join(["dev/bench_gpu.sh", *(["--quick"] if a.quick else []), "--rows", a.rows, *(["--modes", a.modes] if a.modes != parser.get_default("modes") else []), *(["--keel-flags", shlex.quote(a.keel_flags)] if a.keel_flags else [])])
+    said = ["--quick"] if a.quick else ["--repeats", str(a.repeats), "--steps", str(a.steps)]
+    for flag, value in (("--modes", a.modes), ("--keel-flags", a.keel_flags)):
+        if value != parser.get_default(flag[2:].replace("-", "_")):
+            said += [flag, shlex.quote(value)]
+    command = " ".join(["dev/bench_gpu.sh", "--rows", a.rows, *said])
     print(f"date       {now:%Y-%m-%d %H:%M} UTC, commit {commit}\nGPU        {gpu}, driver {driver}\ncommand    {command}")
     rates = None, None
     if not a.torch_python:
@@ -354,7 +360,8 @@ def main(arguments, rows=predict.ROWS):
     elif a.device == "cuda":
         try:
             rates = yardsticks(a.torch_python, deadline)
-            print(f"PyTorch    {first_line([a.torch_python, '-c', 'import torch; print(torch.__version__)'])}; its matrix product {rates[0] / 1e12:.1f} TFLOP/s, its copy {rates[1] / 1e9:.0f} GB/s")
+            version = first_line([a.torch_python, "-c", "import torch; print(torch.__version__)"])
+            print(f"PyTorch    {version}; its matrix product {rates[0] / 1e12:.1f} TFLOP/s, its copy {rates[1] / 1e9:.0f} GB/s")
         except Failed as why:
             print(f"PyTorch    its yardsticks: NOT MEASURED: {why}")
     sys.stdout.flush()

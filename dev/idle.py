@@ -158,7 +158,8 @@ def print_figures(f, logged):
     print(f"  step boundary          {f['boundary']:8.2f} us idle, at most {f['boundary_most']:.2f}: from the end of {LAST_OF_A_STEP} to the next step's first kernel")
     print(f"  waits for the host     {f['waits']:8d} gaps of {HOST_WAIT} us or more in {f['steps']} steps\n")
     if logged:
-        print(f"step         {f['step'] / 1e3:.3f} ms without recording, {f['traced_step'] / 1e3:.3f} ms with it; {f['activities']:.0f} activities, {f['kernels'] / 1e3:.3f} ms of kernels")
+        print(f"step         {f['step'] / 1e3:.3f} ms without recording, {f['traced_step'] / 1e3:.3f} ms with it; {f['activities']:.0f} activities, "
+              f"{f['kernels'] / 1e3:.3f} ms of kernels")
         print(f"idle, traced {100 * f['traced_idle']:.2f} %")
     else:
         print(f"step         {f['traced_step'] / 1e3:.3f} ms while recorded; {f['activities']:.0f} activities, {f['kernels'] / 1e3:.3f} ms of kernels")
