@@ -3,7 +3,7 @@
 // Each kernel is first checked against the CPU trainer's function, then timed at B*T = 16384 over buffers that together pass the L2 cache,
 // and compared with a copy of the same bytes (bandwidth-bound kernels), a kernel that only reads them (the gradient's norm), or a large
 // matrix product (attention; dev/bench_sdpa.py has PyTorch's beside it). Medians of REPEATS timings of a row of launches.
-// Prints a table, and with --csv FILE appends metric,value,unit,peer_value,ratio,commit,date. --sdpa FILE: PyTorch's attention in this run, from
+// Prints a table, and with --csv FILE appends rows of dev/bench_gpu.py's columns (--commit and --driver fill theirs). --sdpa FILE: PyTorch's attention in this run, from
 // dev/bench_sdpa.py; dev/bench_kernels.sh calls both.   --small: shapes for a dry run, also on the CPU headers.
 #include <omp.h>
 
@@ -22,7 +22,7 @@ constexpr int REPEATS = 9;
 bool small = false;
 size_t cache_bytes = 0;  // what a kernel's buffers together must pass
 
-std::string csv_path, commit = "unknown";
+std::string csv_path, commit = "unknown", driver = "unknown";
 std::map<std::string, double> sdpa;  // TFLOP/s of attention_forward_T1024_D64 and so on
 int bad = 0;
 
@@ -115,8 +115,9 @@ void report(const std::string& name, double seconds, double amount, const char* 
     strftime(date, sizeof date, "%Y-%m-%d", gmtime(&now));
     bool fresh = access(csv_path.c_str(), F_OK) != 0;
     std::ofstream csv(csv_path, std::ios::app);
-    if (fresh) csv << "metric,value,unit,peer_value,ratio,commit,date\n";
-    csv << format("%s,%.1f,%s,%.1f,%.3f,%s,%s\n", name.c_str(), value, unit, peer, value / peer, commit.c_str(), date);
+    if (fresh) csv << "metric,value,unit,peer_value,ratio,commit,date,gpu,driver,command\n";
+    csv << format("%s,%.1f,%s,%.1f,%.3f,%s,%s,%s,%s,make bench_kernels\n", name.c_str(), value, unit, peer, value / peer, commit.c_str(), date, Trainer::properties().name,
+                  driver.c_str());
     if (!csv) fail("%s: could not be written (%s)", csv_path.c_str(), errno_text().c_str());
 }
 
@@ -346,8 +347,9 @@ int bench(int argc, char** argv) {
         if (word == "--small") small = true;
         else if (word == "--csv" && i + 1 < argc) csv_path = argv[++i];
         else if (word == "--commit" && i + 1 < argc) commit = argv[++i];
+        else if (word == "--driver" && i + 1 < argc) driver = argv[++i];
         else if (word == "--sdpa" && i + 1 < argc) read_sdpa(argv[++i]);
-        else fail("expected --small, --csv FILE, --sdpa FILE or --commit NAME, found '%s'", word.c_str());
+        else fail("expected --small, --csv FILE, --sdpa FILE, --commit NAME or --driver VERSION, found '%s'", word.c_str());
     }
 #ifdef CUDA_ON_CPU
     if (!csv_path.empty()) fail("--csv: expected a GPU, found its headers on the CPU, whose times say nothing; leave it out");
