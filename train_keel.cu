@@ -612,7 +612,7 @@ __global__ void add_rounded_kernel(__nv_bfloat16* g, const float* addend, size_t
                          STREAM_GRADIENTS);
     auto sum = load<N>(g + at);
     auto add = load<N>(addend + at);
-    for (int i = 0; i < N; i++) sum[i] = round_stochastic(float(sum[i]) + add[i], draw.word[(first + at + i) % 4]);
+    for (int i = 0; i < N; i++) sum[i] = round_stochastic(float(sum[i]) + add[i], draw.word[N == 4 ? size_t(i) : (first + at) % 4]);
     store<N>(g + at, sum);
 }
 
