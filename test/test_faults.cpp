@@ -19,14 +19,14 @@ namespace fs = std::filesystem;
 // From step KEEL_TEST_BROKEN on it stays so, as after an update that went too far.
 struct FaultyTrainer : Trainer {
     using Trainer::Trainer;
-    StepResult step(const Loader& data, int64_t step, CsvLog* probe) {
+    StepResult step(const Loader& data, int64_t step, CsvLog* probe, unsigned flags = 0) {
         static const char *bad = getenv("KEEL_TEST_BAD"), *broken = getenv("KEEL_TEST_BROKEN");
         bool once = bad && ("," + std::string(bad) + ",").find(format(",%lld,", (long long)step)) != std::string::npos;
         if (broken && step == atoll(broken)) model.params[model.layout.offset(QKVW, 0)] = real(NAN);
-        if (!once) return Trainer::step(data, step, probe);
+        if (!once) return Trainer::step(data, step, probe, flags);
         real& weight = model.params[model.layout.offset(QKVW, 0)];
         real good = std::exchange(weight, real(NAN));
-        StepResult result = Trainer::step(data, step, probe);
+        StepResult result = Trainer::step(data, step, probe, flags);
         weight = good;
         return result;
     }
