@@ -11,6 +11,11 @@ FLAGS    += -DKEEL_CBLAS
 LIBRARIES = -lopenblas
 endif
 
+# Several ranks, where MPI is there; MPI=0 leaves it out. Programs that the sanitizers, valgrind and the fuzzers look at are built without.
+export MPI MPICC
+MPI_FLAGS     = $$(dev/mpi.sh compile)
+MPI_LIBRARIES = $$(dev/mpi.sh link)
+
 # The CUDA compiler, and code for the GPU that is here or else for sm_80, sm_90, sm_100 and, as PTX, for later ones.
 # --expt-relaxed-constexpr: kernels call the constexpr functions of keel_common.h, such as Philox.
 NVCC     ?= nvcc
@@ -46,7 +51,7 @@ help:
 	@echo "make bench_cpu            training speed and matrix products beside PyTorch and OpenBLAS"
 	@echo "make dumps                writes the reference dumps of test/dumps again, with PyTorch"
 	@echo "make clean                removes what was built"
-	@echo "options: CXX=clang++  CXXFLAGS='-O3 -march=native'  CBLAS=1 (matrix products by OpenBLAS)  NVCC=/path/nvcc  PYTHON=/usr/bin/python3"
+	@echo "options: CXX=clang++  CXXFLAGS='-O3 -march=native'  CBLAS=1 (matrix products by OpenBLAS)  MPI=0 (one rank)  NVCC=/path/nvcc  PYTHON=/usr/bin/python3"
 
 .PHONY: train
 train:
@@ -62,11 +67,11 @@ train_keel_fp32: train_keel.cu keel_common.h
 
 train_keel_cpu: train_keel_cpu.cpp keel_common.h
 	@dev/need.sh g++
-	$(CXX) $(FLAGS) -o $@ $< $(LIBRARIES)
+	$(CXX) $(FLAGS) $(MPI_FLAGS) -o $@ $< $(LIBRARIES) $(MPI_LIBRARIES)
 
 train_keel_cpu_fp64: train_keel_cpu.cpp keel_common.h
 	@dev/need.sh g++
-	$(CXX) $(FLAGS) -DKEEL_FP64 -o $@ $< $(LIBRARIES)
+	$(CXX) $(FLAGS) $(MPI_FLAGS) -DKEEL_FP64 -o $@ $< $(LIBRARIES) $(MPI_LIBRARIES)
 
 # The tests include the trainer's source without its main, once for each number type.
 build/test_cpu_fp32: test/test_cpu.cpp test/numbers.h train_keel_cpu.cpp keel_common.h | build
@@ -79,6 +84,11 @@ build/test_cpu_fp64: test/test_cpu.cpp test/numbers.h train_keel_cpu.cpp keel_co
 
 # Runs the real binaries: flags, bad input, resume.
 build/test_run: test/test_run.cpp test/files.h keel_common.h | build
+	@dev/need.sh g++ doctest-dev
+	$(CXX) $(FLAGS) -O1 -I. -o $@ $<
+
+# Several ranks of the real binaries, by mpirun.
+build/test_ranks: test/test_ranks.cpp test/files.h keel_common.h | build
 	@dev/need.sh g++ doctest-dev
 	$(CXX) $(FLAGS) -O1 -I. -o $@ $<
 
@@ -176,7 +186,7 @@ build/bench_matmul: dev/bench_matmul.cpp train_keel_cpu.cpp keel_common.h | buil
 build:
 	mkdir -p build
 
-TEST_PROGRAMS = train_keel_cpu train_keel_cpu_fp64 build/test_cpu_fp32 build/test_cpu_fp64 build/test_run build/test_faults build/crash_test build/crash_shim.so build/train_keel_on_cpu \
+TEST_PROGRAMS = train_keel_cpu train_keel_cpu_fp64 build/test_cpu_fp32 build/test_cpu_fp64 build/test_run build/test_ranks build/test_faults build/crash_test build/crash_shim.so build/train_keel_on_cpu \
                 build/train_keel_fp32_on_cpu build/test_gpu_bf16_on_cpu build/test_gpu_fp32_on_cpu build/test_gpu_bf16_sanitized build/test_cuda_on_cpu \
                 build/bench_kernels_on_cpu build/train_keel_clang_on_cpu
 

@@ -1152,8 +1152,8 @@ inline const Flag flags[] = {
     {"-h", "--help", "", "", "this list", &Options::help},
 };
 
-inline std::string help_text(const char* program) {
-    std::string text = format("usage: %s [flags]\n\n", program);
+inline std::string help_text(const char* program, const std::string& ranks) {
+    std::string text = format("usage: %s [flags]    (this build runs on %s)\n\n", program, ranks.c_str());
     for (const Flag& f : flags) {
         std::string left = format("  %-3s %s %s", f.short_name, f.long_name, f.argument);
         std::string tail = f.fallback[0] ? format(" [%s]", f.fallback) : "";
@@ -1711,7 +1711,7 @@ private:
             }
             peer.rank = int(head.rank);
             setsockopt(peer.fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
-            send_message(peer, HELLO, std::string(gift.data(), gift.size()));
+            send_message(peer, HELLO, std::string(gift.data(), gift.size()) + launch.name());
             peers[head.rank - 1] = std::move(peer);
             connected++;
         }
@@ -1733,7 +1733,7 @@ private:
         if (exchange) exchange(address);
         else if (!file) address = fixed_address();
         Peer peer;
-        peer.rank = 0, peer.name = "the first";
+        peer.rank = 0;
         for (double until = seconds() + START;;) {
             if (!exchange && file) {  // read anew each time: an earlier run may have left one
                 char text[300] = "";
@@ -1747,8 +1747,9 @@ private:
             std::string given;
             if (!address.empty() && connect_to(peer, address)) {
                 send_message(peer, HELLO, launch.name());
-                if (receive_message(peer, head, given, seconds() + START) && head.kind == HELLO && given.size() == gift.size()) {
-                    std::copy(given.begin(), given.end(), gift.begin());
+                if (receive_message(peer, head, given, seconds() + START) && head.kind == HELLO && given.size() >= gift.size()) {
+                    std::copy_n(given.begin(), gift.size(), gift.begin());
+                    peer.name = given.substr(gift.size());
                     break;
                 }
                 close(peer.fd), peer.fd = -1, peer.received.clear();
@@ -2962,9 +2963,8 @@ int run_trainer(int argc, const char* const* argv, RankSession<Trainer>& session
     using Real = typename Trainer::Real;
     Options o = parse_command_line(argc, argv);
     if (o.help) {
-        printf("%s\nthis build runs on %s\n", help_text(argv[0]).c_str(),
-               Trainer::ranks_by ? format("one rank or many: tensors travel by %s", Trainer::ranks_by).c_str()
-                                 : format("one rank: %s was not there when it was built", Trainer::ranks_needs).c_str());
+        printf("%s", help_text(argv[0], Trainer::ranks_by ? format("one rank or many, by %s", Trainer::ranks_by)
+                                                          : format("one rank, as %s was not there when it was built", Trainer::ranks_needs)).c_str());
         return 0;
     }
     Trainer::require_machine();
