@@ -1580,7 +1580,8 @@ struct MpiSession {
 // silent it is told by heartbeats. A rank that ends by an error says why before. None waits for a step that cannot be finished.
 class Lifeline {
 public:
-    static constexpr double HEARTBEAT = 2, SILENCE = 20, START = 120;  // seconds: between signs of life; until one is given up; for all to come
+    static constexpr double START = 120;  // seconds until all must be there
+    static inline double silence = 20;    // seconds until a rank is given up; ten signs of life are due in them. Not const: a test makes it smaller
 
     // `exchange` gives all ranks rank 0's "host:port", where MPI can; else it comes from the environment. gift: bytes of rank 0's for all (NCCL's id).
     Lifeline(const Launch& launch, const std::function<void(std::string&)>& exchange, std::span<char> gift) : launch(launch) {
@@ -1783,11 +1784,11 @@ private:
             for (Peer& peer : peers) polled.push_back({peer.left ? -1 : peer.fd, POLLIN, 0});
             poll(polled.data(), nfds_t(polled.size()), 100);
             double before = std::exchange(now, seconds());
-            if (now - before > SILENCE / 2)  // it is we who were stopped
+            if (now - before > silence / 2)  // it is we who were stopped
                 for (Peer& peer : peers) peer.heard = now;
             for (size_t i = 0; i < peers.size() && !stop; i++)
                 if (!peers[i].left) attend(peers[i], polled[i].revents != 0, now);
-            if (now - beat < HEARTBEAT) continue;
+            if (now - beat < silence / 10) continue;
             beat = now;
             for (Peer& peer : peers) send_message(peer, ALIVE, "");
         }
@@ -1808,8 +1809,8 @@ private:
         if (peer.left || stop) return;
         if (!open && launch.rank != 0) rank_0_gone = true;
         if (failing) return;  // we know why
-        if (open && now - peer.heard < SILENCE) return;
-        std::string how = format(open ? "has given no sign of life for %.0f s" : "has died", SILENCE);
+        if (open && now - peer.heard < silence) return;
+        std::string how = format(open ? "has given no sign of life for %.0f s" : "has died", silence);
         text = format("rank %d (%s) %s; all ranks end, and -y goes on from the last whole checkpoint", peer.rank, peer.name.c_str(), how.c_str());
         end_with(text, DEATH, text, true);
     }
