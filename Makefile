@@ -156,6 +156,11 @@ build/test_cuda_on_cpu: test/cuda_on_cpu/test_cuda_on_cpu.cpp $(CUDA_ON_CPU) | b
 	@dev/need.sh g++ doctest-dev libboost-context-dev
 	$(CXX) $(ON_CPU) -o $@ $< $(ON_CPU_LIBRARIES)
 
+# nccl.h over MPI: mpirun -np 3 build/test_nccl
+build/test_nccl: test/cuda_on_cpu/test_nccl.cpp $(CUDA_ON_CPU) | build
+	@dev/need.sh g++ libboost-context-dev libopenmpi-dev openmpi-bin
+	$(CXX) $(ON_CPU) -O1 $(MPI_FLAGS) -o $@ $< $(ON_CPU_LIBRARIES) $(MPI_LIBRARIES)
+
 build/bench_kernels_on_cpu: dev/bench_kernels.cu train_keel.cu train_keel_cpu.cpp keel_common.h $(CUDA_ON_CPU) | build
 	@dev/need.sh g++ libboost-context-dev
 	$(CXX) $(ON_CPU) -DKEEL_NO_MAIN -o $@ $< $(ON_CPU_LIBRARIES)

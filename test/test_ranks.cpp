@@ -95,7 +95,12 @@ struct Build {
     int C;
 };
 const Build cpu = {"CPU", "./train_keel_cpu", false, 16}, gpu_fp32 = {"GPU, FP32", "build/train_keel_fp32_on_cpu", false, 16}, gpu_bf16 = {"GPU, BF16", "build/train_keel_on_cpu", true, 64};
-const std::vector<Build> builds = getenv("X8") ? std::vector<Build>{cpu} : std::vector<Build>{cpu, gpu_fp32, gpu_bf16};
+const Build all_builds[] = {cpu, gpu_fp32, gpu_bf16};
+// The first `count` of them, or the one that KEEL_TEST_BUILD names by its number.
+std::vector<Build> builds(int count) {
+    if (const char* only = getenv("KEEL_TEST_BUILD")) return atoi(only) < count ? std::vector<Build>{all_builds[atoi(only)]} : std::vector<Build>{};
+    return {all_builds, all_builds + count};
+}
 
 struct Place {
     std::string path, text;
@@ -298,7 +303,7 @@ TEST_SUITE("the lifeline, without MPI") {
 
 TEST_SUITE("training") {
     TEST_CASE("N ranks give the loss curve of one, the same bits at every ZeRO level and every time") {
-        for (const Build& build : builds) {
+        for (const Build& build : builds(3)) {
             Place p;
             auto losses = [&](int n, const std::string& name, int zero) {
                 p.run(n, p.words(build, name, {"-x", "20", "-b", n == 0 ? "12" : "2", "-z", std::to_string(zero)}));
@@ -326,7 +331,7 @@ TEST_SUITE("training") {
     }
 
     TEST_CASE("The bytes that a rank sends are those of the model in dev/doc/scale.md") {
-        for (const Build& build : builds)
+        for (const Build& build : builds(3))
             for (int n : {1, 4})
                 for (int zero : {0, 2}) {
                     Place p;
@@ -344,7 +349,7 @@ TEST_SUITE("training") {
     }
 
     TEST_CASE("--probe and validation see all ranks' parts") {
-        for (const Build& build : {cpu, gpu_fp32}) {
+        for (const Build& build : builds(2)) {
             Place p;
             for (int n : {0, 4}) p.run(n, p.words(build, std::to_string(n), {"-x", "4", "-b", "2", "--probe", "2", "--norm", "hybridnorm"}));
             std::stringstream one(slurp(p / "0/probe.csv")), four(slurp(p / "4/probe.csv"));
@@ -363,7 +368,7 @@ TEST_SUITE("training") {
 
 TEST_SUITE("checkpoints") {
     TEST_CASE("A checkpoint of N ranks is resumed on M, and the run goes on as if nothing had been") {
-        for (const Build& build : {cpu, gpu_fp32, gpu_bf16}) {
+        for (const Build& build : builds(3)) {
             Place p;
             p.run(4, p.words(build, "whole", {"-x", "12", "-b", "2", "-n", "6", "-z", "2"}));
             p.run(0, p.words(build, "one", {"-x", "12", "-b", "2", "-n", "6"}));
@@ -419,7 +424,7 @@ TEST_SUITE("checkpoints") {
 
 TEST_SUITE("ends") {
     TEST_CASE("A rank that is killed takes the others with it, who name it; the run goes on from the last whole checkpoint") {
-        for (const Build& build : {cpu, gpu_fp32})
+        for (const Build& build : builds(2))
             for (bool recovery : {false, true}) {
                 Place p;
                 Words words = p.words(build, "run", {"-x", "100000", "-b", "2", "-n", "5", "-z", "2", "-y"});
@@ -446,7 +451,7 @@ TEST_SUITE("ends") {
     }
 
     TEST_CASE("A stop asked of one rank stops all at the same step, with a checkpoint, exit 0; the run ends as one that was never stopped") {
-        for (const Build& build : {cpu, gpu_fp32}) {
+        for (const Build& build : builds(2)) {
             Place p;
             Words words = p.words(build, "run", {"-x", "60", "-b", "2", "-n", "1000", "-y"});
             Process run(on_ranks(4, words), {{"KEEL_TEST_PLACE", p.path}});
