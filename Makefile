@@ -47,6 +47,8 @@ help:
 	@echo "make fuzz                 libFuzzer on each parser and the command line, 60 s each, two at a time; FUZZ_SECONDS=600 for longer"
 	@echo "make gpu_check            all of it on a machine with a GPU, under 8 minutes, ending with a table"
 	@echo "make bench_kernels        each kernel's bandwidth or rate on the GPU that is here, beside a copy, a matrix product and PyTorch's attention"
+	@echo "make idle                 how much of a step the GPU waits, and what each kernel takes, at 1024 sub-layers; dev/idle.sh FLAGS for another model"
+	@echo "make bench_gpu            whole steps on the GPU that is here: tokens/s and MFU beside PyTorch's at its best; dev/bench_gpu.sh --help"
 	@echo "make ptxas                registers, shared memory and spills of each kernel for sm_80, sm_90 and sm_100"
 	@echo "make bench_cpu            training speed and matrix products beside PyTorch and OpenBLAS"
 	@echo "make dumps                writes the reference dumps of test/dumps again, with PyTorch"
@@ -185,6 +187,16 @@ build/bench_kernels: dev/bench_kernels.cu train_keel.cu train_keel_cpu.cpp keel_
 	@dev/cuda.sh nvcc >/dev/null
 	$$(dev/cuda.sh nvcc) $(CUDA_TEST) -o $@ $< -lcublasLt $$(dev/cuda.sh rpath)
 
+# Loaded into train_keel by the driver, it records when each kernel runs; the other stands in for CUPTI in its test.
+CUPTI_LIBRARY = $(CXX) -std=c++20 -O2 -Wall -Wextra -fPIC -shared -fvisibility=$(1) -o $@ $< $$(dev/cuda.sh cupti)
+build/cupti_idle.so: dev/cupti_idle.cpp | build
+	@dev/cuda.sh cupti >/dev/null
+	$(call CUPTI_LIBRARY,hidden)
+
+build/fake_cupti.so: test/fake_cupti.cpp | build
+	@dev/cuda.sh cupti >/dev/null
+	$(call CUPTI_LIBRARY,default)
+
 build/bench_matmul: dev/bench_matmul.cpp train_keel_cpu.cpp keel_common.h | build
 	$(CXX) $(FLAGS) -I. -DKEEL_NO_MAIN -o $@ $< -ldl
 
@@ -231,6 +243,14 @@ gpu_check:
 .PHONY: bench_kernels
 bench_kernels:
 	@dev/bench_kernels.sh
+
+.PHONY: idle
+idle:
+	@dev/idle.sh
+
+.PHONY: bench_gpu
+bench_gpu:
+	@dev/bench_gpu.sh
 
 .PHONY: ptxas
 ptxas:

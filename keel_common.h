@@ -18,6 +18,7 @@
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/statvfs.h>
 #include <unistd.h>
 #ifdef KEEL_MPI
 #include <mpi.h>
@@ -39,6 +40,7 @@
 #include <exception>
 #include <filesystem>
 #include <functional>
+#include <future>
 #include <limits>
 #include <memory>
 #include <mutex>
@@ -94,7 +96,23 @@ inline double seconds() {
     return std::chrono::duration<double>(clock::now().time_since_epoch()).count();
 }
 
+// Seconds since the process was started, to the kernel's clock tick of 10 ms; 0 where the kernel does not say.
+inline double seconds_since_launch() {
+    FILE* file = fopen("/proc/self/stat", "re");
+    if (!file) return 0;
+    char text[2048] = {};
+    size_t got = fread(text, 1, sizeof text - 1, file);
+    fclose(file);
+    const char* field = got ? strrchr(text, ')') : nullptr;  // the program's name, field 2, may hold spaces
+    for (int i = 2; field && i < 22; i++) field = strchr(field + 1, ' ');
+    timespec now;
+    if (!field || clock_gettime(CLOCK_BOOTTIME, &now) != 0) return 0;
+    return std::max(0.0, double(now.tv_sec) + double(now.tv_nsec) * 1e-9 - atof(field) / double(sysconf(_SC_CLK_TCK)));
+}
+
 inline size_t round_up(size_t n, size_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+inline std::string errno_text() { return strerror(errno); }
 
 // "3.2 GiB"
 inline std::string bytes_text(double bytes) {
@@ -210,7 +228,7 @@ constexpr Philox philox(uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2, uin
 }
 
 // What the last counter word separates: one seed serves weights, data order and sampling, and no number twice.
-enum PhiloxStream : uint32_t { STREAM_WEIGHTS = 0, STREAM_DATA = 1, STREAM_SAMPLE = 2 };
+enum PhiloxStream : uint32_t { STREAM_WEIGHTS = 0, STREAM_DATA = 1, STREAM_SAMPLE = 2, STREAM_GRADIENTS = 3, STREAM_MOMENTS = 4 };
 
 // Uniform in [0, 1) with 24 bits: exact in FP32.
 constexpr float uniform24(uint32_t word) { return float(word >> 8) * 0x1p-24f; }
@@ -567,6 +585,7 @@ enum HeaderWord {
     H_SKIPPED = 42,      // int64, steps so far that updated nothing, as their loss or gradient was not finite: AdamW's bias corrections
                          // count the others
     H_SKIPPED_IN_ROW = 44,  // int64, of them the last ones without a finite step between
+    H_MOMENTS_BF16 = 46, H_GRADS_BF16 = 47,  // 1: --moments bf16, --grads bf16
 };
 
 struct FileHeader {
@@ -650,6 +669,8 @@ inline std::string state_fault(const FileHeader& h) {
         {H_LR, "the learning rate", MAX_RATE}, {H_WEIGHT_DECAY, "the weight decay", MAX_RATE}, {H_CLIP, "the clip", MAX_CLIP}};
     for (const auto& row : reals)
         if (double x = h.get<double>(row.word); !(x >= 0 && x <= row.most)) return format("%s must be from 0 to %g and is %g", row.name, row.most, x);
+    for (HeaderWord word : {H_MOMENTS_BF16, H_GRADS_BF16})
+        if (h.word[word] != 0 && h.word[word] != 1) return format("word %d must be 0 or 1 and is %d", int(word), h.word[word]);
     return "";
 }
 
@@ -672,6 +693,7 @@ inline size_t parameter_count(const ModelConfig& c) { return parameter_count(c, 
 // Of them, what one of several ranks owns: ParameterLayout(c, ranks).owned_count(rank). The matrices of all blocks are alike.
 inline size_t owned_parameter_count(const ModelConfig& c, int ranks, int rank) {
     size_t blocks = size_t(c.L) / 2, block = parameter_count(c, 0, 2, true), owned = 0;
+    ranks = std::max(1, ranks);
     for (auto [count, units] : {std::pair{parameter_count(c) - blocks * block, size_t(1)}, std::pair{block, blocks}}) {
         size_t shard = shard_elements(count, ranks), before = std::min(count, size_t(rank) * shard);
         owned += units * std::min(shard, count - before);
@@ -693,7 +715,6 @@ inline size_t expected_file_size(const FileHeader& h) {
     return sizeof(FileHeader) + reals * real_size(h.word[H_TYPE]) + ints * 4 + 4;
 }
 
-inline std::string errno_text() { return strerror(errno); }
 
 // Reads one of our files. The constructor checks the header and the file's size against each other, so that nothing is
 // allocated on the word of a broken file; finish() checks the CRC of everything read.
@@ -810,6 +831,19 @@ inline void sync_folder(const std::string& file_path) {
     std::string why = errno_text();
     close(fd);
     if (failed) fail("%s: its folder could not be written (%s); see to the disk, what was there before is untouched", file_path.c_str(), why.c_str());
+}
+
+// A small file as a whole: who reads it finds the old text or the new. turn: what to do if it cannot be written.
+inline void replace_file(const std::string& path, const std::string& text, const char* turn) {
+    std::string temporary = path + ".tmp";
+    FILE* out = fopen(temporary.c_str(), "we");
+    bool good = out && fwrite(text.data(), 1, text.size(), out) == text.size() && fflush(out) == 0 && fsync(fileno(out)) == 0;
+    std::string why = errno_text();
+    if (out) fclose(out);
+    if (!good) unlink(temporary.c_str());
+    if (!good || rename(temporary.c_str(), path.c_str()) != 0)
+        fail("%s: could not be written (%s); %s", path.c_str(), good ? errno_text().c_str() : why.c_str(), turn);
+    sync_folder(path);
 }
 
 // Writes beside the target and renames when everything is on the disk: whoever finds the file finds it whole.
@@ -1095,7 +1129,7 @@ private:
 struct Options {
     std::vector<std::string> train, val;  // default: the trainer's own sources; their last tenth
     std::string out, init, prompt = "\n", dump, check, recompute = "auto";
-    std::string norm = "keel";
+    std::string norm = "keel", tune, moments = "fp32", grads = "fp32";
     int64_t layers = 64, channels = 0, heads = 0, seq_len = 0, batch = 0, total_batch = 0, warmup = 0, steps = 400;
     double alpha = 0, lr = 0, weight_decay = 0.01, clip = 1.0;
     int64_t seed = 1337, val_every = 100, val_batches = 16, checkpoint_every = 1000, sample_every = 200;
@@ -1141,6 +1175,9 @@ inline const Flag flags[] = {
     {"", "--stop-on-divergence", "", "off", "stop where the loss has diverged, not only warn: stagnation, instability, degradation", &Options::stop_on_divergence},
     {"-r", "--recompute", "LEVEL", "auto", "what the backward pass computes again to save memory: none, gelu, layer, an even K, auto", &Options::recompute},
     {"-z", "--zero", "N", "0", "what several ranks divide: 0 the batch, 1 AdamW's states and master weights too, 2 and gradients", &Options::zero, 0, 2},
+    {"", "--moments", "TYPE", "fp32", "GPU: how AdamW's moments are kept, fp32 or bf16 with stochastic rounding", &Options::moments},
+    {"", "--grads", "TYPE", "fp32", "GPU: how the gradients of the blocks' matrices are kept, fp32 or bf16 with stochastic rounding", &Options::grads},
+    {"", "--tune", "FILE", "none", "GPU: measure cuBLASLt's algorithms for each shape of product; this table is read, and what it lacks added", &Options::tune},
     {"-s", "--sample-every", "N", "200", "steps between samples of text; 0: never, not even at the end", &Options::sample_every, 0},
     {"-g", "--sample-tokens", "N", "256", "tokens a sample", &Options::sample_tokens, 1, 1e9},
     {"", "--prompt", "TEXT", "a newline", "what samples start with; for V other than 256, token ids such as 15496,995", &Options::prompt},
@@ -1227,6 +1264,8 @@ inline Options parse_command_line(int argc, const char* const* argv) {
     if (!o.dump.empty() && (o.resume || o.probe > 0))
         fail("--dump: trains nothing, and %s asks for a run; leave it out, and dump a saved model with -e", o.resume ? "-y" : "--probe");
     if (!o.dump.empty() && !o.check.empty()) fail("--dump and --check: expected one of the two, found both");
+    for (auto [flag, type] : {std::pair{"--moments", o.moments}, {"--grads", o.grads}})
+        if (type != "fp32" && type != "bf16") fail("%s: expected fp32 or bf16, found '%s'", flag, type.c_str());
     return o;
 }
 
@@ -1249,6 +1288,11 @@ struct Recompute {
     }
 };
 
+// How the GPU trainer keeps what the optimizer works on; each is 4 bytes a parameter in FP32, 2 in BF16 with stochastic rounding.
+struct StateTypes {
+    bool moments_bf16 = false, grads_bf16 = false;
+};
+
 // Everything that decides a run's numbers.
 struct RunConfig {
     ModelConfig model;
@@ -1261,6 +1305,8 @@ struct RunConfig {
     int64_t val_every = 0, val_batches = 0;
     bool recompute_chosen = false;
     Recompute recompute;
+    StateTypes types;
+    std::string tune;         // --tune's table, which decides how products are summed; "": none
     int ranks = 0, rank = 0;  // of the run, and which of them this process is; 0: alone, started by no launcher
     int zero = 0;             // the ZeRO level
     // So far, not settings: steps that updated nothing, and how many of them are the last ones. AdamW's bias corrections count the others.
@@ -1473,6 +1519,9 @@ inline RunConfig resolve_run(const Options& o, const FileHeader* init, int V, in
     run.recompute_chosen = o.recompute != "auto" || resume;
     if (o.recompute != "auto") run.recompute = Recompute::parse(o.recompute);
     else if (resume) run.recompute = {init->word[H_RECOMPUTE]};
+    run.types.moments_bf16 = o.has("--moments") || !resume ? o.moments == "bf16" : init->word[H_MOMENTS_BF16] != 0;
+    run.types.grads_bf16 = o.has("--grads") || !resume ? o.grads == "bf16" : init->word[H_GRADS_BF16] != 0;
+    run.tune = o.tune;
     return run;
 }
 
@@ -1484,6 +1533,7 @@ inline FileHeader state_header(RealType type, bool branch_bf16, const RunConfig&
     h.set(H_TRAIN_TOKENS, int64_t(data.train_count)), h.set(H_VAL_TOKENS, int64_t(data.val_count));
     h.set(H_VAL_EVERY, run.val_every), h.set(H_VAL_BATCHES, run.val_batches);
     h.set(H_SKIPPED, run.skipped), h.set(H_SKIPPED_IN_ROW, run.skipped_in_row);
+    h.word[H_MOMENTS_BF16] = run.types.moments_bf16, h.word[H_GRADS_BF16] = run.types.grads_bf16;
     h.word[H_RANKS] = std::max(1, run.ranks), h.word[H_RANK] = run.rank;
     return h;
 }
@@ -1844,7 +1894,6 @@ struct NoCommunicator {
     };
     NoCommunicator(const Launch&, const Gift&) {}
     void gather(const void*, void*, size_t) {}
-    size_t bytes_sent() const { return 0; }
 };
 
 // What the ranks of a run tell each other beside tensors: a few bytes of each, to all. Alone, all of it is a copy.
@@ -2148,15 +2197,7 @@ public:
     CsvLog(const std::string& path, const std::string& columns, int64_t resume_step) : path(path) {
         std::string kept = columns + "\n";
         if (resume_step >= 0) read_csv_rows(path, resume_step, [&](int64_t, const std::string& line) { kept += line; });
-        std::string temporary = path + ".tmp";
-        FILE* out = fopen(temporary.c_str(), "we");
-        bool good = out && fwrite(kept.data(), 1, kept.size(), out) == kept.size() && fflush(out) == 0 && fsync(fileno(out)) == 0;
-        std::string why = errno_text();
-        if (out) fclose(out);
-        if (!good) unlink(temporary.c_str());
-        if (!good || rename(temporary.c_str(), path.c_str()) != 0)
-            fail("%s: could not be written (%s); free some space or give another -o", path.c_str(), good ? errno_text().c_str() : why.c_str());
-        sync_folder(path);  // rows from now on go to the new file: no crash may bring the old one back
+        replace_file(path, kept, "free some space or give another -o");  // on the disk: rows from now on go to the new file, no crash may bring the old one back
         file.reset(fopen(path.c_str(), "ae"));
         if (!file) fail("%s: could not be written (%s)", path.c_str(), errno_text().c_str());
     }
@@ -2237,6 +2278,31 @@ inline size_t total_bytes(const std::vector<MemoryRow>& rows) {
 inline void print_memory_table(const std::vector<MemoryRow>& rows) {
     for (const MemoryRow& row : rows) printf("  %-38s %12s\n", row.name.c_str(), bytes_text(double(row.bytes)).c_str());
     printf("  %-38s %12s\n", "in all", bytes_text(double(total_bytes(rows))).c_str());
+}
+
+// The same for the disk: bytes that may still be written to a folder, or to the nearest one above it that exists; SIZE_MAX where the file system
+// does not say.
+inline size_t free_space(const std::string& folder) {
+    std::filesystem::path path = std::filesystem::absolute(folder);
+    struct statvfs fs;
+    while (statvfs(path.c_str(), &fs) != 0) {
+        if (path == path.parent_path()) return SIZE_MAX;
+        path = path.parent_path();
+    }
+    return fs.f_blocks ? size_t(fs.f_bavail) * size_t(fs.f_frsize) : SIZE_MAX;
+}
+
+// A checkpoint's two files.
+inline size_t checkpoint_bytes(const ModelConfig& c, RealType type) {
+    return expected_file_size(make_header(FILE_STATE, type, c, 0)) + expected_file_size(make_header(FILE_MODEL, type, c, 0));
+}
+
+// Empty if a checkpoint fits beside those that are there, which stay until it is whole.
+inline std::string space_fault(const std::string& folder, size_t bytes) {
+    size_t free = free_space(folder);
+    if (free >= bytes) return "";
+    return format("disk: expected at least %s free in %s for a checkpoint, found %s; free some space, or give another -o or -n 0", bytes_text(double(bytes)).c_str(),
+                  folder.c_str(), bytes_text(double(free)).c_str());
 }
 
 // ----------------------------------------------------------------------------------------------------
@@ -2329,7 +2395,8 @@ inline bool print_check_table(const std::vector<CheckRow>& rows) {
 //         using Real = float;                         // of its files and debug states
 //         using HostArray = Buffer<float>;            // HostArray(n): n Reals at data() in the host's memory, where snapshot is fast
 //         static constexpr bool branch_bf16 = false;  // header word 16
-//         static constexpr bool on_host = true;       // available_memory is the host's
+//         static constexpr bool on_host = true;       // available_memory is the host's; the flags of the GPU alone are refused
+//         static constexpr int steps_in_flight = 1;   // steps that may have been started and not finished
 //
 //         // What carries tensors between the ranks of a run; constructed in each of them. ranks_by: its library, or null where this build has
 //         // one rank only, which ranks_needs would change.
@@ -2338,7 +2405,6 @@ inline bool print_check_table(const std::vector<CheckRow>& rows) {
 //             struct Gift;                            // bytes of rank 0's that all need: made by a Gift(true), empty as a Gift(false)
 //             Communicator(const Launch& launch, const Gift& gift);
 //             void gather(const void* mine, void* all, size_t bytes);                 // for Ranks
-//             size_t bytes_sent();                    // by this rank so far
 //         };
 //
 //         // Before a Trainer is made. What a user can mend throws an Error.
@@ -2366,6 +2432,8 @@ inline bool print_check_table(const std::vector<CheckRow>& rows) {
 //         void write_parameters(FileWriter& out);
 //         void write_moments(FileWriter& out);
 //         void snapshot(Real* out);                   // copies parameters, first moments, second moments: 3 * layout().count reals
+//         size_t step_bytes;                          // of several ranks: sent by this one in the first step
+//         void gather_weights();                      // of several ranks, by each: what evaluate and a Generator read is whole
 //         // Of several ranks, all of them called by every rank: a snapshot of what this one owns, stretches of parameters, then of the first, then of the
 //         // second moments, followed, on rank 0, by all parameters in their order. store takes n elements from the first-th on of a stretch of section
 //         // 0, 1 or 2, and stored() follows when all are there.
@@ -2374,8 +2442,11 @@ inline bool print_check_table(const std::vector<CheckRow>& rows) {
 //         void stored();
 //
 //         double evaluate(const int* tokens, const int* targets, int b);              // sum of the losses of b <= B sequences, (b,T)
-//         // step 1, 2, ...; probe: null where the step is not probed; flags: RankFlags of this rank
-//         StepResult step(const Loader& data, int64_t step, CsvLog* probe, unsigned flags);
+//         // One step: start gives it to the trainer, finish waits for the oldest one started and not yet finished. Steps come in order, and what
+//         // comes between two of them finds none in flight. probe: null where the step is not probed. flags: RankFlags of this rank. Of several
+//         // ranks, finish throws a DataError on all where one's data could not be read.
+//         void start(const Loader& data, int64_t step, CsvLog* probe, unsigned flags);  // step 1, 2, ...
+//         StepResult finish();
 //         void debug_pass(DebugState<Real>& s, int B, int T);                         // s.tokens, s.targets given; fills the rest
 //         double matrix_rate();                       // operations a second of a large matrix product, measured
 //         std::string machine_name();                 // "2 threads"
@@ -2390,7 +2461,7 @@ inline bool print_check_table(const std::vector<CheckRow>& rows) {
 //     };
 
 // Mean loss over the step's tokens, and norm of the gradient before it is clipped. Where either is not finite, nothing has been updated and
-// the gradients are zero for the next step. A DataError from the step, too, has left parameters and moments alone.
+// the gradients are zero for the next step. A DataError from its start, too, has left parameters and moments alone.
 struct StepResult {
     double loss, norm;
     unsigned any = 0, all = 0;  // the RankFlags that any of the ranks, and that all of them, gave to the step
@@ -2400,7 +2471,7 @@ struct StepResult {
 enum RankFlag : unsigned {
     STOP_ASKED = 1,  // by a signal
     DATA_LOST = 2,   // its part of the batch could not be read: the step updates nothing
-    WRITTEN = 4,     // its part of the checkpoint is on the disk
+    STATE_WRITTEN = 4, MODEL_WRITTEN = 8,  // its part of a checkpoint's states, of its model, is on the disk
 };
 
 // What ranks add up, in rank order, at the end of a step.
@@ -2682,9 +2753,9 @@ public:
         if (error) std::rethrow_exception(std::exchange(error, nullptr));
     }
 
-    // Between steps: says what has been written, or throws why it could not be. all_written: the step told that all ranks were WRITTEN before it.
-    void poll(bool all_written = true) {
-        if (phase != NOTHING && done.load(std::memory_order_acquire) && (all_written || error)) advance();
+    // Between steps: says what has been written, or throws why it could not be. all: the RankFlags that all ranks gave to the step.
+    void poll(unsigned all = 0) {
+        if (phase != NOTHING && done.load(std::memory_order_acquire) && (!ranks || error || (all & flag_of_phase()))) advance();
     }
     void wait() {
         while (phase != NOTHING) {
@@ -2694,7 +2765,7 @@ public:
             advance();
         }
     }
-    unsigned flags() const { return phase != NOTHING && done.load(std::memory_order_acquire) ? WRITTEN : 0u; }
+    unsigned flags() const { return phase != NOTHING && done.load(std::memory_order_acquire) ? flag_of_phase() : 0u; }
     int64_t last_step() const { return last; }  // of the newest that is whole and on the disk; -1: none
 
 private:
@@ -2704,6 +2775,8 @@ private:
         double stalled, written;  // seconds
         FileHeader state, model;
     };
+
+    unsigned flag_of_phase() const { return phase == STATE ? STATE_WRITTEN : MODEL_WRITTEN; }
 
     void take_snapshot() {
         if (ranks) trainer.snapshot_owned(snapshot.data());
@@ -2840,6 +2913,28 @@ private:
     }
 };
 
+// From the process's start to the end of the first step, and where the time went.
+class StartClock {
+public:
+    StartClock() : last(seconds()) { add("program", seconds_since_launch()); }
+    void mark(const char* name) {
+        double now = seconds();
+        add(name, now - last);
+        last = now;
+    }
+    void print() const {
+        printf("start-up   %.2f s to the end of the first step: %s\n", total, text.c_str());
+    }
+
+private:
+    double last, total = 0;
+    std::string text;
+    void add(const char* name, double time) {
+        total += time;
+        text += format("%s%s %.2f", text.empty() ? "" : ", ", name, time);
+    }
+};
+
 // The mean loss over the first -m batches of the validation data, in order. Micro-batches go around the ranks.
 template <class Trainer>
 double validate(Trainer& trainer, const Loader& loader, const RunConfig& run, const Ranks& ranks = {}) {
@@ -2962,18 +3057,22 @@ struct EndByAlarm {
 template <class Trainer>
 int run_trainer(int argc, const char* const* argv, RankSession<Trainer>& session) {
     using Real = typename Trainer::Real;
+    StartClock clock;
     Options o = parse_command_line(argc, argv);
     if (o.help) {
         printf("%s", help_text(argv[0], Trainer::ranks_by ? format("one rank or many, by %s", Trainer::ranks_by)
                                                           : format("one rank, as %s was not there when it was built", Trainer::ranks_needs)).c_str());
         return 0;
     }
+    for (const char* flag : {"--tune", "--moments", "--grads"})
+        if (Trainer::on_host && o.has(flag)) fail("%s: is for the GPU trainer, train_keel; leave it out", flag);
     Trainer::require_machine();
     session.start();
     const Ranks ranks = session.ranks();
     const bool first_rank = ranks.rank() == 0;
     if (o.zero > 0 && !ranks) fail("-z: expected 0, found %d; this run has one rank, and ZeRO shards over several", int(o.zero));
     if (ranks.count() > 1 && (!o.check.empty() || !o.dump.empty())) fail("--dump and --check: expected one rank, found %d; start one", ranks.count());
+    clock.mark("device");
     if (!o.check.empty()) return check_debug_state<Trainer>(o);
     if (!o.dump.empty()) check_dump_target(o.dump);
 
@@ -2998,8 +3097,20 @@ int run_trainer(int argc, const char* const* argv, RankSession<Trainer>& session
     RunConfig run = resolve_run(o, init ? &init->header : nullptr, data.natural_vocabulary(), o.dump.empty() && ranks ? ranks.count() : 0, ranks.rank());
     const ModelConfig& config = run.model;
     Trainer::check_model(config);
-    data.check_tokens(config.V);
+    if (Trainer::on_host && (run.types.moments_bf16 || run.types.grads_bf16))
+        fail("-y: expected a checkpoint with FP32 moments and gradients, found BF16 ones; resume with train_keel_fp32, or start from its model by -e");
     data.check_lengths(run);
+    // Every token is looked at beside what the device does until the first step; the answer is waited for before anything is written.
+    auto look_at_tokens = [&data, V = config.V] {
+        data.check_tokens(V);
+        return data.unigram_entropy(V);
+    };
+    std::future<double> unigram_entropy;
+    try {
+        unigram_entropy = std::async(std::launch::async, look_at_tokens);
+    } catch (const std::system_error&) {  // no more threads
+        unigram_entropy = std::async(std::launch::deferred, look_at_tokens);
+    }
     if (run.val_every > 0 && o.dump.empty()) data.check_validation(run);
     if (resume_from && size_t(init->header.get<int64_t>(H_TRAIN_TOKENS)) != data.train_count)
         fail("-i: expected the %lld training tokens of the checkpoint, found %zu; give the same data",
@@ -3025,6 +3136,7 @@ int run_trainer(int argc, const char* const* argv, RankSession<Trainer>& session
     std::vector<MemoryRow> memory = Trainer::memory_rows(run);
     memory.push_back(beside);
     bool checkpoints_wanted = !o.out.empty() && o.dump.empty() && o.checkpoint_every > 0, background = false;
+    if (std::string fault = checkpoints_wanted ? space_fault(o.out, checkpoint_bytes(config, real_type<Real>)) : ""; !fault.empty()) fail("%s", fault.c_str());
     size_t snapshot_bytes = CheckpointWriter<Trainer>::snapshot_count(ParameterLayout(config, run.ranks), ranks) * sizeof(Real), host_left = ::available_memory();
     if (checkpoints_wanted) {
         size_t with_thread = snapshot_bytes + (size_t(8) << 20);  // the stack of the thread that writes
@@ -3041,10 +3153,15 @@ int run_trainer(int argc, const char* const* argv, RankSession<Trainer>& session
                bytes_text(double(snapshot_bytes)).c_str(), bytes_text(double(host_left)).c_str());
     else if (checkpoints_wanted && !Trainer::on_host)
         printf("  %-38s %12s\n", "snapshot for checkpoints, on the host", bytes_text(double(snapshot_bytes)).c_str());
+    if (size_t disk = (size_t(o.keep) + 1) * checkpoint_bytes(config, real_type<Real>); checkpoints_wanted && o.keep > 0 && o.keep < 1000 && free_space(o.out) < disk)
+        printf("note       %s is free in %s, and --keep %lld checkpoints with the next beside them take %s\n", bytes_text(double(free_space(o.out))).c_str(), o.out.c_str(),
+               (long long)o.keep, bytes_text(double(disk)).c_str());
     fflush(stdout);
+    clock.mark("data");
 
     Trainer trainer(run, session.communicator.get());
     EndByAlarm unwinding{bool(ranks)};
+    clock.mark("memory");
     int64_t step = 0;
     if (resume_from && (ranks || resume_from.ranks > 1)) {
         read_states(trainer, resume_from);
@@ -3063,6 +3180,10 @@ int run_trainer(int argc, const char* const* argv, RankSession<Trainer>& session
                    (long long)run.total_batch, run.B);
     }
 
+    clock.mark("weights");
+    double data_entropy = unigram_entropy.get();
+    clock.mark("tokens");
+
     Loader train(data.train, 0, data.train_count, run.T, config.V, run.seed, true);
     Loader val(data.val, data.val_start, data.val_count, run.T, config.V, run.seed, false);
 
@@ -3077,7 +3198,7 @@ int run_trainer(int argc, const char* const* argv, RankSession<Trainer>& session
     }
 
     // The detector takes up where the log of a resumed run ends.
-    DivergenceDetector divergence(run.steps, run.warmup, data.unigram_entropy(config.V));
+    DivergenceDetector divergence(run.steps, run.warmup, data_entropy);
     if (resume_from)
         read_csv_rows(o.out + "/log.csv", step, [&](int64_t row_step, const std::string& line) { divergence.add(row_step, atof(line.c_str() + std::min(line.size(), line.find(',') + 1))); });
 
@@ -3115,23 +3236,42 @@ int run_trainer(int argc, const char* const* argv, RankSession<Trainer>& session
     printf("machine    %s, %.0f GFLOP/s in matrix products\n", trainer.machine_name().c_str(), rate * 1e-9);
     if (!init) printf("note       the first loss is not ln V = %.2f: the tied head sees each input token's own embedding\n", std::log(double(config.V)));
 
-    auto due = [&](int64_t every) { return every > 0 && (step % every == 0 || step == run.steps); };
+    clock.mark("folder, rate");
+
+    // Of several ranks, what a step has told all of them.
+    bool told_to_stop = false;
+    auto stop_asked = [&] { return ranks ? told_to_stop : StopSignals::asked(); };
+    auto due_at = [&](int64_t s, int64_t every) { return every > 0 && (s % every == 0 || s == run.steps); };
+    auto due = [&](int64_t every) { return due_at(step, every); };
     auto validation_due = [&]() -> std::string {  // the loss as text, empty where none is measured
         if (!due(run.val_every)) return "";
+        if (ranks) trainer.gather_weights();
         double val_loss = validate(trainer, val, run, ranks);
         printf("validation | loss %.4f | perplexity %.3f\n", val_loss, std::exp(val_loss));
         return number_text(val_loss);
     };
     int64_t known_good = -1, newest = resume_from ? step : -1;  // steps of checkpoints: of one from which a finite step was made, of the last
+    // Where the disk has no room for a checkpoint, training goes on and the next step tries again; the run's end may not.
+    bool overdue = false;
     auto checkpoint = [&] {
-        if (checkpoints && newest != step) checkpoints->write(step), newest = step;
+        if (!checkpoints || newest == step) return;
+        std::string fault = space_fault(o.out, checkpoint_bytes(config, real_type<Real>));
+        if (ranks.all(fault.empty())) fault = "";
+        else if (fault.empty()) fault = "disk: expected more space, found less on another rank";
+        if (!fault.empty() && (step >= run.steps || stop_asked())) fail("step %lld: %s", (long long)step, fault.c_str());
+        if (!fault.empty() && !overdue && first_rank) fprintf(stderr, "warning: the checkpoint of step %lld is put off: %s\n", (long long)step, fault.c_str());
+        overdue = !fault.empty();
+        if (!overdue) checkpoints->write(step), newest = step;
     };
-    // Of several ranks, what a step has told all of them.
-    bool told_to_stop = false;
-    auto stop_asked = [&] { return ranks ? told_to_stop : StopSignals::asked(); };
     auto sample_due = [&] {
+        if (ranks && due(o.sample_every)) trainer.gather_weights();
         if (due(o.sample_every) && !stop_asked() && first_rank) print_sample(trainer, o, run.T, run.seed, step);
         fflush(stdout);
+    };
+    auto probing = [&](int64_t s) { return o.probe > 0 && s % o.probe == 0; };
+    // Nothing but the next step comes after this one: the trainer can have that before this one's result is known.
+    auto goes_straight_on = [&](int64_t s) {
+        return !overdue && !due_at(s, run.val_every) && !(checkpoints && due_at(s, o.checkpoint_every)) && !due_at(s, o.sample_every) && !probing(s) && !probing(s + 1);
     };
     if (step >= run.steps && resume_from) printf("the run has its %lld steps; -x with a larger number goes on\n", (long long)run.steps);
     if (run.steps == 0) {
@@ -3140,33 +3280,50 @@ int run_trainer(int argc, const char* const* argv, RankSession<Trainer>& session
         sample_due();
     }
 
-    double spent = 0, steps_here = 0;
-    while (step < run.steps && !stop_asked()) {
-        step++;
-        double start = seconds();
-        bool probing = o.probe > 0 && step % o.probe == 0;
-        StepResult result;
-        try {
-            unsigned flags = (StopSignals::asked() ? STOP_ASKED : 0u) | (checkpoints ? checkpoints->flags() : 0u);
-            size_t sent = ranks ? session.communicator->bytes_sent() : 0;
-            result = trainer.step(train, step, probing ? probe_log.get() : nullptr, flags);
-            told_to_stop = result.any & STOP_ASKED;
-            if (ranks && steps_here == 0) printf("network    %zu bytes sent by rank 0 in a step\n", session.communicator->bytes_sent() - sent);
-        } catch (const DataError& e) {
-            step--;
+    double spent = 0, steps_here = 0, ended = 0;
+    int64_t started = step;         // steps that the trainer has been given; those after `step` are in flight
+    std::array<double, 2> began{};  // when, by turns
+    static_assert(Trainer::steps_in_flight <= 2);
+    std::exception_ptr data_error;
+    while (started > step || (step < run.steps && !stop_asked())) {
+        while (!data_error && started < run.steps && !stop_asked() &&
+               (started == step || (started < step + Trainer::steps_in_flight && goes_straight_on(started)))) {
+            began[size_t(started % 2)] = seconds();
+            try {
+                unsigned flags = (StopSignals::asked() ? STOP_ASKED : 0u) | (checkpoints ? checkpoints->flags() : 0u);
+                trainer.start(train, started + 1, probing(started + 1) ? probe_log.get() : nullptr, flags);
+                started++;
+            } catch (const DataError&) {  // the steps in flight have theirs
+                data_error = std::current_exception();
+            }
+        }
+        if (started == step) {
+            if (!data_error) break;
             if (step > 0) checkpoint();
             if (checkpoints) checkpoints->wait();
-            throw;
+            std::rethrow_exception(data_error);
         }
+        StepResult result;
+        try {
+            result = trainer.finish();
+        } catch (const DataError&) {  // of any rank: it and the steps after it have updated nothing
+            data_error = std::current_exception(), started = step;
+            continue;
+        }
+        told_to_stop = result.any & STOP_ASKED;
+        double now = seconds(), elapsed = now - std::max(ended, began[size_t(step % 2)]);
+        ended = now, step++;
         double loss = result.loss, norm = result.norm;
         bool skipped = !std::isfinite(loss) || !std::isfinite(norm);
         trainer.run.skipped += skipped;
         trainer.run.skipped_in_row = skipped ? trainer.run.skipped_in_row + 1 : 0;
         if (!skipped) known_good = newest;
 
-        double elapsed = seconds() - start, tokens_per_second = double(run.total_batch) / elapsed;
+        double tokens_per_second = double(run.total_batch) / elapsed;
         double mfu = flops_per_token(config, run.T) * tokens_per_second / rate;
         spent += elapsed, steps_here++;
+        if (steps_here == 1) clock.mark("first step"), clock.print();
+        if (steps_here == 1 && ranks) printf("network    %zu bytes sent by rank 0 in a step\n", trainer.step_bytes);
         printf("step %lld/%lld | loss %.4f | grad norm %.3g | lr %.2e | %.0f ms | %.0f tokens/s | %.0f %% of matrix rate | %s left\n",
                (long long)step, (long long)run.steps, loss, norm, learning_rate(run, step), elapsed * 1e3, tokens_per_second, 100 * mfu,
                duration_text(spent / steps_here * double(run.steps - step)).c_str());
@@ -3194,9 +3351,9 @@ int run_trainer(int argc, const char* const* argv, RankSession<Trainer>& session
                 fail("step %lld: expected a loss that goes down, found it diverged (--stop-on-divergence); use a smaller -l or a longer -u", (long long)step);
             }
         }
-        if (checkpoints) checkpoints->poll(!ranks || (result.all & WRITTEN));
+        if (checkpoints) checkpoints->poll(result.all);
         // While steps are skipped the parameters stay those of the last checkpoint or go bad: only the run's end is worth one.
-        if (due(o.checkpoint_every) && (!skipped || step == run.steps)) checkpoint();
+        if ((overdue || due(o.checkpoint_every)) && (!skipped || step == run.steps)) checkpoint();
         sample_due();
     }
     if (stop_asked() && step < run.steps) {

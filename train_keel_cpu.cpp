@@ -1099,11 +1099,14 @@ struct Trainer {
     static constexpr const char* ranks_by = nullptr;
 #endif
     static constexpr const char* ranks_needs = "MPI (mpicxx)";
+    static constexpr int steps_in_flight = 1;
 
     RunConfig run;
     Model model;
     Communicator* communicator;        // null: alone
     std::vector<int> tokens, targets;  // (B,T) one micro-batch
+    StepResult result{};               // of the step that was started
+    size_t step_bytes = 0;             // of several ranks: sent by this one in its first step
 
     explicit Trainer(const RunConfig& run, Communicator* communicator = nullptr)
         : run(run), model(run.model, run.B, run.T, run.recompute, sharing(run)), communicator(communicator), tokens(size_t(run.B) * size_t(run.T)), targets(tokens.size()) {
@@ -1119,6 +1122,7 @@ struct Trainer {
     StepResult step(const Loader& data, int64_t step, CsvLog* probe, unsigned flags = 0) {
         model.probe.assign(probe ? size_t(run.model.L) : 0, {});
         double loss = 0;
+        size_t sent_before = bytes_sent();
         std::string lost;  // of several ranks: why this one's data could not be read
         for (int micro = 0; micro < run.accumulation(); micro++) {
             try {
@@ -1138,6 +1142,7 @@ struct Trainer {
         }
         adamw_update(model, run, step, result.norm, probe ? &update_squares : nullptr);
         if (run.ranks > 0) finish_update();
+        if (step_bytes == 0) step_bytes = bytes_sent() - sent_before;
         if (probe) {
             model.probe_update(gradient_squares, update_squares);
             if (run.ranks > 0) add_probes();
@@ -1160,9 +1165,12 @@ struct Trainer {
     void gather_units(Buffer<real>& of) {
         for (const Unit& unit : model.layout.units) communicator->all_gather(of.data() + unit.first, unit.shard);
     }
+    size_t bytes_sent() const { return communicator ? communicator->bytes_sent() : 0; }
 #else
     void gather_units(Buffer<real>&) {}
+    size_t bytes_sent() const { return 0; }
 #endif
+    void gather_weights() {}  // they are whole after each step
 
     // The step's loss and norm, of all ranks. Each adds up its own part, then all add up the parts in rank order.
     StepResult share_step(double loss, unsigned flags, const std::string& lost, std::vector<double>* squares) {
@@ -1219,6 +1227,9 @@ struct Trainer {
         gather_units(model.params);
         if (run.zero == 0) gather_units(model.m), gather_units(model.v);
     }
+
+    void start(const Loader& data, int64_t number, CsvLog* probe, unsigned flags = 0) { result = step(data, number, probe, flags); }
+    StepResult finish() const { return result; }
 
     double evaluate(const int* tokens, const int* targets, int b) { return model.evaluate(tokens, targets, b); }
 
