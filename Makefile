@@ -15,6 +15,7 @@ endif
 export MPI MPICC
 MPI_FLAGS     = $$(dev/mpi.sh compile)
 MPI_LIBRARIES = $$(dev/mpi.sh link)
+NCCL_ON_CPU   = $$(dev/mpi.sh compile on_cpu)
 
 # The CUDA compiler, and code for the GPU that is here or else for sm_80, sm_90, sm_100 and, as PTX, for later ones.
 # --expt-relaxed-constexpr: kernels call the constexpr functions of keel_common.h, such as Philox.
@@ -135,11 +136,11 @@ build/crash_shim.so: test/crash_shim.cpp test/crash_disk.h test/files.h | build
 # The GPU trainer and its tests, on the CPU ...
 build/train_keel_on_cpu: train_keel.cu keel_common.h $(CUDA_ON_CPU) | build
 	@dev/need.sh g++ libboost-context-dev
-	$(CXX) $(ON_CPU) -o $@ $< $(ON_CPU_LIBRARIES)
+	$(CXX) $(ON_CPU) $(NCCL_ON_CPU) -o $@ $< $(ON_CPU_LIBRARIES) $(MPI_LIBRARIES)
 
 build/train_keel_fp32_on_cpu: train_keel.cu keel_common.h $(CUDA_ON_CPU) | build
 	@dev/need.sh g++ libboost-context-dev
-	$(CXX) $(ON_CPU) -DKEEL_FP32 -o $@ $< $(ON_CPU_LIBRARIES)
+	$(CXX) $(ON_CPU) $(NCCL_ON_CPU) -DKEEL_FP32 -o $@ $< $(ON_CPU_LIBRARIES) $(MPI_LIBRARIES)
 
 GPU_TEST = test/test_gpu.cu test/numbers.h train_keel.cu train_keel_cpu.cpp keel_common.h
 

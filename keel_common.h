@@ -1321,6 +1321,16 @@ struct RunConfig {
     }
 };
 
+// How a run's memory is shared out among its ranks; 0 ranks: alone.
+struct Sharing {
+    int ranks = 0, rank = 0, zero = 0;
+    Sharing() = default;
+    explicit Sharing(const RunConfig& run) : ranks(run.ranks), rank(run.rank), zero(run.zero) {}
+    bool states() const { return ranks > 0 && zero >= 1; }     // moments, and masters, of what the rank owns alone
+    bool gradients() const { return ranks > 0 && zero >= 2; }  // gradients of two blocks at a time
+    ParameterLayout grad_layout(const ParameterLayout& layout) const { return gradients() ? layout.with_two_blocks() : layout; }
+};
+
 // Step s = 1..S: linear warm-up over W steps to the peak, then a cosine that reaches 1e-7 at step S (or the peak if that is less).
 inline double learning_rate(const RunConfig& run, int64_t s) {
     double least = std::min(1e-7, run.lr);
@@ -2480,15 +2490,15 @@ struct StepShare {
     uint64_t flags = 0;
 };
 
-// After a step with DATA_LOST: the same DataError on all ranks, that of the first whose data could not be read.
+// After a step with DATA_LOST: the same DataError on all ranks, that of the first whose data could not be read. mine: "" where they could.
 template <class Communicator>
-[[noreturn]] void throw_lost_data(Communicator& communicator, const RunConfig& run, const std::vector<StepShare>& shares, const std::string& mine) {
+[[noreturn]] void throw_lost_data(Communicator& communicator, const RunConfig& run, const std::string& mine) {
     struct { char text[512]; } ours{};
-    snprintf(ours.text, sizeof ours.text, "rank %d: %s", run.rank, mine.c_str());
-    std::vector<decltype(ours)> all(shares.size());
+    if (!mine.empty()) snprintf(ours.text, sizeof ours.text, "rank %d: %s", run.rank, mine.c_str());
+    std::vector<decltype(ours)> all(size_t(run.ranks));
     communicator.gather(&ours, all.data(), sizeof ours);
     size_t first = 0;
-    while (!(shares[first].flags & DATA_LOST)) first++;
+    while (first + 1 < all.size() && !*all[first].text) first++;
     throw DataError(all[first].text);
 }
 

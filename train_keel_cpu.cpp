@@ -620,14 +620,6 @@ double sum_of_squares(const real* values, size_t n) {
     return sum;
 }
 
-// How a run's memory is shared out: 0 ranks: alone.
-struct Sharing {
-    int ranks = 0, rank = 0, zero = 0;
-    bool states() const { return ranks > 0 && zero >= 1; }     // moments of what the rank owns alone
-    bool gradients() const { return ranks > 0 && zero >= 2; }  // gradients of two blocks at a time
-    ParameterLayout grad_layout(const ParameterLayout& layout) const { return gradients() ? layout.with_two_blocks() : layout; }
-};
-
 struct Model {
     ModelConfig config;
     ParameterLayout layout, grad_layout;  // of params; of grads, which differs at -z 2 alone
@@ -1109,14 +1101,13 @@ struct Trainer {
     size_t step_bytes = 0;             // of several ranks: sent by this one in its first step
 
     explicit Trainer(const RunConfig& run, Communicator* communicator = nullptr)
-        : run(run), model(run.model, run.B, run.T, run.recompute, sharing(run)), communicator(communicator), tokens(size_t(run.B) * size_t(run.T)), targets(tokens.size()) {
+        : run(run), model(run.model, run.B, run.T, run.recompute, Sharing(run)), communicator(communicator), tokens(size_t(run.B) * size_t(run.T)), targets(tokens.size()) {
 #ifdef KEEL_MPI
         if (run.ranks > 0) model.unit_done = [this](size_t u) { reduce_unit(u); };
 #endif
     }
     Trainer(const Trainer&) = delete;
     Trainer& operator=(const Trainer&) = delete;
-    static Sharing sharing(const RunConfig& run) { return {run.ranks, run.rank, run.zero}; }
 
     // One optimizer step: the gradient of the mean loss over run.total_batch tokens, a micro-batch at a time, then AdamW.
     StepResult step(const Loader& data, int64_t step, CsvLog* probe, unsigned flags = 0) {
@@ -1186,7 +1177,7 @@ struct Trainer {
         result.loss = sum.loss_sum / double(run.total_batch), result.norm = std::sqrt(sum.grad_squares);
         if (result.any & DATA_LOST) {
             model.shard_grads.zero();
-            throw_lost_data(*communicator, run, shares, lost);
+            throw_lost_data(*communicator, run, lost);
         }
         if (squares) {
             squares->assign(model.layout.tensors.size(), 0);
@@ -1292,7 +1283,7 @@ struct Trainer {
 
     static std::vector<MemoryRow> memory_rows(const RunConfig& run) {
         std::vector<MemoryRow> rows;
-        for (const Model::BufferRow& row : Model::plan(run.model, run.B, run.T, run.recompute, sharing(run)))
+        for (const Model::BufferRow& row : Model::plan(run.model, run.B, run.T, run.recompute, Sharing(run)))
             if (row.elements) rows.push_back({row.name, row.elements * sizeof(real)});
 #ifdef KEEL_MPI
         if (run.ranks > 1) rows.push_back({"gradients from the other ranks", Communicator::bytes(ParameterLayout(run.model, run.ranks))});
@@ -1328,7 +1319,7 @@ struct Trainer {
         size_t least = SIZE_MAX;
         for (Recompute level : levels)
             for (int B : batches) {
-                size_t bytes = Model::bytes(run.model, B, run.T, level, sharing(run));
+                size_t bytes = Model::bytes(run.model, B, run.T, level, Sharing(run));
                 least = std::min(least, bytes);
                 if (bytes > available) continue;
                 run.B = B, run.recompute = level;

@@ -1,6 +1,6 @@
 #!/bin/bash
 # What this machine has for runs of several ranks. Prints nothing where it is not there, or where MPI=0 is set: the build then has one rank.
-#   mpi.sh compile [nvcc]   compiler flags for MPI, -DKEEL_MPI among them
+#   mpi.sh compile [nvcc|on_cpu]   compiler flags for MPI, -DKEEL_MPI among them; on_cpu: also to take test/cuda_on_cpu/nccl.h, which needs MPI
 #   mpi.sh link [nvcc]      linker flags for MPI
 #   mpi.sh mpirun N         how to start N ranks here, also as root and on fewer cores than ranks (for tests)
 # MPICC, if set, is MPI's C compiler; CXX the compiler that must find its header.
@@ -33,4 +33,5 @@ esac
 # shellcheck disable=SC2086
 echo '#include <mpi.h>' | ${CXX:-g++} $(flags compile) -x c++ -E - >/dev/null 2>&1 || exit 0
 [ "$2" = nvcc ] && text=$(for_nvcc "$text")
+[ "$2" = on_cpu ] && text="$text -DKEEL_NCCL"
 echo $text

@@ -427,7 +427,7 @@ TEST_SUITE("ends") {
         for (const Build& build : builds(2))
             for (bool recovery : {false, true}) {
                 Place p;
-                Words words = p.words(build, "run", {"-x", "100000", "-b", "2", "-n", "5", "-z", "2", "-y"});
+                Words words = p.words(build, "run", {"-x", "100000", "-u", "0", "-b", "2", "-n", "5", "-z", "2", "-y"});
                 // With recovery on, mpirun leaves the other ranks alone.
                 Process run(on_ranks(4, words, recovery ? Words{"--enable-recovery"} : Words{}), {{"KEEL_TEST_PLACE", p.path}});
                 CHECK(run.prints("checkpoint |"));

@@ -24,6 +24,8 @@ enum ncclDataType_t {
 };
 enum ncclRedOp_t { ncclSum = 0 };
 struct ncclUniqueId { char internal[NCCL_UNIQUE_ID_BYTES]; };
+struct ncclConfig_t { int blocking, cgaClusterSize, minCTAs, maxCTAs; };  // nothing here follows from them
+#define NCCL_CONFIG_INITIALIZER {1, 0, 0, 0}
 
 struct ncclComm {
     MPI_Comm mpi = MPI_COMM_NULL;  // none: a single rank without MPI
@@ -181,6 +183,7 @@ inline ncclResult_t ncclCommInitRank(ncclComm_t* comm, int ranks, ncclUniqueId i
     MPI_Comm_set_errhandler((*comm)->mpi, MPI_ERRORS_RETURN);
     return ncclSuccess;
 }
+inline ncclResult_t ncclCommInitRankConfig(ncclComm_t* comm, int ranks, ncclUniqueId id, int rank, ncclConfig_t*) { return ncclCommInitRank(comm, ranks, id, rank); }
 inline ncclResult_t ncclCommGetAsyncError(ncclComm_t comm, ncclResult_t* error) { return *error = comm->error, ncclSuccess; }
 inline ncclResult_t ncclCommAbort(ncclComm_t comm) { return comm->aborted = true, ncclSuccess; }  // what is queued may still look at it
 inline ncclResult_t ncclCommDestroy(ncclComm_t comm) {
