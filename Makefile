@@ -16,6 +16,10 @@ export MPI MPICC
 MPI_FLAGS     = $$(dev/mpi.sh compile)
 MPI_LIBRARIES = $$(dev/mpi.sh link)
 NCCL_ON_CPU   = $$(dev/mpi.sh compile on_cpu)
+# On GPUs tensors travel by NCCL, and MPI, where it is there, only starts the ranks. NCCL=0 leaves it out.
+export NCCL NCCL_HOME
+NCCL_FLAGS     = $$(dev/cuda.sh nccl compile) $$(dev/mpi.sh compile nvcc)
+NCCL_LIBRARIES = $$(dev/cuda.sh nccl link) $$(dev/mpi.sh link nvcc)
 
 # The CUDA compiler, and code for the GPU that is here or else for sm_80, sm_90, sm_100 and, as PTX, for later ones.
 # --expt-relaxed-constexpr: kernels call the constexpr functions of keel_common.h, such as Philox.
@@ -54,7 +58,7 @@ help:
 	@echo "make bench_cpu            training speed and matrix products beside PyTorch and OpenBLAS"
 	@echo "make dumps                writes the reference dumps of test/dumps again, with PyTorch"
 	@echo "make clean                removes what was built"
-	@echo "options: CXX=clang++  CXXFLAGS='-O3 -march=native'  CBLAS=1 (matrix products by OpenBLAS)  MPI=0 (one rank)  NVCC=/path/nvcc  PYTHON=/usr/bin/python3"
+	@echo "options: CXX=clang++  CXXFLAGS='-O3 -march=native'  CBLAS=1 (matrix products by OpenBLAS)  MPI=0 (one rank)  NCCL=0 (one GPU)  NVCC=/path/nvcc  PYTHON=/usr/bin/python3"
 
 .PHONY: train
 train:
@@ -62,11 +66,11 @@ train:
 
 train_keel: train_keel.cu keel_common.h
 	@dev/cuda.sh nvcc >/dev/null
-	$$(dev/cuda.sh nvcc) $(CUDA_FLAGS) -o $@ $< -lcublasLt $$(dev/cuda.sh rpath)
+	$$(dev/cuda.sh nvcc) $(CUDA_FLAGS) $(NCCL_FLAGS) -o $@ $< -lcublasLt $(NCCL_LIBRARIES) $$(dev/cuda.sh rpath)
 
 train_keel_fp32: train_keel.cu keel_common.h
 	@dev/cuda.sh nvcc >/dev/null
-	$$(dev/cuda.sh nvcc) $(CUDA_FLAGS) -DKEEL_FP32 -o $@ $< -lcublasLt $$(dev/cuda.sh rpath)
+	$$(dev/cuda.sh nvcc) $(CUDA_FLAGS) $(NCCL_FLAGS) -DKEEL_FP32 -o $@ $< -lcublasLt $(NCCL_LIBRARIES) $$(dev/cuda.sh rpath)
 
 train_keel_cpu: train_keel_cpu.cpp keel_common.h
 	@dev/need.sh g++

@@ -2584,7 +2584,7 @@ inline void add_rank_probes(std::vector<SublayerProbe>& probe, const std::vector
         SublayerProbe sum = {};
         sum.gamma_rms = probe[l].gamma_rms;  // of parameters, which all have
         for (size_t r = 0; r < all.size() / L; r++)
-            for (double SublayerProbe::* part : {&SublayerProbe::x, &SublayerProbe::f, &SublayerProbe::z, &SublayerProbe::shortcut, &SublayerProbe::dx,
+            for (auto part : {&SublayerProbe::x, &SublayerProbe::f, &SublayerProbe::z, &SublayerProbe::shortcut, &SublayerProbe::dx,
                                                  &SublayerProbe::df, &SublayerProbe::gradient, &SublayerProbe::update})
                 sum.*part += all[r * L + l].*part;
         probe[l] = sum;

@@ -2064,6 +2064,7 @@ public:
         int devices = 0;
         CUDA(cudaGetDeviceCount(&devices));
         CUDA(cudaSetDevice(launch.local_rank % devices));  // a launcher may also show each process its own GPU alone
+        setenv("NCCL_ALGO", "Ring", 0);  // every collective alike, whatever its size: the order of its sums is the ring's
         ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
         config.maxCTAs = MULTIPROCESSORS;
         NCCL(ncclCommInitRankConfig(&comm, launch.ranks, gift.id, launch.rank, &config));

@@ -3,19 +3,22 @@
 
   scale.py               prints the tables of dev/doc/scale.md
   scale.py --check FILE  compares them with those that the file holds; exit 1 where they differ
+  scale.py --memory ...  prints the bytes of memory that a rank needs, activations aside, held against the trainer's table by the same test
   scale.py --bytes ...   prints the bytes that a rank sends in a step of a run with these flags, which test/test_ranks.cpp holds against the bytes counted
 """
 import argparse
 import math
 import sys
 
-# The machine of the tables: a node of eight H200, NVLink inside, one 400 Gb/s port a GPU outside. Rates are NVIDIA's, bytes a second and direction of each GPU.
+# The machine of the tables: nodes of eight H200, NVLink between their GPUs, a 400 Gb/s port for each. Bytes a second and direction of a GPU are NVIDIA's
+# and the port's; matrix and memory rates those of dev/doc/speed.md, measured elsewhere. REACHED and HOP are assumptions: no GPU has run this.
 GPUS = 8                   # of a node
-MATRIX_RATE = 989e12       # operations a second, BF16, dense
-UTILISATION = 0.5          # of it, that a step reaches; an assumption, as no GPU has run this code
+MATRIX_RATE = 790e12       # operations a second, BF16
+MEMORY_RATE = 4.3e12       # bytes a second
 NVLINK = 450e9
-NETWORK = 50e9             # 400 Gb/s
-REACHED = 0.8              # of the links' rates, that a ring of large messages reaches; an assumption
+NETWORK = 50e9
+REACHED = 0.8              # of a link's rate, that a ring reaches with large messages
+HOP = 2.3e-6               # seconds from one rank to the next: seven hops of eight inside a node (1.5 us), one between two (8 us)
 SHARE = 24                 # bytes of StepShare (keel_common.h)
 GPT2 = 50257
 
@@ -36,9 +39,10 @@ class Model:
         """Elements that a rank owns of unit 0 and of each block, padding included."""
         return [math.ceil(math.ceil(n / ranks) / 128) * 128 for n in (self.outer, self.block)]
 
-    def operations(self):
-        """Of a token: forward 2, backward 4 a weight, causal attention counted once."""
-        return 6 * (self.blocks * self.block + self.Vp * self.C) + 6 * self.C * self.T * self.blocks
+    def token_seconds(self):
+        """Of forward and backward: products at the matrix rate and the kernels' 226 C bytes a block (speed.md), one after the other. Nothing is computed again."""
+        operations = 6 * (self.blocks * self.block + self.Vp * self.C) + 6 * self.C * self.T * self.blocks
+        return operations / MATRIX_RATE + 226 * self.C * self.blocks / MEMORY_RATE
 
 
 def bytes_sent(model, ranks, zero, micro_steps, weight_bytes):
@@ -54,7 +58,8 @@ def memory(model, ranks, zero):
     """Bytes of a rank in the BF16 build, without activations: FP32 weights, gradients and moments, BF16 weights."""
     outer, block = model.shards(ranks)
     size, shard = ranks * (outer + model.blocks * block), outer + model.blocks * block
-    states = 12 * size if zero == 0 else 12 * shard + 4 * ranks * outer   # masters, two moments; unit 0 is whole in FP32 everywhere
+    # FP32 weights and two moments; from -z 1 on all ranks have unit 0 in FP32, and each its part of the rest
+    states = 12 * size if zero == 0 else 4 * ranks * outer + 4 * (shard - outer) + 8 * shard
     gradients = 4 * size if zero < 2 else 4 * ranks * (outer + 2 * block)
     return states + gradients + 2 * size + 4 * shard + 4 * max(outer, block)  # BF16 weights, gradients of the rank's part, what a reduce-scatter brings
 
@@ -67,9 +72,11 @@ def gib(n):
     return f"{n / 2**30:,.1f}"
 
 
-def ring_rate(ranks):
-    """Bytes a second that a rank sends in a ring over all of them: the slowest link's."""
-    return REACHED * (NVLINK if ranks <= GPUS else NETWORK)
+def seconds(ranks, sent, collectives):
+    """Of ring collectives in which a rank sends so many bytes in all. A ring passes each node's ports once, and there are as many rings as ports: so
+    a node's ports together carry what one of its GPUs sends."""
+    rate = REACHED * (NVLINK if ranks <= GPUS else min(NVLINK, GPUS * NETWORK))
+    return sent / rate + collectives * (ranks - 1) * HOP
 
 
 def table(head, rows):
@@ -85,42 +92,38 @@ def tables():
     rows = []
     for name, m in MODELS:
         for ranks in (8, 64, 1024):
-            rate = ring_rate(ranks)
-            reduce_seconds = bytes_sent(m, ranks, 1, 1, 2) - bytes_sent(m, ranks, 1, 0, 2)
-            gather_seconds = bytes_sent(m, ranks, 1, 0, 2)
-            # tokens of a micro-batch whose backward pass, two thirds of its operations, takes as long as its reduce-scatter
-            token_seconds = m.operations() / (MATRIX_RATE * UTILISATION)
-            hide_reduce = reduce_seconds / rate / (2 / 3 * token_seconds)
-            hide_gather = gather_seconds / rate / (1 / 3 * token_seconds)
-            tokens = max(hide_reduce, hide_gather)
-            rows.append([name, ranks, gib(bytes_sent(m, ranks, 0, 1, 2)), gib(bytes_sent(m, ranks, 1, 1, 2)), f"{reduce_seconds / rate * 1e3:,.0f}", f"{gather_seconds / rate * 1e3:,.0f}",
-                         f"{8192 * token_seconds * 1e3:,.0f}", f"{hide_reduce:,.0f}", f"{hide_gather:,.0f}", f"{tokens * ranks / 1e6:,.1f}"])
-    yield table(["model", "ranks", "GiB, -z 0", "GiB, -z 1 or 2", "reduce, ms", "gather, ms", "8192 tokens, ms", "tokens that hide reduce", "tokens that hide gather", "total batch, 1e6"], rows)
+            units, token = 1 + m.blocks, m.token_seconds()
+            reduced = bytes_sent(m, ranks, 1, 1, 2) - bytes_sent(m, ranks, 1, 0, 2)  # of a micro-step
+            gathered = bytes_sent(m, ranks, 1, 0, 2)                                 # of a step
+            reduce, gather, hops = seconds(ranks, reduced, units), seconds(ranks, gathered, units), seconds(ranks, 0, units)
+            hide_reduce, hide_gather = reduce / (2 / 3 * token), gather / (1 / 3 * token)
+            rows.append([name, ranks, gib(reduced), gib(gathered), f"{reduce * 1e3:,.0f}", f"{gather * 1e3:,.0f}", f"{hops * 1e3:,.0f}", f"{4096 * token * 1e3:,.0f}",
+                         f"{hide_reduce:,.0f}", f"{hide_gather:,.0f}", f"{max(hide_reduce, hide_gather) * ranks / 1e6:,.2f}"])
+    yield table(["model", "ranks", "reduce, GiB", "gather, GiB", "reduce, ms", "gather, ms", "of these hops, ms", "4096 tokens, ms", "tokens that hide reduce", "that hide gather",
+                 "batch of all, 1e6"], rows)
 
-    rows = []
+    # A batch of 4M tokens (the paper's) on 1024 ranks; micro-batches of one sequence; with stages, gradients reduced once a step, after the last backward pass
+    # of each block, and 1F1B's bubble of stages - 1 micro-batches.
+    rows, ranks, batch = [], 1024, 2**22
     for name, m in MODELS:
-        for stages in (2, 4, 8):
-            for ranks in (1024,):
-                data_ranks = ranks // stages
-                token_seconds = m.operations() / (MATRIX_RATE * UTILISATION) / stages
-                # each data-parallel ring carries a stage's parameters alone, a ring a stage
-                reduce = 4 * m.count / stages * (data_ranks - 1) / data_ranks / ring_rate(ranks)
-                batch = 4e6                                     # tokens, the paper's
-                per_pipe = batch / data_ranks                   # tokens of one pipeline a step
-                micro = max(1, round(per_pipe / m.T))           # micro-batches of one sequence
-                compute = per_pipe * token_seconds
-                bubble = compute * (stages - 1) / micro
-                alone = batch / ranks * token_seconds * stages  # data parallel over all ranks
-                exposed = max(0.0, 4 * m.count / ring_rate(ranks) - 2 / 3 * alone)
-                pipe_exposed = max(0.0, reduce - 2 / 3 * compute / micro)
-                rows.append([name, stages, micro, f"{(alone + exposed) * 1e3:,.0f}", f"{(compute + bubble + pipe_exposed) * 1e3:,.0f}", f"{2 * 4 * m.C * m.T * micro / 2**20:,.0f}"])
-    yield table(["model", "stages", "micro-batches", "step without, ms", "step with, ms", "MiB sent a stage"], rows)
+        for blocks_a_unit in (1, 16):
+            row = [name, blocks_a_unit]
+            for stages in (1, 2, 4, 8):
+                data_ranks, collectives = ranks // stages, 1 + m.blocks // stages // blocks_a_unit
+                micro_batches = batch // data_ranks // m.T
+                micro = m.T * m.token_seconds() / stages
+                exposed_reduce = max(0.0, seconds(data_ranks, 4 * m.count / stages, collectives) - 2 / 3 * micro)
+                exposed_gather = max(0.0, seconds(data_ranks, 2 * m.count / stages, collectives) - 1 / 3 * micro)
+                row.append(f"{((micro_batches + stages - 1) * micro + exposed_reduce + exposed_gather) * 1e3:,.0f}")
+            rows.append(row)
+    yield table(["model", "blocks a unit", "no stages, ms a step", "2 stages", "4 stages", "8 stages"], rows)
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--check", metavar="FILE")
     p.add_argument("--bytes", action="store_true")
+    p.add_argument("--memory", action="store_true")
     for flag, name in (("-L", "layers"), ("-C", "channels"), ("-H", "heads"), ("-t", "seq_len"), ("-V", "vocabulary"), ("-b", "batch"), ("-d", "total_batch"), ("-z", "zero")):
         p.add_argument(flag, dest=name, type=int, default=0)
     p.add_argument("--ranks", type=int, default=1)
@@ -129,6 +132,8 @@ def main():
     if a.bytes:
         model = Model(a.layers, a.channels, a.heads, a.seq_len, a.vocabulary)
         print(bytes_sent(model, a.ranks, a.zero, a.total_batch // (a.batch * a.seq_len * a.ranks), 2 if a.weights == "bf16" else 4))
+    elif a.memory:
+        print(memory(Model(a.layers, a.channels, a.heads, a.seq_len, a.vocabulary), a.ranks, a.zero))
     elif a.check:
         text = open(a.check).read()
         missing = [t for t in tables() if t not in text]

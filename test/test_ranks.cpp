@@ -122,8 +122,9 @@ struct Place {
         all.insert(all.end(), more.begin(), more.end());
         return all;
     }
-    Result run(int n, const Words& command) const {
-        Result r = Process(on_ranks(n, command), {{"KEEL_TEST_PLACE", path}}).wait();
+    Result run(int n, const Words& command, std::map<std::string, std::string> environment = {}) const {
+        environment["KEEL_TEST_PLACE"] = path;
+        Result r = Process(on_ranks(n, command), environment).wait();
         std::string text;
         for (const std::string& word : command) text += word + " ";
         REQUIRE_MESSAGE(r.code == 0, n << " ranks: " << text << "\n" << r.out << r.err);
@@ -330,22 +331,45 @@ TEST_SUITE("training") {
         }
     }
 
-    TEST_CASE("The bytes that a rank sends are those of the model in dev/doc/scale.md") {
+    // What dev/scale.py prints.
+    int64_t scale(const std::string& words) {
+        FILE* pipe = popen(("${PYTHON:-python3} dev/scale.py " + words).c_str(), "r");
+        char line[64] = "";
+        if (!pipe || !fgets(line, sizeof line, pipe)) *line = 0;
+        if (pipe) pclose(pipe);
+        return atoll(line);
+    }
+
+    TEST_CASE("The bytes that a rank sends and the memory it needs are those of the model in dev/doc/scale.md") {
         for (const Build& build : builds(3))
-            for (int n : {1, 4})
-                for (int zero : {0, 2}) {
-                    Place p;
-                    Result r = p.run(n, p.words(build, "run", {"-x", "2", "-b", "2", "-n", "0", "-z", std::to_string(zero)}));
-                    size_t at = r.out.find("network    ");
-                    REQUIRE(at != std::string::npos);
-                    std::string command = format("${PYTHON:-python3} dev/scale.py --bytes -L 4 -C %d -H 2 -t 8 -b 2 -d 192 -V 256 --ranks %d -z %d --weights %s", build.C, n, zero, build.bf16 ? "bf16" : "fp32");
-                    FILE* pipe = popen(command.c_str(), "r");
-                    char line[64] = "";
-                    if (!pipe || !fgets(line, sizeof line, pipe)) *line = 0;
-                    pclose(pipe);
-                    CHECK_MESSAGE(atoll(r.out.c_str() + at + 11) == atoll(line), build.name << ", " << n << " ranks, -z " << zero);
-                    CHECK((atoll(line) > 0) == (n > 1));
-                }
+            for (auto [n, zero] : {std::pair{1, 0}, {4, 0}, {4, 1}, {4, 2}}) {
+                Place p;
+                Result r = p.run(n, p.words(build, "run", {"-x", "2", "-b", "2", "-n", "0", "-z", std::to_string(zero)}), {{"CUDA_ON_CPU_TRACE", "1"}});
+                std::string flags = format("-L 4 -C %d -H 2 -t 8 -b 2 -d 192 -V 256 --ranks %d -z %d --weights %s", build.C, n, zero, build.bf16 ? "bf16" : "fp32");
+                INFO(build.name << ", " << n << " ranks, -z " << zero << "\n" << r.out);
+                int64_t predicted = scale("--bytes " + flags), told = 0;
+                CHECK((predicted > 0) == (n > 1));
+                size_t at = r.out.find("network    ");
+                REQUIRE(at != std::string::npos);
+                CHECK(atoll(r.out.c_str() + at + 11) == predicted);
+                // What nccl.h has sent in two steps, beside which a run's start tells a few numbers.
+                if (at = r.out.find("nccl: "); at != std::string::npos) told = atoll(r.out.c_str() + at + 6);
+                if (build.binary != cpu.binary) CHECK(told >= 2 * predicted);
+                CHECK(told <= 2 * predicted + 3 * 64);
+                if (!build.bf16) continue;
+                double memory = 0;
+                std::stringstream lines(r.out);
+                for (std::string line; std::getline(lines, line);)
+                    for (const char* name : {"  parameters", "  gradients from", "  gradients of this", "  gradients  ", "  AdamW"}) {
+                        double value;
+                        char unit;
+                        if (line.starts_with(name) && line.size() > 40 && sscanf(line.c_str() + 40, "%lf %c", &value, &unit) == 2)
+                            memory += value * (unit == 'K' ? 1024 : unit == 'M' ? 1 << 20 : 1);
+                    }
+                double expected = double(scale("--memory " + flags));
+                CHECK_MESSAGE(std::fabs(memory - expected) < 0.01 * expected, memory << " beside " << expected);
+            }
+        CHECK(std::system("${PYTHON:-python3} dev/scale.py --check dev/doc/scale.md > /dev/null") == 0);
     }
 
     TEST_CASE("--probe and validation see all ranks' parts") {
