@@ -2410,7 +2410,8 @@ inline bool print_check_table(const std::vector<CheckRow>& rows) {
 //
 //         // What carries tensors between the ranks of a run; constructed in each of them. ranks_by: its library, or null where this build has
 //         // one rank only, which ranks_needs would change.
-//         static constexpr const char *ranks_by = "MPI", *ranks_needs = "MPI (mpicxx)";
+//         static constexpr const char *ranks_by = "MPI", *ranks_needs = "MPI (mpicc)";
+//         static constexpr bool probes_ranks = true;  // --probe works on several
 //         struct Communicator {
 //             struct Gift;                            // bytes of rank 0's that all need: made by a Gift(true), empty as a Gift(false)
 //             Communicator(const Launch& launch, const Gift& gift);
@@ -3081,6 +3082,8 @@ int run_trainer(int argc, const char* const* argv, RankSession<Trainer>& session
     const Ranks ranks = session.ranks();
     const bool first_rank = ranks.rank() == 0;
     if (o.zero > 0 && !ranks) fail("-z: expected 0, found %d; this run has one rank, and ZeRO shards over several", int(o.zero));
+    if (ranks && o.probe > 0 && !Trainer::probes_ranks)
+        fail("--probe: expected a run started alone, found one started by %s; leave it out, or use train_keel_cpu", session.launch.launcher.c_str());
     if (ranks.count() > 1 && (!o.check.empty() || !o.dump.empty())) fail("--dump and --check: expected one rank, found %d; start one", ranks.count());
     clock.mark("device");
     if (!o.check.empty()) return check_debug_state<Trainer>(o);

@@ -2758,6 +2758,7 @@ struct Trainer {
     static constexpr const char* ranks_by = nullptr;
 #endif
     static constexpr const char* ranks_needs = "NCCL (nccl.h)";
+    static constexpr bool probes_ranks = false;
 
     RunConfig run;
     Model model;
@@ -2885,6 +2886,7 @@ struct Trainer {
     }
     void snapshot_owned(float* out) {
         Device& device = model.device;
+        gather_weights();
         const std::vector<Stretch> owned = model.layout.stretches(run.rank);
         for (const Stretch& s : owned) device.copy(out, owned_place(s), s.count), out += s.count;
         for (auto [fp32, bf16] : moments())
@@ -3094,7 +3096,7 @@ struct Trainer {
         write(out, [&](float* to, size_t at, size_t n) { model.device.copy(to, model.params.data() + at, n); });
     }
     void write_moments(FileWriter& out) {
-        for (auto [fp32, bf16] : moments()) write(out, [&](float* to, size_t at, size_t n) { copy_moment(to, *fp32, *bf16, at, n); });
+        for (auto [fp32, bf16] : moments()) write(out, [&, fp32 = fp32, bf16 = bf16](float* to, size_t at, size_t n) { copy_moment(to, *fp32, *bf16, at, n); });
     }
 
     // First and second moment, each with its buffer in FP32 and in BF16, one of which is empty. Files have them in FP32.

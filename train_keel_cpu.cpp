@@ -1090,7 +1090,8 @@ struct Trainer {
     using Communicator = NoCommunicator;
     static constexpr const char* ranks_by = nullptr;
 #endif
-    static constexpr const char* ranks_needs = "MPI (mpicxx)";
+    static constexpr const char* ranks_needs = "MPI (mpicc)";
+    static constexpr bool probes_ranks = true;
     static constexpr int steps_in_flight = 1;
 
     RunConfig run;
