@@ -11,6 +11,16 @@ FLAGS    += -DKEEL_CBLAS
 LIBRARIES = -lopenblas
 endif
 
+# Several ranks, where MPI is there; MPI=0 leaves it out. Programs that the sanitizers, valgrind and the fuzzers look at are built without.
+export MPI MPICC
+MPI_FLAGS     = $$(dev/mpi.sh compile)
+MPI_LIBRARIES = $$(dev/mpi.sh link)
+NCCL_ON_CPU   = $$(dev/mpi.sh compile on_cpu)
+# On GPUs tensors travel by NCCL, and MPI, where it is there, only starts the ranks. NCCL=0 leaves it out.
+export NCCL NCCL_HOME
+NCCL_FLAGS     = $$(dev/cuda.sh nccl compile) $$(dev/mpi.sh compile nvcc)
+NCCL_LIBRARIES = $$(dev/cuda.sh nccl link) $$(dev/mpi.sh link nvcc)
+
 # The CUDA compiler, and code for the GPU that is here or else for sm_80, sm_90, sm_100 and, as PTX, for later ones.
 # --expt-relaxed-constexpr: kernels call the constexpr functions of keel_common.h, such as Philox.
 NVCC     ?= nvcc
@@ -52,7 +62,7 @@ help:
 	@echo "make bench_cpu            training speed and matrix products beside PyTorch and OpenBLAS"
 	@echo "make dumps                writes the reference dumps of test/dumps again, with PyTorch"
 	@echo "make clean                removes what was built"
-	@echo "options: CXX=clang++  CXXFLAGS='-O3 -march=native'  CBLAS=1 (matrix products by OpenBLAS)  NVCC=/path/nvcc  PYTHON=/usr/bin/python3"
+	@echo "options: CXX=clang++  CXXFLAGS='-O3 -march=native'  CBLAS=1 (matrix products by OpenBLAS)  MPI=0 (one rank)  NCCL=0 (one GPU)  NVCC=/path/nvcc  PYTHON=/usr/bin/python3"
 
 .PHONY: train
 train:
@@ -60,19 +70,19 @@ train:
 
 train_keel: train_keel.cu keel_common.h
 	@dev/cuda.sh nvcc >/dev/null
-	$$(dev/cuda.sh nvcc) $(CUDA_FLAGS) -o $@ $< -lcublasLt $$(dev/cuda.sh rpath)
+	$$(dev/cuda.sh nvcc) $(CUDA_FLAGS) $(NCCL_FLAGS) -o $@ $< -lcublasLt $(NCCL_LIBRARIES) $$(dev/cuda.sh rpath)
 
 train_keel_fp32: train_keel.cu keel_common.h
 	@dev/cuda.sh nvcc >/dev/null
-	$$(dev/cuda.sh nvcc) $(CUDA_FLAGS) -DKEEL_FP32 -o $@ $< -lcublasLt $$(dev/cuda.sh rpath)
+	$$(dev/cuda.sh nvcc) $(CUDA_FLAGS) $(NCCL_FLAGS) -DKEEL_FP32 -o $@ $< -lcublasLt $(NCCL_LIBRARIES) $$(dev/cuda.sh rpath)
 
 train_keel_cpu: train_keel_cpu.cpp keel_common.h
 	@dev/need.sh g++
-	$(CXX) $(FLAGS) -o $@ $< $(LIBRARIES)
+	$(CXX) $(FLAGS) $(MPI_FLAGS) -o $@ $< $(LIBRARIES) $(MPI_LIBRARIES)
 
 train_keel_cpu_fp64: train_keel_cpu.cpp keel_common.h
 	@dev/need.sh g++
-	$(CXX) $(FLAGS) -DKEEL_FP64 -o $@ $< $(LIBRARIES)
+	$(CXX) $(FLAGS) $(MPI_FLAGS) -DKEEL_FP64 -o $@ $< $(LIBRARIES) $(MPI_LIBRARIES)
 
 # The tests include the trainer's source without its main, once for each number type.
 build/test_cpu_fp32: test/test_cpu.cpp test/numbers.h train_keel_cpu.cpp keel_common.h | build
@@ -85,6 +95,11 @@ build/test_cpu_fp64: test/test_cpu.cpp test/numbers.h train_keel_cpu.cpp keel_co
 
 # Runs the real binaries: flags, bad input, resume.
 build/test_run: test/test_run.cpp test/files.h keel_common.h | build
+	@dev/need.sh g++ doctest-dev
+	$(CXX) $(FLAGS) -O1 -I. -o $@ $<
+
+# Several ranks of the real binaries, by mpirun.
+build/test_ranks: test/test_ranks.cpp test/files.h keel_common.h | build
 	@dev/need.sh g++ doctest-dev
 	$(CXX) $(FLAGS) -O1 -I. -o $@ $<
 
@@ -129,11 +144,11 @@ build/crash_shim.so: test/crash_shim.cpp test/crash_disk.h test/files.h | build
 # The GPU trainer and its tests, on the CPU ...
 build/train_keel_on_cpu: train_keel.cu keel_common.h $(CUDA_ON_CPU) | build
 	@dev/need.sh g++ libboost-context-dev
-	$(CXX) $(ON_CPU) -o $@ $< $(ON_CPU_LIBRARIES)
+	$(CXX) $(ON_CPU) $(NCCL_ON_CPU) -o $@ $< $(ON_CPU_LIBRARIES) $(MPI_LIBRARIES)
 
 build/train_keel_fp32_on_cpu: train_keel.cu keel_common.h $(CUDA_ON_CPU) | build
 	@dev/need.sh g++ libboost-context-dev
-	$(CXX) $(ON_CPU) -DKEEL_FP32 -o $@ $< $(ON_CPU_LIBRARIES)
+	$(CXX) $(ON_CPU) $(NCCL_ON_CPU) -DKEEL_FP32 -o $@ $< $(ON_CPU_LIBRARIES) $(MPI_LIBRARIES)
 
 GPU_TEST = test/test_gpu.cu test/numbers.h train_keel.cu train_keel_cpu.cpp keel_common.h
 
@@ -151,6 +166,11 @@ build/test_gpu_bf16_sanitized: $(GPU_TEST) $(CUDA_ON_CPU) | build
 build/test_cuda_on_cpu: test/cuda_on_cpu/test_cuda_on_cpu.cpp $(CUDA_ON_CPU) | build
 	@dev/need.sh g++ doctest-dev libboost-context-dev
 	$(CXX) $(ON_CPU) -o $@ $< $(ON_CPU_LIBRARIES)
+
+# nccl.h over MPI: mpirun -np 3 build/test_nccl
+build/test_nccl: test/cuda_on_cpu/test_nccl.cpp $(CUDA_ON_CPU) | build
+	@dev/need.sh g++ libboost-context-dev libopenmpi-dev openmpi-bin
+	$(CXX) $(ON_CPU) -O1 $(MPI_FLAGS) -o $@ $< $(ON_CPU_LIBRARIES) $(MPI_LIBRARIES)
 
 build/bench_kernels_on_cpu: dev/bench_kernels.cu dev/bench.h train_keel.cu train_keel_cpu.cpp keel_common.h $(CUDA_ON_CPU) | build
 	@dev/need.sh g++ libboost-context-dev
@@ -204,7 +224,7 @@ build/bench_matmul: dev/bench_matmul.cpp train_keel_cpu.cpp keel_common.h | buil
 build:
 	mkdir -p build
 
-TEST_PROGRAMS = train_keel_cpu train_keel_cpu_fp64 build/test_cpu_fp32 build/test_cpu_fp64 build/test_run build/test_faults build/crash_test build/crash_shim.so build/train_keel_on_cpu \
+TEST_PROGRAMS = train_keel_cpu train_keel_cpu_fp64 build/test_cpu_fp32 build/test_cpu_fp64 build/test_run build/test_ranks build/test_faults build/crash_test build/crash_shim.so build/train_keel_on_cpu \
                 build/train_keel_fp32_on_cpu build/test_gpu_bf16_on_cpu build/test_gpu_fp32_on_cpu build/test_gpu_bf16_sanitized build/test_cuda_on_cpu \
                 build/bench_kernels_on_cpu build/bench_products_on_cpu build/memory_table build/train_keel_clang_on_cpu
 

@@ -193,19 +193,19 @@ void bench_optimizer(Device& device, const ModelConfig& c) {
     CUDA(cudaMemsetAsync(v.all.data(), 0, v.all.size() * 4, device.stream));
     DeviceArray<StepState> state(1);
     DeviceArray<StepSettings> settings(1);
-    DeviceArray<long long> updates(1);
+    DeviceArray<UpdateCounts> updates(1);
     StepSettings s{1e-3, 0.01, 1, 0};
     device.copy(settings.data(), &s, 1);
     device.zero(state), device.zero(updates);
     add_sum<true>(device, &state.data()->grad_squares, g(0), n);
-    launch(prepare_update_kernel, 1, 1, 0, device.stream, state.data(), settings.data(), updates.data());
+    launch(prepare_update_kernel, 1, 1, 0, device.stream, state.data(), settings.data(), updates.data(), nullptr, 0);
     StepState found;
     device.copy(&found, state.data(), 1);
     auto gs = host(device, g(0), n);
     check("gradient norm", {float(std::sqrt(cpu::sum_of_squares(gs.data(), n)))}, {float(found.norm)}, 1e-6);
     branch_t* copy = BRANCH_BF16 ? matrices(0) : nullptr;
     auto update = [&](int) {
-        launch(adamw_kernel<float>, work.size(), THREADS, 0, device.stream, p(0), copy, g(0), nullptr, m(0), v(0), chunks.data(), settings.data(), state.data(), updates.data());
+        launch(adamw_kernel<float>, work.size(), THREADS, 0, device.stream, p(0), nullptr, copy, g(0), nullptr, m(0), v(0), chunks.data(), settings.data(), state.data(), updates.data());
     };
     bandwidth(device, "adamw", double(n) * (32 + (BRANCH_BF16 ? 2 : 0)), 0.90, update);
 

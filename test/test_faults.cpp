@@ -19,14 +19,14 @@ namespace fs = std::filesystem;
 // From step KEEL_TEST_BROKEN on it stays so, as after an update that went too far.
 struct FaultyTrainer : Trainer {
     using Trainer::Trainer;
-    void start(const Loader& data, int64_t step, CsvLog* probe) {
+    void start(const Loader& data, int64_t step, CsvLog* probe, unsigned flags = 0) {
         static const char *bad = getenv("KEEL_TEST_BAD"), *broken = getenv("KEEL_TEST_BROKEN");
         bool once = bad && ("," + std::string(bad) + ",").find(format(",%lld,", (long long)step)) != std::string::npos;
         real& weight = model.params[model.layout.offset(QKVW, 0)];
         if (broken && step == atoll(broken)) weight = real(NAN);
         real good = weight;
         if (once) weight = real(NAN);
-        Trainer::start(data, step, probe);
+        Trainer::start(data, step, probe, flags);
         if (once) weight = good;
     }
     static double matrix_rate() { return 1e9; }  // seconds under a sanitizer

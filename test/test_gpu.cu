@@ -172,9 +172,9 @@ void set_parameters(Trainer& trainer, const std::vector<float>& params) {
 
 // Fills all that a forward or a backward must write before it reads.
 void poison(Model& model) {
-    Model::Counts counts(model.layout, model.gradient_layout, model.types);
+    Model::Counts counts(model.layout, model.gradient_layout, model.types, model.sharing, model.config.L);
     Model::each_buffer(model.config, counts, model.B, model.T, model.recompute, [&]<class T>(const char*, DeviceArray<T> Model::* buffer, size_t) {
-        if constexpr (std::is_same_v<T, UpdateChunk> || std::is_same_v<T, long long>) return;
+        if constexpr (std::is_same_v<T, UpdateChunk> || std::is_same_v<T, UpdateCounts>) return;
         if constexpr (std::is_same_v<T, float>)
             if (buffer == &Model::params || buffer == &Model::grads || buffer == &Model::m || buffer == &Model::v) return;
         if constexpr (std::is_same_v<T, __nv_bfloat16>)
@@ -681,7 +681,7 @@ TEST_SUITE("optimizer") {
                 CHECK(same_bits(moment, host(trainer.model.m)));
                 CHECK(same_bits(moment, host(trainer.model.v)));
                 CHECK_FALSE(download(trainer.model.state.data(), 1)[0].finite);
-                CHECK(download(trainer.model.updates.data(), 1)[0] == 0);
+                CHECK(download(trainer.model.updates.data(), 1)[0].updates == 0);
                 for (float g : host(trainer.model.grads)) REQUIRE(g == 0);
             }
 
@@ -727,7 +727,7 @@ TEST_SUITE("optimizer") {
             StepSettings settings{};
             settings.seed = seed;
             auto settings_gpu = upload(std::vector<StepSettings>{settings});
-            auto updates = upload(std::vector<long long>{41});
+            auto updates = upload(std::vector<UpdateCounts>{{41, 0}});
             auto micro_batch = upload(std::vector<int>{6});
             RoundingState rounding{settings_gpu.data(), updates.data(), micro_batch.data()};
             bool fours = n % 4 == 0 && first % 4 == 0;
@@ -1184,7 +1184,7 @@ TEST_SUITE("training") {
             CHECK(std::isfinite(found.losses[3]));
             CHECK(same_bits(expected.losses, found.losses));
             CHECK(same_bits(expected.params, host(together.model.params)));
-            CHECK(download(together.model.updates.data(), 1)[0] == 7);
+            CHECK(download(together.model.updates.data(), 1)[0].updates == 7);
         }
     }
 

@@ -244,7 +244,7 @@ inline cudaError_t cudaStreamQuery(cudaStream_t stream) {
         if (cudaError_t error = s.refuse_in_capture()) return error;
         CUstream_st* found = s.get(stream);
         if (!found) return cudaErrorInvalidResourceHandle;
-        if (!found->queue.empty()) s.run_one();
+        if (!found->queue.empty()) s.run_some();
         return found->queue.empty() ? cudaSuccess : cudaErrorNotReady;
     });
 }
@@ -282,7 +282,7 @@ inline cudaError_t cudaEventSynchronize(cudaEvent_t event) {
 inline cudaError_t cudaEventQuery(cudaEvent_t event) {
     return cuda_on_cpu::api([&](auto& s) {
         if (event->captured) return s.refuse_in_capture(), cudaErrorCapturedEvent;
-        if (event->state->completed < event->state->recorded) s.run_one();
+        if (event->state->completed < event->state->recorded) s.run_some();
         return event->state->completed < event->state->recorded ? cudaErrorNotReady : cudaSuccess;
     });
 }
