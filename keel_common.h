@@ -201,7 +201,7 @@ constexpr Philox philox(uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2, uin
 }
 
 // What the last counter word separates: one seed serves weights, data order and sampling, and no number twice.
-enum PhiloxStream : uint32_t { STREAM_WEIGHTS = 0, STREAM_DATA = 1, STREAM_SAMPLE = 2 };
+enum PhiloxStream : uint32_t { STREAM_WEIGHTS = 0, STREAM_DATA = 1, STREAM_SAMPLE = 2, STREAM_PROGRAMS = 3 };
 
 // Uniform in [0, 1) with 24 bits: exact in FP32.
 constexpr float uniform24(uint32_t word) { return float(word >> 8) * 0x1p-24f; }
@@ -435,6 +435,80 @@ void initialise_tensor(Real* out, const TensorInfo& t, size_t tensor_index, uint
 }
 
 // ----------------------------------------------------------------------------------------------------
+// --train hops:K: programs made on the fly, whose queries take 1 to K lookups to answer
+//
+//     k=f;b=3;f=b;q=7;...;?k:3;?q:7
+//
+// A program has CHAINS chains of K variables. The first of a chain is assigned a digit, each other one the variable before it; the digits of a
+// program differ, and so do its names. All assignments stand in random order. Then QUERIES chains, each at most once, are asked for one of their
+// variables, '?', name, ':', and the value follows. The variable at place h of its chain takes h lookups, by nothing that could be remembered: names,
+// digits, order and queries are drawn anew for each program. A chain asked twice would let the first answer shorten the second's way.
+//
+// The loss is that of all characters, as for any text: names and digits of assignments cannot be foreseen, so most of it is entropy that no model
+// removes. What is measured is the accuracy at the answers.
+struct HopPrograms {
+    static constexpr int CHAINS = 4, QUERIES = 2, MAX_HOPS = 52 / CHAINS;  // a variable is one of 52 letters
+    int hops = 0;  // K; 0: the data are files
+
+    struct Answer {
+        int position, hops;  // the answer is the target of this position (its ':'), and took so many lookups
+    };
+
+    // The characters of one program, its end of line included.
+    int length() const { return 4 * CHAINS * hops + 5 * QUERIES; }
+
+    // The best accuracy without a lookup: to guess among the digits of the program that have not been an answer yet.
+    static double chance() {
+        double sum = 0;
+        for (int q = 0; q < QUERIES; q++) sum += 1.0 / (CHAINS - q);
+        return sum / QUERIES;
+    }
+
+    // Characters row[0..n) of sequence s: as many whole programs as fit, and ends of line. A function of (seed, s, validation) alone: training and
+    // validation draw from counters that differ in the top bit of their third word.
+    void sequence(uint64_t seed, uint64_t s, bool validation, int n, int* row, std::vector<Answer>* answers = nullptr) const {
+        Philox block{};
+        uint32_t drawn = 0;
+        auto below = [&](int bound) {  // uniform in [0, bound), but for a bias of bound / 2^32
+            if (drawn % 4 == 0) block = philox(seed, uint32_t(s), uint32_t(s >> 32), drawn / 4 | uint32_t(validation) << 31, STREAM_PROGRAMS);
+            return int(uint64_t(block.word[drawn++ % 4]) * uint64_t(bound) >> 32);
+        };
+        // The first `count` places of a random permutation of [0, size).
+        auto permutation = [&](int size, int count) {
+            std::vector<int> order(static_cast<size_t>(size));
+            for (int i = 0; i < size; i++) order[size_t(i)] = i;
+            for (int i = 0; i < count; i++) std::swap(order[size_t(i)], order[size_t(i + below(size - i))]);
+            return order;
+        };
+        int variables = CHAINS * hops, at = 0;
+        for (; at + length() <= n;) {
+            std::vector<int> letter = permutation(variables <= 26 ? 26 : 52, variables), digit = permutation(10, CHAINS);
+            auto name = [&](int variable) { return letter[size_t(variable)] < 26 ? 'a' + letter[size_t(variable)] : 'A' + letter[size_t(variable)] - 26; };
+            auto put = [&](std::initializer_list<int> characters) { for (int c : characters) row[at++] = c; };
+            for (int variable : permutation(variables, variables))  // of chain variable / hops
+                put({name(variable), '=', variable % hops == 0 ? '0' + digit[size_t(variable / hops)] : name(variable - 1), ';'});
+            std::vector<int> asked = permutation(CHAINS, QUERIES);
+            for (int q = 0; q < QUERIES; q++) {
+                int chain = asked[size_t(q)], place = below(hops);
+                if (answers) answers->push_back({at + 2, place + 1});
+                put({'?', name(chain * hops + place), ':', '0' + digit[size_t(chain)], q + 1 < QUERIES ? ';' : '\n'});
+            }
+        }
+        while (at < n) row[at++] = '\n';
+    }
+
+    // "hops:8" -> 8; 0 where the word is a path.
+    static int parse(const std::string& word) {
+        if (!word.starts_with("hops:")) return 0;
+        std::string number = word.substr(5);
+        int k = !number.empty() && number.size() < 4 && number.find_first_not_of("0123456789") == std::string::npos ? atoi(number.c_str()) : 0;
+        if (k < 1 || k > MAX_HOPS)
+            fail("-i: expected hops:K with K from 1 to %d, found '%s'; a file of that name is ./%s", MAX_HOPS, word.c_str(), word.c_str());
+        return k;
+    }
+};
+
+// ----------------------------------------------------------------------------------------------------
 // Files
 //
 // Every file is a header of 256 int32, a body of reals and tokens, and the CRC-32 of all bytes before it.
@@ -479,6 +553,7 @@ enum HeaderWord {
     H_SKIPPED = 42,      // int64, steps so far that updated nothing, as their loss or gradient was not finite: AdamW's bias corrections
                          // count the others
     H_SKIPPED_IN_ROW = 44,  // int64, of them the last ones without a finite step between
+    H_HOPS = 46,         // K of --train hops:K; 0: the data are files
 };
 
 struct FileHeader {
@@ -559,6 +634,8 @@ inline std::string state_fault(const FileHeader& h) {
         {H_LR, "the learning rate", MAX_RATE}, {H_WEIGHT_DECAY, "the weight decay", MAX_RATE}, {H_CLIP, "the clip", MAX_CLIP}};
     for (const auto& row : reals)
         if (double x = h.get<double>(row.word); !(x >= 0 && x <= row.most)) return format("%s must be from 0 to %g and is %g", row.name, row.most, x);
+    if (h.word[H_HOPS] < 0 || h.word[H_HOPS] > HopPrograms::MAX_HOPS)
+        return format("the hops of its data must be from 0 to %d and are %d", HopPrograms::MAX_HOPS, h.word[H_HOPS]);
     if (h.word[H_RANKS] != 1 || h.word[H_RANK] != 0) return format("it must be of rank 0 of 1 and is of rank %d of %d", h.word[H_RANK], h.word[H_RANKS]);
     return "";
 }
@@ -930,7 +1007,7 @@ private:
     }
 };
 
-// Deals the sequences of a stretch of tokens [start, start + count). An epoch cuts the stretch into n = (count-1)/T sequences
+// Deals the sequences of programs, or of a stretch of tokens [start, start + count). An epoch cuts the stretch into n = (count-1)/T sequences
 // of T inputs (targets are one further on) and shuffles them; the fewer than T tokens that do not fill a sequence are others
 // in every epoch. Sequence s is a function of (seed, s) alone: a resume needs no state of the loader, and
 // any rank can read any part of any batch.
@@ -944,7 +1021,11 @@ public:
         while ((uint64_t(1) << (2 * half_bits)) < sequences) half_bits++;
     }
 
+    // Sequences of programs: they never end.
+    Loader(HopPrograms programs, int T, uint64_t seed, bool training) : T(size_t(T)), sequences(SIZE_MAX), seed(seed), shuffle(training), programs(programs) {}
+
     size_t sequences_per_epoch() const { return sequences; }
+    const HopPrograms& hop_programs() const { return programs; }
 
     // First token of sequence s, counted from the start of training.
     size_t position(uint64_t s) const {
@@ -954,22 +1035,32 @@ public:
         return start + shift + size_t(permuted(i, epoch)) * T;
     }
 
+    // Where the answers of sequence s are, for programs.
+    std::vector<HopPrograms::Answer> answers(uint64_t s) const {
+        std::vector<HopPrograms::Answer> found;
+        std::vector<int> row(T + 1);
+        programs.sequence(seed, s, !shuffle, int(T + 1), row.data(), &found);
+        return found;
+    }
+
     // Sequences s .. s+B-1 as tokens (B,T) and targets (B,T).
     void batch(uint64_t s, int B, int* tokens, int* targets) const {
         std::vector<int> row(T + 1);
         for (int b = 0; b < B; b++) {
-            source->read(position(s + uint64_t(b)), T + 1, V, row.data());
+            if (programs.hops) programs.sequence(seed, s + uint64_t(b), !shuffle, int(T + 1), row.data());
+            else source->read(position(s + uint64_t(b)), T + 1, V, row.data());
             std::copy(row.begin(), row.end() - 1, tokens + size_t(b) * T);
             std::copy(row.begin() + 1, row.end(), targets + size_t(b) * T);
         }
     }
 
 private:
-    const TokenSource* source;
-    size_t start, T, sequences = 0, spare = 0;
-    int V, half_bits;
+    const TokenSource* source = nullptr;
+    size_t start = 0, T, sequences = 0, spare = 0;
+    int V = 0, half_bits = 0;
     uint64_t seed;
-    bool shuffle;
+    bool shuffle;  // training: programs of training, or files in random order
+    HopPrograms programs;
 
     // A permutation of [0, sequences) without a table: a Feistel network is a bijection of 2*half_bits bits, whatever its
     // round function; what falls outside is sent through again until it lands inside (Black and Rogaway 2002, "cycle walking").
@@ -993,7 +1084,7 @@ private:
 
 struct Options {
     std::vector<std::string> train, val;  // default: the trainer's own sources; their last tenth
-    std::string out, init, prompt = "\n", dump, check, recompute = "auto";
+    std::string out, init, prompt = "\n", dump, check, ablate, recompute = "auto";
     std::string norm = "keel";
     int64_t layers = 64, channels = 0, heads = 0, seq_len = 0, batch = 0, total_batch = 0, warmup = 0, steps = 400;
     double alpha = 0, lr = 0, weight_decay = 0.01, clip = 1.0;
@@ -1013,7 +1104,7 @@ struct Flag {
 };
 
 inline const Flag flags[] = {
-    {"-i", "--train", "PATH|GLOB", "own sources", "training data: text (a byte is a token) or llm.c .bin shards", &Options::train},
+    {"-i", "--train", "PATH|GLOB", "own sources", "training data: text (a byte is a token), llm.c .bin shards, or hops:K, programs without end", &Options::train},
     {"-j", "--val", "PATH|GLOB", "last tenth", "validation data; by default the last tenth of -i, never trained on", &Options::val},
     {"-o", "--out", "DIR", "none", "folder for log.csv and checkpoints; without it nothing is written", &Options::out},
     {"-e", "--init", "FILE", "none", "start from this model file; with --prompt and no -i, -o or -x, only sample from it", &Options::init},
@@ -1046,6 +1137,7 @@ inline const Flag flags[] = {
     {"", "--temperature", "X", "0.8", "of the samples; 0: always the likeliest token", &Options::temperature, 0, 1e9},
     {"", "--top-k", "N", "40", "sample from the N likeliest tokens; 0: from all", &Options::top_k, 0, MAX_V},
     {"", "--probe", "N", "0", "every N steps, a row a sub-layer in probe.csv: rms, shortcut gain, gradient and update norms", &Options::probe, 0},
+    {"", "--ablate", "l|all", "none", "only evaluate -e with sub-layer l, or each in turn, removed: ablate.csv in -o, or printed", &Options::ablate},
     {"", "--dump", "FILE", "none", "write a debug state of one forward and backward pass, and stop", &Options::dump},
     {"", "--check", "FILE", "none", "compare a debug state with this build, tensor by tensor, and stop", &Options::check},
     {"-h", "--help", "", "", "this list", &Options::help},
@@ -1126,6 +1218,12 @@ inline Options parse_command_line(int argc, const char* const* argv) {
     if (o.probe > 0 && o.out.empty()) fail("--probe: expected a folder for probe.csv, found none; add -o DIR");
     if (!o.dump.empty() && (o.resume || o.probe > 0))
         fail("--dump: trains nothing, and %s asks for a run; leave it out, and dump a saved model with -e", o.resume ? "-y" : "--probe");
+    if (!o.ablate.empty()) {
+        if (o.init.empty()) fail("--ablate: expected a model with -e, found none; add -e FILE");
+        for (const char* other : {"--resume", "--probe", "--dump", "--check", "--prompt", "--steps"})
+            if (o.has(other)) fail("--ablate: evaluates and trains nothing, and %s asks for something else; give one of the two", other);
+        if (o.ablate != "all") parse_integer("--ablate", o.ablate, 0, MAX_L - 1);
+    }
     if (!o.dump.empty() && !o.check.empty()) fail("--dump and --check: expected one of the two, found both");
     return o;
 }
@@ -1234,12 +1332,19 @@ inline TokenSource open_training_data(const Options& o) {
     return source;
 }
 
-// Training and validation data: two sources, or one that is cut at nine tenths.
+// Training and validation data: programs, two sources, or one source that is cut at nine tenths.
 struct DataSplit {
+    HopPrograms programs;
     TokenSource train, val;
-    size_t train_count = 0, val_start = 0, val_count = 0;
+    size_t train_count = 0, val_start = 0, val_count = 0;  // 0 for programs
 
-    explicit DataSplit(const Options& o) : train(open_training_data(o)) {
+    explicit DataSplit(const Options& o) : programs{o.train.size() == 1 ? HopPrograms::parse(o.train[0]) : 0} {
+        if (programs.hops) {
+            if (!o.val.empty()) fail("-j: expected none with -i %s, whose validation programs are its own, found '%s'; leave it out", o.train[0].c_str(), o.val[0].c_str());
+            train.pattern = o.train[0];
+            return;
+        }
+        train = open_training_data(o);
         if (o.val.empty()) {
             val = train;
             val_start = train_count = train.count - train.count / 10;
@@ -1253,9 +1358,17 @@ struct DataSplit {
         train_count = train.count, val_count = val.count;
     }
     int natural_vocabulary() const { return train.shards ? GPT2_VOCABULARY : 256; }
+    int natural_seq_len() const { return programs.hops ? programs.length() - 1 : 0; }  // 0: any
+
+    Loader loader(const RunConfig& run, bool training) const {
+        if (programs.hops) return Loader(programs, run.T, run.seed, training);
+        return training ? Loader(train, 0, train_count, run.T, run.model.V, run.seed, true) : Loader(val, val_start, val_count, run.T, run.model.V, run.seed, false);
+    }
 
     // Every token against V, before anything is written; beyond 2^27 tokens (seconds of reading), as they are read.
     void check_tokens(int V) const {
+        if (programs.hops && V <= 'z') fail("-i: expected a model of V above %d for %s, found V = %d; use another model", int('z'), train.pattern.c_str(), V);
+        if (programs.hops) return;
         for (const TokenSource* source : {&train, &val}) {
             if (!source->shards && V >= 256) continue;
             std::vector<int> chunk(1 << 16);
@@ -1267,12 +1380,13 @@ struct DataSplit {
 
     // Nats a token: the loss of a model that knows of the training data how frequent each token is, and nothing more. From its first 2^22.
     double unigram_entropy(int V) const {
-        size_t n = std::min(train_count, size_t(1) << 22);
+        size_t n = programs.hops ? size_t(1) << 18 : std::min(train_count, size_t(1) << 22);
         std::vector<size_t> counts(static_cast<size_t>(V));
         std::vector<int> chunk(1 << 16);
         for (size_t at = 0; at < n; at += chunk.size()) {
             size_t m = std::min(chunk.size(), n - at);
-            train.read(at, m, V, chunk.data());
+            if (programs.hops) programs.sequence(0, at, false, int(m), chunk.data());
+            else train.read(at, m, V, chunk.data());
             for (size_t i = 0; i < m; i++) counts[size_t(chunk[i])]++;
         }
         double sum = 0;
@@ -1281,13 +1395,16 @@ struct DataSplit {
         return sum / double(n);
     }
     void check_lengths(const RunConfig& run) const {
+        if (programs.hops && run.T < natural_seq_len())
+            fail("-t: expected at least %d, a whole program of -i %s, found %d; give a larger -t or fewer hops", natural_seq_len(), train.pattern.c_str(), run.T);
+        if (programs.hops) return;
         size_t need = size_t(run.total_batch) + 1;
         if ((train_count - 1) / size_t(run.T) < size_t(run.batch_sequences()))
             fail("-i: expected at least %zu tokens to train on, one batch of -d %lld and a target, found %zu; give more data or a smaller -d",
                  need, (long long)run.total_batch, train_count);
     }
     void check_validation(const RunConfig& run) const {
-        if (val_count < size_t(run.T) + 1)
+        if (!programs.hops && val_count < size_t(run.T) + 1)
             fail("-j: expected at least T + 1 = %d tokens to validate on, found %zu; give more data, a smaller -t, or -v 0",
                  run.T + 1, val_count);
     }
@@ -1297,8 +1414,8 @@ struct DataSplit {
 // What a run is: flags over the file it starts from, over the defaults of -L
 
 // init: header of the model file of -e or of the state that -y goes on from, or null.
-// V: the data's vocabulary, or 0 where there is no data (sampling alone).
-inline RunConfig resolve_run(const Options& o, const FileHeader* init, int V) {
+// V: the data's vocabulary, or 0 where there is no data (sampling alone). data_T: the sequence length that the data asks for, or 0.
+inline RunConfig resolve_run(const Options& o, const FileHeader* init, int V, int data_T = 0) {
     RunConfig run;
     ModelConfig& m = run.model;
     bool resume = init && init->word[H_KIND] == FILE_STATE;
@@ -1324,7 +1441,7 @@ inline RunConfig resolve_run(const Options& o, const FileHeader* init, int V) {
         m.C = o.channels ? int(o.channels) : default_channels(m.L);
         m.H = o.heads ? int(o.heads) : default_heads(m.C);
         if (m.C % m.H) fail("-H: expected a divisor of C = %d, found %d", m.C, m.H);
-        m.max_seq_len = o.seq_len ? int(o.seq_len) : default_seq_len(m.C);
+        m.max_seq_len = o.seq_len ? int(o.seq_len) : data_T ? data_T : default_seq_len(m.C);
         m.V = V;
         const PlacementRow& row = placements[m.norm];
         if (o.has("--alpha") && !row.alpha) fail("-a: %s has no alpha; leave it out or use --norm keel", row.name);
@@ -1374,6 +1491,7 @@ inline FileHeader state_header(RealType type, bool branch_bf16, const RunConfig&
     h.set(H_VAL_EVERY, run.val_every), h.set(H_VAL_BATCHES, run.val_batches);
     h.set(H_SKIPPED, run.skipped), h.set(H_SKIPPED_IN_ROW, run.skipped_in_row);
     h.word[H_RANKS] = 1, h.word[H_RANK] = 0;
+    h.word[H_HOPS] = data.programs.hops;
     return h;
 }
 
@@ -1386,7 +1504,7 @@ inline void check_same_build(const FileHeader& state, RealType type, bool branch
 }
 
 // ----------------------------------------------------------------------------------------------------
-// The output folder: model_00001000.bin, state_00001000_00000.bin, log.csv, probe.csv
+// The output folder: model_00001000.bin, state_00001000_00000.bin, log.csv, probe.csv, hops.csv, ablate.csv
 
 inline std::string model_path(const std::string& folder, int64_t step) {
     return format("%s/model_%08lld.bin", folder.c_str(), (long long)step);
@@ -1783,7 +1901,9 @@ inline bool print_check_table(const std::vector<CheckRow>& rows) {
 //         void write_moments(FileWriter& out);
 //         void snapshot(Real* out);                   // copies parameters, first moments, second moments: 3 * layout().count reals
 //
-//         double evaluate(const int* tokens, const int* targets, int b);              // sum of the losses of b <= B sequences, (b,T)
+//         // Sum of the losses of b <= B sequences, (b,T). predictions, if given, gets the likeliest token after each, (b,T); of equals the lower.
+//         double evaluate(const int* tokens, const int* targets, int b, int* predictions = nullptr);
+//         void ablate(int l);                         // evaluate leaves out the branch of sub-layer l: F_l = 0, z_l = alpha_l x_l; -1: none
 //         StepResult step(const Loader& data, int64_t step, CsvLog* probe);           // step 1, 2, ...; probe: null where the step is not probed
 //         void debug_pass(DebugState<Real>& s, int B, int T);                         // s.tokens, s.targets given; fills the rest
 //         double matrix_rate();                       // operations a second of a large matrix product, measured
@@ -2123,16 +2243,43 @@ private:
     }
 };
 
+// For programs: how many queries of each number of lookups there were, and how many were answered right. Index 0 is for all together.
+struct HopAccuracy {
+    std::vector<int64_t> count, right;
+    explicit HopAccuracy(int hops) : count(size_t(hops) + 1), right(count.size()) {}
+
+    void add(const HopPrograms::Answer& answer, bool is_right) {
+        for (int h : {0, answer.hops}) count[size_t(h)]++, right[size_t(h)] += is_right;
+    }
+    double accuracy(size_t h) const { return count[h] ? double(right[h]) / double(count[h]) : NAN; }
+
+    void print() const {
+        printf("hops       ");
+        for (size_t h = 1; h < count.size(); h++) printf("| %zu: %.1f %% ", h, 100 * accuracy(h));
+        printf("| all: %.1f %% of %lld | without a lookup %.1f %%\n", 100 * accuracy(0), (long long)count[0], 100 * HopPrograms::chance());
+    }
+    static constexpr const char* COLUMNS = "step,hops,accuracy,count";
+    void write(CsvLog& csv, int64_t step) const {
+        for (size_t h = 1; h < count.size(); h++)
+            csv.row(format("%lld,%zu,%.6g,%lld", (long long)step, h, count[h] ? accuracy(h) : 0, (long long)count[h]));
+    }
+};
+
 // The mean loss over the first -m batches of the validation data, in order.
 template <class Trainer>
-double validate(Trainer& trainer, const Loader& loader, const RunConfig& run) {
+double validate(Trainer& trainer, const Loader& loader, const RunConfig& run, HopAccuracy* hops = nullptr) {
     size_t sequences = std::min(size_t(run.val_batches) * size_t(run.batch_sequences()), loader.sequences_per_epoch());
-    std::vector<int> tokens(size_t(run.B) * size_t(run.T)), targets(tokens.size());
+    std::vector<int> tokens(size_t(run.B) * size_t(run.T)), targets(tokens.size()), predictions(hops ? tokens.size() : 0);
     double sum = 0;
     for (size_t s = 0; s < sequences; s += size_t(run.B)) {
         int b = int(std::min(size_t(run.B), sequences - s));
         loader.batch(s, b, tokens.data(), targets.data());
-        sum += trainer.evaluate(tokens.data(), targets.data(), b);
+        sum += trainer.evaluate(tokens.data(), targets.data(), b, hops ? predictions.data() : nullptr);
+        for (int i = 0; hops && i < b; i++)
+            for (const HopPrograms::Answer& answer : loader.answers(s + uint64_t(i))) {
+                size_t at = size_t(i) * size_t(run.T) + size_t(answer.position);
+                hops->add(answer, predictions[at] == targets[at]);
+            }
     }
     return sum / (double(sequences) * run.T);
 }
@@ -2146,8 +2293,12 @@ inline void print_run(const RunConfig& run, const ParameterLayout& layout, const
     if (placements[m.norm].alpha) printf(", alpha %g", double(m.alpha));
     printf("; %s parameters; %s\n", count_text(double(layout.count)).c_str(), placements[m.norm].source);
     if (!data) return;
-    printf("data       %s: %s tokens to train on, %s to validate on\n", data->train.pattern.c_str(),
-           count_text(double(data->train_count)).c_str(), count_text(double(data->val_count)).c_str());
+    if (const HopPrograms& p = data->programs; p.hops)
+        printf("data       %s: programs without end, %d variables in %d chains, %d queries of 1 to %d lookups; %d whole ones of %d characters a sequence\n",
+               data->train.pattern.c_str(), p.CHAINS * p.hops, p.CHAINS, p.QUERIES, p.hops, (run.T + 1) / p.length(), p.length());
+    else
+        printf("data       %s: %s tokens to train on, %s to validate on\n", data->train.pattern.c_str(),
+               count_text(double(data->train_count)).c_str(), count_text(double(data->val_count)).c_str());
     printf("training   %lld steps of %lld tokens (%d x %d x %d), peak LR %g, warm-up %lld, weight decay %g, clip %g, seed %llu\n",
            (long long)run.steps, (long long)run.total_batch, run.accumulation(), run.B, run.T, run.lr, (long long)run.warmup,
            run.weight_decay, run.clip, (unsigned long long)run.seed);
@@ -2191,6 +2342,32 @@ int run_sampling(const Options& o, FileReader& file) {
     return 0;
 }
 
+// --ablate: the validation loss with the branch of one sub-layer removed, F_l = 0 and so z_l = alpha_l x_l before its norm; for one, or each in turn.
+template <class Trainer>
+int run_ablation(const Options& o, Trainer& trainer, const Loader& val) {
+    const RunConfig& run = trainer.run;
+    std::unique_ptr<CsvLog> csv;
+    const char* columns = "sublayer,kind,val_loss,perplexity,perplexity_lost";
+    if (!o.out.empty()) {
+        create_output_folder(o.out);
+        csv = std::make_unique<CsvLog>(o.out + "/ablate.csv", columns, -1);
+    }
+    printf("%s\n", columns);
+    double whole = 0;
+    auto evaluate = [&](int l, const char* kind) {
+        trainer.ablate(l);
+        double loss = validate(trainer, val, run), perplexity = std::exp(loss);
+        if (l < 0) whole = perplexity;
+        std::string row = format("%d,%s,%s,%s,%s", l, kind, number_text(loss).c_str(), number_text(perplexity).c_str(), number_text(perplexity - whole).c_str());
+        printf("%s\n", row.c_str());
+        if (csv) csv->row(row);
+    };
+    evaluate(-1, "whole model");
+    int first = o.ablate == "all" ? 0 : atoi(o.ablate.c_str()), last = o.ablate == "all" ? run.model.L - 1 : first;
+    for (int l = first; l <= last; l++) evaluate(l, is_attention(l) ? "attention" : "feed-forward");
+    return 0;
+}
+
 template <class Trainer>
 int run_trainer(int argc, const char* const* argv) {
     using Real = typename Trainer::Real;
@@ -2207,7 +2384,7 @@ int run_trainer(int argc, const char* const* argv) {
     std::string resume_from;
     FolderLock lock;
     if (!o.out.empty() && o.dump.empty()) {
-        check_output_folder(o.out, o.resume);
+        check_output_folder(o.out, o.resume || !o.ablate.empty());  // the model of an ablation may be in it
         if (std::filesystem::is_directory(o.out)) lock = FolderLock(o.out);
         if (o.resume) resume_from = newest_state(o.out);
         if (o.resume && resume_from.empty()) check_fresh_resume(o.out);
@@ -2218,12 +2395,17 @@ int run_trainer(int argc, const char* const* argv) {
     if (init && o.has("--prompt") && !o.has("--train") && !o.has("--out") && !o.has("--steps") && o.dump.empty()) return run_sampling<Trainer>(o, *init);
     if (!resume_from.empty()) check_same_build(init->header, real_type<Real>, Trainer::branch_bf16);
     DataSplit data(o);
-    RunConfig run = resolve_run(o, init ? &init->header : nullptr, data.natural_vocabulary());
+    if (!resume_from.empty() && init->header.word[H_HOPS] != data.programs.hops) {
+        auto kind = [](int hops) { return hops ? format("hops:%d", hops) : std::string("files"); };
+        fail("-i: expected %s as in the checkpoint, found %s; give the same data", kind(init->header.word[H_HOPS]).c_str(), kind(data.programs.hops).c_str());
+    }
+    RunConfig run = resolve_run(o, init ? &init->header : nullptr, data.natural_vocabulary(), data.natural_seq_len());
     const ModelConfig& config = run.model;
     Trainer::check_model(config);
     data.check_tokens(config.V);
-    data.check_lengths(run);
-    if (run.val_every > 0 && o.dump.empty()) data.check_validation(run);
+    if (!o.ablate.empty() && o.ablate != "all") parse_integer("--ablate", o.ablate, 0, config.L - 1);
+    if (o.ablate.empty()) data.check_lengths(run);
+    if ((run.val_every > 0 || !o.ablate.empty()) && o.dump.empty()) data.check_validation(run);
     if (!resume_from.empty() && size_t(init->header.get<int64_t>(H_TRAIN_TOKENS)) != data.train_count)
         fail("-i: expected the %lld training tokens of the checkpoint, found %zu; give the same data",
              (long long)init->header.get<int64_t>(H_TRAIN_TOKENS), data.train_count);
@@ -2239,7 +2421,7 @@ int run_trainer(int argc, const char* const* argv) {
     if (!o.dump.empty()) require_memory(debug_state_bytes<Real>(config, run.B, run.T), available_memory(), "a smaller -b, -t or -L");
     std::vector<MemoryRow> memory = Trainer::memory_rows(run);
     memory.push_back(beside);
-    bool checkpoints_wanted = !o.out.empty() && o.dump.empty() && o.checkpoint_every > 0, background = false;
+    bool checkpoints_wanted = !o.out.empty() && o.dump.empty() && o.ablate.empty() && o.checkpoint_every > 0, background = false;
     size_t snapshot_bytes = 3 * ParameterLayout(config).count * sizeof(Real), host_left = ::available_memory();
     if (checkpoints_wanted) {
         size_t with_thread = snapshot_bytes + (size_t(8) << 20);  // the stack of the thread that writes
@@ -2272,8 +2454,8 @@ int run_trainer(int argc, const char* const* argv) {
         printf("resuming   %s\n", resume_from.c_str());
     }
 
-    Loader train(data.train, 0, data.train_count, run.T, config.V, run.seed, true);
-    Loader val(data.val, data.val_start, data.val_count, run.T, config.V, run.seed, false);
+    Loader train = data.loader(run, true), val = data.loader(run, false);
+    if (!o.ablate.empty()) return run_ablation(o, trainer, val);
 
     if (!o.dump.empty()) {
         DebugState<Real> debug;
@@ -2290,7 +2472,7 @@ int run_trainer(int argc, const char* const* argv) {
     if (!resume_from.empty())
         read_csv_rows(o.out + "/log.csv", step, [&](int64_t row_step, const std::string& line) { divergence.add(row_step, atof(line.c_str() + std::min(line.size(), line.find(',') + 1))); });
 
-    std::unique_ptr<CsvLog> log, probe_log;
+    std::unique_ptr<CsvLog> log, probe_log, hops_log;
     if (!o.out.empty()) {
         create_output_folder(o.out);
         if (!lock) {  // the folder is new, or was a moment ago
@@ -2301,13 +2483,15 @@ int run_trainer(int argc, const char* const* argv) {
         int64_t kept = resume_from.empty() ? -1 : step;
         log = std::make_unique<CsvLog>(o.out + "/log.csv", "step,loss,val_loss,lr,grad_norm,ms,tokens_per_second,mfu", kept);
         if (o.probe > 0) probe_log = std::make_unique<CsvLog>(o.out + "/probe.csv", PROBE_COLUMNS, kept);
+        if (data.programs.hops) hops_log = std::make_unique<CsvLog>(o.out + "/hops.csv", HopAccuracy::COLUMNS, kept);
     }
     // A run that was killed between a checkpoint's two files has the state, and the model is in it.
     if (log && !resume_from.empty() && !std::filesystem::exists(model_path(o.out, step))) write_model(model_path(o.out, step), trainer, step);
     std::unique_ptr<CheckpointWriter<Trainer>> checkpoints;
     if (checkpoints_wanted) {
         std::vector<CsvLog*> logs = {log.get()};
-        if (probe_log) logs.push_back(probe_log.get());
+        for (CsvLog* more : {probe_log.get(), hops_log.get()})
+            if (more) logs.push_back(more);
         checkpoints = std::make_unique<CheckpointWriter<Trainer>>(trainer, data, o.out, o.keep, background, logs);
     }
     StopSignals::watch();
@@ -2318,8 +2502,11 @@ int run_trainer(int argc, const char* const* argv) {
     auto due = [&](int64_t every) { return every > 0 && (step % every == 0 || step == run.steps); };
     auto validation_due = [&]() -> std::string {  // the loss as text, empty where none is measured
         if (!due(run.val_every)) return "";
-        double val_loss = validate(trainer, val, run);
+        HopAccuracy hops(data.programs.hops);
+        double val_loss = validate(trainer, val, run, data.programs.hops ? &hops : nullptr);
         printf("validation | loss %.4f | perplexity %.3f\n", val_loss, std::exp(val_loss));
+        if (data.programs.hops) hops.print();
+        if (hops_log) hops.write(*hops_log, step);
         return number_text(val_loss);
     };
     int64_t known_good = -1, newest = resume_from.empty() ? -1 : step;  // steps of checkpoints: of one from which a finite step was made, of the last

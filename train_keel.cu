@@ -1371,6 +1371,23 @@ void cross_entropy(Device& device, float* loss, branch_t* logits, const int* tar
            loss, logits, targets, V, Vp, scale, stashed);
 }
 
+// predictions (rows) = the likeliest token of each row of logits (rows,Vp), of equals the lower; a NaN is never likelier.  A warp a row; 4 or 2 bytes an element
+__global__ void predict_kernel(int* predictions, const branch_t* logits, int rows, int V, int Vp) {
+    int row = int(blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP), lane = threadIdx.x % WARP;
+    float largest = -INFINITY;
+    int best = V;
+    for (int v = lane; row < rows && v < V; v += WARP)
+        if (float x = float(logits[size_t(row) * Vp + v]); best == V || x > largest) largest = x, best = v;
+    float row_largest = warp_max(largest);
+    // The lowest token with that logit: small whole numbers are exact in FP32.
+    float first = warp_max(largest == row_largest ? -float(best) : -float(V));
+    if (row < rows && lane == 0) predictions[row] = int(-first);
+}
+
+void predict(Device& device, int* predictions, const branch_t* logits, size_t rows, int V, int Vp) {
+    launch(predict_kernel, ceil_div(rows, THREADS / WARP), THREADS, 0, device.stream, predictions, logits, int(rows), V, Vp);
+}
+
 // ----- Sums
 
 // out += the sum of values, or of their squares, in double.  4 or 2 bytes an element
@@ -1635,6 +1652,7 @@ struct Model {
 
     DeviceArray<ProbeSums> probe;                          // (L), of size 0 but for --probe
     bool probing = false;
+    int ablated = -1;                                      // the sub-layer whose branch evaluate leaves out; -1: none
 
     // Logits of so many rows at a time that 64 M elements hold them, whatever V is: 128 MiB in BF16.
     // Not const: a test makes it smaller.
@@ -1756,7 +1774,8 @@ struct Model {
 
     // F_l(u_l) in out, or only the branch's activations where out is null.
     void branch_forward(int l, int b, branch_t* out) {
-        if (is_attention(l)) attention_branch_forward(device, out, activations(l), weights(l), gains(l), config, b, T, 0);
+        if (l == ablated) device.zero(f);
+        else if (is_attention(l)) attention_branch_forward(device, out, activations(l), weights(l), gains(l), config, b, T, 0);
         else feed_forward_branch_forward(device, out, activations(l), weights(l), config, size_t(b) * size_t(T));
     }
 
@@ -1788,7 +1807,8 @@ struct Model {
 
     // logits = u_L wte^T, a chunk of rows at a time. With backward, du = dlogits wte and dwte += dlogits^T u_L as well, so that logits
     // and their gradients never exist for more than a chunk. targets: on the device. logits_out, if given, on the host (rows,V).
-    void head(const int* targets, size_t rows, bool backward, float scale, float* logits_out) {
+    // predictions, if given, on the device (rows).
+    void head(const int* targets, size_t rows, bool backward, float scale, float* logits_out, int* predictions = nullptr) {
         size_t C = size_t(config.C), V = size_t(config.V), Vp = size_t(config.Vp()), chunk = head_rows(config, size_t(B) * size_t(T));
         const branch_t* wte = branch_params() + layout.offset(WTE);
         for (size_t i = 0; i < rows; i += chunk) {
@@ -1796,6 +1816,7 @@ struct Model {
             const branch_t* in = head_in.data() + i * C;
             matmul_forward(device, logits.data(), in, wte, n, C, Vp);
             if (logits_out) copy_logits(logits_out + i * V, logits.data(), n, V, Vp);
+            if (predictions) predict(device, predictions + i, logits.data(), n, config.V, config.Vp());
             cross_entropy(device, losses.data() + i, logits.data(), targets + i, n, config.V, config.Vp(), backward, scale);
             if (backward) matmul_backward(device, du.data() + i * C, tensor(grads, WTE), logits.data(), in, wte, n, C, Vp);
         }
@@ -1831,9 +1852,9 @@ struct Model {
     float* scratch_x() { return reinterpret_cast<float*>(dbranch.data()); }
 
     // Adds the sum of the losses of tokens and targets (b,T) to state.loss_sum.
-    void evaluate(const int* tokens, const int* targets, int b) {
+    void evaluate(const int* tokens, const int* targets, int b, int* predictions = nullptr) {
         forward(tokens, b);
-        head(targets, size_t(b) * size_t(T), false, 0, nullptr);
+        head(targets, size_t(b) * size_t(T), false, 0, nullptr, predictions);
     }
 
     // Forward and backward of the b sequences of the TokenBatch in `batch`: adds the sum of their losses to state.loss_sum, and the gradients of
@@ -2086,17 +2107,19 @@ struct Trainer {
         printf("graphs     micro-step %zu nodes, update %zu nodes, made in %.2f s\n", micro_step.nodes, update.nodes, seconds() - start);
     }
 
-    double evaluate(const int* tokens, const int* targets, int b) {
+    double evaluate(const int* tokens, const int* targets, int b, int* predictions = nullptr) {
         size_t n = size_t(b) * size_t(run.T);
         Device& device = model.device;
         TokenBatch batch(model.batch.data(), n);
         device.copy(batch.tokens, tokens, n), device.copy(batch.targets, targets, n);
         device.zero(model.state);
-        model.evaluate(batch.tokens, batch.targets, b);
+        model.evaluate(batch.tokens, batch.targets, b, predictions ? batch.order : nullptr);  // order serves only the backward pass
         device.copy(state.data(), model.state.data(), 1);
+        if (predictions) device.copy(predictions, batch.order, n);
         device.synchronize();
         return state[0].loss_sum;
     }
+    void ablate(int l) { model.ablated = l; }
 
     // One forward and backward on the parameters in the model and the tokens in the state; fills the rest of the state.
     void debug_pass(DebugState<float>& s, int B, int T) {

@@ -635,6 +635,7 @@ struct Model {
     Buffer<real> gain_partial;                         // the gains' gradients before their last sum
 
     std::vector<SublayerProbe> probe;  // what --probe writes; empty while nothing is probed
+    int ablated = -1;                  // the sub-layer whose branch evaluate leaves out; -1: none
 
     // One row a buffer: what it is called in the table at the start, its elements, where it lives.
     struct BufferRow {
@@ -738,7 +739,8 @@ struct Model {
             rmsnorm_forward(a.u, x.data(), w[GAMMA_IN], rows, config.C);
             input = a.u;
         }
-        if (is_attention(l)) attention_branch_forward(f.data(), a, input, w, config, b, T, 0);
+        if (l == ablated) std::fill(f.data(), f.data() + rows * size_t(config.C), real(0));
+        else if (is_attention(l)) attention_branch_forward(f.data(), a, input, w, config, b, T, 0);
         else feed_forward_branch_forward(f.data(), a, input, w, config, rows);
         if (!probe.empty()) probe[size_t(l)].x += sum_of_squares(x.data(), rows * size_t(config.C));
         highway_forward(x.data(), z(l + 1), f.data(), w[GAMMA_OUT], real(norm.alpha), rows, config.C);
@@ -787,7 +789,8 @@ struct Model {
 
     // logits = x wte^T, a chunk of rows at a time; returns the sum of the losses. With backward, dx = dlogits wte and
     // dwte += dlogits^T x as well, so that logits and their gradients never exist for more than a chunk.
-    double head(const real* in, const int* targets, size_t rows, bool backward, real scale, real* logits_out) {
+    // logits_out (rows,V) and predictions (rows), the likeliest tokens, are filled where given.
+    double head(const real* in, const int* targets, size_t rows, bool backward, real scale, real* logits_out, int* predictions = nullptr) {
         size_t C = size_t(config.C), V = size_t(config.V), Vp = size_t(config.Vp()), chunk = head_rows(config, size_t(B) * size_t(T));
         real *wte = tensor(params, WTE), *dwte = tensor(grads, WTE);
         for (size_t i = 0; i < rows; i += chunk) {
@@ -795,6 +798,7 @@ struct Model {
             const real* xi = in + i * C;
             product(n, V, C, row_major(xi, C), row_major(wte, C).transposed(), logits.data(), Vp, false);
             for (size_t r = 0; logits_out && r < n; r++) memcpy(logits_out + (i + r) * V, &logits[r * Vp], V * sizeof(real));
+            for (size_t r = 0; predictions && r < n; r++) predictions[i + r] = int(std::max_element(&logits[r * Vp], &logits[r * Vp] + V) - &logits[r * Vp]);
             cross_entropy_forward(losses.data() + i, row_lse.data(), logits.data(), targets + i, n, config.V, config.Vp());
             if (!backward) continue;
             cross_entropy_backward(logits.data(), row_lse.data(), targets + i, n, config.V, config.Vp(), scale);
@@ -822,10 +826,10 @@ struct Model {
     }
 
     // Sum of the losses of one micro-batch, tokens and targets (b,T).
-    double evaluate(const int* tokens, const int* targets, int b) {
+    double evaluate(const int* tokens, const int* targets, int b, int* predictions = nullptr) {
         size_t rows = size_t(b) * size_t(T);
         forward(tokens, b);
-        return head(final_norm_forward(rows), targets, rows, false, 0, nullptr);
+        return head(final_norm_forward(rows), targets, rows, false, 0, nullptr, predictions);
     }
 
     // Sum of the losses; adds to the gradients those of scale * sum. debug, if given, gets logits, x and dx.
@@ -1028,7 +1032,8 @@ struct Trainer {
         return {loss, norm};
     }
 
-    double evaluate(const int* tokens, const int* targets, int b) { return model.evaluate(tokens, targets, b); }
+    double evaluate(const int* tokens, const int* targets, int b, int* predictions = nullptr) { return model.evaluate(tokens, targets, b, predictions); }
+    void ablate(int l) { model.ablated = l; }
 
     // One forward and backward on the parameters in the model and the tokens in the state; fills the rest of the state.
     void debug_pass(DebugState<real>& s, int B, int T) {
