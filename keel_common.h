@@ -437,35 +437,34 @@ void initialise_tensor(Real* out, const TensorInfo& t, size_t tensor_index, uint
 // ----------------------------------------------------------------------------------------------------
 // --train hops:K: programs made on the fly, whose queries take 1 to K lookups to answer
 //
-//     k=f;b=3;f=b;q=7;...;?k:3;?q:7
+//     kfk;b3b;fbf;q1q;...;?k3;?q1;?...        k is f, b is 3, f is b, q is 1; what is k?
 //
-// A program has CHAINS chains of K variables. The first of a chain is assigned a digit, each other one the variable before it; the digits of a
-// program differ, and so do its names. All assignments stand in random order. Then QUERIES chains, each at most once, are asked for one of their
-// variables, '?', name, ':', and the value follows. The variable at place h of its chain takes h lookups, by nothing that could be remembered: names,
-// digits, order and queries are drawn anew for each program. A chain asked twice would let the first answer shorten the second's way.
+// A program has CHAINS chains of K variables. The first of a chain is assigned a digit, each other one the variable before it, all in random
+// order. An assignment is name, what it is, and the name again. Then some variables are asked for, none twice: '?', name, and the value follows. The
+// variable at place h of its chain takes h lookups, by nothing that could be remembered: a program uses the first CHAINS * K letters and the first CHAINS
+// digits, each once, and which stands where is drawn anew. Each query after the first may be shortened by an answer before it, on the same
+// chain; they are there to be learnt from, and only the first of a program is measured.
 //
-// The loss is that of all characters, as for any text: names and digits of assignments cannot be foreseen, so most of it is entropy that no model
-// removes. What is measured is the accuracy at the answers.
+// The loss is that of all characters, as for any text: what an assignment says cannot be foreseen, so most of it is entropy that no model
+// removes. Why the name stands twice: a lookup needs two things at once, that a value knows whose it is and that a query finds it, and neither alone
+// lowers the loss. Foreseeing the second name teaches the first. Without it ("k=f;", "?k:3;") no lookup was learnt in 1300 steps of 32 programs of one
+// hop, L = 8, C = 32, not even where only the answers counted; with it, in 300.
 struct HopPrograms {
-    static constexpr int CHAINS = 4, QUERIES = 2, MAX_HOPS = 52 / CHAINS;  // a variable is one of 52 letters
+    static constexpr int CHAINS = 4, QUERIES = 8, MAX_HOPS = 52 / CHAINS;  // a variable is one of 52 letters
     int hops = 0;  // K; 0: the data are files
 
     struct Answer {
-        int position, hops;  // the answer is the target of this position (its ':'), and took so many lookups
+        int position, hops;  // the answer is the target of this position, that of the name, and takes so many lookups
     };
 
+    int queries() const { return std::min(QUERIES, CHAINS * hops); }
     // The characters of one program, its end of line included.
-    int length() const { return 4 * CHAINS * hops + 5 * QUERIES; }
-
-    // The best accuracy without a lookup: to guess among the digits of the program that have not been an answer yet.
-    static double chance() {
-        double sum = 0;
-        for (int q = 0; q < QUERIES; q++) sum += 1.0 / (CHAINS - q);
-        return sum / QUERIES;
-    }
+    int length() const { return 4 * (CHAINS * hops + queries()); }
+    // The accuracy at the first query without a lookup: every digit is as likely as any other.
+    static constexpr double CHANCE = 1.0 / CHAINS;
 
     // Characters row[0..n) of sequence s: as many whole programs as fit, and ends of line. A function of (seed, s, validation) alone: training and
-    // validation draw from counters that differ in the top bit of their third word.
+    // validation draw from counters that differ in the top bit of their third word. answers gets the first of each program.
     void sequence(uint64_t seed, uint64_t s, bool validation, int n, int* row, std::vector<Answer>* answers = nullptr) const {
         Philox block{};
         uint32_t drawn = 0;
@@ -480,19 +479,16 @@ struct HopPrograms {
             for (int i = 0; i < count; i++) std::swap(order[size_t(i)], order[size_t(i + below(size - i))]);
             return order;
         };
-        int variables = CHAINS * hops, at = 0;
-        for (; at + length() <= n;) {
-            std::vector<int> letter = permutation(variables <= 26 ? 26 : 52, variables), digit = permutation(10, CHAINS);
+        int variables = CHAINS * hops, at = 0;  // number variable / hops is a variable's chain, variable % hops its place there
+        while (at + length() <= n) {
+            std::vector<int> letter = permutation(variables, variables), digit = permutation(CHAINS, CHAINS), asked;
             auto name = [&](int variable) { return letter[size_t(variable)] < 26 ? 'a' + letter[size_t(variable)] : 'A' + letter[size_t(variable)] - 26; };
+            auto value = [&](int variable) { return '0' + digit[size_t(variable / hops)]; };
             auto put = [&](std::initializer_list<int> characters) { for (int c : characters) row[at++] = c; };
-            for (int variable : permutation(variables, variables))  // of chain variable / hops
-                put({name(variable), '=', variable % hops == 0 ? '0' + digit[size_t(variable / hops)] : name(variable - 1), ';'});
-            std::vector<int> asked = permutation(CHAINS, QUERIES);
-            for (int q = 0; q < QUERIES; q++) {
-                int chain = asked[size_t(q)], place = below(hops);
-                if (answers) answers->push_back({at + 2, place + 1});
-                put({'?', name(chain * hops + place), ':', '0' + digit[size_t(chain)], q + 1 < QUERIES ? ';' : '\n'});
-            }
+            for (int variable : permutation(variables, variables)) put({name(variable), variable % hops ? name(variable - 1) : value(variable), name(variable), ';'});
+            asked = permutation(variables, queries());
+            if (answers) answers->push_back({at + 1, asked[0] % hops + 1});
+            for (int q = 0; q < queries(); q++) put({'?', name(asked[size_t(q)]), value(asked[size_t(q)]), q + 1 < queries() ? ';' : '\n'});
         }
         while (at < n) row[at++] = '\n';
     }
@@ -1136,7 +1132,7 @@ inline const Flag flags[] = {
     {"", "--prompt", "TEXT", "a newline", "what samples start with; for V other than 256, token ids such as 15496,995", &Options::prompt},
     {"", "--temperature", "X", "0.8", "of the samples; 0: always the likeliest token", &Options::temperature, 0, 1e9},
     {"", "--top-k", "N", "40", "sample from the N likeliest tokens; 0: from all", &Options::top_k, 0, MAX_V},
-    {"", "--probe", "N", "0", "every N steps, a row a sub-layer in probe.csv: rms, shortcut gain, gradient and update norms", &Options::probe, 0},
+    {"", "--probe", "N", "0", "every N steps, rms, shortcut gains and gradients of each sub-layer in probe.csv, norms of each tensor in probe_weights.csv", &Options::probe, 0},
     {"", "--ablate", "l|all", "none", "only evaluate -e with sub-layer l, or each in turn, removed: ablate.csv in -o, or printed", &Options::ablate},
     {"", "--dump", "FILE", "none", "write a debug state of one forward and backward pass, and stop", &Options::dump},
     {"", "--check", "FILE", "none", "compare a debug state with this build, tensor by tensor, and stop", &Options::check},
@@ -1504,7 +1500,7 @@ inline void check_same_build(const FileHeader& state, RealType type, bool branch
 }
 
 // ----------------------------------------------------------------------------------------------------
-// The output folder: model_00001000.bin, state_00001000_00000.bin, log.csv, probe.csv, hops.csv, ablate.csv
+// The output folder: model_00001000.bin, state_00001000_00000.bin, log.csv, probe.csv, probe_weights.csv, hops.csv, ablate.csv
 
 inline std::string model_path(const std::string& folder, int64_t step) {
     return format("%s/model_%08lld.bin", folder.c_str(), (long long)step);
@@ -1904,7 +1900,7 @@ inline bool print_check_table(const std::vector<CheckRow>& rows) {
 //         // Sum of the losses of b <= B sequences, (b,T). predictions, if given, gets the likeliest token after each, (b,T); of equals the lower.
 //         double evaluate(const int* tokens, const int* targets, int b, int* predictions = nullptr);
 //         void ablate(int l);                         // evaluate leaves out the branch of sub-layer l: F_l = 0, z_l = alpha_l x_l; -1: none
-//         StepResult step(const Loader& data, int64_t step, CsvLog* probe);           // step 1, 2, ...; probe: null where the step is not probed
+//         StepResult step(const Loader& data, int64_t step, ProbeLog* probe);          // step 1, 2, ...; probe: null where the step is not probed
 //         void debug_pass(DebugState<Real>& s, int B, int T);                         // s.tokens, s.targets given; fills the rest
 //         double matrix_rate();                       // operations a second of a large matrix product, measured
 //         std::string machine_name();                 // "2 threads"
@@ -1986,38 +1982,90 @@ private:
 };
 
 // ----------------------------------------------------------------------------------------------------
-// The probe: probe.csv, a row for each sub-layer of a probed step
+// The probe: of a probed step, a row for each sub-layer in probe.csv and one for each parameter tensor in probe_weights.csv
+//
+// Without its branch, sub-layer l is the map x_l -> RMSNorm(alpha x_l + F; gamma) with F held fixed. Its Jacobian at one row is
+//
+//     diag(gamma_l) (alpha_l / rms(z_l)) (I - zh zh^T / C),   zh = z_l / rms(z_l)
+//
+// The last factor takes away the one direction of C that would only change z's length; what is left is the diagonal matrix whose entries
+// alpha gamma / rms(z) the paper's eq. 14-19 estimate, with rms(z) = sqrt(alpha^2 + 1). Here rms(z) is each row's own and gamma each channel's own:
+//
+//     shortcut_gain         mean over rows of ||A_l||_F / sqrt(C),              A_l = diag(alpha_l gamma_l / rms(z_l)), alpha_l I without an outer norm
+//     shortcut_gain_to_top  mean over rows of ||A_{L-1} ... A_l||_F / sqrt(C)
+//
+// The product is taken row by row and channel by channel, and averaged after: the product of the averages is another number. A product of diagonal
+// matrices with entries a_i g_c has the norm |prod a_i| ||prod g_c||, so that rows and channels are multiplied up apart.
 
 // Of one sub-layer, summed over the micro-batches of a step.
 struct SublayerProbe {
-    double x = 0, f = 0, z = 0;    // sums of squares of x_l, F(u_l) and z_l
-    double shortcut = 0;           // sum over rows of alpha / rms(z), the norm's part of the shortcut's gain
-    double dx = 0, df = 0;         // sums of squares of dL/dx_l and dL/dF_l
-    // once a step, after the update
-    double gamma_rms = 1;          // of gamma_out; 1 where there is none
-    double gradient = 0;           // sum of squares of the gradients of its parameters, before they are clipped
-    double update = 0;             // sum of squares of what the step added to them
+    double x = 0, f = 0, z = 0;                // sums of squares of x_l, F(u_l) and z_l
+    double shortcut = 0, shortcut_to_top = 0;  // sums over rows of alpha_l / rms(z_l), and of its product over the sub-layers from l on
+    double dx = 0, df = 0;                     // sums of squares of dL/dx_l and dL/dF_l
 };
 
-inline constexpr const char* PROBE_COLUMNS =
-    "step,sublayer,kind,rms_x,rms_f,rms_z,shortcut_gain,shortcut_gain_to_top,dx_norm,df_norm,grad_norm,update_norm";
+struct StepProbe {
+    std::vector<SublayerProbe> sublayers;             // (L)
+    std::vector<double> gamma, gamma_to_top;          // (L) rms over channels of gamma_out_l, and of its product over the sub-layers from l on
+    std::vector<double> weights, gradients, updates;  // sums of squares of each tensor: before the update, before the clip, of what the update adds
 
-// rms over rows and channels; the shortcut's own gain alpha gamma / rms(z) and its product from here to the top; norms of gradients
-// and updates. The gain takes the mean over rows of alpha / rms(z) and the rms of gamma.
-inline void write_probe(CsvLog& csv, const RunConfig& run, int64_t step, const std::vector<SublayerProbe>& probe) {
-    int L = run.model.L;
-    double rows = double(run.total_batch), elements = rows * run.model.C, to_top = 1;
-    std::vector<double> gain(static_cast<size_t>(L)), product_to_top(static_cast<size_t>(L));
-    for (int l = L - 1; l >= 0; l--) {
-        gain[size_t(l)] = probe[size_t(l)].gamma_rms * probe[size_t(l)].shortcut / rows;
-        product_to_top[size_t(l)] = to_top *= gain[size_t(l)];
+    explicit StepProbe(const ModelConfig& c) : sublayers(size_t(c.L)) {}
+
+    // Of one micro-batch. r: 1 / rms(z_l) of each row, (L,rows); not read where no norm follows.
+    template <class Real>
+    void add_shortcuts(const ModelConfig& c, const Real* r, size_t rows) {
+        std::vector<double> to_top(rows, 1.0);
+        for (int l = c.L - 1; l >= 0; l--) {
+            SublayerNorm norm = c.sublayer(l);
+            double sum = 0, sum_to_top = 0;
+            for (size_t i = 0; i < rows; i++) {
+                double gain = double(norm.alpha) * (norm.norm_out ? double(r[size_t(l) * rows + i]) : 1);
+                to_top[i] *= gain, sum += gain, sum_to_top += to_top[i];
+            }
+            sublayers[size_t(l)].shortcut += sum, sublayers[size_t(l)].shortcut_to_top += sum_to_top;
+        }
     }
-    for (int l = 0; l < L; l++) {
-        const SublayerProbe& p = probe[size_t(l)];
-        csv.row(format("%lld,%d,%s,%.6g,%.6g,%.6g,%.6g,%.6g,%.6g,%.6g,%.6g,%.6g", (long long)step, l, is_attention(l) ? "attention" : "feed-forward",
-                       std::sqrt(p.x / elements), std::sqrt(p.f / elements), std::sqrt(p.z / elements), gain[size_t(l)],
-                       product_to_top[size_t(l)], std::sqrt(p.dx), std::sqrt(p.df), std::sqrt(p.gradient), std::sqrt(p.update)));
+
+    // gamma_of(l): gamma_out_l (C) as the forward pass read it, null where there is none.
+    template <class GammaOf>
+    void set_gains(const ModelConfig& c, GammaOf gamma_of) {
+        std::vector<double> product(size_t(c.C), 1.0);
+        gamma.assign(size_t(c.L), 1), gamma_to_top.assign(size_t(c.L), 1);
+        for (int l = c.L - 1; l >= 0; l--) {
+            double sum = 0, sum_to_top = 0;
+            const auto* g = gamma_of(l);
+            for (size_t k = 0; k < product.size(); k++) {
+                double gain = g ? double(g[k]) : 1;
+                product[k] *= gain, sum += gain * gain, sum_to_top += product[k] * product[k];
+            }
+            gamma[size_t(l)] = std::sqrt(sum / c.C), gamma_to_top[size_t(l)] = std::sqrt(sum_to_top / c.C);
+        }
     }
+};
+
+struct ProbeLog {
+    static constexpr const char* COLUMNS = "step,sublayer,kind,rms_x,rms_f,rms_z,shortcut_gain,shortcut_gain_to_top,dx_norm,df_norm,grad_norm,update_norm";
+    static constexpr const char* WEIGHT_COLUMNS = "step,sublayer,tensor,weight_norm,grad_norm,update_norm";  // sublayer -1: outside the blocks
+    CsvLog sublayers, weights;
+    ProbeLog(const std::string& folder, int64_t resume_step)
+        : sublayers(folder + "/probe.csv", COLUMNS, resume_step), weights(folder + "/probe_weights.csv", WEIGHT_COLUMNS, resume_step) {}
+};
+
+// rms over rows and channels, norms over all elements; grad_norm and update_norm of a sub-layer over all its tensors.
+inline void write_probe(ProbeLog& log, const RunConfig& run, const ParameterLayout& layout, int64_t step, const StepProbe& probe) {
+    double rows = double(run.total_batch), elements = rows * run.model.C;
+    std::vector<double> gradients(size_t(run.model.L)), updates(gradients.size());
+    for (size_t i = 0; i < layout.tensors.size(); i++)
+        if (int l = layout.tensors[i].layer; l >= 0) gradients[size_t(l)] += probe.gradients[i], updates[size_t(l)] += probe.updates[i];
+    for (size_t l = 0; l < gradients.size(); l++) {
+        const SublayerProbe& p = probe.sublayers[l];
+        log.sublayers.row(format("%lld,%zu,%s,%.6g,%.6g,%.6g,%.6g,%.6g,%.6g,%.6g,%.6g,%.6g", (long long)step, l, is_attention(int(l)) ? "attention" : "feed-forward",
+                                 std::sqrt(p.x / elements), std::sqrt(p.f / elements), std::sqrt(p.z / elements), probe.gamma[l] * p.shortcut / rows,
+                                 probe.gamma_to_top[l] * p.shortcut_to_top / rows, std::sqrt(p.dx), std::sqrt(p.df), std::sqrt(gradients[l]), std::sqrt(updates[l])));
+    }
+    for (size_t i = 0; i < layout.tensors.size(); i++)
+        log.weights.row(format("%lld,%d,%s,%.6g,%.6g,%.6g", (long long)step, layout.tensors[i].layer, tensor_rows[layout.tensors[i].id].name,
+                               std::sqrt(probe.weights[i]), std::sqrt(probe.gradients[i]), std::sqrt(probe.updates[i])));
 }
 
 // ----------------------------------------------------------------------------------------------------
@@ -2256,7 +2304,7 @@ struct HopAccuracy {
     void print() const {
         printf("hops       ");
         for (size_t h = 1; h < count.size(); h++) printf("| %zu: %.1f %% ", h, 100 * accuracy(h));
-        printf("| all: %.1f %% of %lld | without a lookup %.1f %%\n", 100 * accuracy(0), (long long)count[0], 100 * HopPrograms::chance());
+        printf("| all: %.1f %% of %lld | by chance %.1f %%\n", 100 * accuracy(0), (long long)count[0], 100 * HopPrograms::CHANCE);
     }
     static constexpr const char* COLUMNS = "step,hops,accuracy,count";
     void write(CsvLog& csv, int64_t step) const {
@@ -2295,7 +2343,7 @@ inline void print_run(const RunConfig& run, const ParameterLayout& layout, const
     if (!data) return;
     if (const HopPrograms& p = data->programs; p.hops)
         printf("data       %s: programs without end, %d variables in %d chains, %d queries of 1 to %d lookups; %d whole ones of %d characters a sequence\n",
-               data->train.pattern.c_str(), p.CHAINS * p.hops, p.CHAINS, p.QUERIES, p.hops, (run.T + 1) / p.length(), p.length());
+               data->train.pattern.c_str(), p.CHAINS * p.hops, p.CHAINS, p.queries(), p.hops, (run.T + 1) / p.length(), p.length());
     else
         printf("data       %s: %s tokens to train on, %s to validate on\n", data->train.pattern.c_str(),
                count_text(double(data->train_count)).c_str(), count_text(double(data->val_count)).c_str());
@@ -2404,7 +2452,7 @@ int run_trainer(int argc, const char* const* argv) {
     Trainer::check_model(config);
     data.check_tokens(config.V);
     if (!o.ablate.empty() && o.ablate != "all") parse_integer("--ablate", o.ablate, 0, config.L - 1);
-    if (o.ablate.empty()) data.check_lengths(run);
+    if (o.ablate.empty() || data.programs.hops) data.check_lengths(run);
     if ((run.val_every > 0 || !o.ablate.empty()) && o.dump.empty()) data.check_validation(run);
     if (!resume_from.empty() && size_t(init->header.get<int64_t>(H_TRAIN_TOKENS)) != data.train_count)
         fail("-i: expected the %lld training tokens of the checkpoint, found %zu; give the same data",
@@ -2472,7 +2520,8 @@ int run_trainer(int argc, const char* const* argv) {
     if (!resume_from.empty())
         read_csv_rows(o.out + "/log.csv", step, [&](int64_t row_step, const std::string& line) { divergence.add(row_step, atof(line.c_str() + std::min(line.size(), line.find(',') + 1))); });
 
-    std::unique_ptr<CsvLog> log, probe_log, hops_log;
+    std::unique_ptr<CsvLog> log, hops_log;
+    std::unique_ptr<ProbeLog> probe_log;
     if (!o.out.empty()) {
         create_output_folder(o.out);
         if (!lock) {  // the folder is new, or was a moment ago
@@ -2482,7 +2531,7 @@ int run_trainer(int argc, const char* const* argv) {
         remove_unfinished_files(o.out);
         int64_t kept = resume_from.empty() ? -1 : step;
         log = std::make_unique<CsvLog>(o.out + "/log.csv", "step,loss,val_loss,lr,grad_norm,ms,tokens_per_second,mfu", kept);
-        if (o.probe > 0) probe_log = std::make_unique<CsvLog>(o.out + "/probe.csv", PROBE_COLUMNS, kept);
+        if (o.probe > 0) probe_log = std::make_unique<ProbeLog>(o.out, kept);
         if (data.programs.hops) hops_log = std::make_unique<CsvLog>(o.out + "/hops.csv", HopAccuracy::COLUMNS, kept);
     }
     // A run that was killed between a checkpoint's two files has the state, and the model is in it.
@@ -2490,8 +2539,8 @@ int run_trainer(int argc, const char* const* argv) {
     std::unique_ptr<CheckpointWriter<Trainer>> checkpoints;
     if (checkpoints_wanted) {
         std::vector<CsvLog*> logs = {log.get()};
-        for (CsvLog* more : {probe_log.get(), hops_log.get()})
-            if (more) logs.push_back(more);
+        if (probe_log) logs.push_back(&probe_log->sublayers), logs.push_back(&probe_log->weights);
+        if (hops_log) logs.push_back(hops_log.get());
         checkpoints = std::make_unique<CheckpointWriter<Trainer>>(trainer, data, o.out, o.keep, background, logs);
     }
     StopSignals::watch();

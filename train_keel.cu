@@ -1529,10 +1529,24 @@ __global__ void round_kernel(branch_t* out, const float* in, size_t n) {
     if (at < n) out[at] = branch_t(in[at]);
 }
 
-// a = b - a, for the probe's update norms
-__global__ void difference_kernel(float* a, const float* b, size_t n) {
-    size_t at = size_t(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (at < n) a[at] = b[at] - a[at];
+// squares (chunks) = the sum of squares of each chunk of values, or of values - before where that is given: the probe's norms of all tensors in one
+// launch.  4 bytes an element, or 8
+__global__ void chunk_squares_kernel(double* squares, const float* values, const float* before, const UpdateChunk* chunks) {
+    auto& s = shared<SumShared>();
+    UpdateChunk chunk = chunks[blockIdx.x];
+    double sum = 0;
+    for (int i = threadIdx.x; i < chunk.count; i += SUM_THREADS) {
+        float value = values[chunk.first + i] - (before ? before[chunk.first + i] : 0.0f);
+        sum += double(value) * double(value);
+    }
+    sum = warp_sum(sum);
+    if (threadIdx.x % WARP == 0) s.warp[threadIdx.x / WARP] = sum;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        double total = 0;
+        for (double w : s.warp) total += w;
+        squares[blockIdx.x] = total;
+    }
 }
 
 // ----------------------------------------------------------------------------------------------------
@@ -1622,7 +1636,7 @@ void feed_forward_branch_backward(Device& device, branch_t* du, const branch_t* 
 
 // A sub-layer's sums for --probe, on the device.
 struct ProbeSums {
-    double x, f, z, r_out, dx, df;
+    double x, f, z, dx, df;
 };
 
 struct Model {
@@ -1844,7 +1858,6 @@ struct Model {
             add_sum<true>(device, &sums->x, scratch_x(), n);
             add_sum<true>(device, &sums->f, f.data(), n);
             add_sum<true>(device, &sums->z, z(l + 1), n);
-            if (config.sublayer(l).norm_out) add_sum<false>(device, &sums->r_out, point(l + 1).r_out, rows);
         }
     }
 
@@ -2048,20 +2061,21 @@ struct Trainer {
     size_t rows() const { return size_t(run.B) * size_t(run.T); }
 
     // One optimizer step: the gradient of the mean loss over run.total_batch tokens, a micro-batch at a time, then AdamW.
-    StepResult step(const Loader& data, int64_t step, CsvLog* probe) {
+    StepResult step(const Loader& data, int64_t step, ProbeLog* log) {
         Device& device = model.device;
-        bool replay = micro_step.launches && !probe;
+        bool replay = micro_step.launches && !log;
+        StepProbe probe(run.model);
         begin_step(step);
-        if (probe) begin_probe();
+        if (log) begin_probe();
 
         uint64_t first = uint64_t(step - 1) * uint64_t(run.batch_sequences());
         for (int micro = 0; micro < run.accumulation(); micro++) {
             stage_batch(data, first + uint64_t(micro) * uint64_t(run.B), micro % 2);
             if (replay) CUDA(cudaGraphLaunch(micro_step.launches, device.stream));
             else micro_batch();
+            if (log) probe_shortcuts(probe);
         }
-        std::vector<SublayerProbe> probed;
-        if (probe) probed = probe_gradients();
+        if (log) probe_gradients(probe);
         if (replay) CUDA(cudaGraphLaunch(update.launches, device.stream));
         else model.update();
 
@@ -2072,9 +2086,9 @@ struct Trainer {
             device.zero(model.grads);  // as the update leaves them
             return result;
         }
-        if (probe) {
-            probe_updates(probed);
-            write_probe(*probe, run, step, probed);
+        if (log) {
+            probe.updates = tensor_squares(model.params, params_before.data());
+            write_probe(*log, run, model.layout, step, probe);
         }
         if (use_graphs && !micro_step.launches && step < run.steps) record_graphs();
         return result;
@@ -2142,65 +2156,59 @@ struct Trainer {
     }
 
     // ----- --probe: the step's kernels one by one, with sums between them
-    DeviceArray<double> tensor_squares;   // a sum for each tensor
+    DeviceArray<double> chunk_squares;    // a sum for each of the model's chunks
     DeviceArray<float> params_before;
 
     void begin_probe() {
         if (model.probe.size() == 0) {
             model.probe = DeviceArray<ProbeSums>(size_t(run.model.L));
-            tensor_squares = DeviceArray<double>(model.layout.tensors.size());
+            chunk_squares = DeviceArray<double>(model.update_blocks);
             params_before = DeviceArray<float>(model.layout.count);
         }
         model.device.zero(model.probe);
         model.probing = true;
     }
 
-    // Adds to each sub-layer its part of the sum of squares of `values`, which are in the parameter order.
-    void add_squares(const DeviceArray<float>& values, std::vector<SublayerProbe>& probed, double SublayerProbe::* sum) {
-        const auto& tensors = model.layout.tensors;
-        std::vector<double> host(tensors.size());
-        model.device.zero(tensor_squares);
-        for (size_t i = 0; i < tensors.size(); i++) add_sum<true>(model.device, tensor_squares.data() + i, values.data() + tensors[i].offset, tensors[i].size());
-        model.device.copy(host.data(), tensor_squares.data(), host.size());
+    // Sums of squares, one a tensor, of values in parameter order, or of what they are more than `before`.
+    std::vector<double> tensor_squares(const DeviceArray<float>& values, const float* before = nullptr) {
+        std::vector<double> chunks(model.update_blocks), squares;
+        launch(chunk_squares_kernel, model.update_blocks, SUM_THREADS, sizeof(SumShared), model.device.stream, chunk_squares.data(), values.data(), before, model.chunks.data());
+        model.device.copy(chunks.data(), chunk_squares.data(), chunks.size());
         model.device.synchronize();
-        for (size_t i = 0; i < tensors.size(); i++)
-            if (tensors[i].layer >= 0) probed[size_t(tensors[i].layer)].*sum += host[i];
+        const double* chunk = chunks.data();
+        for (const TensorInfo& t : model.layout.tensors) {
+            squares.push_back(0);
+            for (size_t at = 0; at < t.size(); at += UPDATE_CHUNK) squares.back() += *chunk++;
+        }
+        return squares;
     }
 
-    std::vector<SublayerProbe> probe_gradients() {
+    // After each micro-batch.
+    void probe_shortcuts(StepProbe& probe) {
+        std::vector<float> r(size_t(run.model.L) * rows());
+        model.device.copy(r.data(), model.point(1).r_out, r.size());  // of z_0 .. z_{L-1}
+        model.device.synchronize();
+        probe.add_shortcuts(run.model, r.data(), rows());
+    }
+
+    void probe_gradients(StepProbe& probe) {
         Device& device = model.device;
         model.probing = false;
         std::vector<ProbeSums> sums(size_t(run.model.L));
-        std::vector<SublayerProbe> probed(sums.size());
+        std::vector<float> gains(size_t(run.model.L) * size_t(run.model.C));  // gamma_out (L,C), where it exists
         device.copy(sums.data(), model.probe.data(), sums.size());
-        device.synchronize();
-        for (int l = 0; l < run.model.L; l++) {
-            SublayerNorm norm = run.model.sublayer(l);
-            const ProbeSums& s = sums[size_t(l)];
-            SublayerProbe& p = probed[size_t(l)];
-            p.x = s.x, p.f = s.f, p.z = s.z, p.dx = s.dx, p.df = s.df;
-            // the sum over rows of alpha / rms(z), or of alpha where nothing divides by it
-            p.shortcut = double(norm.alpha) * (norm.norm_out ? s.r_out : double(run.total_batch));
-        }
-        add_squares(model.grads, probed, &SublayerProbe::gradient);
+        auto gain = [&](int l) { return model.tensor(model.params, GAMMA_OUT, l) ? gains.data() + size_t(l) * size_t(run.model.C) : nullptr; };
+        for (int l = 0; l < run.model.L; l++)
+            if (gain(l)) device.copy(gain(l), model.tensor(model.params, GAMMA_OUT, l), size_t(run.model.C));
         device.copy(params_before.data(), model.params.data(), model.layout.count);
-        return probed;
-    }
-
-    void probe_updates(std::vector<SublayerProbe>& probed) {
-        Device& device = model.device;
-        std::vector<float> gamma(size_t(run.model.C));
-        for (int l = 0; l < run.model.L; l++) {
-            if (float* from = model.tensor(model.params, GAMMA_OUT, l)) {
-                double squares = 0;
-                device.copy(gamma.data(), from, gamma.size());
-                device.synchronize();
-                for (float g : gamma) squares += double(g) * double(g);
-                probed[size_t(l)].gamma_rms = std::sqrt(squares / double(gamma.size()));
-            }
+        device.synchronize();
+        for (size_t l = 0; l < sums.size(); l++) {
+            const ProbeSums& s = sums[l];
+            SublayerProbe& p = probe.sublayers[l];
+            p.x = s.x, p.f = s.f, p.z = s.z, p.dx = s.dx, p.df = s.df;
         }
-        launch(difference_kernel, ceil_div(model.layout.count, THREADS), THREADS, 0, device.stream, params_before.data(), model.params.data(), model.layout.count);
-        add_squares(params_before, probed, &SublayerProbe::update);
+        probe.set_gains(run.model, gain);
+        probe.weights = tensor_squares(model.params), probe.gradients = tensor_squares(model.grads);
     }
 
     // ----- The model and the files
@@ -2318,7 +2326,7 @@ struct Trainer {
     static MemoryRow memory_beside(const RunConfig& run, const Options& o) {
         size_t bytes = o.check.empty() && o.dump.empty() && o.sample_every > 0 ? TokenGenerator::bytes(run.model, run.T) : 0;
         ParameterLayout layout(run.model);
-        if (o.probe > 0) bytes += layout.count * sizeof(float) + layout.tensors.size() * sizeof(double) + size_t(run.model.L) * sizeof(ProbeSums);
+        if (o.probe > 0) bytes += layout.count * sizeof(float) + update_chunks(layout).size() * sizeof(double) + size_t(run.model.L) * sizeof(ProbeSums);
         return {"samples, probe", bytes};
     }
 
