@@ -997,10 +997,12 @@ struct Trainer {
     using Real = real;
     using HostArray = Buffer<real>;
     static constexpr bool branch_bf16 = false, on_host = true;
+    static constexpr int steps_in_flight = 1;
 
     RunConfig run;
     Model model;
     std::vector<int> tokens, targets;  // (B,T) one micro-batch
+    StepResult result{};               // of the step that was started
 
     explicit Trainer(const RunConfig& run)
         : run(run), model(run.model, run.B, run.T, run.recompute), tokens(size_t(run.B) * size_t(run.T)), targets(tokens.size()) {}
@@ -1027,6 +1029,9 @@ struct Trainer {
         model.probe = nullptr;
         return {loss, norm};
     }
+
+    void start(const Loader& data, int64_t number, ProbeLog* log) { result = step(data, number, log); }
+    StepResult finish() const { return result; }
 
     double evaluate(const int* tokens, const int* targets, int b, int* predictions = nullptr) { return model.evaluate(tokens, targets, b, predictions); }
     void ablate(int l) { model.ablated = l; }

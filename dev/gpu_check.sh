@@ -1,7 +1,7 @@
 #!/bin/bash
 # gpu_check.sh: all that a machine with an NVIDIA GPU can show of train_keel, in under 8 minutes, ending with a table of what passed.
 #     builds, the tests of every kernel in BF16 and FP32, CPU against GPU, compute-sanitizer's four tools on a small run, the default
-#     1024-layer model for 20 steps, and 300 steps on text beside the CPU's.
+#     1024-layer model for 20 steps, 300 steps on text beside the CPU's, and how long the GPU waits in a step.
 # The tests need doctest; where it is not installed, name the folder that has doctest/doctest.h: CPATH=folder dev/gpu_check.sh
 # TEXT: what to train on (default: the trainer's own sources).  Logs stay in build/gpu_check.
 cd "$(dirname "$0")/.." || exit 1
@@ -71,6 +71,10 @@ export -f same_curve end
 export logs
 row "curve beside the CPU's, BF16" same_bf16.log bash -c 'same_curve train_keel'
 row "curve beside the CPU's, FP32" same_fp32.log bash -c 'same_curve train_keel_fp32'
+
+# What the default of dev/idle.sh takes 100 steps for; 20 are enough to see a wait.
+shows='^idle  ' row "idle time, 20 steps" idle.log dev/idle.sh --steps 20
+grep -E 'step boundary|waits for the host|^step ' $logs/idle.log
 
 echo
 echo "$table"

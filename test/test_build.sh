@@ -46,6 +46,10 @@ rm "$bin/nvcc"
 nvidia_smi 9.0 13.0
 expect "no nvcc: the CPU, and why" trainer train_keel_cpu "no nvcc"
 expect "no nvcc: a sentence that names train_keel_cpu" nvcc "" "use train_keel_cpu"
+expect "no toolkit: no CUPTI, in a sentence" cupti "" "expected the CUDA Toolkit's CUPTI"
+expect "results of a GPU of no known name" results dev/results/gpu.csv ""
+printf '#!/bin/bash\necho "NVIDIA H200"\n' >"$bin/nvidia-smi"
+expect "results of an H200" results dev/results/h200.csv ""
 
 if dev/cuda.sh nvcc >/dev/null 2>&1 && [ "$(dev/cuda.sh trainer 2>/dev/null)" != train_keel ]; then
     # no optimisation: it will not run a kernel
