@@ -45,6 +45,8 @@ help:
 	@echo "make idle                 how much of a step the GPU waits, and what each kernel takes, at 1024 sub-layers; dev/idle.sh FLAGS for another model"
 	@echo "make bench_gpu            whole steps on the GPU that is here: tokens/s and MFU beside PyTorch's at its best; dev/bench_gpu.sh --help"
 	@echo "make memory_table         what a model takes of a GPU at each level of -r and type of states; MODEL='-L 1024 -C 1024 -t 1024' GIB=135"
+	@echo "make deep_run             1024 sub-layers of 1024 channels on the GPU that is here: keel and pre at two learning rates, then keel for the rest of 25 minutes"
+	@echo "make state_types          what --moments bf16 and --grads bf16 cost: loss curves beside FP32 states, three seeds, L = 64, on the GPU that is here"
 	@echo "make ptxas                registers, shared memory and spills of each kernel for sm_80, sm_90 and sm_100"
 	@echo "make bench_cpu            training speed and matrix products beside PyTorch and OpenBLAS"
 	@echo "make dumps                writes the reference dumps of test/dumps again, with PyTorch"
@@ -235,6 +237,14 @@ GIB   ?= 135
 .PHONY: memory_table
 memory_table: build/memory_table
 	@build/memory_table $(GIB) $(MODEL)
+
+.PHONY: deep_run
+deep_run:
+	@dev/deep_run.sh
+
+.PHONY: state_types
+state_types: train_keel
+	@dev/state_types.py
 
 .PHONY: bench_kernels
 bench_kernels:
