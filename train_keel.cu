@@ -3096,7 +3096,7 @@ struct Trainer {
         write(out, [&](float* to, size_t at, size_t n) { model.device.copy(to, model.params.data() + at, n); });
     }
     void write_moments(FileWriter& out) {
-        for (auto [fp32, bf16] : moments()) write(out, [&, fp32 = fp32, bf16 = bf16](float* to, size_t at, size_t n) { copy_moment(to, *fp32, *bf16, at, n); });
+        for (auto& moment : moments()) write(out, [&](float* to, size_t at, size_t n) { copy_moment(to, *moment.first, *moment.second, at, n); });
     }
 
     // First and second moment, each with its buffer in FP32 and in BF16, one of which is empty. Files have them in FP32.

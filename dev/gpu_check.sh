@@ -56,7 +56,7 @@ head -60 $logs/l1024.log
 
 # The same 300 steps on the CPU and on the GPU; the means of the last 30 losses must agree to 2 %.
 curve=(-L 16 -C 64 -H 2 -t 64 -b 16 -x 300 -s 0 -n 0 "${text[@]}")
-rm -rf $logs/curve_*
+rm -rf $logs/curve_* $logs/tune.csv
 for trainer in train_keel_cpu train_keel train_keel_fp32; do
     row "300 steps, $trainer" curve-$trainer.log ./$trainer "${curve[@]}" -o $logs/curve_$trainer
 done
@@ -70,6 +70,8 @@ same_curve() {
 export -f same_curve end
 export logs
 row "curve beside the CPU's, BF16" same_bf16.log bash -c 'same_curve train_keel'
+row "300 steps, BF16 states, --tune" curve-states.log ./train_keel "${curve[@]}" --moments bf16 --grads bf16 --tune $logs/tune.csv -o $logs/curve_states
+row "curve beside the CPU's, BF16 states" same_states.log bash -c 'same_curve states'
 row "curve beside the CPU's, FP32" same_fp32.log bash -c 'same_curve train_keel_fp32'
 
 # What the default of dev/idle.sh takes 100 steps for; 20 are enough to see a wait.

@@ -66,5 +66,15 @@ if dev/cuda.sh nvcc >/dev/null 2>&1 && [ "$(dev/cuda.sh trainer 2>/dev/null)" !=
         echo "FAILED: train_keel without a GPU: exit $status, '$err'"
     fi
 fi
+
+# The script of the deepest model, on the CPU trainer and a small one: a curve for each of its five runs.
+head -c 300000 keel_common.h train_keel.cu train_keel_cpu.cpp >"$folder/text"
+if RESULTS=$folder/deep.csv TEXT=$folder/text TRAINER=./train_keel_cpu MODEL="-L 4 -C 16 -t 16 -b 2" STEPS=4 LONG_STEPS=6 LONG_WARMUP=2 dev/deep_run.sh 5 >"$folder/out" 2>&1 &&
+    [ "$(cut -d, -f1,2 "$folder/deep.csv" | sort | uniq -c | tr -s ' ' | tr '\n' ';')" = " 4 keel,3e-3; 10 keel,4.5e-3; 1 norm,peak_lr; 4 pre,3e-3; 4 pre,4.5e-3;" ]; then
+    passed=$((passed + 1))
+else
+    failed=$((failed + 1))
+    echo "FAILED: dev/deep_run.sh: $(cat "$folder/out" "$folder/deep.csv")"
+fi
 echo "$passed passed, $failed failed"
 [ "$failed" -eq 0 ]

@@ -772,6 +772,23 @@ TEST_SUITE("the GPU trainer") {
         }
     }
 
+    TEST_CASE("It says where its start went, and takes --tune, --moments and --grads, which the CPU trainer refuses") {
+        Place p;
+        Result r = succeeds(wide(p, gpu_bf16, "4", {"-o", p / "run", "--tune", p / "tune.csv", "--moments", "bf16", "--grads=bf16"}));
+        for (const char* words : {"start-up   ", " s to the end of the first step: program ", ", device ", ", weights ", ", first step ", "gradients in BF16", "AdamW's second moment in BF16", "tuned "})
+            CHECK_MESSAGE(r.out.find(words) != std::string::npos, words);
+        CHECK(slurp(p / "tune.csv").starts_with("gpu,cublaslt,"));
+        Result again = succeeds(wide(p, gpu_bf16, "8", {"-o", p / "run", "--tune", p / "tune.csv", "-y"}));
+        CHECK(again.out.find("gradients in BF16") != std::string::npos);  // what is not given comes from the state
+        CHECK(again.out.find("tuned ") == std::string::npos);
+        for (const char* flag : {"--tune", "--moments", "--grads"})
+            p.fails(wide(p, "./train_keel_cpu", "4", {flag, "fp32"}), {flag, "the GPU trainer"});
+        p.fails(wide(p, gpu_bf16, "4", {"--moments", "fp16"}), {"--moments", "expected fp32 or bf16", "fp16"});
+        p.fails(wide(p, gpu_bf16, "4", {"-o", p / "new", "--tune", p.text}), {"--tune", "expected the columns"});
+        succeeds(wide(p, gpu_fp32, "4", {"-o", p / "fp32", "--moments", "bf16"}));
+        p.fails(wide(p, "./train_keel_cpu", "8", {"-o", p / "fp32", "-y"}), {"-y", "FP32 moments", "train_keel_fp32"});
+    }
+
     TEST_CASE("Models go from one trainer to the other, and sample the same text; states stay with the build that wrote them") {
         Place p;
         succeeds(wide(p, "./train_keel_cpu", "8", {"-o", p / "cpu"}));
