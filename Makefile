@@ -52,6 +52,7 @@ help:
 	@echo "make fuzz                 libFuzzer on each parser and the command line, 60 s each, two at a time; FUZZ_SECONDS=600 for longer"
 	@echo "make gpu_check            all of it on a machine with a GPU, under 8 minutes, ending with a table"
 	@echo "make bench_kernels        each kernel's bandwidth or rate on the GPU that is here, beside a copy, a matrix product and PyTorch's attention"
+	@echo "make bench_products       ways of doing a sub-layer's matrix products, side by side, and what each would win of a step: --tune, GELU epilogues, FP8, small C"
 	@echo "make idle                 how much of a step the GPU waits, and what each kernel takes, at 1024 sub-layers; dev/idle.sh FLAGS for another model"
 	@echo "make bench_gpu            whole steps on the GPU that is here: tokens/s and MFU beside PyTorch's at its best; dev/bench_gpu.sh --help"
 	@echo "make memory_table         what a model takes of a GPU at each level of -r and type of states; MODEL='-L 1024 -C 1024 -t 1024' GIB=135"
@@ -171,7 +172,11 @@ build/test_nccl: test/cuda_on_cpu/test_nccl.cpp $(CUDA_ON_CPU) | build
 	@dev/need.sh g++ libboost-context-dev libopenmpi-dev openmpi-bin
 	$(CXX) $(ON_CPU) -O1 $(MPI_FLAGS) -o $@ $< $(ON_CPU_LIBRARIES) $(MPI_LIBRARIES)
 
-build/bench_kernels_on_cpu: dev/bench_kernels.cu train_keel.cu train_keel_cpu.cpp keel_common.h $(CUDA_ON_CPU) | build
+build/bench_kernels_on_cpu: dev/bench_kernels.cu dev/bench.h train_keel.cu train_keel_cpu.cpp keel_common.h $(CUDA_ON_CPU) | build
+	@dev/need.sh g++ libboost-context-dev
+	$(CXX) $(ON_CPU) -DKEEL_NO_MAIN -o $@ $< $(ON_CPU_LIBRARIES)
+
+build/bench_products_on_cpu: dev/bench_products.cu dev/bench.h train_keel.cu keel_common.h $(CUDA_ON_CPU) | build
 	@dev/need.sh g++ libboost-context-dev
 	$(CXX) $(ON_CPU) -DKEEL_NO_MAIN -o $@ $< $(ON_CPU_LIBRARIES)
 
@@ -195,7 +200,11 @@ build/test_gpu_fp32: $(GPU_TEST) | build
 	@dev/need.sh g++ doctest-dev
 	$$(dev/cuda.sh nvcc) $(CUDA_TEST) -DKEEL_FP32 -o $@ $< -lcublasLt $$(dev/cuda.sh rpath)
 
-build/bench_kernels: dev/bench_kernels.cu train_keel.cu train_keel_cpu.cpp keel_common.h | build
+build/bench_kernels: dev/bench_kernels.cu dev/bench.h train_keel.cu train_keel_cpu.cpp keel_common.h | build
+	@dev/cuda.sh nvcc >/dev/null
+	$$(dev/cuda.sh nvcc) $(CUDA_TEST) -o $@ $< -lcublasLt $$(dev/cuda.sh rpath)
+
+build/bench_products: dev/bench_products.cu dev/bench.h train_keel.cu keel_common.h | build
 	@dev/cuda.sh nvcc >/dev/null
 	$$(dev/cuda.sh nvcc) $(CUDA_TEST) -o $@ $< -lcublasLt $$(dev/cuda.sh rpath)
 
@@ -217,7 +226,7 @@ build:
 
 TEST_PROGRAMS = train_keel_cpu train_keel_cpu_fp64 build/test_cpu_fp32 build/test_cpu_fp64 build/test_run build/test_ranks build/test_faults build/crash_test build/crash_shim.so build/train_keel_on_cpu \
                 build/train_keel_fp32_on_cpu build/test_gpu_bf16_on_cpu build/test_gpu_fp32_on_cpu build/test_gpu_bf16_sanitized build/test_cuda_on_cpu \
-                build/bench_kernels_on_cpu build/memory_table build/train_keel_clang_on_cpu
+                build/bench_kernels_on_cpu build/bench_products_on_cpu build/memory_table build/train_keel_clang_on_cpu
 
 .PHONY: test
 test:
@@ -270,6 +279,10 @@ state_types: train_keel
 .PHONY: bench_kernels
 bench_kernels:
 	@dev/bench_kernels.sh
+
+.PHONY: bench_products
+bench_products:
+	@dev/bench_products.sh
 
 .PHONY: idle
 idle:

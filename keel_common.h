@@ -228,7 +228,7 @@ constexpr Philox philox(uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2, uin
 }
 
 // What the last counter word separates: one seed serves weights, data order and sampling, and no number twice.
-enum PhiloxStream : uint32_t { STREAM_WEIGHTS = 0, STREAM_DATA = 1, STREAM_SAMPLE = 2, STREAM_GRADIENTS = 3, STREAM_MOMENTS = 4 };
+enum PhiloxStream : uint32_t { STREAM_WEIGHTS = 0, STREAM_DATA = 1, STREAM_SAMPLE = 2, STREAM_GRADIENTS = 3, STREAM_MOMENTS = 4, STREAM_PROGRAMS = 5 };
 
 // Uniform in [0, 1) with 24 bits: exact in FP32.
 constexpr float uniform24(uint32_t word) { return float(word >> 8) * 0x1p-24f; }
@@ -541,6 +541,76 @@ void initialise_tensor(Real* out, const TensorInfo& t, size_t tensor_index, uint
 }
 
 // ----------------------------------------------------------------------------------------------------
+// --train hops:K: programs made on the fly, whose queries take 1 to K lookups to answer
+//
+//     kfk;b3b;fbf;q1q;...;?k3;?q1;?...        k is f, b is 3, f is b, q is 1; what is k?
+//
+// A program has CHAINS chains of K variables. The first of a chain is assigned a digit, each other one the variable before it, all in random
+// order. An assignment is name, what it is, and the name again. Then some variables are asked for, none twice: '?', name, and the value follows. The
+// variable at place h of its chain takes h lookups, by nothing that could be remembered: a program uses the first CHAINS * K letters and the first CHAINS
+// digits, each once, and which stands where is drawn anew. Each query after the first may be shortened by an answer before it, on the same
+// chain; they are there to be learnt from, and only the first of a program is measured.
+//
+// The loss is that of all characters, as for any text: what an assignment says cannot be foreseen, so most of it is entropy that no model
+// removes. Why the name stands twice: a lookup needs two things at once, that a value knows whose it is and that a query finds it, and neither alone
+// lowers the loss. Foreseeing the second name teaches the first. Without it ("k=f;", "?k:3;") no lookup was learnt in 1300 steps of 32 programs of one
+// hop, L = 8, C = 32, not even where only the answers counted; with it, in 300.
+struct HopPrograms {
+    static constexpr int CHAINS = 4, QUERIES = 8, MAX_HOPS = 52 / CHAINS;  // a variable is one of 52 letters
+    int hops = 0;  // K; 0: the data are files
+
+    struct Answer {
+        int position, hops;  // the answer is the target of this position, that of the name, and takes so many lookups
+    };
+
+    int queries() const { return std::min(QUERIES, CHAINS * hops); }
+    // The characters of one program, its end of line included.
+    int length() const { return 4 * (CHAINS * hops + queries()); }
+    // The accuracy at the first query without a lookup: every digit is as likely as any other.
+    static constexpr double CHANCE = 1.0 / CHAINS;
+
+    // Characters row[0..n) of sequence s: as many whole programs as fit, and ends of line. A function of (seed, s, validation) alone: training and
+    // validation draw from counters that differ in the top bit of their third word. answers gets the first of each program.
+    void sequence(uint64_t seed, uint64_t s, bool validation, int n, int* row, std::vector<Answer>* answers = nullptr) const {
+        Philox block{};
+        uint32_t drawn = 0;
+        auto below = [&](int bound) {  // uniform in [0, bound), but for a bias of bound / 2^32
+            if (drawn % 4 == 0) block = philox(seed, uint32_t(s), uint32_t(s >> 32), drawn / 4 | uint32_t(validation) << 31, STREAM_PROGRAMS);
+            return int(uint64_t(block.word[drawn++ % 4]) * uint64_t(bound) >> 32);
+        };
+        // The first `count` places of a random permutation of [0, size).
+        auto permutation = [&](int size, int count) {
+            std::vector<int> order(static_cast<size_t>(size));
+            for (int i = 0; i < size; i++) order[size_t(i)] = i;
+            for (int i = 0; i < count; i++) std::swap(order[size_t(i)], order[size_t(i + below(size - i))]);
+            return order;
+        };
+        int variables = CHAINS * hops, at = 0;  // number variable / hops is a variable's chain, variable % hops its place there
+        while (at + length() <= n) {
+            std::vector<int> letter = permutation(variables, variables), digit = permutation(CHAINS, CHAINS), asked;
+            auto name = [&](int variable) { return letter[size_t(variable)] < 26 ? 'a' + letter[size_t(variable)] : 'A' + letter[size_t(variable)] - 26; };
+            auto value = [&](int variable) { return '0' + digit[size_t(variable / hops)]; };
+            auto put = [&](std::initializer_list<int> characters) { for (int c : characters) row[at++] = c; };
+            for (int variable : permutation(variables, variables)) put({name(variable), variable % hops ? name(variable - 1) : value(variable), name(variable), ';'});
+            asked = permutation(variables, queries());
+            if (answers) answers->push_back({at + 1, asked[0] % hops + 1});
+            for (int q = 0; q < queries(); q++) put({'?', name(asked[size_t(q)]), value(asked[size_t(q)]), q + 1 < queries() ? ';' : '\n'});
+        }
+        while (at < n) row[at++] = '\n';
+    }
+
+    // "hops:8" -> 8; 0 where the word is a path.
+    static int parse(const std::string& word) {
+        if (!word.starts_with("hops:")) return 0;
+        std::string number = word.substr(5);
+        int k = !number.empty() && number.size() < 4 && number.find_first_not_of("0123456789") == std::string::npos ? atoi(number.c_str()) : 0;
+        if (k < 1 || k > MAX_HOPS)
+            fail("-i: expected hops:K with K from 1 to %d, found '%s'; a file of that name is ./%s", MAX_HOPS, word.c_str(), word.c_str());
+        return k;
+    }
+};
+
+// ----------------------------------------------------------------------------------------------------
 // Files
 //
 // Every file is a header of 256 int32, a body of reals and tokens, and the CRC-32 of all bytes before it.
@@ -586,6 +656,7 @@ enum HeaderWord {
                          // count the others
     H_SKIPPED_IN_ROW = 44,  // int64, of them the last ones without a finite step between
     H_MOMENTS_BF16 = 46, H_GRADS_BF16 = 47,  // 1: --moments bf16, --grads bf16
+    H_HOPS = 48,         // K of --train hops:K; 0: the data are files
 };
 
 struct FileHeader {
@@ -669,6 +740,8 @@ inline std::string state_fault(const FileHeader& h) {
         {H_LR, "the learning rate", MAX_RATE}, {H_WEIGHT_DECAY, "the weight decay", MAX_RATE}, {H_CLIP, "the clip", MAX_CLIP}};
     for (const auto& row : reals)
         if (double x = h.get<double>(row.word); !(x >= 0 && x <= row.most)) return format("%s must be from 0 to %g and is %g", row.name, row.most, x);
+    if (h.word[H_HOPS] < 0 || h.word[H_HOPS] > HopPrograms::MAX_HOPS)
+        return format("the hops of its data must be from 0 to %d and are %d", HopPrograms::MAX_HOPS, h.word[H_HOPS]);
     for (HeaderWord word : {H_MOMENTS_BF16, H_GRADS_BF16})
         if (h.word[word] != 0 && h.word[word] != 1) return format("word %d must be 0 or 1 and is %d", int(word), h.word[word]);
     return "";
@@ -1065,7 +1138,7 @@ private:
     }
 };
 
-// Deals the sequences of a stretch of tokens [start, start + count). An epoch cuts the stretch into n = (count-1)/T sequences
+// Deals the sequences of programs, or of a stretch of tokens [start, start + count). An epoch cuts the stretch into n = (count-1)/T sequences
 // of T inputs (targets are one further on) and shuffles them; the fewer than T tokens that do not fill a sequence are others
 // in every epoch. Sequence s is a function of (seed, s) alone: a resume needs no state of the loader, and
 // any rank can read any part of any batch.
@@ -1079,7 +1152,11 @@ public:
         while ((uint64_t(1) << (2 * half_bits)) < sequences) half_bits++;
     }
 
+    // Sequences of programs: they never end.
+    Loader(HopPrograms programs, int T, uint64_t seed, bool training) : T(size_t(T)), sequences(SIZE_MAX), seed(seed), shuffle(training), programs(programs) {}
+
     size_t sequences_per_epoch() const { return sequences; }
+    const HopPrograms& hop_programs() const { return programs; }
 
     // First token of sequence s, counted from the start of training.
     size_t position(uint64_t s) const {
@@ -1089,22 +1166,32 @@ public:
         return start + shift + size_t(permuted(i, epoch)) * T;
     }
 
+    // Where the answers of sequence s are, for programs.
+    std::vector<HopPrograms::Answer> answers(uint64_t s) const {
+        std::vector<HopPrograms::Answer> found;
+        std::vector<int> row(T + 1);
+        programs.sequence(seed, s, !shuffle, int(T + 1), row.data(), &found);
+        return found;
+    }
+
     // Sequences s .. s+B-1 as tokens (B,T) and targets (B,T).
     void batch(uint64_t s, int B, int* tokens, int* targets) const {
         std::vector<int> row(T + 1);
         for (int b = 0; b < B; b++) {
-            source->read(position(s + uint64_t(b)), T + 1, V, row.data());
+            if (programs.hops) programs.sequence(seed, s + uint64_t(b), !shuffle, int(T + 1), row.data());
+            else source->read(position(s + uint64_t(b)), T + 1, V, row.data());
             std::copy(row.begin(), row.end() - 1, tokens + size_t(b) * T);
             std::copy(row.begin() + 1, row.end(), targets + size_t(b) * T);
         }
     }
 
 private:
-    const TokenSource* source;
-    size_t start, T, sequences = 0, spare = 0;
-    int V, half_bits;
+    const TokenSource* source = nullptr;
+    size_t start = 0, T, sequences = 0, spare = 0;
+    int V = 0, half_bits = 0;
     uint64_t seed;
-    bool shuffle;
+    bool shuffle;  // training: programs of training, or files in random order
+    HopPrograms programs;
 
     // A permutation of [0, sequences) without a table: a Feistel network is a bijection of 2*half_bits bits, whatever its
     // round function; what falls outside is sent through again until it lands inside (Black and Rogaway 2002, "cycle walking").
@@ -1128,7 +1215,7 @@ private:
 
 struct Options {
     std::vector<std::string> train, val;  // default: the trainer's own sources; their last tenth
-    std::string out, init, prompt = "\n", dump, check, recompute = "auto";
+    std::string out, init, prompt = "\n", dump, check, ablate, recompute = "auto";
     std::string norm = "keel", tune, moments = "fp32", grads = "fp32";
     int64_t layers = 64, channels = 0, heads = 0, seq_len = 0, batch = 0, total_batch = 0, warmup = 0, steps = 400;
     double alpha = 0, lr = 0, weight_decay = 0.01, clip = 1.0;
@@ -1148,7 +1235,7 @@ struct Flag {
 };
 
 inline const Flag flags[] = {
-    {"-i", "--train", "PATH|GLOB", "own sources", "training data: text (a byte is a token) or llm.c .bin shards", &Options::train},
+    {"-i", "--train", "PATH|GLOB", "own sources", "training data: text (a byte is a token), llm.c .bin shards, or hops:K, programs without end", &Options::train},
     {"-j", "--val", "PATH|GLOB", "last tenth", "validation data; by default the last tenth of -i, never trained on", &Options::val},
     {"-o", "--out", "DIR", "none", "folder for log.csv and checkpoints; without it nothing is written", &Options::out},
     {"-e", "--init", "FILE", "none", "start from this model file; with --prompt and no -i, -o or -x, only sample from it", &Options::init},
@@ -1183,7 +1270,8 @@ inline const Flag flags[] = {
     {"", "--prompt", "TEXT", "a newline", "what samples start with; for V other than 256, token ids such as 15496,995", &Options::prompt},
     {"", "--temperature", "X", "0.8", "of the samples; 0: always the likeliest token", &Options::temperature, 0, 1e9},
     {"", "--top-k", "N", "40", "sample from the N likeliest tokens; 0: from all", &Options::top_k, 0, MAX_V},
-    {"", "--probe", "N", "0", "every N steps, a row a sub-layer in probe.csv: rms, shortcut gain, gradient and update norms", &Options::probe, 0},
+    {"", "--probe", "N", "0", "every N steps, rms, shortcut gains and gradients of each sub-layer in probe.csv, norms of each tensor in probe_weights.csv", &Options::probe, 0},
+    {"", "--ablate", "l|all", "none", "only evaluate -e with sub-layer l, or each in turn, removed: ablate.csv in -o, or printed", &Options::ablate},
     {"", "--dump", "FILE", "none", "write a debug state of one forward and backward pass, and stop", &Options::dump},
     {"", "--check", "FILE", "none", "compare a debug state with this build, tensor by tensor, and stop", &Options::check},
     {"-h", "--help", "", "", "this list", &Options::help},
@@ -1263,6 +1351,12 @@ inline Options parse_command_line(int argc, const char* const* argv) {
     if (o.probe > 0 && o.out.empty()) fail("--probe: expected a folder for probe.csv, found none; add -o DIR");
     if (!o.dump.empty() && (o.resume || o.probe > 0))
         fail("--dump: trains nothing, and %s asks for a run; leave it out, and dump a saved model with -e", o.resume ? "-y" : "--probe");
+    if (!o.ablate.empty()) {
+        if (o.init.empty()) fail("--ablate: expected a model with -e, found none; add -e FILE");
+        for (const char* other : {"--resume", "--probe", "--dump", "--check", "--prompt", "--steps"})
+            if (o.has(other)) fail("--ablate: evaluates and trains nothing, and %s asks for something else; give one of the two", other);
+        if (o.ablate != "all") parse_integer("--ablate", o.ablate, 0, MAX_L - 1);
+    }
     if (!o.dump.empty() && !o.check.empty()) fail("--dump and --check: expected one of the two, found both");
     for (auto [flag, type] : {std::pair{"--moments", o.moments}, {"--grads", o.grads}})
         if (type != "fp32" && type != "bf16") fail("%s: expected fp32 or bf16, found '%s'", flag, type.c_str());
@@ -1397,12 +1491,19 @@ inline TokenSource open_training_data(const Options& o) {
     return source;
 }
 
-// Training and validation data: two sources, or one that is cut at nine tenths.
+// Training and validation data: programs, two sources, or one source that is cut at nine tenths.
 struct DataSplit {
+    HopPrograms programs;
     TokenSource train, val;
-    size_t train_count = 0, val_start = 0, val_count = 0;
+    size_t train_count = 0, val_start = 0, val_count = 0;  // 0 for programs
 
-    explicit DataSplit(const Options& o) : train(open_training_data(o)) {
+    explicit DataSplit(const Options& o) : programs{o.train.size() == 1 ? HopPrograms::parse(o.train[0]) : 0} {
+        if (programs.hops) {
+            if (!o.val.empty()) fail("-j: expected none with -i %s, whose validation programs are its own, found '%s'; leave it out", o.train[0].c_str(), o.val[0].c_str());
+            train.pattern = o.train[0];
+            return;
+        }
+        train = open_training_data(o);
         if (o.val.empty()) {
             val = train;
             val_start = train_count = train.count - train.count / 10;
@@ -1416,9 +1517,17 @@ struct DataSplit {
         train_count = train.count, val_count = val.count;
     }
     int natural_vocabulary() const { return train.shards ? GPT2_VOCABULARY : 256; }
+    int natural_seq_len() const { return programs.hops ? programs.length() - 1 : 0; }  // 0: any
+
+    Loader loader(const RunConfig& run, bool training) const {
+        if (programs.hops) return Loader(programs, run.T, run.seed, training);
+        return training ? Loader(train, 0, train_count, run.T, run.model.V, run.seed, true) : Loader(val, val_start, val_count, run.T, run.model.V, run.seed, false);
+    }
 
     // Every token against V, before anything is written; beyond 2^27 tokens (seconds of reading), as they are read.
     void check_tokens(int V) const {
+        if (programs.hops && V <= 'z') fail("-i: expected a model of V above %d for %s, found V = %d; use another model", int('z'), train.pattern.c_str(), V);
+        if (programs.hops) return;
         for (const TokenSource* source : {&train, &val}) {
             if (!source->shards && V >= 256) continue;
             std::vector<int> chunk(1 << 16);
@@ -1430,12 +1539,13 @@ struct DataSplit {
 
     // Nats a token: the loss of a model that knows of the training data how frequent each token is, and nothing more. From its first 2^22.
     double unigram_entropy(int V) const {
-        size_t n = std::min(train_count, size_t(1) << 22);
+        size_t n = programs.hops ? size_t(1) << 18 : std::min(train_count, size_t(1) << 22);
         std::vector<size_t> counts(static_cast<size_t>(V));
         std::vector<int> chunk(1 << 16);
         for (size_t at = 0; at < n; at += chunk.size()) {
             size_t m = std::min(chunk.size(), n - at);
-            train.read(at, m, V, chunk.data());
+            if (programs.hops) programs.sequence(0, at, false, int(m), chunk.data());
+            else train.read(at, m, V, chunk.data());
             for (size_t i = 0; i < m; i++) counts[size_t(chunk[i])]++;
         }
         double sum = 0;
@@ -1444,13 +1554,16 @@ struct DataSplit {
         return sum / double(n);
     }
     void check_lengths(const RunConfig& run) const {
+        if (programs.hops && run.T < natural_seq_len())
+            fail("-t: expected at least %d, a whole program of -i %s, found %d; give a larger -t or fewer hops", natural_seq_len(), train.pattern.c_str(), run.T);
+        if (programs.hops) return;
         size_t need = size_t(run.total_batch) + 1;
         if ((train_count - 1) / size_t(run.T) < size_t(run.batch_sequences()))
             fail("-i: expected at least %zu tokens to train on, one batch of -d %lld and a target, found %zu; give more data or a smaller -d",
                  need, (long long)run.total_batch, train_count);
     }
     void check_validation(const RunConfig& run) const {
-        if (val_count < size_t(run.T) + 1)
+        if (!programs.hops && val_count < size_t(run.T) + 1)
             fail("-j: expected at least T + 1 = %d tokens to validate on, found %zu; give more data, a smaller -t, or -v 0",
                  run.T + 1, val_count);
     }
@@ -1460,8 +1573,9 @@ struct DataSplit {
 // What a run is: flags over the file it starts from, over the defaults of -L
 
 // init: header of the model file of -e or of the state that -y goes on from, or null.
-// V: the data's vocabulary, or 0 where there is no data (sampling alone). ranks, rank: as in RunConfig.
-inline RunConfig resolve_run(const Options& o, const FileHeader* init, int V, int ranks = 0, int rank = 0) {
+// V: the data's vocabulary, or 0 where there is no data (sampling alone). data_T: the sequence length that the data asks for, or 0. ranks, rank: as in
+// RunConfig.
+inline RunConfig resolve_run(const Options& o, const FileHeader* init, int V, int data_T = 0, int ranks = 0, int rank = 0) {
     RunConfig run;
     run.ranks = ranks, run.rank = rank, run.zero = int(o.zero);
     ModelConfig& m = run.model;
@@ -1488,7 +1602,7 @@ inline RunConfig resolve_run(const Options& o, const FileHeader* init, int V, in
         m.C = o.channels ? int(o.channels) : default_channels(m.L);
         m.H = o.heads ? int(o.heads) : default_heads(m.C);
         if (m.C % m.H) fail("-H: expected a divisor of C = %d, found %d", m.C, m.H);
-        m.max_seq_len = o.seq_len ? int(o.seq_len) : default_seq_len(m.C);
+        m.max_seq_len = o.seq_len ? int(o.seq_len) : data_T ? data_T : default_seq_len(m.C);
         m.V = V;
         const PlacementRow& row = placements[m.norm];
         if (o.has("--alpha") && !row.alpha) fail("-a: %s has no alpha; leave it out or use --norm keel", row.name);
@@ -1545,6 +1659,7 @@ inline FileHeader state_header(RealType type, bool branch_bf16, const RunConfig&
     h.set(H_SKIPPED, run.skipped), h.set(H_SKIPPED_IN_ROW, run.skipped_in_row);
     h.word[H_MOMENTS_BF16] = run.types.moments_bf16, h.word[H_GRADS_BF16] = run.types.grads_bf16;
     h.word[H_RANKS] = std::max(1, run.ranks), h.word[H_RANK] = run.rank;
+    h.word[H_HOPS] = data.programs.hops;
     return h;
 }
 
@@ -1948,7 +2063,7 @@ private:
 };
 
 // ----------------------------------------------------------------------------------------------------
-// The output folder: model_00001000.bin, state_00001000_00000.bin, log.csv, probe.csv
+// The output folder: model_00001000.bin, state_00001000_00000.bin, log.csv, probe.csv, probe_weights.csv, hops.csv, ablate.csv
 
 inline std::string model_path(const std::string& folder, int64_t step) {
     return format("%s/model_%08lld.bin", folder.c_str(), (long long)step);
@@ -2452,11 +2567,13 @@ inline bool print_check_table(const std::vector<CheckRow>& rows) {
 //         void store(int section, const Stretch& stretch, size_t first, size_t n, const Real* values);
 //         void stored();
 //
-//         double evaluate(const int* tokens, const int* targets, int b);              // sum of the losses of b <= B sequences, (b,T)
+//         // Sum of the losses of b <= B sequences, (b,T). predictions, if given, gets the likeliest token after each, (b,T); of equals the lower.
+//         double evaluate(const int* tokens, const int* targets, int b, int* predictions = nullptr);
+//         void ablate(int l);                         // evaluate leaves out the branch of sub-layer l: F_l = 0, z_l = alpha_l x_l; -1: none
 //         // One step: start gives it to the trainer, finish waits for the oldest one started and not yet finished. Steps come in order, and what
 //         // comes between two of them finds none in flight. probe: null where the step is not probed. flags: RankFlags of this rank. Of several
 //         // ranks, finish throws a DataError on all where one's data could not be read.
-//         void start(const Loader& data, int64_t step, CsvLog* probe, unsigned flags);  // step 1, 2, ...
+//         void start(const Loader& data, int64_t step, ProbeLog* probe, unsigned flags);  // step 1, 2, ...
 //         StepResult finish();
 //         void debug_pass(DebugState<Real>& s, int B, int T);                         // s.tokens, s.targets given; fills the rest
 //         double matrix_rate();                       // operations a second of a large matrix product, measured
@@ -2565,52 +2682,113 @@ private:
 };
 
 // ----------------------------------------------------------------------------------------------------
-// The probe: probe.csv, a row for each sub-layer of a probed step
+// The probe: of a probed step, a row for each sub-layer in probe.csv and one for each parameter tensor in probe_weights.csv
+//
+// Without its branch, sub-layer l is the map x_l -> RMSNorm(alpha x_l + F; gamma) with F held fixed. Its Jacobian at one row is
+//
+//     diag(gamma_l) (alpha_l / rms(z_l)) (I - zh zh^T / C),   zh = z_l / rms(z_l)
+//
+// The last factor takes away the one direction of C that would only change z's length; what is left is the diagonal matrix whose entries
+// alpha gamma / rms(z) the paper's eq. 14-19 estimate, with rms(z) = sqrt(alpha^2 + 1). Here rms(z) is each row's own and gamma each channel's own:
+//
+//     shortcut_gain         mean over rows of ||A_l||_F / sqrt(C),              A_l = diag(alpha_l gamma_l / rms(z_l)), alpha_l I without an outer norm
+//     shortcut_gain_to_top  mean over rows of ||A_{L-1} ... A_l||_F / sqrt(C)
+//
+// The product is taken row by row and channel by channel, and averaged after: the product of the averages is another number. A product of diagonal
+// matrices with entries a_i g_c has the norm |prod a_i| ||prod g_c||, so that rows and channels are multiplied up apart.
 
 // Of one sub-layer, summed over the micro-batches of a step.
 struct SublayerProbe {
-    double x = 0, f = 0, z = 0;    // sums of squares of x_l, F(u_l) and z_l
-    double shortcut = 0;           // sum over rows of alpha / rms(z), the norm's part of the shortcut's gain
-    double dx = 0, df = 0;         // sums of squares of dL/dx_l and dL/dF_l
-    // once a step, after the update
-    double gamma_rms = 1;          // of gamma_out; 1 where there is none
-    double gradient = 0;           // sum of squares of the gradients of its parameters, before they are clipped
-    double update = 0;             // sum of squares of what the step added to them
+    double x = 0, f = 0, z = 0;                // sums of squares of x_l, F(u_l) and z_l
+    double shortcut = 0, shortcut_to_top = 0;  // sums over rows of alpha_l / rms(z_l), and of its product over the sub-layers from l on
+    double dx = 0, df = 0;                     // sums of squares of dL/dx_l and dL/dF_l
 };
 
-// The sums of all ranks, each of its sequences and of the parameters that it owns, from all (ranks, L), in rank order.
-inline void add_rank_probes(std::vector<SublayerProbe>& probe, const std::vector<SublayerProbe>& all) {
-    size_t L = probe.size();
-    for (size_t l = 0; l < L; l++) {
-        SublayerProbe sum = {};
-        sum.gamma_rms = probe[l].gamma_rms;  // of parameters, which all have
-        for (size_t r = 0; r < all.size() / L; r++)
-            for (auto part : {&SublayerProbe::x, &SublayerProbe::f, &SublayerProbe::z, &SublayerProbe::shortcut, &SublayerProbe::dx,
-                                                 &SublayerProbe::df, &SublayerProbe::gradient, &SublayerProbe::update})
-                sum.*part += all[r * L + l].*part;
-        probe[l] = sum;
-    }
-}
+struct StepProbe {
+    std::vector<SublayerProbe> sublayers;             // (L)
+    std::vector<double> gamma, gamma_to_top;          // (L) rms over channels of gamma_out_l, and of its product over the sub-layers from l on
+    std::vector<double> weights, gradients, updates;  // sums of squares of each tensor: before the update, before the clip, of what the update adds
 
-inline constexpr const char* PROBE_COLUMNS =
-    "step,sublayer,kind,rms_x,rms_f,rms_z,shortcut_gain,shortcut_gain_to_top,dx_norm,df_norm,grad_norm,update_norm";
+    explicit StepProbe(const ModelConfig& c) : sublayers(size_t(c.L)) {}
 
-// rms over rows and channels; the shortcut's own gain alpha gamma / rms(z) and its product from here to the top; norms of gradients
-// and updates. The gain takes the mean over rows of alpha / rms(z) and the rms of gamma.
-inline void write_probe(CsvLog& csv, const RunConfig& run, int64_t step, const std::vector<SublayerProbe>& probe) {
-    int L = run.model.L;
-    double rows = double(run.total_batch), elements = rows * run.model.C, to_top = 1;
-    std::vector<double> gain(static_cast<size_t>(L)), product_to_top(static_cast<size_t>(L));
-    for (int l = L - 1; l >= 0; l--) {
-        gain[size_t(l)] = probe[size_t(l)].gamma_rms * probe[size_t(l)].shortcut / rows;
-        product_to_top[size_t(l)] = to_top *= gain[size_t(l)];
+    // Of one micro-batch. r: 1 / rms(z_l) of each row, (L,rows); not read where no norm follows.
+    template <class Real>
+    void add_shortcuts(const ModelConfig& c, const Real* r, size_t rows) {
+        std::vector<double> to_top(rows, 1.0);
+        for (int l = c.L - 1; l >= 0; l--) {
+            SublayerNorm norm = c.sublayer(l);
+            double sum = 0, sum_to_top = 0;
+            for (size_t i = 0; i < rows; i++) {
+                double gain = double(norm.alpha) * (norm.norm_out ? double(r[size_t(l) * rows + i]) : 1);
+                to_top[i] *= gain, sum += gain, sum_to_top += to_top[i];
+            }
+            sublayers[size_t(l)].shortcut += sum, sublayers[size_t(l)].shortcut_to_top += sum_to_top;
+        }
     }
-    for (int l = 0; l < L; l++) {
-        const SublayerProbe& p = probe[size_t(l)];
-        csv.row(format("%lld,%d,%s,%.6g,%.6g,%.6g,%.6g,%.6g,%.6g,%.6g,%.6g,%.6g", (long long)step, l, is_attention(l) ? "attention" : "feed-forward",
-                       std::sqrt(p.x / elements), std::sqrt(p.f / elements), std::sqrt(p.z / elements), gain[size_t(l)],
-                       product_to_top[size_t(l)], std::sqrt(p.dx), std::sqrt(p.df), std::sqrt(p.gradient), std::sqrt(p.update)));
+
+    // The sums of several ranks, each of its sequences and, of gradients and updates, of the parameters that it owns; in rank order.
+    // gather(mine, all, bytes) gives each rank what all have.
+    template <class Gather>
+    void add_ranks(int ranks, Gather gather) {
+        std::vector<double> mine(sublayers.size() * sizeof(SublayerProbe) / sizeof(double) + gradients.size() + updates.size());
+        auto exchange = [&](auto copy) {  // copy(values, where they are in a rank's row, elements)
+            size_t at = 0, n = sublayers.size() * sizeof(SublayerProbe) / sizeof(double);
+            copy(reinterpret_cast<double*>(sublayers.data()), at, n), at += n;
+            copy(gradients.data(), at, gradients.size()), at += gradients.size();
+            copy(updates.data(), at, updates.size());
+        };
+        exchange([&](double* values, size_t at, size_t n) { std::copy_n(values, n, mine.data() + at); });
+        std::vector<double> all(mine.size() * size_t(ranks));
+        gather(mine.data(), all.data(), mine.size() * sizeof(double));
+        exchange([&](double* values, size_t at, size_t n) {
+            for (size_t i = 0; i < n; i++) {
+                values[i] = 0;
+                for (int r = 0; r < ranks; r++) values[i] += all[size_t(r) * mine.size() + at + i];
+            }
+        });
     }
+
+    // gamma_of(l): gamma_out_l (C) as the forward pass read it, null where there is none.
+    template <class GammaOf>
+    void set_gains(const ModelConfig& c, GammaOf gamma_of) {
+        std::vector<double> product(size_t(c.C), 1.0);
+        gamma.assign(size_t(c.L), 1), gamma_to_top.assign(size_t(c.L), 1);
+        for (int l = c.L - 1; l >= 0; l--) {
+            double sum = 0, sum_to_top = 0;
+            const auto* g = gamma_of(l);
+            for (size_t k = 0; k < product.size(); k++) {
+                double gain = g ? double(g[k]) : 1;
+                product[k] *= gain, sum += gain * gain, sum_to_top += product[k] * product[k];
+            }
+            gamma[size_t(l)] = std::sqrt(sum / c.C), gamma_to_top[size_t(l)] = std::sqrt(sum_to_top / c.C);
+        }
+    }
+};
+
+struct ProbeLog {
+    ProbeLog() = default;  // drops its rows: of the ranks that have no files
+    static constexpr const char* COLUMNS = "step,sublayer,kind,rms_x,rms_f,rms_z,shortcut_gain,shortcut_gain_to_top,dx_norm,df_norm,grad_norm,update_norm";
+    static constexpr const char* WEIGHT_COLUMNS = "step,sublayer,tensor,weight_norm,grad_norm,update_norm";  // sublayer -1: outside the blocks
+    CsvLog sublayers, weights;
+    ProbeLog(const std::string& folder, int64_t resume_step)
+        : sublayers(folder + "/probe.csv", COLUMNS, resume_step), weights(folder + "/probe_weights.csv", WEIGHT_COLUMNS, resume_step) {}
+};
+
+// rms over rows and channels, norms over all elements; grad_norm and update_norm of a sub-layer over all its tensors.
+inline void write_probe(ProbeLog& log, const RunConfig& run, const ParameterLayout& layout, int64_t step, const StepProbe& probe) {
+    double rows = double(run.total_batch), elements = rows * run.model.C;
+    std::vector<double> gradients(size_t(run.model.L)), updates(gradients.size());
+    for (size_t i = 0; i < layout.tensors.size(); i++)
+        if (int l = layout.tensors[i].layer; l >= 0) gradients[size_t(l)] += probe.gradients[i], updates[size_t(l)] += probe.updates[i];
+    for (size_t l = 0; l < gradients.size(); l++) {
+        const SublayerProbe& p = probe.sublayers[l];
+        log.sublayers.row(format("%lld,%zu,%s,%.6g,%.6g,%.6g,%.6g,%.6g,%.6g,%.6g,%.6g,%.6g", (long long)step, l, is_attention(int(l)) ? "attention" : "feed-forward",
+                                 std::sqrt(p.x / elements), std::sqrt(p.f / elements), std::sqrt(p.z / elements), probe.gamma[l] * p.shortcut / rows,
+                                 probe.gamma_to_top[l] * p.shortcut_to_top / rows, std::sqrt(p.dx), std::sqrt(p.df), std::sqrt(gradients[l]), std::sqrt(updates[l])));
+    }
+    for (size_t i = 0; i < layout.tensors.size(); i++)
+        log.weights.row(format("%lld,%d,%s,%.6g,%.6g,%.6g", (long long)step, layout.tensors[i].layer, tensor_rows[layout.tensors[i].id].name,
+                               std::sqrt(probe.weights[i]), std::sqrt(probe.gradients[i]), std::sqrt(probe.updates[i])));
 }
 
 // ----------------------------------------------------------------------------------------------------
@@ -2924,6 +3102,28 @@ private:
     }
 };
 
+// For programs: how many queries of each number of lookups there were, and how many were answered right. Index 0 is for all together.
+struct HopAccuracy {
+    std::vector<int64_t> count, right;
+    explicit HopAccuracy(int hops) : count(size_t(hops) + 1), right(count.size()) {}
+
+    void add(const HopPrograms::Answer& answer, bool is_right) {
+        for (int h : {0, answer.hops}) count[size_t(h)]++, right[size_t(h)] += is_right;
+    }
+    double accuracy(size_t h) const { return count[h] ? double(right[h]) / double(count[h]) : NAN; }
+
+    void print() const {
+        printf("hops       ");
+        for (size_t h = 1; h < count.size(); h++) printf("| %zu: %.1f %% ", h, 100 * accuracy(h));
+        printf("| all: %.1f %% of %lld | by chance %.1f %%\n", 100 * accuracy(0), (long long)count[0], 100 * HopPrograms::CHANCE);
+    }
+    static constexpr const char* COLUMNS = "step,hops,accuracy,count";
+    void write(CsvLog& csv, int64_t step) const {
+        for (size_t h = 1; h < count.size(); h++)
+            csv.row(format("%lld,%zu,%.6g,%lld", (long long)step, h, count[h] ? accuracy(h) : 0, (long long)count[h]));
+    }
+};
+
 // From the process's start to the end of the first step, and where the time went.
 class StartClock {
 public:
@@ -2948,15 +3148,22 @@ private:
 
 // The mean loss over the first -m batches of the validation data, in order. Micro-batches go around the ranks.
 template <class Trainer>
-double validate(Trainer& trainer, const Loader& loader, const RunConfig& run, const Ranks& ranks = {}) {
+double validate(Trainer& trainer, const Loader& loader, const RunConfig& run, const Ranks& ranks = {}, HopAccuracy* hops = nullptr) {
     size_t sequences = std::min(size_t(run.val_batches) * size_t(run.batch_sequences()), loader.sequences_per_epoch());
-    std::vector<int> tokens(size_t(run.B) * size_t(run.T)), targets(tokens.size());
+    std::vector<int> tokens(size_t(run.B) * size_t(run.T)), targets(tokens.size()), predictions(hops ? tokens.size() : 0);
     double sum = 0;
     for (size_t s = size_t(ranks.rank()) * size_t(run.B); s < sequences; s += size_t(ranks.count()) * size_t(run.B)) {
         int b = int(std::min(size_t(run.B), sequences - s));
         loader.batch(s, b, tokens.data(), targets.data());
-        sum += trainer.evaluate(tokens.data(), targets.data(), b);
+        sum += trainer.evaluate(tokens.data(), targets.data(), b, hops ? predictions.data() : nullptr);
+        for (int i = 0; hops && i < b; i++)
+            for (const HopPrograms::Answer& answer : loader.answers(s + uint64_t(i))) {
+                size_t at = size_t(i) * size_t(run.T) + size_t(answer.position);
+                hops->add(answer, predictions[at] == targets[at]);
+            }
     }
+    for (std::vector<int64_t>* counts : {hops ? &hops->count : nullptr, hops ? &hops->right : nullptr})
+        for (size_t h = 0; counts && h < counts->size(); h++) (*counts)[h] = int64_t(ranks.sum(double((*counts)[h])));
     return ranks.sum(sum) / (double(sequences) * run.T);
 }
 
@@ -2969,8 +3176,12 @@ inline void print_run(const RunConfig& run, const ParameterLayout& layout, const
     if (placements[m.norm].alpha) printf(", alpha %g", double(m.alpha));
     printf("; %s parameters; %s\n", count_text(double(layout.count)).c_str(), placements[m.norm].source);
     if (!data) return;
-    printf("data       %s: %s tokens to train on, %s to validate on\n", data->train.pattern.c_str(),
-           count_text(double(data->train_count)).c_str(), count_text(double(data->val_count)).c_str());
+    if (const HopPrograms& p = data->programs; p.hops)
+        printf("data       %s: programs without end, %d variables in %d chains, %d queries of 1 to %d lookups; %d whole ones of %d characters a sequence\n",
+               data->train.pattern.c_str(), p.CHAINS * p.hops, p.CHAINS, p.queries(), p.hops, (run.T + 1) / p.length(), p.length());
+    else
+        printf("data       %s: %s tokens to train on, %s to validate on\n", data->train.pattern.c_str(),
+               count_text(double(data->train_count)).c_str(), count_text(double(data->val_count)).c_str());
     if (run.ranks > 0) printf("ranks      %d, -z %d\n", run.ranks, run.zero);
     printf("training   %lld steps of %lld tokens (%s%d x %d x %d), peak LR %g, warm-up %lld, weight decay %g, clip %g, seed %llu\n",
            (long long)run.steps, (long long)run.total_batch, run.ranks > 1 ? format("%d x ", run.ranks).c_str() : "", run.accumulation(), run.B, run.T, run.lr, (long long)run.warmup,
@@ -3012,6 +3223,32 @@ int run_sampling(const Options& o, FileReader& file) {
     file.finish();
     print_run(run, trainer.layout(), nullptr);
     print_sample(trainer, o, run.T, run.seed, file.header.get<int64_t>(H_STEP));
+    return 0;
+}
+
+// --ablate: the validation loss with the branch of one sub-layer removed, F_l = 0 and so z_l = alpha_l x_l before its norm; for one, or each in turn.
+template <class Trainer>
+int run_ablation(const Options& o, Trainer& trainer, const Loader& val) {
+    const RunConfig& run = trainer.run;
+    std::unique_ptr<CsvLog> csv;
+    const char* columns = "sublayer,kind,val_loss,perplexity,perplexity_lost";
+    if (!o.out.empty()) {
+        create_output_folder(o.out);
+        csv = std::make_unique<CsvLog>(o.out + "/ablate.csv", columns, -1);
+    }
+    printf("%s\n", columns);
+    double whole = 0;
+    auto evaluate = [&](int l, const char* kind) {
+        trainer.ablate(l);
+        double loss = validate(trainer, val, run), perplexity = std::exp(loss);
+        if (l < 0) whole = perplexity;
+        std::string row = format("%d,%s,%s,%s,%s", l, kind, number_text(loss).c_str(), number_text(perplexity).c_str(), number_text(perplexity - whole).c_str());
+        printf("%s\n", row.c_str());
+        if (csv) csv->row(row);
+    };
+    evaluate(-1, "whole model");
+    int first = o.ablate == "all" ? 0 : atoi(o.ablate.c_str()), last = o.ablate == "all" ? run.model.L - 1 : first;
+    for (int l = first; l <= last; l++) evaluate(l, is_attention(l) ? "attention" : "feed-forward");
     return 0;
 }
 
@@ -3084,7 +3321,8 @@ int run_trainer(int argc, const char* const* argv, RankSession<Trainer>& session
     if (o.zero > 0 && !ranks) fail("-z: expected 0, found %d; this run has one rank, and ZeRO shards over several", int(o.zero));
     if (ranks && o.probe > 0 && !Trainer::probes_ranks)
         fail("--probe: expected a run started alone, found one started by %s; leave it out, or use train_keel_cpu", session.launch.launcher.c_str());
-    if (ranks.count() > 1 && (!o.check.empty() || !o.dump.empty())) fail("--dump and --check: expected one rank, found %d; start one", ranks.count());
+    bool alone = !o.check.empty() || !o.dump.empty() || !o.ablate.empty();  // what one rank does
+    if (ranks.count() > 1 && alone) fail("--dump, --check and --ablate: expected one rank, found %d; start one", ranks.count());
     clock.mark("device");
     if (!o.check.empty()) return check_debug_state<Trainer>(o);
     if (!o.dump.empty()) check_dump_target(o.dump);
@@ -3093,7 +3331,7 @@ int run_trainer(int argc, const char* const* argv, RankSession<Trainer>& session
     StateFiles resume_from;
     FolderLock lock;
     if (!o.out.empty() && o.dump.empty()) {
-        if (first_rank) check_output_folder(o.out, o.resume);
+        if (first_rank) check_output_folder(o.out, o.resume || !o.ablate.empty());  // the model of an ablation may be in it
         if (first_rank && std::filesystem::is_directory(o.out)) lock = FolderLock(o.out);
         if (o.resume) resume_from = newest_states(o.out, ranks);
         if (first_rank && o.resume && !resume_from) check_fresh_resume(o.out);
@@ -3107,12 +3345,17 @@ int run_trainer(int argc, const char* const* argv, RankSession<Trainer>& session
     }
     if (resume_from) check_same_build(init->header, real_type<Real>, Trainer::branch_bf16);
     DataSplit data(o);
-    RunConfig run = resolve_run(o, init ? &init->header : nullptr, data.natural_vocabulary(), o.dump.empty() && ranks ? ranks.count() : 0, ranks.rank());
+    if (resume_from && init->header.word[H_HOPS] != data.programs.hops) {
+        auto kind = [](int hops) { return hops ? format("hops:%d", hops) : std::string("files"); };
+        fail("-i: expected %s as in the checkpoint, found %s; give the same data", kind(init->header.word[H_HOPS]).c_str(), kind(data.programs.hops).c_str());
+    }
+    RunConfig run = resolve_run(o, init ? &init->header : nullptr, data.natural_vocabulary(), data.natural_seq_len(), !alone && ranks ? ranks.count() : 0, ranks.rank());
     const ModelConfig& config = run.model;
     Trainer::check_model(config);
     if (Trainer::on_host && (run.types.moments_bf16 || run.types.grads_bf16))
         fail("-y: expected a checkpoint with FP32 moments and gradients, found BF16 ones; resume with train_keel_fp32, or start from its model by -e");
-    data.check_lengths(run);
+    if (!o.ablate.empty() && o.ablate != "all") parse_integer("--ablate", o.ablate, 0, config.L - 1);
+    if (o.ablate.empty() || data.programs.hops) data.check_lengths(run);
     // Every token is looked at beside what the device does until the first step; the answer is waited for before anything is written.
     auto look_at_tokens = [&data, V = config.V] {
         data.check_tokens(V);
@@ -3124,7 +3367,7 @@ int run_trainer(int argc, const char* const* argv, RankSession<Trainer>& session
     } catch (const std::system_error&) {  // no more threads
         unigram_entropy = std::async(std::launch::deferred, look_at_tokens);
     }
-    if (run.val_every > 0 && o.dump.empty()) data.check_validation(run);
+    if ((run.val_every > 0 || !o.ablate.empty()) && o.dump.empty()) data.check_validation(run);
     if (resume_from && size_t(init->header.get<int64_t>(H_TRAIN_TOKENS)) != data.train_count)
         fail("-i: expected the %lld training tokens of the checkpoint, found %zu; give the same data",
              (long long)init->header.get<int64_t>(H_TRAIN_TOKENS), data.train_count);
@@ -3148,7 +3391,7 @@ int run_trainer(int argc, const char* const* argv, RankSession<Trainer>& session
     if (!o.dump.empty()) require_memory(debug_state_bytes<Real>(config, run.B, run.T), available_memory(), "a smaller -b, -t or -L");
     std::vector<MemoryRow> memory = Trainer::memory_rows(run);
     memory.push_back(beside);
-    bool checkpoints_wanted = !o.out.empty() && o.dump.empty() && o.checkpoint_every > 0, background = false;
+    bool checkpoints_wanted = !o.out.empty() && o.dump.empty() && o.ablate.empty() && o.checkpoint_every > 0, background = false;
     if (std::string fault = checkpoints_wanted ? space_fault(o.out, checkpoint_bytes(config, real_type<Real>)) : ""; !fault.empty()) fail("%s", fault.c_str());
     size_t snapshot_bytes = CheckpointWriter<Trainer>::snapshot_count(ParameterLayout(config, run.ranks), ranks) * sizeof(Real), host_left = ::available_memory();
     if (checkpoints_wanted) {
@@ -3197,8 +3440,8 @@ int run_trainer(int argc, const char* const* argv, RankSession<Trainer>& session
     double data_entropy = unigram_entropy.get();
     clock.mark("tokens");
 
-    Loader train(data.train, 0, data.train_count, run.T, config.V, run.seed, true);
-    Loader val(data.val, data.val_start, data.val_count, run.T, config.V, run.seed, false);
+    Loader train = data.loader(run, true), val = data.loader(run, false);
+    if (!o.ablate.empty()) return run_ablation(o, trainer, val);
 
     if (!o.dump.empty()) {
         DebugState<Real> debug;
@@ -3215,7 +3458,8 @@ int run_trainer(int argc, const char* const* argv, RankSession<Trainer>& session
     if (resume_from)
         read_csv_rows(o.out + "/log.csv", step, [&](int64_t row_step, const std::string& line) { divergence.add(row_step, atof(line.c_str() + std::min(line.size(), line.find(',') + 1))); });
 
-    std::unique_ptr<CsvLog> log, probe_log;
+    std::unique_ptr<CsvLog> log, hops_log;
+    std::unique_ptr<ProbeLog> probe_log;
     if (!o.out.empty() && first_rank) {
         create_output_folder(o.out);
         if (!lock) {  // the folder is new, or was a moment ago
@@ -3226,9 +3470,10 @@ int run_trainer(int argc, const char* const* argv, RankSession<Trainer>& session
         remove_incomplete_states(o.out, step);
         int64_t kept = resume_from ? step : -1;
         log = std::make_unique<CsvLog>(o.out + "/log.csv", "step,loss,val_loss,lr,grad_norm,ms,tokens_per_second,mfu", kept);
-        if (o.probe > 0) probe_log = std::make_unique<CsvLog>(o.out + "/probe.csv", PROBE_COLUMNS, kept);
+        if (o.probe > 0) probe_log = std::make_unique<ProbeLog>(o.out, kept);
+        if (data.programs.hops) hops_log = std::make_unique<CsvLog>(o.out + "/hops.csv", HopAccuracy::COLUMNS, kept);
     } else if (o.probe > 0) {
-        probe_log = std::make_unique<CsvLog>();
+        probe_log = std::make_unique<ProbeLog>();
     }
     // A run that was killed between a checkpoint's two files has the state, and the model is in it.
     ranks.barrier();  // the folder is there
@@ -3237,8 +3482,9 @@ int run_trainer(int argc, const char* const* argv, RankSession<Trainer>& session
     std::unique_ptr<CheckpointWriter<Trainer>> checkpoints;
     if (checkpoints_wanted) {
         std::vector<CsvLog*> logs;
-        for (CsvLog* csv : {log.get(), probe_log.get()})
-            if (csv && first_rank) logs.push_back(csv);
+        if (first_rank) logs.push_back(log.get());
+        if (first_rank && probe_log) logs.push_back(&probe_log->sublayers), logs.push_back(&probe_log->weights);
+        if (hops_log) logs.push_back(hops_log.get());
         checkpoints = std::make_unique<CheckpointWriter<Trainer>>(trainer, data, o.out, o.keep, background, logs, ranks);
         bool no_model = resume_from && first_rank && !std::filesystem::exists(model_path(o.out, step));
         if (ranks && !ranks.all(!no_model)) checkpoints->write_model(step);
@@ -3259,8 +3505,11 @@ int run_trainer(int argc, const char* const* argv, RankSession<Trainer>& session
     auto validation_due = [&]() -> std::string {  // the loss as text, empty where none is measured
         if (!due(run.val_every)) return "";
         if (ranks) trainer.gather_weights();
-        double val_loss = validate(trainer, val, run, ranks);
+        HopAccuracy hops(data.programs.hops);
+        double val_loss = validate(trainer, val, run, ranks, data.programs.hops ? &hops : nullptr);
         printf("validation | loss %.4f | perplexity %.3f\n", val_loss, std::exp(val_loss));
+        if (data.programs.hops) hops.print();
+        if (hops_log) hops.write(*hops_log, step);
         return number_text(val_loss);
     };
     int64_t known_good = -1, newest = resume_from ? step : -1;  // steps of checkpoints: of one from which a finite step was made, of the last

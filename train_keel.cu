@@ -626,7 +626,7 @@ __global__ void add_rounded_kernel(__nv_bfloat16* g, const float* addend, size_t
                          STREAM_GRADIENTS);
     auto sum = load<N>(g + at);
     auto add = load<N>(addend + at);
-    for (int i = 0; i < N; i++) sum[i] = round_stochastic(float(sum[i]) + add[i], draw.word[(first + at + i) % 4]);
+    for (int i = 0; i < N; i++) sum[i] = round_stochastic(float(sum[i]) + add[i], draw.word[N == 4 ? size_t(i) : (first + at) % 4]);
     store<N>(g + at, sum);
 }
 
@@ -1673,6 +1673,24 @@ void cross_entropy(Device& device, float* loss, branch_t* logits, const int* tar
            loss, logits, targets, V, Vp, scale, stashed);
 }
 
+// predictions (rows) = the likeliest token of each row of logits (rows,Vp), of equals the lower.  A warp a row; 4 or 2 bytes an element
+__global__ void predict_kernel(int* predictions, const branch_t* logits, int rows, int V, int Vp) {
+    wait_for_predecessor();
+    int row = int(blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP), lane = threadIdx.x % WARP;
+    float largest = -INFINITY;
+    int best = V;
+    for (int v = lane; row < rows && v < V; v += WARP)
+        if (float x = float(logits[size_t(row) * Vp + v]); best == V || x > largest) largest = x, best = v;
+    float row_largest = warp_max(largest);
+    // The lowest token with that logit: small whole numbers are exact in FP32.
+    float first = warp_max(largest == row_largest ? -float(best) : -float(V));
+    if (row < rows && lane == 0) predictions[row] = int(-first);
+}
+
+void predict(Device& device, int* predictions, const branch_t* logits, size_t rows, int V, int Vp) {
+    launch(predict_kernel, ceil_div(rows, THREADS / WARP), THREADS, 0, device.stream, predictions, logits, int(rows), V, Vp);
+}
+
 // ----- Sums
 
 // out += the sum of values, or of their squares, in double.  4 or 2 bytes an element
@@ -1923,11 +1941,31 @@ __global__ void widen_kernel(float* out, const __nv_bfloat16* in, size_t n) {
     if (at < n) out[at] = float(in[at]);
 }
 
-// a = b - a, for the probe's update norms
-__global__ void difference_kernel(float* a, const float* b, size_t n) {
+// What the probe sums the squares of: the gradients where grads is given, else values, or values - before.
+struct SquaresOf {
+    const float *values, *before, *grads;
+    const __nv_bfloat16* grads_bf16;
+};
+
+// squares (chunks) = the sum of squares of each chunk: the norms of all tensors in one launch.  4 bytes an element, 8 with before, 2 of a BF16 gradient
+__global__ void chunk_squares_kernel(double* squares, SquaresOf of, const UpdateChunk* chunks) {
     wait_for_predecessor();
-    size_t at = size_t(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (at < n) a[at] = b[at] - a[at];
+    auto& s = shared<SumShared>();
+    UpdateChunk chunk = chunks[blockIdx.x];
+    double sum = 0;
+    for (int i = threadIdx.x; i < chunk.count; i += SUM_THREADS) {
+        float value = !of.grads ? of.values[chunk.first + i] - (of.before ? of.before[chunk.first + i] : 0.0f)
+                      : chunk.bf16 ? float(of.grads_bf16[chunk.gradient + i]) : of.grads[chunk.gradient + i];
+        sum += double(value) * double(value);
+    }
+    sum = warp_sum(sum);
+    if (threadIdx.x % WARP == 0) s.warp[threadIdx.x / WARP] = sum;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        double total = 0;
+        for (double w : s.warp) total += w;
+        squares[blockIdx.x] = total;
+    }
 }
 
 // ----------------------------------------------------------------------------------------------------
@@ -2147,7 +2185,7 @@ using Communicator = NoCommunicator;
 
 // A sub-layer's sums for --probe, on the device.
 struct ProbeSums {
-    double x, f, z, r_out, dx, df;
+    double x, f, z, dx, df;
 };
 
 struct Model {
@@ -2192,6 +2230,7 @@ struct Model {
 
     DeviceArray<ProbeSums> probe;                          // (L), of size 0 but for --probe
     bool probing = false;
+    int ablated = -1;                                      // the sub-layer whose branch evaluate leaves out; -1: none
 
     // Logits of so many rows at a time that 64 M elements hold them, whatever V is: 128 MiB in BF16.
     // Not const: a test makes it smaller.
@@ -2468,7 +2507,8 @@ struct Model {
 
     // F_l(u_l) in out, or only the branch's activations where out is null.
     void branch_forward(int l, int b, branch_t* out) {
-        if (is_attention(l)) attention_branch_forward(device, out, activations(l), weights(l), gains(l), config, b, T, 0);
+        if (l == ablated) device.zero(f);
+        else if (is_attention(l)) attention_branch_forward(device, out, activations(l), weights(l), gains(l), config, b, T, 0);
         else feed_forward_branch_forward(device, out, activations(l), weights(l), config, size_t(b) * size_t(T));
     }
 
@@ -2500,7 +2540,8 @@ struct Model {
 
     // logits = u_L wte^T, a chunk of rows at a time. With backward, du = dlogits wte and dwte += dlogits^T u_L as well, so that logits
     // and their gradients never exist for more than a chunk. targets: on the device. logits_out, if given, on the host (rows,V).
-    void head(const int* targets, size_t rows, bool backward, float scale, float* logits_out) {
+    // predictions, if given, on the device (rows).
+    void head(const int* targets, size_t rows, bool backward, float scale, float* logits_out, int* predictions = nullptr) {
         size_t C = size_t(config.C), V = size_t(config.V), Vp = size_t(config.Vp()), chunk = head_rows(config, size_t(B) * size_t(T));
         const branch_t* wte = branch_params() + layout.offset(WTE);
         for (size_t i = 0; i < rows; i += chunk) {
@@ -2508,6 +2549,7 @@ struct Model {
             const branch_t* in = head_in.data() + i * C;
             matmul_forward(device, logits.data(), in, wte, n, C, Vp);
             if (logits_out) copy_logits(logits_out + i * V, logits.data(), n, V, Vp);
+            if (predictions) predict(device, predictions + i, logits.data(), n, config.V, config.Vp());
             cross_entropy(device, losses.data() + i, logits.data(), targets + i, n, config.V, config.Vp(), backward, scale);
             if (backward) matmul_backward(device, du.data() + i * C, gradients(-1).matrix(WTE), logits.data(), in, wte, n, C, Vp);
         }
@@ -2537,7 +2579,6 @@ struct Model {
             add_sum<true>(device, &sums->x, scratch_x(), n);
             add_sum<true>(device, &sums->f, f.data(), n);
             add_sum<true>(device, &sums->z, z(l + 1), n);
-            if (config.sublayer(l).norm_out) add_sum<false>(device, &sums->r_out, point(l + 1).r_out, rows);
         }
     }
 
@@ -2545,9 +2586,9 @@ struct Model {
     float* scratch_x() { return reinterpret_cast<float*>(dbranch.data()); }
 
     // Adds the sum of the losses of tokens and targets (b,T) to state.loss_sum.
-    void evaluate(const int* tokens, const int* targets, int b) {
+    void evaluate(const int* tokens, const int* targets, int b, int* predictions = nullptr) {
         forward(tokens, b);
-        head(targets, size_t(b) * size_t(T), false, 0, nullptr);
+        head(targets, size_t(b) * size_t(T), false, 0, nullptr, predictions);
     }
 
     // Forward and backward of the b sequences of the TokenBatch in `batch`: adds the sum of their losses to state.loss_sum, and the gradients of
@@ -2805,15 +2846,16 @@ struct Trainer {
     // One optimizer step: the gradient of the mean loss over run.total_batch tokens, a micro-batch at a time, then AdamW. start() only gives the
     // device its work; finish() waits for the oldest step that was started. With two under way the device goes from one into the next while
     // the host prints, logs and reads data.
-    void start(const Loader& data, int64_t step, CsvLog* probe, unsigned flags = 0) {
+    void start(const Loader& data, int64_t step, ProbeLog* log, unsigned flags = 0) {
         Device& device = model.device;
         if (started == 0) upload_updates(step - 1 - run.skipped);
         if (started > 0 && use_graphs && !update.launches) record_graphs();
-        bool replay = update.launches && !probe;
+        bool replay = update.launches && !log;
+        StepProbe probe(run.model);
         int slot = int(started % steps_in_flight);
         size_t sent_before = bytes_sent();
         begin_step(step, slot);
-        if (probe) begin_probe();
+        if (log) begin_probe();
         Device::Tuning tuning(device, started == 0);
 
         for (int micro = 0; micro < run.accumulation(); micro++) {
@@ -2826,24 +2868,24 @@ struct Trainer {
             bool gather = micro == 0 && model.sharing.states();
             if (replay) CUDA(cudaGraphLaunch((gather ? first_micro_step : micro_step).launches, device.stream));
             else micro_batch(gather);
+            if (log) probe_shortcuts(probe);
         }
         if (communicator) {
             rank_flags[size_t(slot)] = flags;
             device.copy(model.rank_flags.data(), &rank_flags[size_t(slot)], 1);
         }
-        std::vector<SublayerProbe> probed;
-        if (probe) probed = probe_gradients();
+        if (log) probe_gradients(probe);
         if (replay) CUDA(cudaGraphLaunch(update.launches, device.stream));
         else model.update();
 
         device.copy(&state[size_t(slot)], model.state.data(), 1);
         CUDA(cudaEventRecord(ended[slot], device.stream));
         if (started++ == 0) step_bytes = bytes_sent() - sent_before;
-        if (!probe) return;
+        if (!log) return;
         device.synchronize();
         if (!state[size_t(slot)].finite) return;
-        probe_updates(probed);
-        write_probe(*probe, run, step, probed);
+        probe.updates = tensor_squares({model.params.data(), params_before.data(), nullptr, nullptr});
+        write_probe(*log, run, model.layout, step, probe);
     }
 
     StepResult finish() {
@@ -2930,8 +2972,8 @@ struct Trainer {
         return model.masters.data() + s.shard - model.layout.units[0].shard;
     }
 
-    StepResult step(const Loader& data, int64_t step, CsvLog* probe) {
-        start(data, step, probe);
+    StepResult step(const Loader& data, int64_t step, ProbeLog* log) {
+        start(data, step, log);
         return finish();
     }
 
@@ -2973,18 +3015,20 @@ struct Trainer {
                bytes_text(double(first_micro_step.bytes + micro_step.bytes + update.bytes)).c_str(), seconds() - start);
     }
 
-    double evaluate(const int* tokens, const int* targets, int b) {
+    double evaluate(const int* tokens, const int* targets, int b, int* predictions = nullptr) {
         size_t n = size_t(b) * size_t(run.T);
         Device& device = model.device;
         TokenBatch batch(model.batch.data(), n);
         device.copy(batch.tokens, tokens, n), device.copy(batch.targets, targets, n);
         device.zero(model.state);
         Device::Tuning tuning(device, true);
-        model.evaluate(batch.tokens, batch.targets, b);
+        model.evaluate(batch.tokens, batch.targets, b, predictions ? batch.order : nullptr);  // order serves only the backward pass
         device.copy(&state[steps_in_flight], model.state.data(), 1);
+        if (predictions) device.copy(predictions, batch.order, n);
         device.synchronize();
         return state[steps_in_flight].loss_sum;
     }
+    void ablate(int l) { model.ablated = l; }
 
     // One forward and backward on the parameters in the model and the tokens in the state; fills the rest of the state.
     void debug_pass(DebugState<float>& s, int B, int T) {
@@ -3008,70 +3052,60 @@ struct Trainer {
     }
 
     // ----- --probe: the step's kernels one by one, with sums between them
-    DeviceArray<double> tensor_squares;   // a sum for each tensor
+    DeviceArray<double> chunk_squares;    // a sum for each of the model's chunks
     DeviceArray<float> params_before;
 
     void begin_probe() {
         if (model.probe.size() == 0) {
             model.probe = DeviceArray<ProbeSums>(size_t(run.model.L));
-            tensor_squares = DeviceArray<double>(model.layout.tensors.size());
+            chunk_squares = DeviceArray<double>(model.update_blocks);
             params_before = DeviceArray<float>(model.layout.count);
         }
         model.device.zero(model.probe);
         model.probing = true;
     }
 
-    // Adds to each sub-layer its part of the sum of squares of the tensors; add(out, tensor) launches the sum of one.
-    template <class Add>
-    void add_squares(std::vector<SublayerProbe>& probed, double SublayerProbe::* sum, Add add) {
-        const auto& tensors = model.layout.tensors;
-        std::vector<double> host(tensors.size());
-        model.device.zero(tensor_squares);
-        for (size_t i = 0; i < tensors.size(); i++) add(tensor_squares.data() + i, tensors[i]);
-        model.device.copy(host.data(), tensor_squares.data(), host.size());
+    // Sums of squares, one a tensor.
+    std::vector<double> tensor_squares(const SquaresOf& of) {
+        std::vector<double> chunks(model.update_blocks), squares;
+        launch(chunk_squares_kernel, model.update_blocks, SUM_THREADS, sizeof(SumShared), model.device.stream, chunk_squares.data(), of, model.chunks.data());
+        model.device.copy(chunks.data(), chunk_squares.data(), chunks.size());
         model.device.synchronize();
-        for (size_t i = 0; i < tensors.size(); i++)
-            if (tensors[i].layer >= 0) probed[size_t(tensors[i].layer)].*sum += host[i];
+        const double* chunk = chunks.data();
+        for (const TensorInfo& t : model.layout.tensors) {
+            squares.push_back(0);
+            for (size_t at = 0; at < t.size(); at += UPDATE_CHUNK) squares.back() += *chunk++;
+        }
+        return squares;
     }
 
-    std::vector<SublayerProbe> probe_gradients() {
+    // After each micro-batch.
+    void probe_shortcuts(StepProbe& probe) {
+        std::vector<float> r(size_t(run.model.L) * rows());
+        model.device.copy(r.data(), model.point(1).r_out, r.size());  // of z_0 .. z_{L-1}
+        model.device.synchronize();
+        probe.add_shortcuts(run.model, r.data(), rows());
+    }
+
+    void probe_gradients(StepProbe& probe) {
         Device& device = model.device;
         model.probing = false;
         std::vector<ProbeSums> sums(size_t(run.model.L));
-        std::vector<SublayerProbe> probed(sums.size());
+        std::vector<float> gains(size_t(run.model.L) * size_t(run.model.C));  // gamma_out (L,C), where it exists
         device.copy(sums.data(), model.probe.data(), sums.size());
-        device.synchronize();
-        for (int l = 0; l < run.model.L; l++) {
-            SublayerNorm norm = run.model.sublayer(l);
-            const ProbeSums& s = sums[size_t(l)];
-            SublayerProbe& p = probed[size_t(l)];
-            p.x = s.x, p.f = s.f, p.z = s.z, p.dx = s.dx, p.df = s.df;
-            // the sum over rows of alpha / rms(z), or of alpha where nothing divides by it
-            p.shortcut = double(norm.alpha) * (norm.norm_out ? s.r_out : double(run.total_batch));
-        }
-        add_squares(probed, &SublayerProbe::gradient, [&](double* out, const TensorInfo& t) {
-            size_t at = model.gradient_layout.of(t);
-            if (model.gradient_layout.in_bf16(t.id)) add_sum<true>(device, out, model.grads_bf16.data() + at, t.size());
-            else add_sum<true>(device, out, model.grads.data() + at, t.size());
-        });
+        auto gain = [&](int l) { return model.parameter(GAMMA_OUT, l) ? gains.data() + size_t(l) * size_t(run.model.C) : nullptr; };
+        for (int l = 0; l < run.model.L; l++)
+            if (gain(l)) device.copy(gain(l), model.parameter(GAMMA_OUT, l), size_t(run.model.C));
         device.copy(params_before.data(), model.params.data(), model.layout.count);
-        return probed;
-    }
-
-    void probe_updates(std::vector<SublayerProbe>& probed) {
-        Device& device = model.device;
-        std::vector<float> gamma(size_t(run.model.C));
-        for (int l = 0; l < run.model.L; l++) {
-            if (float* from = model.parameter(GAMMA_OUT, l)) {
-                double squares = 0;
-                device.copy(gamma.data(), from, gamma.size());
-                device.synchronize();
-                for (float g : gamma) squares += double(g) * double(g);
-                probed[size_t(l)].gamma_rms = std::sqrt(squares / double(gamma.size()));
-            }
+        device.synchronize();
+        for (size_t l = 0; l < sums.size(); l++) {
+            const ProbeSums& s = sums[l];
+            SublayerProbe& p = probe.sublayers[l];
+            p.x = s.x, p.f = s.f, p.z = s.z, p.dx = s.dx, p.df = s.df;
         }
-        launch(difference_kernel, ceil_div(model.layout.count, THREADS), THREADS, 0, device.stream, params_before.data(), model.params.data(), model.layout.count);
-        add_squares(probed, &SublayerProbe::update, [&](double* out, const TensorInfo& t) { add_sum<true>(device, out, params_before.data() + t.offset, t.size()); });
+        probe.set_gains(run.model, gain);
+        probe.weights = tensor_squares({model.params.data(), nullptr, nullptr, nullptr});
+        probe.gradients = tensor_squares({nullptr, nullptr, model.grads.data(), model.grads_bf16.data()});
     }
 
     // ----- The model and the files
@@ -3213,7 +3247,7 @@ struct Trainer {
     static MemoryRow memory_beside(const RunConfig& run, const Options& o) {
         size_t bytes = o.check.empty() && o.dump.empty() && o.sample_every > 0 ? TokenGenerator::bytes(run.model, run.T) : 0;
         ParameterLayout layout(run.model);
-        if (o.probe > 0) bytes += layout.count * sizeof(float) + layout.tensors.size() * sizeof(double) + size_t(run.model.L) * sizeof(ProbeSums);
+        if (o.probe > 0) bytes += layout.count * sizeof(float) + update_chunks(layout, GradientLayout(layout, run.model.L, run.types.grads_bf16)).size() * sizeof(double) + size_t(run.model.L) * sizeof(ProbeSums);
         return {"samples, probe", bytes};
     }
 

@@ -641,7 +641,9 @@ struct Model {
     Buffer<real> logits, row_lse, losses;              // a chunk of rows of (.,Vp), its log-sum-exp; (B,T)
     Buffer<real> gain_partial;                         // the gains' gradients before their last sum
 
-    std::vector<SublayerProbe> probe;  // what --probe writes; empty while nothing is probed
+    StepProbe* probe = nullptr;        // what --probe writes; null while nothing is probed
+    std::vector<real> probed_r;        // (L,rows) 1 / rms(z_l) of the micro-batch, while probed
+    int ablated = -1;                  // the sub-layer whose branch evaluate leaves out; -1: none
 
     // One row a buffer: what it is called in the table at the start, its elements, where it lives.
     struct BufferRow {
@@ -748,11 +750,12 @@ struct Model {
             rmsnorm_forward(a.u, x.data(), w[GAMMA_IN], rows, config.C);
             input = a.u;
         }
-        if (is_attention(l)) attention_branch_forward(f.data(), a, input, w, config, b, T, 0);
+        if (l == ablated) std::fill(f.data(), f.data() + rows * size_t(config.C), real(0));
+        else if (is_attention(l)) attention_branch_forward(f.data(), a, input, w, config, b, T, 0);
         else feed_forward_branch_forward(f.data(), a, input, w, config, rows);
-        if (!probe.empty()) probe[size_t(l)].x += sum_of_squares(x.data(), rows * size_t(config.C));
+        if (probe) probe->sublayers[size_t(l)].x += sum_of_squares(x.data(), rows * size_t(config.C));
         highway_forward(x.data(), z(l + 1), f.data(), w[GAMMA_OUT], real(norm.alpha), rows, config.C);
-        if (!probe.empty()) probe_forward(l, rows);
+        if (probe) probe_forward(l, rows);
     }
 
     // x_l, made again from z_{l-1} by the operations that made it, so that it has the same bits.
@@ -776,7 +779,7 @@ struct Model {
         size_t rows = size_t(b) * size_t(T);
 
         if (norm.norm_out) rmsnorm_backward(dx.data(), dw[GAMMA_OUT], dx.data(), z(l + 1), w[GAMMA_OUT], rows, config.C, gain_partial.data());
-        if (!probe.empty()) probe[size_t(l)].df += sum_of_squares(dx.data(), rows * size_t(config.C));
+        if (probe) probe->sublayers[size_t(l)].df += sum_of_squares(dx.data(), rows * size_t(config.C));
 
         restore_x(l, rows);
         const real* input = norm.norm_in ? a.u : x.data();
@@ -792,12 +795,13 @@ struct Model {
         }
         if (norm.norm_in) rmsnorm_backward(du.data(), dw[GAMMA_IN], du.data(), x.data(), w[GAMMA_IN], rows, config.C, gain_partial.data());
         highway_backward(dx.data(), du.data(), real(norm.alpha), rows * size_t(config.C));
-        if (!probe.empty()) probe[size_t(l)].dx += sum_of_squares(dx.data(), rows * size_t(config.C));
+        if (probe) probe->sublayers[size_t(l)].dx += sum_of_squares(dx.data(), rows * size_t(config.C));
     }
 
     // logits = x wte^T, a chunk of rows at a time; returns the sum of the losses. With backward, dx = dlogits wte and
     // dwte += dlogits^T x as well, so that logits and their gradients never exist for more than a chunk.
-    double head(const real* in, const int* targets, size_t rows, bool backward, real scale, real* logits_out) {
+    // logits_out (rows,V) and predictions (rows), the likeliest tokens, are filled where given.
+    double head(const real* in, const int* targets, size_t rows, bool backward, real scale, real* logits_out, int* predictions = nullptr) {
         size_t C = size_t(config.C), V = size_t(config.V), Vp = size_t(config.Vp()), chunk = head_rows(config, size_t(B) * size_t(T));
         real *wte = tensor(params, WTE), *dwte = tensor(grads, WTE);
         for (size_t i = 0; i < rows; i += chunk) {
@@ -805,6 +809,7 @@ struct Model {
             const real* xi = in + i * C;
             product(n, V, C, row_major(xi, C), row_major(wte, C).transposed(), logits.data(), Vp, false);
             for (size_t r = 0; logits_out && r < n; r++) memcpy(logits_out + (i + r) * V, &logits[r * Vp], V * sizeof(real));
+            for (size_t r = 0; predictions && r < n; r++) predictions[i + r] = int(std::max_element(&logits[r * Vp], &logits[r * Vp] + V) - &logits[r * Vp]);
             cross_entropy_forward(losses.data() + i, row_lse.data(), logits.data(), targets + i, n, config.V, config.Vp());
             if (!backward) continue;
             cross_entropy_backward(logits.data(), row_lse.data(), targets + i, n, config.V, config.Vp(), scale);
@@ -820,7 +825,9 @@ struct Model {
     void forward(const int* tokens, int b) {
         embedding_forward(x.data(), tokens, tensor(params, WTE), tensor(params, WPE), b, T, config.C, 0);
         std::copy(x.data(), x.data() + size_t(b) * size_t(T) * size_t(config.C), z(0));
+        if (probe) probed_r.resize(size_t(config.L) * size_t(b) * size_t(T));
         for (int l = 0; l < config.L; l++) sublayer_forward(l, b);
+        if (probe) probe->add_shortcuts(config, probed_r.data(), size_t(b) * size_t(T));
     }
 
     // What the head reads: x_L or, in f, its norm.
@@ -832,10 +839,10 @@ struct Model {
     }
 
     // Sum of the losses of one micro-batch, tokens and targets (b,T).
-    double evaluate(const int* tokens, const int* targets, int b) {
+    double evaluate(const int* tokens, const int* targets, int b, int* predictions = nullptr) {
         size_t rows = size_t(b) * size_t(T);
         forward(tokens, b);
-        return head(final_norm_forward(rows), targets, rows, false, 0, nullptr);
+        return head(final_norm_forward(rows), targets, rows, false, 0, nullptr, predictions);
     }
 
     // Sum of the losses; adds to the gradients those of scale * sum. debug, if given, gets logits, x and dx.
@@ -856,10 +863,9 @@ struct Model {
             int begin = (end - 1) / K * K;  // the segment's first sub-layer
             if (end < config.L) {           // the last segment's activations are still there
                 restore_x(begin, rows);
-                std::vector<SublayerProbe> once;
-                std::swap(probe, once);     // the first forward has been probed
+                StepProbe* backward_probe = std::exchange(probe, nullptr);  // the first forward has been probed
                 for (int l = begin; l < end; l++) sublayer_forward(l, b);
-                std::swap(probe, once);
+                probe = backward_probe;
             }
             for (int l = end - 1; l >= begin; l--) {
                 sublayer_backward(l, b);  // leaves x_l in x
@@ -875,24 +881,32 @@ struct Model {
     }
 
     void probe_forward(int l, size_t rows) {
-        SublayerProbe& p = probe[size_t(l)];
-        SublayerNorm norm = config.sublayer(l);
+        SublayerProbe& p = probe->sublayers[size_t(l)];
         const real* zl = z(l + 1);
+        real* r = probed_r.data() + size_t(l) * rows;
         p.f += sum_of_squares(f.data(), rows * size_t(config.C));
         p.z += sum_of_squares(zl, rows * size_t(config.C));
-        for (size_t i = 0; i < rows; i++)
-            p.shortcut += double(norm.alpha) * (norm.norm_out ? double(rms_reciprocal(zl + i * size_t(config.C), config.C)) : 1.0);
+        #pragma omp parallel for schedule(static)
+        for (index_t i = 0; i < index_t(rows); i++) r[i] = rms_reciprocal(zl + i * config.C, config.C);
     }
 
-    // After the update; squares: sums of squares, an element a tensor.
-    void probe_update(const std::vector<double>& gradient_squares, const std::vector<double>& update_squares) {
-        for (size_t i = 0; i < layout.tensors.size(); i++) {
-            const TensorInfo& t = layout.tensors[i];
-            if (t.layer < 0) continue;
-            SublayerProbe& p = probe[size_t(t.layer)];
-            p.gradient += gradient_squares[i], p.update += update_squares[i];
-            if (t.id == GAMMA_OUT) p.gamma_rms = std::sqrt(sum_of_squares(params.data() + t.offset, t.size()) / config.C);
+    // Sums of squares, one a tensor, of values in parameter order.
+    std::vector<double> tensor_squares(const Buffer<real>& values) const {
+        std::vector<double> squares;
+        for (const TensorInfo& t : layout.tensors) squares.push_back(sum_of_squares(values.data() + t.offset, t.size()));
+        return squares;
+    }
+
+    // Before the update. Of several ranks, each has the sums of the gradients that it owns.
+    void probe_parameters(int rank) {
+        probe->weights = tensor_squares(params);
+        if (sharing.ranks > 0) {
+            probe->gradients.assign(layout.tensors.size(), 0);
+            for (const Stretch& s : layout.stretches(rank)) probe->gradients[s.tensor] = sum_of_squares(shard_grads.data() + s.shard, s.count);
+        } else {
+            probe->gradients = tensor_squares(grads);
         }
+        probe->set_gains(config, [&](int l) { return weights(l)[GAMMA_OUT]; });
     }
 };
 
@@ -902,15 +916,15 @@ struct Model {
 // With the clipped gradient g:  m = b1 m + (1-b1) g,  v = b2 v + (1-b2) g^2,
 //     p -= lr wd p,   p -= lr mhat / (sqrt(vhat) + eps),   mhat = m / (1 - b1^s), vhat = v / (1 - b2^s)
 // at update s = 1, 2, ... (steps that were skipped are not counted); gains are not decayed. Leaves the gradients at zero for the next step.
-// updates, if given, gets the sum of squares of each tensor's update.
-void adamw_update(Model& model, const RunConfig& run, int64_t step, double norm, std::vector<double>* updates = nullptr) {
+// Where the model is probed, notes the sum of squares of each tensor's update.
+void adamw_update(Model& model, const RunConfig& run, int64_t step, double norm) {
     double lr = learning_rate(run, step);
     real clip = real(run.clip > 0 ? std::min(1.0, run.clip / norm) : 1.0);
     real b1 = real(BETA1), b2 = real(BETA2), eps = real(ADAM_EPSILON);
     double s = double(step - run.skipped);
     real step_size = real(lr / (1 - std::pow(BETA1, s))), v_scale = real(1 / (1 - std::pow(BETA2, s)));
-    std::vector<real> before;
-    if (updates) before.assign(model.params.data(), model.params.data() + model.params.size());
+    Buffer<real> before(model.probe ? model.params.size() : 0);
+    std::copy(model.params.data(), model.params.data() + before.size(), before.data());
     bool sharded = model.sharing.states();
     #pragma omp parallel
     for (const Stretch& part : model.update_work) {
@@ -929,22 +943,21 @@ void adamw_update(Model& model, const RunConfig& run, int64_t step, double norm,
             g[i] = 0;
         }
     }
-    if (!updates) return;
-    updates->assign(model.layout.tensors.size(), 0);
+    if (!model.probe) return;
+    model.probe->updates.assign(model.layout.tensors.size(), 0);
     for (const Stretch& part : model.layout.stretches(run.rank)) {
-        for (size_t i = part.memory; i < part.memory + part.count; i++) before[i] -= model.params[i];
-        (*updates)[part.tensor] = sum_of_squares(before.data() + part.memory, part.count);
+        real* change = before.data() + part.memory;
+        const real* after = model.params.data() + part.memory;
+        #pragma omp parallel for simd schedule(static)
+        for (index_t i = 0; i < index_t(part.count); i++) change[i] -= after[i];
+        model.probe->updates[part.tensor] = sum_of_squares(change, part.count);
     }
 }
 
-// The global gradient norm, and if asked for the sum of squares of each tensor.
-double gradient_norm(const Model& model, std::vector<double>* squares = nullptr) {
+// The global gradient norm.
+double gradient_norm(const Model& model) {
     double sum = 0;
-    for (const TensorInfo& t : model.layout.tensors) {
-        double square = sum_of_squares(model.grads.data() + t.offset, t.size());
-        if (squares) squares->push_back(square);
-        sum += square;
-    }
+    for (double square : model.tensor_squares(model.grads)) sum += square;
     return std::sqrt(sum);
 }
 
@@ -1111,8 +1124,9 @@ struct Trainer {
     Trainer& operator=(const Trainer&) = delete;
 
     // One optimizer step: the gradient of the mean loss over run.total_batch tokens, a micro-batch at a time, then AdamW.
-    StepResult step(const Loader& data, int64_t step, CsvLog* probe, unsigned flags = 0) {
-        model.probe.assign(probe ? size_t(run.model.L) : 0, {});
+    StepResult step(const Loader& data, int64_t step, ProbeLog* log, unsigned flags = 0) {
+        StepProbe probe(run.model);
+        model.probe = log ? &probe : nullptr;
         double loss = 0;
         size_t sent_before = bytes_sent();
         std::string lost;  // of several ranks: why this one's data could not be read
@@ -1125,22 +1139,18 @@ struct Trainer {
             }
             loss += model.forward_backward(tokens.data(), targets.data(), run.B, real(1.0 / double(run.total_batch)));
         }
-        std::vector<double> gradient_squares, update_squares;
-        StepResult result = run.ranks > 0 ? share_step(loss, flags, lost, probe ? &gradient_squares : nullptr)
-                                          : StepResult{loss / double(run.total_batch), gradient_norm(model, probe ? &gradient_squares : nullptr)};
-        if (!std::isfinite(result.loss) || !std::isfinite(result.norm)) {
+        StepResult result = run.ranks > 0 ? share_step(loss, flags, lost) : StepResult{loss / double(run.total_batch), gradient_norm(model)};
+        if (log) model.probe_parameters(run.rank);
+        if (std::isfinite(result.loss) && std::isfinite(result.norm)) {
+            adamw_update(model, run, step, result.norm);
+            if (run.ranks > 0) finish_update();
+            if (step_bytes == 0) step_bytes = bytes_sent() - sent_before;
+            if (log && run.ranks > 0) probe.add_ranks(run.ranks, [&](const void* mine, void* all, size_t bytes) { communicator->gather(mine, all, bytes); });
+            if (log) write_probe(*log, run, model.layout, step, probe);
+        } else {
             model.grads.zero(), model.shard_grads.zero();  // as the update leaves them
-            return result;
         }
-        adamw_update(model, run, step, result.norm, probe ? &update_squares : nullptr);
-        if (run.ranks > 0) finish_update();
-        if (step_bytes == 0) step_bytes = bytes_sent() - sent_before;
-        if (probe) {
-            model.probe_update(gradient_squares, update_squares);
-            if (run.ranks > 0) add_probes();
-            write_probe(*probe, run, step, model.probe);
-            model.probe.clear();
-        }
+        model.probe = nullptr;
         return result;
     }
 
@@ -1165,7 +1175,7 @@ struct Trainer {
     void gather_weights() {}  // they are whole after each step
 
     // The step's loss and norm, of all ranks. Each adds up its own part, then all add up the parts in rank order.
-    StepResult share_step(double loss, unsigned flags, const std::string& lost, std::vector<double>* squares) {
+    StepResult share_step(double loss, unsigned flags, const std::string& lost) {
         StepShare mine{loss, sum_of_squares(model.shard_grads.data(), model.shard_grads.size()), flags}, sum{0, 0, 0};
         std::vector<StepShare> shares(size_t(run.ranks));
         communicator->gather(&mine, shares.data(), sizeof mine);
@@ -1180,10 +1190,6 @@ struct Trainer {
             model.shard_grads.zero();
             throw_lost_data(*communicator, run, lost);
         }
-        if (squares) {
-            squares->assign(model.layout.tensors.size(), 0);
-            for (const Stretch& s : model.layout.stretches(run.rank)) (*squares)[s.tensor] = sum_of_squares(model.shard_grads.data() + s.shard, s.count);
-        }
         if (run.zero == 0) {  // every rank updates everything
             for (const Unit& unit : model.layout.units)
                 std::copy_n(model.shard_grads.data() + unit.shard_first, unit.shard, model.grads.data() + unit.first + size_t(run.rank) * unit.shard);
@@ -1194,12 +1200,6 @@ struct Trainer {
     void finish_update() {
         model.shard_grads.zero();
         if (run.zero > 0) gather_units(model.params);
-    }
-    void add_probes() {
-        size_t L = model.probe.size();
-        std::vector<SublayerProbe> all(L * size_t(run.ranks));
-        communicator->gather(model.probe.data(), all.data(), L * sizeof(SublayerProbe));
-        add_rank_probes(model.probe, all);
     }
 
     void snapshot_owned(real* out) {
@@ -1220,10 +1220,11 @@ struct Trainer {
         if (run.zero == 0) gather_units(model.m), gather_units(model.v);
     }
 
-    void start(const Loader& data, int64_t number, CsvLog* probe, unsigned flags = 0) { result = step(data, number, probe, flags); }
+    void start(const Loader& data, int64_t number, ProbeLog* log, unsigned flags = 0) { result = step(data, number, log, flags); }
     StepResult finish() const { return result; }
 
-    double evaluate(const int* tokens, const int* targets, int b) { return model.evaluate(tokens, targets, b); }
+    double evaluate(const int* tokens, const int* targets, int b, int* predictions = nullptr) { return model.evaluate(tokens, targets, b, predictions); }
+    void ablate(int l) { model.ablated = l; }
 
     // One forward and backward on the parameters in the model and the tokens in the state; fills the rest of the state.
     void debug_pass(DebugState<real>& s, int B, int T) {
@@ -1296,7 +1297,8 @@ struct Trainer {
         size_t debug_state = debug_state_bytes<real>(run.model, run.B ? run.B : run.rank_sequences(), run.T);
         if (!o.check.empty()) return {"debug states", 2 * debug_state};
         size_t bytes = !o.dump.empty() ? debug_state : o.sample_every > 0 ? TokenGenerator::bytes(run.model, run.T) : 0;
-        if (o.probe > 0) bytes += sizeof(real) * ParameterLayout(run.model).count;  // the parameters before their update
+        if (o.probe > 0)  // the parameters before their update; 1 / rms(z) of all rows
+            bytes += sizeof(real) * (ParameterLayout(run.model).count + size_t(run.model.L) * size_t(run.B ? run.B : run.batch_sequences()) * size_t(run.T));
         bytes += size_t(omp_get_max_threads()) * ((size_t(8) << 20) + size_t(BLOCK_M + BLOCK_N) * DEPTH * sizeof(real));  // stacks, panels
         return {o.dump.empty() ? "samples, probe, threads" : "debug state, threads", bytes};
     }

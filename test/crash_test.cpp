@@ -222,7 +222,8 @@ std::string kills() {
         check_resume(r, promised, "after the last kill");
         resumes += r.out.find("resuming") != std::string::npos;
         mismatches += !same_run(whole, killed, format("%s, %lld kills", placements[turn % NUM_PLACEMENTS].name, (long long)kills));
-        if (turn % 2) expect(slurp(whole + "/probe.csv") == slurp(killed + "/probe.csv"), "probe.csv differs");
+        for (const char* file : {"/probe.csv", "/probe_weights.csv"})
+            if (turn % 2) expect(slurp(whole + file) == slurp(killed + file), std::string(file + 1) + " differs");
         for (const auto& entry : fs::directory_iterator(killed)) {
             std::string name = entry.path().filename().string();
             expect(!name.ends_with(".tmp") && name != "lock", name + " is left over");

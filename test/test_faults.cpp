@@ -19,7 +19,7 @@ namespace fs = std::filesystem;
 // From step KEEL_TEST_BROKEN on it stays so, as after an update that went too far.
 struct FaultyTrainer : Trainer {
     using Trainer::Trainer;
-    void start(const Loader& data, int64_t step, CsvLog* probe, unsigned flags) {
+    void start(const Loader& data, int64_t step, ProbeLog* probe, unsigned flags = 0) {
         static const char *bad = getenv("KEEL_TEST_BAD"), *broken = getenv("KEEL_TEST_BROKEN");
         bool once = bad && ("," + std::string(bad) + ",").find(format(",%lld,", (long long)step)) != std::string::npos;
         real& weight = model.params[model.layout.offset(QKVW, 0)];

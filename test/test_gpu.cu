@@ -590,6 +590,27 @@ TEST_SUITE("layers") {
             }
     }
 
+    TEST_CASE("Predictions are the likeliest tokens, of equals the lower, as the CPU's, and padding is never one") {
+        struct { size_t rows; int V; } shapes[] = {{5, 11}, {1, 1}, {70, 256}, {9, 129}, {3, 50257}};
+        for (auto [rows, V] : shapes) {
+            size_t Vp = round_up(size_t(V), 128);
+            auto logits = random_branch(rows * Vp, 1);
+            for (size_t i = 0; i < logits.size(); i++)
+                if (i % Vp >= size_t(V)) logits[i] = 1e30f;
+            for (size_t v = 0; v < size_t(V); v++) logits[v] = in_branch(v % 7 == 3 || V < 7 ? 5 : -5);  // equals, the lowest of them 3
+            std::vector<int> guarded(rows + 8, -7);
+            DeviceArray<int> found = upload(guarded);
+            Field<branch_t> in(logits);
+            predict(device(), found.data(), in.data(), rows, V, int(Vp));
+            auto predictions = download(found.data(), guarded.size());
+            for (size_t i = 0; i < guarded.size(); i++) {
+                auto row = logits.begin() + std::ptrdiff_t(i * Vp);
+                int expected = i < rows ? int(std::max_element(row, row + V) - row) : -7;
+                CHECK_MESSAGE(predictions[i] == expected, "row " << i << " of " << rows << ", V " << V);
+            }
+        }
+    }
+
     template <class T, bool squares>
     void check_sum(size_t n, size_t offset, Comparison& compare) {
         Field<T> values(random_branch(n + offset, 1));
@@ -793,17 +814,36 @@ TEST_SUITE("optimizer") {
         }
     }
 
-    TEST_CASE("Rounding to the branch's type and differences are right to the last bit, and end where they must") {
+    TEST_CASE("Rounding to the branch's type is right to the last bit, and ends where it must") {
         for (size_t n : {size_t(1), size_t(255), size_t(1000)}) {
-            auto a = random_floats(n, 1), b = random_floats(n, 2);
-            Field<float> a_gpu(a), b_gpu(b);
+            auto a = random_floats(n, 1);
+            Field<float> a_gpu(a);
             Field<branch_t> rounded(n);
             launch(round_kernel, ceil_div(n, THREADS), THREADS, 0, device().stream, rounded.data(), a_gpu.data(), n);
-            launch(difference_kernel, ceil_div(n, THREADS), THREADS, 0, device().stream, a_gpu.data(), b_gpu.data(), n);
-            auto found_rounded = rounded.values(), found_difference = a_gpu.values();
-            for (size_t i = 0; i < n; i++) {
-                REQUIRE(found_rounded[i] == in_branch(a[i]));
-                REQUIRE(found_difference[i] == b[i] - a[i]);
+            auto found = rounded.values();
+            for (size_t i = 0; i < n; i++) REQUIRE(found[i] == in_branch(a[i]));
+        }
+    }
+
+    TEST_CASE("The probe's sums of squares are those of each tensor's elements, or of their differences, wherever the tensor starts and ends") {
+        Comparison compare("sums of squares", 1e-12);  // in double
+        Trainer trainer(test_run(small_config(HYBRIDNORM, 4, 300, 9), 1, 9));
+        const ParameterLayout& layout = trainer.model.layout;
+        trainer.begin_probe();
+        auto a = random_floats(layout.count, 1), b = random_floats(layout.count, 2);
+        Field<float> a_gpu(a), b_gpu(b);
+        trainer.model.device.copy(trainer.model.params.data(), a.data(), a.size());
+        for (bool difference : {false, true}) {
+            auto found = trainer.tensor_squares({trainer.model.params.data(), difference ? b_gpu.data() : nullptr, nullptr, nullptr});
+            REQUIRE(found.size() == layout.tensors.size());
+            for (size_t i = 0; i < found.size(); i++) {
+                const TensorInfo& t = layout.tensors[i];
+                double expected = 0;
+                for (size_t e = t.offset; e < t.offset + t.size(); e++) {
+                    float value = a[e] - (difference ? b[e] : 0);
+                    expected += double(value) * double(value);
+                }
+                compare.error(t.name, std::fabs(found[i] / expected - 1));
             }
         }
     }
@@ -902,6 +942,38 @@ TEST_SUITE("model") {
         // cuBLASLt may add in another order for another number of rows
         Comparison compare("chunks against one", BRANCH_TOLERANCE);
         for (const CheckRow& row : compare_debug_states(states[0], states[1])) compare.error(row.name, row.error);
+    }
+
+    TEST_CASE("Ablating a sub-layer gives bit for bit the loss of a model whose branch ends in a matrix of zeros, and predictions are those of the logits") {
+        for (NormPlacement norm : {KEEL, PRE, POST, HYBRIDNORM})
+            for (int level : {0, 1, 2}) {
+                RunConfig run = test_run(small_config(norm, 6, 300, 24), 2, 24, 1, {level});
+                Trainer trainer(run);
+                auto params = test_parameters(trainer.model.layout, 3);
+                auto tokens = random_tokens(48, 300, 1), targets = random_tokens(48, 300, 2);
+                for (int l : {0, 1, 4, 5}) {
+                    set_parameters(trainer, params);
+                    trainer.ablate(l);
+                    double ablated = trainer.evaluate(tokens.data(), targets.data(), 2);
+                    trainer.ablate(-1);
+                    double whole = trainer.evaluate(tokens.data(), targets.data(), 2);
+                    auto zeroed = params;
+                    size_t at = trainer.model.layout.offset(is_attention(l) ? ATTPROJW : FCPROJW, l);
+                    std::fill_n(zeroed.begin() + std::ptrdiff_t(at), size_t(run.model.C) * size_t(run.model.C) * (is_attention(l) ? 1 : 4), 0.0f);
+                    set_parameters(trainer, zeroed);
+                    CHECK_MESSAGE(trainer.evaluate(tokens.data(), targets.data(), 2) == ablated, placements[norm].name << " sub-layer " << l);
+                    CHECK(whole != ablated);
+                }
+                std::vector<int> predictions(48);
+                trainer.evaluate(tokens.data(), targets.data(), 2, predictions.data());
+                DebugState<float> state;
+                state.tokens = tokens, state.targets = targets;
+                trainer.debug_pass(state, 2, 24);
+                for (size_t i = 0; i < 48; i++) {
+                    const float* row = &state.logits[i * 300];
+                    CHECK(predictions[i] == std::max_element(row, row + 300) - row);
+                }
+            }
     }
 
     TEST_CASE("Validation of fewer sequences than the micro-batch holds gives the CPU's loss") {
@@ -1093,7 +1165,7 @@ TEST_SUITE("training") {
                     trainer.begin_step(1, 0);
                     for (int micro = 0; micro < accumulation; micro++) {
                         trainer.stage_batch(loader, uint64_t(micro) * 2, micro);
-                        trainer.micro_batch();
+                        trainer.micro_batch(false);
                     }
                     auto grads = host(trainer.model.grads);
                     trainer.model.device.zero(trainer.model.grads);
@@ -1123,7 +1195,7 @@ TEST_SUITE("training") {
             poison(trainer.model);
             trainer.begin_step(1, 0);
             trainer.stage_batch(data.loader(run), 0, 0);
-            trainer.micro_batch();
+            trainer.micro_batch(false);
             auto grads = host(trainer.model.grads);
             if (level == 0) expected = grads;
             CHECK_MESSAGE(same_bits(expected, grads), "-r " << Recompute{level}.name() << ": gradients differ by " << relative_error(expected, grads));
@@ -1229,8 +1301,9 @@ TEST_SUITE("training") {
                 cpu::Trainer expected(run);
                 Trainer trainer(run), unprobed(run);
                 expected.initialise(1), trainer.initialise(1), unprobed.initialise(1);
-                std::string cpu_path = data.folder.path + "/cpu.csv", gpu_path = data.folder.path + "/gpu.csv";
-                CsvLog cpu_log(cpu_path, PROBE_COLUMNS, -1), gpu_log(gpu_path, PROBE_COLUMNS, -1);
+                std::string cpu_path = data.folder.path + "/cpu", gpu_path = data.folder.path + "/gpu";
+                std::filesystem::create_directory(cpu_path), std::filesystem::create_directory(gpu_path);
+                ProbeLog cpu_log(cpu_path, -1), gpu_log(gpu_path, -1);
                 for (int step = 1; step <= 4; step++) {  // the third comes after the graphs are recorded, the fourth is replayed
                     expected.step(loader, step, step % 2 ? &cpu_log : nullptr);
                     StepResult probed = trainer.step(loader, step, step % 2 ? &gpu_log : nullptr), plain = unprobed.step(loader, step, nullptr);
@@ -1238,15 +1311,17 @@ TEST_SUITE("training") {
                     CHECK_MESSAGE(same_bits(host(trainer.model.params), host(unprobed.model.params)), "step " << step);
                 }
                 CHECK(trainer.micro_step.nodes == unprobed.micro_step.nodes);
-                auto wanted = read_csv(cpu_path), found = read_csv(gpu_path);
-                REQUIRE(wanted.size() == size_t(1 + 2 * run.model.L));
-                REQUIRE(found.size() == wanted.size());
-                CHECK(found[0] == wanted[0]);
-                for (size_t row = 1; row < wanted.size(); row++) {
-                    REQUIRE(found[row].size() == wanted[row].size());
-                    for (size_t i = 0; i < wanted[row].size(); i++) {
-                        if (i < 3) CHECK(found[row][i] == wanted[row][i]);
-                        else compare.error(format("%s -r %d, row %zu, %s", placements[norm].name, level, row, wanted[0][i].c_str()), std::fabs(std::stod(found[row][i]) / std::stod(wanted[row][i]) - 1));
+                for (auto [file, rows] : {std::pair("/probe.csv", size_t(run.model.L)), std::pair("/probe_weights.csv", trainer.model.layout.tensors.size())}) {
+                    auto wanted = read_csv(cpu_path + file), found = read_csv(gpu_path + file);
+                    REQUIRE(wanted.size() == 1 + 2 * rows);
+                    REQUIRE(found.size() == wanted.size());
+                    CHECK(found[0] == wanted[0]);
+                    for (size_t row = 1; row < wanted.size(); row++) {
+                        REQUIRE(found[row].size() == wanted[row].size());
+                        for (size_t i = 0; i < wanted[row].size(); i++) {
+                            if (i < 3) CHECK(found[row][i] == wanted[row][i]);
+                            else compare.error(format("%s -r %d, row %zu, %s", placements[norm].name, level, row, wanted[0][i].c_str()), std::fabs(std::stod(found[row][i]) / std::stod(wanted[row][i]) - 1));
+                        }
                     }
                 }
             }
