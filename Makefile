@@ -231,7 +231,8 @@ TEST_PROGRAMS = train_keel_cpu train_keel_cpu_fp64 build/test_cpu_fp32 build/tes
 .PHONY: test
 test:
 	@dev/need.sh g++ doctest-dev libboost-context-dev
-	@$(MAKE) --no-print-directory -j2 $(TEST_PROGRAMS)
+	@[ "$(MPI)" = 0 ] || [ "$$(dev/mpi.sh compile)" ] || dev/need.sh libopenmpi-dev openmpi-bin || true
+	@$(MAKE) --no-print-directory -j2 $(TEST_PROGRAMS) $$([ -z "$$(dev/mpi.sh compile)" ] || echo build/test_nccl)
 	@if [ "$(LONG)" ] && dev/need.sh $(CLANG_PACKAGES) valgrind; then $(MAKE) --no-print-directory -j2 $(SANITIZED) $(FUZZERS); fi
 	@test/run.sh
 

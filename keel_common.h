@@ -3321,7 +3321,8 @@ int run_trainer(int argc, const char* const* argv, RankSession<Trainer>& session
     if (o.zero > 0 && !ranks) fail("-z: expected 0, found %d; this run has one rank, and ZeRO shards over several", int(o.zero));
     if (ranks && o.probe > 0 && !Trainer::probes_ranks)
         fail("--probe: expected a run started alone, found one started by %s; leave it out, or use train_keel_cpu", session.launch.launcher.c_str());
-    if (ranks.count() > 1 && (!o.check.empty() || !o.dump.empty())) fail("--dump and --check: expected one rank, found %d; start one", ranks.count());
+    bool alone = !o.check.empty() || !o.dump.empty() || !o.ablate.empty();  // what one rank does
+    if (ranks.count() > 1 && alone) fail("--dump, --check and --ablate: expected one rank, found %d; start one", ranks.count());
     clock.mark("device");
     if (!o.check.empty()) return check_debug_state<Trainer>(o);
     if (!o.dump.empty()) check_dump_target(o.dump);
@@ -3348,7 +3349,7 @@ int run_trainer(int argc, const char* const* argv, RankSession<Trainer>& session
         auto kind = [](int hops) { return hops ? format("hops:%d", hops) : std::string("files"); };
         fail("-i: expected %s as in the checkpoint, found %s; give the same data", kind(init->header.word[H_HOPS]).c_str(), kind(data.programs.hops).c_str());
     }
-    RunConfig run = resolve_run(o, init ? &init->header : nullptr, data.natural_vocabulary(), data.natural_seq_len(), o.dump.empty() && ranks ? ranks.count() : 0, ranks.rank());
+    RunConfig run = resolve_run(o, init ? &init->header : nullptr, data.natural_vocabulary(), data.natural_seq_len(), !alone && ranks ? ranks.count() : 0, ranks.rank());
     const ModelConfig& config = run.model;
     Trainer::check_model(config);
     if (Trainer::on_host && (run.types.moments_bf16 || run.types.grads_bf16))

@@ -2823,7 +2823,7 @@ struct Trainer {
     explicit Trainer(const RunConfig& run, Communicator* communicator = nullptr)
         : run(run), model(run.model, run.B, run.T, run.recompute, run.types, Sharing(run), run.ranks > 0 ? communicator : nullptr), settings(steps_in_flight),
           state(steps_in_flight + 1), communicator(model.communicator), rank_flags(steps_in_flight) {
-        if (communicator && run.types.grads_bf16) fail("--grads: expected fp32 with several ranks, found bf16; use -z 2, which divides the gradients among them");
+        if (model.communicator && run.types.grads_bf16) fail("--grads: expected fp32 with several ranks, found bf16; use -z 2, which divides the gradients among them");
         leave_multiprocessors();
         for (int i = 0; i < 2; i++) {
             staging[i] = PinnedArray<int>(TokenBatch::size(rows()));
@@ -3003,7 +3003,7 @@ struct Trainer {
         CUDA(cudaEventRecord(staged[slot], model.device.stream));
     }
 
-    void micro_batch(bool gather) { model.forward_backward(run.B, float(1.0 / double(run.total_batch)), nullptr, gather); }
+    void micro_batch(bool gather = false) { model.forward_backward(run.B, float(1.0 / double(run.total_batch)), nullptr, gather); }
 
     void record_graphs() {
         double start = seconds();

@@ -80,6 +80,13 @@ row "curve beside the CPU's, FP32" same_fp32.log bash -c 'same_curve train_keel_
 shows='^idle  ' row "idle time, 20 steps" idle.log dev/idle.sh --steps 20
 grep -E 'step boundary|waits for the host|^step ' $logs/idle.log
 
+if ./train_keel -h | head -1 | grep -q NCCL; then
+    TURNS=2 shows='^one rank of NCCL, -z 2' row "one rank through NCCL, overhead" overhead.log dev/ranks_overhead.sh
+    cat $logs/overhead.log
+else
+    table+=$(printf '%-34s %-12s' "one rank through NCCL" "not built with it")$'\n'
+fi
+
 echo
 echo "$table"
 echo "in all $SECONDS s"

@@ -642,6 +642,44 @@ TEST_SUITE("layers") {
 
 // ----------------------------------------------------------------------------------------------------
 TEST_SUITE("optimizer") {
+    TEST_CASE("A step's numbers of several ranks: added up in rank order, flags of any and of all, nothing updated where data were lost") {
+        const StepShare parts[] = {{1e16, 1, STOP_ASKED | STATE_WRITTEN}, {1, 2, STATE_WRITTEN}, {-1e16, 6, STATE_WRITTEN}};  // another order gives another sum
+        for (bool lost : {false, true}) {
+            std::vector<StepShare> shares(parts, parts + 3);
+            if (lost) shares[1].flags |= DATA_LOST;
+            auto all = upload(shares), one = upload(std::vector<StepShare>(1));
+            auto settings = upload(std::vector<StepSettings>{{1e-3, 0.01, 1, 0}});
+            auto counts = upload(std::vector<UpdateCounts>{{41, 0}});
+            auto state = upload(std::vector<StepState>(1));
+            launch(prepare_update_kernel, 1, 1, 0, device().stream, state.data(), settings.data(), counts.data(), all.data(), 3);
+            StepState s = download(state.data(), 1)[0];
+            CHECK(s.loss_sum == (1e16 + 1) - 1e16);
+            CHECK(s.norm == 3);
+            CHECK(s.any == (STOP_ASKED | STATE_WRITTEN | (lost ? unsigned(DATA_LOST) : 0u)));
+            CHECK(s.all == STATE_WRITTEN);
+            CHECK(s.finite == !lost);
+            CHECK(download(counts.data(), 1)[0].updates == (lost ? 41 : 42));
+            auto flags = upload(std::vector<uint64_t>{5});
+            launch(share_kernel, 1, 1, 0, device().stream, one.data(), static_cast<const StepState*>(state.data()), static_cast<const uint64_t*>(flags.data()));
+            StepShare mine = download(one.data(), 1)[0];
+            CHECK(mine.loss_sum == s.loss_sum);
+            CHECK(mine.grad_squares == 9);
+            CHECK(mine.flags == 5);
+            // a step that is under way behind one whose data were lost
+            shares[1].flags = 0, all = upload(shares);
+            launch(prepare_update_kernel, 1, 1, 0, device().stream, state.data(), settings.data(), counts.data(), all.data(), 3);
+            CHECK(download(state.data(), 1)[0].finite == !lost);
+        }
+    }
+
+    TEST_CASE("What a reduce-scatter brings is added to the rank's part, element by element") {
+        std::vector<float> sum = random_floats(1408, 1), part = random_floats(1408, 2);
+        auto a = upload(sum), b = upload(part);
+        launch(accumulate_kernel, ceil_div(part.size() / 4, THREADS), THREADS, 0, device().stream, a.data(), static_cast<const float*>(b.data()), part.size());
+        for (size_t i = 0; i < sum.size(); i++) sum[i] += part[i];
+        CHECK(same_bits(sum, host(a)));
+    }
+
     // A model of tensors that start and end anywhere; one is longer than a block's stretch.
     ModelConfig odd_config() { return test_config(HYBRIDNORM, 4, 61, 1, 13, 3); }
 
