@@ -1,0 +1,1 @@
+SIZES = {"tiny": {}, "small": {}, "gpu": {}}
