@@ -5,9 +5,9 @@ Every shape trains on the same tokens with every learning rate; a table says whi
 """
 
 import math
-
-from shared import COLOURS, LABELS, SEED, final_loss, log, pyplot, read_csv, read_record, save, seeds, training, write_csv
 from types import SimpleNamespace
+
+from shared import COLOURS, LABELS, final_loss, log, pyplot, read_csv, save, seeds, training, write_csv
 
 SIZES = {
     "tiny": dict(L=[2, 4], C=16, H=2, T=16, B=2, steps=10, warmup=4, lrs=[3e-3, 1e-2], equal=[[8, 8], [2, 16]], seeds=1, m=4, norms=["keel", "pre"]),

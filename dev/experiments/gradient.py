@@ -6,7 +6,7 @@ gradient is that of the new model. What is kept is `kept_steps`, dense at the be
 
 import math
 
-from shared import COLOURS, LABELS, NORMS, Run, log, pyplot, read_csv, save, smooth, training, write_csv
+from shared import COLOURS, LABELS, NORMS, log, pyplot, read_csv, save, smooth, training, write_csv
 
 SIZES = {
     "tiny": dict(L=4, C=16, H=2, T=16, B=2, lr=3e-3, steps=10, warmup=4, norms=NORMS),

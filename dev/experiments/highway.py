@@ -6,7 +6,7 @@ FP32; beside it the opposite, which is what the GPU trainer does: an FP32 highwa
 
 import sys
 
-from shared import COLOURS, SEED, Failure, Run, pyplot, read_csv, save, write_csv
+from shared import COLOURS, Run, need_torch, pyplot, read_csv, save, write_csv
 
 SIZES = {
     "tiny": dict(L=[4, 8], C=16, H=2, T=16, B=1, seeds=1),
@@ -25,10 +25,7 @@ def run_of(c):
 
 
 def runs(c):
-    try:
-        import torch  # noqa: F401
-    except ImportError:
-        raise Failure("highway: expected PyTorch in this Python, found none; use one that has it, Debian's python3-torch for example") from None
+    need_torch("highway")
     yield [run_of(c)]
 
 

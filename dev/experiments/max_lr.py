@@ -8,6 +8,7 @@ reaches 5e-2 with every seed gets a second, steeper ramp.
 
 import math
 import re
+from statistics import median
 
 from shared import COLOURS, LABELS, NORMS, log, pyplot, read_csv, read_record, save, seeds, training, write_csv
 
@@ -26,16 +27,16 @@ def run_of(c, norm, top, seed):
     return training(c, f"max_lr/{norm}-{top:g}-{seed}", norm, s, top, warmup=s.steps, seed=seed, flags=["--stop-on-divergence"], validate=False, may_diverge=True)
 
 
-def survivors(c, top):
-    """Placements whose runs all reached this ramp's top."""
-    return [norm for norm in c.settings.norms if all(read_record(c, run_of(c, norm, top, seed))["end"] == "finished" for seed in seeds(c.settings))]
+def survivors(c, norms, top):
+    """Those of the placements whose runs all reached this ramp's top."""
+    return [norm for norm in norms if all(read_record(c, run_of(c, norm, top, seed))["end"] == "finished" for seed in seeds(c.settings))]
 
 
 def runs(c):
     norms = c.settings.norms
     for top in c.settings.tops:
         yield [run_of(c, norm, top, seed) for seed in seeds(c.settings) for norm in norms]
-        norms = [norm for norm in norms if norm in survivors(c, top)]
+        norms = survivors(c, norms, top)
 
 
 def window(steps):
@@ -44,19 +45,25 @@ def window(steps):
 
 
 def last_healthy_step(message, losses, steps, step):
-    """(kind, step) of the last step before divergence. The run was stopped at `step`."""
+    """(kind, step) of the last step before divergence. The run was stopped at `step`.
+
+    instability     the detector's own: before the spike from which the loss did not return
+    a plateau       at the median of the last ten windows. If the loss had been 3 % below it, as the median of five windows: the last window that was;
+                    else the first window that is as low as the plateau, since when nothing has been learnt
+    """
     spike = re.search(r"instability: .* since a spike (\d+) steps ago", message)
     if spike:
         return "instability", step - int(spike[1])
-    plateau = re.search(r"(stagnation|degradation): the loss (?:stays at|is) ([0-9.]+)", message)
-    if plateau:  # it began with the first window that is no higher than the plateau's mean and a window's noise
-        w = window(steps)
-        noise = math.sqrt(sum((b - a) ** 2 / 2 for a, b in zip(losses, losses[1:])) / (len(losses) - 1) / w)
-        means = [sum(losses[i:i + w]) / w for i in range(0, len(losses) - w + 1, w)]
-        first = next(i for i, m in enumerate(means) if m <= float(plateau[2]) + noise)
-        return plateau[1], first * w
     skipped = re.search(r"the last of (\d+) skipped in a row", message)
-    return "not finite", step - int(skipped[1])
+    if skipped:
+        return "not finite", step - int(skipped[1])
+    kind = re.search("stagnation|degradation", message)[0]
+    w, means = window(steps), window_means(losses, steps)
+    noise = math.sqrt(sum((b - a) ** 2 / 2 for a, b in zip(losses, losses[1:])) / (len(losses) - 1) / w)
+    level = median(means[-10:])
+    fives = [i for i in range(4, len(means)) if median(means[i - 4:i + 1]) < 0.97 * level]
+    last = max(i for i in range(fives[-1] + 1) if means[i] < 0.97 * level) if fives else next(i for i, m in enumerate(means) if m <= level + noise)
+    return kind, (last + 1) * w
 
 
 def collect(c):
@@ -74,7 +81,7 @@ def collect(c):
                 if seed == seeds(s)[0]:
                     for i, mean in enumerate(window_means(losses, s.steps)):
                         curves.append({"norm": norm, "top": f"{top:g}", "step": (i + 1) * window(s.steps), "lr": f"{top * (i + 1) * window(s.steps) / s.steps:.4g}", "loss": f"{mean:.4f}"})
-        norms = [norm for norm in norms if norm in survivors(c, top)]
+        norms = survivors(c, norms, top)
     write_csv(c.results / "max_lr.csv", rows)
     write_csv(c.results / "max_lr_loss.csv", curves, ["norm", "top", "step", "lr", "loss"])
 

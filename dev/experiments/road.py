@@ -6,7 +6,7 @@ placements of the trainers too, which train them beside as a cross-check: step b
 
 import sys
 
-from shared import COLOURS, LABELS, Failure, Run, final_loss, flops, log, pyplot, read_csv, read_record, save, smooth, training, write_csv
+from shared import COLOURS, Run, final_loss, flops, log, need_torch, pyplot, read_csv, save, smooth, training, write_csv
 
 SIZES = {
     "tiny": dict(L=4, C=16, H=2, T=16, B=2, lr=9e-3, steps=10, warmup=4, m=4, probe=5),
@@ -31,10 +31,7 @@ def trainer_run(c, norm):
 
 
 def runs(c):
-    try:
-        import torch  # noqa: F401
-    except ImportError:
-        raise Failure("road: expected PyTorch in this Python, found none; use one that has it, Debian's python3-torch for example") from None
+    need_torch("road")
     yield [torch_run(c, form) for form in FORMULAS] + [trainer_run(c, norm) for norm in ("pre", *TWINS.values())]
 
 

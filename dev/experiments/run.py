@@ -25,7 +25,7 @@ import hops
 import max_lr
 import redundancy
 import road
-from shared import ROOT, Context, Failure, Pool, finished, relative, write_runs
+from shared import ROOT, Context, Failure, Pool, relative, write_runs
 
 EXPERIMENTS = {"gradient": gradient, "max_lr": max_lr, "depth": depth, "redundancy": redundancy, "road": road, "highway": highway, "hops": hops}
 

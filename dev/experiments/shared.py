@@ -9,6 +9,7 @@ c, a Context, holds the settings and knows the folders.
 """
 
 import csv
+import importlib.util
 import json
 import math
 import os
@@ -97,6 +98,12 @@ def training(c, name, norm, s, lr, steps=None, warmup=None, seed=SEED, flags=(),
 
 def record_path(c, run):
     return c.runs / (run.name + ".json")
+
+
+def need_torch(experiment):
+    """An experiment in PyTorch runs in the driver's own Python."""
+    if not importlib.util.find_spec("torch"):
+        raise Failure(f"{experiment}: expected PyTorch in {sys.executable}, found none; use a Python that has it, Debian's python3-torch for example")
 
 
 def read_record(c, run):
@@ -206,7 +213,7 @@ class Pool:
             remove_checkpoints(folder, run.keep_model)
         number = sum(read_record(c, r).get("end") in ("finished", "diverged") for r in self.all)
         note = f"diverged at step {step}" if record["end"] == "diverged" else f"{step} steps" if run.steps else "done"
-        print(f"\r\033[K" if sys.stdout.isatty() else "", end="")
+        print("\r\033[K" if sys.stdout.isatty() else "", end="")
         print(f"{number}/{len(self.all)}  {run.name:<40} {note:<24} {record['seconds']:>7.0f} s, {record['cpu_seconds']:.0f} s of CPU; {self.left()} left", flush=True)
 
     def worker(self):
