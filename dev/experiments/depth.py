@@ -10,11 +10,16 @@ from types import SimpleNamespace
 from shared import COLOURS, LABELS, final_loss, log, pyplot, read_csv, save, seeds, training, write_csv
 
 SIZES = {
-    "tiny": dict(L=[2, 4], C=16, H=2, T=16, B=2, steps=10, warmup=4, lrs=[3e-3, 1e-2], equal=[[8, 8], [2, 16]], seeds=1, m=4, norms=["keel", "pre"]),
-    "small": dict(L=[8, 16, 64], C=64, H=2, T=64, B=8, steps=300, warmup=75, lrs=[3e-3, 6e-3, 1.2e-2], equal=[[64, 32], [16, 64], [4, 128]], seeds=1, m=64, norms=["keel", "pre"]),
-    "gpu": dict(L=[64, 128, 512, 1024], C=256, H=4, T=256, B=128, steps=5000, warmup=1000, lrs=[1.5e-3, 3e-3, 4.5e-3, 6e-3, 9e-3], equal=[[512, 256], [128, 512], [32, 1024]],
+    "tiny": dict(L=[2, 4], C=16, H=2, T=16, B=2, steps=10, warmup=4, lrs=[3e-3, 1e-2], pre_lrs=[3e-3, 1e-2], equal=[[8, 8], [2, 16]], seeds=1, m=4, norms=["keel", "pre"]),
+    "small": dict(L=[8, 16, 64], C=64, H=2, T=64, B=8, steps=300, warmup=75, lrs=[3e-3, 6e-3, 1.2e-2, 2.4e-2], pre_lrs=[1.5e-3, 3e-3, 6e-3, 1.2e-2], equal=[[64, 32], [16, 64], [4, 128]], seeds=1, m=64, norms=["keel", "pre"]),
+    "gpu": dict(L=[64, 128, 512, 1024], C=256, H=4, T=256, B=128, steps=5000, warmup=1000, lrs=[3e-3, 4.5e-3, 6e-3, 9e-3, 1.35e-2], pre_lrs=[1.5e-3, 3e-3, 4.5e-3, 6e-3, 9e-3], equal=[[512, 256], [128, 512], [32, 1024]],
                 seeds=1, m=64, norms=["keel", "pre"]),
 }
+
+
+def rates(s, norm):
+    """Of the sweep: Pre-LN's best lie lower, so its sweep does."""
+    return s.pre_lrs if norm == "pre" else s.lrs
 
 
 def shapes(s):
@@ -31,14 +36,14 @@ def run_of(c, norm, L, C, lr, seed):
 def runs(c):
     s = c.settings
     yield [run_of(c, norm, L, C, lr, seed) for L, C in sorted(shapes(s), key=lambda shape: -shape[0] * shape[1] ** 2)
-           for norm in s.norms for lr in s.lrs for seed in seeds(s)]
+           for norm in s.norms for lr in rates(s, norm) for seed in seeds(s)]
 
 
 def collect(c):
     s, rows = c.settings, []
     for L, C in shapes(s):
         for norm in s.norms:
-            for lr in s.lrs:
+            for lr in rates(s, norm):
                 for seed in seeds(s):
                     run = run_of(c, norm, L, C, lr, seed)
                     _, losses, _ = log(c, run)
@@ -54,6 +59,8 @@ def best(rows):
     for norm, L, C in dict.fromkeys((r["norm"], int(r["L"]), int(r["C"])) for r in rows):
         for lr in dict.fromkeys(r["lr"] for r in rows):
             values = [float(r["val_loss"]) for r in rows if (r["norm"], int(r["L"]), int(r["C"]), r["lr"]) == (norm, L, C, lr)]
+            if not values:  # a rate of the other's sweep
+                continue
             mean = sum(values) / len(values)
             if (norm, L, C) not in found or mean < found[norm, L, C][1]:
                 found[norm, L, C] = (float(lr), mean, min(values), max(values))
@@ -82,9 +89,9 @@ def draw(c):
         for a in deep:
             axes[0].annotate(f"{found[norm, *a][0]:g}", (a[0], found[norm, *a][1]), xytext=(0, 7 if norm == "pre" else -13), textcoords="offset points", ha="center", fontsize=8, color=colour)
         for a, style in zip(deep, ("o:", "s--", "D-", "^-.")):
-            mean = [[float(r["val_loss"]) for r in rows if (r["norm"], int(r["L"]), int(r["C"]), float(r["lr"])) == (norm, *a, lr)] for lr in lrs]
-            values = [sum(m) / len(m) for m in mean]
-            axes[1].plot(lrs, [v if math.isfinite(v) else math.nan for v in values], style, color=colour, ms=4, lw=1.4, label=f"{LABELS[norm]} L = {a[0]}")
+            found_at = [[float(r["val_loss"]) for r in rows if (r["norm"], int(r["L"]), int(r["C"]), float(r["lr"])) == (norm, *a, lr)] for lr in lrs]
+            points = [(lr, sum(v) / len(v)) for lr, v in zip(lrs, found_at) if v and math.isfinite(sum(v))]
+            axes[1].plot(*zip(*points), style, color=colour, ms=4, lw=1.4, label=f"{LABELS[norm]} L = {a[0]}")
         axes[2].plot(range(len(equal)), [found[norm, *a][1] for a in equal], "o-", color=colour, label=LABELS[norm])
     axes[0].set(xscale="log", xlabel="sub-layers L", title=f"Validation loss at the best learning rate, C = {deep[0][1]}")
     axes[0].set_xticks([L for L, _ in deep], [str(L) for L, _ in deep])

@@ -3,6 +3,7 @@
 Accuracy at the answers, for each number of lookups: hops.csv of the trainer. An attention sub-layer can do one lookup, so each more asks for one more block.
 """
 
+import re
 from types import SimpleNamespace
 
 from shared import COLOURS, LABELS, pyplot, read_csv, save, seeds, training, write_csv
@@ -12,20 +13,18 @@ SIZES = {
     "small": dict(K=2, L=[4, 8, 16], C=64, H=2, B=16, lr=3e-3, steps=1500, warmup=150, seeds=1, m=32, norms=["keel", "pre"]),
     "gpu": dict(K=8, L=[16, 32, 64, 128, 512], C=256, H=4, B=128, lr=3e-3, steps=20000, warmup=1000, seeds=1, m=32, norms=["keel", "pre"]),
 }
-CHAINS, QUERIES = 4, 2  # of a program (HopPrograms in keel_common.h)
-
-
-def program_length(K):
-    return 4 * CHAINS * K + 5 * QUERIES
+NOMINAL_T = 16  # tokens of a program for each lookup, roughly: for the time left alone. The trainer chooses T
 
 
 def run_of(c, norm, L, seed):
     s = c.settings
-    shape = SimpleNamespace(L=L, C=s.C, H=s.H, T=program_length(s.K) - 1, B=s.B, warmup=s.warmup)
+    shape = SimpleNamespace(L=L, C=s.C, H=s.H, T=NOMINAL_T * (s.K + 1), B=s.B, warmup=s.warmup)
     flags = ["--train", f"hops:{s.K}", "-m", str(s.m)]
     run = training(c, f"hops/{norm}-L{L}-{seed}", norm, shape, s.lr, steps=s.steps, seed=seed, flags=flags, may_diverge=True)
     at = run.command.index("-v")  # accuracy over training: twenty points
     run.command[at + 1] = str(max(1, s.steps // 20))
+    at = run.command.index("-t")
+    del run.command[at:at + 2]
     return run
 
 
@@ -38,14 +37,12 @@ def collect(c):
     for norm in s.norms:
         for L in s.L:
             for seed in seeds(s):
-                for row in read_csv(c.runs / run_of(c, norm, L, seed).name / "hops.csv"):
-                    rows.append({"norm": norm, "L": L, "K": s.K, "seed": seed, **row})
+                run = run_of(c, norm, L, seed)
+                # What the trainer says that can be had without a lookup
+                chance = float(re.search(r"without a lookup ([0-9.]+) %", (c.runs / f"{run.name}.txt").read_text())[1]) / 100
+                for row in read_csv(c.runs / run.name / "hops.csv"):
+                    rows.append({"norm": norm, "L": L, "K": s.K, "seed": seed, **row, "chance": f"{chance:g}"})
     write_csv(c.results / "hops.csv", rows)
-
-
-def chance():
-    """The best accuracy without a lookup: a guess among the digits of the program that have not been an answer yet."""
-    return sum(1 / (CHAINS - q) for q in range(QUERIES)) / QUERIES
 
 
 def accuracy(rows, norm, L, hops, step=None):
@@ -70,6 +67,6 @@ def draw(c):
     axes[1].set(title="At the end, by lookups needed", ylim=(0, 1.03), xlabel="lookups")
     axes[1].set_xticks(range(len(hops)), hops)
     for axis in axes:
-        axis.axhline(chance(), color="#8a9099", lw=1, ls=":")
+        axis.axhline(float(rows[0]["chance"]), color="#8a9099", lw=1, ls=":")
     axes[0].legend(fontsize=8)
     save(plt, figure, c.results / "hops.png")

@@ -17,6 +17,7 @@ import depth
 import highway
 import hops
 import max_lr
+import report
 import road
 from run import EXPERIMENTS
 from shared import COLOURS, LABELS, NORMS, ROOT, Failure, read_csv, smooth
@@ -157,9 +158,11 @@ FIGURES = {
     "ramp": ("The loss while the learning rate rises", None, None, "Means over the detector’s windows, one seed."),
     "depth": ("Deeper, at one width", None, None, "Validation loss at each depth’s best learning rate."),
     "wide": ("Deeper or wider, at one size", None, None, "As many parameters in the sub-layers of each shape."),
-    "redundancy": ("Perplexity lost by removing one sub-layer", "one", None, "Full colour: attention; pale: feed-forward. One scale for all."),
+    "redundancy": ("Perplexity lost by removing one sub-layer", "one", None, "Full colour: attention; pale: feed-forward. One scale for all, logarithmic away from 0."),
     "hops": ("Answers right, by the lookups they need", None, None, "Dotted: the best guess without a lookup."),
 }
+
+LEGENDS = ("road", "highway", "ramp", "depth", "wide", "hops")
 
 
 def figure(name):
@@ -169,6 +172,8 @@ def figure(name):
         out.append(f'<div class="controls slider" id="slider-{name}"></div>')
     if chips:
         out.append(f'<div class="controls" id="controls-{name}"{" data-many" if chips == "many" else ""}></div>')
+    if name in LEGENDS:
+        out.append(f'<div class="legend" id="legend-{name}"></div>')
     out.append(f'<div class="plot" id="plot-{name}" role="img" aria-label="{html.escape(title)}"></div><p class="caption">{caption}</p></div>')
     return "".join(out)
 
@@ -210,6 +215,12 @@ class Lesson:
         for part in (self.gradient, self.placements, self.road, self.highway, self.max_lr, self.depth, self.redundancy, self.hops, self.provenance):
             part()
 
+    def report(self, name):
+        """A table of report.py as HTML."""
+        columns, rows = report.TABLES[name](self.results)
+        names = {LABELS[n]: dot(n) for n in LABELS}
+        return html_table(columns, [[names.get(v, html.escape(str(v))) for v in row] for row in rows])
+
     def gradient(self):
         rows = self.t["gradient"]
         norms = list(dict.fromkeys(r["norm"] for r in rows))
@@ -240,9 +251,14 @@ class Lesson:
                                          "Pre-LN has no norm on its shortcut: its gain is 1, and what it pays is a stream that grows with depth, beside which late sub-layers weigh less.")
         ratios = [norm for norm in norms if dx[norm][middle][low] < 1e-3 * dx[norm][middle][L - 1]]
         dead = ", ".join(LABELS[n] for n in ratios) or "no placement"
+        rms_f, rms_x = column("rms_f")["post"], column("rms_x")["post"]
+
+        def grown(i):
+            return sorted(f / x for f, x in zip(rms_f[i], rms_x[i]))[L // 2]
         self.values["flow_words"] = (
             f"In the new model sub-layer {low} gets {at('post', 0)} in Post-LN and {at('keel', 0)} in KEEL: no difference worth a word. By step {steps[middle]} it is {at('post', middle)} against "
-            f"{at('keel', middle)}. As the branches learn, they stop carrying the gradient of random matrices, and what is left of it is what the shortcut passes. "
+            f"{at('keel', middle)}. In between Post-LN’s F has grown from {grown(0):.2f} of x’s size to {grown(middle):.2f} (median over sub-layers), so that each norm divides by more, and what the branches carry back no longer "
+            f"makes up for it: over {L - 1 - low} sub-layers the gradient shrinks by {(dx['post'][middle][low] / dx['post'][middle][L - 1]) ** (1 / (L - 1 - low)):.2f} at each; in the new model the factor is {(dx['post'][0][low] / dx['post'][0][L - 1]) ** (1 / (L - 1 - low)):.2f}. "
             f"At that step the gradient at sub-layer {low} is less than a thousandth of that at the top in: {dead}.")
         stuck = [LABELS[n] for n in norms if val[n] > min(val.values()) + 0.5]
         best = min(val, key=val.get)
@@ -292,7 +308,7 @@ class Lesson:
         self.tables["road"] = html_table(["", "x′", "", "train loss", "validation"], out, (3, 4))
         val = {f: float(by[f]["val_loss"]) for f in by}
         twins = ", ".join(f"{road.NAMES[f]} to {superscript(float(by[f]['twin_difference']))}" for f in road.TWINS)
-        order = " < ".join(f"{name} {v:.3f}" for v, name in sorted([(val[f], road.NAMES[f]) for f in road.FORMULAS] + [(val["trainer-pre"], "Pre-LN")]))
+        order = " &lt; ".join(f"{name} {v:.3f}" for v, name in sorted([(val[f], road.NAMES[f]) for f in road.FORMULAS] + [(val["trainer-pre"], "Pre-LN")]))
         flags = command_flags(self.runs["road"][0]["command"])
         self.values["road_words"] = (f"{flags['-L']} sub-layers, {flags['-x']} steps, learning rate {flags['-l']}, one seed. Validation losses: {order}. Over the first tenth of the steps the C++ trainer’s losses agree with "
                                      f"PyTorch’s in {twins} (relative).")
@@ -363,54 +379,46 @@ class Lesson:
             return {"norm": norm, "x": [name(a) for a in shapes], "loss": [found[norm, *a][1] for a in shapes], "lr": [f"{found[norm, *a][0]:g}" for a in shapes]}
         self.data["depth"] = [curve(n, deep, lambda a: str(a[0])) for n in norms]
         self.data["wide"] = [curve(n, equal, lambda a: f"{a[0]} × {a[1]}") for n in norms]
-        lrs = sorted({float(r["lr"]) for r in rows})
         seeds = len({r["seed"] for r in rows})
-        self.values["depth_lrs"] = f"the learning rates {', '.join(f'{lr:g}' for lr in lrs)} ({int(rows[0]['tokens']):,} tokens, {seeds} seed{'s' * (seeds > 1)})".replace(",000", " 000")
+        sweeps = "; ".join(f"{LABELS[n]} {', '.join(f'{lr:g}' for lr in sorted({float(r['lr']) for r in rows if r['norm'] == n}))}" for n in norms)
+        tokens = f"{int(rows[0]['tokens']):,}".replace(",", " ")
+        self.values["depth_lrs"] = f"a sweep of learning rates ({sweeps}; {tokens} tokens, {seeds} seed{'s' * (seeds > 1)})"
+        self.tables["depth"] = self.report("depth")
         words = []
-        for n in norms:
-            words.append(f"{LABELS[n]}: " + ", ".join(f"L = {L}: {found[n, L, C][1]:.3f} at {found[n, L, C][0]:g}" for L, C in deep) + ".")
         a, b = (min(equal, key=lambda s: found[n, *s][1]) for n in norms[:2])
         words.append(f"Of the shapes of one size, {LABELS[norms[0]]} does best as {a[0]} × {a[1]} and {LABELS[norms[1]]} as {b[0]} × {b[1]}." if len(norms) > 1 else "")
         top = deep[-1]
         if len(norms) > 1:
             difference = found[norms[1], *top][1] - found[norms[0], *top][1]
             words.append(f"At L = {top[0]} {LABELS[norms[0]]} is {abs(difference):.3f} {'below' if difference > 0 else 'above'} {LABELS[norms[1]]}. "
-                         + ("The shallowest is best: these runs are short, the paper's are hundreds of thousands of times longer, and depth needs time to pay." if all(min(deep, key=lambda s: found[n, *s][1]) == deep[0] for n in norms) else
-                            f"Depth pays up to L = {' and '.join(f'{min(deep, key=lambda s: found[n, *s][1])[0]} ({LABELS[n]})' for n in norms)} at this length of training; the paper's runs are hundreds of thousands of times longer."))
+                         + ("The shallowest is best: these runs are short, the paper’s are hundreds of thousands of times longer, and depth needs time to pay." if all(min(deep, key=lambda s: found[n, *s][1]) == deep[0] for n in norms) else
+                            f"Depth pays up to L = {' and '.join(f'{min(deep, key=lambda s: found[n, *s][1])[0]} ({LABELS[n]})' for n in norms)} at this length of training; the paper’s runs are hundreds of thousands of times longer."))
         self.values["depth_words"] = " ".join(words)
 
     def redundancy(self):
         rows = self.t["redundancy"]
         norms = list(dict.fromkeys(r["norm"] for r in rows))
         lost = {n: [float(r["perplexity_lost"]) for r in rows if r["norm"] == n and int(r["sublayer"]) >= 0] for n in norms}
-        flat = sorted(v for values in lost.values() for v in values)
-        # One scale for all, cut where a handful of sub-layers would flatten the rest.
-        high = flat[max(0, int(0.97 * len(flat)) - 1)] * 1.3 or 1
-        self.data["redundancy"] = {"norms": norms, "lost": {n: [float(f"{v:.4g}") for v in lost[n]] for n in norms}, "range": [min(0, flat[0]) - 0.02 * high, high]}
-        whole = {r["norm"]: float(r["perplexity"]) for r in rows if int(r["sublayer"]) < 0}
-        words = []
-        for n in norms:
-            middle = sorted(lost[n])[len(lost[n]) // 2]
-            worst = max(range(len(lost[n])), key=lambda l: lost[n][l])
-            quarter = max(1, len(lost[n]) // 4)
-            words.append(f"{LABELS[n]}, perplexity {whole[n]:.2f} when whole: the median sub-layer is worth {middle:.2g}, sub-layer {worst} the most, {lost[n][worst]:.3g}; "
-                         f"mean over the lowest quarter {sum(lost[n][:quarter]) / quarter:.3g}, over the highest {sum(lost[n][-quarter:]) / quarter:.3g}.")
-        words.append("Bars that leave the figure are longer than it.")
-        self.values["redundancy_words"] = " ".join(words)
+        flat = [v for values in lost.values() for v in values]
+        self.data["redundancy"] = {"norms": norms, "lost": {n: [float(f"{v:.4g}") for v in lost[n]] for n in norms}, "range": [1.3 * min(-0.005, *flat), 1.3 * max(0.01, *flat)]}
+        self.tables["redundancy"] = self.report("redundancy")
+        live = [l for l, v in enumerate(lost["post"]) if v > 1e-3] if "post" in lost else []
+        self.values["redundancy_words"] = ((f"In Post-LN sub-layer {live[0]} is the first that is worth a thousandth of a perplexity: what is below it, the gradient never reached. " if live else "")
+                                           + "In the paper the first layers are critical in every model, and KEEL’s shallow ones are worth more than Pre-LN’s; its models have seen a hundred thousand times more text than these.")
 
     def hops(self):
         rows = self.t["hops"]
         K, norms, depths = int(rows[0]["K"]), list(dict.fromkeys(r["norm"] for r in rows)), sorted({int(r["L"]) for r in rows})
         numbers = [str(k) for k in range(1, K + 1)]
         dashes = ["dot", "dash", "solid", "dashdot", "longdash"]
-        self.data["hops"] = {"axis": "lookups needed", "chance": hops.chance(), "curves": [
+        self.data["hops"] = {"axis": "lookups needed", "chance": float(rows[0]["chance"]), "curves": [
             {"norm": n, "name": f"{LABELS[n]} L = {L}", "dash": dashes[i % 5], "x": numbers, "accuracy": [hops.accuracy(rows, n, L, k) for k in numbers]} for n in norms for i, L in enumerate(depths)]}
         self.values["hops_task"] = (f"A program such as <code>k=f;b=3;f=b;q=7;…;?k:3</code> is drawn anew for each sequence: to answer <code>k</code> the model must look up <code>f</code>, then <code>b</code>, then 3. Nothing can be remembered, "
                                     f"and each lookup takes an attention sub-layer. Here queries take 1 to {K} lookups (<code>--train hops:{K}</code>).")
         steps = max(int(r["step"]) for r in rows)
         ends = "; ".join(f"{LABELS[n]} " + ", ".join(f"L = {L}: {100 * hops.accuracy(rows, n, L, 'all'):.0f} %" for L in depths) for n in norms)
         best = max(hops.accuracy(rows, n, L, "all") for n in norms for L in depths)
-        verdict = ("None is above the best guess: this size does not learn the task in these steps." if best < hops.chance() + 0.05 else
+        verdict = ("None is above the best guess: this size does not learn the task in these steps." if best < float(rows[0]["chance"]) + 0.05 else
                    "Where a curve is at the dotted line, the model has learnt which digits are there and not which is asked for.")
         self.values["hops_words"] = f"After {steps} steps, all answers: {ends}. {verdict}"
 

@@ -14,7 +14,7 @@ from shared import COLOURS, LABELS, NORMS, log, pyplot, read_csv, read_record, s
 
 SIZES = {
     "tiny": dict(L=4, C=16, H=2, T=16, B=2, steps=10, tops=[5e-2, 4e-1], seeds=1, norms=["keel", "post"]),
-    "small": dict(L=32, C=64, H=2, T=64, B=4, steps=600, tops=[5e-2, 4e-1], seeds=2, norms=NORMS),
+    "small": dict(L=32, C=64, H=2, T=64, B=4, steps=600, tops=[5e-2, 4e-1], seeds=3, norms=NORMS),
     "gpu": dict(L=64, C=256, H=4, T=256, B=64, steps=5000, tops=[5e-2, 4e-1], seeds=3, norms=NORMS),
 }
 # Table 1 of arXiv 2601.19895: 5000 steps to 5e-2, 4M tokens each, C = 1024.
@@ -108,14 +108,14 @@ def draw(c):
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.2), gridspec_kw={"width_ratios": [1.25, 1], "wspace": 0.25})
     for i, (norm, (values, bound)) in enumerate(found.items()):
         mean = sum(values) / len(values)
-        axes[0].bar(i - 0.2, mean, 0.36, color=COLOURS[norm])
-        axes[0].errorbar(i - 0.2, mean, [[mean - min(values)], [max(values) - mean]], color="#333a44", capsize=3, lw=1)
-        axes[0].text(i - 0.2, max(values) * 1.12, ("≥ " if bound else "") + f"{mean:.2g}", ha="center", fontsize=8, color="#333a44")
+        axes[0].errorbar(i, mean, [[mean - min(values)], [max(values) - mean]], fmt="o", ms=10, color=COLOURS[norm], ecolor="#5a626d", capsize=3, elinewidth=1.2)
+        axes[0].annotate(("≥ " if bound else "") + f"{mean:.2g}", (i, mean), xytext=(10, -3), textcoords="offset points", fontsize=8.5, color="#333a44")
         if norm in PAPER:
-            axes[0].bar(i + 0.2, PAPER[norm][0], 0.36, color=COLOURS[norm], alpha=0.35)
-            axes[0].text(i + 0.2, PAPER[norm][0] * 1.12, f"{PAPER[norm][0]:.2g}", ha="center", fontsize=8, color="#5a626d")
+            axes[0].plot([i, i], [PAPER[norm][0], mean], color="#d5d9de", zorder=0, lw=1.5)
+            axes[0].plot(i, PAPER[norm][0], "o", ms=9, mfc="white", mec=COLOURS[norm], mew=2)
+            axes[0].annotate(f"{PAPER[norm][0]:.2g}", (i, PAPER[norm][0]), xytext=(10, -3), textcoords="offset points", fontsize=8.5, color="#5a626d")
     axes[0].set_xticks(range(len(found)), [LABELS[n].replace(" ", "\n") for n in found], fontsize=9)
-    axes[0].set(yscale="log", title=f"Largest learning rate; full: here, L = {rows[0]['L']}, pale: the paper, L = 64")
+    axes[0].set(yscale="log", title=f"Largest learning rate; full: here, L = {rows[0]['L']}, open: the paper, L = 64", xlim=(-0.5, len(found) - 0.2))
     axes[0].grid(axis="x", visible=False)
     for norm in found:
         mine = [r for r in read_csv(c.results / "max_lr_loss.csv") if r["norm"] == norm and r["top"] == rows[0]["top"]]

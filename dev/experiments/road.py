@@ -72,11 +72,14 @@ def draw(c):
             axes[0].plot(range(1, len(values) + 1), values, ":", color=COLOURS["trainer"], lw=1.2, label="the trainer's own" if form == "trainer-keel" else None)
     axes[0].set(title="Training loss, running mean (nats)", xlabel="step")
     axes[0].legend(fontsize=8)
-    low = sorted(values[-1] for values in [[float(r["loss"]) for r in rows if r["form"] == form] for form in forms])[0]
-    axes[0].set_ylim(low - 0.2, low + 2.2)
+    low = min(min(line.get_ydata()) for line in axes[0].get_lines())
+    axes[0].set_ylim(low - 0.1, low + 1.9)
     steps = sorted({int(r["step"]) for r in flow})
     for axis, step in ((axes[1], steps[0]), (axes[2], min(steps, key=lambda s: abs(s - steps[-1] / 2)))):
         for form in FORMULAS:
             axis.plot(*zip(*[(int(r["sublayer"]), float(r["dx"])) for r in flow if r["form"] == form and int(r["step"]) == step]), color=COLOURS[form])
         axis.set(yscale="log", xlabel="sub-layer", title=f"‖dL/dx‖, step {step}")
+    values = [float(r["dx"]) for r in flow]
+    for axis in axes[1:]:  # one scale, at least two decades
+        axis.set_ylim(min(min(values) / 1.3, max(values) / 100), max(values) * 1.3)
     save(plt, figure, c.results / "road.png")

@@ -12,13 +12,13 @@ const bold = norm => (norm === "keel" || norm === "post") ? 3 : 1.8;
 
 // What all figures have in common.
 function layout(more = {}) {
-  const axis = { gridcolor: css("--grid"), linecolor: css("--line"), zeroline: false, automargin: true, ticks: "", titlefont: { size: 13 }, exponentformat: "power" };
+  const axis = { gridcolor: css("--grid"), linecolor: css("--line"), zeroline: false, automargin: true, ticks: "", exponentformat: "power" };
   const { xaxis, yaxis, ...rest } = more;
+  for (const a of [xaxis, yaxis]) if (a && typeof a.title === "string") a.title = { text: a.title, standoff: 12, font: { size: 13 } };
   return { paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", margin: { l: narrow() ? 44 : 58, r: 12, t: 8, b: 44 }, showlegend: false, hovermode: "closest",
     font: { family: css("--sans"), size: 12.5, color: css("--soft") }, hoverlabel: { font: { family: css("--sans") } }, dragmode: false,
     xaxis: { ...axis, ...xaxis }, yaxis: { ...axis, ...yaxis }, ...rest };
 }
-const legend = { showlegend: true, legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", bgcolor: "rgba(0,0,0,0)", font: { size: 12 } }, margin: { l: narrow() ? 44 : 58, r: 12, t: narrow() ? 64 : 40, b: 44 } };
 const line = (norm, x, y, more = {}) => ({ x, y, mode: "lines", name: label(norm), line: { color: D.colours[norm], width: bold(norm) }, hovertemplate: "%{y:.3g}<extra>" + label(norm) + "</extra>", ...more });
 const range = n => Array.from({ length: n }, (_, i) => i);
 const shown = () => D.norms.filter(norm => state.on.has(norm));
@@ -61,11 +61,11 @@ figures.alpha = () => {
 
 figures.road = () => ({ data: D.road.map(form => ({ x: range(form.loss.length).map(i => i + 1), y: form.loss, mode: "lines", name: form.name,
     line: { color: form.colour, width: form.name === "KEEL" ? 3 : 1.8, dash: form.dash }, hovertemplate: "%{y:.3f}<extra>" + form.name + "</extra>" })),
-  layout: layout({ ...legend, xaxis: { title: "step" }, yaxis: { title: narrow() ? "" : "training loss, nats", range: D.road_range } }) });
+  layout: layout({ xaxis: { title: "step" }, yaxis: { title: narrow() ? "" : "training loss, nats", range: D.road_range } }) });
 
 figures.highway = () => ({ data: D.highway.map(way => ({ x: way.L, y: way.error, mode: "lines+markers", name: way.name, line: { color: D.colours[way.colour], width: 2.6 }, marker: { size: 8 },
     hovertemplate: "L = %{x}: %{y:.2%}<extra></extra>" })),
-  layout: layout({ ...legend, xaxis: { type: "log", title: "sub-layers L", tickvals: D.highway[0].L }, yaxis: { type: "log", tickvals: [1e-3, 1e-2, 1e-1, 1], ticktext: ["0.1 %", "1 %", "10 %", "100 %"] } }) });
+  layout: layout({ xaxis: { type: "log", title: "sub-layers L", tickvals: D.highway[0].L }, yaxis: { type: "log", tickvals: [1e-3, 1e-2, 1e-1, 1], ticktext: ["0.1 %", "1 %", "10 %", "100 %"] } }) });
 
 figures.maxlr = () => {
   const names = D.maxlr.map(row => label(row.norm)), colours = D.maxlr.map(row => D.colours[row.norm]), error = what => D.maxlr.map(row => Math.abs(row[what] - row.mean));
@@ -77,26 +77,26 @@ figures.maxlr = () => {
     layout: layout({ shapes: links, xaxis: { type: "category", showgrid: false, tickangle: narrow() ? -50 : 0 }, yaxis: { type: "log", dtick: 1, title: narrow() ? "" : "largest learning rate" } }) };
 };
 
-figures.ramp = () => ({ data: D.ramp.map(run => line(run.norm, run.lr, run.loss)), layout: layout({ ...legend, xaxis: { title: "learning rate, rising with the steps" }, yaxis: { title: narrow() ? "" : "loss, nats", range: D.ramp_range } }) });
+figures.ramp = () => ({ data: D.ramp.map(run => line(run.norm, run.lr, run.loss)), layout: layout({ xaxis: { title: "learning rate, rising with the steps" }, yaxis: { title: narrow() ? "" : "loss, nats", range: D.ramp_range } }) });
 
 function versus(points, ticks) {
   return { data: points.map(p => ({ x: p.x, y: p.loss, mode: "lines+markers", name: label(p.norm), line: { color: D.colours[p.norm], width: 2.6 }, marker: { size: 8 },
       text: p.lr.map(lr => "best at " + lr), hovertemplate: "%{y:.3f}, %{text}<extra>" + label(p.norm) + "</extra>" })),
-    layout: layout({ ...legend, xaxis: { type: "category", title: ticks }, yaxis: { title: narrow() ? "" : "validation loss, nats" } }) };
+    layout: layout({ xaxis: { type: "category", title: ticks }, yaxis: { title: narrow() ? "" : "validation loss, nats" } }) };
 }
 figures.depth = () => versus(D.depth, "sub-layers");
 figures.wide = () => versus(D.wide, "sub-layers × channels");
 
 figures.redundancy = () => {
-  const lost = D.redundancy.lost[state.removed];
-  return { data: [{ type: "bar", x: range(lost.length), y: lost, marker: { color: D.colours[state.removed], opacity: range(lost.length).map(l => l % 2 ? 0.55 : 1) },
-      text: range(lost.length).map(l => l % 2 ? "feed-forward" : "attention"), textposition: "none", hovertemplate: "sub-layer %{x}, %{text}: %{y:.3g}<extra></extra>" }],
-    layout: layout({ bargap: 0.12, xaxis: { title: "sub-layer removed" }, yaxis: { title: narrow() ? "" : "perplexity lost", range: D.redundancy.range } }) };
+  const lost = D.redundancy.lost[state.removed], scale = v => Math.sign(v) * Math.log10(1 + Math.abs(v) / 0.003), ticks = [-1, -0.1, -0.01, 0, 0.01, 0.1, 1, 10, 100, 1000];
+  return { data: [{ type: "bar", x: range(lost.length), y: lost.map(scale), customdata: lost, marker: { color: D.colours[state.removed], opacity: range(lost.length).map(l => l % 2 ? 0.55 : 1) },
+      text: range(lost.length).map(l => l % 2 ? "feed-forward" : "attention"), textposition: "none", hovertemplate: "sub-layer %{x}, %{text}: %{customdata:.3g}<extra></extra>" }],
+    layout: layout({ bargap: 0.12, xaxis: { title: "sub-layer removed" }, yaxis: { title: narrow() ? "" : "perplexity lost", range: D.redundancy.range.map(scale), tickvals: ticks.map(scale), ticktext: ticks.map(String), zeroline: true, zerolinecolor: css("--soft") } }) };
 };
 
 figures.hops = () => ({ data: D.hops.curves.map(run => ({ x: run.x, y: run.accuracy, mode: "lines+markers", name: run.name, line: { color: D.colours[run.norm], width: 2.4, dash: run.dash }, marker: { size: 7 },
     hovertemplate: "%{y:.1%}<extra>" + run.name + "</extra>" })),
-  layout: layout({ ...legend, xaxis: { title: D.hops.axis, type: "category" }, yaxis: { title: narrow() ? "" : "answers right", tickformat: ".0%", range: [0, 1.03] },
+  layout: layout({ xaxis: { title: D.hops.axis, type: "category" }, yaxis: { title: narrow() ? "" : "answers right", tickformat: ".0%", range: [0, 1.03] },
     shapes: [{ type: "line", xref: "paper", x0: 0, x1: 1, y0: D.hops.chance, y1: D.hops.chance, line: { color: css("--soft"), width: 1, dash: "dot" } }] }) });
 
 // ---------------------------------------------------------------------------------------------------------
@@ -105,7 +105,19 @@ figures.hops = () => ({ data: D.hops.curves.map(run => ({ x: run.x, y: run.accur
 function draw(...names) {
   return Promise.all(names.map(name => {
     const { data, layout } = figures[name]();
+    drawLegend(name, data);
     return Plotly.react("plot-" + name, data, layout, { displayModeBar: false, responsive: true, scrollZoom: false });
+  }));
+}
+
+// Set by the browser, which wraps it better than Plotly does.
+function drawLegend(name, data) {
+  const box = document.getElementById("legend-" + name);
+  if (!box) return;
+  const names = new Map(data.map(t => [t.name, t]));
+  box.replaceChildren(...[...names].map(([text, t]) => {
+    const colour = t.line ? t.line.color : css("--soft"), dash = t.line && t.line.dash && t.line.dash !== "solid";
+    return element("span", {}, element("i", { style: `border-top: 3px ${dash ? (t.line.dash === "dot" ? "dotted" : "dashed") : "solid"} ${colour}` }), text);
   }));
 }
 
