@@ -18,10 +18,8 @@ WAYS = {"highway": "BF16 highway, FP32 branches", "branch": "FP32 highway, BF16 
 
 def run_of(c):
     s = c.settings
-    command = [sys.executable, "dev/experiments/highway_measure.py", "-i", c.data, "-C", s.C, "-H", s.H, "-t", s.T, "-b", s.B, "--seeds", s.seeds, "-L", *s.L]
-    folder = c.runs / "highway"
-    return Run("highway/all", [str(word) for word in command], cost=sum(s.L) * s.C ** 2 * s.T * s.seeds * 1e-6, resumes=False,
-               prepare=lambda command: command + ["-o", str(folder / "measured.csv")])
+    command = [sys.executable, "dev/experiments/highway_measure.py", "-i", c.data, "-C", s.C, "-H", s.H, "-t", s.T, "-b", s.B, "--seeds", s.seeds, "-L", *s.L, "-o", c.runs / "highway" / "measured.csv"]
+    return Run("highway/all", [str(word) for word in command], cost=sum(s.L) * s.C ** 2 * s.T * s.seeds * 1e-6, resumes=False)
 
 
 def runs(c):

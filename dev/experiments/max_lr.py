@@ -29,7 +29,7 @@ def run_of(c, norm, top, seed):
 
 def survivors(c, norms, top):
     """Those of the placements whose runs all reached this ramp's top."""
-    return [norm for norm in norms if all(read_record(c, run_of(c, norm, top, seed))["end"] == "finished" for seed in seeds(c.settings))]
+    return [norm for norm in norms if all(read_record(c, run_of(c, norm, top, seed)).get("end") == "finished" for seed in seeds(c.settings))]
 
 
 def runs(c):

@@ -4,7 +4,7 @@ The models are those that the gradient experiment has trained; --ablate all of t
 """
 
 import gradient
-from shared import COLOURS, LABELS, Failure, Run, flops, pyplot, read_csv, save, write_csv
+from shared import COLOURS, LABELS, Run, flops, pyplot, read_csv, save, write_csv
 
 SIZES = {
     "tiny": dict(norms=["keel", "post"], m=2),
@@ -16,16 +16,10 @@ SIZES = {
 def run_of(c, norm):
     g = c.of("gradient").settings
     name = f"redundancy/{norm}"
-
-    def with_model(command):
-        models = sorted((c.runs / "gradient" / norm).glob("model_*.bin"))
-        if not models:
-            raise Failure(f"{c.runs / 'gradient' / norm}: expected the model of the gradient experiment, found none; remove {norm}.json beside it to train it again")
-        return command + ["-e", str(models[-1]), "-o", str(c.runs / name)]
-
-    command = [c.binary, "-i", c.data, "--ablate", "all", "-b", g.B, "-m", c.settings.m]
+    model = c.runs / "gradient" / norm / f"model_{g.steps:08d}.bin"
+    command = [c.binary, "-i", c.data, "-e", model, "--ablate", "all", "-b", g.B, "-m", c.settings.m, "-o", c.runs / name]
     # A forward pass is a third of a step.
-    return Run(name, [str(word) for word in command], cost=flops(g.L, g.C, g.T, g.T * g.B, (g.L + 1) * c.settings.m / 3), resumes=False, prepare=with_model)
+    return Run(name, [str(word) for word in command], cost=flops(g.L, g.C, g.T, g.T * g.B, (g.L + 1) * c.settings.m / 3), resumes=False)
 
 
 def runs(c):

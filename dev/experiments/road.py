@@ -22,7 +22,7 @@ def torch_run(c, form):
     s = c.settings
     # With the driver's own Python. A PyTorch step costs about twice a trainer's.
     command = [sys.executable, "dev/experiments/road_train.py", "--form", form, "-i", c.data, "-L", s.L, "-C", s.C, "-H", s.H, "-t", s.T, "-b", s.B, "-l", f"{s.lr:g}",
-               "-u", s.warmup, "-x", s.steps, "-m", s.m, "-P", s.probe, "-n", max(1, s.steps // 4)]
+               "-u", s.warmup, "-x", s.steps, "-m", s.m, "-P", s.probe, "-n", max(1, s.steps // 4), *(["--device", "cuda"] if c.size == "gpu" else [])]
     return Run(f"road/{form}", [str(word) for word in command], s.steps, 2 * flops(s.L, s.C, s.T, s.T * s.B, s.steps))
 
 

@@ -33,11 +33,11 @@ PROBE = ["step", "sublayer", "dx_norm", "grad_norm"]
 
 
 class RoadModel(keel.KeelGPT):
-    def __init__(self, form, cfg, seed):
-        super().__init__(cfg, keel.init_params(cfg, seed), dtype=torch.float32)
+    def __init__(self, form, cfg, seed, device="cpu"):
+        super().__init__(cfg, keel.init_params(cfg, seed), dtype=torch.float32, device=device)
         self.has_beta = FORMS[form][1]
         if self.has_beta:  # a tensor of no dimensions, so that AdamW does not decay it
-            self.params.update({f"beta[{l}]": torch.ones((), requires_grad=True) for l in range(cfg.L)})
+            self.params.update({f"beta[{l}]": torch.ones((), device=device, requires_grad=True) for l in range(cfg.L)})
 
     def branch_input(self, x, l, s):
         u = super().branch_input(x, l, s)
@@ -58,6 +58,7 @@ def main():
                                        ("-x", "steps", int, 200), ("-u", "warmup", int, 50), ("-l", "lr", float, 3e-3), ("-m", "val-batches", int, 16),
                                        ("-n", "checkpoint-every", int, 50), ("-P", "probe", int, 10)):
         a.add_argument(short, "--" + name, type=kind, default=default)
+    a.add_argument("--device", default="cpu", help="cuda: on a GPU, in FP32")
     a.add_argument("--seed", type=int, default=shared.SEED)
     a.add_argument("-y", "--resume", action="store_true")
     o = a.parse_args()
@@ -69,14 +70,14 @@ def main():
     train, val = Loader(train_text, o.seq_len, o.seed, True), Loader(val_text, o.seq_len, o.seed, False)
 
     cfg = Config(o.seq_len, 256, o.layers, o.heads, o.channels, FORMS[o.form][0])
-    model = RoadModel(o.form, cfg, o.seed)
+    model = RoadModel(o.form, cfg, o.seed, o.device)
     params = list(model.params.values())
     adamw = keel.AdamW(params)
     step, snapshot = 0, o.out / "snapshot.pt"
     o.out.mkdir(parents=True, exist_ok=True)
     logs = {"log.csv": (LOG, []), "probe.csv": (PROBE, [])}
     if o.resume and snapshot.exists():
-        saved = torch.load(snapshot)
+        saved = torch.load(snapshot, map_location=o.device)
         step, adamw.t = saved["step"], saved["step"]
         with torch.no_grad():
             for mine, theirs in zip((*params, *adamw.m, *adamw.v), saved["tensors"]):
@@ -107,7 +108,7 @@ def main():
         signal.signal(number, lambda *_: asked.append(True))
 
     def tensors(s, loader):
-        return (torch.from_numpy(t.copy()) for t in loader.batch(s, o.batch))
+        return (torch.from_numpy(t.copy()).to(o.device) for t in loader.batch(s, o.batch))
 
     while step < o.steps and not asked:
         step += 1

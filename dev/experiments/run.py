@@ -93,7 +93,7 @@ def main():
         return
     if o.list:
         for name in names:
-            for run in next(EXPERIMENTS[name].runs(c.of(name))):
+            for run in (run for stage in EXPERIMENTS[name].runs(c.of(name)) for run in stage):
                 print(shlex.join(relative(word) for word in run.command))
         return
     if not (ROOT / c.binary).exists():

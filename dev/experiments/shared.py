@@ -68,14 +68,13 @@ def seeds(s):
 @dataclass
 class Run:
     name: str                   # its folder, under the context's runs
-    command: list               # all but -o and -y
+    command: list               # all but -o and -y, where it resumes
     steps: int = 0              # that log.csv has at the end; 0: the command has no log and is whole when it exits with 0
     cost: float = 1.0           # of the whole run, in any one unit: for the time left
     seed: int = SEED
     keep_model: bool = False    # the last checkpoint's model stays
     may_diverge: bool = False   # a diverged end is a result
     resumes: bool = True        # takes -o and -y
-    prepare: object = None      # called before it starts, with its command; returns the command to run
 
 
 def flops(L, C, T, tokens, steps, V=256):
@@ -176,9 +175,7 @@ class Pool:
         folder = c.runs / run.name
         folder.parent.mkdir(parents=True, exist_ok=True)
         record = read_record(c, run)
-        command = run.prepare(run.command) if run.prepare else run.command
-        if run.resumes:
-            command = command + ["-o", str(folder), "-y"]
+        command = run.command + (["-o", str(folder), "-y"] if run.resumes else [])
         environment = dict(os.environ, OMP_NUM_THREADS=str(c.threads))
         environment.setdefault("OMP_WAIT_POLICY", "passive")
         with open(f"{folder}.txt", "ab") as out, open(f"{folder}.err", "wb") as err:
