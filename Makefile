@@ -44,6 +44,11 @@ help:
 	@echo "make fuzz                 libFuzzer on each parser and the command line, 60 s each, two at a time; FUZZ_SECONDS=600 for longer"
 	@echo "make gpu_check            all of it on a machine with a GPU, under 8 minutes, ending with a table"
 	@echo "make bench_kernels        each kernel's bandwidth or rate on the GPU that is here, beside a copy, a matrix product and PyTorch's attention"
+	@echo "make idle                 how much of a step the GPU waits, and what each kernel takes, at 1024 sub-layers; dev/idle.sh FLAGS for another model"
+	@echo "make bench_gpu            whole steps on the GPU that is here: tokens/s and MFU beside PyTorch's at its best; dev/bench_gpu.sh --help"
+	@echo "make memory_table         what a model takes of a GPU at each level of -r and type of states; MODEL='-L 1024 -C 1024 -t 1024' GIB=135"
+	@echo "make deep_run             1024 sub-layers of 1024 channels on the GPU that is here: keel and pre at two learning rates, then keel for the rest of 25 minutes"
+	@echo "make state_types          what --moments bf16 and --grads bf16 cost: loss curves beside FP32 states, three seeds, L = 64, on the GPU that is here"
 	@echo "make ptxas                registers, shared memory and spills of each kernel for sm_80, sm_90 and sm_100"
 	@echo "make bench_cpu            training speed and matrix products beside PyTorch and OpenBLAS"
 	@echo "make dumps                writes the reference dumps of test/dumps again, with PyTorch"
@@ -152,6 +157,10 @@ build/bench_kernels_on_cpu: dev/bench_kernels.cu train_keel.cu train_keel_cpu.cp
 	@dev/need.sh g++ libboost-context-dev
 	$(CXX) $(ON_CPU) -DKEEL_NO_MAIN -o $@ $< $(ON_CPU_LIBRARIES)
 
+build/memory_table: dev/memory_table.cu train_keel.cu keel_common.h $(CUDA_ON_CPU) | build
+	@dev/need.sh g++ libboost-context-dev
+	$(CXX) $(ON_CPU) -O1 -DKEEL_NO_MAIN -o $@ $< $(ON_CPU_LIBRARIES)
+
 # Another compiler's reading of the same source and headers.
 build/train_keel_clang_on_cpu: train_keel.cu keel_common.h $(CUDA_ON_CPU) | build
 	@dev/need.sh clang libboost-context-dev
@@ -172,6 +181,16 @@ build/bench_kernels: dev/bench_kernels.cu train_keel.cu train_keel_cpu.cpp keel_
 	@dev/cuda.sh nvcc >/dev/null
 	$$(dev/cuda.sh nvcc) $(CUDA_TEST) -o $@ $< -lcublasLt $$(dev/cuda.sh rpath)
 
+# Loaded into train_keel by the driver, it records when each kernel runs; the other stands in for CUPTI in its test.
+CUPTI_LIBRARY = $(CXX) -std=c++20 -O2 -Wall -Wextra -fPIC -shared -fvisibility=$(1) -o $@ $< $$(dev/cuda.sh cupti)
+build/cupti_idle.so: dev/cupti_idle.cpp | build
+	@dev/cuda.sh cupti >/dev/null
+	$(call CUPTI_LIBRARY,hidden)
+
+build/fake_cupti.so: test/fake_cupti.cpp | build
+	@dev/cuda.sh cupti >/dev/null
+	$(call CUPTI_LIBRARY,default)
+
 build/bench_matmul: dev/bench_matmul.cpp train_keel_cpu.cpp keel_common.h | build
 	$(CXX) $(FLAGS) -I. -DKEEL_NO_MAIN -o $@ $< -ldl
 
@@ -180,7 +199,7 @@ build:
 
 TEST_PROGRAMS = train_keel_cpu train_keel_cpu_fp64 build/test_cpu_fp32 build/test_cpu_fp64 build/test_run build/test_faults build/crash_test build/crash_shim.so build/train_keel_on_cpu \
                 build/train_keel_fp32_on_cpu build/test_gpu_bf16_on_cpu build/test_gpu_fp32_on_cpu build/test_gpu_bf16_sanitized build/test_cuda_on_cpu \
-                build/bench_kernels_on_cpu build/train_keel_clang_on_cpu
+                build/bench_kernels_on_cpu build/memory_table build/train_keel_clang_on_cpu
 
 .PHONY: test
 test:
@@ -215,9 +234,31 @@ compare:
 gpu_check:
 	@dev/gpu_check.sh
 
+MODEL ?= -L 1024 -C 1024 -t 1024
+GIB   ?= 135
+.PHONY: memory_table
+memory_table: build/memory_table
+	@build/memory_table $(GIB) $(MODEL)
+
+.PHONY: deep_run
+deep_run:
+	@dev/deep_run.sh
+
+.PHONY: state_types
+state_types: train_keel
+	@dev/state_types.py
+
 .PHONY: bench_kernels
 bench_kernels:
 	@dev/bench_kernels.sh
+
+.PHONY: idle
+idle:
+	@dev/idle.sh
+
+.PHONY: bench_gpu
+bench_gpu:
+	@dev/bench_gpu.sh
 
 .PHONY: ptxas
 ptxas:

@@ -13,6 +13,7 @@
 #include <sys/file.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
+#include <sys/statvfs.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -31,6 +32,7 @@
 #include <exception>
 #include <filesystem>
 #include <functional>
+#include <future>
 #include <limits>
 #include <memory>
 #include <set>
@@ -85,7 +87,23 @@ inline double seconds() {
     return std::chrono::duration<double>(clock::now().time_since_epoch()).count();
 }
 
+// Seconds since the process was started, to the kernel's clock tick of 10 ms; 0 where the kernel does not say.
+inline double seconds_since_launch() {
+    FILE* file = fopen("/proc/self/stat", "re");
+    if (!file) return 0;
+    char text[2048] = {};
+    size_t got = fread(text, 1, sizeof text - 1, file);
+    fclose(file);
+    const char* field = got ? strrchr(text, ')') : nullptr;  // the program's name, field 2, may hold spaces
+    for (int i = 2; field && i < 22; i++) field = strchr(field + 1, ' ');
+    timespec now;
+    if (!field || clock_gettime(CLOCK_BOOTTIME, &now) != 0) return 0;
+    return std::max(0.0, double(now.tv_sec) + double(now.tv_nsec) * 1e-9 - atof(field) / double(sysconf(_SC_CLK_TCK)));
+}
+
 inline size_t round_up(size_t n, size_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+inline std::string errno_text() { return strerror(errno); }
 
 // "3.2 GiB"
 inline std::string bytes_text(double bytes) {
@@ -201,7 +219,7 @@ constexpr Philox philox(uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2, uin
 }
 
 // What the last counter word separates: one seed serves weights, data order and sampling, and no number twice.
-enum PhiloxStream : uint32_t { STREAM_WEIGHTS = 0, STREAM_DATA = 1, STREAM_SAMPLE = 2, STREAM_PROGRAMS = 3 };
+enum PhiloxStream : uint32_t { STREAM_WEIGHTS = 0, STREAM_DATA = 1, STREAM_SAMPLE = 2, STREAM_GRADIENTS = 3, STREAM_MOMENTS = 4, STREAM_PROGRAMS = 5 };
 
 // Uniform in [0, 1) with 24 bits: exact in FP32.
 constexpr float uniform24(uint32_t word) { return float(word >> 8) * 0x1p-24f; }
@@ -437,35 +455,34 @@ void initialise_tensor(Real* out, const TensorInfo& t, size_t tensor_index, uint
 // ----------------------------------------------------------------------------------------------------
 // --train hops:K: programs made on the fly, whose queries take 1 to K lookups to answer
 //
-//     k=f;b=3;f=b;q=7;...;?k:3;?q:7
+//     kfk;b3b;fbf;q1q;...;?k3;?q1;?...        k is f, b is 3, f is b, q is 1; what is k?
 //
-// A program has CHAINS chains of K variables. The first of a chain is assigned a digit, each other one the variable before it; the digits of a
-// program differ, and so do its names. All assignments stand in random order. Then QUERIES chains, each at most once, are asked for one of their
-// variables, '?', name, ':', and the value follows. The variable at place h of its chain takes h lookups, by nothing that could be remembered: names,
-// digits, order and queries are drawn anew for each program. A chain asked twice would let the first answer shorten the second's way.
+// A program has CHAINS chains of K variables. The first of a chain is assigned a digit, each other one the variable before it, all in random
+// order. An assignment is name, what it is, and the name again. Then some variables are asked for, none twice: '?', name, and the value follows. The
+// variable at place h of its chain takes h lookups, by nothing that could be remembered: a program uses the first CHAINS * K letters and the first CHAINS
+// digits, each once, and which stands where is drawn anew. Each query after the first may be shortened by an answer before it, on the same
+// chain; they are there to be learnt from, and only the first of a program is measured.
 //
-// The loss is that of all characters, as for any text: names and digits of assignments cannot be foreseen, so most of it is entropy that no model
-// removes. What is measured is the accuracy at the answers.
+// The loss is that of all characters, as for any text: what an assignment says cannot be foreseen, so most of it is entropy that no model
+// removes. Why the name stands twice: a lookup needs two things at once, that a value knows whose it is and that a query finds it, and neither alone
+// lowers the loss. Foreseeing the second name teaches the first. Without it ("k=f;", "?k:3;") no lookup was learnt in 1300 steps of 32 programs of one
+// hop, L = 8, C = 32, not even where only the answers counted; with it, in 300.
 struct HopPrograms {
-    static constexpr int CHAINS = 4, QUERIES = 2, MAX_HOPS = 52 / CHAINS;  // a variable is one of 52 letters
+    static constexpr int CHAINS = 4, QUERIES = 8, MAX_HOPS = 52 / CHAINS;  // a variable is one of 52 letters
     int hops = 0;  // K; 0: the data are files
 
     struct Answer {
-        int position, hops;  // the answer is the target of this position (its ':'), and took so many lookups
+        int position, hops;  // the answer is the target of this position, that of the name, and takes so many lookups
     };
 
+    int queries() const { return std::min(QUERIES, CHAINS * hops); }
     // The characters of one program, its end of line included.
-    int length() const { return 4 * CHAINS * hops + 5 * QUERIES; }
-
-    // The best accuracy without a lookup: to guess among the digits of the program that have not been an answer yet.
-    static double chance() {
-        double sum = 0;
-        for (int q = 0; q < QUERIES; q++) sum += 1.0 / (CHAINS - q);
-        return sum / QUERIES;
-    }
+    int length() const { return 4 * (CHAINS * hops + queries()); }
+    // The accuracy at the first query without a lookup: every digit is as likely as any other.
+    static constexpr double CHANCE = 1.0 / CHAINS;
 
     // Characters row[0..n) of sequence s: as many whole programs as fit, and ends of line. A function of (seed, s, validation) alone: training and
-    // validation draw from counters that differ in the top bit of their third word.
+    // validation draw from counters that differ in the top bit of their third word. answers gets the first of each program.
     void sequence(uint64_t seed, uint64_t s, bool validation, int n, int* row, std::vector<Answer>* answers = nullptr) const {
         Philox block{};
         uint32_t drawn = 0;
@@ -480,19 +497,16 @@ struct HopPrograms {
             for (int i = 0; i < count; i++) std::swap(order[size_t(i)], order[size_t(i + below(size - i))]);
             return order;
         };
-        int variables = CHAINS * hops, at = 0;
-        for (; at + length() <= n;) {
-            std::vector<int> letter = permutation(variables <= 26 ? 26 : 52, variables), digit = permutation(10, CHAINS);
+        int variables = CHAINS * hops, at = 0;  // number variable / hops is a variable's chain, variable % hops its place there
+        while (at + length() <= n) {
+            std::vector<int> letter = permutation(variables, variables), digit = permutation(CHAINS, CHAINS), asked;
             auto name = [&](int variable) { return letter[size_t(variable)] < 26 ? 'a' + letter[size_t(variable)] : 'A' + letter[size_t(variable)] - 26; };
+            auto value = [&](int variable) { return '0' + digit[size_t(variable / hops)]; };
             auto put = [&](std::initializer_list<int> characters) { for (int c : characters) row[at++] = c; };
-            for (int variable : permutation(variables, variables))  // of chain variable / hops
-                put({name(variable), '=', variable % hops == 0 ? '0' + digit[size_t(variable / hops)] : name(variable - 1), ';'});
-            std::vector<int> asked = permutation(CHAINS, QUERIES);
-            for (int q = 0; q < QUERIES; q++) {
-                int chain = asked[size_t(q)], place = below(hops);
-                if (answers) answers->push_back({at + 2, place + 1});
-                put({'?', name(chain * hops + place), ':', '0' + digit[size_t(chain)], q + 1 < QUERIES ? ';' : '\n'});
-            }
+            for (int variable : permutation(variables, variables)) put({name(variable), variable % hops ? name(variable - 1) : value(variable), name(variable), ';'});
+            asked = permutation(variables, queries());
+            if (answers) answers->push_back({at + 1, asked[0] % hops + 1});
+            for (int q = 0; q < queries(); q++) put({'?', name(asked[size_t(q)]), value(asked[size_t(q)]), q + 1 < queries() ? ';' : '\n'});
         }
         while (at < n) row[at++] = '\n';
     }
@@ -553,7 +567,8 @@ enum HeaderWord {
     H_SKIPPED = 42,      // int64, steps so far that updated nothing, as their loss or gradient was not finite: AdamW's bias corrections
                          // count the others
     H_SKIPPED_IN_ROW = 44,  // int64, of them the last ones without a finite step between
-    H_HOPS = 46,         // K of --train hops:K; 0: the data are files
+    H_MOMENTS_BF16 = 46, H_GRADS_BF16 = 47,  // 1: --moments bf16, --grads bf16
+    H_HOPS = 48,         // K of --train hops:K; 0: the data are files
 };
 
 struct FileHeader {
@@ -636,6 +651,8 @@ inline std::string state_fault(const FileHeader& h) {
         if (double x = h.get<double>(row.word); !(x >= 0 && x <= row.most)) return format("%s must be from 0 to %g and is %g", row.name, row.most, x);
     if (h.word[H_HOPS] < 0 || h.word[H_HOPS] > HopPrograms::MAX_HOPS)
         return format("the hops of its data must be from 0 to %d and are %d", HopPrograms::MAX_HOPS, h.word[H_HOPS]);
+    for (HeaderWord word : {H_MOMENTS_BF16, H_GRADS_BF16})
+        if (h.word[word] != 0 && h.word[word] != 1) return format("word %d must be 0 or 1 and is %d", int(word), h.word[word]);
     if (h.word[H_RANKS] != 1 || h.word[H_RANK] != 0) return format("it must be of rank 0 of 1 and is of rank %d of %d", h.word[H_RANK], h.word[H_RANKS]);
     return "";
 }
@@ -669,7 +686,6 @@ inline size_t expected_file_size(const FileHeader& h) {
     return sizeof(FileHeader) + reals * real_size(h.word[H_TYPE]) + ints * 4 + 4;
 }
 
-inline std::string errno_text() { return strerror(errno); }
 
 // Reads one of our files. The constructor checks the header and the file's size against each other, so that nothing is
 // allocated on the word of a broken file; finish() checks the CRC of everything read.
@@ -786,6 +802,19 @@ inline void sync_folder(const std::string& file_path) {
     std::string why = errno_text();
     close(fd);
     if (failed) fail("%s: its folder could not be written (%s); see to the disk, what was there before is untouched", file_path.c_str(), why.c_str());
+}
+
+// A small file as a whole: who reads it finds the old text or the new. turn: what to do if it cannot be written.
+inline void replace_file(const std::string& path, const std::string& text, const char* turn) {
+    std::string temporary = path + ".tmp";
+    FILE* out = fopen(temporary.c_str(), "we");
+    bool good = out && fwrite(text.data(), 1, text.size(), out) == text.size() && fflush(out) == 0 && fsync(fileno(out)) == 0;
+    std::string why = errno_text();
+    if (out) fclose(out);
+    if (!good) unlink(temporary.c_str());
+    if (!good || rename(temporary.c_str(), path.c_str()) != 0)
+        fail("%s: could not be written (%s); %s", path.c_str(), good ? errno_text().c_str() : why.c_str(), turn);
+    sync_folder(path);
 }
 
 // Writes beside the target and renames when everything is on the disk: whoever finds the file finds it whole.
@@ -1085,7 +1114,7 @@ private:
 struct Options {
     std::vector<std::string> train, val;  // default: the trainer's own sources; their last tenth
     std::string out, init, prompt = "\n", dump, check, ablate, recompute = "auto";
-    std::string norm = "keel";
+    std::string norm = "keel", tune, moments = "fp32", grads = "fp32";
     int64_t layers = 64, channels = 0, heads = 0, seq_len = 0, batch = 0, total_batch = 0, warmup = 0, steps = 400;
     double alpha = 0, lr = 0, weight_decay = 0.01, clip = 1.0;
     int64_t seed = 1337, val_every = 100, val_batches = 16, checkpoint_every = 1000, sample_every = 200;
@@ -1131,12 +1160,15 @@ inline const Flag flags[] = {
     {"", "--stop-on-divergence", "", "off", "stop where the loss has diverged, not only warn: stagnation, instability, degradation", &Options::stop_on_divergence},
     {"-r", "--recompute", "LEVEL", "auto", "what the backward pass computes again to save memory: none, gelu, layer, an even K, auto", &Options::recompute},
     {"-z", "--zero", "N", "0", "ZeRO level; one rank has nothing to shard and takes 0 only", &Options::zero, 0, 2},
+    {"", "--moments", "TYPE", "fp32", "GPU: how AdamW's moments are kept, fp32 or bf16 with stochastic rounding", &Options::moments},
+    {"", "--grads", "TYPE", "fp32", "GPU: how the gradients of the blocks' matrices are kept, fp32 or bf16 with stochastic rounding", &Options::grads},
+    {"", "--tune", "FILE", "none", "GPU: measure cuBLASLt's algorithms for each shape of product; this table is read, and what it lacks added", &Options::tune},
     {"-s", "--sample-every", "N", "200", "steps between samples of text; 0: never, not even at the end", &Options::sample_every, 0},
     {"-g", "--sample-tokens", "N", "256", "tokens a sample", &Options::sample_tokens, 1, 1e9},
     {"", "--prompt", "TEXT", "a newline", "what samples start with; for V other than 256, token ids such as 15496,995", &Options::prompt},
     {"", "--temperature", "X", "0.8", "of the samples; 0: always the likeliest token", &Options::temperature, 0, 1e9},
     {"", "--top-k", "N", "40", "sample from the N likeliest tokens; 0: from all", &Options::top_k, 0, MAX_V},
-    {"", "--probe", "N", "0", "every N steps, a row a sub-layer in probe.csv: rms, shortcut gain, gradient and update norms", &Options::probe, 0},
+    {"", "--probe", "N", "0", "every N steps, rms, shortcut gains and gradients of each sub-layer in probe.csv, norms of each tensor in probe_weights.csv", &Options::probe, 0},
     {"", "--ablate", "l|all", "none", "only evaluate -e with sub-layer l, or each in turn, removed: ablate.csv in -o, or printed", &Options::ablate},
     {"", "--dump", "FILE", "none", "write a debug state of one forward and backward pass, and stop", &Options::dump},
     {"", "--check", "FILE", "none", "compare a debug state with this build, tensor by tensor, and stop", &Options::check},
@@ -1225,6 +1257,8 @@ inline Options parse_command_line(int argc, const char* const* argv) {
         if (o.ablate != "all") parse_integer("--ablate", o.ablate, 0, MAX_L - 1);
     }
     if (!o.dump.empty() && !o.check.empty()) fail("--dump and --check: expected one of the two, found both");
+    for (auto [flag, type] : {std::pair{"--moments", o.moments}, {"--grads", o.grads}})
+        if (type != "fp32" && type != "bf16") fail("%s: expected fp32 or bf16, found '%s'", flag, type.c_str());
     return o;
 }
 
@@ -1247,6 +1281,11 @@ struct Recompute {
     }
 };
 
+// How the GPU trainer keeps what the optimizer works on; each is 4 bytes a parameter in FP32, 2 in BF16 with stochastic rounding.
+struct StateTypes {
+    bool moments_bf16 = false, grads_bf16 = false;
+};
+
 // Everything that decides a run's numbers.
 struct RunConfig {
     ModelConfig model;
@@ -1259,6 +1298,8 @@ struct RunConfig {
     int64_t val_every = 0, val_batches = 0;
     bool recompute_chosen = false;
     Recompute recompute;
+    StateTypes types;
+    std::string tune;         // --tune's table, which decides how products are summed; "": none
     // So far, not settings: steps that updated nothing, and how many of them are the last ones. AdamW's bias corrections count the others.
     int64_t skipped = 0, skipped_in_row = 0;
 
@@ -1479,6 +1520,9 @@ inline RunConfig resolve_run(const Options& o, const FileHeader* init, int V, in
     run.recompute_chosen = o.recompute != "auto" || resume;
     if (o.recompute != "auto") run.recompute = Recompute::parse(o.recompute);
     else if (resume) run.recompute = {init->word[H_RECOMPUTE]};
+    run.types.moments_bf16 = o.has("--moments") || !resume ? o.moments == "bf16" : init->word[H_MOMENTS_BF16] != 0;
+    run.types.grads_bf16 = o.has("--grads") || !resume ? o.grads == "bf16" : init->word[H_GRADS_BF16] != 0;
+    run.tune = o.tune;
     return run;
 }
 
@@ -1490,6 +1534,7 @@ inline FileHeader state_header(RealType type, bool branch_bf16, const RunConfig&
     h.set(H_TRAIN_TOKENS, int64_t(data.train_count)), h.set(H_VAL_TOKENS, int64_t(data.val_count));
     h.set(H_VAL_EVERY, run.val_every), h.set(H_VAL_BATCHES, run.val_batches);
     h.set(H_SKIPPED, run.skipped), h.set(H_SKIPPED_IN_ROW, run.skipped_in_row);
+    h.word[H_MOMENTS_BF16] = run.types.moments_bf16, h.word[H_GRADS_BF16] = run.types.grads_bf16;
     h.word[H_RANKS] = 1, h.word[H_RANK] = 0;
     h.word[H_HOPS] = data.programs.hops;
     return h;
@@ -1504,7 +1549,7 @@ inline void check_same_build(const FileHeader& state, RealType type, bool branch
 }
 
 // ----------------------------------------------------------------------------------------------------
-// The output folder: model_00001000.bin, state_00001000_00000.bin, log.csv, probe.csv, hops.csv, ablate.csv
+// The output folder: model_00001000.bin, state_00001000_00000.bin, log.csv, probe.csv, probe_weights.csv, hops.csv, ablate.csv
 
 inline std::string model_path(const std::string& folder, int64_t step) {
     return format("%s/model_%08lld.bin", folder.c_str(), (long long)step);
@@ -1694,15 +1739,7 @@ public:
     CsvLog(const std::string& path, const std::string& columns, int64_t resume_step) : path(path) {
         std::string kept = columns + "\n";
         if (resume_step >= 0) read_csv_rows(path, resume_step, [&](int64_t, const std::string& line) { kept += line; });
-        std::string temporary = path + ".tmp";
-        FILE* out = fopen(temporary.c_str(), "we");
-        bool good = out && fwrite(kept.data(), 1, kept.size(), out) == kept.size() && fflush(out) == 0 && fsync(fileno(out)) == 0;
-        std::string why = errno_text();
-        if (out) fclose(out);
-        if (!good) unlink(temporary.c_str());
-        if (!good || rename(temporary.c_str(), path.c_str()) != 0)
-            fail("%s: could not be written (%s); free some space or give another -o", path.c_str(), good ? errno_text().c_str() : why.c_str());
-        sync_folder(path);  // rows from now on go to the new file: no crash may bring the old one back
+        replace_file(path, kept, "free some space or give another -o");  // on the disk: rows from now on go to the new file, no crash may bring the old one back
         file.reset(fopen(path.c_str(), "ae"));
         if (!file) fail("%s: could not be written (%s)", path.c_str(), errno_text().c_str());
     }
@@ -1782,6 +1819,31 @@ inline size_t total_bytes(const std::vector<MemoryRow>& rows) {
 inline void print_memory_table(const std::vector<MemoryRow>& rows) {
     for (const MemoryRow& row : rows) printf("  %-38s %12s\n", row.name.c_str(), bytes_text(double(row.bytes)).c_str());
     printf("  %-38s %12s\n", "in all", bytes_text(double(total_bytes(rows))).c_str());
+}
+
+// The same for the disk: bytes that may still be written to a folder, or to the nearest one above it that exists; SIZE_MAX where the file system
+// does not say.
+inline size_t free_space(const std::string& folder) {
+    std::filesystem::path path = std::filesystem::absolute(folder);
+    struct statvfs fs;
+    while (statvfs(path.c_str(), &fs) != 0) {
+        if (path == path.parent_path()) return SIZE_MAX;
+        path = path.parent_path();
+    }
+    return fs.f_blocks ? size_t(fs.f_bavail) * size_t(fs.f_frsize) : SIZE_MAX;
+}
+
+// A checkpoint's two files.
+inline size_t checkpoint_bytes(const ModelConfig& c, RealType type) {
+    return expected_file_size(make_header(FILE_STATE, type, c, 0)) + expected_file_size(make_header(FILE_MODEL, type, c, 0));
+}
+
+// Empty if a checkpoint fits beside those that are there, which stay until it is whole.
+inline std::string space_fault(const std::string& folder, size_t bytes) {
+    size_t free = free_space(folder);
+    if (free >= bytes) return "";
+    return format("disk: expected at least %s free in %s for a checkpoint, found %s; free some space, or give another -o or -n 0", bytes_text(double(bytes)).c_str(),
+                  folder.c_str(), bytes_text(double(free)).c_str());
 }
 
 // ----------------------------------------------------------------------------------------------------
@@ -1874,7 +1936,8 @@ inline bool print_check_table(const std::vector<CheckRow>& rows) {
 //         using Real = float;                         // of its files and debug states
 //         using HostArray = Buffer<float>;            // HostArray(n): n Reals at data() in the host's memory, where snapshot is fast
 //         static constexpr bool branch_bf16 = false;  // header word 16
-//         static constexpr bool on_host = true;       // available_memory is the host's
+//         static constexpr bool on_host = true;       // available_memory is the host's; the flags of the GPU alone are refused
+//         static constexpr int steps_in_flight = 1;   // steps that may have been started and not finished
 //
 //         // Before a Trainer is made. What a user can mend throws an Error.
 //         static void require_machine();                      // throws where there is nothing to compute on
@@ -1904,7 +1967,10 @@ inline bool print_check_table(const std::vector<CheckRow>& rows) {
 //         // Sum of the losses of b <= B sequences, (b,T). predictions, if given, gets the likeliest token after each, (b,T); of equals the lower.
 //         double evaluate(const int* tokens, const int* targets, int b, int* predictions = nullptr);
 //         void ablate(int l);                         // evaluate leaves out the branch of sub-layer l: F_l = 0, z_l = alpha_l x_l; -1: none
-//         StepResult step(const Loader& data, int64_t step, CsvLog* probe);           // step 1, 2, ...; probe: null where the step is not probed
+//         // One step: start gives it to the trainer, finish waits for the oldest one started and not yet finished. Steps come in order, and what
+//         // comes between two of them finds none in flight. probe: null where the step is not probed.
+//         void start(const Loader& data, int64_t step, ProbeLog* probe);              // step 1, 2, ...
+//         StepResult finish();
 //         void debug_pass(DebugState<Real>& s, int B, int T);                         // s.tokens, s.targets given; fills the rest
 //         double matrix_rate();                       // operations a second of a large matrix product, measured
 //         std::string machine_name();                 // "2 threads"
@@ -1919,7 +1985,7 @@ inline bool print_check_table(const std::vector<CheckRow>& rows) {
 //     };
 
 // Mean loss over the step's tokens, and norm of the gradient before it is clipped. Where either is not finite, nothing has been updated and
-// the gradients are zero for the next step. A DataError from the step, too, has left parameters and moments alone.
+// the gradients are zero for the next step. A DataError from its start, too, has left parameters and moments alone.
 struct StepResult {
     double loss, norm;
 };
@@ -1986,38 +2052,90 @@ private:
 };
 
 // ----------------------------------------------------------------------------------------------------
-// The probe: probe.csv, a row for each sub-layer of a probed step
+// The probe: of a probed step, a row for each sub-layer in probe.csv and one for each parameter tensor in probe_weights.csv
+//
+// Without its branch, sub-layer l is the map x_l -> RMSNorm(alpha x_l + F; gamma) with F held fixed. Its Jacobian at one row is
+//
+//     diag(gamma_l) (alpha_l / rms(z_l)) (I - zh zh^T / C),   zh = z_l / rms(z_l)
+//
+// The last factor takes away the one direction of C that would only change z's length; what is left is the diagonal matrix whose entries
+// alpha gamma / rms(z) the paper's eq. 14-19 estimate, with rms(z) = sqrt(alpha^2 + 1). Here rms(z) is each row's own and gamma each channel's own:
+//
+//     shortcut_gain         mean over rows of ||A_l||_F / sqrt(C),              A_l = diag(alpha_l gamma_l / rms(z_l)), alpha_l I without an outer norm
+//     shortcut_gain_to_top  mean over rows of ||A_{L-1} ... A_l||_F / sqrt(C)
+//
+// The product is taken row by row and channel by channel, and averaged after: the product of the averages is another number. A product of diagonal
+// matrices with entries a_i g_c has the norm |prod a_i| ||prod g_c||, so that rows and channels are multiplied up apart.
 
 // Of one sub-layer, summed over the micro-batches of a step.
 struct SublayerProbe {
-    double x = 0, f = 0, z = 0;    // sums of squares of x_l, F(u_l) and z_l
-    double shortcut = 0;           // sum over rows of alpha / rms(z), the norm's part of the shortcut's gain
-    double dx = 0, df = 0;         // sums of squares of dL/dx_l and dL/dF_l
-    // once a step, after the update
-    double gamma_rms = 1;          // of gamma_out; 1 where there is none
-    double gradient = 0;           // sum of squares of the gradients of its parameters, before they are clipped
-    double update = 0;             // sum of squares of what the step added to them
+    double x = 0, f = 0, z = 0;                // sums of squares of x_l, F(u_l) and z_l
+    double shortcut = 0, shortcut_to_top = 0;  // sums over rows of alpha_l / rms(z_l), and of its product over the sub-layers from l on
+    double dx = 0, df = 0;                     // sums of squares of dL/dx_l and dL/dF_l
 };
 
-inline constexpr const char* PROBE_COLUMNS =
-    "step,sublayer,kind,rms_x,rms_f,rms_z,shortcut_gain,shortcut_gain_to_top,dx_norm,df_norm,grad_norm,update_norm";
+struct StepProbe {
+    std::vector<SublayerProbe> sublayers;             // (L)
+    std::vector<double> gamma, gamma_to_top;          // (L) rms over channels of gamma_out_l, and of its product over the sub-layers from l on
+    std::vector<double> weights, gradients, updates;  // sums of squares of each tensor: before the update, before the clip, of what the update adds
 
-// rms over rows and channels; the shortcut's own gain alpha gamma / rms(z) and its product from here to the top; norms of gradients
-// and updates. The gain takes the mean over rows of alpha / rms(z) and the rms of gamma.
-inline void write_probe(CsvLog& csv, const RunConfig& run, int64_t step, const std::vector<SublayerProbe>& probe) {
-    int L = run.model.L;
-    double rows = double(run.total_batch), elements = rows * run.model.C, to_top = 1;
-    std::vector<double> gain(static_cast<size_t>(L)), product_to_top(static_cast<size_t>(L));
-    for (int l = L - 1; l >= 0; l--) {
-        gain[size_t(l)] = probe[size_t(l)].gamma_rms * probe[size_t(l)].shortcut / rows;
-        product_to_top[size_t(l)] = to_top *= gain[size_t(l)];
+    explicit StepProbe(const ModelConfig& c) : sublayers(size_t(c.L)) {}
+
+    // Of one micro-batch. r: 1 / rms(z_l) of each row, (L,rows); not read where no norm follows.
+    template <class Real>
+    void add_shortcuts(const ModelConfig& c, const Real* r, size_t rows) {
+        std::vector<double> to_top(rows, 1.0);
+        for (int l = c.L - 1; l >= 0; l--) {
+            SublayerNorm norm = c.sublayer(l);
+            double sum = 0, sum_to_top = 0;
+            for (size_t i = 0; i < rows; i++) {
+                double gain = double(norm.alpha) * (norm.norm_out ? double(r[size_t(l) * rows + i]) : 1);
+                to_top[i] *= gain, sum += gain, sum_to_top += to_top[i];
+            }
+            sublayers[size_t(l)].shortcut += sum, sublayers[size_t(l)].shortcut_to_top += sum_to_top;
+        }
     }
-    for (int l = 0; l < L; l++) {
-        const SublayerProbe& p = probe[size_t(l)];
-        csv.row(format("%lld,%d,%s,%.6g,%.6g,%.6g,%.6g,%.6g,%.6g,%.6g,%.6g,%.6g", (long long)step, l, is_attention(l) ? "attention" : "feed-forward",
-                       std::sqrt(p.x / elements), std::sqrt(p.f / elements), std::sqrt(p.z / elements), gain[size_t(l)],
-                       product_to_top[size_t(l)], std::sqrt(p.dx), std::sqrt(p.df), std::sqrt(p.gradient), std::sqrt(p.update)));
+
+    // gamma_of(l): gamma_out_l (C) as the forward pass read it, null where there is none.
+    template <class GammaOf>
+    void set_gains(const ModelConfig& c, GammaOf gamma_of) {
+        std::vector<double> product(size_t(c.C), 1.0);
+        gamma.assign(size_t(c.L), 1), gamma_to_top.assign(size_t(c.L), 1);
+        for (int l = c.L - 1; l >= 0; l--) {
+            double sum = 0, sum_to_top = 0;
+            const auto* g = gamma_of(l);
+            for (size_t k = 0; k < product.size(); k++) {
+                double gain = g ? double(g[k]) : 1;
+                product[k] *= gain, sum += gain * gain, sum_to_top += product[k] * product[k];
+            }
+            gamma[size_t(l)] = std::sqrt(sum / c.C), gamma_to_top[size_t(l)] = std::sqrt(sum_to_top / c.C);
+        }
     }
+};
+
+struct ProbeLog {
+    static constexpr const char* COLUMNS = "step,sublayer,kind,rms_x,rms_f,rms_z,shortcut_gain,shortcut_gain_to_top,dx_norm,df_norm,grad_norm,update_norm";
+    static constexpr const char* WEIGHT_COLUMNS = "step,sublayer,tensor,weight_norm,grad_norm,update_norm";  // sublayer -1: outside the blocks
+    CsvLog sublayers, weights;
+    ProbeLog(const std::string& folder, int64_t resume_step)
+        : sublayers(folder + "/probe.csv", COLUMNS, resume_step), weights(folder + "/probe_weights.csv", WEIGHT_COLUMNS, resume_step) {}
+};
+
+// rms over rows and channels, norms over all elements; grad_norm and update_norm of a sub-layer over all its tensors.
+inline void write_probe(ProbeLog& log, const RunConfig& run, const ParameterLayout& layout, int64_t step, const StepProbe& probe) {
+    double rows = double(run.total_batch), elements = rows * run.model.C;
+    std::vector<double> gradients(size_t(run.model.L)), updates(gradients.size());
+    for (size_t i = 0; i < layout.tensors.size(); i++)
+        if (int l = layout.tensors[i].layer; l >= 0) gradients[size_t(l)] += probe.gradients[i], updates[size_t(l)] += probe.updates[i];
+    for (size_t l = 0; l < gradients.size(); l++) {
+        const SublayerProbe& p = probe.sublayers[l];
+        log.sublayers.row(format("%lld,%zu,%s,%.6g,%.6g,%.6g,%.6g,%.6g,%.6g,%.6g,%.6g,%.6g", (long long)step, l, is_attention(int(l)) ? "attention" : "feed-forward",
+                                 std::sqrt(p.x / elements), std::sqrt(p.f / elements), std::sqrt(p.z / elements), probe.gamma[l] * p.shortcut / rows,
+                                 probe.gamma_to_top[l] * p.shortcut_to_top / rows, std::sqrt(p.dx), std::sqrt(p.df), std::sqrt(gradients[l]), std::sqrt(updates[l])));
+    }
+    for (size_t i = 0; i < layout.tensors.size(); i++)
+        log.weights.row(format("%lld,%d,%s,%.6g,%.6g,%.6g", (long long)step, layout.tensors[i].layer, tensor_rows[layout.tensors[i].id].name,
+                               std::sqrt(probe.weights[i]), std::sqrt(probe.gradients[i]), std::sqrt(probe.updates[i])));
 }
 
 // ----------------------------------------------------------------------------------------------------
@@ -2256,12 +2374,34 @@ struct HopAccuracy {
     void print() const {
         printf("hops       ");
         for (size_t h = 1; h < count.size(); h++) printf("| %zu: %.1f %% ", h, 100 * accuracy(h));
-        printf("| all: %.1f %% of %lld | without a lookup %.1f %%\n", 100 * accuracy(0), (long long)count[0], 100 * HopPrograms::chance());
+        printf("| all: %.1f %% of %lld | by chance %.1f %%\n", 100 * accuracy(0), (long long)count[0], 100 * HopPrograms::CHANCE);
     }
     static constexpr const char* COLUMNS = "step,hops,accuracy,count";
     void write(CsvLog& csv, int64_t step) const {
         for (size_t h = 1; h < count.size(); h++)
             csv.row(format("%lld,%zu,%.6g,%lld", (long long)step, h, count[h] ? accuracy(h) : 0, (long long)count[h]));
+    }
+};
+
+// From the process's start to the end of the first step, and where the time went.
+class StartClock {
+public:
+    StartClock() : last(seconds()) { add("program", seconds_since_launch()); }
+    void mark(const char* name) {
+        double now = seconds();
+        add(name, now - last);
+        last = now;
+    }
+    void print() const {
+        printf("start-up   %.2f s to the end of the first step: %s\n", total, text.c_str());
+    }
+
+private:
+    double last, total = 0;
+    std::string text;
+    void add(const char* name, double time) {
+        total += time;
+        text += format("%s%s %.2f", text.empty() ? "" : ", ", name, time);
     }
 };
 
@@ -2295,7 +2435,7 @@ inline void print_run(const RunConfig& run, const ParameterLayout& layout, const
     if (!data) return;
     if (const HopPrograms& p = data->programs; p.hops)
         printf("data       %s: programs without end, %d variables in %d chains, %d queries of 1 to %d lookups; %d whole ones of %d characters a sequence\n",
-               data->train.pattern.c_str(), p.CHAINS * p.hops, p.CHAINS, p.QUERIES, p.hops, (run.T + 1) / p.length(), p.length());
+               data->train.pattern.c_str(), p.CHAINS * p.hops, p.CHAINS, p.queries(), p.hops, (run.T + 1) / p.length(), p.length());
     else
         printf("data       %s: %s tokens to train on, %s to validate on\n", data->train.pattern.c_str(),
                count_text(double(data->train_count)).c_str(), count_text(double(data->val_count)).c_str());
@@ -2371,12 +2511,16 @@ int run_ablation(const Options& o, Trainer& trainer, const Loader& val) {
 template <class Trainer>
 int run_trainer(int argc, const char* const* argv) {
     using Real = typename Trainer::Real;
+    StartClock clock;
     Options o = parse_command_line(argc, argv);
     if (o.help) {
         printf("%s", help_text(argv[0]).c_str());
         return 0;
     }
+    for (const char* flag : {"--tune", "--moments", "--grads"})
+        if (Trainer::on_host && o.has(flag)) fail("%s: is for the GPU trainer, train_keel; leave it out", flag);
     Trainer::require_machine();
+    clock.mark("device");
     if (!o.check.empty()) return check_debug_state<Trainer>(o);
     if (!o.dump.empty()) check_dump_target(o.dump);
 
@@ -2402,9 +2546,21 @@ int run_trainer(int argc, const char* const* argv) {
     RunConfig run = resolve_run(o, init ? &init->header : nullptr, data.natural_vocabulary(), data.natural_seq_len());
     const ModelConfig& config = run.model;
     Trainer::check_model(config);
-    data.check_tokens(config.V);
+    if (Trainer::on_host && (run.types.moments_bf16 || run.types.grads_bf16))
+        fail("-y: expected a checkpoint with FP32 moments and gradients, found BF16 ones; resume with train_keel_fp32, or start from its model by -e");
     if (!o.ablate.empty() && o.ablate != "all") parse_integer("--ablate", o.ablate, 0, config.L - 1);
-    if (o.ablate.empty()) data.check_lengths(run);
+    if (o.ablate.empty() || data.programs.hops) data.check_lengths(run);
+    // Every token is looked at beside what the device does until the first step; the answer is waited for before anything is written.
+    auto look_at_tokens = [&data, V = config.V] {
+        data.check_tokens(V);
+        return data.unigram_entropy(V);
+    };
+    std::future<double> unigram_entropy;
+    try {
+        unigram_entropy = std::async(std::launch::async, look_at_tokens);
+    } catch (const std::system_error&) {  // no more threads
+        unigram_entropy = std::async(std::launch::deferred, look_at_tokens);
+    }
     if ((run.val_every > 0 || !o.ablate.empty()) && o.dump.empty()) data.check_validation(run);
     if (!resume_from.empty() && size_t(init->header.get<int64_t>(H_TRAIN_TOKENS)) != data.train_count)
         fail("-i: expected the %lld training tokens of the checkpoint, found %zu; give the same data",
@@ -2422,6 +2578,7 @@ int run_trainer(int argc, const char* const* argv) {
     std::vector<MemoryRow> memory = Trainer::memory_rows(run);
     memory.push_back(beside);
     bool checkpoints_wanted = !o.out.empty() && o.dump.empty() && o.ablate.empty() && o.checkpoint_every > 0, background = false;
+    if (std::string fault = checkpoints_wanted ? space_fault(o.out, checkpoint_bytes(config, real_type<Real>)) : ""; !fault.empty()) fail("%s", fault.c_str());
     size_t snapshot_bytes = 3 * ParameterLayout(config).count * sizeof(Real), host_left = ::available_memory();
     if (checkpoints_wanted) {
         size_t with_thread = snapshot_bytes + (size_t(8) << 20);  // the stack of the thread that writes
@@ -2438,9 +2595,14 @@ int run_trainer(int argc, const char* const* argv) {
                bytes_text(double(snapshot_bytes)).c_str(), bytes_text(double(host_left)).c_str());
     else if (checkpoints_wanted && !Trainer::on_host)
         printf("  %-38s %12s\n", "snapshot for checkpoints, on the host", bytes_text(double(snapshot_bytes)).c_str());
+    if (size_t disk = (size_t(o.keep) + 1) * checkpoint_bytes(config, real_type<Real>); checkpoints_wanted && o.keep > 0 && o.keep < 1000 && free_space(o.out) < disk)
+        printf("note       %s is free in %s, and --keep %lld checkpoints with the next beside them take %s\n", bytes_text(double(free_space(o.out))).c_str(), o.out.c_str(),
+               (long long)o.keep, bytes_text(double(disk)).c_str());
     fflush(stdout);
+    clock.mark("data");
 
     Trainer trainer(run);
+    clock.mark("memory");
     int64_t step = 0;
     if (init) {
         trainer.read_parameters(*init);
@@ -2453,6 +2615,10 @@ int run_trainer(int argc, const char* const* argv) {
         step = init->header.get<int64_t>(H_STEP);
         printf("resuming   %s\n", resume_from.c_str());
     }
+
+    clock.mark("weights");
+    double data_entropy = unigram_entropy.get();
+    clock.mark("tokens");
 
     Loader train = data.loader(run, true), val = data.loader(run, false);
     if (!o.ablate.empty()) return run_ablation(o, trainer, val);
@@ -2468,11 +2634,12 @@ int run_trainer(int argc, const char* const* argv) {
     }
 
     // The detector takes up where the log of a resumed run ends.
-    DivergenceDetector divergence(run.steps, run.warmup, data.unigram_entropy(config.V));
+    DivergenceDetector divergence(run.steps, run.warmup, data_entropy);
     if (!resume_from.empty())
         read_csv_rows(o.out + "/log.csv", step, [&](int64_t row_step, const std::string& line) { divergence.add(row_step, atof(line.c_str() + std::min(line.size(), line.find(',') + 1))); });
 
-    std::unique_ptr<CsvLog> log, probe_log, hops_log;
+    std::unique_ptr<CsvLog> log, hops_log;
+    std::unique_ptr<ProbeLog> probe_log;
     if (!o.out.empty()) {
         create_output_folder(o.out);
         if (!lock) {  // the folder is new, or was a moment ago
@@ -2482,7 +2649,7 @@ int run_trainer(int argc, const char* const* argv) {
         remove_unfinished_files(o.out);
         int64_t kept = resume_from.empty() ? -1 : step;
         log = std::make_unique<CsvLog>(o.out + "/log.csv", "step,loss,val_loss,lr,grad_norm,ms,tokens_per_second,mfu", kept);
-        if (o.probe > 0) probe_log = std::make_unique<CsvLog>(o.out + "/probe.csv", PROBE_COLUMNS, kept);
+        if (o.probe > 0) probe_log = std::make_unique<ProbeLog>(o.out, kept);
         if (data.programs.hops) hops_log = std::make_unique<CsvLog>(o.out + "/hops.csv", HopAccuracy::COLUMNS, kept);
     }
     // A run that was killed between a checkpoint's two files has the state, and the model is in it.
@@ -2490,8 +2657,8 @@ int run_trainer(int argc, const char* const* argv) {
     std::unique_ptr<CheckpointWriter<Trainer>> checkpoints;
     if (checkpoints_wanted) {
         std::vector<CsvLog*> logs = {log.get()};
-        for (CsvLog* more : {probe_log.get(), hops_log.get()})
-            if (more) logs.push_back(more);
+        if (probe_log) logs.push_back(&probe_log->sublayers), logs.push_back(&probe_log->weights);
+        if (hops_log) logs.push_back(hops_log.get());
         checkpoints = std::make_unique<CheckpointWriter<Trainer>>(trainer, data, o.out, o.keep, background, logs);
     }
     StopSignals::watch();
@@ -2499,7 +2666,10 @@ int run_trainer(int argc, const char* const* argv) {
     printf("machine    %s, %.0f GFLOP/s in matrix products\n", trainer.machine_name().c_str(), rate * 1e-9);
     if (!init) printf("note       the first loss is not ln V = %.2f: the tied head sees each input token's own embedding\n", std::log(double(config.V)));
 
-    auto due = [&](int64_t every) { return every > 0 && (step % every == 0 || step == run.steps); };
+    clock.mark("folder, rate");
+
+    auto due_at = [&](int64_t s, int64_t every) { return every > 0 && (s % every == 0 || s == run.steps); };
+    auto due = [&](int64_t every) { return due_at(step, every); };
     auto validation_due = [&]() -> std::string {  // the loss as text, empty where none is measured
         if (!due(run.val_every)) return "";
         HopAccuracy hops(data.programs.hops);
@@ -2510,12 +2680,24 @@ int run_trainer(int argc, const char* const* argv) {
         return number_text(val_loss);
     };
     int64_t known_good = -1, newest = resume_from.empty() ? -1 : step;  // steps of checkpoints: of one from which a finite step was made, of the last
+    // Where the disk has no room for a checkpoint, training goes on and the next step tries again; the run's end may not.
+    bool overdue = false;
     auto checkpoint = [&] {
-        if (checkpoints && newest != step) checkpoints->write(step), newest = step;
+        if (!checkpoints || newest == step) return;
+        std::string fault = space_fault(o.out, checkpoint_bytes(config, real_type<Real>));
+        if (!fault.empty() && (step >= run.steps || StopSignals::asked())) fail("step %lld: %s", (long long)step, fault.c_str());
+        if (!fault.empty() && !overdue) fprintf(stderr, "warning: the checkpoint of step %lld is put off: %s\n", (long long)step, fault.c_str());
+        overdue = !fault.empty();
+        if (!overdue) checkpoints->write(step), newest = step;
     };
     auto sample_due = [&] {
         if (due(o.sample_every) && !StopSignals::asked()) print_sample(trainer, o, run.T, run.seed, step);
         fflush(stdout);
+    };
+    auto probing = [&](int64_t s) { return o.probe > 0 && s % o.probe == 0; };
+    // Nothing but the next step comes after this one: the trainer can have that before this one's result is known.
+    auto goes_straight_on = [&](int64_t s) {
+        return !overdue && !due_at(s, run.val_every) && !(checkpoints && due_at(s, o.checkpoint_every)) && !due_at(s, o.sample_every) && !probing(s) && !probing(s + 1);
     };
     if (step >= run.steps && !resume_from.empty()) printf("the run has its %lld steps; -x with a larger number goes on\n", (long long)run.steps);
     if (run.steps == 0) {
@@ -2524,29 +2706,41 @@ int run_trainer(int argc, const char* const* argv) {
         sample_due();
     }
 
-    double spent = 0, steps_here = 0;
-    while (step < run.steps && !StopSignals::asked()) {
-        step++;
-        double start = seconds();
-        bool probing = o.probe > 0 && step % o.probe == 0;
-        StepResult result;
-        try {
-            result = trainer.step(train, step, probing ? probe_log.get() : nullptr);
-        } catch (const DataError& e) {
-            step--;
+    double spent = 0, steps_here = 0, ended = 0;
+    int64_t started = step;         // steps that the trainer has been given; those after `step` are in flight
+    std::array<double, 2> began{};  // when, by turns
+    static_assert(Trainer::steps_in_flight <= 2);
+    std::exception_ptr data_error;
+    while (started > step || (step < run.steps && !StopSignals::asked())) {
+        while (!data_error && started < run.steps && !StopSignals::asked() &&
+               (started == step || (started < step + Trainer::steps_in_flight && goes_straight_on(started)))) {
+            began[size_t(started % 2)] = seconds();
+            try {
+                trainer.start(train, started + 1, probing(started + 1) ? probe_log.get() : nullptr);
+                started++;
+            } catch (const DataError&) {  // the steps in flight have theirs
+                data_error = std::current_exception();
+            }
+        }
+        if (started == step) {
+            if (!data_error) break;
             if (step > 0) checkpoint();
             if (checkpoints) checkpoints->wait();
-            throw;
+            std::rethrow_exception(data_error);
         }
+        StepResult result = trainer.finish();
+        double now = seconds(), elapsed = now - std::max(ended, began[size_t(step % 2)]);
+        ended = now, step++;
         auto [loss, norm] = result;
         bool skipped = !std::isfinite(loss) || !std::isfinite(norm);
         trainer.run.skipped += skipped;
         trainer.run.skipped_in_row = skipped ? trainer.run.skipped_in_row + 1 : 0;
         if (!skipped) known_good = newest;
 
-        double elapsed = seconds() - start, tokens_per_second = double(run.total_batch) / elapsed;
+        double tokens_per_second = double(run.total_batch) / elapsed;
         double mfu = flops_per_token(config, run.T) * tokens_per_second / rate;
         spent += elapsed, steps_here++;
+        if (steps_here == 1) clock.mark("first step"), clock.print();
         printf("step %lld/%lld | loss %.4f | grad norm %.3g | lr %.2e | %.0f ms | %.0f tokens/s | %.0f %% of matrix rate | %s left\n",
                (long long)step, (long long)run.steps, loss, norm, learning_rate(run, step), elapsed * 1e3, tokens_per_second, 100 * mfu,
                duration_text(spent / steps_here * double(run.steps - step)).c_str());
@@ -2576,7 +2770,7 @@ int run_trainer(int argc, const char* const* argv) {
         }
         if (checkpoints) checkpoints->poll();
         // While steps are skipped the parameters stay those of the last checkpoint or go bad: only the run's end is worth one.
-        if (due(o.checkpoint_every) && (!skipped || step == run.steps)) checkpoint();
+        if ((overdue || due(o.checkpoint_every)) && (!skipped || step == run.steps)) checkpoint();
         sample_due();
     }
     if (StopSignals::asked() && step < run.steps) {

@@ -85,6 +85,14 @@ __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commi
 template <int N>
 __device__ __forceinline__ void cp_async_wait() { asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory"); }
 
+// Every kernel's first statement, but for what it can do without reading or writing global memory: launch() lets a kernel start while the one
+// before it ends, and here it waits until that one's writes are visible. Hopper and later; elsewhere kernels start one after another.
+__device__ __forceinline__ void wait_for_predecessor() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // 2^x, to 2 units in the last place
 __device__ __forceinline__ float fast_exp2(float x) {
     float y;
@@ -179,11 +187,16 @@ inline void check(cublasStatus_t status, const char* what) {
     if (status != CUBLAS_STATUS_SUCCESS) fail("%s: %s", what, cublasLtGetStatusString(status));
 }
 
-// A buffer in the device's memory.
+// Buffers share an allocation at multiples of this, cudaMalloc's own alignment in bytes.
+constexpr size_t ALIGNMENT = 256;
+
+// A buffer in the device's memory, of its own or a part of another.
 template <class T>
 class DeviceArray {
 public:
     DeviceArray() = default;
+    // The next n elements of an allocation: `free` is where it goes on.
+    DeviceArray(char*& free, size_t n) : pointer(as_elements(free)), n(n), part(true) { free += round_up(n * sizeof(T), ALIGNMENT); }
     explicit DeviceArray(size_t n) : n(n) {
         if (n == 0) return;
         if (cudaError_t error = cudaMalloc(&pointer, n * sizeof(T)); error != cudaSuccess) {
@@ -192,18 +205,22 @@ public:
                  cudaGetErrorString(error));
         }
     }
-    DeviceArray(DeviceArray&& a) noexcept : pointer(std::exchange(a.pointer, nullptr)), n(std::exchange(a.n, 0)) {}
+    DeviceArray(DeviceArray&& a) noexcept : pointer(std::exchange(a.pointer, nullptr)), n(std::exchange(a.n, 0)), part(a.part) {}
     DeviceArray& operator=(DeviceArray&& a) noexcept {
-        std::swap(pointer, a.pointer), std::swap(n, a.n);
+        std::swap(pointer, a.pointer), std::swap(n, a.n), std::swap(part, a.part);
         return *this;
     }
-    ~DeviceArray() { cudaFree(pointer); }
+    ~DeviceArray() {
+        if (!part) cudaFree(pointer);
+    }
     T* data() const { return pointer; }
     size_t size() const { return n; }
 
 private:
+    static T* as_elements(char* bytes) { return static_cast<T*>(static_cast<void*>(bytes)); }
     T* pointer = nullptr;
     size_t n = 0;
+    bool part = false;
 };
 
 // A buffer in the host's memory from which the device copies by itself.
@@ -227,7 +244,23 @@ private:
     size_t n = 0;
 };
 
-// kernel<<<grid, block, shared_bytes, stream>>>(arguments...), and its error.
+// Whether kernels may start while the one before them ends (programmatic dependent launch): it hides the microsecond or two between two
+// kernels, which thousands of small ones add up to. -DKEEL_NO_OVERLAP builds without, to measure it.
+inline bool launches_overlap() {
+#ifdef KEEL_NO_OVERLAP
+    return false;
+#else
+    static const bool hopper = [] {
+        int major = 0;
+        CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
+        return major >= 9;
+    }();
+    return hopper;
+#endif
+}
+
+// kernel<<<grid, block, shared_bytes, stream>>>(arguments...), and its error. The kernel calls wait_for_predecessor() before it touches
+// global memory.
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), size_t grid, unsigned block, size_t shared_bytes, cudaStream_t stream, Arguments... arguments) {
     if (grid > size_t(INT_MAX)) fail("a kernel needs %zu blocks, more than a grid has; use a smaller -b", grid);
@@ -235,6 +268,9 @@ void launch(void (*kernel)(Parameters...), size_t grid, unsigned block, size_t s
         CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)));
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(unsigned(grid)), config.blockDim = dim3(block), config.dynamicSmemBytes = shared_bytes, config.stream = stream;
+    cudaLaunchAttribute overlap{};
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization, overlap.val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = &overlap, config.numAttrs = launches_overlap() ? 1 : 0;
     CUDA(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
 }
 // Bytes of shared memory that a block can have: 227 KiB on Hopper, 163 on A100, 99 on the cards for desktops.
@@ -258,6 +294,132 @@ struct GemmPlan {
     cublasLtMatmulAlgo_t algorithm;
 };
 using GemmKey = std::tuple<bool, bool, size_t, size_t, size_t, bool, bool>;  // a, b transposed; m, n, k; FP32 result; added to it
+
+// All that changes from step to step is read from the device's memory, so that a graph of launches serves every step.
+struct StepSettings {   // comes from the host
+    double lr, weight_decay;
+    double max_norm;    // of the gradient; 0: no clipping
+    uint64_t seed;      // of stochastic rounding
+};
+struct StepState {      // goes to the host
+    double loss_sum;    // over the step's targets
+    double grad_squares, norm;  // of all gradients, before clipping
+    float clip;                 // the factor of every gradient
+    int finite;                 // 0: the step updates nothing
+    float step_size;            // lr / (1 - b1^n)
+    float v_scale;              // 1 / (1 - b2^n)
+    float decay;                // lr * weight decay
+};
+
+// Milliseconds between two points of a stream.
+class Stopwatch {
+public:
+    explicit Stopwatch(cudaStream_t stream) : stream(stream) {
+        CUDA(cudaEventCreate(&begin));
+        CUDA(cudaEventCreate(&end));
+    }
+    ~Stopwatch() { cudaEventDestroy(begin), cudaEventDestroy(end); }
+    Stopwatch(const Stopwatch&) = delete;
+    Stopwatch& operator=(const Stopwatch&) = delete;
+    void start() { CUDA(cudaEventRecord(begin, stream)); }
+    float stop() {
+        float ms = 0;
+        CUDA(cudaEventRecord(end, stream));
+        CUDA(cudaEventSynchronize(end));
+        CUDA(cudaEventElapsedTime(&ms, begin, end));
+        return ms;
+    }
+
+private:
+    cudaStream_t stream;
+    cudaEvent_t begin = nullptr, end = nullptr;
+};
+inline float median(std::vector<float>& values) {
+    std::nth_element(values.begin(), values.begin() + std::ptrdiff_t(values.size() / 2), values.end());
+    return values[values.size() / 2];
+}
+
+// --tune FILE: the fastest of cuBLASLt's algorithms for each shape of product, as measured on this GPU with this cuBLASLt. Rows of others
+// stay in the file.
+class TuningTable {
+public:
+    static constexpr const char* COLUMNS = "gpu,cublaslt,a_transposed,b_transposed,m,n,k,inputs,result,beta,first_us,best_us,algorithm";
+    static constexpr int KEY_COLUMNS = 10;
+
+    TuningTable(const std::string& path, std::string gpu, size_t version) : path(path) {
+        std::replace(gpu.begin(), gpu.end(), ',', ' ');
+        machine = format("%s,%zu", gpu.c_str(), version);
+        namespace fs = std::filesystem;
+        std::error_code error;
+        if (!fs::exists(path, error)) {
+            fs::path folder = fs::absolute(path).parent_path();
+            if (!fs::is_directory(folder, error) || access(folder.c_str(), W_OK | X_OK) != 0)
+                fail("--tune: expected a folder that can be written, found %s; create it first", folder.c_str());
+            return;
+        }
+        std::string text;
+        FILE* file = fs::is_regular_file(path, error) ? fopen(path.c_str(), "re") : nullptr;
+        if (!file) fail("--tune: %s cannot be read (%s); give another file", path.c_str(), fs::is_regular_file(path, error) ? errno_text().c_str() : "it is no file");
+        for (int c; (c = getc(file)) != EOF && text.size() < (size_t(64) << 20);) text += char(c);
+        fclose(file);
+        int line_number = 0;
+        for (size_t at = 0; at < text.size();) {
+            size_t end = std::min(text.find('\n', at), text.size());
+            std::string line = text.substr(at, end - at);
+            at = end + 1;
+            if (++line_number == 1 && line != COLUMNS) fail("--tune: %s: expected the columns %s in its first line, found others; give another file", path.c_str(), COLUMNS);
+            if (line_number > 1) parse(line, line_number);
+        }
+        if (line_number == 0) fail("--tune: %s: expected a table of an earlier run, found an empty file; remove it", path.c_str());
+    }
+
+    // The algorithm of a shape, or null.
+    const cublasLtMatmulAlgo_t* find(const GemmKey& shape) const {
+        auto row = rows.find(key(shape));
+        return row == rows.end() ? nullptr : &row->second.algorithm;
+    }
+
+    // Takes a row in, and the file with it.
+    void add(const GemmKey& shape, const cublasLtMatmulAlgo_t& algorithm, double first_us, double best_us) {
+        rows[key(shape)] = {algorithm, format("%.2f,%.2f", first_us, best_us)};
+        std::string text = std::string(COLUMNS) + "\n";
+        for (const auto& [key, row] : rows) {
+            text += key + "," + row.times + ",";
+            for (uint64_t word : row.algorithm.data) text += format("%016llx", (unsigned long long)word);
+            text += "\n";
+        }
+        replace_file(path, text, "free some space or leave out --tune");
+    }
+
+private:
+    struct Row {
+        cublasLtMatmulAlgo_t algorithm;
+        std::string times;
+    };
+    std::string path, machine;
+    std::map<std::string, Row> rows;
+
+    std::string key(const GemmKey& shape) const {
+        auto [ta, tb, m, n, k, fp32_out, accumulate] = shape;
+        return format("%s,%d,%d,%zu,%zu,%zu,%s,%s,%d", machine.c_str(), ta, tb, m, n, k, BRANCH_BF16 ? "bf16" : "fp32", fp32_out ? "fp32" : "bf16", accumulate);
+    }
+
+    void parse(const std::string& line, int number) {
+        std::vector<size_t> commas;
+        for (size_t i = 0; i < line.size(); i++)
+            if (line[i] == ',') commas.push_back(i);
+        Row row{};
+        bool good = commas.size() == KEY_COLUMNS + 2;
+        std::string digits = good ? line.substr(commas.back() + 1) : "";
+        good = good && digits.size() == 2 * sizeof row.algorithm && digits.find_first_not_of("0123456789abcdef") == std::string::npos;
+        if (!good)
+            fail("--tune: %s, line %d: expected %d columns, the last of %zu hexadecimal digits, found others; remove the line or the file", path.c_str(), number,
+                 KEY_COLUMNS + 3, 2 * sizeof row.algorithm);
+        for (size_t i = 0; i < 8; i++) row.algorithm.data[i] = strtoull(digits.substr(16 * i, 16).c_str(), nullptr, 16);
+        row.times = line.substr(commas[KEY_COLUMNS - 1] + 1, commas.back() - commas[KEY_COLUMNS - 1] - 1);
+        rows[line.substr(0, commas[KEY_COLUMNS - 1])] = row;
+    }
+};
 
 // What every layer needs to run: the stream, matrix products, and scratch memory that layers use one after another.
 class Device {
@@ -290,8 +452,21 @@ public:
     void zero(const DeviceArray<T>& a) {
         if (a.size()) CUDA(cudaMemsetAsync(a.data(), 0, a.size() * sizeof(T), stream));
     }
+    // n numbers in [-1, 1) to time a product on: zeros take less power, and run faster
+    DeviceArray<branch_t> random_matrix(size_t n);
     template <class T>
     void copy(T* to, const T* from, size_t n) { CUDA(cudaMemcpyAsync(to, from, n * sizeof(T), cudaMemcpyDefault, stream)); }
+
+    std::unique_ptr<TuningTable> tuning;     // of --tune; null without
+
+    // While one lives, with `on`, a product of a shape that the table does not have is measured.
+    struct Tuning {
+        Device& device;
+        Tuning(Device& device, bool on) : device(device) { device.measuring = on && device.tuning; }
+        ~Tuning() { device.measuring = false; }
+        Tuning(const Tuning&) = delete;
+        Tuning& operator=(const Tuning&) = delete;
+    };
 
     // ----- Matrix products, all by cuBLASLt, whose matrices are column-major: d (m,n) = a (m,k) b (k,n), or d += a b.
     // The same memory read row-major is the transposed matrix, so that out (rows,N) = in W^T is out^T (N,rows) = W in^T.
@@ -307,7 +482,9 @@ private:
     cublasLtHandle_t handle = nullptr;
     std::map<GemmKey, GemmPlan> plans;
 
-    // A shape's algorithm is the first that cuBLASLt's heuristic names: the same on every run.
+    bool measuring = false;
+
+    // A shape's algorithm is the first that cuBLASLt's heuristic names: the same on every run. With --tune it is the table's.
     const GemmPlan& gemm_plan(const GemmKey& key) {
         if (auto found = plans.find(key); found != plans.end()) return found->second;
         auto [ta, tb, m, n, k, fp32_out, accumulate] = key;
@@ -335,14 +512,59 @@ private:
         for (auto which : {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
                            CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
             check(cublasLtMatmulPreferenceSetAttribute(preference, which, &alignment, sizeof alignment), "alignment");
-        cublasLtMatmulHeuristicResult_t result{};
+        cublasLtMatmulHeuristicResult_t results[MOST_CANDIDATES] = {};
         int found = 0;
-        cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(handle, plan.operation, plan.a, plan.b, plan.d, plan.d, preference, 1, &result, &found);
+        cublasStatus_t status =
+            cublasLtMatmulAlgoGetHeuristic(handle, plan.operation, plan.a, plan.b, plan.d, plan.d, preference, measuring ? MOST_CANDIDATES : 1, results, &found);
         cublasLtMatmulPreferenceDestroy(preference);
         if (status != CUBLAS_STATUS_SUCCESS || found == 0)
             fail("cuBLASLt has no algorithm for a product of %zu x %zu x %zu (%s); use another -C or the FP32 build", m, n, k, cublasLtGetStatusString(status));
-        plan.algorithm = result.algo;
+        plan.algorithm = results[0].algo;
+        const cublasLtMatmulAlgo_t* tuned = tuning ? tuning->find(key) : nullptr;
+        if (tuned && usable(plan, *tuned)) plan.algorithm = *tuned;
+        else if (measuring) plan.algorithm = fastest(plan, key, {results, size_t(found)});
         return plans[key] = plan;
+    }
+
+    bool usable(const GemmPlan& plan, const cublasLtMatmulAlgo_t& algorithm) {
+        cublasLtMatmulHeuristicResult_t result{};
+        return cublasLtMatmulAlgoCheck(handle, plan.operation, plan.a, plan.b, plan.d, plan.d, &algorithm, &result) == CUBLAS_STATUS_SUCCESS &&
+               result.workspaceSize <= GEMM_WORKSPACE;
+    }
+
+    // The algorithm of least median time, in rounds over all of them, on scratch matrices of random numbers with the product's own beta; before each
+    // product the L2 is filled with something else. The heuristic's first stays unless another takes 2 % less: that much is noise.
+    static constexpr int MOST_CANDIDATES = 16, ROUNDS = 7;
+    cublasLtMatmulAlgo_t fastest(const GemmPlan& plan, const GemmKey& key, std::span<const cublasLtMatmulHeuristicResult_t> results) {
+        auto [ta, tb, m, n, k, fp32_out, accumulate] = key;
+        int l2 = 0;
+        CUDA(cudaDeviceGetAttribute(&l2, cudaDevAttrL2CacheSize, 0));
+        DeviceArray<branch_t> a = random_matrix(m * k), b = random_matrix(k * n);
+        DeviceArray<char> d(m * n * (fp32_out ? 4 : 2)), other(2 * size_t(l2));
+        zero(d);
+        float one = 1, beta = accumulate ? 1 : 0;
+        Stopwatch watch(stream);
+        std::vector<std::vector<float>> times(results.size());
+        for (int round = -1; round < ROUNDS; round++)  // -1: warm-up
+            for (size_t i = 0; i < results.size(); i++) {
+                zero(other);
+                watch.start();
+                check(cublasLtMatmul(handle, plan.operation, &one, a.data(), plan.a, b.data(), plan.b, &beta, d.data(), plan.d, d.data(), plan.d, &results[i].algo,
+                                     workspace.data(), workspace.size(), stream), "cublasLtMatmul");
+                float ms = watch.stop();
+                if (round >= 0) times[i].push_back(ms);
+            }
+        size_t best = 0;
+        std::vector<float> medians;
+        for (auto& of_one : times) medians.push_back(median(of_one));
+        for (size_t i = 1; i < medians.size(); i++)
+            if (medians[i] < medians[best]) best = i;
+        if (medians[best] > 0.98f * medians[0]) best = 0;
+        printf("tuned      %5zu x %6zu x %6zu%s%s, %s%s: %.1f us, the first of %zu algorithms %.1f us (%.1f %% less)\n", m, n, k, ta ? ", a^T" : "", tb ? ", b^T" : "",
+               fp32_out ? "into FP32" : "into BF16", accumulate ? ", added" : "", medians[best] * 1e3, results.size(), medians[0] * 1e3,
+               100 * (1 - medians[best] / medians[0]));
+        tuning->add(key, results[best].algo, medians[0] * 1e3, medians[best] * 1e3);
+        return results[best].algo;
     }
 };
 
@@ -355,10 +577,55 @@ void matmul_forward(Device& device, Out* out, const branch_t* in, const branch_t
     device.product(out, w, true, in, false, N, rows, K, false);  // out^T (N,rows) = W in^T
 }
 
+// x in BF16, up or down at random (16 random bits) so that the mean is x: they are added below BF16's last bit, whose carry rounds up.
+__device__ __forceinline__ __nv_bfloat16 round_stochastic(float x, uint32_t random) {
+    uint32_t bits = __float_as_uint(x);
+    if ((bits & 0x7F800000u) != 0x7F800000u) bits += random & 0xFFFFu;  // infinity and NaN stay
+    return __ushort_as_bfloat16(uint16_t(bits >> 16));
+}
+
+// What the random numbers of a gradient's rounding are a function of, beside the element: the same on a resume.
+struct RoundingState {
+    const StepSettings* settings;  // seed
+    const long long* updates;      // finished steps
+    const int* micro_batch;        // in its step
+};
+
+// The gradient of a matrix (N,K). In FP32 products add to it. With --grads bf16 a product makes its addend in `scratch`, and a kernel
+// adds that with stochastic rounding: rounded to nearest, addends below 2^-9 of the sum would be lost one and all.
+struct MatrixGradient {
+    float* fp32;             // null with bf16
+    __nv_bfloat16* bf16;
+    float* scratch;          // (N,K), of one matrix at a time
+    size_t first;            // where the matrix starts in the parameter order
+    RoundingState rounding;
+};
+
+// g += addend, N numbers a thread.  8 bytes an element
+template <int N>
+__global__ void add_rounded_kernel(__nv_bfloat16* g, const float* addend, size_t n, size_t first, RoundingState rounding) {
+    wait_for_predecessor();
+    size_t at = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * N;
+    if (at >= n) return;
+    size_t block = (first + at) / 4;
+    Philox draw = philox(rounding.settings->seed, uint32_t(block), uint32_t(block >> 32) | uint32_t(*rounding.micro_batch) << 8, uint32_t(*rounding.updates),
+                         STREAM_GRADIENTS);
+    auto sum = load<N>(g + at);
+    auto add = load<N>(addend + at);
+    for (int i = 0; i < N; i++) sum[i] = round_stochastic(float(sum[i]) + add[i], draw.word[(first + at + i) % 4]);
+    store<N>(g + at, sum);
+}
+
 // din (rows,K) = dout W,  dW (N,K) += dout^T in.  4 rows N K operations; dW adds in FP32
-void matmul_backward(Device& device, branch_t* din, float* dw, const branch_t* dout, const branch_t* in, const branch_t* w, size_t rows, size_t K, size_t N) {
-    device.product(dw, in, false, dout, true, K, N, rows, true);     // dW^T (K,N) += in^T dout
-    device.product(din, w, false, dout, false, K, rows, N, false);   // din^T (K,rows) = W^T dout^T
+void matmul_backward(Device& device, branch_t* din, const MatrixGradient& dw, const branch_t* dout, const branch_t* in, const branch_t* w, size_t rows, size_t K,
+                     size_t N) {
+    device.product(dw.bf16 ? dw.scratch : dw.fp32, in, false, dout, true, K, N, rows, !dw.bf16);  // dW^T (K,N) += in^T dout
+    if (dw.bf16) {
+        bool fours = N * K % 4 == 0 && dw.first % 4 == 0 && reinterpret_cast<size_t>(dw.bf16) % 8 == 0;
+        launch(fours ? add_rounded_kernel<4> : add_rounded_kernel<1>, ceil_div(N * K / (fours ? 4 : 1), THREADS), THREADS, 0, device.stream, dw.bf16, dw.scratch, N * K,
+               dw.first, dw.rounding);
+    }
+    device.product(din, w, false, dout, false, K, rows, N, false);                                // din^T (K,rows) = W^T dout^T
 }
 
 // ----- Embedding
@@ -366,6 +633,7 @@ void matmul_backward(Device& device, branch_t* din, float* dw, const branch_t* d
 // x_0 (B,T,C) = sqrt(C) * (wte[token] + wpe[position]), positions from `first` on.  12 bytes an element, 4 of them of wpe mostly cached
 template <int N>
 __global__ void embedding_forward_kernel(float* x, const int* tokens, const float* wte, const float* wpe, int rows, int T, int C, int first) {
+    wait_for_predecessor();
     size_t at = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * N;
     if (at >= size_t(rows) * C) return;
     int row = int(at / C), c = int(at % C);
@@ -382,8 +650,10 @@ struct TokenBatch {
     int *tokens, *targets, *order;  // (rows)
     int* start;                     // (rows + 1), of which buckets + 1 are used
     int* buckets;                   // (1) how many different tokens occur
-    TokenBatch(int* base, size_t rows) : tokens(base), targets(base + rows), order(base + 2 * rows), start(base + 3 * rows), buckets(base + 4 * rows + 1) {}
-    static size_t size(size_t rows) { return 4 * rows + 2; }
+    int* number;                    // (1) of the micro-batch in its step, from 0
+    TokenBatch(int* base, size_t rows)
+        : tokens(base), targets(base + rows), order(base + 2 * rows), start(base + 3 * rows), buckets(base + 4 * rows + 1), number(buckets + 1) {}
+    static size_t size(size_t rows) { return 4 * rows + 3; }
 
     // On the host, from tokens (rows): a counting sort, stable. count: scratch (V+1)
     void sort(size_t rows, int V, std::vector<int>& count) {
@@ -402,6 +672,7 @@ struct TokenBatch {
 
 // dwte[token] += sqrt(C) * sum of dx (rows,C) over the token's rows; a block a token.  4 bytes an element, 8 for each of dwte that occurs
 __global__ void embedding_backward_kernel(float* dwte, const float* dx, const int* tokens, const int* order, const int* start, const int* buckets, int C) {
+    wait_for_predecessor();
     int bucket = blockIdx.x;
     if (bucket >= *buckets) return;
     int begin = start[bucket], end = start[bucket + 1];
@@ -416,6 +687,7 @@ __global__ void embedding_backward_kernel(float* dwte, const float* dx, const in
 
 // dwpe[position] += sqrt(C) * sum of dx (B,T,C) over the sequences.  4 bytes an element of dx, 8 of dwpe
 __global__ void position_backward_kernel(float* dwpe, const float* dx, int B, int T, int C) {
+    wait_for_predecessor();
     size_t at = size_t(blockIdx.x) * blockDim.x + threadIdx.x, size = size_t(T) * C;
     if (at >= size) return;
     float sum = 0;
@@ -519,6 +791,7 @@ __device__ void restore_u(const HighwayPoint& p, int row, int C, int lane) {
 // Shared: C floats a warp.  to.z may be from.z.
 template <int N>
 __global__ void highway_forward_kernel(HighwayPoint to, HighwayPoint from, const branch_t* f, float alpha, int rows, int C) {
+    wait_for_predecessor();
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
     float* z = &shared<float>() + size_t(warp) * C;
     for (int row = blockIdx.x * warps + warp; row < rows; row += gridDim.x * warps) {
@@ -538,6 +811,7 @@ __global__ void highway_forward_kernel(HighwayPoint to, HighwayPoint from, const
 // r_out, r_in and u of a point whose z is there.  In BF16 6 bytes an element.  Shared: C floats a warp.
 template <int N>
 __global__ void highway_norms_kernel(HighwayPoint p, int rows, int C) {
+    wait_for_predecessor();
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
     float* x = &shared<float>() + size_t(warp) * C;
     for (int row = blockIdx.x * warps + warp; row < rows; row += gridDim.x * warps) {
@@ -551,6 +825,7 @@ __global__ void highway_norms_kernel(HighwayPoint p, int rows, int C) {
 // x (rows,C) of a point, for dumps and probes.
 template <int N>
 __global__ void highway_x_kernel(float* x, HighwayPoint p, int rows, int C) {
+    wait_for_predecessor();
     size_t at = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * N;
     if (at >= size_t(rows) * C) return;
     int row = int(at / C), c = int(at % C);
@@ -585,6 +860,7 @@ __global__ void highway_backward_kernel(HighwayPoint p, HighwayPoint before, Hig
     bool norm_out = p.gamma_out, norm_in = p.gamma_in;
     for (int c = lane * N; c < C; c += WARP * N)
         for (int i = 0; i < N; i++) sum_out[c + i] = sum_in[c + i] = 0;
+    wait_for_predecessor();
 
     for (int row = blockIdx.x * warps + warp; row < rows; row += gridDim.x * warps) {
         float r_out = norm_out ? p.r_out[row] : 1, r_in = norm_in ? p.r_in[row] : 1, mean_in = 0, mean_out = 0;
@@ -693,6 +969,7 @@ struct QkvGains {
 
 // A warp a head.  4 bytes an element in BF16
 __global__ void qkv_norm_forward_kernel(branch_t* out, const branch_t* qkv, QkvGains g, int rows, int H, int D) {
+    wait_for_predecessor();
     size_t head = size_t(blockIdx.x) * (blockDim.x / WARP) + threadIdx.x / WARP;
     int lane = threadIdx.x % WARP, part = int(head / H % 3);
     if (head >= size_t(rows) * 3 * H) return;
@@ -707,6 +984,7 @@ __global__ void qkv_norm_forward_kernel(branch_t* out, const branch_t* qkv, QkvG
 // all heads. Shared: 3 D floats a warp. partial (blocks,3,D).
 // 6 bytes an element in BF16
 __global__ void qkv_norm_backward_kernel(branch_t* dqkv, const branch_t* qkv, QkvGains g, int rows, int H, int D, float* partial, unsigned* arrived) {
+    wait_for_predecessor();
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
     float* dgamma = &shared<float>() + size_t(warp) * 3 * D;
     for (int part = 0; part < 3; part++)
@@ -769,6 +1047,7 @@ struct AttentionShape {
 
 // delta (B,H,T) = sum_d dy y; a warp a row and head.  4 bytes an element in BF16
 __global__ void attention_delta_kernel(float* delta, const branch_t* dy, const branch_t* y, int B, int T, int H, int D) {
+    wait_for_predecessor();
     size_t head = size_t(blockIdx.x) * (blockDim.x / WARP) + threadIdx.x / WARP;
     int lane = threadIdx.x % WARP;
     if (head >= size_t(B) * T * H) return;
@@ -813,6 +1092,7 @@ __device__ void add_weighted(float* out, float shrink, bool first_time, const fl
 }
 
 __global__ void attention_forward_kernel(float* y, float* lse, const float* qkv, AttentionShape shape) {
+    wait_for_predecessor();
     auto& s = shared<PlainShared>();
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, T = shape.T, C = shape.C, H = shape.H, D = C / H, Tq = shape.queries();
     int tiles = (Tq + PLAIN_WARPS - 1) / PLAIN_WARPS, q0 = shape.first + int(blockIdx.x % tiles) * PLAIN_WARPS, query = q0 + warp;
@@ -839,6 +1119,7 @@ __global__ void attention_forward_kernel(float* y, float* lse, const float* qkv,
 
 // dk and dv: a warp a key.
 __global__ void attention_backward_kv_kernel(float* dqkv, const float* dy, const float* qkv, const float* lse, const float* delta, AttentionShape shape) {
+    wait_for_predecessor();
     auto& s = shared<PlainShared>();
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, T = shape.T, C = shape.C, H = shape.H, D = C / H;
     int tiles = (T + PLAIN_WARPS - 1) / PLAIN_WARPS, k0 = int(blockIdx.x % tiles) * PLAIN_WARPS, key = k0 + warp;
@@ -864,6 +1145,7 @@ __global__ void attention_backward_kv_kernel(float* dqkv, const float* dy, const
 
 // dq: a warp a query.
 __global__ void attention_backward_q_kernel(float* dqkv, const float* dy, const float* qkv, const float* lse, const float* delta, AttentionShape shape) {
+    wait_for_predecessor();
     auto& s = shared<PlainShared>();
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, T = shape.T, C = shape.C, H = shape.H, D = C / H;
     int tiles = (T + PLAIN_WARPS - 1) / PLAIN_WARPS, q0 = int(blockIdx.x % tiles) * PLAIN_WARPS, query = q0 + warp;
@@ -1041,6 +1323,7 @@ struct AttentionForwardShared {
 
 template <int D, int M, int N>
 __global__ void __launch_bounds__(ATT_WARPS * WARP) attention_forward_kernel(branch_t* y, float* lse, const branch_t* qkv, AttentionShape shape) {
+    wait_for_predecessor();
     constexpr int ROWS = att_rows(M);
     auto& s = shared<AttentionForwardShared<D, ROWS, N>>();
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, T = shape.T, C = shape.C, H = shape.H, Tq = shape.queries();
@@ -1122,6 +1405,7 @@ struct AttentionKvShared {
 template <int D, int M, int N, int STAGE>
 __global__ void __launch_bounds__(ATT_WARPS * WARP) attention_backward_kv_kernel(branch_t* dqkv, const branch_t* dy, const branch_t* qkv, const float* lse,
                                                                                  const float* delta, AttentionShape shape) {
+    wait_for_predecessor();
     constexpr int ROWS = att_rows(M);
     auto& s = shared<AttentionKvShared<D, ROWS, STAGE>>();
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, T = shape.T, C = shape.C, H = shape.H;
@@ -1188,6 +1472,7 @@ struct AttentionQShared {
 template <int D, int M, int N>
 __global__ void __launch_bounds__(ATT_WARPS * WARP) attention_backward_q_kernel(branch_t* dqkv, const branch_t* dy, const branch_t* qkv, const float* lse,
                                                                                 const float* delta, AttentionShape shape) {
+    wait_for_predecessor();
     constexpr int ROWS = att_rows(M);
     auto& s = shared<AttentionQShared<D, ROWS, N>>();
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, T = shape.T, C = shape.C, H = shape.H;
@@ -1287,6 +1572,7 @@ __device__ __forceinline__ float gelu_sigmoid(float h) { return 1 / (1 + expf(-G
 
 // 4 bytes an element in BF16
 __global__ void gelu_forward_kernel(branch_t* out, const branch_t* h, size_t n) {
+    wait_for_predecessor();
     size_t at = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * WIDE;
     if (at >= n) return;
     auto x = load<WIDE>(h + at);
@@ -1296,6 +1582,7 @@ __global__ void gelu_forward_kernel(branch_t* out, const branch_t* h, size_t n) 
 
 // d gelu/dh = sigmoid(2w) + h sigmoid(2w) (1 - sigmoid(2w)) 2 dw/dh.  dh comes as the gradient of gelu's output.  6 bytes an element in BF16
 __global__ void gelu_backward_kernel(branch_t* dh, const branch_t* h, size_t n) {
+    wait_for_predecessor();
     size_t at = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * WIDE;
     if (at >= n) return;
     auto x = load<WIDE>(h + at);
@@ -1327,6 +1614,7 @@ struct CrossEntropyShared {
 
 template <bool backward>
 __global__ void cross_entropy_kernel(float* loss, branch_t* logits, const int* targets, int V, int Vp, float scale, bool stashed) {
+    wait_for_predecessor();
     auto& s = shared<CrossEntropyShared>();
     branch_t* stash = reinterpret_cast<branch_t*>(&s + 1);  // (Vp), each thread's own stretches
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
@@ -1371,8 +1659,9 @@ void cross_entropy(Device& device, float* loss, branch_t* logits, const int* tar
            loss, logits, targets, V, Vp, scale, stashed);
 }
 
-// predictions (rows) = the likeliest token of each row of logits (rows,Vp), of equals the lower; a NaN is never likelier.  A warp a row; 4 or 2 bytes an element
+// predictions (rows) = the likeliest token of each row of logits (rows,Vp), of equals the lower.  A warp a row; 4 or 2 bytes an element
 __global__ void predict_kernel(int* predictions, const branch_t* logits, int rows, int V, int Vp) {
+    wait_for_predecessor();
     int row = int(blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP), lane = threadIdx.x % WARP;
     float largest = -INFINITY;
     int best = V;
@@ -1398,6 +1687,7 @@ struct SumShared {
 
 template <class T, bool squares>
 __global__ void sum_kernel(double* out, const T* values, size_t n, double* partial, unsigned* arrived) {
+    wait_for_predecessor();
     auto& s = shared<SumShared>();
     bool aligned = reinterpret_cast<size_t>(values) % sizeof(Pack<T, SUM_UNROLL>) == 0;  // a tensor may start anywhere
     double sum = 0;
@@ -1430,76 +1720,122 @@ void add_sum(Device& device, double* out, const T* values, size_t n) {
 
 // ----------------------------------------------------------------------------------------------------
 // The parameters: AdamW (Loshchilov and Hutter 2019), initial values, the branch's copy
-//
-// All that changes from step to step is read from the device's memory, so that a graph of these launches serves every step.
 
-struct StepSettings {   // comes from the host
-    float step_size;    // lr / (1 - b1^s)
-    float v_scale;      // 1 / (1 - b2^s)
-    float decay;        // lr * weight decay
-    double max_norm;    // of the gradient; 0: no clipping
-};
-struct StepState {      // goes to the host
-    double loss_sum;    // over the step's targets
-    double grad_squares, norm;  // of all gradients, before clipping
-    float clip;                 // the factor of every gradient
-    int finite;                 // 0: the step updates nothing
-};
-
-// clip = min(1, max_norm / norm), and whether norm and loss are finite: x * 0 is 0 for a finite x alone.
-__global__ void prepare_update_kernel(StepState* state, const StepSettings* settings) {
+// clip = min(1, max_norm / norm), and whether norm and loss are finite: x * 0 is 0 for a finite x alone. Then the step counts, and AdamW's
+// numbers follow from the count n of steps that did: a skipped one leaves no trace.
+__global__ void prepare_update_kernel(StepState* state, const StepSettings* settings, long long* updates) {
+    wait_for_predecessor();
     state->norm = sqrt(state->grad_squares);
     double limit = settings->max_norm / state->norm;
     state->clip = float(settings->max_norm > 0 && limit < 1 ? limit : 1.0);
     double zero_if_finite = state->norm * 0 + state->loss_sum * 0;
     state->finite = zero_if_finite == 0;
+    double n = double(*updates += state->finite);
+    state->step_size = float(settings->lr / (1 - pow(BETA1, n)));
+    state->v_scale = float(1 / (1 - pow(BETA2, n)));
+    state->decay = float(settings->lr * settings->weight_decay);
 }
 
 // A stretch of one tensor, a block's work: all tensors in one launch, each with its own decay.
 struct UpdateChunk {
-    size_t first;
-    int count, decayed;
+    size_t first;              // in the parameter order
+    size_t gradient;           // where its gradient starts, in grads or in grads_bf16
+    int count;
+    bool decayed, bf16;        // bf16: the gradient is
 };
 constexpr int UPDATE_CHUNK = 8192;  // elements
 
 // With the clipped gradient g:  m = b1 m + (1-b1) g,  v = b2 v + (1-b2) g^2,
-//     p -= lr wd p,   p -= lr mhat / (sqrt(vhat) + eps),   mhat = m / (1 - b1^s), vhat = v / (1 - b2^s)
-// and g = 0 for the next step. branch_copy: p in BF16. Where the step is not finite nothing is touched.
-// 34 bytes an element in BF16: p, g, m, v in, the same and the copy out.
-template <int N>
-__device__ void adamw(float* p, branch_t* branch_copy, float* g, float* m, float* v, size_t at, float clip, float decay, const StepSettings& s) {
+//     p -= lr wd p,   p -= lr mhat / (sqrt(vhat) + eps),   mhat = m / (1 - b1^n), vhat = v / (1 - b2^n)
+// and g = 0 for the next step. branch_copy: p in BF16. With --moments bf16 the update takes m and v before they are rounded, and what is
+// stored is rounded stochastically: to nearest, v would stop where (1-b2) g^2 falls below 2^-9 of it. counter: n, of the random numbers.
+// 34 bytes an element in BF16: p, g, m, v in, the same and the copy out; 4 less with BF16 gradients, 8 with BF16 moments.
+template <int N, class Gradient, class Moment>
+__device__ void adamw(float* p, branch_t* branch_copy, Gradient* g, Moment* m, Moment* v, size_t at, size_t gradient, float decay, const StepState& s, uint64_t seed,
+                      uint32_t counter) {
     constexpr float b1 = float(BETA1), b2 = float(BETA2), epsilon = float(ADAM_EPSILON);
-    auto ps = load<N>(p + at), gs = load<N>(g + at), ms = load<N>(m + at), vs = load<N>(v + at);
+    auto ps = load<N>(p + at);
+    auto gs = load<N>(g + gradient);
+    auto ms = load<N>(m + at), vs = load<N>(v + at);
     Pack<branch_t, N> copy;
+    Philox draw{};
+    if constexpr (sizeof(Moment) == 2) draw = philox(seed, uint32_t(at / 4), uint32_t(at / 4 >> 32), counter, STREAM_MOMENTS);
     for (int i = 0; i < N; i++) {
-        float gi = clip * gs[i];
-        ms[i] = b1 * ms[i] + (1 - b1) * gi;
-        vs[i] = b2 * vs[i] + (1 - b2) * gi * gi;
+        float gi = s.clip * float(gs[i]), mi = b1 * float(ms[i]) + (1 - b1) * gi, vi = b2 * float(vs[i]) + (1 - b2) * gi * gi;
         ps[i] -= decay * ps[i];
-        ps[i] -= s.step_size * ms[i] / (sqrtf(vs[i] * s.v_scale) + epsilon);
-        gs[i] = 0;
+        ps[i] -= s.step_size * mi / (sqrtf(vi * s.v_scale) + epsilon);
+        gs[i] = Gradient(0.0f);
         copy[i] = branch_t(ps[i]);
+        if constexpr (sizeof(Moment) == 2) {
+            uint32_t word = draw.word[(at + i) % 4];
+            ms[i] = round_stochastic(mi, word), vs[i] = round_stochastic(vi, word >> 16);
+        } else {
+            ms[i] = mi, vs[i] = vi;
+        }
     }
-    store<N>(p + at, ps), store<N>(g + at, gs), store<N>(m + at, ms), store<N>(v + at, vs);
+    store<N>(p + at, ps), store<N>(g + gradient, gs), store<N>(m + at, ms), store<N>(v + at, vs);
     if (branch_copy) store<N>(branch_copy + at, copy);
 }
 
-__global__ void adamw_kernel(float* p, branch_t* branch_copy, float* g, float* m, float* v, const UpdateChunk* chunks, const StepSettings* settings,
-                             const StepState* state) {
-    if (!state->finite) return;
-    UpdateChunk chunk = chunks[blockIdx.x];
-    StepSettings s = *settings;
-    float decay = chunk.decayed ? s.decay : 0, clip = state->clip;
+template <class Gradient, class Moment>
+__device__ void update_chunk(float* p, branch_t* branch_copy, Gradient* g, Moment* m, Moment* v, const UpdateChunk& chunk, const StepState& s, uint64_t seed,
+                             uint32_t counter) {
+    float decay = chunk.decayed ? s.decay : 0;
     // Fours where the stretch starts at a multiple of four; what is left over, one by one.
-    int in_fours = chunk.first % 4 == 0 ? chunk.count / 4 * 4 : 0;
-    for (int i = threadIdx.x * 4; i < in_fours; i += blockDim.x * 4) adamw<4>(p, branch_copy, g, m, v, chunk.first + i, clip, decay, s);
-    for (int i = in_fours + threadIdx.x; i < chunk.count; i += blockDim.x) adamw<1>(p, branch_copy, g, m, v, chunk.first + i, clip, decay, s);
+    int in_fours = chunk.first % 4 == 0 && chunk.gradient % 4 == 0 ? chunk.count / 4 * 4 : 0;
+    for (int i = threadIdx.x * 4; i < in_fours; i += blockDim.x * 4)
+        adamw<4>(p, branch_copy, g, m, v, chunk.first + i, chunk.gradient + i, decay, s, seed, counter);
+    for (int i = in_fours + threadIdx.x; i < chunk.count; i += blockDim.x)
+        adamw<1>(p, branch_copy, g, m, v, chunk.first + i, chunk.gradient + i, decay, s, seed, counter);
 }
 
-std::vector<UpdateChunk> update_chunks(const ParameterLayout& layout) {
+// Where the step is not finite, parameters and moments stay, and the gradients become zero as after any step.
+template <class Moment>
+__global__ void adamw_kernel(float* p, branch_t* branch_copy, float* g, __nv_bfloat16* g_bf16, Moment* m, Moment* v, const UpdateChunk* chunks,
+                             const StepSettings* settings, const StepState* state, const long long* updates) {
+    wait_for_predecessor();
+    UpdateChunk chunk = chunks[blockIdx.x];
+    StepState s = *state;
+    if (!s.finite) {
+        for (int i = threadIdx.x; i < chunk.count; i += blockDim.x)
+            if (chunk.bf16) g_bf16[chunk.gradient + i] = __nv_bfloat16(0.0f);
+            else g[chunk.gradient + i] = 0;
+        return;
+    }
+    uint64_t seed = settings->seed;
+    uint32_t counter = uint32_t(*updates);
+    if (chunk.bf16) update_chunk(p, branch_copy, g_bf16, m, v, chunk, s, seed, counter);
+    else update_chunk(p, branch_copy, g, m, v, chunk, s, seed, counter);
+}
+
+// Where each tensor's gradient is. With --grads bf16 the matrices of the blocks are in BF16; embeddings, to which a batch adds many times, and
+// gains, which are few, stay in FP32.
+struct GradientLayout {
+    std::vector<std::array<size_t, NUM_TENSORS>> at;  // [layer + 1][tensor], in grads or in grads_bf16
+    size_t fp32 = 0, bf16 = 0, largest = 0;           // elements of the two; of the largest matrix in BF16
+    static bool is_block_matrix(Tensor t) { return t == QKVW || t == ATTPROJW || t == FCW || t == FCPROJW; }
+
+    GradientLayout(const ParameterLayout& layout, int L, bool matrices_bf16) : at(size_t(L) + 1), matrices_bf16(matrices_bf16) {
+        for (auto& row : at) row.fill(ParameterLayout::absent);
+        for (const TensorInfo& t : layout.tensors) {
+            size_t& end = in_bf16(t.id) ? bf16 : fp32;
+            at[size_t(t.layer + 1)][t.id] = end;
+            end += t.size();
+            if (in_bf16(t.id)) largest = std::max(largest, t.size());
+        }
+    }
+    bool in_bf16(Tensor t) const { return matrices_bf16 && is_block_matrix(t); }
+    size_t of(const TensorInfo& t) const { return at[size_t(t.layer + 1)][t.id]; }
+
+private:
+    bool matrices_bf16;
+};
+
+std::vector<UpdateChunk> update_chunks(const ParameterLayout& layout, const GradientLayout& gradients) {
     std::vector<UpdateChunk> chunks;
     for (const TensorInfo& t : layout.tensors)
-        for (size_t at = 0; at < t.size(); at += UPDATE_CHUNK) chunks.push_back({t.offset + at, int(std::min(t.size() - at, size_t(UPDATE_CHUNK))), t.decay});
+        for (size_t at = 0; at < t.size(); at += UPDATE_CHUNK)
+            chunks.push_back({t.offset + at, gradients.of(t) + at, int(std::min(t.size() - at, size_t(UPDATE_CHUNK))), t.decay, gradients.in_bf16(t.id)});
     return chunks;
 }
 
@@ -1513,6 +1849,7 @@ struct TensorStart {
 
 template <class Out>
 __global__ void initialise_kernel(Out* out, TensorStart t, uint64_t seed) {
+    wait_for_predecessor();
     size_t block = size_t(blockIdx.x) * blockDim.x + threadIdx.x, size = t.rows * t.cols;
     if (block * 4 >= size) return;
     Philox draw = philox(seed, uint32_t(block), uint32_t(block >> 32), t.index, STREAM_WEIGHTS);
@@ -1523,22 +1860,57 @@ __global__ void initialise_kernel(Out* out, TensorStart t, uint64_t seed) {
     }
 }
 
+DeviceArray<branch_t> Device::random_matrix(size_t n) {
+    DeviceArray<branch_t> matrix(n);
+    launch(initialise_kernel<branch_t>, ceil_div(ceil_div(n, 4), THREADS), THREADS, 0, stream, matrix.data(), TensorStart{1, n, 1, 1, 1, 1, 0}, uint64_t(1));
+    return matrix;
+}
+
 // The branch's copy of FP32 weights.  6 bytes an element
 __global__ void round_kernel(branch_t* out, const float* in, size_t n) {
+    wait_for_predecessor();
     size_t at = size_t(blockIdx.x) * blockDim.x + threadIdx.x;
     if (at < n) out[at] = branch_t(in[at]);
 }
 
-// a = b - a, for the probe's update norms
-__global__ void difference_kernel(float* a, const float* b, size_t n) {
+// BF16 moments for a file or a snapshot, which hold FP32.  6 bytes an element
+__global__ void widen_kernel(float* out, const __nv_bfloat16* in, size_t n) {
+    wait_for_predecessor();
     size_t at = size_t(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (at < n) a[at] = b[at] - a[at];
+    if (at < n) out[at] = float(in[at]);
+}
+
+// What the probe sums the squares of: the gradients where grads is given, else values, or values - before.
+struct SquaresOf {
+    const float *values, *before, *grads;
+    const __nv_bfloat16* grads_bf16;
+};
+
+// squares (chunks) = the sum of squares of each chunk: the norms of all tensors in one launch.  4 bytes an element, 8 with before, 2 of a BF16 gradient
+__global__ void chunk_squares_kernel(double* squares, SquaresOf of, const UpdateChunk* chunks) {
+    wait_for_predecessor();
+    auto& s = shared<SumShared>();
+    UpdateChunk chunk = chunks[blockIdx.x];
+    double sum = 0;
+    for (int i = threadIdx.x; i < chunk.count; i += SUM_THREADS) {
+        float value = !of.grads ? of.values[chunk.first + i] - (of.before ? of.before[chunk.first + i] : 0.0f)
+                      : chunk.bf16 ? float(of.grads_bf16[chunk.gradient + i]) : of.grads[chunk.gradient + i];
+        sum += double(value) * double(value);
+    }
+    sum = warp_sum(sum);
+    if (threadIdx.x % WARP == 0) s.warp[threadIdx.x / WARP] = sum;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        double total = 0;
+        for (double w : s.warp) total += w;
+        squares[blockIdx.x] = total;
+    }
 }
 
 // ----------------------------------------------------------------------------------------------------
 // The sub-layer's branch: attention or feed-forward
 
-// The parameters, or the gradients, of one sub-layer: w[QKVW]. Null where the placement has none.
+// The parameters of one sub-layer: w[QKVW]. Null where the placement has none.
 template <class T>
 struct SublayerTensors {
     T* tensor[NUM_TENSORS];
@@ -1549,6 +1921,27 @@ struct SublayerTensors {
         }
     }
     T* operator[](Tensor t) const { return tensor[t]; }
+};
+
+// The gradients of one sub-layer's parameters.
+struct SublayerGradients {
+    float* grads;
+    __nv_bfloat16* grads_bf16;
+    float* scratch;
+    const GradientLayout& gradients;
+    const ParameterLayout& layout;
+    RoundingState rounding;
+    int l;
+
+    float* gain(Tensor t) const {
+        size_t at = gradients.at[size_t(l + 1)][t];
+        return at == ParameterLayout::absent ? nullptr : grads + at;
+    }
+    MatrixGradient matrix(Tensor t) const {
+        size_t at = gradients.at[size_t(l + 1)][t];
+        bool bf16 = gradients.in_bf16(t);
+        return {bf16 ? nullptr : grads + at, bf16 ? grads_bf16 + at : nullptr, scratch, layout.offset(t, l), rounding};
+    }
 };
 
 // What a branch computes on its way. Attention has qkv, y and lse, feed-forward h and gelu.
@@ -1586,18 +1979,18 @@ struct BranchScratch {
 
 // du (rows,C) from df (rows,C); du serves as dy's on the way.
 void attention_branch_backward(Device& device, branch_t* du, const branch_t* df, const BranchActivations& a, const SublayerTensors<branch_t>& w,
-                               const SublayerTensors<float>& gains, const SublayerTensors<float>& dw, const ModelConfig& c, int B, int T, const BranchScratch& s) {
+                               const SublayerTensors<float>& gains, const SublayerGradients& dw, const ModelConfig& c, int B, int T, const BranchScratch& s) {
     size_t rows = size_t(B) * size_t(T), C = size_t(c.C);
-    matmul_backward(device, du, dw[ATTPROJW], df, a.y, w[ATTPROJW], rows, C, C);
+    matmul_backward(device, du, dw.matrix(ATTPROJW), df, a.y, w[ATTPROJW], rows, C, C);
     if (gains[GAMMA_Q]) {
-        QkvGains g{{gains[GAMMA_Q], gains[GAMMA_K], gains[GAMMA_V]}, {dw[GAMMA_Q], dw[GAMMA_K], dw[GAMMA_V]}};
+        QkvGains g{{gains[GAMMA_Q], gains[GAMMA_K], gains[GAMMA_V]}, {dw.gain(GAMMA_Q), dw.gain(GAMMA_K), dw.gain(GAMMA_V)}};
         qkv_norm_forward(device, a.qkv_normed, a.qkv, g, rows, c.H, c.D());  // one buffer serves all sub-layers
         attention_backward(device, s.dbranch, s.delta, du, a.qkv_normed, a.y, a.lse, B, T, c.C, c.H);
         qkv_norm_backward(device, s.dbranch, a.qkv, g, rows, c.H, c.D(), s.partial);
     } else {
         attention_backward(device, s.dbranch, s.delta, du, a.qkv, a.y, a.lse, B, T, c.C, c.H);
     }
-    matmul_backward(device, du, dw[QKVW], s.dbranch, a.u, w[QKVW], rows, C, 3 * C);
+    matmul_backward(device, du, dw.matrix(QKVW), s.dbranch, a.u, w[QKVW], rows, C, 3 * C);
 }
 
 // f (rows,C) = gelu(u fcw^T) fcprojw^T. f may be null.
@@ -1610,11 +2003,11 @@ void feed_forward_branch_forward(Device& device, branch_t* f, const BranchActiva
 
 // du (rows,C) from df (rows,C).
 void feed_forward_branch_backward(Device& device, branch_t* du, const branch_t* df, const BranchActivations& a, const SublayerTensors<branch_t>& w,
-                                  const SublayerTensors<float>& dw, const ModelConfig& c, size_t rows, const BranchScratch& s) {
+                                  const SublayerGradients& dw, const ModelConfig& c, size_t rows, const BranchScratch& s) {
     size_t C = size_t(c.C);
-    matmul_backward(device, s.dbranch, dw[FCPROJW], df, a.gelu, w[FCPROJW], rows, 4 * C, C);
+    matmul_backward(device, s.dbranch, dw.matrix(FCPROJW), df, a.gelu, w[FCPROJW], rows, 4 * C, C);
     gelu_backward(device, s.dbranch, a.h, rows * 4 * C);
-    matmul_backward(device, du, dw[FCW], s.dbranch, a.u, w[FCW], rows, C, 4 * C);
+    matmul_backward(device, du, dw.matrix(FCW), s.dbranch, a.u, w[FCW], rows, C, 4 * C);
 }
 
 // ----------------------------------------------------------------------------------------------------
@@ -1622,7 +2015,7 @@ void feed_forward_branch_backward(Device& device, branch_t* du, const branch_t* 
 
 // A sub-layer's sums for --probe, on the device.
 struct ProbeSums {
-    double x, f, z, r_out, dx, df;
+    double x, f, z, dx, df;
 };
 
 struct Model {
@@ -1630,9 +2023,14 @@ struct Model {
     ParameterLayout layout;
     int B, T;  // the largest micro-batch, and the sequence length
     Recompute recompute;
+    StateTypes types;
+    GradientLayout gradient_layout;
     Device device;
 
+    DeviceArray<char> memory;                // what the buffers below are parts of
     DeviceArray<float> params, grads, m, v;  // in parameter order; m, v: AdamW's moments
+    DeviceArray<__nv_bfloat16> grads_bf16, m_bf16, v_bf16;  // instead of those in FP32 with --grads bf16 and --moments bf16
+    DeviceArray<float> grad_scratch;         // with --grads bf16: one matrix's gradient
     DeviceArray<branch_t> branch_copy;       // params in BF16, which the matrix products read; the FP32 build reads params
 
     // The highway is stored once, as z: kept holds x_0 = "z_{-1}", z_0, ..., z_{L-1}, or with -r K every K-th of them and the
@@ -1647,6 +2045,7 @@ struct Model {
     DeviceArray<int> batch;                                // a TokenBatch
     DeviceArray<StepState> state;
     DeviceArray<StepSettings> settings;
+    DeviceArray<long long> updates;                        // (1) steps that updated the parameters so far
     DeviceArray<UpdateChunk> chunks;
     size_t update_blocks = 0;                              // chunks in use, the blocks of adamw_kernel
 
@@ -1659,17 +2058,33 @@ struct Model {
     static inline size_t head_elements = size_t(1) << 26;
     static size_t head_rows(const ModelConfig& c, size_t rows) { return std::min(rows, std::max<size_t>(16, head_elements / size_t(c.Vp()))); }
 
-    // One row a buffer: what it is called in the table at the start, where it lives, its elements. count: of all parameters.
+    // What the parameters' buffers hold, in elements.
+    struct Counts {
+        size_t parameters, grads, grads_bf16, grad_scratch, moments, moments_bf16;
+        Counts(const ParameterLayout& layout, const GradientLayout& g, StateTypes types)
+            : parameters(layout.count), grads(g.fp32), grads_bf16(g.bf16), grad_scratch(g.largest), moments(types.moments_bf16 ? 0 : layout.count),
+              moments_bf16(types.moments_bf16 ? layout.count : 0) {}
+        Counts(const ModelConfig& c, StateTypes types) : Counts(ParameterLayout(c), types, c.L) {}
+
+    private:
+        Counts(const ParameterLayout& layout, StateTypes types, int L) : Counts(layout, GradientLayout(layout, L, types.grads_bf16), types) {}
+    };
+
+    // One row a buffer: what it is called in the table at the start, where it lives, its elements.
     template <class Visit>
-    static void each_buffer(const ModelConfig& c, size_t count, int B, int T, Recompute r, Visit visit) {
+    static void each_buffer(const ModelConfig& c, const Counts& counts, int B, int T, Recompute r, Visit visit) {
         size_t rows = size_t(B) * size_t(T), C = size_t(c.C), L = size_t(c.L), K = size_t(std::max(1, r.level));
         size_t full = r.segments() ? std::min(K, L) : r.level == 1 ? 2 : L;  // sub-layers that have a slot of their own
         bool cheap_kept = r.keeps_cheap();                                   // so do u and GELU's output; else one serves all
-        visit("parameters", &Model::params, count);
-        visit("gradients", &Model::grads, count);
-        visit("AdamW's first moment", &Model::m, count);
-        visit("AdamW's second moment", &Model::v, count);
-        visit("parameters in BF16", &Model::branch_copy, BRANCH_BF16 ? count : 0);
+        visit("parameters", &Model::params, counts.parameters);
+        visit("gradients", &Model::grads, counts.grads);
+        visit("gradients in BF16", &Model::grads_bf16, counts.grads_bf16);
+        visit("gradient of one matrix", &Model::grad_scratch, counts.grad_scratch);
+        visit("AdamW's first moment", &Model::m, counts.moments);
+        visit("AdamW's second moment", &Model::v, counts.moments);
+        visit("AdamW's first moment in BF16", &Model::m_bf16, counts.moments_bf16);
+        visit("AdamW's second moment in BF16", &Model::v_bf16, counts.moments_bf16);
+        visit("parameters in BF16", &Model::branch_copy, BRANCH_BF16 ? counts.parameters : 0);
         visit("highway z", &Model::kept, ((L + K - 1) / K + 1) * rows * C);
         visit("highway z of one segment", &Model::segment, (std::min(K, L) - 1) * rows * C);
         visit("1 / rms of z", &Model::r_out, (L + 1) * rows);
@@ -1694,25 +2109,36 @@ struct Model {
         visit("tokens", &Model::batch, TokenBatch::size(rows));
         visit("step's numbers out", &Model::state, 1);
         visit("step's numbers in", &Model::settings, 1);
-        visit("optimizer's work list", &Model::chunks, count / UPDATE_CHUNK + size_t(NUM_TENSORS) * L);
+        visit("updates so far", &Model::updates, 1);
+        visit("optimizer's work list", &Model::chunks, counts.parameters / UPDATE_CHUNK + size_t(NUM_TENSORS) * L);
     }
 
-    static std::vector<MemoryRow> plan(const ModelConfig& c, size_t count, int B, int T, Recompute r) {
+    static std::vector<MemoryRow> plan(const ModelConfig& c, const Counts& counts, int B, int T, Recompute r) {
         std::vector<MemoryRow> rows;
-        each_buffer(c, count, B, T, r, [&]<class T_>(const char* name, DeviceArray<T_> Model::*, size_t elements) {
-            if (elements) rows.push_back({name, elements * sizeof(T_)});
+        each_buffer(c, counts, B, T, r, [&]<class T_>(const char* name, DeviceArray<T_> Model::*, size_t elements) {
+            if (elements) rows.push_back({name, round_up(elements * sizeof(T_), ALIGNMENT)});
         });
         rows.push_back({"products' workspace, partial sums", Device::BYTES});
         return rows;
     }
 
-    Model(const ModelConfig& config, int B, int T, Recompute recompute) : config(config), layout(config), B(B), T(T), recompute(recompute) {
-        each_buffer(config, layout.count, B, T, recompute,
-                    [&]<class T_>(const char*, DeviceArray<T_> Model::* buffer, size_t elements) { this->*buffer = DeviceArray<T_>(elements); });
-        std::vector<UpdateChunk> work = update_chunks(layout);
+    // All buffers are parts of one allocation. Not const: on the CPU headers the tests give each its own, with guards that catch a stray index.
+    static inline bool one_allocation = true;
+
+    Model(const ModelConfig& config, int B, int T, Recompute recompute, StateTypes types = {})
+        : config(config), layout(config), B(B), T(T), recompute(recompute), types(types), gradient_layout(layout, config.L, types.grads_bf16) {
+        Counts counts(layout, gradient_layout, types);
+        if (one_allocation) memory = DeviceArray<char>(total_bytes(plan(config, counts, B, T, recompute)) - Device::BYTES);
+        char* free = memory.data();
+        each_buffer(config, counts, B, T, recompute, [&]<class T_>(const char*, DeviceArray<T_> Model::* buffer, size_t elements) {
+            this->*buffer = one_allocation && elements ? DeviceArray<T_>(free, elements) : DeviceArray<T_>(elements);
+        });
+        std::vector<UpdateChunk> work = update_chunks(layout, gradient_layout);
         device.copy(chunks.data(), work.data(), work.size());
         update_blocks = work.size();
-        device.zero(grads), device.zero(m), device.zero(v), device.zero(state);
+        device.zero(grads), device.zero(grads_bf16), device.zero(state), device.zero(updates), device.zero(batch);
+        for (auto* moment : {&m, &v}) device.zero(*moment);
+        for (auto* moment : {&m_bf16, &v_bf16}) device.zero(*moment);
         device.synchronize();
     }
 
@@ -1722,11 +2148,13 @@ struct Model {
     }
     SublayerTensors<branch_t> weights(int l) { return {branch_params(), layout, l}; }
     SublayerTensors<float> gains(int l) { return {params.data(), layout, l}; }
-    SublayerTensors<float> gradients(int l) { return {grads.data(), layout, l}; }
-    float* tensor(const DeviceArray<float>& of, Tensor id, int l = -1) {
+    SublayerGradients gradients(int l) { return {grads.data(), grads_bf16.data(), grad_scratch.data(), gradient_layout, layout, rounding(), l}; }
+    RoundingState rounding() { return {settings.data(), updates.data(), TokenBatch(batch.data(), size_t(B) * size_t(T)).number}; }
+    float* parameter(Tensor id, int l = -1) {
         size_t at = layout.offset(id, l);
-        return at == ParameterLayout::absent ? nullptr : of.data() + at;
+        return at == ParameterLayout::absent ? nullptr : params.data() + at;
     }
+    float* gradient(Tensor id, int l = -1) { return gradients(l).gain(id); }
 
     void initialise(uint64_t seed) {
         for (size_t i = 0; i < layout.tensors.size(); i++) {
@@ -1766,8 +2194,8 @@ struct Model {
         size_t rows = size_t(B) * size_t(T);
         HighwayPoint p{};
         p.z = z(l), p.r_out = r_out.data() + size_t(l) * rows, p.r_in = r_in.data() + size_t(l) * rows;
-        p.gamma_out = l > 0 ? tensor(params, GAMMA_OUT, l - 1) : nullptr;
-        p.gamma_in = l < config.L ? tensor(params, GAMMA_IN, l) : tensor(params, GAMMA_FINAL);
+        p.gamma_out = l > 0 ? parameter(GAMMA_OUT, l - 1) : nullptr;
+        p.gamma_in = l < config.L ? parameter(GAMMA_IN, l) : parameter(GAMMA_FINAL);
         p.u = l < config.L ? activations(l).u : head_in.data();
         return p;
     }
@@ -1800,8 +2228,8 @@ struct Model {
     void point_backward(int l, int b, float* dx) {
         HighwayPoint before = l > 0 ? point(l - 1) : HighwayPoint{};
         if (recompute.keeps_cheap()) before.u = nullptr;  // it was kept
-        HighwayGradients g{dz.data(), du.data(), l > 0 ? df.data() : nullptr, dx, l > 0 ? tensor(grads, GAMMA_OUT, l - 1) : nullptr,
-                           l < config.L ? tensor(grads, GAMMA_IN, l) : tensor(grads, GAMMA_FINAL)};
+        HighwayGradients g{dz.data(), du.data(), l > 0 ? df.data() : nullptr, dx, l > 0 ? gradient(GAMMA_OUT, l - 1) : nullptr,
+                           l < config.L ? gradient(GAMMA_IN, l) : gradient(GAMMA_FINAL)};
         highway_backward(device, point(l), before, g, l < config.L ? config.sublayer(l).alpha : 0, l == config.L, size_t(b) * size_t(T), config.C, gain_partial.data());
     }
 
@@ -1818,7 +2246,7 @@ struct Model {
             if (logits_out) copy_logits(logits_out + i * V, logits.data(), n, V, Vp);
             if (predictions) predict(device, predictions + i, logits.data(), n, config.V, config.Vp());
             cross_entropy(device, losses.data() + i, logits.data(), targets + i, n, config.V, config.Vp(), backward, scale);
-            if (backward) matmul_backward(device, du.data() + i * C, tensor(grads, WTE), logits.data(), in, wte, n, C, Vp);
+            if (backward) matmul_backward(device, du.data() + i * C, gradients(-1).matrix(WTE), logits.data(), in, wte, n, C, Vp);
         }
         add_sum<false>(device, &state.data()->loss_sum, losses.data(), rows);
     }
@@ -1834,7 +2262,7 @@ struct Model {
     // From tokens (b,T) on the device to u_L in head_in.
     void forward(const int* tokens, int b) {
         size_t rows = size_t(b) * size_t(T), n = rows * size_t(config.C);
-        embedding_forward(device, z(0), tokens, tensor(params, WTE), tensor(params, WPE), b, T, config.C, 0);
+        embedding_forward(device, z(0), tokens, parameter(WTE), parameter(WPE), b, T, config.C, 0);
         highway_norms(device, point(0), rows, config.C);
         for (int l = 0; l < config.L; l++) {
             sublayer_forward(l, b);
@@ -1844,7 +2272,6 @@ struct Model {
             add_sum<true>(device, &sums->x, scratch_x(), n);
             add_sum<true>(device, &sums->f, f.data(), n);
             add_sum<true>(device, &sums->z, z(l + 1), n);
-            if (config.sublayer(l).norm_out) add_sum<false>(device, &sums->r_out, point(l + 1).r_out, rows);
         }
     }
 
@@ -1889,7 +2316,7 @@ struct Model {
             }
             end = begin;
         }
-        embedding_backward(device, tensor(grads, WTE), tensor(grads, WPE), dz.data(), tokens, b, T, config.C, config.V);
+        embedding_backward(device, gradient(WTE), gradient(WPE), dz.data(), tokens, b, T, config.C, config.V);
     }
 
     // What the backward of sub-layers [begin, end) needs, from the z before them. The last one's z is there.
@@ -1899,26 +2326,49 @@ struct Model {
         branch_forward(end - 1, b, nullptr);
     }
 
-    // Norm, clip and AdamW, in place; the gradients are zero afterwards, unless the step is not finite: then nothing is touched.
+    // Norm, clip and AdamW, in place; the gradients are zero afterwards. A step that is not finite changes nothing else.
     void update() {
         add_sum<true>(device, &state.data()->grad_squares, grads.data(), grads.size());
-        launch(prepare_update_kernel, 1, 1, 0, device.stream, state.data(), settings.data());
-        launch(adamw_kernel, update_blocks, THREADS, 0, device.stream, params.data(), BRANCH_BF16 ? branch_params() : nullptr, grads.data(), m.data(), v.data(),
-               chunks.data(), settings.data(), state.data());
+        if (grads_bf16.size()) add_sum<true>(device, &state.data()->grad_squares, grads_bf16.data(), grads_bf16.size());
+        launch(prepare_update_kernel, 1, 1, 0, device.stream, state.data(), settings.data(), updates.data());
+        auto adamw = [&](auto* first, auto* second) {
+            launch(adamw_kernel<std::remove_pointer_t<decltype(first)>>, update_blocks, THREADS, 0, device.stream, params.data(), BRANCH_BF16 ? branch_params() : nullptr,
+                   grads.data(), grads_bf16.data(), first, second, chunks.data(), settings.data(), state.data(), updates.data());
+        };
+        if (types.moments_bf16) adamw(m_bf16.data(), v_bf16.data());
+        else adamw(m.data(), v.data());
+    }
+
+    // All gradients in the parameter order, in FP32 on the host.
+    void copy_gradients(float* out) {
+        std::vector<__nv_bfloat16> half(gradient_layout.largest);
+        for (const TensorInfo& t : layout.tensors) {
+            size_t at = gradient_layout.of(t);
+            if (!gradient_layout.in_bf16(t.id)) {
+                device.copy(out + t.offset, grads.data() + at, t.size());
+                continue;
+            }
+            device.copy(half.data(), grads_bf16.data() + at, t.size());
+            device.synchronize();
+            for (size_t i = 0; i < t.size(); i++) out[t.offset + i] = float(half[i]);
+        }
+        device.synchronize();
     }
 };
 
 // Seconds of a micro-step of B sequences: a rough model of one large GPU, which need only put the choices in their order. Matrix products at
 // the rate that their tiles fill the multiprocessors, the kernels' bytes, and a floor for each of the graph's nodes. The rates are those of an H100
 // or H200, a quarter off for what is not at its peak; bytes and nodes a block are counted in dev/doc/speed.md.
-inline double predicted_seconds(const ModelConfig& c, int B, int T, Recompute r) {
+inline double predicted_seconds(const ModelConfig& c, int B, int T, Recompute r, StateTypes types = {}) {
     constexpr double matrix_rate = 600e12, memory_rate = 3e12, node_seconds = 2e-6, multiprocessors = 132;
     double rows = double(B) * T, blocks = c.L / 2;
     bool again = r.level == 1 || r.segments();
     double operations = rows * flops_per_token(c, T) * (again ? 4.0 / 3 : 1);
     double filled = std::min(1.0, std::ceil(rows / 128) * std::ceil(c.C / 128.0) / multiprocessors);
     double bytes = rows * blocks * c.C * (226 + (r.level == -1 ? 28 : r.level == 1 ? 54 : r.segments() ? 80 : 0));
-    double nodes = blocks * (22 + (r.level == -1 ? 1 : again ? 6 : 0));
+    double weights = 12.0 * c.C * c.C * blocks + double(c.Vp()) * c.C;
+    bytes += weights * (2 * (again ? 3 : 2) + (types.grads_bf16 ? 12 : 8));  // a micro-batch reads them, and adds to their gradients
+    double nodes = blocks * (22 + (r.level == -1 ? 1 : again ? 6 : 0) + (types.grads_bf16 ? 4 : 0));
     return operations / (matrix_rate * filled) + bytes / memory_rate + nodes * node_seconds;
 }
 
@@ -1947,7 +2397,7 @@ public:
         int end = length + n;
         size_t rows = size_t(n);
         device.copy(tokens.data(), new_tokens, rows);
-        embedding_forward(device, z.data(), tokens.data(), model.tensor(model.params, WTE), model.tensor(model.params, WPE), 1, n, c.C, length);
+        embedding_forward(device, z.data(), tokens.data(), model.parameter(WTE), model.parameter(WPE), 1, n, c.C, length);
         highway_norms(device, point(0), rows, c.C);
         for (int l = 0; l < c.L; l++) {
             size_t block = size_t(l / 2) * size_t(window) * 3 * C;
@@ -1990,7 +2440,7 @@ private:
 // Launches recorded once and repeated at the cost of one.
 struct Graph {
     cudaGraphExec_t launches = nullptr;
-    size_t nodes = 0;
+    size_t nodes = 0, bytes = 0;  // bytes: of the device's memory
 
     template <class Action>
     void record(cudaStream_t stream, Action action) {
@@ -2005,9 +2455,13 @@ struct Graph {
         }
         CUDA(cudaStreamEndCapture(stream, &graph));
         CUDA(cudaGraphGetNodes(graph, nullptr, &nodes));
+        size_t before = 0, after = 0, total = 0;
+        CUDA(cudaMemGetInfo(&before, &total));
         CUDA(cudaGraphInstantiate(&launches, graph, 0));
         CUDA(cudaGraphDestroy(graph));
         CUDA(cudaGraphUpload(launches, stream));  // now, rather than before its first launch
+        CUDA(cudaMemGetInfo(&after, &total));
+        bytes = before > after ? before - after : 0;
     }
     Graph() = default;
     ~Graph() {
@@ -2021,79 +2475,108 @@ struct Trainer {
     using Real = float;
     using HostArray = PinnedArray<float>;
     static constexpr bool branch_bf16 = BRANCH_BF16, on_host = false;
+    static constexpr int steps_in_flight = 2;
 
     RunConfig run;
     Model model;
     PinnedArray<int> staging[2];      // batches on their way to the device, by turns
     cudaEvent_t staged[2] = {};       // the device has the batch
-    PinnedArray<StepSettings> settings;
-    PinnedArray<StepState> state;
+    uint64_t batches = 0;             // staged so far
+    PinnedArray<StepSettings> settings;  // one for each step under way
+    PinnedArray<StepState> state;        // and one more, of evaluate and debug_pass
+    cudaEvent_t ended[steps_in_flight] = {};  // the step's state is on the host
+    uint64_t started = 0, finished = 0;  // steps
     std::vector<int> token_counts;    // scratch of TokenBatch::sort
-    Graph micro_step, update;         // recorded at the end of the first step, which by then has loaded every kernel
+    Graph micro_step, update;         // recorded at the start of the second step, when every kernel has been loaded
     bool use_graphs = true;
 
-    explicit Trainer(const RunConfig& run) : run(run), model(run.model, run.B, run.T, run.recompute), settings(1), state(1) {
+    explicit Trainer(const RunConfig& run)
+        : run(run), model(run.model, run.B, run.T, run.recompute, run.types), settings(steps_in_flight), state(steps_in_flight + 1) {
         for (int i = 0; i < 2; i++) {
             staging[i] = PinnedArray<int>(TokenBatch::size(rows()));
             CUDA(cudaEventCreateWithFlags(&staged[i], cudaEventDisableTiming));
         }
+        for (cudaEvent_t& event : ended) CUDA(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+        if (!run.tune.empty()) model.device.tuning = std::make_unique<TuningTable>(run.tune, properties().name, cublasLtGetVersion());
     }
     ~Trainer() {
         cudaStreamSynchronize(model.device.stream);  // nothing may be thrown here
         for (cudaEvent_t event : staged) cudaEventDestroy(event);
+        for (cudaEvent_t event : ended) cudaEventDestroy(event);
     }
     Trainer(const Trainer&) = delete;
     Trainer& operator=(const Trainer&) = delete;
 
     size_t rows() const { return size_t(run.B) * size_t(run.T); }
 
-    // One optimizer step: the gradient of the mean loss over run.total_batch tokens, a micro-batch at a time, then AdamW.
-    StepResult step(const Loader& data, int64_t step, CsvLog* probe) {
+    // One optimizer step: the gradient of the mean loss over run.total_batch tokens, a micro-batch at a time, then AdamW. start() only gives the
+    // device its work; finish() waits for the oldest step that was started. With two under way the device goes from one into the next while
+    // the host prints, logs and reads data.
+    void start(const Loader& data, int64_t step, ProbeLog* log) {
         Device& device = model.device;
-        bool replay = micro_step.launches && !probe;
-        begin_step(step);
-        if (probe) begin_probe();
+        if (started == 0) upload_updates(step - 1 - run.skipped);
+        if (started > 0 && use_graphs && !micro_step.launches) record_graphs();
+        bool replay = micro_step.launches && !log;
+        StepProbe probe(run.model);
+        int slot = int(started % steps_in_flight);
+        begin_step(step, slot);
+        if (log) begin_probe();
+        Device::Tuning tuning(device, started == 0);
 
         uint64_t first = uint64_t(step - 1) * uint64_t(run.batch_sequences());
         for (int micro = 0; micro < run.accumulation(); micro++) {
-            stage_batch(data, first + uint64_t(micro) * uint64_t(run.B), micro % 2);
+            stage_batch(data, first + uint64_t(micro) * uint64_t(run.B), micro);
             if (replay) CUDA(cudaGraphLaunch(micro_step.launches, device.stream));
             else micro_batch();
+            if (log) probe_shortcuts(probe);
         }
-        std::vector<SublayerProbe> probed;
-        if (probe) probed = probe_gradients();
+        if (log) probe_gradients(probe);
         if (replay) CUDA(cudaGraphLaunch(update.launches, device.stream));
         else model.update();
 
-        device.copy(state.data(), model.state.data(), 1);
+        device.copy(&state[size_t(slot)], model.state.data(), 1);
+        CUDA(cudaEventRecord(ended[slot], device.stream));
+        started++;
+        if (!log) return;
         device.synchronize();
-        StepResult result{state[0].loss_sum / double(run.total_batch), state[0].norm};
-        if (!state[0].finite) {
-            device.zero(model.grads);  // as the update leaves them
-            return result;
-        }
-        if (probe) {
-            probe_updates(probed);
-            write_probe(*probe, run, step, probed);
-        }
-        if (use_graphs && !micro_step.launches && step < run.steps) record_graphs();
-        return result;
+        if (!state[size_t(slot)].finite) return;
+        probe.updates = tensor_squares({model.params.data(), params_before.data(), nullptr, nullptr});
+        write_probe(*log, run, model.layout, step, probe);
+    }
+
+    StepResult finish() {
+        size_t slot = finished++ % steps_in_flight;
+        CUDA(cudaEventSynchronize(ended[slot]));
+        return {state[slot].loss_sum / double(run.total_batch), state[slot].norm};
+    }
+
+    StepResult step(const Loader& data, int64_t step, ProbeLog* log) {
+        start(data, step, log);
+        return finish();
+    }
+
+    // AdamW's count of finished steps, which the device goes on with by itself.
+    void upload_updates(int64_t count) {
+        long long value = count;
+        model.device.copy(model.updates.data(), &value, 1);
+        model.device.synchronize();
     }
 
     // What the kernels read that changes from step to step.
-    void begin_step(int64_t step) {
-        double lr = learning_rate(run, step), s = double(step - run.skipped);
-        settings[0] = {float(lr / (1 - std::pow(BETA1, s))), float(1 / (1 - std::pow(BETA2, s))), float(lr * run.weight_decay), run.clip};
-        model.device.copy(model.settings.data(), settings.data(), 1);
+    void begin_step(int64_t step, int slot) {
+        settings[size_t(slot)] = {learning_rate(run, step), run.weight_decay, run.clip, run.seed};
+        model.device.copy(model.settings.data(), &settings[size_t(slot)], 1);
         model.device.zero(model.state);
     }
 
-    // Reads a batch while the device is at work on the one before.
-    void stage_batch(const Loader& data, uint64_t sequence, int slot) {
+    // Reads a batch while the device is at work on the one before. micro: its number in the step.
+    void stage_batch(const Loader& data, uint64_t sequence, int micro) {
+        size_t slot = batches++ % 2;
         CUDA(cudaEventSynchronize(staged[slot]));
         TokenBatch batch(staging[slot].data(), rows());
         data.batch(sequence, run.B, batch.tokens, batch.targets);
         batch.sort(rows(), run.model.V, token_counts);
+        *batch.number = micro;
         model.device.copy(model.batch.data(), staging[slot].data(), staging[slot].size());
         CUDA(cudaEventRecord(staged[slot], model.device.stream));
     }
@@ -2104,7 +2587,8 @@ struct Trainer {
         double start = seconds();
         micro_step.record(model.device.stream, [&] { micro_batch(); });
         update.record(model.device.stream, [&] { model.update(); });
-        printf("graphs     micro-step %zu nodes, update %zu nodes, made in %.2f s\n", micro_step.nodes, update.nodes, seconds() - start);
+        printf("graphs     micro-step %zu nodes, update %zu nodes, %s, made in %.2f s beside the first step\n", micro_step.nodes, update.nodes,
+               bytes_text(double(micro_step.bytes + update.bytes)).c_str(), seconds() - start);
     }
 
     double evaluate(const int* tokens, const int* targets, int b, int* predictions = nullptr) {
@@ -2113,11 +2597,12 @@ struct Trainer {
         TokenBatch batch(model.batch.data(), n);
         device.copy(batch.tokens, tokens, n), device.copy(batch.targets, targets, n);
         device.zero(model.state);
+        Device::Tuning tuning(device, true);
         model.evaluate(batch.tokens, batch.targets, b, predictions ? batch.order : nullptr);  // order serves only the backward pass
-        device.copy(state.data(), model.state.data(), 1);
+        device.copy(&state[steps_in_flight], model.state.data(), 1);
         if (predictions) device.copy(predictions, batch.order, n);
         device.synchronize();
-        return state[0].loss_sum;
+        return state[steps_in_flight].loss_sum;
     }
     void ablate(int l) { model.ablated = l; }
 
@@ -2131,76 +2616,72 @@ struct Trainer {
         TokenBatch batch(host.data(), rows());
         std::copy(s.tokens.begin(), s.tokens.end(), batch.tokens), std::copy(s.targets.begin(), s.targets.end(), batch.targets);
         batch.sort(rows(), run.model.V, token_counts);
+        *batch.number = 0;
         device.copy(model.batch.data(), host.data(), host.size());
         device.zero(model.state);
         model.forward_backward(B, float(1 / (double(B) * T)), &s);
         device.copy(s.params.data(), model.params.data(), s.params.size());
-        device.copy(s.grads.data(), model.grads.data(), s.grads.size());
-        device.copy(state.data(), model.state.data(), 1);
+        model.copy_gradients(s.grads.data());
+        device.copy(&state[steps_in_flight], model.state.data(), 1);
         device.synchronize();
-        s.loss = float(state[0].loss_sum / (double(B) * T));
+        s.loss = float(state[steps_in_flight].loss_sum / (double(B) * T));
     }
 
     // ----- --probe: the step's kernels one by one, with sums between them
-    DeviceArray<double> tensor_squares;   // a sum for each tensor
+    DeviceArray<double> chunk_squares;    // a sum for each of the model's chunks
     DeviceArray<float> params_before;
 
     void begin_probe() {
         if (model.probe.size() == 0) {
             model.probe = DeviceArray<ProbeSums>(size_t(run.model.L));
-            tensor_squares = DeviceArray<double>(model.layout.tensors.size());
+            chunk_squares = DeviceArray<double>(model.update_blocks);
             params_before = DeviceArray<float>(model.layout.count);
         }
         model.device.zero(model.probe);
         model.probing = true;
     }
 
-    // Adds to each sub-layer its part of the sum of squares of `values`, which are in the parameter order.
-    void add_squares(const DeviceArray<float>& values, std::vector<SublayerProbe>& probed, double SublayerProbe::* sum) {
-        const auto& tensors = model.layout.tensors;
-        std::vector<double> host(tensors.size());
-        model.device.zero(tensor_squares);
-        for (size_t i = 0; i < tensors.size(); i++) add_sum<true>(model.device, tensor_squares.data() + i, values.data() + tensors[i].offset, tensors[i].size());
-        model.device.copy(host.data(), tensor_squares.data(), host.size());
+    // Sums of squares, one a tensor.
+    std::vector<double> tensor_squares(const SquaresOf& of) {
+        std::vector<double> chunks(model.update_blocks), squares;
+        launch(chunk_squares_kernel, model.update_blocks, SUM_THREADS, sizeof(SumShared), model.device.stream, chunk_squares.data(), of, model.chunks.data());
+        model.device.copy(chunks.data(), chunk_squares.data(), chunks.size());
         model.device.synchronize();
-        for (size_t i = 0; i < tensors.size(); i++)
-            if (tensors[i].layer >= 0) probed[size_t(tensors[i].layer)].*sum += host[i];
+        const double* chunk = chunks.data();
+        for (const TensorInfo& t : model.layout.tensors) {
+            squares.push_back(0);
+            for (size_t at = 0; at < t.size(); at += UPDATE_CHUNK) squares.back() += *chunk++;
+        }
+        return squares;
     }
 
-    std::vector<SublayerProbe> probe_gradients() {
+    // After each micro-batch.
+    void probe_shortcuts(StepProbe& probe) {
+        std::vector<float> r(size_t(run.model.L) * rows());
+        model.device.copy(r.data(), model.point(1).r_out, r.size());  // of z_0 .. z_{L-1}
+        model.device.synchronize();
+        probe.add_shortcuts(run.model, r.data(), rows());
+    }
+
+    void probe_gradients(StepProbe& probe) {
         Device& device = model.device;
         model.probing = false;
         std::vector<ProbeSums> sums(size_t(run.model.L));
-        std::vector<SublayerProbe> probed(sums.size());
+        std::vector<float> gains(size_t(run.model.L) * size_t(run.model.C));  // gamma_out (L,C), where it exists
         device.copy(sums.data(), model.probe.data(), sums.size());
-        device.synchronize();
-        for (int l = 0; l < run.model.L; l++) {
-            SublayerNorm norm = run.model.sublayer(l);
-            const ProbeSums& s = sums[size_t(l)];
-            SublayerProbe& p = probed[size_t(l)];
-            p.x = s.x, p.f = s.f, p.z = s.z, p.dx = s.dx, p.df = s.df;
-            // the sum over rows of alpha / rms(z), or of alpha where nothing divides by it
-            p.shortcut = double(norm.alpha) * (norm.norm_out ? s.r_out : double(run.total_batch));
-        }
-        add_squares(model.grads, probed, &SublayerProbe::gradient);
+        auto gain = [&](int l) { return model.parameter(GAMMA_OUT, l) ? gains.data() + size_t(l) * size_t(run.model.C) : nullptr; };
+        for (int l = 0; l < run.model.L; l++)
+            if (gain(l)) device.copy(gain(l), model.parameter(GAMMA_OUT, l), size_t(run.model.C));
         device.copy(params_before.data(), model.params.data(), model.layout.count);
-        return probed;
-    }
-
-    void probe_updates(std::vector<SublayerProbe>& probed) {
-        Device& device = model.device;
-        std::vector<float> gamma(size_t(run.model.C));
-        for (int l = 0; l < run.model.L; l++) {
-            if (float* from = model.tensor(model.params, GAMMA_OUT, l)) {
-                double squares = 0;
-                device.copy(gamma.data(), from, gamma.size());
-                device.synchronize();
-                for (float g : gamma) squares += double(g) * double(g);
-                probed[size_t(l)].gamma_rms = std::sqrt(squares / double(gamma.size()));
-            }
+        device.synchronize();
+        for (size_t l = 0; l < sums.size(); l++) {
+            const ProbeSums& s = sums[l];
+            SublayerProbe& p = probe.sublayers[l];
+            p.x = s.x, p.f = s.f, p.z = s.z, p.dx = s.dx, p.df = s.df;
         }
-        launch(difference_kernel, ceil_div(model.layout.count, THREADS), THREADS, 0, device.stream, params_before.data(), model.params.data(), model.layout.count);
-        add_squares(params_before, probed, &SublayerProbe::update);
+        probe.set_gains(run.model, gain);
+        probe.weights = tensor_squares({model.params.data(), nullptr, nullptr, nullptr});
+        probe.gradients = tensor_squares({nullptr, nullptr, model.grads.data(), model.grads_bf16.data()});
     }
 
     // ----- The model and the files
@@ -2212,29 +2693,58 @@ struct Trainer {
         read(in, model.params);
         model.parameters_changed();
     }
-    void read_moments(FileReader& in) { read(in, model.m), read(in, model.v); }
+    void read_moments(FileReader& in) {
+        for (auto [fp32, bf16] : moments()) read(in, *fp32, *bf16);
+    }
     void snapshot(float* out) {
-        for (const DeviceArray<float>* values : {&model.params, &model.m, &model.v}) model.device.copy(out, values->data(), values->size()), out += values->size();
+        model.device.copy(out, model.params.data(), model.layout.count);
+        for (auto [fp32, bf16] : moments()) copy_moment(out += model.layout.count, *fp32, *bf16, 0, model.layout.count);
         model.device.synchronize();
     }
-    void write_parameters(FileWriter& out) { write(out, model.params); }
-    void write_moments(FileWriter& out) { write(out, model.m), write(out, model.v); }
+    void write_parameters(FileWriter& out) {
+        write(out, [&](float* to, size_t at, size_t n) { model.device.copy(to, model.params.data() + at, n); });
+    }
+    void write_moments(FileWriter& out) {
+        for (auto& moment : moments()) write(out, [&](float* to, size_t at, size_t n) { copy_moment(to, *moment.first, *moment.second, at, n); });
+    }
+
+    // First and second moment, each with its buffer in FP32 and in BF16, one of which is empty. Files have them in FP32.
+    std::array<std::pair<DeviceArray<float>*, DeviceArray<__nv_bfloat16>*>, 2> moments() { return {{{&model.m, &model.m_bf16}, {&model.v, &model.v_bf16}}}; }
+
+    // Elements [at, at + n) to the host, by way of the memory for logits where they have to be widened.
+    void copy_moment(float* out, const DeviceArray<float>& fp32, const DeviceArray<__nv_bfloat16>& bf16, size_t at, size_t n) {
+        if (fp32.size()) return model.device.copy(out, fp32.data() + at, n);
+        float* wide = static_cast<float*>(static_cast<void*>(model.logits.data()));
+        size_t most = model.logits.size() * sizeof(branch_t) / sizeof(float);
+        for (size_t done = 0; done < n; done += most) {
+            size_t m = std::min(most, n - done);
+            launch(widen_kernel, ceil_div(m, THREADS), THREADS, 0, model.device.stream, wide, bf16.data() + at + done, m);
+            model.device.copy(out + done, wide, m);
+        }
+    }
 
     static constexpr size_t FILE_CHUNK = size_t(16) << 20;  // numbers on the host at a time
-    void read(FileReader& in, const DeviceArray<float>& to) {
-        std::vector<float> chunk(std::min(to.size(), FILE_CHUNK));
-        for (size_t at = 0; at < to.size(); at += chunk.size()) {
-            size_t n = std::min(chunk.size(), to.size() - at);
+    // into the one of two buffers that is there
+    void read(FileReader& in, const DeviceArray<float>& to, const DeviceArray<__nv_bfloat16>& to_bf16 = {}) {
+        size_t size = std::max(to.size(), to_bf16.size());
+        std::vector<float> chunk(std::min(size, FILE_CHUNK));
+        std::vector<__nv_bfloat16> rounded(to_bf16.size() ? chunk.size() : 0);
+        for (size_t at = 0; at < size; at += chunk.size()) {
+            size_t n = std::min(chunk.size(), size - at);
             in.read_reals(chunk.data(), n);
-            model.device.copy(to.data() + at, chunk.data(), n);
+            if (to.size()) model.device.copy(to.data() + at, chunk.data(), n);
+            for (size_t i = 0; i < std::min(n, rounded.size()); i++) rounded[i] = __nv_bfloat16(chunk[i]);  // exact where --moments bf16 wrote it
+            if (to_bf16.size()) model.device.copy(to_bf16.data() + at, rounded.data(), n);
             model.device.synchronize();
         }
     }
-    void write(FileWriter& out, const DeviceArray<float>& from) {
-        std::vector<float> chunk(std::min(from.size(), FILE_CHUNK));
-        for (size_t at = 0; at < from.size(); at += chunk.size()) {
-            size_t n = std::min(chunk.size(), from.size() - at);
-            model.device.copy(chunk.data(), from.data() + at, n);
+    template <class Copy>
+    void write(FileWriter& out, Copy copy) {
+        size_t size = model.layout.count;
+        std::vector<float> chunk(std::min(size, FILE_CHUNK));
+        for (size_t at = 0; at < size; at += chunk.size()) {
+            size_t n = std::min(chunk.size(), size - at);
+            copy(chunk.data(), at, n);
             model.device.synchronize();
             out.write(chunk.data(), n * sizeof(float));
         }
@@ -2260,6 +2770,7 @@ struct Trainer {
                  driver % 1000 / 10);
         if (error != cudaSuccess || devices == 0)
             fail("expected an NVIDIA GPU, found none (%s); use train_keel_cpu", error == cudaSuccess ? "no device" : driver == 0 ? "no driver" : cudaGetErrorString(error));
+        CUDA(cudaFree(nullptr));  // the driver's start, a good part of a second
         cudaDeviceProp p = properties();
         if (p.major < 8) fail("expected a GPU of compute capability 8.0 or later, found %s with %d.%d; use train_keel_cpu", p.name, p.major, p.minor);
     }
@@ -2286,24 +2797,16 @@ struct Trainer {
         size_t free = 0, total = 0;
         CUDA(cudaMemGetInfo(&free, &total));
         while (n > 256 && 4 * n * n * sizeof(branch_t) > free) n /= 2;
-        DeviceArray<branch_t> a(n * n), b(n * n), out(n * n);
-        for (auto* matrix : {&a, &b})
-            launch(initialise_kernel<branch_t>, ceil_div(n * n / 4, THREADS), THREADS, 0, device.stream, matrix->data(), TensorStart{n, n, n, n, 1, 1, 0}, uint64_t(1));
-        cudaEvent_t start, end;
-        CUDA(cudaEventCreate(&start));
-        CUDA(cudaEventCreate(&end));
+        DeviceArray<branch_t> a = device.random_matrix(n * n), b = device.random_matrix(n * n), out(n * n);
         std::vector<float> times(15);  // milliseconds
+        Stopwatch watch(device.stream);
         matmul_forward(device, out.data(), a.data(), b.data(), n, n, n);
         for (float& ms : times) {
-            CUDA(cudaEventRecord(start, device.stream));
+            watch.start();
             matmul_forward(device, out.data(), a.data(), b.data(), n, n, n);
-            CUDA(cudaEventRecord(end, device.stream));
-            CUDA(cudaEventSynchronize(end));
-            CUDA(cudaEventElapsedTime(&ms, start, end));
+            ms = watch.stop();
         }
-        cudaEventDestroy(start), cudaEventDestroy(end);
-        std::nth_element(times.begin(), times.begin() + 7, times.end());
-        return 2.0 * double(n) * double(n) * double(n) / (times[7] * 1e-3);
+        return 2.0 * double(n) * double(n) * double(n) / (median(times) * 1e-3);
     }
 
     // ----- Memory
@@ -2313,17 +2816,17 @@ struct Trainer {
         return free > reserve ? free - reserve : 0;
     }
 
-    static std::vector<MemoryRow> memory_rows(const RunConfig& run) { return Model::plan(run.model, ParameterLayout(run.model).count, run.B, run.T, run.recompute); }
+    static std::vector<MemoryRow> memory_rows(const RunConfig& run) { return Model::plan(run.model, Model::Counts(run.model, run.types), run.B, run.T, run.recompute); }
 
     static MemoryRow memory_beside(const RunConfig& run, const Options& o) {
         size_t bytes = o.check.empty() && o.dump.empty() && o.sample_every > 0 ? TokenGenerator::bytes(run.model, run.T) : 0;
         ParameterLayout layout(run.model);
-        if (o.probe > 0) bytes += layout.count * sizeof(float) + layout.tensors.size() * sizeof(double) + size_t(run.model.L) * sizeof(ProbeSums);
+        if (o.probe > 0) bytes += layout.count * sizeof(float) + update_chunks(layout, GradientLayout(layout, run.model.L, run.types.grads_bf16)).size() * sizeof(double) + size_t(run.model.L) * sizeof(ProbeSums);
         return {"samples, probe", bytes};
     }
 
     static size_t sampling_bytes(const ModelConfig& c, int window) {
-        return total_bytes(Model::plan(c, ParameterLayout(c).count, 1, 1, {1})) + TokenGenerator::bytes(c, window);
+        return total_bytes(Model::plan(c, Model::Counts(c, {}), 1, 1, {1})) + TokenGenerator::bytes(c, window);
     }
 
     // The micro-batch and the level of recomputation that B = 0 and `auto` leave open: of those that fit into the memory, the one with the
@@ -2331,7 +2834,8 @@ struct Trainer {
     static constexpr int64_t MAX_ROWS = int64_t(1) << 30;  // kernels count rows in int
     static void choose_memory_plan(RunConfig& run, size_t available) {
         const ModelConfig& c = run.model;
-        size_t count = ParameterLayout(c).count, least = SIZE_MAX;
+        Model::Counts counts(c, run.types);
+        size_t least = SIZE_MAX;
         int root = 2;  // K + L/K is least at the square root
         while ((root + 2) * (root + 2) <= c.L) root += 2;
         std::vector<Recompute> levels = {{0}, {-1}, {1}, {root}};
@@ -2347,8 +2851,8 @@ struct Trainer {
         double best = INFINITY;
         for (int B : batches)
             for (Recompute level : levels) {
-                size_t bytes = total_bytes(Model::plan(c, count, B, run.T, level));
-                double seconds = predicted_seconds(c, B, run.T, level) / B;
+                size_t bytes = total_bytes(Model::plan(c, counts, B, run.T, level));
+                double seconds = predicted_seconds(c, B, run.T, level, run.types) / B;
                 least = std::min(least, bytes);
                 if (bytes > available || seconds >= best) continue;
                 best = seconds, chosen.B = B, chosen.recompute = level;

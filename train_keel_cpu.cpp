@@ -634,7 +634,8 @@ struct Model {
     Buffer<real> logits, row_lse, losses;              // a chunk of rows of (.,Vp), its log-sum-exp; (B,T)
     Buffer<real> gain_partial;                         // the gains' gradients before their last sum
 
-    std::vector<SublayerProbe> probe;  // what --probe writes; empty while nothing is probed
+    StepProbe* probe = nullptr;        // what --probe writes; null while nothing is probed
+    std::vector<real> probed_r;        // (L,rows) 1 / rms(z_l) of the micro-batch, while probed
     int ablated = -1;                  // the sub-layer whose branch evaluate leaves out; -1: none
 
     // One row a buffer: what it is called in the table at the start, its elements, where it lives.
@@ -742,9 +743,9 @@ struct Model {
         if (l == ablated) std::fill(f.data(), f.data() + rows * size_t(config.C), real(0));
         else if (is_attention(l)) attention_branch_forward(f.data(), a, input, w, config, b, T, 0);
         else feed_forward_branch_forward(f.data(), a, input, w, config, rows);
-        if (!probe.empty()) probe[size_t(l)].x += sum_of_squares(x.data(), rows * size_t(config.C));
+        if (probe) probe->sublayers[size_t(l)].x += sum_of_squares(x.data(), rows * size_t(config.C));
         highway_forward(x.data(), z(l + 1), f.data(), w[GAMMA_OUT], real(norm.alpha), rows, config.C);
-        if (!probe.empty()) probe_forward(l, rows);
+        if (probe) probe_forward(l, rows);
     }
 
     // x_l, made again from z_{l-1} by the operations that made it, so that it has the same bits.
@@ -768,7 +769,7 @@ struct Model {
         size_t rows = size_t(b) * size_t(T);
 
         if (norm.norm_out) rmsnorm_backward(dx.data(), dw[GAMMA_OUT], dx.data(), z(l + 1), w[GAMMA_OUT], rows, config.C, gain_partial.data());
-        if (!probe.empty()) probe[size_t(l)].df += sum_of_squares(dx.data(), rows * size_t(config.C));
+        if (probe) probe->sublayers[size_t(l)].df += sum_of_squares(dx.data(), rows * size_t(config.C));
 
         restore_x(l, rows);
         const real* input = norm.norm_in ? a.u : x.data();
@@ -784,7 +785,7 @@ struct Model {
         }
         if (norm.norm_in) rmsnorm_backward(du.data(), dw[GAMMA_IN], du.data(), x.data(), w[GAMMA_IN], rows, config.C, gain_partial.data());
         highway_backward(dx.data(), du.data(), real(norm.alpha), rows * size_t(config.C));
-        if (!probe.empty()) probe[size_t(l)].dx += sum_of_squares(dx.data(), rows * size_t(config.C));
+        if (probe) probe->sublayers[size_t(l)].dx += sum_of_squares(dx.data(), rows * size_t(config.C));
     }
 
     // logits = x wte^T, a chunk of rows at a time; returns the sum of the losses. With backward, dx = dlogits wte and
@@ -814,7 +815,9 @@ struct Model {
     void forward(const int* tokens, int b) {
         embedding_forward(x.data(), tokens, tensor(params, WTE), tensor(params, WPE), b, T, config.C, 0);
         std::copy(x.data(), x.data() + size_t(b) * size_t(T) * size_t(config.C), z(0));
+        if (probe) probed_r.resize(size_t(config.L) * size_t(b) * size_t(T));
         for (int l = 0; l < config.L; l++) sublayer_forward(l, b);
+        if (probe) probe->add_shortcuts(config, probed_r.data(), size_t(b) * size_t(T));
     }
 
     // What the head reads: x_L or, in f, its norm.
@@ -850,10 +853,9 @@ struct Model {
             int begin = (end - 1) / K * K;  // the segment's first sub-layer
             if (end < config.L) {           // the last segment's activations are still there
                 restore_x(begin, rows);
-                std::vector<SublayerProbe> once;
-                std::swap(probe, once);     // the first forward has been probed
+                StepProbe* backward_probe = std::exchange(probe, nullptr);  // the first forward has been probed
                 for (int l = begin; l < end; l++) sublayer_forward(l, b);
-                std::swap(probe, once);
+                probe = backward_probe;
             }
             for (int l = end - 1; l >= begin; l--) {
                 sublayer_backward(l, b);  // leaves x_l in x
@@ -867,24 +869,26 @@ struct Model {
     }
 
     void probe_forward(int l, size_t rows) {
-        SublayerProbe& p = probe[size_t(l)];
-        SublayerNorm norm = config.sublayer(l);
+        SublayerProbe& p = probe->sublayers[size_t(l)];
         const real* zl = z(l + 1);
+        real* r = probed_r.data() + size_t(l) * rows;
         p.f += sum_of_squares(f.data(), rows * size_t(config.C));
         p.z += sum_of_squares(zl, rows * size_t(config.C));
-        for (size_t i = 0; i < rows; i++)
-            p.shortcut += double(norm.alpha) * (norm.norm_out ? double(rms_reciprocal(zl + i * size_t(config.C), config.C)) : 1.0);
+        #pragma omp parallel for schedule(static)
+        for (index_t i = 0; i < index_t(rows); i++) r[i] = rms_reciprocal(zl + i * config.C, config.C);
     }
 
-    // After the update; squares: sums of squares, an element a tensor.
-    void probe_update(const std::vector<double>& gradient_squares, const std::vector<double>& update_squares) {
-        for (size_t i = 0; i < layout.tensors.size(); i++) {
-            const TensorInfo& t = layout.tensors[i];
-            if (t.layer < 0) continue;
-            SublayerProbe& p = probe[size_t(t.layer)];
-            p.gradient += gradient_squares[i], p.update += update_squares[i];
-            if (t.id == GAMMA_OUT) p.gamma_rms = std::sqrt(sum_of_squares(params.data() + t.offset, t.size()) / config.C);
-        }
+    // Sums of squares, one a tensor, of values in parameter order.
+    std::vector<double> tensor_squares(const Buffer<real>& values) const {
+        std::vector<double> squares;
+        for (const TensorInfo& t : layout.tensors) squares.push_back(sum_of_squares(values.data() + t.offset, t.size()));
+        return squares;
+    }
+
+    // Before the update.
+    void probe_parameters() {
+        probe->weights = tensor_squares(params), probe->gradients = tensor_squares(grads);
+        probe->set_gains(config, [&](int l) { return weights(l)[GAMMA_OUT]; });
     }
 };
 
@@ -894,15 +898,15 @@ struct Model {
 // With the clipped gradient g:  m = b1 m + (1-b1) g,  v = b2 v + (1-b2) g^2,
 //     p -= lr wd p,   p -= lr mhat / (sqrt(vhat) + eps),   mhat = m / (1 - b1^s), vhat = v / (1 - b2^s)
 // at update s = 1, 2, ... (steps that were skipped are not counted); gains are not decayed. Leaves the gradients at zero for the next step.
-// updates, if given, gets the sum of squares of each tensor's update.
-void adamw_update(Model& model, const RunConfig& run, int64_t step, double norm, std::vector<double>* updates = nullptr) {
+// Where the model is probed, notes the sum of squares of each tensor's update.
+void adamw_update(Model& model, const RunConfig& run, int64_t step, double norm) {
     double lr = learning_rate(run, step);
     real clip = real(run.clip > 0 ? std::min(1.0, run.clip / norm) : 1.0);
     real b1 = real(BETA1), b2 = real(BETA2), eps = real(ADAM_EPSILON);
     double s = double(step - run.skipped);
     real step_size = real(lr / (1 - std::pow(BETA1, s))), v_scale = real(1 / (1 - std::pow(BETA2, s)));
-    std::vector<real> before;
-    if (updates) before.assign(model.params.data(), model.params.data() + model.params.size());
+    Buffer<real> before(model.probe ? model.params.size() : 0);
+    std::copy(model.params.data(), model.params.data() + before.size(), before.data());
     #pragma omp parallel
     for (const TensorInfo& t : model.layout.tensors) {
         real decay = real(t.decay ? lr * run.weight_decay : 0);
@@ -918,22 +922,16 @@ void adamw_update(Model& model, const RunConfig& run, int64_t step, double norm,
             g[i] = 0;
         }
     }
-    if (!updates) return;
-    updates->clear();
-    for (const TensorInfo& t : model.layout.tensors) {
-        for (size_t i = 0; i < t.size(); i++) before[t.offset + i] -= model.params[t.offset + i];
-        updates->push_back(sum_of_squares(before.data() + t.offset, t.size()));
-    }
+    if (!model.probe) return;
+    #pragma omp parallel for simd schedule(static)
+    for (index_t i = 0; i < index_t(before.size()); i++) before[i] -= model.params[i];
+    model.probe->updates = model.tensor_squares(before);
 }
 
-// The global gradient norm, and if asked for the sum of squares of each tensor.
-double gradient_norm(const Model& model, std::vector<double>* squares = nullptr) {
+// The global gradient norm.
+double gradient_norm(const Model& model) {
     double sum = 0;
-    for (const TensorInfo& t : model.layout.tensors) {
-        double square = sum_of_squares(model.grads.data() + t.offset, t.size());
-        if (squares) squares->push_back(square);
-        sum += square;
-    }
+    for (double square : model.tensor_squares(model.grads)) sum += square;
     return std::sqrt(sum);
 }
 
@@ -999,17 +997,20 @@ struct Trainer {
     using Real = real;
     using HostArray = Buffer<real>;
     static constexpr bool branch_bf16 = false, on_host = true;
+    static constexpr int steps_in_flight = 1;
 
     RunConfig run;
     Model model;
     std::vector<int> tokens, targets;  // (B,T) one micro-batch
+    StepResult result{};               // of the step that was started
 
     explicit Trainer(const RunConfig& run)
         : run(run), model(run.model, run.B, run.T, run.recompute), tokens(size_t(run.B) * size_t(run.T)), targets(tokens.size()) {}
 
     // One optimizer step: the gradient of the mean loss over run.total_batch tokens, a micro-batch at a time, then AdamW.
-    StepResult step(const Loader& data, int64_t step, CsvLog* probe) {
-        model.probe.assign(probe ? size_t(run.model.L) : 0, {});
+    StepResult step(const Loader& data, int64_t step, ProbeLog* log) {
+        StepProbe probe(run.model);
+        model.probe = log ? &probe : nullptr;
         uint64_t first = uint64_t(step - 1) * uint64_t(run.batch_sequences());
         double loss = 0;
         for (int micro = 0; micro < run.accumulation(); micro++) {
@@ -1017,20 +1018,20 @@ struct Trainer {
             loss += model.forward_backward(tokens.data(), targets.data(), run.B, real(1.0 / double(run.total_batch)));
         }
         loss /= double(run.total_batch);
-        std::vector<double> gradient_squares, update_squares;
-        double norm = gradient_norm(model, probe ? &gradient_squares : nullptr);
-        if (!std::isfinite(loss) || !std::isfinite(norm)) {
+        double norm = gradient_norm(model);
+        if (log) model.probe_parameters();
+        if (std::isfinite(loss) && std::isfinite(norm)) {
+            adamw_update(model, run, step, norm);
+            if (log) write_probe(*log, run, model.layout, step, probe);
+        } else {
             model.grads.zero();  // as the update leaves them
-            return {loss, norm};
         }
-        adamw_update(model, run, step, norm, probe ? &update_squares : nullptr);
-        if (probe) {
-            model.probe_update(gradient_squares, update_squares);
-            write_probe(*probe, run, step, model.probe);
-            model.probe.clear();
-        }
+        model.probe = nullptr;
         return {loss, norm};
     }
+
+    void start(const Loader& data, int64_t number, ProbeLog* log) { result = step(data, number, log); }
+    StepResult finish() const { return result; }
 
     double evaluate(const int* tokens, const int* targets, int b, int* predictions = nullptr) { return model.evaluate(tokens, targets, b, predictions); }
     void ablate(int l) { model.ablated = l; }
@@ -1101,7 +1102,8 @@ struct Trainer {
         size_t debug_state = debug_state_bytes<real>(run.model, run.B ? run.B : run.batch_sequences(), run.T);
         if (!o.check.empty()) return {"debug states", 2 * debug_state};
         size_t bytes = !o.dump.empty() ? debug_state : o.sample_every > 0 ? TokenGenerator::bytes(run.model, run.T) : 0;
-        if (o.probe > 0) bytes += sizeof(real) * ParameterLayout(run.model).count;  // the parameters before their update
+        if (o.probe > 0)  // the parameters before their update; 1 / rms(z) of all rows
+            bytes += sizeof(real) * (ParameterLayout(run.model).count + size_t(run.model.L) * size_t(run.B ? run.B : run.batch_sequences()) * size_t(run.T));
         bytes += size_t(omp_get_max_threads()) * ((size_t(8) << 20) + size_t(BLOCK_M + BLOCK_N) * DEPTH * sizeof(real));  // stacks, panels
         return {o.dump.empty() ? "samples, probe, threads" : "debug state, threads", bytes};
     }

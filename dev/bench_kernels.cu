@@ -3,7 +3,7 @@
 // Each kernel is first checked against the CPU trainer's function, then timed at B*T = 16384 over buffers that together pass the L2 cache,
 // and compared with a copy of the same bytes (bandwidth-bound kernels), a kernel that only reads them (the gradient's norm), or a large
 // matrix product (attention; dev/bench_sdpa.py has PyTorch's beside it). Medians of REPEATS timings of a row of launches.
-// Prints a table, and with --csv FILE appends metric,value,unit,peer_value,ratio,commit,date. --sdpa FILE: PyTorch's attention in this run, from
+// Prints a table, and with --csv FILE appends rows of dev/bench_gpu.py's columns (--commit and --driver fill theirs). --sdpa FILE: PyTorch's attention in this run, from
 // dev/bench_sdpa.py; dev/bench_kernels.sh calls both.   --small: shapes for a dry run, also on the CPU headers.
 #include <omp.h>
 
@@ -22,7 +22,7 @@ constexpr int REPEATS = 9;
 bool small = false;
 size_t cache_bytes = 0;  // what a kernel's buffers together must pass
 
-std::string csv_path, commit = "unknown";
+std::string csv_path, commit = "unknown", driver = "unknown";
 std::map<std::string, double> sdpa;  // TFLOP/s of attention_forward_T1024_D64 and so on
 int bad = 0;
 
@@ -47,12 +47,14 @@ double median_seconds(Device& device, const std::function<void(int)>& run) {
 }
 
 __global__ void copy_kernel(float4* to, const float4* from, size_t n) {
+    wait_for_predecessor();
     size_t i = size_t(blockIdx.x) * blockDim.x + threadIdx.x;
     if (i < n) to[i] = from[i];
 }
 
 // Reads n float4, four on their way at a time, and writes nothing that it could leave out: the sum is never -1.
 __global__ void read_kernel(float* never, const float4* from, size_t n) {
+    wait_for_predecessor();
     float sum = 0;
     size_t step = size_t(gridDim.x) * blockDim.x;
     for (size_t i = size_t(blockIdx.x) * blockDim.x + threadIdx.x; i < n; i += 4 * step) {
@@ -113,8 +115,9 @@ void report(const std::string& name, double seconds, double amount, const char* 
     strftime(date, sizeof date, "%Y-%m-%d", gmtime(&now));
     bool fresh = access(csv_path.c_str(), F_OK) != 0;
     std::ofstream csv(csv_path, std::ios::app);
-    if (fresh) csv << "metric,value,unit,peer_value,ratio,commit,date\n";
-    csv << format("%s,%.1f,%s,%.1f,%.3f,%s,%s\n", name.c_str(), value, unit, peer, value / peer, commit.c_str(), date);
+    if (fresh) csv << "metric,value,unit,peer_value,ratio,commit,date,gpu,driver,command\n";
+    csv << format("%s,%.1f,%s,%.1f,%.3f,%s,%s,%s,%s,make bench_kernels\n", name.c_str(), value, unit, peer, value / peer, commit.c_str(), date, Trainer::properties().name,
+                  driver.c_str());
     if (!csv) fail("%s: could not be written (%s)", csv_path.c_str(), errno_text().c_str());
 }
 
@@ -223,7 +226,7 @@ void bench_classifier(Device& device, int rows, int V) {
 void bench_optimizer(Device& device, const ModelConfig& c) {
     ParameterLayout layout(c);
     size_t n = layout.count;
-    std::vector<UpdateChunk> work = update_chunks(layout);
+    std::vector<UpdateChunk> work = update_chunks(layout, GradientLayout(layout, c.L, false));
     DeviceArray<UpdateChunk> chunks(work.size());
     device.copy(chunks.data(), work.data(), work.size());
     Ring<float> p(n, 1), g(n, 1), m(n, 1), v(n, 1);
@@ -232,17 +235,20 @@ void bench_optimizer(Device& device, const ModelConfig& c) {
     CUDA(cudaMemsetAsync(v.all.data(), 0, v.all.size() * 4, device.stream));
     DeviceArray<StepState> state(1);
     DeviceArray<StepSettings> settings(1);
-    StepSettings s{1e-3f, 20, 1e-5f, 1};
+    DeviceArray<long long> updates(1);
+    StepSettings s{1e-3, 0.01, 1, 0};
     device.copy(settings.data(), &s, 1);
-    device.zero(state);
+    device.zero(state), device.zero(updates);
     add_sum<true>(device, &state.data()->grad_squares, g(0), n);
-    launch(prepare_update_kernel, 1, 1, 0, device.stream, state.data(), settings.data());
+    launch(prepare_update_kernel, 1, 1, 0, device.stream, state.data(), settings.data(), updates.data());
     StepState found;
     device.copy(&found, state.data(), 1);
     auto gs = host(device, g(0), n);
     check("gradient norm", {float(std::sqrt(cpu::sum_of_squares(gs.data(), n)))}, {float(found.norm)}, 1e-6);
     branch_t* copy = BRANCH_BF16 ? matrices(0) : nullptr;
-    auto update = [&](int) { launch(adamw_kernel, work.size(), THREADS, 0, device.stream, p(0), copy, g(0), m(0), v(0), chunks.data(), settings.data(), state.data()); };
+    auto update = [&](int) {
+        launch(adamw_kernel<float>, work.size(), THREADS, 0, device.stream, p(0), copy, g(0), nullptr, m(0), v(0), chunks.data(), settings.data(), state.data(), updates.data());
+    };
     bandwidth(device, "adamw", double(n) * (32 + (BRANCH_BF16 ? 2 : 0)), 0.90, update);
 
     double norm = median_seconds(device, [&](int) { add_sum<true>(device, &state.data()->grad_squares, g(0), n); });
@@ -322,7 +328,7 @@ void bench_products(Device& device, int rows, int C, double matrix_rate) {
         double operations = 2.0 * double(r) * double(k) * double(n);
         double forward = median_seconds(device, [&](int i) { matmul_forward(device, out(i), in(i), w(0), r, k, n); });
         report(format("product_%s_C%d", name, C), forward, operations, "TFLOP/s", matrix_rate / 1e12, "matrix, TFLOP/s", 0);
-        double backward = median_seconds(device, [&](int i) { matmul_backward(device, in(i), dw(0), out(i), in(i), w(0), r, k, n); });
+        double backward = median_seconds(device, [&](int i) { matmul_backward(device, in(i), {dw(0), nullptr, nullptr, 0, {}}, out(i), in(i), w(0), r, k, n); });
         report(format("product_%s_backward_C%d", name, C), backward, 2 * operations, "TFLOP/s", matrix_rate / 1e12, "matrix, TFLOP/s", 0);
     }
 }
@@ -341,8 +347,9 @@ int bench(int argc, char** argv) {
         if (word == "--small") small = true;
         else if (word == "--csv" && i + 1 < argc) csv_path = argv[++i];
         else if (word == "--commit" && i + 1 < argc) commit = argv[++i];
+        else if (word == "--driver" && i + 1 < argc) driver = argv[++i];
         else if (word == "--sdpa" && i + 1 < argc) read_sdpa(argv[++i]);
-        else fail("expected --small, --csv FILE, --sdpa FILE or --commit NAME, found '%s'", word.c_str());
+        else fail("expected --small, --csv FILE, --sdpa FILE, --commit NAME or --driver VERSION, found '%s'", word.c_str());
     }
 #ifdef CUDA_ON_CPU
     if (!csv_path.empty()) fail("--csv: expected a GPU, found its headers on the CPU, whose times say nothing; leave it out");

@@ -7,9 +7,7 @@ if [ "$(dev/cuda.sh trainer)" != train_keel ]; then
     exit 1
 fi
 make --no-print-directory build/bench_kernels || exit 1
-gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -1)
-file=dev/results/gpu.csv
-[[ ${gpu,,} =~ (h200|h100|a100|b200) ]] && file=dev/results/${BASH_REMATCH[1]}.csv
+file=$(dev/cuda.sh results)
 commit=$(git rev-parse --short HEAD 2>/dev/null || echo unknown)
 peers=()
 for python in "${PYTHON:-python3}" python3 /usr/bin/python3; do
@@ -18,4 +16,4 @@ for python in "${PYTHON:-python3}" python3 /usr/bin/python3; do
     break
 done
 [ ${#peers[@]} -gt 0 ] || echo "no Python with PyTorch 2.3 or later and CUDA: attention is compared with the large matrix product instead"
-build/bench_kernels --csv "$file" --commit "$commit" "${peers[@]}" "$@"
+build/bench_kernels --csv "$file" --commit "$commit" --driver "$(nvidia-smi --query-gpu=driver_version --format=csv,noheader | head -1)" "${peers[@]}" "$@"

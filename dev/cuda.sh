@@ -4,6 +4,8 @@
 #   cuda.sh arch     prints nvcc's flags for the GPU that is here, or else for sm_80, sm_90, sm_100 and PTX for later ones
 #   cuda.sh trainer  prints the best trainer that this machine can build and run, and on stderr why it is not train_keel
 #   cuda.sh rpath    prints the linker's flag for the folder of the toolkit's libraries, so that programs find them at run time
+#   cuda.sh cupti    prints a C++ compiler's flags for CUPTI, the toolkit's library that records when kernels run, or says that it is missing
+#   cuda.sh results  prints the file of results of the GPU that is here: dev/results/h200.csv and so on, dev/results/gpu.csv for others
 # NVCC, if set, is the compiler; CUDA_HOME the toolkit's folder, if it is not /usr/local/cuda.
 
 find_nvcc() {
@@ -29,6 +31,23 @@ case $1 in
         fi ;;
     rpath)
         nvcc=$(find_nvcc) && lib=$(cd "$(dirname "$(readlink -f "$nvcc")")/../lib64" 2>/dev/null && pwd) && echo "-Xlinker -rpath,$lib" ;;
+    cupti)
+        if nvcc=$(find_nvcc); then
+            home=$(dirname "$(dirname "$(readlink -f "$nvcc")")")
+            for include in "$home/extras/CUPTI/include" "$home/include"; do
+                for lib in "$home/extras/CUPTI/lib64" "$home/lib64"; do
+                    if [ -e "$include/cupti.h" ] && [ -e "$lib/libcupti.so" ]; then
+                        echo "-isystem $include -isystem $home/include -L$lib -Wl,-rpath,$lib -lcupti"
+                        exit 0
+                    fi
+                done
+            done
+        fi
+        echo "expected the CUDA Toolkit's CUPTI (cupti.h and libcupti.so), which is not here; install it (it is a part of the CUDA Toolkit) or set NVCC" >&2
+        exit 1 ;;
+    results)
+        gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -1)
+        if [[ ${gpu,,} =~ (h200|h100|a100|b200) ]]; then echo "dev/results/${BASH_REMATCH[1]}.csv"; else echo dev/results/gpu.csv; fi ;;
     trainer)
         if ! found=$(capability); then
             echo "no NVIDIA GPU with a working driver here: taking train_keel_cpu" >&2
@@ -48,5 +67,5 @@ case $1 in
             fi
         fi
         echo train_keel_cpu ;;
-    *) sed -n '2,7p' "$0" >&2; exit 2 ;;
+    *) sed -n '2,9p' "$0" >&2; exit 2 ;;
 esac

@@ -1,7 +1,7 @@
 #!/bin/bash
 # gpu_check.sh: all that a machine with an NVIDIA GPU can show of train_keel, in under 8 minutes, ending with a table of what passed.
 #     builds, the tests of every kernel in BF16 and FP32, CPU against GPU, compute-sanitizer's four tools on a small run, the default
-#     1024-layer model for 20 steps, and 300 steps on text beside the CPU's.
+#     1024-layer model for 20 steps, 300 steps on text beside the CPU's, and how long the GPU waits in a step.
 # The tests need doctest; where it is not installed, name the folder that has doctest/doctest.h: CPATH=folder dev/gpu_check.sh
 # TEXT: what to train on (default: the trainer's own sources).  Logs stay in build/gpu_check.
 cd "$(dirname "$0")/.." || exit 1
@@ -56,7 +56,7 @@ head -60 $logs/l1024.log
 
 # The same 300 steps on the CPU and on the GPU; the means of the last 30 losses must agree to 2 %.
 curve=(-L 16 -C 64 -H 2 -t 64 -b 16 -x 300 -s 0 -n 0 "${text[@]}")
-rm -rf $logs/curve_*
+rm -rf $logs/curve_* $logs/tune.csv
 for trainer in train_keel_cpu train_keel train_keel_fp32; do
     row "300 steps, $trainer" curve-$trainer.log ./$trainer "${curve[@]}" -o $logs/curve_$trainer
 done
@@ -70,7 +70,13 @@ same_curve() {
 export -f same_curve end
 export logs
 row "curve beside the CPU's, BF16" same_bf16.log bash -c 'same_curve train_keel'
+row "300 steps, BF16 states, --tune" curve-states.log ./train_keel "${curve[@]}" --moments bf16 --grads bf16 --tune $logs/tune.csv -o $logs/curve_states
+row "curve beside the CPU's, BF16 states" same_states.log bash -c 'same_curve states'
 row "curve beside the CPU's, FP32" same_fp32.log bash -c 'same_curve train_keel_fp32'
+
+# What the default of dev/idle.sh takes 100 steps for; 20 are enough to see a wait.
+shows='^idle  ' row "idle time, 20 steps" idle.log dev/idle.sh --steps 20
+grep -E 'step boundary|waits for the host|^step ' $logs/idle.log
 
 echo
 echo "$table"

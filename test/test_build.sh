@@ -46,6 +46,10 @@ rm "$bin/nvcc"
 nvidia_smi 9.0 13.0
 expect "no nvcc: the CPU, and why" trainer train_keel_cpu "no nvcc"
 expect "no nvcc: a sentence that names train_keel_cpu" nvcc "" "use train_keel_cpu"
+expect "no toolkit: no CUPTI, in a sentence" cupti "" "expected the CUDA Toolkit's CUPTI"
+expect "results of a GPU of no known name" results dev/results/gpu.csv ""
+printf '#!/bin/bash\necho "NVIDIA H200"\n' >"$bin/nvidia-smi"
+expect "results of an H200" results dev/results/h200.csv ""
 
 if dev/cuda.sh nvcc >/dev/null 2>&1 && [ "$(dev/cuda.sh trainer 2>/dev/null)" != train_keel ]; then
     # no optimisation: it will not run a kernel
@@ -60,6 +64,16 @@ if dev/cuda.sh nvcc >/dev/null 2>&1 && [ "$(dev/cuda.sh trainer 2>/dev/null)" !=
         failed=$((failed + 1))
         echo "FAILED: train_keel without a GPU: exit $status, '$err'"
     fi
+fi
+
+# The script of the deepest model, on the CPU trainer and a small one: a curve for each of its five runs.
+head -c 300000 keel_common.h train_keel.cu train_keel_cpu.cpp >"$folder/text"
+if RESULTS=$folder/deep.csv TEXT=$folder/text TRAINER=./train_keel_cpu MODEL="-L 4 -C 16 -t 16 -b 2" STEPS=4 LONG_STEPS=6 LONG_WARMUP=2 dev/deep_run.sh 5 >"$folder/out" 2>&1 &&
+    [ "$(cut -d, -f1,2 "$folder/deep.csv" | sort | uniq -c | tr -s ' ' | tr '\n' ';')" = " 4 keel,3e-3; 10 keel,4.5e-3; 1 norm,peak_lr; 4 pre,3e-3; 4 pre,4.5e-3;" ]; then
+    passed=$((passed + 1))
+else
+    failed=$((failed + 1))
+    echo "FAILED: dev/deep_run.sh: $(cat "$folder/out" "$folder/deep.csv")"
 fi
 echo "$passed passed, $failed failed"
 [ "$failed" -eq 0 ]

@@ -536,6 +536,59 @@ TEST_SUITE("model") {
         MESSAGE("largest relative error of a loss: " << worst);
     }
 
+    TEST_CASE("The probe's figures are PyTorch's: rms, the shortcut's gains, gradients of x and F, and norms of every tensor, in two steps of AdamW") {
+        std::unique_ptr<Model> model;
+        DebugState<real> state;
+        std::unique_ptr<StepProbe> probe;
+        std::string current;
+        double worst = 0;
+        size_t rows_seen = 0;
+        for (const char* file : {"probe.csv", "probe_weights.csv"})
+            for (auto& row : read_csv(std::string("test/dumps/") + file)) {
+                if (std::string at = file + row["dump"] + row["step"]; at != current) {
+                    if (row["step"] == "1") {
+                        state = DebugState<real>::read("test/dumps/" + row["dump"] + ".bin");
+                        // A level that runs the forward pass again: it must not be probed twice.
+                        model = std::make_unique<Model>(state.header.model(), state.header.word[H_B], state.header.word[H_T], Recompute{2});
+                        std::copy(state.params.begin(), state.params.end(), model->params.data());
+                    }
+                    current = at;
+                    RunConfig run;
+                    run.lr = std::stod(row["peak_lr"]), run.warmup = 0, run.steps = 10, run.weight_decay = 0.01, run.clip = 2;
+                    probe = std::make_unique<StepProbe>(model->config);
+                    model->probe = probe.get();
+                    model->forward_backward(state.tokens.data(), state.targets.data(), model->B, real(1.0 / double(state.tokens.size())));
+                    model->probe_parameters();
+                    adamw_update(*model, run, std::stoll(row["step"]), gradient_norm(*model));
+                }
+                auto compare = [&](const char* column, double found) {
+                    double error = std::fabs(found / std::stod(row[column]) - 1);
+                    worst = std::max(worst, error);
+                    // PyTorch's figures have 17 digits. Adam divides by the root of the second moment: an element whose gradient is as small as its
+                    // rounding moves by the same as any other.
+                    CHECK_MESSAGE(error <= (fp64 ? 1e-9 : std::string(column) == "update_norm" ? 1e-3 : 1e-4),
+                                  file << " " << row["dump"] << " step " << row["step"] << " sub-layer " << row["sublayer"] << " " << row["tensor"] << " " << column << ": " << found << " for " << row[column]);
+                };
+                rows_seen++;
+                double rows = double(state.tokens.size()), elements = rows * model->config.C;
+                if (std::string(file) == "probe.csv") {
+                    size_t l = size_t(std::stoi(row["sublayer"]));
+                    const SublayerProbe& p = probe->sublayers[l];
+                    compare("rms_x", std::sqrt(p.x / elements)), compare("rms_f", std::sqrt(p.f / elements)), compare("rms_z", std::sqrt(p.z / elements));
+                    compare("shortcut_gain", probe->gamma[l] * p.shortcut / rows), compare("shortcut_gain_to_top", probe->gamma_to_top[l] * p.shortcut_to_top / rows);
+                    compare("dx_norm", std::sqrt(p.dx)), compare("df_norm", std::sqrt(p.df));
+                } else {
+                    const auto& tensors = model->layout.tensors;
+                    auto found = std::find_if(tensors.begin(), tensors.end(), [&](const TensorInfo& t) { return t.name == row["tensor"]; });
+                    REQUIRE(found != tensors.end());
+                    size_t i = size_t(found - tensors.begin());
+                    compare("weight_norm", std::sqrt(probe->weights[i])), compare("grad_norm", std::sqrt(probe->gradients[i])), compare("update_norm", std::sqrt(probe->updates[i]));
+                }
+            }
+        CHECK(rows_seen > 100);
+        MESSAGE("largest relative error: " << worst);
+    }
+
     TEST_CASE("Every level of recomputation gives the bits of none, in all placements") {
         for (int p = 0; p < NUM_PLACEMENTS; p++) {
             ModelConfig c = small_config(NormPlacement(p), 10, 16, 2);
@@ -621,11 +674,10 @@ TEST_SUITE("model") {
             Model model(c, 4, 64, {0});
             model.initialise(1337);
             auto tokens = random_tokens(256, 256, 1), targets = random_tokens(256, 256, 2);
-            model.probe.assign(size_t(L), {});
+            StepProbe probe(c);
+            model.probe = &probe;
             model.forward_backward(tokens.data(), targets.data(), 4, real(1.0 / 256));
-            double gain = 1;
-            for (int l = from; l < L; l++) gain *= model.probe[size_t(l)].shortcut / 256;
-            return gain;
+            return probe.sublayers[size_t(from)].shortcut_to_top / 256;  // gains are 1
         };
         // C = 64, on text, in the design's measurement: 2.8e-2 at L = 16, 1.9e-7 at L = 64; keel 0.996. Other tokens, same order.
         double post16 = measure(POST, 16, 0), post64 = measure(POST, 64, 0), keel64 = measure(KEEL, 64, 2), keel256 = measure(KEEL, 256, 2);
@@ -743,6 +795,126 @@ TEST_SUITE("data") {
             }
             other.batch(s, 4, again.data(), ignored.data());
             CHECK(tokens != again);
+        }
+    }
+
+    // An interpreter of the programs of hops:K that shares nothing with what makes them. Returns the lookups of each query, by the position of its answer.
+    std::map<size_t, int> interpret(const std::string& text, int K) {
+        std::map<size_t, int> lookups;
+        std::map<char, char> value;
+        std::set<char> digits, asked;
+        for (size_t at = 0; at < text.size();) {
+            if (text[at] == '\n') {
+                value.clear(), digits.clear(), asked.clear(), at++;
+            } else if (text[at] == '?') {
+                char c = text[at + 1];
+                int n = 0;
+                while (isalpha(c)) {
+                    REQUIRE(value.count(c));
+                    c = value[c], n++;
+                }
+                REQUIRE(text[at + 2] == c);
+                REQUIRE(n <= K);
+                lookups[at + 2] = n;
+                REQUIRE(asked.insert(text[at + 1]).second);
+                at += 3;
+                REQUIRE((text[at] == ';' || text[at] == '\n'));
+                at += text[at] == ';';
+            } else {
+                REQUIRE(isalpha(text[at]));
+                REQUIRE(text[at + 2] == text[at]);
+                REQUIRE(!value.count(text[at]));
+                value[text[at]] = text[at + 1];
+                if (isdigit(text[at + 1])) REQUIRE(digits.insert(text[at + 1]).second);
+                REQUIRE(text[at + 3] == ';');
+                at += 4;
+            }
+        }
+        return lookups;
+    }
+
+    TEST_CASE("Programs of hops:K answer their queries right, by as many lookups as they say, each number of lookups as often as any other") {
+        for (int K : {1, 3, 8, HopPrograms::MAX_HOPS}) {
+            HopPrograms programs{K};
+            std::map<int, int> count;
+            int total = 0, first_assigned_first = 0, sequences = 400;
+            for (int whole : {1, 3}) {
+                int n = whole * programs.length() + 7;
+                std::vector<int> row(static_cast<size_t>(n));
+                for (uint64_t s = 0; s < uint64_t(sequences); s++) {
+                    std::vector<HopPrograms::Answer> answers;
+                    programs.sequence(5, s, false, n, row.data(), &answers);
+                    std::string text(row.begin(), row.end());
+                    std::map<size_t, int> lookups = interpret(text, K);
+                    CHECK(text.substr(text.size() - 8) == std::string(8, '\n'));
+                    REQUIRE(answers.size() == size_t(whole));
+                    REQUIRE(lookups.size() == size_t(whole * programs.queries()));
+                    for (auto answer : answers) {
+                        auto found = lookups.find(size_t(answer.position + 1));
+                        REQUIRE(found != lookups.end());
+                        REQUIRE(found->second == answer.hops);
+                        REQUIRE(text[size_t(answer.position - 6)] != '?');  // an assignment is before it
+                        REQUIRE(text[size_t(answer.position - 3)] == text[size_t(answer.position - 5)]);
+                        count[answer.hops]++, total++;
+                    }
+                    first_assigned_first += isdigit(text[1]) != 0;
+                }
+            }
+            for (int h = 1; h <= K; h++)  // five standard deviations
+                CHECK_MESSAGE(std::fabs(count[h] - double(total) / K) < 5 * std::sqrt(double(total) / K) + 1e-9, "hops:" << K << ", " << h << " lookups: " << count[h] << " of " << total);
+            CHECK(std::fabs(first_assigned_first - 2.0 * sequences / K) <= 5 * std::sqrt(2.0 * sequences / K));  // any assignment may come first
+        }
+    }
+
+    TEST_CASE("A sequence of programs is a function of seed and number alone; no program of validation is one of training") {
+        HopPrograms programs{3};
+        int T = programs.length() - 1;
+        Loader a(programs, T, 1, true), b(programs, T, 1, true), other(programs, T, 2, true), val(programs, T, 1, false);
+        CHECK(a.sequences_per_epoch() == SIZE_MAX);
+        std::set<std::vector<int>> seen;
+        size_t size = size_t(2 * T), drawn = 0;
+        std::vector<int> tokens(size), targets(size), again(size), ignored(size);
+        for (uint64_t s : {uint64_t(0), uint64_t(2), uint64_t(1) << 40, uint64_t(1) << 63}) {
+            a.batch(s, 2, tokens.data(), targets.data());
+            for (uint64_t i : {1, 0}) b.batch(s + i, 1, again.data() + i * uint64_t(T), ignored.data());
+            CHECK(tokens == again);
+            for (size_t i = 0; i < size; i++)
+                if (i % size_t(T) + 1 < size_t(T)) REQUIRE(targets[i] == tokens[i + 1]);
+            for (Loader* loader : {&a, &other, &val}) {
+                loader->batch(s, 2, again.data(), ignored.data());
+                for (int i : {0, 1}) seen.insert({again.begin() + i * T, again.begin() + (i + 1) * T}), drawn++;
+            }
+        }
+        for (uint64_t s = 10; s < 2000; s++)
+            for (Loader* loader : {&a, &val}) loader->batch(s, 1, again.data(), ignored.data()), seen.insert({again.begin(), again.begin() + T}), drawn++;
+        CHECK(seen.size() == drawn);
+    }
+
+    TEST_CASE("Ablating a sub-layer gives bit for bit the loss of a model whose branch ends in a matrix of zeros, and predictions are those of the logits") {
+        for (int p = 0; p < NUM_PLACEMENTS; p++) {
+            ModelConfig c = small_config(NormPlacement(p), 6, 12, 3);
+            auto tokens = random_tokens(18, c.V, 1), targets = random_tokens(18, c.V, 2);
+            std::vector<int> predictions(18);
+            for (int l = 0; l < c.L; l++) {
+                Model model(c, 2, 9, {0});
+                initialise_for_test(model, 3);
+                double whole = model.evaluate(tokens.data(), targets.data(), 2, predictions.data());
+                model.ablated = l;
+                double ablated = model.evaluate(tokens.data(), targets.data(), 2);
+                model.ablated = -1;
+                SublayerTensors w = model.weights(l);
+                std::fill_n(w[is_attention(l) ? ATTPROJW : FCPROJW], size_t(c.C) * size_t(c.C) * (is_attention(l) ? 1 : 4), real(0));
+                CHECK_MESSAGE(model.evaluate(tokens.data(), targets.data(), 2) == ablated, placements[p].name << " sub-layer " << l);
+                CHECK(whole != ablated);
+            }
+            Model model(c, 2, 9, {0});
+            initialise_for_test(model, 3);
+            DebugState<real> state;
+            model.forward_backward(tokens.data(), targets.data(), 2, 1, &state);
+            for (size_t i = 0; i < 18; i++) {
+                const real* row = &state.logits[i * size_t(c.V)];
+                CHECK(predictions[i] == std::max_element(row, row + c.V) - row);
+            }
         }
     }
 

@@ -115,8 +115,9 @@ private:
     DeviceArray<T> memory;
 };
 
-DeviceArray<int> upload(const std::vector<int>& values) {
-    DeviceArray<int> array(values.size());
+template <class T>
+DeviceArray<T> upload(const std::vector<T>& values) {
+    DeviceArray<T> array(values.size());
     device().copy(array.data(), values.data(), values.size());
     device().synchronize();
     return array;
@@ -164,18 +165,37 @@ void set_parameters(Trainer& trainer, const std::vector<float>& params) {
     trainer.model.device.copy(trainer.model.params.data(), params.data(), params.size());
     trainer.model.parameters_changed();
 }
+#ifdef CUDA_ON_CPU
+// Each buffer is an allocation of its own here, so that the headers' guards catch an index beyond it.
+[[maybe_unused]] const bool separate_buffers = (Model::one_allocation = false, true);
+#endif
+
 // Fills all that a forward or a backward must write before it reads.
 void poison(Model& model) {
-    Model::each_buffer(model.config, model.layout.count, model.B, model.T, model.recompute, [&]<class T>(const char*, DeviceArray<T> Model::* buffer, size_t) {
-        if constexpr (std::is_same_v<T, UpdateChunk>) return;
+    Model::Counts counts(model.layout, model.gradient_layout, model.types);
+    Model::each_buffer(model.config, counts, model.B, model.T, model.recompute, [&]<class T>(const char*, DeviceArray<T> Model::* buffer, size_t) {
+        if constexpr (std::is_same_v<T, UpdateChunk> || std::is_same_v<T, long long>) return;
         if constexpr (std::is_same_v<T, float>)
             if (buffer == &Model::params || buffer == &Model::grads || buffer == &Model::m || buffer == &Model::v) return;
+        if constexpr (std::is_same_v<T, __nv_bfloat16>)
+            if (buffer == &Model::grads_bf16 || buffer == &Model::m_bf16 || buffer == &Model::v_bf16) return;
         if (BRANCH_BF16 && (model.*buffer).data() == static_cast<void*>(model.branch_params())) return;
         if ((model.*buffer).size()) CUDA(cudaMemsetAsync((model.*buffer).data(), 0xFF, (model.*buffer).size() * sizeof(T), model.device.stream));
     });
 }
 std::vector<float> host(const DeviceArray<float>& array) { return download(array.data(), array.size()); }
 std::vector<float> host(const cpu::Buffer<float>& buffer) { return {buffer.data(), buffer.data() + buffer.size()}; }
+
+std::vector<std::vector<std::string>> read_csv(const std::string& path) {
+    std::ifstream in(path);
+    std::vector<std::vector<std::string>> rows;
+    for (std::string line; std::getline(in, line);) {
+        std::stringstream cells(line);
+        rows.emplace_back();
+        for (std::string cell; std::getline(cells, cell, ',');) rows.back().push_back(cell);
+    }
+    return rows;
+}
 
 // Text to train on: it repeats itself enough to be learnt, and too little to be known after a step.
 struct TestData {
@@ -202,7 +222,11 @@ Outcome run_steps(Trainer& trainer, const TestData& data, int64_t first, int64_t
         StepResult result = trainer.step(loader, step, nullptr);
         outcome.losses.push_back(result.loss), outcome.losses.push_back(result.norm);
     }
-    outcome.params = host(trainer.model.params), outcome.m = host(trainer.model.m), outcome.v = host(trainer.model.v);
+    outcome.params = host(trainer.model.params);
+    std::vector<float> states(3 * outcome.params.size());
+    trainer.snapshot(states.data());
+    auto from = states.begin() + std::ptrdiff_t(outcome.params.size());
+    outcome.m.assign(from, from + std::ptrdiff_t(outcome.params.size())), outcome.v.assign(from + std::ptrdiff_t(outcome.params.size()), states.end());
     return outcome;
 }
 
@@ -420,7 +444,7 @@ TEST_SUITE("layers") {
             Field<float> wide_out(out.size()), dw_gpu(dw);
             matmul_forward(device(), out_gpu.data(), in_gpu.data(), w_gpu.data(), size_t(rows), size_t(K), size_t(N));
             matmul_forward(device(), wide_out.data(), in_gpu.data(), w_gpu.data(), size_t(rows), size_t(K), size_t(N));
-            matmul_backward(device(), din_gpu.data(), dw_gpu.data(), dout_gpu.data(), in_gpu.data(), w_gpu.data(), size_t(rows), size_t(K), size_t(N));
+            matmul_backward(device(), din_gpu.data(), {dw_gpu.data(), nullptr, nullptr, 0, {}}, dout_gpu.data(), in_gpu.data(), w_gpu.data(), size_t(rows), size_t(K), size_t(N));
             std::string at = format("rows %d K %d N %d", rows, K, N);
             compare_branch("out, " + at, out, out_gpu.values());
             compare("out in FP32, " + at, out, wide_out.values());
@@ -559,11 +583,32 @@ TEST_SUITE("layers") {
                 logits[size_t(where)] = NAN;
                 Field<branch_t> in(logits);
                 Field<float> losses(2);
-                cross_entropy(device(), losses.data(), in.data(), upload({1, 1}).data(), 2, V, int(Vp), true, 1);
+                cross_entropy(device(), losses.data(), in.data(), upload<int>({1, 1}).data(), 2, V, int(Vp), true, 1);
                 auto found = losses.values();
                 CHECK_MESSAGE(std::isnan(found[0]), "V " << V << ", NaN at " << where << ": loss " << found[0]);
                 CHECK_MESSAGE(std::isfinite(found[1]), "V " << V << ": the other row's loss " << found[1]);
             }
+    }
+
+    TEST_CASE("Predictions are the likeliest tokens, of equals the lower, as the CPU's, and padding is never one") {
+        struct { size_t rows; int V; } shapes[] = {{5, 11}, {1, 1}, {70, 256}, {9, 129}, {3, 50257}};
+        for (auto [rows, V] : shapes) {
+            size_t Vp = round_up(size_t(V), 128);
+            auto logits = random_branch(rows * Vp, 1);
+            for (size_t i = 0; i < logits.size(); i++)
+                if (i % Vp >= size_t(V)) logits[i] = 1e30f;
+            for (size_t v = 0; v < size_t(V); v++) logits[v] = in_branch(v % 7 == 3 || V < 7 ? 5 : -5);  // equals, the lowest of them 3
+            std::vector<int> guarded(rows + 8, -7);
+            DeviceArray<int> found = upload(guarded);
+            Field<branch_t> in(logits);
+            predict(device(), found.data(), in.data(), rows, V, int(Vp));
+            auto predictions = download(found.data(), guarded.size());
+            for (size_t i = 0; i < guarded.size(); i++) {
+                auto row = logits.begin() + std::ptrdiff_t(i * Vp);
+                int expected = i < rows ? int(std::max_element(row, row + V) - row) : -7;
+                CHECK_MESSAGE(predictions[i] == expected, "row " << i << " of " << rows << ", V " << V);
+            }
+        }
     }
 
     template <class T, bool squares>
@@ -621,7 +666,7 @@ TEST_SUITE("optimizer") {
                 double norm = cpu::gradient_norm(expected.model);
                 REQUIRE((norm > 0.06 && norm < 10));  // of the three only 0.05 clips
                 cpu::adamw_update(expected.model, run, 4, norm);
-                trainer.begin_step(4);
+                trainer.upload_updates(3), trainer.begin_step(4, 0);
                 trainer.model.update();
                 auto found = host(trainer.model.params), wanted = host(expected.model.params);
                 std::string at = format("C %d, clip %g", c.C, clip);
@@ -648,7 +693,7 @@ TEST_SUITE("optimizer") {
                 auto params = test_parameters(trainer.model.layout, 3), grads = random_floats(n, 4), moment = random_floats(n, 5);
                 if (!in_loss) grads[n / 2] = float(bad);
                 set_parameters(trainer, params);
-                trainer.begin_step(1);
+                trainer.begin_step(1, 0);
                 Device& device = trainer.model.device;
                 device.copy(trainer.model.grads.data(), grads.data(), n), device.copy(trainer.model.m.data(), moment.data(), n), device.copy(trainer.model.v.data(), moment.data(), n);
                 if (in_loss) device.copy(&trainer.model.state.data()->loss_sum, &bad, 1);
@@ -657,6 +702,8 @@ TEST_SUITE("optimizer") {
                 CHECK(same_bits(moment, host(trainer.model.m)));
                 CHECK(same_bits(moment, host(trainer.model.v)));
                 CHECK_FALSE(download(trainer.model.state.data(), 1)[0].finite);
+                CHECK(download(trainer.model.updates.data(), 1)[0] == 0);
+                for (float g : host(trainer.model.grads)) REQUIRE(g == 0);
             }
 
         // a whole step
@@ -685,17 +732,118 @@ TEST_SUITE("optimizer") {
             }
     }
 
-    TEST_CASE("Rounding to the branch's type and differences are right to the last bit, and end where they must") {
+    // What the kernels draw, from the words that their comments name.
+    float rounded_by(float x, uint32_t random) { return std::bit_cast<float>((std::bit_cast<uint32_t>(x) + (random & 0xFFFF)) & 0xFFFF0000u); }
+    float nearest_bf16(float x) { return float(__nv_bfloat16(x)); }
+
+    TEST_CASE("Stochastic rounding adds what its counter draws, to the bit, and is right on average; infinity and NaN stay") {
+        for (auto [n, first] : {std::pair{size_t(4096), size_t(8)}, {size_t(333), size_t(5)}}) {
+            uint64_t seed = (uint64_t(3) << 33) + 1;
+            auto g = random_floats(n, 1), addend = random_floats(n, 2, 1e-3);
+            for (float& value : g) value = nearest_bf16(value);
+            std::vector<__nv_bfloat16> stored(g.begin(), g.end());
+            addend[7] = INFINITY, addend[9] = NAN;
+            DeviceArray<__nv_bfloat16> g_gpu = upload(stored);
+            Field<float> addend_gpu(addend);
+            StepSettings settings{};
+            settings.seed = seed;
+            auto settings_gpu = upload(std::vector<StepSettings>{settings});
+            auto updates = upload(std::vector<long long>{41});
+            auto micro_batch = upload(std::vector<int>{6});
+            RoundingState rounding{settings_gpu.data(), updates.data(), micro_batch.data()};
+            bool fours = n % 4 == 0 && first % 4 == 0;
+            launch(fours ? add_rounded_kernel<4> : add_rounded_kernel<1>, ceil_div(n / (fours ? 4 : 1), THREADS), THREADS, 0, device().stream, g_gpu.data(), addend_gpu.data(), n,
+                   first, rounding);
+            auto found = download(g_gpu.data(), n);
+            double error = 0, squares = 0;
+            size_t up = 0;
+            for (size_t i = 0; i < n; i++) {
+                float sum = g[i] + addend[i], value = float(found[i]);
+                if (i == 7 || i == 9) {
+                    CHECK((i == 7 ? value == INFINITY : std::isnan(value)));
+                    continue;
+                }
+                size_t e = first + i;
+                REQUIRE(value == rounded_by(sum, philox(seed, uint32_t(e / 4), 6 << 8, 41, STREAM_GRADIENTS).word[e % 4]));
+                error += double(value) - double(sum), squares += std::pow(double(value) - double(sum), 2), up += std::fabs(value) > std::fabs(sum);
+            }
+            CHECK_MESSAGE(std::fabs(error) < 4 * std::sqrt(squares), "mean error " << error / double(n) << " of " << std::sqrt(squares / double(n)) << " each");
+            CHECK((up > n / 3 && up < 2 * n / 3));
+        }
+    }
+
+    TEST_CASE("With BF16 moments and gradients an update is FP32's, and what is stored is its moments rounded by their counter") {
+        for (const ModelConfig& c : {odd_config(), test_config(KEEL, 4, 64, 1, 300, 5)}) {
+            RunConfig run = test_run(c, 1, 3), narrow = run;
+            narrow.types = {true, true};
+            run.seed = narrow.seed = 77, run.clip = narrow.clip = 0;
+            Trainer wide_trainer(run), trainer(narrow);
+            const ParameterLayout& layout = trainer.model.layout;
+            size_t n = layout.count;
+            auto params = test_parameters(layout, 3), grads = random_floats(n, 4, 1e-3), m = random_floats(n, 5, 1e-3), v = random_floats(n, 6, 1e-6);
+            for (size_t i = 0; i < n; i++) grads[i] = nearest_bf16(grads[i]), m[i] = nearest_bf16(m[i]), v[i] = nearest_bf16(std::fabs(v[i]));
+            set_parameters(wide_trainer, params), set_parameters(trainer, params);
+            Device &wide = wide_trainer.model.device, &device = trainer.model.device;
+            wide.copy(wide_trainer.model.grads.data(), grads.data(), n), wide.copy(wide_trainer.model.m.data(), m.data(), n), wide.copy(wide_trainer.model.v.data(), v.data(), n);
+            std::vector<__nv_bfloat16> m_bf16(m.begin(), m.end()), v_bf16(v.begin(), v.end());
+            device.copy(trainer.model.m_bf16.data(), m_bf16.data(), n), device.copy(trainer.model.v_bf16.data(), v_bf16.data(), n);
+            const GradientLayout& places = trainer.model.gradient_layout;
+            for (const TensorInfo& t : layout.tensors) {
+                std::vector<__nv_bfloat16> half(grads.begin() + std::ptrdiff_t(t.offset), grads.begin() + std::ptrdiff_t(t.offset + t.size()));
+                if (places.in_bf16(t.id)) device.copy(trainer.model.grads_bf16.data() + places.of(t), half.data(), t.size());
+                else device.copy(trainer.model.grads.data() + places.of(t), &grads[t.offset], t.size());
+                device.synchronize();
+            }
+            std::vector<float> gathered(n);
+            trainer.model.copy_gradients(gathered.data());
+            CHECK(same_bits(gathered, grads));
+            for (Trainer* each : {&wide_trainer, &trainer}) each->upload_updates(3), each->begin_step(4, 0), each->model.update(), each->model.device.synchronize();
+            StepState a = download(wide_trainer.model.state.data(), 1)[0], b = download(trainer.model.state.data(), 1)[0];
+            CHECK(std::fabs(a.norm / b.norm - 1) < 1e-6);  // two sums instead of one
+            CHECK((a.clip == 1 && b.clip == 1));
+            std::vector<float> wanted(3 * n), found(3 * n);
+            wide_trainer.snapshot(wanted.data()), trainer.snapshot(found.data());
+            for (size_t i = 0; i < n; i++) REQUIRE(wanted[i] == found[i]);
+            for (size_t e = 0; e < n; e++) {
+                uint32_t word = philox(77, uint32_t(e / 4), 0, 4, STREAM_MOMENTS).word[e % 4];
+                REQUIRE(found[n + e] == rounded_by(wanted[n + e], word));
+                REQUIRE(found[2 * n + e] == rounded_by(wanted[2 * n + e], word >> 16));
+            }
+            trainer.model.copy_gradients(gathered.data());
+            for (float g : gathered) REQUIRE(g == 0);
+        }
+    }
+
+    TEST_CASE("Rounding to the branch's type is right to the last bit, and ends where it must") {
         for (size_t n : {size_t(1), size_t(255), size_t(1000)}) {
-            auto a = random_floats(n, 1), b = random_floats(n, 2);
-            Field<float> a_gpu(a), b_gpu(b);
+            auto a = random_floats(n, 1);
+            Field<float> a_gpu(a);
             Field<branch_t> rounded(n);
             launch(round_kernel, ceil_div(n, THREADS), THREADS, 0, device().stream, rounded.data(), a_gpu.data(), n);
-            launch(difference_kernel, ceil_div(n, THREADS), THREADS, 0, device().stream, a_gpu.data(), b_gpu.data(), n);
-            auto found_rounded = rounded.values(), found_difference = a_gpu.values();
-            for (size_t i = 0; i < n; i++) {
-                REQUIRE(found_rounded[i] == in_branch(a[i]));
-                REQUIRE(found_difference[i] == b[i] - a[i]);
+            auto found = rounded.values();
+            for (size_t i = 0; i < n; i++) REQUIRE(found[i] == in_branch(a[i]));
+        }
+    }
+
+    TEST_CASE("The probe's sums of squares are those of each tensor's elements, or of their differences, wherever the tensor starts and ends") {
+        Comparison compare("sums of squares", 1e-12);  // in double
+        Trainer trainer(test_run(small_config(HYBRIDNORM, 4, 300, 9), 1, 9));
+        const ParameterLayout& layout = trainer.model.layout;
+        trainer.begin_probe();
+        auto a = random_floats(layout.count, 1), b = random_floats(layout.count, 2);
+        Field<float> a_gpu(a), b_gpu(b);
+        trainer.model.device.copy(trainer.model.params.data(), a.data(), a.size());
+        for (bool difference : {false, true}) {
+            auto found = trainer.tensor_squares({trainer.model.params.data(), difference ? b_gpu.data() : nullptr, nullptr, nullptr});
+            REQUIRE(found.size() == layout.tensors.size());
+            for (size_t i = 0; i < found.size(); i++) {
+                const TensorInfo& t = layout.tensors[i];
+                double expected = 0;
+                for (size_t e = t.offset; e < t.offset + t.size(); e++) {
+                    float value = a[e] - (difference ? b[e] : 0);
+                    expected += double(value) * double(value);
+                }
+                compare.error(t.name, std::fabs(found[i] / expected - 1));
             }
         }
     }
@@ -794,6 +942,38 @@ TEST_SUITE("model") {
         // cuBLASLt may add in another order for another number of rows
         Comparison compare("chunks against one", BRANCH_TOLERANCE);
         for (const CheckRow& row : compare_debug_states(states[0], states[1])) compare.error(row.name, row.error);
+    }
+
+    TEST_CASE("Ablating a sub-layer gives bit for bit the loss of a model whose branch ends in a matrix of zeros, and predictions are those of the logits") {
+        for (NormPlacement norm : {KEEL, PRE, POST, HYBRIDNORM})
+            for (int level : {0, 1, 2}) {
+                RunConfig run = test_run(small_config(norm, 6, 300, 24), 2, 24, 1, {level});
+                Trainer trainer(run);
+                auto params = test_parameters(trainer.model.layout, 3);
+                auto tokens = random_tokens(48, 300, 1), targets = random_tokens(48, 300, 2);
+                for (int l : {0, 1, 4, 5}) {
+                    set_parameters(trainer, params);
+                    trainer.ablate(l);
+                    double ablated = trainer.evaluate(tokens.data(), targets.data(), 2);
+                    trainer.ablate(-1);
+                    double whole = trainer.evaluate(tokens.data(), targets.data(), 2);
+                    auto zeroed = params;
+                    size_t at = trainer.model.layout.offset(is_attention(l) ? ATTPROJW : FCPROJW, l);
+                    std::fill_n(zeroed.begin() + std::ptrdiff_t(at), size_t(run.model.C) * size_t(run.model.C) * (is_attention(l) ? 1 : 4), 0.0f);
+                    set_parameters(trainer, zeroed);
+                    CHECK_MESSAGE(trainer.evaluate(tokens.data(), targets.data(), 2) == ablated, placements[norm].name << " sub-layer " << l);
+                    CHECK(whole != ablated);
+                }
+                std::vector<int> predictions(48);
+                trainer.evaluate(tokens.data(), targets.data(), 2, predictions.data());
+                DebugState<float> state;
+                state.tokens = tokens, state.targets = targets;
+                trainer.debug_pass(state, 2, 24);
+                for (size_t i = 0; i < 48; i++) {
+                    const float* row = &state.logits[i * 300];
+                    CHECK(predictions[i] == std::max_element(row, row + 300) - row);
+                }
+            }
     }
 
     TEST_CASE("Validation of fewer sequences than the micro-batch holds gives the CPU's loss") {
@@ -938,6 +1118,7 @@ TEST_SUITE("training") {
         TestData data;
         for (NormPlacement norm : {KEEL, HYBRIDNORM}) {
             RunConfig run = test_run(small_config(norm, 4, 256, 16), 2, 16, 2);
+            run.types = {norm == HYBRIDNORM, norm == HYBRIDNORM};
             Trainer eager(run), replayed(run);
             eager.use_graphs = false;
             eager.initialise(1), replayed.initialise(1);
@@ -981,7 +1162,7 @@ TEST_SUITE("training") {
                     Trainer trainer(run);
                     trainer.initialise(1);
                     poison(trainer.model);
-                    trainer.begin_step(1);
+                    trainer.begin_step(1, 0);
                     for (int micro = 0; micro < accumulation; micro++) {
                         trainer.stage_batch(loader, uint64_t(micro) * 2, micro);
                         trainer.micro_batch();
@@ -997,25 +1178,103 @@ TEST_SUITE("training") {
             }
     }
 
+#ifdef CUDA_ON_CPU  // a card shows the same at full width by its losses
+    TEST_CASE("At 1024 sub-layers every level of recomputation gives the gradients of none, bit for bit, and takes the memory of its plan") {
+        TestData data;
+        std::vector<float> expected;
+        size_t last = SIZE_MAX;
+        for (int level : {0, -1, 1, 32}) {
+            RunConfig run = test_run(test_config(KEEL, 1024, bf16 ? 64 : 16, 1, 256, 4), 1, 4, 1, {level});
+            size_t before = cuda_on_cpu::memory().used;
+            Trainer trainer(run);
+            size_t planned = total_bytes(Trainer::memory_rows(run)), taken = cuda_on_cpu::memory().used - before;
+            CHECK_MESSAGE((taken <= planned + 512 * 64 && planned <= taken + 512 * 64), "-r " << Recompute{level}.name() << ": planned " << planned << ", taken " << taken);
+            CHECK(planned < last);
+            last = planned;
+            trainer.initialise(1);
+            poison(trainer.model);
+            trainer.begin_step(1, 0);
+            trainer.stage_batch(data.loader(run), 0, 0);
+            trainer.micro_batch();
+            auto grads = host(trainer.model.grads);
+            if (level == 0) expected = grads;
+            CHECK_MESSAGE(same_bits(expected, grads), "-r " << Recompute{level}.name() << ": gradients differ by " << relative_error(expected, grads));
+        }
+    }
+#endif
+
     TEST_CASE("A run that goes on from a training state has the bits of one that never stopped") {
         TestData data;
-        RunConfig run = test_run(small_config(KEEL, 4, 256, 16), 2, 16, 2, {2});
-        Trainer whole(run);
-        whole.initialise(1);
-        run_steps(whole, data, 1, 3);
-        Options o;
-        o.train = {data.source.files[0].path};
-        std::string path = data.folder.path + "/state.bin";
-        write_state(path, whole, run, 3, DataSplit(o));
-        Outcome expected = run_steps(whole, data, 4, 6);
+        for (StateTypes types : {StateTypes{}, StateTypes{true, false}, StateTypes{false, true}, StateTypes{true, true}}) {
+            RunConfig run = test_run(small_config(KEEL, 4, 256, 16), 2, 16, 2, {2});
+            run.types = types;
+            Trainer whole(run);
+            whole.initialise(1);
+            run_steps(whole, data, 1, 3);
+            Options o;
+            o.train = {data.source.files[0].path};
+            std::string path = data.folder.path + "/state.bin";
+            write_state(path, whole, run, 3, DataSplit(o));
+            Outcome expected = run_steps(whole, data, 4, 6);
 
-        Trainer resumed(run);
-        FileReader file(path, FILE_STATE);
-        resumed.read_parameters(file), resumed.read_moments(file);
-        file.finish();
-        CHECK(file.header.get<int64_t>(H_STEP) == 3);
-        CHECK(file.header.word[H_BRANCH_BF16] == bf16);
-        CHECK(run_steps(resumed, data, 4, 6) == expected);
+            FileReader file(path, FILE_STATE);
+            RunConfig stored = resolve_run({}, &file.header, 0);
+            CHECK(stored.types.moments_bf16 == types.moments_bf16);
+            CHECK(stored.types.grads_bf16 == types.grads_bf16);
+            Trainer resumed(stored);
+            resumed.read_parameters(file), resumed.read_moments(file);
+            file.finish();
+            CHECK(file.header.get<int64_t>(H_STEP) == 3);
+            CHECK(file.header.word[H_BRANCH_BF16] == bf16);
+            CHECK_MESSAGE(run_steps(resumed, data, 4, 6) == expected, "BF16 moments " << types.moments_bf16 << ", gradients " << types.grads_bf16);
+        }
+    }
+
+    TEST_CASE("A step that is started while the one before is in flight has the bits of steps one at a time, a skipped one among them too") {
+        TestData data;
+        for (int accumulation : {1, 3}) {
+            RunConfig run = test_run(small_config(KEEL, 4, 256, 16), 2, 16, accumulation);
+            Trainer together(run), alone(run);
+            Loader loader = data.loader(run);
+            together.initialise(1), alone.initialise(1);
+            run_steps(together, data, 1, 2), run_steps(alone, data, 1, 2);
+            for (Trainer* trainer : {&together, &alone}) {  // the third is skipped
+                float not_finite = INFINITY;
+                trainer->model.device.copy(trainer->model.grads.data() + 5, &not_finite, 1);
+                trainer->model.device.synchronize();
+            }
+            Outcome expected = run_steps(alone, data, 3, 8), found;
+            for (int64_t step = 3; step <= 8; step++) {
+                together.start(loader, step, nullptr);
+                if (step == 3) continue;
+                StepResult result = together.finish();
+                found.losses.push_back(result.loss), found.losses.push_back(result.norm);
+            }
+            StepResult last = together.finish();
+            found.losses.push_back(last.loss), found.losses.push_back(last.norm);
+            CHECK(!std::isfinite(found.losses[1]));
+            CHECK(std::isfinite(found.losses[3]));
+            CHECK(same_bits(expected.losses, found.losses));
+            CHECK(same_bits(expected.params, host(together.model.params)));
+            CHECK(download(together.model.updates.data(), 1)[0] == 7);
+        }
+    }
+
+    TEST_CASE("BF16 moments and gradients learn as FP32 ones do, and differ from them") {
+        TestData data;
+        double fp32_loss = 0;
+        for (StateTypes types : {StateTypes{}, StateTypes{true, false}, StateTypes{false, true}, StateTypes{true, true}}) {
+            RunConfig run = test_run(small_config(KEEL, 8, 256, 16), 2, 16, 4);
+            run.types = types, run.steps = 40;
+            Trainer trainer(run);
+            trainer.initialise(1);
+            Outcome outcome = run_steps(trainer, data, 1, 40);
+            double loss = 0;
+            for (size_t i = 60; i < 80; i += 2) loss += outcome.losses[i] / 10;
+            if (!types.moments_bf16 && !types.grads_bf16) fp32_loss = loss;
+            else CHECK(loss != fp32_loss);
+            CHECK_MESSAGE(std::fabs(loss / fp32_loss - 1) < 0.02, "BF16 moments " << types.moments_bf16 << ", gradients " << types.grads_bf16 << ": loss " << loss << ", FP32's " << fp32_loss);
+        }
     }
 
     TEST_CASE("A model file of one trainer gives the other the same parameters") {
@@ -1031,17 +1290,6 @@ TEST_SUITE("training") {
         CHECK(same_bits(host(trainer.model.params), host(other.model.params)));
     }
 
-    std::vector<std::vector<std::string>> read_csv(const std::string& path) {
-        std::ifstream in(path);
-        std::vector<std::vector<std::string>> rows;
-        for (std::string line; std::getline(in, line);) {
-            std::stringstream cells(line);
-            rows.emplace_back();
-            for (std::string cell; std::getline(cells, cell, ',');) rows.back().push_back(cell);
-        }
-        return rows;
-    }
-
     TEST_CASE("The probe writes the CPU's figures, and a probed step leaves the bits of one that is not") {
         // six digits are written; in BF16 a norm of gradients differs as its tensor does
         Comparison compare("figures", bf16 ? 3e-2 : 1e-4);
@@ -1053,8 +1301,9 @@ TEST_SUITE("training") {
                 cpu::Trainer expected(run);
                 Trainer trainer(run), unprobed(run);
                 expected.initialise(1), trainer.initialise(1), unprobed.initialise(1);
-                std::string cpu_path = data.folder.path + "/cpu.csv", gpu_path = data.folder.path + "/gpu.csv";
-                CsvLog cpu_log(cpu_path, PROBE_COLUMNS, -1), gpu_log(gpu_path, PROBE_COLUMNS, -1);
+                std::string cpu_path = data.folder.path + "/cpu", gpu_path = data.folder.path + "/gpu";
+                std::filesystem::create_directory(cpu_path), std::filesystem::create_directory(gpu_path);
+                ProbeLog cpu_log(cpu_path, -1), gpu_log(gpu_path, -1);
                 for (int step = 1; step <= 4; step++) {  // the third comes after the graphs are recorded, the fourth is replayed
                     expected.step(loader, step, step % 2 ? &cpu_log : nullptr);
                     StepResult probed = trainer.step(loader, step, step % 2 ? &gpu_log : nullptr), plain = unprobed.step(loader, step, nullptr);
@@ -1062,15 +1311,17 @@ TEST_SUITE("training") {
                     CHECK_MESSAGE(same_bits(host(trainer.model.params), host(unprobed.model.params)), "step " << step);
                 }
                 CHECK(trainer.micro_step.nodes == unprobed.micro_step.nodes);
-                auto wanted = read_csv(cpu_path), found = read_csv(gpu_path);
-                REQUIRE(wanted.size() == size_t(1 + 2 * run.model.L));
-                REQUIRE(found.size() == wanted.size());
-                CHECK(found[0] == wanted[0]);
-                for (size_t row = 1; row < wanted.size(); row++) {
-                    REQUIRE(found[row].size() == wanted[row].size());
-                    for (size_t i = 0; i < wanted[row].size(); i++) {
-                        if (i < 3) CHECK(found[row][i] == wanted[row][i]);
-                        else compare.error(format("%s -r %d, row %zu, %s", placements[norm].name, level, row, wanted[0][i].c_str()), std::fabs(std::stod(found[row][i]) / std::stod(wanted[row][i]) - 1));
+                for (auto [file, rows] : {std::pair("/probe.csv", size_t(run.model.L)), std::pair("/probe_weights.csv", trainer.model.layout.tensors.size())}) {
+                    auto wanted = read_csv(cpu_path + file), found = read_csv(gpu_path + file);
+                    REQUIRE(wanted.size() == 1 + 2 * rows);
+                    REQUIRE(found.size() == wanted.size());
+                    CHECK(found[0] == wanted[0]);
+                    for (size_t row = 1; row < wanted.size(); row++) {
+                        REQUIRE(found[row].size() == wanted[row].size());
+                        for (size_t i = 0; i < wanted[row].size(); i++) {
+                            if (i < 3) CHECK(found[row][i] == wanted[row][i]);
+                            else compare.error(format("%s -r %d, row %zu, %s", placements[norm].name, level, row, wanted[0][i].c_str()), std::fabs(std::stod(found[row][i]) / std::stod(wanted[row][i]) - 1));
+                        }
                     }
                 }
             }
@@ -1099,6 +1350,76 @@ TEST_SUITE("training") {
 
 // ----------------------------------------------------------------------------------------------------
 TEST_SUITE("memory and machine") {
+    TEST_CASE("Buffers that are parts of one allocation give the bits of buffers of their own") {
+        TestData data;
+        Outcome outcomes[2];
+        bool before = Model::one_allocation;
+        for (bool one : {false, true}) {
+            Model::one_allocation = one;
+            RunConfig run = test_run(small_config(HYBRIDNORM, 4, 256, 16), 2, 16, 2, {2});
+            run.types = {true, true};
+            Trainer trainer(run);
+            CHECK((trainer.model.memory.size() > 0) == one);
+            trainer.initialise(1);
+            outcomes[one] = run_steps(trainer, data, 1, 3);
+        }
+        Model::one_allocation = before;
+        CHECK(outcomes[0] == outcomes[1]);
+    }
+
+    TEST_CASE("--tune measures each product of a step once, writes a table, and a later run takes its algorithms without measuring") {
+        TestData data;
+        std::string path = data.folder.path + "/tune.csv";
+        RunConfig run = test_run(small_config(KEEL, 4, 256, 16), 2, 16);
+        run.tune = path;
+        Outcome first, second;
+        {
+            Trainer trainer(run);
+            trainer.initialise(1);
+            first = run_steps(trainer, data, 1, 3);
+        }
+        auto rows = read_csv(path);
+        REQUIRE(rows.size() > 10);
+        CHECK(rows[0].size() == 13);
+        for (size_t i = 1; i < rows.size(); i++) {
+            REQUIRE(rows[i].size() == 13);
+            CHECK(rows[i][0] == Trainer::properties().name);
+            CHECK(std::stod(rows[i][11]) <= std::stod(rows[i][10]));  // the best of them against the first
+            CHECK(rows[i][12].size() == 128);
+        }
+        std::ifstream in(path);
+        std::string text(std::istreambuf_iterator<char>(in), {});
+        {
+            Trainer trainer(run);
+            trainer.initialise(1);
+            second = run_steps(trainer, data, 1, 3);
+        }
+        std::ifstream again(path);
+        CHECK(text == std::string(std::istreambuf_iterator<char>(again), {}));  // measured anew, the times would be others
+        CHECK(first == second);
+
+        // a row of another GPU stays, and a shape that is missing comes back
+        std::string other = text.substr(0, text.find('\n') + 1) + "Another GPU" + text.substr(text.find(',', text.find('\n')), text.find('\n', text.find('\n') + 1) - text.find(',', text.find('\n')) + 1);
+        data.folder.write("tune.csv", other);
+        {
+            Trainer trainer(run);
+            trainer.initialise(1);
+            CHECK(run_steps(trainer, data, 1, 3) == first);
+        }
+        CHECK(read_csv(path).size() == rows.size() + 1);
+
+        for (auto [bad, wanted] : {std::pair<std::string, std::string>{"", "empty file"}, {"step,loss\n", "expected the columns"}, {text + "a,b\n", "expected 13 columns"},
+                                   {text.substr(0, text.size() - 3) + "\n", "128 hexadecimal digits"}}) {
+            data.folder.write("tune.csv", bad);
+            std::string error = error_of([&] { Trainer trainer(run); });
+            CHECK_MESSAGE(error.find(wanted) != std::string::npos, error);
+            std::ifstream kept(path);
+            CHECK(bad == std::string(std::istreambuf_iterator<char>(kept), {}));
+        }
+        run.tune = data.folder.path + "/nowhere/tune.csv";
+        CHECK(error_of([&] { Trainer trainer(run); }).find("create it first") != std::string::npos);
+    }
+
     TEST_CASE("A shape that the build cannot run is refused with what to turn") {
         auto refusal = [](int C, int H) { return error_of([&] { Trainer::check_model(test_config(KEEL, 4, C, H, 256, 8)); }); };
         CHECK(refusal(most_channels() + 64, 1).find(format("at most %d channels", most_channels())) != std::string::npos);
@@ -1166,6 +1487,7 @@ TEST_SUITE("memory and machine") {
         for (NormPlacement norm : {KEEL, HYBRIDNORM})
             for (int level : {0, -1, 1, 4}) {
                 RunConfig run = test_run(test_config(norm, 8, 256, 4, 300, 128), 2, 128, 1, {level});
+                run.types = {level == -1 || level == 4, level == 1 || level == 4};
                 std::unique_ptr<Trainer> trainer;
                 std::vector<MemoryRow> rows = Trainer::memory_rows(run);
                 check_taken(format("%s -r %d", placements[norm].name, level), total_bytes(rows), rows.size() + 2,

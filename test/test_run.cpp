@@ -87,6 +87,11 @@ struct Place {
     }
 };
 
+Words operator+(Words a, const Words& b) {
+    a.insert(a.end(), b.begin(), b.end());
+    return a;
+}
+
 Result succeeds(const Words& words, const std::map<std::string, std::string>& environment = {}) {
     Result r = run(words, environment);
     REQUIRE_MESSAGE(r.code == 0, words[0] << " " << r.out << r.err);
@@ -394,7 +399,7 @@ TEST_SUITE("the run") {
         CHECK(silent);
     }
 
-    TEST_CASE("--probe writes a row for each sub-layer, and changes no bit") {
+    TEST_CASE("--probe writes a row for each sub-layer and for each tensor, and changes no bit") {
         Place p;
         succeeds(p.tiny({"-o", p / "a", "--probe", "2"})), succeeds(p.tiny({"-o", p / "b"}));
         CHECK(slurp(p / "a/model_00000006.bin") == slurp(p / "b/model_00000006.bin"));
@@ -402,6 +407,97 @@ TEST_SUITE("the run") {
         CHECK(std::count(csv.begin(), csv.end(), '\n') == 1 + 3 * 4);
         CHECK(csv.find("nan") == std::string::npos);
         CHECK(csv.find("2,0,attention,") != std::string::npos);
+        ModelConfig c;
+        c.max_seq_len = 8, c.V = 256, c.L = 4, c.H = 2, c.C = 8;
+        csv = slurp(p / "a/probe_weights.csv");
+        CHECK(csv.starts_with("step,sublayer,tensor,weight_norm,grad_norm,update_norm\n2,-1,wte,"));
+        CHECK(std::count(csv.begin(), csv.end(), '\n') == long(1 + 3 * ParameterLayout(c).tensors.size()));
+        CHECK(csv.find("nan") == std::string::npos);
+    }
+
+    TEST_CASE("hops:K trains without a file, reports the accuracy of each number of lookups at each validation, and resumes to the same folder") {
+        Place p;
+        Words w = {"./train_keel_cpu", "-i", "hops:2", "-L", "4", "-C", "8", "-H", "2", "-b", "2", "-x", "6", "-s", "0", "-v", "2", "-m", "30", "-n", "3", "-o"};
+        Result r = succeeds(w + Words{p / "whole"});
+        CHECK(r.out.find("8 variables in 4 chains, 8 queries of 1 to 2 lookups; 1 whole ones of 64 characters a sequence") != std::string::npos);
+        CHECK(r.out.find("of 60 | by chance 25.0 %") != std::string::npos);
+        std::stringstream csv(slurp(p / "whole/hops.csv"));
+        std::string line;
+        std::getline(csv, line);
+        CHECK(line == "step,hops,accuracy,count");
+        for (int step : {2, 4, 6}) {
+            int count[2], at, hops;
+            double accuracy;
+            for (int h : {1, 2}) {
+                REQUIRE(std::getline(csv, line));
+                REQUIRE(sscanf(line.c_str(), "%d,%d,%lf,%d", &at, &hops, &accuracy, &count[h - 1]) == 4);
+                CHECK(at == step);
+                CHECK(hops == h);
+                CHECK((accuracy >= 0 && accuracy <= 1));
+            }
+            CHECK(count[0] + count[1] == 60);  // 30 batches of 2 programs
+        }
+        CHECK(!std::getline(csv, line));
+
+        fs::copy(p / "whole", p / "part");
+        fs::remove(p / "part/model_00000006.bin"), fs::remove(p / "part/state_00000006_00000.bin");
+        succeeds({"./train_keel_cpu", "-i", "hops:2", "-s", "0", "-y", "-o", p / "part"});
+        for (const char* file : {"model_00000006.bin", "state_00000006_00000.bin", "hops.csv"}) CHECK_MESSAGE(slurp(p / "whole/" + file) == slurp(p / "part/" + file), file);
+        p.fails({"./train_keel_cpu", "-i", "hops:3", "-y", "-o", p / "whole"}, {"-i", "expected hops:2", "found hops:3"});
+        p.fails({"./train_keel_cpu", "-i", p.text, "-y", "-o", p / "whole"}, {"-i", "expected hops:2", "found files"});
+        succeeds(p.tiny({"-o", p / "text"}));
+        p.fails({"./train_keel_cpu", "-i", "hops:2", "-y", "-o", p / "text"}, {"-i", "expected files", "found hops:2"});
+    }
+
+    TEST_CASE("hops:K without a number from 1 to 13, with -j, or in sequences that hold no program is refused; a file of that name is a path") {
+        Place p;
+        for (const char* word : {"hops:0", "hops:14", "hops:", "hops:x", "hops:-1", "hops:+1", "hops:2.5", "hops:99999999999", "hops:3,4"})
+            p.fails({"./train_keel_cpu", "-i", word}, {"-i", "expected hops:K", "from 1 to 13", "found", word});
+        p.fails({"./train_keel_cpu", "-i", "hops:2", "-j", p.text}, {"-j", "expected none", "hops:2", "found"});
+        p.fails({"./train_keel_cpu", "-i", "hops:2", "-t", "62"}, {"-t", "expected at least 63", "found 62"});
+        spill(p / "hops:2", slurp(p.text));
+        succeeds(p.tiny({"-j", p / "hops:2"}));
+    }
+
+    TEST_CASE("--ablate prints and writes the loss without each sub-layer; the whole model's is that of its run's last validation") {
+        Place p;
+        succeeds(p.tiny({"-o", p / "run", "-l", "0.03"}));
+        std::string model = p / "run/model_00000006.bin", before = slurp(model), log = slurp(p / "run/log.csv");
+        Words w = {"./train_keel_cpu", "-i", p.text, "-e", model, "-b", "2", "--ablate"};
+        Result all = succeeds(w + Words{"all", "-o", p / "run"}), printed = succeeds(w + Words{"all"}), one = succeeds(w + Words{"2"});
+        std::string csv = slurp(p / "run/ablate.csv");
+        CHECK(all.out.ends_with(csv));
+        CHECK(printed.out.ends_with(csv));
+        CHECK(std::count(csv.begin(), csv.end(), '\n') == 6);
+        CHECK(csv.starts_with("sublayer,kind,val_loss,perplexity,perplexity_lost\n-1,whole model,"));
+        std::string row = csv.substr(csv.find("\n2,attention,") + 1);
+        CHECK(one.out.ends_with(row.substr(0, row.find('\n') + 1)));
+        CHECK(csv.find("\n3,feed-forward,") != std::string::npos);
+        double loss, whole, perplexity, lost, last_loss = 0;
+        REQUIRE(sscanf(csv.c_str() + csv.find("model,") + 6, "%lf", &loss) == 1);
+        std::string last = log.substr(log.rfind('\n', log.size() - 2) + 1);
+        REQUIRE(sscanf(last.c_str(), "6,%*f,%lf", &last_loss) == 1);
+        CHECK(std::fabs(loss / last_loss - 1) < 1e-6);
+        REQUIRE(sscanf(row.c_str(), "2,attention,%lf,%lf,%lf", &loss, &perplexity, &lost) == 3);
+        REQUIRE(sscanf(csv.c_str() + csv.find("model,") + 6, "%*f,%lf", &whole) == 1);
+        CHECK(perplexity == doctest::Approx(std::exp(loss)));
+        CHECK(lost == doctest::Approx(perplexity - whole).epsilon(1e-3));
+        CHECK(slurp(model) == before);
+        CHECK(slurp(p / "run/log.csv") == log);
+        CHECK(!fs::exists(p / "run/lock"));
+    }
+
+    TEST_CASE("--ablate without a model, with a run to make, or of a sub-layer that is not there is refused") {
+        Place p;
+        succeeds(p.tiny({"-o", p / "run"}));
+        std::string model = p / "run/model_00000006.bin";
+        p.fails(p.tiny({"--ablate", "all"}), {"--ablate", "expected a model with -e", "found none"});
+        Words w = {"./train_keel_cpu", "-i", p.text, "-e", model, "--ablate"};
+        for (const char* which : {"4", "-1", "x", "1.5", "All", "0,1"}) p.fails(w + Words{which}, {"--ablate", "expected", "found"});
+        for (const Words& more : {Words{"--probe", "1", "-o", p / "new"}, Words{"--dump", p / "d.bin"}, Words{"--check", p / "d.bin"}, Words{"--prompt", "a"}, Words{"-x", "3"}})
+            p.fails(w + Words{"all"} + more, {"--ablate", "give one of the two"});
+        p.fails({"./train_keel_cpu", "-i", p.text, "-e", model, "-y", "-o", p / "run", "--ablate", "all"}, {"-y"});
+        p.fails(w + Words{"all", "-j", p / "none"}, {"none"});
     }
 }
 
@@ -505,10 +601,6 @@ TEST_SUITE("sampling alone") {
 }
 
 namespace {
-Words operator+(Words a, const Words& b) {
-    a.insert(a.end(), b.begin(), b.end());
-    return a;
-}
 // The whole folder: names, bytes, logs but for times.
 void same_folder(const std::string& a, const std::string& b, const std::string& what) {
     auto all = [](const std::string& p) {
@@ -770,6 +862,23 @@ TEST_SUITE("the GPU trainer") {
             succeeds(command(p / "killed"));
             CHECK(p.contents() == before);
         }
+    }
+
+    TEST_CASE("It says where its start went, and takes --tune, --moments and --grads, which the CPU trainer refuses") {
+        Place p;
+        Result r = succeeds(wide(p, gpu_bf16, "4", {"-o", p / "run", "--tune", p / "tune.csv", "--moments", "bf16", "--grads=bf16"}));
+        for (const char* words : {"start-up   ", " s to the end of the first step: program ", ", device ", ", weights ", ", first step ", "gradients in BF16", "AdamW's second moment in BF16", "tuned "})
+            CHECK_MESSAGE(r.out.find(words) != std::string::npos, words);
+        CHECK(slurp(p / "tune.csv").starts_with("gpu,cublaslt,"));
+        Result again = succeeds(wide(p, gpu_bf16, "8", {"-o", p / "run", "--tune", p / "tune.csv", "-y"}));
+        CHECK(again.out.find("gradients in BF16") != std::string::npos);  // what is not given comes from the state
+        CHECK(again.out.find("tuned ") == std::string::npos);
+        for (const char* flag : {"--tune", "--moments", "--grads"})
+            p.fails(wide(p, "./train_keel_cpu", "4", {flag, "fp32"}), {flag, "the GPU trainer"});
+        p.fails(wide(p, gpu_bf16, "4", {"--moments", "fp16"}), {"--moments", "expected fp32 or bf16", "fp16"});
+        p.fails(wide(p, gpu_bf16, "4", {"-o", p / "new", "--tune", p.text}), {"--tune", "expected the columns"});
+        succeeds(wide(p, gpu_fp32, "4", {"-o", p / "fp32", "--moments", "bf16"}));
+        p.fails(wide(p, "./train_keel_cpu", "8", {"-o", p / "fp32", "-y"}), {"-y", "FP32 moments", "train_keel_fp32"});
     }
 
     TEST_CASE("Models go from one trainer to the other, and sample the same text; states stay with the build that wrote them") {

@@ -116,8 +116,8 @@ class KeelGPT:
     def branch_input(self, x, l, s):
         return rmsnorm(x, self.params[f"gamma_in[{l}]"]) if s.norm_in else x
 
-    def forward(self, tokens):
-        """tokens (B,T) -> logits (B,T,V), [x_0 .. x_L] each (B,T,C)"""
+    def forward(self, tokens, branches=None):
+        """tokens (B,T) -> logits (B,T,V), [x_0 .. x_L] each (B,T,C). branches, a list, gets (F(u_l), z_l) of each sub-layer."""
         cfg, p = self.cfg, self.params
         x = math.sqrt(cfg.C) * (p["wte"][tokens] + p["wpe"][:tokens.shape[1]])
         xs = [x]
@@ -125,7 +125,10 @@ class KeelGPT:
             s = sub_layer(cfg, l)
             u = self.branch_input(x, l, s).to(self.branch_dtype)
             f = self.attention_branch(u, l, s.norm_qkv) if l % 2 == 0 else self.feed_forward_branch(u, l)
-            z = s.alpha * x + f.to(self.dtype)
+            f = f.to(self.dtype)
+            z = s.alpha * x + f
+            if branches is not None:
+                branches.append((f, z))
             x = rmsnorm(z, p[f"gamma_out[{l}]"]) if s.norm_out else z
             xs.append(x)
         if cfg.norm in keel_file.FINAL_NORM:
@@ -161,6 +164,30 @@ def debug_tensors(model, tokens, targets):
     out.update({"d" + name: g for name, g in zip(model.params, grads[:n])})
     out["dx"] = torch.stack(grads[n:])
     return {name: t.detach().cpu().numpy() for name, t in out.items()}
+
+
+def probe(model, tokens, targets):
+    """What the trainers' --probe writes of one forward and backward pass on (B,T), as its columns are defined in keel_common.h:
+    ([a dict a sub-layer], the parameters' gradients in parameter order). The Jacobians of the shortcuts are multiplied up
+    whole, as (B,T,C) diagonals."""
+    cfg, branches = model.cfg, []
+    logits, xs = model.forward(tokens, branches)
+    fs, zs = zip(*branches)
+    params = list(model.params.values())
+    grads = torch.autograd.grad(cross_entropy(logits, targets), params + xs[:-1] + list(fs))
+    dxs, dfs = grads[len(params):-cfg.L], grads[-cfg.L:]
+    rms = lambda x: x.square().mean().sqrt().item()
+    rows, to_top = [None] * cfg.L, torch.ones_like(xs[0])
+    for l in reversed(range(cfg.L)):
+        s, shortcut = sub_layer(cfg, l), torch.ones_like(xs[0])
+        if s.norm_out:
+            shortcut = model.params[f"gamma_out[{l}]"] * torch.rsqrt(zs[l].square().mean(-1, keepdim=True) + RMS_EPS)
+        shortcut = s.alpha * shortcut
+        to_top = to_top * shortcut
+        gain, gain_to_top = ((j.norm(dim=-1) / math.sqrt(cfg.C)).mean().item() for j in (shortcut, to_top))
+        rows[l] = {"rms_x": rms(xs[l]), "rms_f": rms(fs[l]), "rms_z": rms(zs[l]), "shortcut_gain": gain,
+                   "shortcut_gain_to_top": gain_to_top, "dx_norm": dxs[l].norm().item(), "df_norm": dfs[l].norm().item()}
+    return rows, grads[:len(params)]
 
 
 def relative_error(file, ours):

@@ -3,6 +3,7 @@
 
     test/dumps/NAME.bin     debug states: every norm placement, odd shapes, gains that are not 1
     test/dumps/adamw.csv    ten AdamW steps on some of these batches
+    test/dumps/probe.csv, probe_weights.csv   what --probe writes of two AdamW steps on some of these batches
     test/dumps/init.csv     CRC-32 of initialised tensors, to prove the same bits
 
     python3 dev/reference/make_dumps.py            writes them
@@ -91,6 +92,31 @@ def write_adamw(folder):
                              + [WARMUP, STEPS] + ["%.17g" % v for v in (WEIGHT_DECAY, CLIP)])
 
 
+PROBE_DUMPS = ["keel_small", "pre_small", "post_small", "mixln_small", "hybridnorm_small"]
+
+
+def write_probe(folder):
+    with open(folder / "probe.csv", "w", newline="") as f, open(folder / "probe_weights.csv", "w", newline="") as g:
+        sublayers, weights = (csv.writer(file, lineterminator="\n") for file in (f, g))
+        for dump in PROBE_DUMPS:
+            file = keel_file.read(folder / f"{dump}.bin")
+            model = keel.from_file(folder / f"{dump}.bin")
+            tokens, targets = (torch.from_numpy(np.array(file.tensors[k])).long() for k in ("tokens", "targets"))
+            adamw = keel.AdamW(model.params.values(), WEIGHT_DECAY, CLIP)
+            for step in (1, 2):
+                rows, grads = keel.probe(model, tokens, targets)
+                before = [p.detach().clone() for p in model.params.values()]
+                adamw.step(grads, keel.learning_rate(step, STEPS, 0, PEAK_LR))
+                if f.tell() == 0:
+                    sublayers.writerow(["dump", "step", "peak_lr", "sublayer", *rows[0]])
+                    weights.writerow(["dump", "step", "peak_lr", "tensor", "weight_norm", "grad_norm", "update_norm"])
+                start = [dump, step, "%.17g" % PEAK_LR]
+                for l, row in enumerate(rows):
+                    sublayers.writerow(start + [l] + ["%.17g" % v for v in row.values()])
+                for (name, p), old, grad in zip(model.params.items(), before, grads):
+                    weights.writerow(start + [name] + ["%.17g" % v.norm().item() for v in (old, grad, p.detach() - old)])
+
+
 def write_init(folder):
     configs = [(Config(7, 13, 4, 3, 12, "keel"), 1337), (Config(7, 13, 4, 3, 12, "deepnorm"), 1337),
                (Config(64, 256, 6, 2, 64, "keel"), 0x123456789ABCDEF0),  # the key's high word in use
@@ -110,6 +136,7 @@ def write_all(folder):
     for name, (cfg, B, T) in dump_configs().items():
         write_dump(folder, name, cfg, B, T)
     write_adamw(folder)
+    write_probe(folder)
     write_init(folder)
 
 
@@ -129,13 +156,13 @@ def compare_bin(a, b):
 
 
 def compare_csv(a, b):
-    """None, or what differs. adamw.csv to 1e-11, since ten steps amplify roundings; the rest literally."""
+    """None, or what differs. What is measured to 1e-11, since ten steps amplify roundings; the rest literally."""
     rows_a, rows_b = (list(csv.reader(open(p))) for p in (a, b))
     if len(rows_a) != len(rows_b):
         return f"{len(rows_a)} rows, expected {len(rows_b)}"
     for i, (row_a, row_b) in enumerate(zip(rows_a, rows_b)):
         for column, x, y in zip(rows_a[0], row_a, row_b):
-            measured = i > 0 and column in ("loss", "grad_norm", "lr")
+            measured = i > 0 and (column in ("loss", "lr") or column.startswith(("rms_", "shortcut_")) or column.endswith("_norm"))
             if x != y and not (measured and abs(float(x) - float(y)) <= 1e-11 * abs(float(y))):
                 return f"line {i + 1}, {column}: {x}, expected {y}"
 

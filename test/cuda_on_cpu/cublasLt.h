@@ -309,6 +309,18 @@ inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cu
     return CUBLAS_STATUS_SUCCESS;
 }
 
+inline cublasStatus_t cublasLtMatmulAlgoCheck(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc, cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b,
+                                              cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t d, const cublasLtMatmulAlgo_t* algo,
+                                              cublasLtMatmulHeuristicResult_t* result) {
+    if (!handle) return CUBLAS_STATUS_NOT_INITIALIZED;
+    if (!algo || !result) return CUBLAS_STATUS_INVALID_VALUE;
+    if (cublasStatus_t status = cuda_on_cpu::check_layouts(desc, a, b, c, d)) return status;
+    if (algo->data[0] != 0x6b63) return CUBLAS_STATUS_INVALID_VALUE;
+    *result = {};
+    result->algo = *algo, result->workspaceSize = size_t(algo->data[1]), result->state = CUBLAS_STATUS_SUCCESS, result->wavesCount = 1;
+    return CUBLAS_STATUS_SUCCESS;
+}
+
 inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc, const void* alpha, const void* A, cublasLtMatrixLayout_t a, const void* B,
                                      cublasLtMatrixLayout_t b, const void* beta, const void* C, cublasLtMatrixLayout_t c, void* D, cublasLtMatrixLayout_t d,
                                      const cublasLtMatmulAlgo_t* algo, void* workspace, size_t workspace_bytes, cudaStream_t stream) {

@@ -377,6 +377,12 @@ inline cudaError_t check_launch(const cudaLaunchConfig_t& config, const void* fu
     return cudaSuccess;
 }
 
+inline bool may_overlap(const cudaLaunchConfig_t& config) {
+    for (unsigned i = 0; i < config.numAttrs; i++)
+        if (config.attrs[i].id == cudaLaunchAttributeProgrammaticStreamSerialization && config.attrs[i].val.programmaticStreamSerializationAllowed) return true;
+    return false;
+}
+
 // A pointer argument that is no device pointer would fault on a card. Small numbers may be offsets from null that nobody uses.
 template <class T>
 bool is_host_pointer(T argument) {
@@ -410,7 +416,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
             return cudaErrorIllegalAddress;
         }
         auto launch = std::make_shared<cuda_on_cpu::Launch>(cuda_on_cpu::Launch{
-            function, config->gridDim, config->blockDim, config->dynamicSmemBytes, [kernel, arguments] { std::apply(kernel, arguments); }});
+            function, config->gridDim, config->blockDim, config->dynamicSmemBytes, cuda_on_cpu::may_overlap(*config), [kernel, arguments] { std::apply(kernel, arguments); }});
         return s.enqueue(config->stream, cudaGraphNodeTypeKernel, [launch] { cuda_on_cpu::run_grid(*launch); });
     });
 }

@@ -40,6 +40,7 @@ struct Launch {
     const void* function;
     dim3 grid, block;
     size_t shared_bytes;
+    bool overlaps;  // may start before the kernel before it has ended: each thread must wait for that one
     std::function<void()> body;
 };
 
@@ -59,6 +60,7 @@ struct Fiber {
     unsigned mask = 0;
     std::vector<AsyncCopy> copies;  // issued, not landed
     unsigned groups_committed = 0;
+    bool waited = false;            // for the kernel before
     char* stack = nullptr;  // the guard page, below the stack
     const void* bottom = nullptr;
     size_t size = 0;
@@ -243,6 +245,7 @@ struct Worker {
                 return fail(place(*fibers[self.index / 32 * 32 + unsigned(__builtin_ctz(group.arrived))]) +
                             ": " + operation(group.wait, group.line, group.mask) + ": " + ended_lanes(bit));
         }
+        if (launch->overlaps && !self.waited) return fail(place(self) + ": expected wait_for_predecessor() in each thread of a launch that may overlap the one before, found a thread that ended without");
         if (!self.copies.empty()) fail(place(self) + format(": expected a cp_async_wait for every cp_async_16, found %zu never waited for at the thread's end", self.copies.size()));
     }
 
@@ -326,7 +329,7 @@ struct Worker {
         for (unsigned i = 0; i < threads; i++) {
             Fiber& fiber = *fibers[i];
             if (!same_shape) fiber.thread = {i % shape.x, i / shape.x % shape.y, i / shape.x / shape.y};
-            fiber.started = false, fiber.groups_committed = 0, fiber.copies.clear();
+            fiber.started = fiber.waited = false, fiber.groups_committed = 0, fiber.copies.clear();
             make_ready(fiber);
         }
         switch_to(draw());

@@ -138,4 +138,8 @@ void cp_async_wait() {
     self.copies.erase(self.copies.begin(), self.copies.begin() + std::ptrdiff_t(landed));
 }
 
+// What overlapping launches must do before they touch global memory. Here a kernel starts when the one before has ended; that each thread
+// calls this is checked.
+__forceinline__ void wait_for_predecessor() { cuda_on_cpu::device().current->waited = true; }
+
 inline float fast_exp2(float x) { return exp2f(x); }
