@@ -45,6 +45,8 @@ help:
 	@echo "make train_keel_fp32      the same all in FP32, for comparing"
 	@echo "make train_keel_cpu       the trainer for the CPU, FP32"
 	@echo "make train_keel_cpu_fp64  the same in FP64, the yardstick for gradients"
+	@echo "make lesson               trains seven placements on this machine, about 10 minutes on 2 cores, and writes build/lesson.html: why Post-LN dies, measured"
+	@echo "make figures              draws the figures of dev/results/lesson again, from the tables beside them"
 	@echo "make compare              CPU against GPU, tensor by tensor, both ways; without a GPU its kernels run on the CPU"
 	@echo "make test_gpu             the tests of the GPU trainer, on the GPU that is here"
 	@echo "make crash_test           kills the CPU trainer 210 times, cuts its power, fills its disk, flips bits in its files: each run must end as if nothing had been"
@@ -300,6 +302,25 @@ ptxas:
 bench_cpu: train_keel_cpu
 	-@dev/need.sh libopenblas-dev
 	@dev/bench_cpu.sh
+
+# The lesson: what is finished in build/experiments is not run again. RESULTS=dev/results/lesson builds the page from the committed tables, in seconds.
+LESSON_PYTHON = dev/find_python.sh torch numpy matplotlib plotly
+LESSON_PACKAGES = python3-torch python3-numpy python3-matplotlib python3-plotly
+.PHONY: lesson
+lesson: train_keel_cpu
+	@$(LESSON_PYTHON) >/dev/null 2>&1 || dev/need.sh $(LESSON_PACKAGES)
+ifeq ($(RESULTS),)
+	-@dev/need.sh libopenblas0-pthread
+	@$$($(LESSON_PYTHON)) dev/experiments/run.py all
+	@$$($(LESSON_PYTHON)) dev/experiments/lesson.py --results build/experiments/small --out build/lesson.html
+else
+	@$$($(LESSON_PYTHON)) dev/experiments/lesson.py --results $(RESULTS) --out build/lesson.html
+endif
+
+.PHONY: figures
+figures:
+	@dev/find_python.sh numpy matplotlib >/dev/null 2>&1 || dev/need.sh python3-matplotlib
+	$$(dev/find_python.sh numpy matplotlib) dev/experiments/run.py all --draw --results dev/results/lesson
 
 .PHONY: dumps
 dumps:

@@ -39,6 +39,12 @@ else
     echo "SKIPPED: the data scripts and the GPU's benchmarks: no Python"
     skipped=$((skipped + 2))
 fi
+if python=$(dev/find_python.sh numpy matplotlib 2>/dev/null); then
+    suite "$python" test/test_lesson.py
+else
+    echo "SKIPPED: the experiments and the lesson: no Python with numpy and matplotlib (Debian: python3-matplotlib)"
+    skipped=$((skipped + 1))
+fi
 # Suites that use little more than one core run beside the others, and are told and counted after them.
 beside=(build/test_gpu_bf16_sanitized build/test_gpu_fp32_on_cpu build/test_cuda_on_cpu)
 [ "$python" ] && beside+=("$python test/test_bench_gpu.py")
