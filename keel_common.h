@@ -1996,9 +1996,10 @@ private:
             if (exit_now) stop = true;
             return;
         }
+        // Before the others know: when the first of them ends, a launcher may end us.
+        if (!ours.empty()) fprintf(stderr, "%s%s\n", exit_now ? format("rank %d: ", launch.rank).c_str() : "", ours.c_str());
         if (launch.rank == 0)
             for (Peer& peer : peers) send_message(peer, kind, for_others);
-        if (!ours.empty()) fprintf(stderr, "%s%s\n", exit_now ? format("rank %d: ", launch.rank).c_str() : "", ours.c_str());
         if (launch.rank == 0) usleep(200000);  // the others read before our end becomes theirs
         if (exit_now) _exit(1);
     }
@@ -3491,7 +3492,7 @@ int run_trainer(int argc, const char* const* argv, RankSession<Trainer>& session
     }
     if (!ranks && log && resume_from && !std::filesystem::exists(model_path(o.out, step))) write_model(model_path(o.out, step), trainer, step);
     StopSignals::watch();
-    double rate = trainer.matrix_rate();
+    double rate = first_rank ? trainer.matrix_rate() : 1;  // the others print nothing
     printf("machine    %s, %.0f GFLOP/s in matrix products\n", trainer.machine_name().c_str(), rate * 1e-9);
     if (!init) printf("note       the first loss is not ln V = %.2f: the tied head sees each input token's own embedding\n", std::log(double(config.V)));
 
