@@ -33,8 +33,8 @@ else
     echo "SKIPPED: the dumps against PyTorch, and the reference: no Python with torch and numpy (Debian: python3-torch)"
     skipped=$((skipped + 2))
 fi
-if python=$(dev/find_python.sh json 2>/dev/null); then
-    suite "$python" test/test_data.py
+if any_python=$(dev/find_python.sh json 2>/dev/null); then
+    suite "$any_python" test/test_data.py
 else
     echo "SKIPPED: the data scripts and the GPU's benchmarks: no Python"
     skipped=$((skipped + 2))
@@ -47,7 +47,7 @@ else
 fi
 # Suites that use little more than one core run beside the others, and are told and counted after them.
 beside=(build/test_gpu_bf16_sanitized build/test_gpu_fp32_on_cpu build/test_cuda_on_cpu)
-[ "$python" ] && beside+=("$python test/test_bench_gpu.py")
+[ "$any_python" ] && beside+=("$any_python test/test_bench_gpu.py")
 if dev/cuda.sh nvcc >/dev/null 2>&1; then
     beside+=("dev/ptxas.sh --test")
 else
