@@ -54,6 +54,13 @@ else
     echo "SKIPPED: train_keel.cu under nvcc for sm_80, sm_90 and sm_100: no nvcc (the CUDA Toolkit)"
     skipped=$((skipped + 1))
 fi
+if [ "$(dev/mpi.sh compile)" ] && command -v mpirun >/dev/null; then
+    # a rank that does not come is given up soon
+    beside+=(build/test_ranks test/test_cluster.sh "env CUDA_ON_CPU_NCCL_TIMEOUT=5 $(dev/mpi.sh mpirun 3) build/test_nccl")
+else
+    echo "SKIPPED: several ranks: no MPI (Debian: libopenmpi-dev, openmpi-bin)"
+    skipped=$((skipped + 3))
+fi
 for i in "${!beside[@]}"; do
     start=$SECONDS
     ${beside[i]} >"$logs/$i" 2>&1
