@@ -19,6 +19,7 @@ sys.path[:0] = [str(ROOT / "dev" / "experiments"), str(ROOT / "test")]
 
 import chromium
 import lesson
+import report
 import shared
 
 RUN = [sys.executable, str(ROOT / "dev/experiments/run.py")]
@@ -272,6 +273,13 @@ def test_page(folder):
         page.wait("document.readyState === 'complete'")
         assert any("nothing" in e or "undefined" in e for e in page.errors()), page.errors()
         assert not page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_document(folder):
+    """Every table of dev/doc/lesson.md is what report.py prints of the committed results."""
+    text = (ROOT / "dev/doc/lesson.md").read_text()
+    for name, function in report.TABLES.items():
+        assert report.markdown(*function(COMMITTED)) in text, f"{name}: dev/doc/lesson.md has another table than report.py prints"
 
 
 def test_figures_are_of_the_tables(folder):

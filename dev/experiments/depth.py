@@ -93,7 +93,7 @@ def draw(c):
             points = [(lr, sum(v) / len(v)) for lr, v in zip(lrs, found_at) if v and math.isfinite(sum(v))]
             axes[1].plot(*zip(*points), style, color=colour, ms=4, lw=1.4, label=f"{LABELS[norm]} L = {a[0]}")
         axes[2].plot(range(len(equal)), [found[norm, *a][1] for a in equal], "o-", color=colour, label=LABELS[norm])
-    axes[0].set(xscale="log", xlabel="sub-layers L", title=f"Validation loss at the best learning rate, C = {deep[0][1]}")
+    axes[0].set(xscale="log", xlabel=f"sub-layers L, of {deep[0][1]} channels", title="Validation loss at the best rate")
     axes[0].set_xticks([L for L, _ in deep], [str(L) for L, _ in deep])
     axes[0].minorticks_off()
     axes[0].margins(y=0.15)
@@ -101,7 +101,7 @@ def draw(c):
     axes[1].set_xticks(lrs, [f"{lr:g}" for lr in lrs])
     axes[1].minorticks_off()
     axes[1].legend(fontsize=8)
-    axes[2].set(title=f"Deeper against wider, {6 * equal[0][0] * equal[0][1] ** 2 / 1e6:.2g} M parameters in sub-layers")
+    axes[2].set(title=f"Deeper or wider, {6 * equal[0][0] * equal[0][1] ** 2 / 1e6:.2g} M parameters")
     axes[2].set_xticks(range(len(equal)), [f"L = {L}\nC = {C}" for L, C in equal])
     axes[0].legend()
     save(plt, figure, c.results / "depth.png")

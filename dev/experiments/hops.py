@@ -10,10 +10,10 @@ from shared import COLOURS, LABELS, pyplot, read_csv, save, seeds, training, wri
 
 SIZES = {
     "tiny": dict(K=2, L=[2, 4], C=16, H=2, B=2, lr=3e-3, steps=10, warmup=4, seeds=1, m=2, norms=["keel", "pre"]),
-    "small": dict(K=2, L=[4, 8, 16], C=64, H=2, B=16, lr=3e-3, steps=1500, warmup=150, seeds=1, m=32, norms=["keel", "pre"]),
+    "small": dict(K=2, L=[4, 8, 16], C=64, H=4, B=16, lr=3e-3, steps=800, warmup=100, seeds=1, m=16, norms=["keel", "pre"]),
     "gpu": dict(K=8, L=[16, 32, 64, 128, 512], C=256, H=4, B=128, lr=3e-3, steps=20000, warmup=1000, seeds=1, m=32, norms=["keel", "pre"]),
 }
-NOMINAL_T = 16  # tokens of a program for each lookup, roughly: for the time left alone. The trainer chooses T
+NOMINAL_T = 16  # tokens of a program for each lookup and for its queries, about: for the time left alone. The trainer chooses T
 
 
 def run_of(c, norm, L, seed):
@@ -38,8 +38,8 @@ def collect(c):
         for L in s.L:
             for seed in seeds(s):
                 run = run_of(c, norm, L, seed)
-                # What the trainer says that can be had without a lookup
-                chance = float(re.search(r"without a lookup ([0-9.]+) %", (c.runs / f"{run.name}.txt").read_text())[1]) / 100
+                # The trainer says beside each accuracy what a guess gets
+                chance = float(re.search(r"by chance ([0-9.]+) %", (c.runs / f"{run.name}.txt").read_text())[1]) / 100
                 for row in read_csv(c.runs / run.name / "hops.csv"):
                     rows.append({"norm": norm, "L": L, "K": s.K, "seed": seed, **row, "chance": f"{chance:g}"})
     write_csv(c.results / "hops.csv", rows)
