@@ -498,7 +498,7 @@ struct AccumulationGains {
 AccumulationGains bench_accumulation(Lab& lab, const std::string& shape, const std::vector<Layer>& layers, size_t layers_of_block) {
     AccumulationGains won;
     DeviceArray<StepSettings> settings(1);
-    DeviceArray<long long> updates(1);
+    DeviceArray<UpdateCounts> updates(1);
     DeviceArray<int> micro_batch(1);
     lab.device.zero(settings), lab.device.zero(updates), lab.device.zero(micro_batch);
     for (size_t at = 0; at < layers.size(); at++) {
