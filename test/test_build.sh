@@ -51,6 +51,31 @@ expect "results of a GPU of no known name" results dev/results/gpu.csv ""
 printf '#!/bin/bash\necho "NVIDIA H200"\n' >"$bin/nvidia-smi"
 expect "results of an H200" results dev/results/h200.csv ""
 
+# NCCL beside a toolkit, and MPI: found, and left out where that is asked.
+mkdir -p "$folder/toolkit/bin" "$folder/toolkit/include" "$folder/toolkit/lib64"
+cp "$(type -P true)" "$folder/toolkit/bin/nvcc"
+touch "$folder/toolkit/include/nccl.h" "$folder/toolkit/lib64/libnccl.so"
+found() {  # name, what is printed, what it must hold; "" nothing
+    if [[ -n $3 && $2 == *"$3"* ]] || [[ -z $3 && -z $2 ]]; then
+        passed=$((passed + 1))
+    else
+        failed=$((failed + 1))
+        echo "FAILED: $1: expected '$3', found '$2'"
+    fi
+}
+found "NCCL in the toolkit" "$(NVCC=$folder/toolkit/bin/nvcc dev/cuda.sh nccl compile)" "-DKEEL_NCCL -isystem $folder/toolkit/include"
+found "its library" "$(NVCC=$folder/toolkit/bin/nvcc dev/cuda.sh nccl link)" "-L$folder/toolkit/lib64 -Xlinker -rpath,$folder/toolkit/lib64 -lnccl"
+found "NCCL left out" "$(NCCL=0 NVCC=$folder/toolkit/bin/nvcc dev/cuda.sh nccl compile)" ""
+printf '#!/bin/bash\n[ "$1" = --showme:compile ] && echo "-I %s -pthread"\n[ "$1" = --showme:link ] && echo "-Wl,-rpath -Wl,/lib -lmpi"\n' "$folder/toolkit/include" >"$folder/mpicc"
+chmod +x "$folder/mpicc"
+touch "$folder/toolkit/include/mpi.h"
+found "an MPI" "$(MPICC=$folder/mpicc dev/mpi.sh compile nvcc)" "-DKEEL_MPI -DOMPI_SKIP_MPICXX -DMPICH_SKIP_MPICXX -isystem $folder/toolkit/include"
+found "an MPI's libraries, for nvcc" "$(MPICC=$folder/mpicc dev/mpi.sh link nvcc)" "-Xlinker -rpath -Xlinker /lib -lmpi"
+found "MPI left out" "$(MPI=0 MPICC=$folder/mpicc dev/mpi.sh compile)" ""
+rm "$folder/toolkit/include/mpi.h"
+sed -i "s|$folder/toolkit/include|$folder/none|" "$folder/mpicc"
+found "an MPI whose header is not there" "$(MPICC=$folder/mpicc CXX="g++ -nostdinc" dev/mpi.sh compile)" ""
+
 if dev/cuda.sh nvcc >/dev/null 2>&1 && [ "$(dev/cuda.sh trainer 2>/dev/null)" != train_keel ]; then
     # no optimisation: it will not run a kernel
     # shellcheck disable=SC2046

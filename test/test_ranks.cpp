@@ -75,13 +75,22 @@ Words on_ranks(int n, const Words& words, const Words& options = {}) {
     return all;
 }
 
+// A file of /proc, "" where its process ends meanwhile.
+std::string slurp_proc(const std::string& path) {
+    try {
+        return slurp(path);
+    } catch (const std::exception&) {
+        return "";
+    }
+}
+
 // The processes of the ranks of `binary` that have KEEL_TEST_PLACE=place in their environment.
 std::map<int, pid_t> rank_processes(const std::string& binary, const std::string& place) {
     std::map<int, pid_t> found;
     std::error_code ignored;
     for (const auto& entry : fs::directory_iterator("/proc", ignored)) {
         if (atoi(entry.path().filename().c_str()) == 0) continue;
-        std::string environment = slurp(entry.path().string() + "/environ"), name = "OMPI_COMM_WORLD_RANK=";
+        std::string environment = slurp_proc(entry.path().string() + "/environ"), name = "OMPI_COMM_WORLD_RANK=";
         size_t rank = environment.find(name);
         if (rank == std::string::npos || environment.find("KEEL_TEST_PLACE=" + place) == std::string::npos) continue;
         if (fs::read_symlink(entry.path() / "exe", ignored).filename() != fs::path(binary).filename()) continue;
@@ -277,9 +286,9 @@ TEST_SUITE("the lifeline, without MPI") {
                 std::thread wake([&] {  // what is stopped must go on to be waited for
                     if (strcmp(fate.what, "stopped") != 0) return;
                     usleep(3500000);
-                    for (const auto& entry : fs::directory_iterator("/proc")) {
+                    for (const auto& entry : fs::directory_iterator("/proc", fs::directory_options::skip_permission_denied)) {
                         if (atoi(entry.path().filename().c_str()) == 0) continue;
-                        std::string stat = slurp(entry.path().string() + "/stat");
+                        std::string stat = slurp_proc(entry.path().string() + "/stat");
                         size_t name = stat.rfind(')');
                         if (name != std::string::npos && stat.size() > name + 4 && stat[name + 2] == 'T' && atoi(stat.c_str() + name + 4) == parent) kill(atoi(stat.c_str()), SIGKILL);
                     }
