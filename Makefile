@@ -11,6 +11,16 @@ FLAGS    += -DKEEL_CBLAS
 LIBRARIES = -lopenblas
 endif
 
+# Several ranks, where MPI is there; MPI=0 leaves it out. Programs that the sanitizers, valgrind and the fuzzers look at are built without.
+export MPI MPICC
+MPI_FLAGS     = $$(dev/mpi.sh compile)
+MPI_LIBRARIES = $$(dev/mpi.sh link)
+NCCL_ON_CPU   = $$(dev/mpi.sh compile on_cpu)
+# On GPUs tensors travel by NCCL, and MPI, where it is there, only starts the ranks. NCCL=0 leaves it out.
+export NCCL NCCL_HOME
+NCCL_FLAGS     = $$(dev/cuda.sh nccl compile) $$(dev/mpi.sh compile nvcc)
+NCCL_LIBRARIES = $$(dev/cuda.sh nccl link) $$(dev/mpi.sh link nvcc)
+
 # The CUDA compiler, and code for the GPU that is here or else for sm_80, sm_90, sm_100 and, as PTX, for later ones.
 # --expt-relaxed-constexpr: kernels call the constexpr functions of keel_common.h, such as Philox.
 NVCC     ?= nvcc
@@ -35,6 +45,8 @@ help:
 	@echo "make train_keel_fp32      the same all in FP32, for comparing"
 	@echo "make train_keel_cpu       the trainer for the CPU, FP32"
 	@echo "make train_keel_cpu_fp64  the same in FP64, the yardstick for gradients"
+	@echo "make lesson               trains seven placements on this machine, about 10 minutes on 2 cores, and writes build/lesson.html: why Post-LN dies, measured"
+	@echo "make figures              draws the figures of dev/results/lesson again, from the tables beside them"
 	@echo "make compare              CPU against GPU, tensor by tensor, both ways; without a GPU its kernels run on the CPU"
 	@echo "make test_gpu             the tests of the GPU trainer, on the GPU that is here"
 	@echo "make crash_test           kills the CPU trainer 210 times, cuts its power, fills its disk, flips bits in its files: each run must end as if nothing had been"
@@ -42,6 +54,7 @@ help:
 	@echo "make fuzz                 libFuzzer on each parser and the command line, 60 s each, two at a time; FUZZ_SECONDS=600 for longer"
 	@echo "make gpu_check            all of it on a machine with a GPU, under 8 minutes, ending with a table"
 	@echo "make bench_kernels        each kernel's bandwidth or rate on the GPU that is here, beside a copy, a matrix product and PyTorch's attention"
+	@echo "make bench_products       ways of doing a sub-layer's matrix products, side by side, and what each would win of a step: --tune, GELU epilogues, FP8, small C"
 	@echo "make idle                 how much of a step the GPU waits, and what each kernel takes, at 1024 sub-layers; dev/idle.sh FLAGS for another model"
 	@echo "make bench_gpu            whole steps on the GPU that is here: tokens/s and MFU beside PyTorch's at its best; dev/bench_gpu.sh --help"
 	@echo "make memory_table         what a model takes of a GPU at each level of -r and type of states; MODEL='-L 1024 -C 1024 -t 1024' GIB=135"
@@ -51,7 +64,7 @@ help:
 	@echo "make bench_cpu            training speed and matrix products beside PyTorch and OpenBLAS"
 	@echo "make dumps                writes the reference dumps of test/dumps again, with PyTorch"
 	@echo "make clean                removes what was built"
-	@echo "options: CXX=clang++  CXXFLAGS='-O3 -march=native'  CBLAS=1 (matrix products by OpenBLAS)  NVCC=/path/nvcc  PYTHON=/usr/bin/python3"
+	@echo "options: CXX=clang++  CXXFLAGS='-O3 -march=native'  CBLAS=1 (matrix products by OpenBLAS)  MPI=0 (one rank)  NCCL=0 (one GPU)  NVCC=/path/nvcc  PYTHON=/usr/bin/python3"
 
 .PHONY: train
 train:
@@ -59,19 +72,19 @@ train:
 
 train_keel: train_keel.cu keel_common.h
 	@dev/cuda.sh nvcc >/dev/null
-	$$(dev/cuda.sh nvcc) $(CUDA_FLAGS) -o $@ $< -lcublasLt $$(dev/cuda.sh rpath)
+	$$(dev/cuda.sh nvcc) $(CUDA_FLAGS) $(NCCL_FLAGS) -o $@ $< -lcublasLt $(NCCL_LIBRARIES) $$(dev/cuda.sh rpath)
 
 train_keel_fp32: train_keel.cu keel_common.h
 	@dev/cuda.sh nvcc >/dev/null
-	$$(dev/cuda.sh nvcc) $(CUDA_FLAGS) -DKEEL_FP32 -o $@ $< -lcublasLt $$(dev/cuda.sh rpath)
+	$$(dev/cuda.sh nvcc) $(CUDA_FLAGS) $(NCCL_FLAGS) -DKEEL_FP32 -o $@ $< -lcublasLt $(NCCL_LIBRARIES) $$(dev/cuda.sh rpath)
 
 train_keel_cpu: train_keel_cpu.cpp keel_common.h
 	@dev/need.sh g++
-	$(CXX) $(FLAGS) -o $@ $< $(LIBRARIES)
+	$(CXX) $(FLAGS) $(MPI_FLAGS) -o $@ $< $(LIBRARIES) $(MPI_LIBRARIES)
 
 train_keel_cpu_fp64: train_keel_cpu.cpp keel_common.h
 	@dev/need.sh g++
-	$(CXX) $(FLAGS) -DKEEL_FP64 -o $@ $< $(LIBRARIES)
+	$(CXX) $(FLAGS) $(MPI_FLAGS) -DKEEL_FP64 -o $@ $< $(LIBRARIES) $(MPI_LIBRARIES)
 
 # The tests include the trainer's source without its main, once for each number type.
 build/test_cpu_fp32: test/test_cpu.cpp test/numbers.h train_keel_cpu.cpp keel_common.h | build
@@ -84,6 +97,11 @@ build/test_cpu_fp64: test/test_cpu.cpp test/numbers.h train_keel_cpu.cpp keel_co
 
 # Runs the real binaries: flags, bad input, resume.
 build/test_run: test/test_run.cpp test/files.h keel_common.h | build
+	@dev/need.sh g++ doctest-dev
+	$(CXX) $(FLAGS) -O1 -I. -o $@ $<
+
+# Several ranks of the real binaries, by mpirun.
+build/test_ranks: test/test_ranks.cpp test/files.h keel_common.h | build
 	@dev/need.sh g++ doctest-dev
 	$(CXX) $(FLAGS) -O1 -I. -o $@ $<
 
@@ -128,11 +146,11 @@ build/crash_shim.so: test/crash_shim.cpp test/crash_disk.h test/files.h | build
 # The GPU trainer and its tests, on the CPU ...
 build/train_keel_on_cpu: train_keel.cu keel_common.h $(CUDA_ON_CPU) | build
 	@dev/need.sh g++ libboost-context-dev
-	$(CXX) $(ON_CPU) -o $@ $< $(ON_CPU_LIBRARIES)
+	$(CXX) $(ON_CPU) $(NCCL_ON_CPU) -o $@ $< $(ON_CPU_LIBRARIES) $(MPI_LIBRARIES)
 
 build/train_keel_fp32_on_cpu: train_keel.cu keel_common.h $(CUDA_ON_CPU) | build
 	@dev/need.sh g++ libboost-context-dev
-	$(CXX) $(ON_CPU) -DKEEL_FP32 -o $@ $< $(ON_CPU_LIBRARIES)
+	$(CXX) $(ON_CPU) $(NCCL_ON_CPU) -DKEEL_FP32 -o $@ $< $(ON_CPU_LIBRARIES) $(MPI_LIBRARIES)
 
 GPU_TEST = test/test_gpu.cu test/numbers.h train_keel.cu train_keel_cpu.cpp keel_common.h
 
@@ -151,7 +169,16 @@ build/test_cuda_on_cpu: test/cuda_on_cpu/test_cuda_on_cpu.cpp $(CUDA_ON_CPU) | b
 	@dev/need.sh g++ doctest-dev libboost-context-dev
 	$(CXX) $(ON_CPU) -o $@ $< $(ON_CPU_LIBRARIES)
 
-build/bench_kernels_on_cpu: dev/bench_kernels.cu train_keel.cu train_keel_cpu.cpp keel_common.h $(CUDA_ON_CPU) | build
+# nccl.h over MPI: mpirun -np 3 build/test_nccl
+build/test_nccl: test/cuda_on_cpu/test_nccl.cpp $(CUDA_ON_CPU) | build
+	@dev/need.sh g++ libboost-context-dev libopenmpi-dev openmpi-bin
+	$(CXX) $(ON_CPU) -O1 $(MPI_FLAGS) -o $@ $< $(ON_CPU_LIBRARIES) $(MPI_LIBRARIES)
+
+build/bench_kernels_on_cpu: dev/bench_kernels.cu dev/bench.h train_keel.cu train_keel_cpu.cpp keel_common.h $(CUDA_ON_CPU) | build
+	@dev/need.sh g++ libboost-context-dev
+	$(CXX) $(ON_CPU) -DKEEL_NO_MAIN -o $@ $< $(ON_CPU_LIBRARIES)
+
+build/bench_products_on_cpu: dev/bench_products.cu dev/bench.h train_keel.cu keel_common.h $(CUDA_ON_CPU) | build
 	@dev/need.sh g++ libboost-context-dev
 	$(CXX) $(ON_CPU) -DKEEL_NO_MAIN -o $@ $< $(ON_CPU_LIBRARIES)
 
@@ -175,7 +202,11 @@ build/test_gpu_fp32: $(GPU_TEST) | build
 	@dev/need.sh g++ doctest-dev
 	$$(dev/cuda.sh nvcc) $(CUDA_TEST) -DKEEL_FP32 -o $@ $< -lcublasLt $$(dev/cuda.sh rpath)
 
-build/bench_kernels: dev/bench_kernels.cu train_keel.cu train_keel_cpu.cpp keel_common.h | build
+build/bench_kernels: dev/bench_kernels.cu dev/bench.h train_keel.cu train_keel_cpu.cpp keel_common.h | build
+	@dev/cuda.sh nvcc >/dev/null
+	$$(dev/cuda.sh nvcc) $(CUDA_TEST) -o $@ $< -lcublasLt $$(dev/cuda.sh rpath)
+
+build/bench_products: dev/bench_products.cu dev/bench.h train_keel.cu keel_common.h | build
 	@dev/cuda.sh nvcc >/dev/null
 	$$(dev/cuda.sh nvcc) $(CUDA_TEST) -o $@ $< -lcublasLt $$(dev/cuda.sh rpath)
 
@@ -195,14 +226,15 @@ build/bench_matmul: dev/bench_matmul.cpp train_keel_cpu.cpp keel_common.h | buil
 build:
 	mkdir -p build
 
-TEST_PROGRAMS = train_keel_cpu train_keel_cpu_fp64 build/test_cpu_fp32 build/test_cpu_fp64 build/test_run build/test_faults build/crash_test build/crash_shim.so build/train_keel_on_cpu \
+TEST_PROGRAMS = train_keel_cpu train_keel_cpu_fp64 build/test_cpu_fp32 build/test_cpu_fp64 build/test_run build/test_ranks build/test_faults build/crash_test build/crash_shim.so build/train_keel_on_cpu \
                 build/train_keel_fp32_on_cpu build/test_gpu_bf16_on_cpu build/test_gpu_fp32_on_cpu build/test_gpu_bf16_sanitized build/test_cuda_on_cpu \
-                build/bench_kernels_on_cpu build/memory_table build/train_keel_clang_on_cpu
+                build/bench_kernels_on_cpu build/bench_products_on_cpu build/memory_table build/train_keel_clang_on_cpu
 
 .PHONY: test
 test:
 	@dev/need.sh g++ doctest-dev libboost-context-dev
-	@$(MAKE) --no-print-directory -j2 $(TEST_PROGRAMS)
+	@[ "$(MPI)" = 0 ] || [ "$$(dev/mpi.sh compile)" ] || dev/need.sh libopenmpi-dev openmpi-bin || true
+	@$(MAKE) --no-print-directory -j2 $(TEST_PROGRAMS) $$([ -z "$$(dev/mpi.sh compile)" ] || echo build/test_nccl)
 	@if [ "$(LONG)" ] && dev/need.sh $(CLANG_PACKAGES) valgrind; then $(MAKE) --no-print-directory -j2 $(SANITIZED) $(FUZZERS); fi
 	@test/run.sh
 
@@ -250,6 +282,10 @@ state_types: train_keel
 bench_kernels:
 	@dev/bench_kernels.sh
 
+.PHONY: bench_products
+bench_products:
+	@dev/bench_products.sh
+
 .PHONY: idle
 idle:
 	@dev/idle.sh
@@ -266,6 +302,25 @@ ptxas:
 bench_cpu: train_keel_cpu
 	-@dev/need.sh libopenblas-dev
 	@dev/bench_cpu.sh
+
+# The lesson: what is finished in build/experiments is not run again. RESULTS=dev/results/lesson builds the page from the committed tables, in seconds.
+LESSON_PYTHON = dev/find_python.sh torch numpy matplotlib plotly
+LESSON_PACKAGES = python3-torch python3-numpy python3-matplotlib python3-plotly
+.PHONY: lesson
+lesson: train_keel_cpu
+	@$(LESSON_PYTHON) >/dev/null 2>&1 || dev/need.sh $(LESSON_PACKAGES)
+ifeq ($(RESULTS),)
+	-@dev/need.sh libopenblas0-pthread
+	@$$($(LESSON_PYTHON)) dev/experiments/run.py all
+	@$$($(LESSON_PYTHON)) dev/experiments/lesson.py --results build/experiments/small --out build/lesson.html
+else
+	@$$($(LESSON_PYTHON)) dev/experiments/lesson.py --results $(RESULTS) --out build/lesson.html
+endif
+
+.PHONY: figures
+figures:
+	@dev/find_python.sh numpy matplotlib >/dev/null 2>&1 || dev/need.sh python3-matplotlib
+	$$(dev/find_python.sh numpy matplotlib) dev/experiments/run.py all --draw --results dev/results/lesson
 
 .PHONY: dumps
 dumps:

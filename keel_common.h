@@ -9,12 +9,20 @@
 
 #include <fcntl.h>
 #include <glob.h>
+#include <netdb.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <poll.h>
 #include <signal.h>
 #include <sys/file.h>
 #include <sys/resource.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
 #include <unistd.h>
+#ifdef KEEL_MPI
+#include <mpi.h>
+#endif
 
 #include <algorithm>
 #include <array>
@@ -35,6 +43,7 @@
 #include <future>
 #include <limits>
 #include <memory>
+#include <mutex>
 #include <set>
 #include <span>
 #include <stdexcept>
@@ -368,7 +377,8 @@ struct TensorInfo {
     int layer;          // sub-layer; -1 outside the blocks
     std::string name;   // "qkvw[6]"
     size_t rows, cols;
-    size_t offset;      // first element, in the parameter order
+    size_t offset;      // first element in memory
+    size_t file_offset; // first element in the parameter order, that of every file
     float bound;        // weights start uniform in [-bound, bound); 0: a gain, starts as 1
     float bound_tail;   // the same from row tail_row on (DeepNorm scales V alone of q, k and v)
     size_t tail_row;
@@ -377,23 +387,101 @@ struct TensorInfo {
     size_t size() const { return rows * cols; }
 };
 
+// What ranks reduce, gather and divide among themselves as one: a stretch of memory of ranks * shard elements, of which rank r owns
+// [r * shard, (r+1) * shard). Padding, at its end, is in memory only, never in a file.
+struct Unit {
+    size_t first;       // first element in memory
+    size_t shard;       // elements that each rank owns
+    size_t shard_first; // where a rank's part starts in its arrays of all that it owns
+    size_t count;       // elements of tensors; the rest is padding
+};
+inline size_t shard_elements(size_t count, int ranks) { return round_up((count + size_t(ranks) - 1) / size_t(ranks), 128); }
+
+// A part of a tensor that a rank owns.
+struct Stretch {
+    size_t tensor;         // its index in the parameter order
+    size_t first, count;   // elements [first, first + count) of the tensor
+    size_t memory, shard;  // where the first of them is in memory, and in the arrays of what the rank owns
+};
+
+// Where the parameters are. The parameter order is that of every file. It is also that of memory, unless the memory is cut for ranks: then
+// unit 0 holds the embeddings and all gains, which every rank reads in FP32, and unit 1 + m the matrices of block m, its
+// attention and its feed-forward, whose gradients are whole at the same moment of the backward pass.
 struct ParameterLayout {
-    std::vector<TensorInfo> tensors;  // in the parameter order: that of memory and of every file
+    std::vector<TensorInfo> tensors;  // in the parameter order
     size_t count = 0;                 // elements in all
+    size_t size = 0;                  // the same in memory, padding included
+    size_t shard_size = 0;            // elements that each rank owns, padding included
+    int ranks = 1;                    // that the memory is cut for
+    std::vector<Unit> units;
     static constexpr size_t absent = SIZE_MAX;
 
-    explicit ParameterLayout(const ModelConfig& c) : index(size_t(c.L) + 1) {
+    // cut_for: how many ranks; 0: not cut, in file order.
+    explicit ParameterLayout(const ModelConfig& c, int cut_for = 0) : ranks(std::max(1, cut_for)), index(size_t(c.L) + 1) {
         for (auto& row : index) row.fill(absent);
         add_place(c, BEFORE_BLOCKS, -1);
         for (int l = 0; l < c.L; l++) add_place(c, is_attention(l) ? ATTENTION : FEED_FORWARD, l);
         add_place(c, AFTER_BLOCKS, -1);
+        if (cut_for > 0) cut(c);
+        else units = {{0, count, 0, count}}, size = shard_size = count;
     }
 
     // Where a tensor starts, or `absent` where the placement does not have it.
     size_t offset(Tensor id, int layer = -1) const { return index[size_t(layer + 1)][id]; }
 
+    // The unit that a tensor is in.
+    size_t unit_of(const TensorInfo& t) const { return units.size() > 1 && in_block_unit(t) ? 1 + size_t(t.layer) / 2 : 0; }
+
+    // What rank r owns, in the parameter order: at most one stretch of each tensor.
+    std::vector<Stretch> stretches(int rank) const {
+        std::vector<Stretch> owned;
+        for (size_t i = 0; i < tensors.size(); i++) {
+            const TensorInfo& t = tensors[i];
+            const Unit& u = units[unit_of(t)];
+            size_t begin = u.first + size_t(rank) * u.shard, from = std::max(begin, t.offset), to = std::min(begin + u.shard, t.offset + t.size());
+            if (from < to) owned.push_back({i, from - t.offset, to - from, from, u.shard_first + (from - begin)});
+        }
+        return owned;
+    }
+    // The same where memory holds those of two blocks at a time, by turns: of gradients at -z 2.
+    ParameterLayout with_two_blocks() const {
+        ParameterLayout l = *this;
+        size_t block = units[1].shard * size_t(ranks);
+        for (size_t u = 1; u < units.size(); u++) l.units[u].first = units[1].first + (u - 1) % 2 * block;
+        for (TensorInfo& t : l.tensors) {
+            size_t u = unit_of(t);
+            l.index[size_t(t.layer + 1)][t.id] = t.offset = t.offset - units[u].first + l.units[u].first;
+        }
+        l.size = units[1].first + std::min<size_t>(units.size() - 1, 2) * block;
+        return l;
+    }
+
+    size_t owned_count(int rank) const {
+        size_t n = 0;
+        for (const Stretch& s : stretches(rank)) n += s.count;
+        return n;
+    }
+
 private:
     std::vector<std::array<size_t, NUM_TENSORS>> index;  // [layer + 1][tensor] -> offset
+
+    static bool in_block_unit(const TensorInfo& t) { return t.layer >= 0 && t.decay; }
+
+    void cut(const ModelConfig& c) {
+        units.assign(1 + size_t(c.L) / 2, Unit{});
+        for (const TensorInfo& t : tensors) units[unit_of(t)].count += t.size();
+        for (Unit& u : units) {
+            u.first = size, u.shard_first = shard_size, u.shard = shard_elements(u.count, ranks);
+            size += u.shard * size_t(ranks), shard_size += u.shard;
+        }
+        std::vector<size_t> next;
+        for (const Unit& u : units) next.push_back(u.first);
+        for (TensorInfo& t : tensors) {
+            size_t& at = next[unit_of(t)];
+            t.offset = index[size_t(t.layer + 1)][t.id] = at;
+            at += t.size();
+        }
+    }
 
     void add_place(const ModelConfig& c, TensorPlace place, int l) {
         for (int t = 0; t < NUM_TENSORS; t++) {
@@ -406,7 +494,7 @@ private:
             info.layer = l;
             info.name = l >= 0 ? format("%s[%d]", row.name, l) : row.name;
             info.rows = size_t(row.rows(c)), info.cols = size_t(row.cols(c));
-            info.offset = count;
+            info.offset = info.file_offset = count;
             info.used_rows = t == WTE ? size_t(c.V) : info.rows;
             info.tail_row = info.rows;
             int fan_in = row.fan_in(c);
@@ -562,7 +650,7 @@ enum HeaderWord {
     H_CLIP = 28,         // double
     H_SEED = 30,         // uint64
     H_TRAIN_TOKENS = 32, // int64, tokens of the training split: a resume on other data is refused
-    H_RANKS = 34, H_RANK = 35,
+    H_RANKS = 34, H_RANK = 35,  // the file is of rank H_RANK of H_RANKS: it has what that rank owns
     H_VAL_EVERY = 36,    // int64, steps; this and the next two decide what the log's val_loss is
     H_VAL_BATCHES = 38,  // int64
     H_VAL_TOKENS = 40,   // int64, tokens of the validation split
@@ -608,7 +696,7 @@ inline FileHeader make_header(FileKind kind, RealType type, const ModelConfig& c
 }
 
 // Bounds that keep every product of two dimensions inside int and every tensor's size inside size_t.
-inline constexpr int MAX_L = 1 << 17, MAX_C = 1 << 17, MAX_V = 1 << 24, MAX_T = 1 << 24, MAX_B = 1 << 20;
+inline constexpr int MAX_L = 1 << 17, MAX_C = 1 << 17, MAX_V = 1 << 24, MAX_T = 1 << 24, MAX_B = 1 << 20, MAX_RANKS = 1 << 16;
 
 // Empty if the shape is one that both trainers can hold, else what is wrong with it.
 inline std::string config_fault(const ModelConfig& c) {
@@ -635,9 +723,12 @@ inline std::string state_fault(const FileHeader& h) {
     if (B < 1 || B > MAX_B) return format("B must be from 1 to %d and is %d", MAX_B, B);
     if (T < 1 || T > c.max_seq_len) return format("T must be from 1 to %d and is %d", c.max_seq_len, T);
     if (level < -1 || level > MAX_L || (level > 1 && level % 2)) return format("the level of recomputation must be -1, 0, 1 or even and is %d", level);
-    int64_t total = h.get<int64_t>(H_TOTAL_BATCH);
-    if (total < 1 || double(total) > MAX_TOTAL_BATCH || total / T > INT_MAX || total % (int64_t(B) * T))
-        return format("the total batch must be a multiple of %lld and is %lld", (long long)B * T, (long long)total);
+    int ranks = h.word[H_RANKS], rank = h.word[H_RANK];
+    if (ranks < 1 || ranks > MAX_RANKS || rank < 0 || rank >= ranks)
+        return format("it must be of a rank of 1 to %d ranks and is of rank %d of %d", MAX_RANKS, rank, ranks);
+    int64_t total = h.get<int64_t>(H_TOTAL_BATCH), multiple = int64_t(B) * T * ranks;
+    if (total < 1 || double(total) > MAX_TOTAL_BATCH || total / T > INT_MAX || total % multiple)
+        return format("the total batch must be a multiple of %lld and is %lld", (long long)multiple, (long long)total);
     struct { HeaderWord word; const char* name; double least, most; } integers[] = {
         {H_STEP, "the step", 0, MAX_STEPS}, {H_STEPS, "the number of steps", 0, MAX_STEPS}, {H_WARMUP, "the warm-up", 0, MAX_STEPS},
         {H_TRAIN_TOKENS, "the number of training tokens", 0, 9e18}, {H_VAL_TOKENS, "the number of validation tokens", 0, 9e18},
@@ -655,29 +746,40 @@ inline std::string state_fault(const FileHeader& h) {
         return format("the hops of its data must be from 0 to %d and are %d", HopPrograms::MAX_HOPS, h.word[H_HOPS]);
     for (HeaderWord word : {H_MOMENTS_BF16, H_GRADS_BF16})
         if (h.word[word] != 0 && h.word[word] != 1) return format("word %d must be 0 or 1 and is %d", int(word), h.word[word]);
-    if (h.word[H_RANKS] != 1 || h.word[H_RANK] != 0) return format("it must be of rank 0 of 1 and is of rank %d of %d", h.word[H_RANK], h.word[H_RANKS]);
     return "";
 }
 
-// Elements of a model's parameters, without the table of its tensors: nothing is allocated on the word of a file.
-inline size_t parameter_count(const ModelConfig& c) {
+// Elements of a model's parameters in sub-layers [first, last), without the table of its tensors: nothing is allocated on the word of a file.
+// -1: what stands outside the blocks.
+inline size_t parameter_count(const ModelConfig& c, int first, int last, bool matrices_only = false) {
     size_t count = 0;
-    for (int l = -1; l < c.L; l++) {  // -1: what stands outside the blocks
+    for (int l = first; l < last; l++) {
         SublayerNorm norm = l >= 0 ? c.sublayer(l) : SublayerNorm{};
         TensorPlace place = l < 0 ? BEFORE_BLOCKS : is_attention(l) ? ATTENTION : FEED_FORWARD;
         for (const TensorRow& row : tensor_rows) {
             bool here = row.place == place || row.place == (l < 0 ? AFTER_BLOCKS : EVERY_SUBLAYER);
-            if (here && row.exists(c, norm)) count += size_t(row.rows(c)) * size_t(row.cols(c));
+            if (here && row.exists(c, norm) && (!matrices_only || row.fan_in(c) > 0)) count += size_t(row.rows(c)) * size_t(row.cols(c));
         }
     }
     return count;
+}
+inline size_t parameter_count(const ModelConfig& c) { return parameter_count(c, -1, c.L); }
+
+// Of them, what one of several ranks owns: ParameterLayout(c, ranks).owned_count(rank). The matrices of all blocks are alike.
+inline size_t owned_parameter_count(const ModelConfig& c, int ranks, int rank) {
+    size_t blocks = size_t(c.L) / 2, block = parameter_count(c, 0, 2, true), owned = 0;
+    ranks = std::max(1, ranks);
+    for (auto [count, units] : {std::pair{parameter_count(c) - blocks * block, size_t(1)}, std::pair{block, blocks}}) {
+        size_t shard = shard_elements(count, ranks), before = std::min(count, size_t(rank) * shard);
+        owned += units * std::min(shard, count - before);
+    }
+    return owned;
 }
 
 // Bytes of a file with this header, the CRC included. 0 where B and T cannot be, or no file is as long.
 inline size_t expected_file_size(const FileHeader& h) {
     ModelConfig c = h.model();
-    size_t reals = parameter_count(c), ints = 0;
-    if (h.word[H_KIND] == FILE_STATE) reals *= 3;
+    size_t reals = h.word[H_KIND] == FILE_STATE ? 3 * owned_parameter_count(c, h.word[H_RANKS], h.word[H_RANK]) : parameter_count(c), ints = 0;
     if (h.word[H_KIND] == FILE_DEBUG) {
         if (h.word[H_B] < 1 || h.word[H_B] > MAX_B || h.word[H_T] < 1 || h.word[H_T] > c.max_seq_len) return 0;
         size_t rows = size_t(h.word[H_B]) * size_t(h.word[H_T]);
@@ -1143,8 +1245,8 @@ inline const Flag flags[] = {
     {"-C", "--channels", "N", "by -L", "width of the highway", &Options::channels, 1, MAX_C},
     {"-H", "--heads", "N", "by -C", "attention heads; divides -C", &Options::heads, 1, MAX_C},
     {"-t", "--seq-len", "N", "by -C", "sequence length T, tokens", &Options::seq_len, 1, MAX_T},
-    {"-b", "--batch", "N", "by memory", "micro-batch B, sequences", &Options::batch, 1, MAX_B},
-    {"-d", "--total-batch", "TOKENS", "by -C", "tokens a step, a multiple of B*T; B*T where only -b is given", &Options::total_batch, 1, MAX_TOTAL_BATCH},
+    {"-b", "--batch", "N", "by memory", "micro-batch B of a rank, sequences", &Options::batch, 1, MAX_B},
+    {"-d", "--total-batch", "TOKENS", "by -C", "tokens a step, of all ranks, a multiple of B*T*ranks; B*T*ranks where only -b is given", &Options::total_batch, 1, MAX_TOTAL_BATCH},
     {"", "--norm", "NAME", "keel", "norm placement: keel, pre, post, deepnorm, mixln, hybridnorm, scaledpost", &Options::norm},
     {"-a", "--alpha", "A", "by --norm", "weight of the shortcut, where the placement has one (keel: L)", &Options::alpha, 1e-30, 1e30},
     {"-l", "--lr", "X", "by -L", "peak learning rate", &Options::lr, 0, MAX_RATE},
@@ -1161,7 +1263,7 @@ inline const Flag flags[] = {
     {"", "--max-skips", "N", "10", "steps in a row that update nothing, their loss or gradient not finite, before the run stops", &Options::max_skips, 1},
     {"", "--stop-on-divergence", "", "off", "stop where the loss has diverged, not only warn: stagnation, instability, degradation", &Options::stop_on_divergence},
     {"-r", "--recompute", "LEVEL", "auto", "what the backward pass computes again to save memory: none, gelu, layer, an even K, auto", &Options::recompute},
-    {"-z", "--zero", "N", "0", "ZeRO level; one rank has nothing to shard and takes 0 only", &Options::zero, 0, 2},
+    {"-z", "--zero", "N", "0", "what several ranks divide: 0 the batch, 1 AdamW's states and master weights too, 2 and gradients", &Options::zero, 0, 2},
     {"", "--moments", "TYPE", "fp32", "GPU: how AdamW's moments are kept, fp32 or bf16 with stochastic rounding", &Options::moments},
     {"", "--grads", "TYPE", "fp32", "GPU: how the gradients of the blocks' matrices are kept, fp32 or bf16 with stochastic rounding", &Options::grads},
     {"", "--tune", "FILE", "none", "GPU: measure cuBLASLt's algorithms for each shape of product; this table is read, and what it lacks added", &Options::tune},
@@ -1177,8 +1279,8 @@ inline const Flag flags[] = {
     {"-h", "--help", "", "", "this list", &Options::help},
 };
 
-inline std::string help_text(const char* program) {
-    std::string text = format("usage: %s [flags]\n\n", program);
+inline std::string help_text(const char* program, const std::string& ranks) {
+    std::string text = format("usage: %s [flags]    (this build runs on %s)\n\n", program, ranks.c_str());
     for (const Flag& f : flags) {
         std::string left = format("  %-3s %s %s", f.short_name, f.long_name, f.argument);
         std::string tail = f.fallback[0] ? format(" [%s]", f.fallback) : "";
@@ -1246,7 +1348,6 @@ inline Options parse_command_line(int argc, const char* const* argv) {
             o.*(*real) = parse_real(word.c_str(), value, flag->least, flag->most);
         }
     }
-    if (o.zero > 0) fail("-z: expected 0, found %d; this run has one rank, and ZeRO shards over several", int(o.zero));
     if (o.resume && o.out.empty()) fail("-y: expected the run's folder with -o, found none; add -o DIR");
     if (o.resume && !o.init.empty()) fail("-y: goes on from -o, and -e starts from another file; give one of the two");
     if (o.probe > 0 && o.out.empty()) fail("--probe: expected a folder for probe.csv, found none; add -o DIR");
@@ -1302,11 +1403,28 @@ struct RunConfig {
     Recompute recompute;
     StateTypes types;
     std::string tune;         // --tune's table, which decides how products are summed; "": none
+    int ranks = 0, rank = 0;  // of the run, and which of them this process is; 0: alone, started by no launcher
+    int zero = 0;             // the ZeRO level
     // So far, not settings: steps that updated nothing, and how many of them are the last ones. AdamW's bias corrections count the others.
     int64_t skipped = 0, skipped_in_row = 0;
 
     int64_t batch_sequences() const { return total_batch / T; }
-    int accumulation() const { return int(batch_sequences() / B); }
+    int64_t rank_sequences() const { return batch_sequences() / std::max(1, ranks); }
+    int accumulation() const { return int(rank_sequences() / B); }
+    // The first sequence of this rank's part of a micro-step: micro-batches go around the ranks, so that the ranks together read the batch of one.
+    uint64_t sequence(int64_t step, int micro) const {
+        return uint64_t(step - 1) * uint64_t(batch_sequences()) + (uint64_t(micro) * uint64_t(std::max(1, ranks)) + uint64_t(rank)) * uint64_t(B);
+    }
+};
+
+// How a run's memory is shared out among its ranks; 0 ranks: alone.
+struct Sharing {
+    int ranks = 0, rank = 0, zero = 0;
+    Sharing() = default;
+    explicit Sharing(const RunConfig& run) : ranks(run.ranks), rank(run.rank), zero(run.zero) {}
+    bool states() const { return ranks > 0 && zero >= 1; }     // moments, and masters, of what the rank owns alone
+    bool gradients() const { return ranks > 0 && zero >= 2; }  // gradients of two blocks at a time
+    ParameterLayout grad_layout(const ParameterLayout& layout) const { return gradients() ? layout.with_two_blocks() : layout; }
 };
 
 // Step s = 1..S: linear warm-up over W steps to the peak, then a cosine that reaches 1e-7 at step S (or the peak if that is less).
@@ -1457,9 +1575,11 @@ struct DataSplit {
 // What a run is: flags over the file it starts from, over the defaults of -L
 
 // init: header of the model file of -e or of the state that -y goes on from, or null.
-// V: the data's vocabulary, or 0 where there is no data (sampling alone). data_T: the sequence length that the data asks for, or 0.
-inline RunConfig resolve_run(const Options& o, const FileHeader* init, int V, int data_T = 0) {
+// V: the data's vocabulary, or 0 where there is no data (sampling alone). data_T: the sequence length that the data asks for, or 0. ranks, rank: as in
+// RunConfig.
+inline RunConfig resolve_run(const Options& o, const FileHeader* init, int V, int data_T = 0, int ranks = 0, int rank = 0) {
     RunConfig run;
+    run.ranks = ranks, run.rank = rank, run.zero = int(o.zero);
     ModelConfig& m = run.model;
     bool resume = init && init->word[H_KIND] == FILE_STATE;
     if (init) {
@@ -1499,13 +1619,16 @@ inline RunConfig resolve_run(const Options& o, const FileHeader* init, int V, in
     };
     run.T = o.seq_len ? int(o.seq_len) : resume ? init->word[H_T] : m.max_seq_len;
     run.B = o.batch ? int(o.batch) : resume ? init->word[H_B] : 0;
+    int64_t share = int64_t(run.T) * std::max(1, ranks);  // the least that -d can be: a sequence for each rank
     run.total_batch = o.total_batch ? o.total_batch
                       : resume      ? init->get<int64_t>(H_TOTAL_BATCH)
-                      : o.batch     ? o.batch * run.T
-                                    : default_total_batch(m.C, run.T);
-    if (run.total_batch % run.T || (run.B && run.total_batch % (int64_t(run.B) * run.T)))
-        fail("-d: expected a multiple of %lld tokens (%sT), found %lld", (long long)std::max(run.B, 1) * run.T,
-             run.B ? "B*" : "", (long long)run.total_batch);
+                      : o.batch     ? o.batch * share
+                                    : int64_t(round_up(size_t(default_total_batch(m.C, run.T)), size_t(share)));
+    // Other ranks than those of the checkpoint, and its micro-batch does not fit them: it is chosen anew.
+    if (resume && !o.batch && init->word[H_RANKS] != std::max(1, ranks) && run.total_batch % (run.B * share)) run.B = 0;
+    if (run.total_batch % (std::max(run.B, 1) * share))
+        fail("-d: expected a multiple of %lld tokens (%sT%s), found %lld", (long long)(std::max(run.B, 1) * share),
+             run.B ? "B*" : "", ranks > 1 ? " times the ranks" : "", (long long)run.total_batch);
     if (run.batch_sequences() > INT_MAX)
         fail("-d: expected at most %d sequences of -t tokens, found %lld; give a smaller -d or a larger -t", INT_MAX, (long long)run.batch_sequences());
     run.steps = choose("--steps", o.steps, H_STEPS, o.steps);
@@ -1537,7 +1660,7 @@ inline FileHeader state_header(RealType type, bool branch_bf16, const RunConfig&
     h.set(H_VAL_EVERY, run.val_every), h.set(H_VAL_BATCHES, run.val_batches);
     h.set(H_SKIPPED, run.skipped), h.set(H_SKIPPED_IN_ROW, run.skipped_in_row);
     h.word[H_MOMENTS_BF16] = run.types.moments_bf16, h.word[H_GRADS_BF16] = run.types.grads_bf16;
-    h.word[H_RANKS] = 1, h.word[H_RANK] = 0;
+    h.word[H_RANKS] = std::max(1, run.ranks), h.word[H_RANK] = run.rank;
     h.word[H_HOPS] = data.programs.hops;
     return h;
 }
@@ -1551,13 +1674,405 @@ inline void check_same_build(const FileHeader& state, RealType type, bool branch
 }
 
 // ----------------------------------------------------------------------------------------------------
+// Ranks: the processes of one run, on one machine or many
+//
+// Who they are comes from the launcher's environment. What they compute travels by MPI or NCCL (each trainer's Communicator); that all of them are
+// still there, and why one is not, by the lifeline below: a transport that waits for a dead rank would wait for ever.
+
+// This process among those that mpirun, srun or another launcher has started.
+struct Launch {
+    int rank = 0, ranks = 0;              // ranks 0: no launcher
+    int local_rank = 0, local_ranks = 0;  // of those on this machine; local_ranks 0: not known
+    std::string launcher;
+
+    static Launch from_environment() {
+        static const struct { const char *launcher, *rank, *ranks, *local_rank, *local_ranks; } launchers[] = {
+            {"mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"},
+            {"mpirun", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"},
+            // Set by srun for its step; SLURM_NTASKS is set in a batch script as well, which is one process.
+            {"srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"},
+            {"RANK and WORLD_SIZE", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"},
+        };
+        for (const auto& row : launchers) {
+            if (!getenv(row.rank) || !getenv(row.ranks)) continue;
+            Launch l;
+            l.launcher = row.launcher;
+            l.ranks = int(parse(row.ranks, 1, MAX_RANKS)), l.rank = int(parse(row.rank, 0, l.ranks - 1));
+            if (getenv(row.local_rank)) l.local_rank = int(parse(row.local_rank, 0, MAX_RANKS));
+            if (const char* text = getenv(row.local_ranks); text && !text[strspn(text, "0123456789")]) l.local_ranks = atoi(text);  // Slurm's may be a list
+            return l;
+        }
+        return {};
+    }
+    std::string name() const {  // "process 1234 on node7"
+        char host[128] = "?";
+        gethostname(host, sizeof host - 1);
+        return format("process %d on %s", int(getpid()), host);
+    }
+
+private:
+    static int64_t parse(const char* name, int64_t least, int64_t most) {
+        char* end = nullptr;
+        const char* text = getenv(name);
+        long long value = strtoll(text, &end, 10);
+        if (!*text || *end || value < least || value > most)
+            fail("%s: expected a number from %lld to %lld in the environment, found '%s'; see to the launcher", name, (long long)least, (long long)most, text);
+        return value;
+    }
+};
+
+#ifdef KEEL_MPI
+inline void check_mpi(int error, const char* what) {
+    if (error == MPI_SUCCESS) return;
+    char text[MPI_MAX_ERROR_STRING] = "";
+    int length = 0;
+    MPI_Error_string(error, text, &length);
+    fail("%s: %s", what, text);
+}
+
+// MPI from here to the end of the scope. Left by an error it is not closed: MPI_Finalize would wait for the others.
+struct MpiSession {
+    explicit MpiSession(const Launch& launch) {
+        int provided, ranks = 0, rank = 0;
+        MPI_Init_thread(nullptr, nullptr, MPI_THREAD_FUNNELED, &provided);
+        MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN);
+        MPI_Comm_size(MPI_COMM_WORLD, &ranks), MPI_Comm_rank(MPI_COMM_WORLD, &rank);
+        if (ranks != launch.ranks || rank != launch.rank)
+            fail("MPI: expected rank %d of %d as %s says, found rank %d of %d; launch with the mpirun of the MPI that this was built with, or srun --mpi=pmix",
+                 launch.rank, launch.ranks, launch.launcher.c_str(), rank, ranks);
+    }
+    ~MpiSession() {
+        if (!std::uncaught_exceptions()) MPI_Finalize();
+    }
+    MpiSession(const MpiSession&) = delete;
+    MpiSession& operator=(const MpiSession&) = delete;
+
+    // Whether the launcher speaks MPI's language: srun does with --mpi=pmix or pmi2 alone.
+    static bool offered() { return getenv("OMPI_COMM_WORLD_SIZE") || getenv("PMI_SIZE") || getenv("PMIX_RANK"); }
+};
+#endif
+
+// A connection between rank 0 and each other rank, over TCP, with a thread at each end. The kernel closes a process's connections when it ends,
+// however it ends: so rank 0 sees at once that a rank has died, tells the others which, and all end. Of a machine that falls
+// silent it is told by heartbeats. A rank that ends by an error says why before. None waits for a step that cannot be finished.
+class Lifeline {
+public:
+    static constexpr double START = 120;  // seconds until all must be there
+    static inline double silence = 20;    // seconds until a rank is given up; ten signs of life are due in them. Not const: a test makes it smaller
+
+    // `exchange` gives all ranks rank 0's "host:port", where MPI can; else it comes from the environment. gift: bytes of rank 0's for all (NCCL's id).
+    Lifeline(const Launch& launch, const std::function<void(std::string&)>& exchange, std::span<char> gift) : launch(launch) {
+        if (launch.ranks > 1) launch.rank == 0 ? gather_ranks(exchange, gift) : find_rank_0(exchange, gift);
+        if (launch.ranks > 1) thread = std::thread([this] { watch(); });
+    }
+    ~Lifeline() { close_all(std::uncaught_exceptions() > 0); }
+    Lifeline(const Lifeline&) = delete;
+    Lifeline& operator=(const Lifeline&) = delete;
+
+    // This rank ends by an error. Rank 0 prints the text, of whichever rank comes first; the others end with it. To be followed by the process's end.
+    void fail_all(const std::string& program, const std::string& text) {
+        if (launch.rank == 0) {
+            end_with(program + ": " + text, ERROR, text, false);
+            return;
+        }
+        for (Peer& peer : peers) send_message(peer, ERROR, format("rank %d (%s): %s", launch.rank, launch.name().c_str(), text.c_str()));
+        failing = true;
+        for (int i = 0; i < 300 && !rank_0_gone; i++) usleep(10000);  // it prints, then goes; where it does not, we do
+        if (!rank_0_gone) fprintf(stderr, "%s: rank %d: %s\n", program.c_str(), launch.rank, text.c_str());
+    }
+
+private:
+    enum Kind : uint8_t { HELLO, ALIVE, ERROR, DEATH, GOODBYE };
+    struct MessageHead {
+        uint32_t magic = 0x4c45454b;  // "KEEL"
+        Kind kind{};
+        uint32_t rank = 0, ranks = 0, bytes = 0;
+    };
+    struct Peer {
+        int fd = -1, rank = -1;
+        std::string name;      // "process 1234 on node7"
+        double heard = 0;      // when it last gave a sign of life
+        bool left = false;     // with a goodbye
+        std::string received;  // bytes of a message that is not whole yet
+    };
+    Launch launch;
+    std::vector<Peer> peers;  // of rank 0: all others; of another: rank 0
+    std::thread thread;
+    std::mutex sending;
+    std::atomic<bool> stop = false, ended = false, failing = false, rank_0_gone = false;
+
+    void send_message(Peer& peer, Kind kind, const std::string& text) {
+        MessageHead head;
+        head.kind = kind, head.rank = uint32_t(launch.rank), head.ranks = uint32_t(launch.ranks), head.bytes = uint32_t(text.size());
+        std::string bytes(reinterpret_cast<const char*>(&head), sizeof head);
+        bytes += text;
+        std::lock_guard lock(sending);
+        if (peer.fd >= 0 && send(peer.fd, bytes.data(), bytes.size(), MSG_NOSIGNAL | MSG_DONTWAIT) < 0) {}  // that it is gone is seen where we read
+    }
+
+    // Waits for one message; false if the connection ends or nothing comes in time.
+    static bool receive_message(Peer& peer, MessageHead& head, std::string& text, double until) {
+        while (!take_message(peer, head, text)) {
+            pollfd p{peer.fd, POLLIN, 0};
+            double left = until - seconds();
+            if (left <= 0 || poll(&p, 1, int(left * 1000) + 1) < 0 || !read_bytes(peer)) return false;
+        }
+        return true;
+    }
+    static bool read_bytes(Peer& peer) {  // what is there; false at the connection's end
+        char bytes[4096];
+        ssize_t n = recv(peer.fd, bytes, sizeof bytes, MSG_DONTWAIT);
+        if (n > 0) peer.received.append(bytes, size_t(n)), peer.heard = seconds();
+        return n > 0 || (n < 0 && (errno == EAGAIN || errno == EINTR));
+    }
+    static bool take_message(Peer& peer, MessageHead& head, std::string& text) {
+        if (peer.received.size() < sizeof head) return false;
+        memcpy(&head, peer.received.data(), sizeof head);
+        if (head.magic != MessageHead().magic || head.bytes > (1u << 20)) fail("a rank's connection: expected a KEEL trainer at its other end, found another program");
+        if (peer.received.size() < sizeof head + head.bytes) return false;
+        text = peer.received.substr(sizeof head, head.bytes);
+        peer.received.erase(0, sizeof head + head.bytes);
+        return true;
+    }
+
+    // Where rank 0 listens, from the environment: a shared file that rank 0 writes, MASTER_ADDR and MASTER_PORT, or the first node of Slurm's step with a port
+    // of the job's number.
+    std::string fixed_address() const {
+        if (const char* host = getenv("MASTER_ADDR")) return format("%s:%s", host, getenv("MASTER_PORT") ? getenv("MASTER_PORT") : "29400");
+        if (const char* nodes = getenv("SLURM_STEP_NODELIST")) {  // "node[017-020,031]"
+            std::string list = nodes, first = list.substr(0, list.find_first_of("[,"));
+            if (size_t open = list.find('['); open != std::string::npos && open == first.size()) first += list.substr(open + 1, list.find_first_of("-,]", open) - open - 1);
+            long job = getenv("SLURM_JOB_ID") ? atol(getenv("SLURM_JOB_ID")) : 0, step = getenv("SLURM_STEP_ID") ? atol(getenv("SLURM_STEP_ID")) : 0;
+            return format("%s:%ld", first.c_str(), 20000 + (job * 17 + step) % 20000);
+        }
+        fail("ranks: expected to be told where rank 0 is, found none of MPI, KEEL_RENDEZVOUS (a file that all ranks see), MASTER_ADDR, SLURM_STEP_NODELIST; set one");
+    }
+
+    void gather_ranks(const std::function<void(std::string&)>& exchange, std::span<char> gift) {
+        const char* file = getenv("KEEL_RENDEZVOUS");
+        std::string address = exchange || file ? "" : fixed_address();
+        int listener = socket(AF_INET6, SOCK_STREAM | SOCK_CLOEXEC, 0), on = 1, off = 0;
+        bool v6 = listener >= 0;
+        if (!v6) listener = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+        setsockopt(listener, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
+        if (v6) setsockopt(listener, IPPROTO_IPV6, IPV6_V6ONLY, &off, sizeof off);
+        uint16_t port = address.empty() ? 0 : uint16_t(atoi(address.substr(address.rfind(':') + 1).c_str()));
+        sockaddr_in6 a6{};
+        sockaddr_in a4{};
+        a6.sin6_family = AF_INET6, a6.sin6_port = htons(port), a6.sin6_addr = in6addr_any;
+        a4.sin_family = AF_INET, a4.sin_port = htons(port), a4.sin_addr.s_addr = htonl(INADDR_ANY);
+        if (bind(listener, v6 ? reinterpret_cast<sockaddr*>(&a6) : reinterpret_cast<sockaddr*>(&a4), v6 ? sizeof a6 : sizeof a4) != 0 || listen(listener, SOMAXCONN) != 0)
+            fail("ranks: rank 0 cannot listen on port %d (%s); set MASTER_PORT to another", int(port), strerror(errno));
+        if (address.empty()) {
+            socklen_t size = v6 ? sizeof a6 : sizeof a4;
+            getsockname(listener, v6 ? reinterpret_cast<sockaddr*>(&a6) : reinterpret_cast<sockaddr*>(&a4), &size);
+            char host[256] = "127.0.0.1";
+            if (const char* given = getenv("MASTER_ADDR")) snprintf(host, sizeof host, "%s", given);
+            else if (launch.local_ranks != launch.ranks) gethostname(host, sizeof host - 1);
+            address = format("%s:%d", host, int(ntohs(v6 ? a6.sin6_port : a4.sin_port)));
+            if (exchange) exchange(address);
+            if (!exchange) write_rendezvous(file, address);
+        }
+        peers.resize(size_t(launch.ranks) - 1);
+        double until = seconds() + START;
+        for (int connected = 0; connected < launch.ranks - 1;) {
+            pollfd p{listener, POLLIN, 0};
+            if (seconds() > until) fail("ranks: expected %d within %.0f s, found %d; see to the machines of the others", launch.ranks, START, connected + 1);
+            if (poll(&p, 1, 500) <= 0) continue;
+            Peer peer;
+            peer.fd = accept4(listener, nullptr, nullptr, SOCK_CLOEXEC);
+            MessageHead head;
+            if (peer.fd < 0 || !receive_message(peer, head, peer.name, seconds() + 10) || head.kind != HELLO || head.ranks != uint32_t(launch.ranks) || head.rank == 0 ||
+                head.rank >= head.ranks || peers[head.rank - 1].fd >= 0) {
+                if (peer.fd >= 0) close(peer.fd);  // none of ours
+                continue;
+            }
+            peer.rank = int(head.rank);
+            setsockopt(peer.fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+            send_message(peer, HELLO, std::string(gift.data(), gift.size()) + launch.name());
+            peers[head.rank - 1] = std::move(peer);
+            connected++;
+        }
+        close(listener);
+        if (file && !exchange) unlink(file);
+    }
+
+    static void write_rendezvous(const char* file, const std::string& address) {
+        std::string temporary = std::string(file) + ".tmp";
+        FILE* out = fopen(temporary.c_str(), "we");
+        bool good = out && fprintf(out, "%s\n", address.c_str()) > 0;
+        if (out) good = fclose(out) == 0 && good;
+        if (!good || rename(temporary.c_str(), file) != 0) fail("KEEL_RENDEZVOUS: %s cannot be written (%s); name a file in a folder that all ranks see", file, strerror(errno));
+    }
+
+    void find_rank_0(const std::function<void(std::string&)>& exchange, std::span<char> gift) {
+        const char* file = getenv("KEEL_RENDEZVOUS");
+        std::string address;
+        if (exchange) exchange(address);
+        else if (!file) address = fixed_address();
+        Peer peer;
+        peer.rank = 0;
+        for (double until = seconds() + START;;) {
+            if (!exchange && file) {  // read anew each time: an earlier run may have left one
+                char text[300] = "";
+                if (FILE* in = fopen(file, "re")) {
+                    if (fscanf(in, "%299s", text) != 1) *text = 0;
+                    fclose(in);
+                }
+                address = text;
+            }
+            MessageHead head;
+            std::string given;
+            if (!address.empty() && connect_to(peer, address)) {
+                send_message(peer, HELLO, launch.name());
+                if (receive_message(peer, head, given, seconds() + START) && head.kind == HELLO && given.size() >= gift.size()) {
+                    std::copy_n(given.begin(), gift.size(), gift.begin());
+                    peer.name = given.substr(gift.size());
+                    break;
+                }
+                close(peer.fd), peer.fd = -1, peer.received.clear();
+            }
+            if (seconds() > until) fail("ranks: expected rank 0 at %s within %.0f s, found nobody; see to the network, or set MASTER_ADDR", address.empty() ? file : address.c_str(), START);
+            usleep(200000);
+        }
+        peers.push_back(std::move(peer));
+    }
+    static bool connect_to(Peer& peer, const std::string& address) {
+        size_t colon = address.rfind(':');
+        addrinfo hints{}, *found = nullptr;
+        hints.ai_socktype = SOCK_STREAM;
+        if (getaddrinfo(address.substr(0, colon).c_str(), address.substr(colon + 1).c_str(), &hints, &found) != 0) return false;
+        for (addrinfo* a = found; a && peer.fd < 0; a = a->ai_next) {
+            int fd = socket(a->ai_family, a->ai_socktype | SOCK_CLOEXEC, a->ai_protocol), on = 1;
+            if (fd < 0) continue;
+            setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+            if (connect(fd, a->ai_addr, a->ai_addrlen) == 0) peer.fd = fd;
+            else close(fd);
+        }
+        freeaddrinfo(found);
+        return peer.fd >= 0;
+    }
+
+    void watch() {
+        double now = seconds(), beat = 0;
+        for (Peer& peer : peers) peer.heard = now;
+        while (!stop) {
+            std::vector<pollfd> polled;
+            for (Peer& peer : peers) polled.push_back({peer.left ? -1 : peer.fd, POLLIN, 0});
+            poll(polled.data(), nfds_t(polled.size()), 100);
+            double before = std::exchange(now, seconds());
+            if (now - before > silence / 2)  // it is we who were stopped
+                for (Peer& peer : peers) peer.heard = now;
+            for (size_t i = 0; i < peers.size() && !stop; i++)
+                if (!peers[i].left) attend(peers[i], polled[i].revents != 0, now);
+            if (now - beat < silence / 10) continue;
+            beat = now;
+            for (Peer& peer : peers) send_message(peer, ALIVE, "");
+        }
+    }
+
+    void attend(Peer& peer, bool readable, double now) {
+        bool open = !readable || read_bytes(peer);
+        MessageHead head;
+        std::string text;
+        try {
+            while (take_message(peer, head, text)) {
+                if (head.kind == GOODBYE) peer.left = true;
+                if (head.kind == ERROR || head.kind == DEATH) end_with(launch.rank == 0 || head.kind == DEATH ? text : "", ERROR, text, true);
+            }
+        } catch (const Error&) {
+            open = false;
+        }
+        if (peer.left || stop) return;
+        if (!open && launch.rank != 0) rank_0_gone = true;
+        if (failing) return;  // we know why
+        if (open && now - peer.heard < silence) return;
+        std::string how = format(open ? "has given no sign of life for %.0f s" : "has died", silence);
+        text = format("rank %d (%s) %s; all ranks end, and -y goes on from the last whole checkpoint", peer.rank, peer.name.c_str(), how.c_str());
+        end_with(text, DEATH, text, true);
+    }
+
+    // Prints why, once, tells the others where this is rank 0, and ends the process if asked to.
+    void end_with(const std::string& ours, Kind kind, const std::string& for_others, bool exit_now) {
+        if (ended.exchange(true)) {
+            if (exit_now) stop = true;
+            return;
+        }
+        // Before the others know: when the first of them ends, a launcher may end us.
+        if (!ours.empty()) fprintf(stderr, "%s%s\n", exit_now ? format("rank %d: ", launch.rank).c_str() : "", ours.c_str());
+        if (launch.rank == 0)
+            for (Peer& peer : peers) send_message(peer, kind, for_others);
+        if (launch.rank == 0) usleep(200000);  // the others read before our end becomes theirs
+        if (exit_now) _exit(1);
+    }
+
+    void close_all(bool by_error) {
+        if (!by_error)
+            for (Peer& peer : peers) send_message(peer, GOODBYE, "");
+        stop = true;
+        if (thread.joinable()) thread.join();
+        for (Peer& peer : peers) close(peer.fd);
+    }
+};
+
+// Of a build that has one rank.
+struct NoCommunicator {
+    struct Gift {
+        explicit Gift(bool) {}
+    };
+    NoCommunicator(const Launch&, const Gift&) {}
+    void gather(const void*, void*, size_t) {}
+};
+
+// What the ranks of a run tell each other beside tensors: a few bytes of each, to all. Alone, all of it is a copy.
+class Ranks {
+public:
+    using Gather = std::function<void(const void* mine, void* all, size_t bytes)>;  // all: the bytes of each rank, in rank order
+
+    Ranks() = default;
+    Ranks(const Launch& launch, Gather gather) : launch(launch), gather_bytes(std::move(gather)) {}
+
+    explicit operator bool() const { return launch.ranks > 0; }  // started by a launcher, be it as one
+    int rank() const { return launch.rank; }
+    int count() const { return std::max(1, launch.ranks); }
+
+    template <class T>
+    std::vector<T> gather(const T& mine) const {
+        std::vector<T> all(size_t(count()), mine);
+        if (gather_bytes) gather_bytes(&mine, all.data(), sizeof mine);
+        return all;
+    }
+    void broadcast(void* data, size_t bytes) const {  // rank 0's
+        if (!gather_bytes) return;
+        std::vector<char> all(bytes * size_t(count()));
+        gather_bytes(data, all.data(), bytes);
+        std::copy_n(all.begin(), bytes, static_cast<char*>(data));
+    }
+    bool all(bool mine) const {
+        bool every = true;
+        for (char c : gather(char(mine))) every = every && c;
+        return every;
+    }
+    void barrier() const { all(true); }
+    double sum(double mine) const {  // in rank order
+        double total = 0;
+        for (double x : gather(mine)) total += x;
+        return total;
+    }
+
+private:
+    Launch launch;
+    Gather gather_bytes;
+};
+
+// ----------------------------------------------------------------------------------------------------
 // The output folder: model_00001000.bin, state_00001000_00000.bin, log.csv, probe.csv, probe_weights.csv, hops.csv, ablate.csv
 
 inline std::string model_path(const std::string& folder, int64_t step) {
     return format("%s/model_%08lld.bin", folder.c_str(), (long long)step);
 }
-inline std::string state_path(const std::string& folder, int64_t step) {
-    return format("%s/state_%08lld_00000.bin", folder.c_str(), (long long)step);
+inline std::string state_path(const std::string& folder, int64_t step, int rank = 0) {
+    return format("%s/state_%08lld_%05d.bin", folder.c_str(), (long long)step, rank);
 }
 
 // The files in a folder whose name fits the pattern, "state_%lld_00000.bin%n", with their step, from the newest on.
@@ -1573,39 +2088,107 @@ inline std::vector<std::pair<long long, std::string>> files_by_step(const std::s
     std::sort(found.rbegin(), found.rend());
     return found;
 }
-inline constexpr const char *STATE_PATTERN = "state_%lld_00000.bin%n", *MODEL_PATTERN = "model_%lld.bin%n";
+inline constexpr const char *STATE_PATTERN = "state_%lld_00000.bin%n", *ANY_STATE_PATTERN = "state_%lld_%*5[0-9].bin%n", *MODEL_PATTERN = "model_%lld.bin%n";
 
 // --keep: removes all but the newest checkpoints up to this step. Later ones are not this run's: a resume passed them over.
 inline void remove_old_checkpoints(const std::string& folder, int64_t step, int64_t keep) {
     if (keep == 0) return;
-    for (const char* pattern : {STATE_PATTERN, MODEL_PATTERN}) {
+    for (auto [counted, removed] : {std::pair{STATE_PATTERN, ANY_STATE_PATTERN}, std::pair{MODEL_PATTERN, MODEL_PATTERN}}) {
         int64_t seen = 0;
-        for (const auto& [file_step, path] : files_by_step(folder, pattern))
-            if (file_step <= step && ++seen > keep) unlink(path.c_str());
+        long long oldest = 0;  // that stays
+        for (const auto& file : files_by_step(folder, counted))
+            if (file.first <= step && ++seen == keep) oldest = file.first;
+        for (const auto& [file_step, path] : files_by_step(folder, removed))
+            if (file_step < oldest) unlink(path.c_str());
     }
 }
 
 // What a killed run left half-written.
 inline void remove_unfinished_files(const std::string& folder) {
-    for (const char* pattern : {"state_%lld_00000.bin.tmp%n", "model_%lld.bin.tmp%n"})
+    for (const char* pattern : {"state_%lld_%*5[0-9].bin.tmp%n", "model_%lld.bin.tmp%n"})
         for (const auto& file : files_by_step(folder, pattern)) unlink(file.second.c_str());
 }
 
-// The newest training state in the folder that is whole, or "" where there is none at all. What it passes over it names on stderr.
-inline std::string newest_state(const std::string& folder) {
-    std::vector<std::pair<long long, std::string>> found = files_by_step(folder, STATE_PATTERN);
-    for (const auto& [step, path] : found) {
+// The training states of a checkpoint, a file a rank.
+struct StateFiles {
+    std::string folder;
+    int64_t step = -1;  // -1: none
+    int ranks = 0;      // that wrote it
+    explicit operator bool() const { return step >= 0; }
+    std::string path(int rank) const { return state_path(folder, step, rank); }
+
+    // One of the files, which must be of this checkpoint: `first` is the header of rank 0's.
+    FileReader open(int rank, const FileHeader& first) const {
+        FileReader in(path(rank), FILE_STATE);
+        FileHeader expected = first;
+        expected.word[H_RANK] = rank;
+        if (in.header.word != expected.word) fail("%s: expected rank %d of the checkpoint of %s, found another's", path(rank).c_str(), rank, path(0).c_str());
+        return in;
+    }
+    // Of a file that is not there, its path; "" where all are.
+    std::string missing() const {
+        for (int r = 0; r < ranks; r++)
+            if (access(path(r).c_str(), F_OK) != 0) return path(r);
+        return "";
+    }
+};
+
+// Removes states that a killed run left without those of its other ranks, of later steps than this one.
+inline void remove_incomplete_states(const std::string& folder, int64_t after) {
+    for (const auto& [step, path] : files_by_step(folder, ANY_STATE_PATTERN)) {
+        if (step <= after) continue;
+        bool incomplete = access(state_path(folder, step).c_str(), F_OK) != 0;
         try {
-            FileReader(path, FILE_STATE).finish();
-            return path;
+            if (!incomplete) incomplete = !StateFiles{folder, step, FileReader(state_path(folder, step), FILE_STATE).header.word[H_RANKS]}.missing().empty();
+        } catch (const Error&) {  // damaged: to be seen, not to be removed
+        }
+        if (incomplete) unlink(path.c_str());
+    }
+}
+
+// The newest checkpoint in the folder whose states are all whole, or none where there is none at all. What is passed over is named on stderr. Of several
+// ranks each reads a part of the files, and all come to the same answer.
+template <class Ranks>
+StateFiles newest_states(const std::string& folder, Ranks& ranks) {
+    std::vector<std::pair<long long, std::string>> found;
+    if (ranks.rank() == 0) found = files_by_step(folder, STATE_PATTERN);
+    int damaged = 0;
+    for (size_t i = 0;; i++) {
+        struct { int64_t step; int32_t ranks, damaged; } candidate = {-1, 0, damaged};
+        if (ranks.rank() == 0 && i < found.size()) {
+            candidate = {found[i].first, 0, damaged};
+            try {
+                candidate.ranks = FileReader(found[i].second, FILE_STATE).header.word[H_RANKS];
+                if (std::string path = StateFiles{folder, candidate.step, candidate.ranks}.missing(); !path.empty()) {
+                    candidate.ranks = 0;
+                    fprintf(stderr, "skipping a checkpoint: expected the file %s, found none\n", path.c_str());
+                }
+            } catch (const Error& e) {
+                damaged++;
+                fprintf(stderr, "skipping a checkpoint: %s\n", e.what());
+            }
+        }
+        ranks.broadcast(&candidate, sizeof candidate);
+        StateFiles states{folder, candidate.step, candidate.ranks};
+        if (!states) {
+            if (candidate.damaged > 0)
+                fail("-y: expected a whole checkpoint in %s, found %d, all damaged; restore one, or move the folder away to start fresh",
+                     folder.c_str(), candidate.damaged);
+            return states;
+        }
+        int whole = candidate.ranks > 0;
+        try {
+            for (int r = ranks.rank(); whole && r < states.ranks; r += ranks.count()) {
+                FileHeader first = FileReader(states.path(0), FILE_STATE).header;
+                states.open(r, first).finish();
+            }
         } catch (const Error& e) {
+            whole = 0;
             fprintf(stderr, "skipping a checkpoint: %s\n", e.what());
         }
+        if (ranks.all(whole)) return states;
+        damaged += candidate.ranks > 0;
     }
-    if (!found.empty())
-        fail("-y: expected a whole checkpoint in %s, found %zu, all damaged; restore one, or move the folder away to start fresh",
-             folder.c_str(), found.size());
-    return "";
 }
 
 // Before anything is written: the folder can be made and written, and no other run is in it.
@@ -1738,6 +2321,7 @@ void read_csv_rows(const std::string& path, int64_t last_step, Row row) {
 // A csv file that a resumed run continues: rows of later steps than the checkpoint's are dropped first.
 class CsvLog {
 public:
+    CsvLog() = default;  // drops its rows: of the ranks that have no files
     CsvLog(const std::string& path, const std::string& columns, int64_t resume_step) : path(path) {
         std::string kept = columns + "\n";
         if (resume_step >= 0) read_csv_rows(path, resume_step, [&](int64_t, const std::string& line) { kept += line; });
@@ -1746,6 +2330,7 @@ public:
         if (!file) fail("%s: could not be written (%s)", path.c_str(), errno_text().c_str());
     }
     void row(const std::string& text) {
+        if (!file) return;
         if (fprintf(file.get(), "%s\n", text.c_str()) < 0 || fflush(file.get()) != 0)
             fail("%s: could not be written (%s); free some space and go on by -y", path.c_str(), errno_text().c_str());
     }
@@ -1912,7 +2497,7 @@ std::vector<CheckRow> compare_debug_states(const DebugState<Real>& file, const D
         add(format("dx[%d]", l), stream_shape, &file.dx[size_t(l) * stream], &ours.dx[size_t(l) * stream], stream);
     for (const TensorInfo& t : ParameterLayout(c).tensors)
         add("d " + t.name, t.rows == 1 ? format("(%zu)", t.cols) : format("(%zu,%zu)", t.rows, t.cols),
-            &file.grads[t.offset], &ours.grads[t.offset], t.size());
+            &file.grads[t.file_offset], &ours.grads[t.file_offset], t.size());
     return rows;
 }
 
@@ -1941,6 +2526,16 @@ inline bool print_check_table(const std::vector<CheckRow>& rows) {
 //         static constexpr bool on_host = true;       // available_memory is the host's; the flags of the GPU alone are refused
 //         static constexpr int steps_in_flight = 1;   // steps that may have been started and not finished
 //
+//         // What carries tensors between the ranks of a run; constructed in each of them. ranks_by: its library, or null where this build has
+//         // one rank only, which ranks_needs would change.
+//         static constexpr const char *ranks_by = "MPI", *ranks_needs = "MPI (mpicc)";
+//         static constexpr bool probes_ranks = true;  // --probe works on several
+//         struct Communicator {
+//             struct Gift;                            // bytes of rank 0's that all need: made by a Gift(true), empty as a Gift(false)
+//             Communicator(const Launch& launch, const Gift& gift);
+//             void gather(const void* mine, void* all, size_t bytes);                 // for Ranks
+//         };
+//
 //         // Before a Trainer is made. What a user can mend throws an Error.
 //         static void require_machine();                      // throws where there is nothing to compute on
 //         static void check_model(const ModelConfig& c);      // throws where this build cannot run the shape
@@ -1952,7 +2547,8 @@ inline bool print_check_table(const std::vector<CheckRow>& rows) {
 //         static MemoryRow memory_beside(const RunConfig& run, const Options& o);
 //         static size_t sampling_bytes(const ModelConfig& c, int window);             // a Trainer of B = T = 1, recompute 1, and its Generator
 //
-//         explicit Trainer(const RunConfig& run);     // uses the model, B, T, recompute and the optimizer's settings; parameters not yet set, moments zero
+//         // Uses the model, B, T, recompute, ranks and the optimizer's settings; parameters not yet set, moments zero. communicator: null alone.
+//         explicit Trainer(const RunConfig& run, Communicator* communicator);
 //         const ModelConfig& config();
 //         const ParameterLayout& layout();
 //
@@ -1965,13 +2561,22 @@ inline bool print_check_table(const std::vector<CheckRow>& rows) {
 //         void write_parameters(FileWriter& out);
 //         void write_moments(FileWriter& out);
 //         void snapshot(Real* out);                   // copies parameters, first moments, second moments: 3 * layout().count reals
+//         size_t step_bytes;                          // of several ranks: sent by this one in the first step
+//         void gather_weights();                      // of several ranks, by each: what evaluate and a Generator read is whole
+//         // Of several ranks, all of them called by every rank: a snapshot of what this one owns, stretches of parameters, then of the first, then of the
+//         // second moments, followed, on rank 0, by all parameters in their order. store takes n elements from the first-th on of a stretch of section
+//         // 0, 1 or 2, and stored() follows when all are there.
+//         void snapshot_owned(Real* out);
+//         void store(int section, const Stretch& stretch, size_t first, size_t n, const Real* values);
+//         void stored();
 //
 //         // Sum of the losses of b <= B sequences, (b,T). predictions, if given, gets the likeliest token after each, (b,T); of equals the lower.
 //         double evaluate(const int* tokens, const int* targets, int b, int* predictions = nullptr);
 //         void ablate(int l);                         // evaluate leaves out the branch of sub-layer l: F_l = 0, z_l = alpha_l x_l; -1: none
 //         // One step: start gives it to the trainer, finish waits for the oldest one started and not yet finished. Steps come in order, and what
-//         // comes between two of them finds none in flight. probe: null where the step is not probed.
-//         void start(const Loader& data, int64_t step, ProbeLog* probe);              // step 1, 2, ...
+//         // comes between two of them finds none in flight. probe: null where the step is not probed. flags: RankFlags of this rank. Of several
+//         // ranks, finish throws a DataError on all where one's data could not be read.
+//         void start(const Loader& data, int64_t step, ProbeLog* probe, unsigned flags);  // step 1, 2, ...
 //         StepResult finish();
 //         void debug_pass(DebugState<Real>& s, int B, int T);                         // s.tokens, s.targets given; fills the rest
 //         double matrix_rate();                       // operations a second of a large matrix product, measured
@@ -1990,7 +2595,33 @@ inline bool print_check_table(const std::vector<CheckRow>& rows) {
 // the gradients are zero for the next step. A DataError from its start, too, has left parameters and moments alone.
 struct StepResult {
     double loss, norm;
+    unsigned any = 0, all = 0;  // the RankFlags that any of the ranks, and that all of them, gave to the step
 };
+
+// What a rank tells the others with each step's numbers, so that all act on it at the same step.
+enum RankFlag : unsigned {
+    STOP_ASKED = 1,  // by a signal
+    DATA_LOST = 2,   // its part of the batch could not be read: the step updates nothing
+    STATE_WRITTEN = 4, MODEL_WRITTEN = 8,  // its part of a checkpoint's states, of its model, is on the disk
+};
+
+// What ranks add up, in rank order, at the end of a step.
+struct StepShare {
+    double loss_sum = 0, grad_squares = 0;  // over its targets; over the gradients that it owns
+    uint64_t flags = 0;
+};
+
+// After a step with DATA_LOST: the same DataError on all ranks, that of the first whose data could not be read. mine: "" where they could.
+template <class Communicator>
+[[noreturn]] void throw_lost_data(Communicator& communicator, const RunConfig& run, const std::string& mine) {
+    struct { char text[512]; } ours{};
+    if (!mine.empty()) snprintf(ours.text, sizeof ours.text, "rank %d: %s", run.rank, mine.c_str());
+    std::vector<decltype(ours)> all(size_t(run.ranks));
+    communicator.gather(&ours, all.data(), sizeof ours);
+    size_t first = 0;
+    while (first + 1 < all.size() && !*all[first].text) first++;
+    throw DataError(all[first].text);
+}
 
 // ----------------------------------------------------------------------------------------------------
 // Divergence: the three kinds that the paper's protocols count, from the losses of the steps alone
@@ -2098,6 +2729,28 @@ struct StepProbe {
         }
     }
 
+    // The sums of several ranks, each of its sequences and, of gradients and updates, of the parameters that it owns; in rank order.
+    // gather(mine, all, bytes) gives each rank what all have.
+    template <class Gather>
+    void add_ranks(int ranks, Gather gather) {
+        std::vector<double> mine(sublayers.size() * sizeof(SublayerProbe) / sizeof(double) + gradients.size() + updates.size());
+        auto exchange = [&](auto copy) {  // copy(values, where they are in a rank's row, elements)
+            size_t at = 0, n = sublayers.size() * sizeof(SublayerProbe) / sizeof(double);
+            copy(reinterpret_cast<double*>(sublayers.data()), at, n), at += n;
+            copy(gradients.data(), at, gradients.size()), at += gradients.size();
+            copy(updates.data(), at, updates.size());
+        };
+        exchange([&](double* values, size_t at, size_t n) { std::copy_n(values, n, mine.data() + at); });
+        std::vector<double> all(mine.size() * size_t(ranks));
+        gather(mine.data(), all.data(), mine.size() * sizeof(double));
+        exchange([&](double* values, size_t at, size_t n) {
+            for (size_t i = 0; i < n; i++) {
+                values[i] = 0;
+                for (int r = 0; r < ranks; r++) values[i] += all[size_t(r) * mine.size() + at + i];
+            }
+        });
+    }
+
     // gamma_of(l): gamma_out_l (C) as the forward pass read it, null where there is none.
     template <class GammaOf>
     void set_gains(const ModelConfig& c, GammaOf gamma_of) {
@@ -2116,6 +2769,7 @@ struct StepProbe {
 };
 
 struct ProbeLog {
+    ProbeLog() = default;  // drops its rows: of the ranks that have no files
     static constexpr const char* COLUMNS = "step,sublayer,kind,rms_x,rms_f,rms_z,shortcut_gain,shortcut_gain_to_top,dx_norm,df_norm,grad_norm,update_norm";
     static constexpr const char* WEIGHT_COLUMNS = "step,sublayer,tensor,weight_norm,grad_norm,update_norm";  // sublayer -1: outside the blocks
     CsvLog sublayers, weights;
@@ -2236,24 +2890,33 @@ void write_state(const std::string& path, Trainer& trainer, const RunConfig& run
 // Checkpoints of a run: the state first, then its model, as a resume writes a model that is missing. Where the host's memory holds a
 // snapshot of parameters and moments, training stalls for that copy only, and a thread writes the files beside it. One write at a time:
 // the next waits for it, and so does the run's end. An error in it is thrown by the next call.
+//
+// Of several ranks each writes its own state, always from a snapshot. When all states are on the disk, which the ranks tell each other with a
+// step's numbers, rank 0 writes the model, and when it has, the checkpoint counts. All ranks make the same calls.
 template <class Trainer>
 class CheckpointWriter {
 public:
     using Real = typename Trainer::Real;
 
-    CheckpointWriter(Trainer& trainer, const DataSplit& data, const std::string& folder, int64_t keep, bool background, std::vector<CsvLog*> logs)
-        : trainer(trainer), data(data), folder(folder), keep(keep), logs(std::move(logs)) {
-        if (!background) return;
+    CheckpointWriter(Trainer& trainer, const DataSplit& data, const std::string& folder, int64_t keep, bool background, std::vector<CsvLog*> logs, const Ranks& ranks = {})
+        : trainer(trainer), data(data), folder(folder), keep(keep), logs(std::move(logs)), ranks(ranks), owned(ranks ? trainer.layout().owned_count(ranks.rank()) : 0) {
+        if (!background && !ranks) return;
         try {
-            snapshot = typename Trainer::HostArray(3 * trainer.layout().count);
+            snapshot = typename Trainer::HostArray(snapshot_count(trainer.layout(), ranks));
         } catch (const Error& e) {  // free memory is not always memory that can be had, such as pinned memory in a container
+            if (ranks) throw;
             printf("note       training waits while a checkpoint is written: no snapshot (%s)\n", e.what());
             return;
         }
-        trainer.snapshot(snapshot.data());  // touches its pages, which would stall the first checkpoint
+        take_snapshot();  // touches its pages, which would stall the first checkpoint
     }
     ~CheckpointWriter() {
         if (thread.joinable()) thread.join();
+    }
+
+    // Reals of a snapshot: what is written, and of several ranks the model on rank 0.
+    static size_t snapshot_count(const ParameterLayout& layout, const Ranks& ranks) {
+        return ranks ? 3 * layout.owned_count(ranks.rank()) + (ranks.rank() == 0 ? layout.count : 0) : 3 * layout.count;
     }
 
     // Where steps are being skipped, nothing is removed for the new checkpoint: it may hold what cannot be trained.
@@ -2263,47 +2926,80 @@ public:
         job = {step, trainer.run.skipped_in_row > 0 ? 0 : keep, 0, 0,
                state_header(real_type<Real>, Trainer::branch_bf16, trainer.run, step, data),
                make_header(FILE_MODEL, real_type<Real>, trainer.config(), step, Trainer::branch_bf16)};
-        done = false, error = nullptr;
+        error = nullptr;
         if (snapshot.size()) {
-            trainer.snapshot(snapshot.data());
+            take_snapshot();
             job.stalled = seconds() - start;
-            try {
-                thread = std::thread([this] { write_files(true); });
-                return;
-            } catch (const std::system_error&) {  // no more threads
-            }
+            if (start_writing(ranks ? STATE : STATE_AND_MODEL)) return;
         }
-        write_files(false);
+        write_files(STATE_AND_MODEL);
         job.stalled = seconds() - start;
         finish();
     }
 
-    // Between steps: says what has been written, or throws why it could not be.
-    void poll() {
-        if (thread.joinable() && done.load(std::memory_order_acquire)) wait();
+    // Of several ranks: the model of a checkpoint whose states are all there.
+    void write_model(int64_t step) {
+        job = {step, 0, 0, 0, {}, make_header(FILE_MODEL, real_type<Real>, trainer.config(), step, Trainer::branch_bf16)};
+        take_snapshot();
+        if (ranks.rank() == 0) write_files(MODEL);
+        if (error) std::rethrow_exception(std::exchange(error, nullptr));
+    }
+
+    // Between steps: says what has been written, or throws why it could not be. all: the RankFlags that all ranks gave to the step.
+    void poll(unsigned all = 0) {
+        if (phase != NOTHING && done.load(std::memory_order_acquire) && (!ranks || error || (all & flag_of_phase()))) advance();
     }
     void wait() {
-        if (!thread.joinable()) return;
-        thread.join();
-        finish();
+        while (phase != NOTHING) {
+            if (thread.joinable()) thread.join();
+            if (error) std::rethrow_exception(std::exchange(error, nullptr));
+            ranks.barrier();
+            advance();
+        }
     }
+    unsigned flags() const { return phase != NOTHING && done.load(std::memory_order_acquire) ? flag_of_phase() : 0u; }
     int64_t last_step() const { return last; }  // of the newest that is whole and on the disk; -1: none
 
 private:
+    enum Phase { NOTHING, STATE, MODEL, STATE_AND_MODEL };
     struct Job {
         int64_t step, keep;
         double stalled, written;  // seconds
         FileHeader state, model;
     };
 
-    void write_files(bool from_snapshot) {
+    unsigned flag_of_phase() const { return phase == STATE ? STATE_WRITTEN : MODEL_WRITTEN; }
+
+    void take_snapshot() {
+        if (ranks) trainer.snapshot_owned(snapshot.data());
+        else trainer.snapshot(snapshot.data());
+    }
+
+    // False where there are no more threads, and the caller must write.
+    bool start_writing(Phase what) {
+        phase = what, done = false;
+        try {
+            thread = std::thread([this, what] { write_files(what); });
+            return true;
+        } catch (const std::system_error&) {
+            if (!ranks) return phase = NOTHING, false;
+            write_files(what);
+            return true;
+        }
+    }
+
+    void write_files(Phase what) {
         double start = seconds();
         try {
             for (CsvLog* log : logs) log->sync();  // no checkpoint is ahead of its log
             for (bool state : {true, false}) {
-                FileWriter out(state ? state_path(folder, job.step) : model_path(folder, job.step));
+                if (what != STATE_AND_MODEL && state != (what == STATE)) continue;
+                if (!state && ranks.rank() != 0) continue;
+                FileWriter out(state ? state_path(folder, job.step, ranks.rank()) : model_path(folder, job.step));
                 out.write(state ? &job.state : &job.model, sizeof(FileHeader));
-                if (from_snapshot) {
+                if (ranks) {
+                    out.write(snapshot.data() + (state ? 0 : 3 * owned), (state ? 3 * owned : trainer.layout().count) * sizeof(Real));
+                } else if (phase != NOTHING) {  // in a thread, from the snapshot
                     out.write(snapshot.data(), (state ? 3 : 1) * trainer.layout().count * sizeof(Real));
                 } else {
                     trainer.write_parameters(out);
@@ -2311,17 +3007,28 @@ private:
                 }
                 out.commit();
             }
-            remove_old_checkpoints(folder, job.step, job.keep);
+            if (!ranks) remove_old_checkpoints(folder, job.step, job.keep);
         } catch (...) {
             error = std::current_exception();
         }
-        job.written = seconds() - start;
+        job.written += seconds() - start;
         done.store(true, std::memory_order_release);
     }
 
+    void advance() {
+        if (thread.joinable()) thread.join();
+        if (phase == STATE && !error) {
+            start_writing(MODEL);
+            return;
+        }
+        finish();
+    }
+
     void finish() {
+        phase = NOTHING;
         if (error) std::rethrow_exception(std::exchange(error, nullptr));
         last = job.step;
+        if (ranks && ranks.rank() == 0) remove_old_checkpoints(folder, job.step, job.keep);
         printf("checkpoint | %s | training stalled for %.1f ms, written in %.0f ms\n", state_path(folder, job.step).c_str(), job.stalled * 1e3, job.written * 1e3);
     }
 
@@ -2330,12 +3037,47 @@ private:
     std::string folder;
     int64_t keep, last = -1;
     std::vector<CsvLog*> logs;
+    Ranks ranks;
+    size_t owned;                          // reals of the parameters that this rank owns
     typename Trainer::HostArray snapshot;  // empty: checkpoints are written while training waits
     Job job{};
+    Phase phase = NOTHING;
     std::exception_ptr error;
     std::atomic<bool> done = false;
     std::thread thread;
 };
+
+// Takes what this rank owns from a checkpoint of any number of ranks.
+template <class Trainer>
+void read_states(Trainer& trainer, const StateFiles& files) {
+    using Real = typename Trainer::Real;
+    const ParameterLayout& ours = trainer.layout();
+    FileHeader first = FileReader(files.path(0), FILE_STATE).header;
+    ParameterLayout theirs(first.model(), files.ranks);
+    std::vector<Stretch> own(ours.tensors.size());  // of each tensor
+    for (const Stretch& s : ours.stretches(trainer.run.rank)) own[s.tensor] = s;
+    std::vector<Real> chunk;
+    for (int rank = 0; rank < files.ranks; rank++) {
+        std::vector<Stretch> stored = theirs.stretches(rank);
+        auto overlaps = [&](const Stretch& s) {
+            const Stretch& o = own[s.tensor];
+            return std::max(s.first, o.first) < std::min(s.first + s.count, o.first + o.count);
+        };
+        if (std::none_of(stored.begin(), stored.end(), overlaps)) continue;
+        FileReader in = files.open(rank, first);
+        for (int section = 0; section < 3; section++)
+            for (const Stretch& s : stored)
+                for (size_t at = s.first, end = s.first + s.count; at < end; at += chunk.size()) {
+                    chunk.resize(std::min(end - at, size_t(4) << 20));
+                    in.read_reals(chunk.data(), chunk.size());
+                    const Stretch& o = own[s.tensor];
+                    size_t from = std::max(at, o.first), to = std::min(at + chunk.size(), o.first + o.count);
+                    if (from < to) trainer.store(section, o, from - o.first, to - from, chunk.data() + (from - at));
+                }
+        in.finish();
+    }
+    trainer.stored();
+}
 
 // SIGTERM, SIGINT and SIGUSR1 ask a run to finish its step, write a checkpoint and end with 0: a scheduler can take the machine back. A
 // second one ends it at once. Two within 50 ms are one: some programs send it to a process and to its group.
@@ -2407,13 +3149,13 @@ private:
     }
 };
 
-// The mean loss over the first -m batches of the validation data, in order.
+// The mean loss over the first -m batches of the validation data, in order. Micro-batches go around the ranks.
 template <class Trainer>
-double validate(Trainer& trainer, const Loader& loader, const RunConfig& run, HopAccuracy* hops = nullptr) {
+double validate(Trainer& trainer, const Loader& loader, const RunConfig& run, const Ranks& ranks = {}, HopAccuracy* hops = nullptr) {
     size_t sequences = std::min(size_t(run.val_batches) * size_t(run.batch_sequences()), loader.sequences_per_epoch());
     std::vector<int> tokens(size_t(run.B) * size_t(run.T)), targets(tokens.size()), predictions(hops ? tokens.size() : 0);
     double sum = 0;
-    for (size_t s = 0; s < sequences; s += size_t(run.B)) {
+    for (size_t s = size_t(ranks.rank()) * size_t(run.B); s < sequences; s += size_t(ranks.count()) * size_t(run.B)) {
         int b = int(std::min(size_t(run.B), sequences - s));
         loader.batch(s, b, tokens.data(), targets.data());
         sum += trainer.evaluate(tokens.data(), targets.data(), b, hops ? predictions.data() : nullptr);
@@ -2423,7 +3165,9 @@ double validate(Trainer& trainer, const Loader& loader, const RunConfig& run, Ho
                 hops->add(answer, predictions[at] == targets[at]);
             }
     }
-    return sum / (double(sequences) * run.T);
+    for (std::vector<int64_t>* counts : {hops ? &hops->count : nullptr, hops ? &hops->right : nullptr})
+        for (size_t h = 0; counts && h < counts->size(); h++) (*counts)[h] = int64_t(ranks.sum(double((*counts)[h])));
+    return ranks.sum(sum) / (double(sequences) * run.T);
 }
 
 // For the log: a NaN has no sign that means anything.
@@ -2441,8 +3185,9 @@ inline void print_run(const RunConfig& run, const ParameterLayout& layout, const
     else
         printf("data       %s: %s tokens to train on, %s to validate on\n", data->train.pattern.c_str(),
                count_text(double(data->train_count)).c_str(), count_text(double(data->val_count)).c_str());
-    printf("training   %lld steps of %lld tokens (%d x %d x %d), peak LR %g, warm-up %lld, weight decay %g, clip %g, seed %llu\n",
-           (long long)run.steps, (long long)run.total_batch, run.accumulation(), run.B, run.T, run.lr, (long long)run.warmup,
+    if (run.ranks > 0) printf("ranks      %d, -z %d\n", run.ranks, run.zero);
+    printf("training   %lld steps of %lld tokens (%s%d x %d x %d), peak LR %g, warm-up %lld, weight decay %g, clip %g, seed %llu\n",
+           (long long)run.steps, (long long)run.total_batch, run.ranks > 1 ? format("%d x ", run.ranks).c_str() : "", run.accumulation(), run.B, run.T, run.lr, (long long)run.warmup,
            run.weight_decay, run.clip, (unsigned long long)run.seed);
 }
 
@@ -2510,42 +3255,104 @@ int run_ablation(const Options& o, Trainer& trainer, const Loader& val) {
     return 0;
 }
 
+// The ranks of a run, held together: by the lifeline, by what carries tensors, by MPI where this build has it.
 template <class Trainer>
-int run_trainer(int argc, const char* const* argv) {
+struct RankSession {
+    Launch launch;
+#ifdef KEEL_MPI
+    std::unique_ptr<MpiSession> mpi;
+#endif
+    std::unique_ptr<Lifeline> lifeline;
+    std::unique_ptr<typename Trainer::Communicator> communicator;  // null: alone
+
+    void start() {
+        if (launch.ranks == 0) return;
+        if (!Trainer::ranks_by) {
+            if (launch.ranks > 1)
+                fail("%s: this build has one rank, found %d started; install %s and build again, or start one", launch.launcher.c_str(), launch.ranks, Trainer::ranks_needs);
+            launch = {};
+            return;
+        }
+        using Gift = typename Trainer::Communicator::Gift;
+        std::function<void(std::string&)> exchange;
+#ifdef KEEL_MPI
+        if (MpiSession::offered() || std::string(Trainer::ranks_by) == "MPI") {
+            mpi = std::make_unique<MpiSession>(launch);
+            exchange = [](std::string& address) {
+                char text[300] = "";
+                snprintf(text, sizeof text, "%s", address.c_str());
+                check_mpi(MPI_Bcast(text, sizeof text, MPI_CHAR, 0, MPI_COMM_WORLD), "MPI_Bcast");
+                address = text;
+            };
+        }
+#endif
+        Gift gift(launch.rank == 0);
+        lifeline = std::make_unique<Lifeline>(launch, exchange, std::span(reinterpret_cast<char*>(&gift), sizeof gift));
+        communicator = std::make_unique<typename Trainer::Communicator>(launch, gift);
+    }
+    Ranks ranks() const {
+        if (!communicator) return {};
+        return {launch, [c = communicator.get()](const void* mine, void* all, size_t bytes) { c->gather(mine, all, bytes); }};
+    }
+};
+
+// While an error ends a rank, nothing may wait for ever: what a device still has to do may wait for ranks that are gone.
+struct EndByAlarm {
+    bool armed;
+    int exceptions = std::uncaught_exceptions();
+    ~EndByAlarm() {
+        if (armed && std::uncaught_exceptions() > exceptions) signal(SIGALRM, SIG_DFL), alarm(20);
+    }
+};
+
+template <class Trainer>
+int run_trainer(int argc, const char* const* argv, RankSession<Trainer>& session) {
     using Real = typename Trainer::Real;
     StartClock clock;
     Options o = parse_command_line(argc, argv);
     if (o.help) {
-        printf("%s", help_text(argv[0]).c_str());
+        printf("%s", help_text(argv[0], Trainer::ranks_by ? format("one rank or many, by %s", Trainer::ranks_by)
+                                                          : format("one rank, as %s was not there when it was built", Trainer::ranks_needs)).c_str());
         return 0;
     }
     for (const char* flag : {"--tune", "--moments", "--grads"})
         if (Trainer::on_host && o.has(flag)) fail("%s: is for the GPU trainer, train_keel; leave it out", flag);
     Trainer::require_machine();
+    session.start();
+    const Ranks ranks = session.ranks();
+    const bool first_rank = ranks.rank() == 0;
+    if (o.zero > 0 && !ranks) fail("-z: expected 0, found %d; this run has one rank, and ZeRO shards over several", int(o.zero));
+    if (ranks && o.probe > 0 && !Trainer::probes_ranks)
+        fail("--probe: expected a run started alone, found one started by %s; leave it out, or use train_keel_cpu", session.launch.launcher.c_str());
+    bool alone = !o.check.empty() || !o.dump.empty() || !o.ablate.empty();  // what one rank does
+    if (ranks.count() > 1 && alone) fail("--dump, --check and --ablate: expected one rank, found %d; start one", ranks.count());
     clock.mark("device");
     if (!o.check.empty()) return check_debug_state<Trainer>(o);
     if (!o.dump.empty()) check_dump_target(o.dump);
 
     // What there is to start from, and the data. Nothing is written before all of it is known to be sound.
-    std::string resume_from;
+    StateFiles resume_from;
     FolderLock lock;
     if (!o.out.empty() && o.dump.empty()) {
-        check_output_folder(o.out, o.resume || !o.ablate.empty());  // the model of an ablation may be in it
-        if (std::filesystem::is_directory(o.out)) lock = FolderLock(o.out);
-        if (o.resume) resume_from = newest_state(o.out);
-        if (o.resume && resume_from.empty()) check_fresh_resume(o.out);
+        if (first_rank) check_output_folder(o.out, o.resume || !o.ablate.empty());  // the model of an ablation may be in it
+        if (first_rank && std::filesystem::is_directory(o.out)) lock = FolderLock(o.out);
+        if (o.resume) resume_from = newest_states(o.out, ranks);
+        if (first_rank && o.resume && !resume_from) check_fresh_resume(o.out);
     }
     std::unique_ptr<FileReader> init;
     if (!o.init.empty()) init = std::make_unique<FileReader>(o.init, FILE_MODEL);
-    if (!resume_from.empty()) init = std::make_unique<FileReader>(resume_from, FILE_STATE);
-    if (init && o.has("--prompt") && !o.has("--train") && !o.has("--out") && !o.has("--steps") && o.dump.empty()) return run_sampling<Trainer>(o, *init);
-    if (!resume_from.empty()) check_same_build(init->header, real_type<Real>, Trainer::branch_bf16);
+    if (resume_from) init = std::make_unique<FileReader>(resume_from.path(0), FILE_STATE);
+    if (init && o.has("--prompt") && !o.has("--train") && !o.has("--out") && !o.has("--steps") && o.dump.empty()) {
+        if (ranks.count() > 1) fail("--prompt: expected one rank to sample on, found %d; start one", ranks.count());
+        return run_sampling<Trainer>(o, *init);
+    }
+    if (resume_from) check_same_build(init->header, real_type<Real>, Trainer::branch_bf16);
     DataSplit data(o);
-    if (!resume_from.empty() && init->header.word[H_HOPS] != data.programs.hops) {
+    if (resume_from && init->header.word[H_HOPS] != data.programs.hops) {
         auto kind = [](int hops) { return hops ? format("hops:%d", hops) : std::string("files"); };
         fail("-i: expected %s as in the checkpoint, found %s; give the same data", kind(init->header.word[H_HOPS]).c_str(), kind(data.programs.hops).c_str());
     }
-    RunConfig run = resolve_run(o, init ? &init->header : nullptr, data.natural_vocabulary(), data.natural_seq_len());
+    RunConfig run = resolve_run(o, init ? &init->header : nullptr, data.natural_vocabulary(), data.natural_seq_len(), !alone && ranks ? ranks.count() : 0, ranks.rank());
     const ModelConfig& config = run.model;
     Trainer::check_model(config);
     if (Trainer::on_host && (run.types.moments_bf16 || run.types.grads_bf16))
@@ -2564,28 +3371,36 @@ int run_trainer(int argc, const char* const* argv) {
         unigram_entropy = std::async(std::launch::deferred, look_at_tokens);
     }
     if ((run.val_every > 0 || !o.ablate.empty()) && o.dump.empty()) data.check_validation(run);
-    if (!resume_from.empty() && size_t(init->header.get<int64_t>(H_TRAIN_TOKENS)) != data.train_count)
+    if (resume_from && size_t(init->header.get<int64_t>(H_TRAIN_TOKENS)) != data.train_count)
         fail("-i: expected the %lld training tokens of the checkpoint, found %zu; give the same data",
              (long long)init->header.get<int64_t>(H_TRAIN_TOKENS), data.train_count);
-    if (!resume_from.empty() && run.val_every > 0 && size_t(init->header.get<int64_t>(H_VAL_TOKENS)) != data.val_count)
+    if (resume_from && run.val_every > 0 && size_t(init->header.get<int64_t>(H_VAL_TOKENS)) != data.val_count)
         fail("-j: expected the %lld validation tokens of the checkpoint, found %zu; give the same data",
              (long long)init->header.get<int64_t>(H_VAL_TOKENS), data.val_count);
     if (o.sample_every > 0) prompt_tokens(o.prompt, o.has("--prompt"), config.V);
+    // Nothing is worse to find than ranks that train on different data or models.
+    FileHeader same = state_header(real_type<Real>, Trainer::branch_bf16, run, run.zero, data);
+    same.word[H_RANK] = 0;
+    std::vector<uint32_t> sums = ranks.gather(crc32(&same, sizeof same));
+    for (size_t r = 0; r < sums.size(); r++)
+        if (sums[r] != sums[0]) fail("ranks: expected the same flags, files and data on all, found others on rank %zu than on rank 0; start all alike", r);
 
     // Memory: planned, shown and compared with what there is before any of it is taken.
     MemoryRow beside = Trainer::memory_beside(run, o);
     size_t available = Trainer::available_memory();
+    if (ranks && Trainer::on_host && session.launch.local_ranks > 1) available /= size_t(session.launch.local_ranks);  // they share the machine's
+    for (size_t others : ranks.gather(available)) available = std::min(available, others);         // all choose the same
     Trainer::choose_memory_plan(run, available > beside.bytes ? available - beside.bytes : 0);
     if (!o.dump.empty()) require_memory(debug_state_bytes<Real>(config, run.B, run.T), available_memory(), "a smaller -b, -t or -L");
     std::vector<MemoryRow> memory = Trainer::memory_rows(run);
     memory.push_back(beside);
     bool checkpoints_wanted = !o.out.empty() && o.dump.empty() && o.ablate.empty() && o.checkpoint_every > 0, background = false;
     if (std::string fault = checkpoints_wanted ? space_fault(o.out, checkpoint_bytes(config, real_type<Real>)) : ""; !fault.empty()) fail("%s", fault.c_str());
-    size_t snapshot_bytes = 3 * ParameterLayout(config).count * sizeof(Real), host_left = ::available_memory();
+    size_t snapshot_bytes = CheckpointWriter<Trainer>::snapshot_count(ParameterLayout(config, run.ranks), ranks) * sizeof(Real), host_left = ::available_memory();
     if (checkpoints_wanted) {
         size_t with_thread = snapshot_bytes + (size_t(8) << 20);  // the stack of the thread that writes
         if (Trainer::on_host) host_left -= std::min(host_left, total_bytes(memory));
-        background = with_thread <= host_left;
+        background = with_thread <= host_left || ranks;
         if (background && Trainer::on_host) memory.push_back({"snapshot for checkpoints", with_thread});
     }
     print_run(run, ParameterLayout(config), &data);
@@ -2603,19 +3418,25 @@ int run_trainer(int argc, const char* const* argv) {
     fflush(stdout);
     clock.mark("data");
 
-    Trainer trainer(run);
+    Trainer trainer(run, session.communicator.get());
+    EndByAlarm unwinding{bool(ranks)};
     clock.mark("memory");
     int64_t step = 0;
-    if (init) {
+    if (resume_from && (ranks || resume_from.ranks > 1)) {
+        read_states(trainer, resume_from);
+    } else if (init) {
         trainer.read_parameters(*init);
-        if (!resume_from.empty()) trainer.read_moments(*init);
+        if (resume_from) trainer.read_moments(*init);
         init->finish();
     } else {
         trainer.initialise(run.seed);
     }
-    if (!resume_from.empty()) {
+    if (resume_from) {
         step = init->header.get<int64_t>(H_STEP);
-        printf("resuming   %s\n", resume_from.c_str());
+        printf("resuming   %s%s\n", resume_from.path(0).c_str(), resume_from.ranks > 1 || ranks.count() > 1 ? format(", of %d ranks", resume_from.ranks).c_str() : "");
+        if (init->header.word[H_B] != run.B && !o.batch)
+            printf("note       the checkpoint's micro-batch of %d does not fit %d ranks and -d %lld: taking %d\n", init->header.word[H_B], ranks.count(),
+                   (long long)run.total_batch, run.B);
     }
 
     clock.mark("weights");
@@ -2637,63 +3458,79 @@ int run_trainer(int argc, const char* const* argv) {
 
     // The detector takes up where the log of a resumed run ends.
     DivergenceDetector divergence(run.steps, run.warmup, data_entropy);
-    if (!resume_from.empty())
+    if (resume_from)
         read_csv_rows(o.out + "/log.csv", step, [&](int64_t row_step, const std::string& line) { divergence.add(row_step, atof(line.c_str() + std::min(line.size(), line.find(',') + 1))); });
 
     std::unique_ptr<CsvLog> log, hops_log;
     std::unique_ptr<ProbeLog> probe_log;
-    if (!o.out.empty()) {
+    if (!o.out.empty() && first_rank) {
         create_output_folder(o.out);
         if (!lock) {  // the folder is new, or was a moment ago
             lock = FolderLock(o.out);
-            check_output_folder(o.out, o.resume && !resume_from.empty());
+            check_output_folder(o.out, o.resume && resume_from);
         }
         remove_unfinished_files(o.out);
-        int64_t kept = resume_from.empty() ? -1 : step;
+        remove_incomplete_states(o.out, step);
+        int64_t kept = resume_from ? step : -1;
         log = std::make_unique<CsvLog>(o.out + "/log.csv", "step,loss,val_loss,lr,grad_norm,ms,tokens_per_second,mfu", kept);
         if (o.probe > 0) probe_log = std::make_unique<ProbeLog>(o.out, kept);
         if (data.programs.hops) hops_log = std::make_unique<CsvLog>(o.out + "/hops.csv", HopAccuracy::COLUMNS, kept);
+    } else if (o.probe > 0) {
+        probe_log = std::make_unique<ProbeLog>();
     }
     // A run that was killed between a checkpoint's two files has the state, and the model is in it.
-    if (log && !resume_from.empty() && !std::filesystem::exists(model_path(o.out, step))) write_model(model_path(o.out, step), trainer, step);
+    ranks.barrier();  // the folder is there
+    if (!o.out.empty() && access(o.out.c_str(), W_OK) != 0)
+        fail("-o: expected the folder %s of rank 0 on all ranks, found none that can be written (%s); give one that all share", o.out.c_str(), errno_text().c_str());
     std::unique_ptr<CheckpointWriter<Trainer>> checkpoints;
     if (checkpoints_wanted) {
-        std::vector<CsvLog*> logs = {log.get()};
-        if (probe_log) logs.push_back(&probe_log->sublayers), logs.push_back(&probe_log->weights);
+        std::vector<CsvLog*> logs;
+        if (first_rank) logs.push_back(log.get());
+        if (first_rank && probe_log) logs.push_back(&probe_log->sublayers), logs.push_back(&probe_log->weights);
         if (hops_log) logs.push_back(hops_log.get());
-        checkpoints = std::make_unique<CheckpointWriter<Trainer>>(trainer, data, o.out, o.keep, background, logs);
+        checkpoints = std::make_unique<CheckpointWriter<Trainer>>(trainer, data, o.out, o.keep, background, logs, ranks);
+        bool no_model = resume_from && first_rank && !std::filesystem::exists(model_path(o.out, step));
+        if (ranks && !ranks.all(!no_model)) checkpoints->write_model(step);
     }
+    if (!ranks && log && resume_from && !std::filesystem::exists(model_path(o.out, step))) write_model(model_path(o.out, step), trainer, step);
     StopSignals::watch();
-    double rate = trainer.matrix_rate();
+    double rate = first_rank ? trainer.matrix_rate() : 1;  // the others print nothing
     printf("machine    %s, %.0f GFLOP/s in matrix products\n", trainer.machine_name().c_str(), rate * 1e-9);
     if (!init) printf("note       the first loss is not ln V = %.2f: the tied head sees each input token's own embedding\n", std::log(double(config.V)));
 
     clock.mark("folder, rate");
 
+    // Of several ranks, what a step has told all of them.
+    bool told_to_stop = false;
+    auto stop_asked = [&] { return ranks ? told_to_stop : StopSignals::asked(); };
     auto due_at = [&](int64_t s, int64_t every) { return every > 0 && (s % every == 0 || s == run.steps); };
     auto due = [&](int64_t every) { return due_at(step, every); };
     auto validation_due = [&]() -> std::string {  // the loss as text, empty where none is measured
         if (!due(run.val_every)) return "";
+        if (ranks) trainer.gather_weights();
         HopAccuracy hops(data.programs.hops);
-        double val_loss = validate(trainer, val, run, data.programs.hops ? &hops : nullptr);
+        double val_loss = validate(trainer, val, run, ranks, data.programs.hops ? &hops : nullptr);
         printf("validation | loss %.4f | perplexity %.3f\n", val_loss, std::exp(val_loss));
         if (data.programs.hops) hops.print();
         if (hops_log) hops.write(*hops_log, step);
         return number_text(val_loss);
     };
-    int64_t known_good = -1, newest = resume_from.empty() ? -1 : step;  // steps of checkpoints: of one from which a finite step was made, of the last
+    int64_t known_good = -1, newest = resume_from ? step : -1;  // steps of checkpoints: of one from which a finite step was made, of the last
     // Where the disk has no room for a checkpoint, training goes on and the next step tries again; the run's end may not.
     bool overdue = false;
     auto checkpoint = [&] {
         if (!checkpoints || newest == step) return;
         std::string fault = space_fault(o.out, checkpoint_bytes(config, real_type<Real>));
-        if (!fault.empty() && (step >= run.steps || StopSignals::asked())) fail("step %lld: %s", (long long)step, fault.c_str());
-        if (!fault.empty() && !overdue) fprintf(stderr, "warning: the checkpoint of step %lld is put off: %s\n", (long long)step, fault.c_str());
+        if (ranks.all(fault.empty())) fault = "";
+        else if (fault.empty()) fault = "disk: expected more space, found less on another rank";
+        if (!fault.empty() && (step >= run.steps || stop_asked())) fail("step %lld: %s", (long long)step, fault.c_str());
+        if (!fault.empty() && !overdue && first_rank) fprintf(stderr, "warning: the checkpoint of step %lld is put off: %s\n", (long long)step, fault.c_str());
         overdue = !fault.empty();
         if (!overdue) checkpoints->write(step), newest = step;
     };
     auto sample_due = [&] {
-        if (due(o.sample_every) && !StopSignals::asked()) print_sample(trainer, o, run.T, run.seed, step);
+        if (ranks && due(o.sample_every)) trainer.gather_weights();
+        if (due(o.sample_every) && !stop_asked() && first_rank) print_sample(trainer, o, run.T, run.seed, step);
         fflush(stdout);
     };
     auto probing = [&](int64_t s) { return o.probe > 0 && s % o.probe == 0; };
@@ -2701,7 +3538,7 @@ int run_trainer(int argc, const char* const* argv) {
     auto goes_straight_on = [&](int64_t s) {
         return !overdue && !due_at(s, run.val_every) && !(checkpoints && due_at(s, o.checkpoint_every)) && !due_at(s, o.sample_every) && !probing(s) && !probing(s + 1);
     };
-    if (step >= run.steps && !resume_from.empty()) printf("the run has its %lld steps; -x with a larger number goes on\n", (long long)run.steps);
+    if (step >= run.steps && resume_from) printf("the run has its %lld steps; -x with a larger number goes on\n", (long long)run.steps);
     if (run.steps == 0) {
         validation_due();
         checkpoint();
@@ -2713,12 +3550,13 @@ int run_trainer(int argc, const char* const* argv) {
     std::array<double, 2> began{};  // when, by turns
     static_assert(Trainer::steps_in_flight <= 2);
     std::exception_ptr data_error;
-    while (started > step || (step < run.steps && !StopSignals::asked())) {
-        while (!data_error && started < run.steps && !StopSignals::asked() &&
+    while (started > step || (step < run.steps && !stop_asked())) {
+        while (!data_error && started < run.steps && !stop_asked() &&
                (started == step || (started < step + Trainer::steps_in_flight && goes_straight_on(started)))) {
             began[size_t(started % 2)] = seconds();
             try {
-                trainer.start(train, started + 1, probing(started + 1) ? probe_log.get() : nullptr);
+                unsigned flags = (StopSignals::asked() ? STOP_ASKED : 0u) | (checkpoints ? checkpoints->flags() : 0u);
+                trainer.start(train, started + 1, probing(started + 1) ? probe_log.get() : nullptr, flags);
                 started++;
             } catch (const DataError&) {  // the steps in flight have theirs
                 data_error = std::current_exception();
@@ -2730,10 +3568,17 @@ int run_trainer(int argc, const char* const* argv) {
             if (checkpoints) checkpoints->wait();
             std::rethrow_exception(data_error);
         }
-        StepResult result = trainer.finish();
+        StepResult result;
+        try {
+            result = trainer.finish();
+        } catch (const DataError&) {  // of any rank: it and the steps after it have updated nothing
+            data_error = std::current_exception(), started = step;
+            continue;
+        }
+        told_to_stop = result.any & STOP_ASKED;
         double now = seconds(), elapsed = now - std::max(ended, began[size_t(step % 2)]);
         ended = now, step++;
-        auto [loss, norm] = result;
+        double loss = result.loss, norm = result.norm;
         bool skipped = !std::isfinite(loss) || !std::isfinite(norm);
         trainer.run.skipped += skipped;
         trainer.run.skipped_in_row = skipped ? trainer.run.skipped_in_row + 1 : 0;
@@ -2743,6 +3588,7 @@ int run_trainer(int argc, const char* const* argv) {
         double mfu = flops_per_token(config, run.T) * tokens_per_second / rate;
         spent += elapsed, steps_here++;
         if (steps_here == 1) clock.mark("first step"), clock.print();
+        if (steps_here == 1 && ranks) printf("network    %zu bytes sent by rank 0 in a step\n", trainer.step_bytes);
         printf("step %lld/%lld | loss %.4f | grad norm %.3g | lr %.2e | %.0f ms | %.0f tokens/s | %.0f %% of matrix rate | %s left\n",
                (long long)step, (long long)run.steps, loss, norm, learning_rate(run, step), elapsed * 1e3, tokens_per_second, 100 * mfu,
                duration_text(spent / steps_here * double(run.steps - step)).c_str());
@@ -2770,12 +3616,12 @@ int run_trainer(int argc, const char* const* argv) {
                 fail("step %lld: expected a loss that goes down, found it diverged (--stop-on-divergence); use a smaller -l or a longer -u", (long long)step);
             }
         }
-        if (checkpoints) checkpoints->poll();
+        if (checkpoints) checkpoints->poll(result.all);
         // While steps are skipped the parameters stay those of the last checkpoint or go bad: only the run's end is worth one.
         if ((overdue || due(o.checkpoint_every)) && (!skipped || step == run.steps)) checkpoint();
         sample_due();
     }
-    if (StopSignals::asked() && step < run.steps) {
+    if (stop_asked() && step < run.steps) {
         if (step > 0) checkpoint();
         printf("stopping   after step %lld, as a signal asked\n", (long long)step);
     }
@@ -2788,13 +3634,20 @@ int run_trainer(int argc, const char* const* argv) {
 template <class Trainer>
 int trainer_main(int argc, char** argv) {
     setvbuf(stdout, nullptr, _IOLBF, 0);
+    std::string program = std::filesystem::path(argv[0]).filename().string(), text;
+    RankSession<Trainer> session;
     try {
-        return run_trainer<Trainer>(argc, argv);
+        session.launch = Launch::from_environment();
+        if (session.launch.rank > 0 && !freopen("/dev/null", "w", stdout)) {}  // rank 0 speaks for all
+        return run_trainer<Trainer>(argc, argv, session);
     } catch (const Error& e) {
-        fflush(stdout);
-        fprintf(stderr, "%s: %s\n", std::filesystem::path(argv[0]).filename().c_str(), e.what());
+        text = e.what();
     } catch (const std::bad_alloc&) {
-        fprintf(stderr, "%s: out of memory; use a smaller -b, -t, -C or -L, or -r layer\n", argv[0]);
+        text = "out of memory; use a smaller -b, -t, -C or -L, or -r layer";
     }
+    fflush(stdout);
+    if (session.lifeline) session.lifeline->fail_all(program, text);
+    else if (session.launch.rank == 0) fprintf(stderr, "%s: %s\n", program.c_str(), text.c_str());
+    if (session.launch.ranks > 1) _exit(1);  // nothing is left that may wait for the others
     return 1;
 }

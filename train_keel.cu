@@ -1,4 +1,5 @@
-// train_keel.cu: trains a GPT of KEEL highway blocks on one GPU (arXiv 2601.19895), as explicit forward and backward kernels.
+// train_keel.cu: trains a GPT of KEEL highway blocks on a GPU (arXiv 2601.19895), as explicit forward and backward kernels; built with NCCL
+// (-DKEEL_NCCL), on as many GPUs as there are, each a process.
 //
 // It reads in the order data flows: numbers and the device's primitives, memory and launches, matrix products, the layers (each
 // forward beside its backward), the optimizer, the sub-layer, the model, sampling, the step. train_keel_cpu.cpp does the same passes
@@ -16,6 +17,9 @@
 #include <cublasLt.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
+#ifdef KEEL_NCCL
+#include <nccl.h>
+#endif
 
 #include <map>
 #include <tuple>
@@ -309,6 +313,12 @@ struct StepState {      // goes to the host
     float step_size;            // lr / (1 - b1^n)
     float v_scale;              // 1 / (1 - b2^n)
     float decay;                // lr * weight decay
+    unsigned any, all;          // of several ranks: RankFlags
+};
+
+struct UpdateCounts {   // stays on the device
+    long long updates;  // steps that updated the parameters so far
+    int data_lost;      // of several ranks: 1 from the step on in which a rank's data could not be read
 };
 
 // Milliseconds between two points of a stream.
@@ -457,6 +467,7 @@ public:
     template <class T>
     void copy(T* to, const T* from, size_t n) { CUDA(cudaMemcpyAsync(to, from, n * sizeof(T), cudaMemcpyDefault, stream)); }
 
+    int product_multiprocessors = 0;         // of the GPU, that products may use; 0: all
     std::unique_ptr<TuningTable> tuning;     // of --tune; null without
 
     // While one lives, with `on`, a product of a shape that the table does not have is measured.
@@ -494,6 +505,9 @@ private:
         check(cublasLtMatmulDescCreate(&plan.operation, CUBLAS_COMPUTE_32F, CUDA_R_32F), "cublasLtMatmulDescCreate");
         check(cublasLtMatmulDescSetAttribute(plan.operation, CUBLASLT_MATMUL_DESC_TRANSA, &op_a, sizeof op_a), "CUBLASLT_MATMUL_DESC_TRANSA");
         check(cublasLtMatmulDescSetAttribute(plan.operation, CUBLASLT_MATMUL_DESC_TRANSB, &op_b, sizeof op_b), "CUBLASLT_MATMUL_DESC_TRANSB");
+        int32_t multiprocessors = product_multiprocessors;
+        if (multiprocessors > 0)
+            check(cublasLtMatmulDescSetAttribute(plan.operation, CUBLASLT_MATMUL_DESC_SM_COUNT_TARGET, &multiprocessors, sizeof multiprocessors), "CUBLASLT_MATMUL_DESC_SM_COUNT_TARGET");
         auto layout = [](cublasLtMatrixLayout_t* l, cudaDataType type, size_t rows, size_t cols) {
             check(cublasLtMatrixLayoutCreate(l, type, rows, cols, int64_t(rows)), "cublasLtMatrixLayoutCreate");
         };
@@ -587,7 +601,7 @@ __device__ __forceinline__ __nv_bfloat16 round_stochastic(float x, uint32_t rand
 // What the random numbers of a gradient's rounding are a function of, beside the element: the same on a resume.
 struct RoundingState {
     const StepSettings* settings;  // seed
-    const long long* updates;      // finished steps
+    const UpdateCounts* counts;    // finished steps
     const int* micro_batch;        // in its step
 };
 
@@ -608,11 +622,11 @@ __global__ void add_rounded_kernel(__nv_bfloat16* g, const float* addend, size_t
     size_t at = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * N;
     if (at >= n) return;
     size_t block = (first + at) / 4;
-    Philox draw = philox(rounding.settings->seed, uint32_t(block), uint32_t(block >> 32) | uint32_t(*rounding.micro_batch) << 8, uint32_t(*rounding.updates),
+    Philox draw = philox(rounding.settings->seed, uint32_t(block), uint32_t(block >> 32) | uint32_t(*rounding.micro_batch) << 8, uint32_t(rounding.counts->updates),
                          STREAM_GRADIENTS);
     auto sum = load<N>(g + at);
     auto add = load<N>(addend + at);
-    for (int i = 0; i < N; i++) sum[i] = round_stochastic(float(sum[i]) + add[i], draw.word[(first + at + i) % 4]);
+    for (int i = 0; i < N; i++) sum[i] = round_stochastic(float(sum[i]) + add[i], draw.word[N == 4 ? size_t(i) : (first + at) % 4]);
     store<N>(g + at, sum);
 }
 
@@ -1722,26 +1736,55 @@ void add_sum(Device& device, double* out, const T* values, size_t n) {
 // The parameters: AdamW (Loshchilov and Hutter 2019), initial values, the branch's copy
 
 // clip = min(1, max_norm / norm), and whether norm and loss are finite: x * 0 is 0 for a finite x alone. Then the step counts, and AdamW's
-// numbers follow from the count n of steps that did: a skipped one leaves no trace.
-__global__ void prepare_update_kernel(StepState* state, const StepSettings* settings, long long* updates) {
+// numbers follow from the count n of steps that did: a skipped one leaves no trace. Of several ranks (shares), loss and norm are what they add up
+// to, in rank order; where one's data were lost, neither this step nor a later one that is under way updates anything.
+__global__ void prepare_update_kernel(StepState* state, const StepSettings* settings, UpdateCounts* counts, const StepShare* shares, int ranks) {
     wait_for_predecessor();
+    if (ranks > 0) {
+        double loss_sum = 0, squares = 0;
+        unsigned any = 0, all = ~0u;
+        for (int r = 0; r < ranks; r++) {
+            loss_sum += shares[r].loss_sum, squares += shares[r].grad_squares;
+            any |= unsigned(shares[r].flags), all &= unsigned(shares[r].flags);
+        }
+        state->loss_sum = loss_sum, state->grad_squares = squares, state->any = any, state->all = all;
+        if (any & DATA_LOST) counts->data_lost = 1;
+    }
     state->norm = sqrt(state->grad_squares);
     double limit = settings->max_norm / state->norm;
     state->clip = float(settings->max_norm > 0 && limit < 1 ? limit : 1.0);
     double zero_if_finite = state->norm * 0 + state->loss_sum * 0;
-    state->finite = zero_if_finite == 0;
-    double n = double(*updates += state->finite);
+    state->finite = zero_if_finite == 0 && !counts->data_lost;
+    double n = double(counts->updates += state->finite);
     state->step_size = float(settings->lr / (1 - pow(BETA1, n)));
     state->v_scale = float(1 / (1 - pow(BETA2, n)));
     state->decay = float(settings->lr * settings->weight_decay);
 }
 
+// This rank's share of the step's numbers, for the others.
+__global__ void share_kernel(StepShare* share, const StepState* state, const uint64_t* flags) {
+    wait_for_predecessor();
+    *share = {state->loss_sum, state->grad_squares, *flags};
+}
+
+// sum += part.  12 bytes an element
+__global__ void accumulate_kernel(float* sum, const float* part, size_t n) {
+    wait_for_predecessor();
+    size_t at = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * 4;  // both start at whole fours, and a rank's part is a multiple of 128
+    if (at >= n) return;
+    auto a = load<4>(sum + at), b = load<4>(part + at);
+    for (int i = 0; i < 4; i++) a[i] += b[i];
+    store<4>(sum + at, a);
+}
+
 // A stretch of one tensor, a block's work: all tensors in one launch, each with its own decay.
 struct UpdateChunk {
-    size_t first;              // in the parameter order
-    size_t gradient;           // where its gradient starts, in grads or in grads_bf16
+    size_t first;              // in the parameter order: what its random numbers are drawn by
+    size_t parameter, copy;    // where it starts in the parameters (or masters), and in their copy
+    size_t gradient, moment;   // the same in grads or grads_bf16, and in the moments
     int count;
     bool decayed, bf16;        // bf16: the gradient is
+    bool master;               // its FP32 weights are in masters
 };
 constexpr int UPDATE_CHUNK = 8192;  // elements
 
@@ -1751,12 +1794,11 @@ constexpr int UPDATE_CHUNK = 8192;  // elements
 // stored is rounded stochastically: to nearest, v would stop where (1-b2) g^2 falls below 2^-9 of it. counter: n, of the random numbers.
 // 34 bytes an element in BF16: p, g, m, v in, the same and the copy out; 4 less with BF16 gradients, 8 with BF16 moments.
 template <int N, class Gradient, class Moment>
-__device__ void adamw(float* p, branch_t* branch_copy, Gradient* g, Moment* m, Moment* v, size_t at, size_t gradient, float decay, const StepState& s, uint64_t seed,
-                      uint32_t counter) {
+__device__ void adamw(float* p, branch_t* branch_copy, Gradient* g, Moment* m, Moment* v, size_t at, float decay, const StepState& s, uint64_t seed, uint32_t counter) {
     constexpr float b1 = float(BETA1), b2 = float(BETA2), epsilon = float(ADAM_EPSILON);
-    auto ps = load<N>(p + at);
-    auto gs = load<N>(g + gradient);
-    auto ms = load<N>(m + at), vs = load<N>(v + at);
+    auto ps = load<N>(p);
+    auto gs = load<N>(g);
+    auto ms = load<N>(m), vs = load<N>(v);
     Pack<branch_t, N> copy;
     Philox draw{};
     if constexpr (sizeof(Moment) == 2) draw = philox(seed, uint32_t(at / 4), uint32_t(at / 4 >> 32), counter, STREAM_MOMENTS);
@@ -1773,29 +1815,32 @@ __device__ void adamw(float* p, branch_t* branch_copy, Gradient* g, Moment* m, M
             ms[i] = mi, vs[i] = vi;
         }
     }
-    store<N>(p + at, ps), store<N>(g + gradient, gs), store<N>(m + at, ms), store<N>(v + at, vs);
-    if (branch_copy) store<N>(branch_copy + at, copy);
+    store<N>(p, ps), store<N>(g, gs), store<N>(m, ms), store<N>(v, vs);
+    if (branch_copy) store<N>(branch_copy, copy);
 }
 
 template <class Gradient, class Moment>
 __device__ void update_chunk(float* p, branch_t* branch_copy, Gradient* g, Moment* m, Moment* v, const UpdateChunk& chunk, const StepState& s, uint64_t seed,
                              uint32_t counter) {
     float decay = chunk.decayed ? s.decay : 0;
-    // Fours where the stretch starts at a multiple of four; what is left over, one by one.
-    int in_fours = chunk.first % 4 == 0 && chunk.gradient % 4 == 0 ? chunk.count / 4 * 4 : 0;
+    p += chunk.parameter, g += chunk.gradient, m += chunk.moment, v += chunk.moment;
+    if (branch_copy) branch_copy += chunk.copy;
+    // Fours where the stretch starts at multiples of four; what is left over, one by one.
+    int in_fours = (chunk.first | chunk.parameter | chunk.copy | chunk.gradient | chunk.moment) % 4 == 0 ? chunk.count / 4 * 4 : 0;
     for (int i = threadIdx.x * 4; i < in_fours; i += blockDim.x * 4)
-        adamw<4>(p, branch_copy, g, m, v, chunk.first + i, chunk.gradient + i, decay, s, seed, counter);
+        adamw<4>(p + i, branch_copy ? branch_copy + i : nullptr, g + i, m + i, v + i, chunk.first + i, decay, s, seed, counter);
     for (int i = in_fours + threadIdx.x; i < chunk.count; i += blockDim.x)
-        adamw<1>(p, branch_copy, g, m, v, chunk.first + i, chunk.gradient + i, decay, s, seed, counter);
+        adamw<1>(p + i, branch_copy ? branch_copy + i : nullptr, g + i, m + i, v + i, chunk.first + i, decay, s, seed, counter);
 }
 
 // Where the step is not finite, parameters and moments stay, and the gradients become zero as after any step.
 template <class Moment>
-__global__ void adamw_kernel(float* p, branch_t* branch_copy, float* g, __nv_bfloat16* g_bf16, Moment* m, Moment* v, const UpdateChunk* chunks,
-                             const StepSettings* settings, const StepState* state, const long long* updates) {
+__global__ void adamw_kernel(float* params, float* masters, branch_t* branch_copy, float* g, __nv_bfloat16* g_bf16, Moment* m, Moment* v, const UpdateChunk* chunks,
+                             const StepSettings* settings, const StepState* state, const UpdateCounts* counts) {
     wait_for_predecessor();
     UpdateChunk chunk = chunks[blockIdx.x];
     StepState s = *state;
+    float* p = chunk.master ? masters : params;
     if (!s.finite) {
         for (int i = threadIdx.x; i < chunk.count; i += blockDim.x)
             if (chunk.bf16) g_bf16[chunk.gradient + i] = __nv_bfloat16(0.0f);
@@ -1803,7 +1848,7 @@ __global__ void adamw_kernel(float* p, branch_t* branch_copy, float* g, __nv_bfl
         return;
     }
     uint64_t seed = settings->seed;
-    uint32_t counter = uint32_t(*updates);
+    uint32_t counter = uint32_t(counts->updates);
     if (chunk.bf16) update_chunk(p, branch_copy, g_bf16, m, v, chunk, s, seed, counter);
     else update_chunk(p, branch_copy, g, m, v, chunk, s, seed, counter);
 }
@@ -1815,8 +1860,14 @@ struct GradientLayout {
     size_t fp32 = 0, bf16 = 0, largest = 0;           // elements of the two; of the largest matrix in BF16
     static bool is_block_matrix(Tensor t) { return t == QKVW || t == ATTPROJW || t == FCW || t == FCPROJW; }
 
-    GradientLayout(const ParameterLayout& layout, int L, bool matrices_bf16) : at(size_t(L) + 1), matrices_bf16(matrices_bf16) {
+    GradientLayout(const ParameterLayout& layout, int L, bool matrices_bf16, Sharing sharing = {}) : at(size_t(L) + 1), matrices_bf16(matrices_bf16) {
         for (auto& row : at) row.fill(ParameterLayout::absent);
+        if (sharing.ranks > 0) {  // as they are reduced
+            ParameterLayout places = sharing.grad_layout(layout);
+            for (const TensorInfo& t : places.tensors) at[size_t(t.layer + 1)][t.id] = t.offset;
+            fp32 = places.size;
+            return;
+        }
         for (const TensorInfo& t : layout.tensors) {
             size_t& end = in_bf16(t.id) ? bf16 : fp32;
             at[size_t(t.layer + 1)][t.id] = end;
@@ -1831,11 +1882,21 @@ private:
     bool matrices_bf16;
 };
 
-std::vector<UpdateChunk> update_chunks(const ParameterLayout& layout, const GradientLayout& gradients) {
+// Of all parameters, or from -z 1 on of what the rank owns.
+std::vector<UpdateChunk> update_chunks(const ParameterLayout& layout, const GradientLayout& gradients, Sharing sharing = {}) {
     std::vector<UpdateChunk> chunks;
-    for (const TensorInfo& t : layout.tensors)
-        for (size_t at = 0; at < t.size(); at += UPDATE_CHUNK)
-            chunks.push_back({t.offset + at, gradients.of(t) + at, int(std::min(t.size() - at, size_t(UPDATE_CHUNK))), t.decay, gradients.in_bf16(t.id)});
+    auto add = [&](const Stretch& s) {
+        const TensorInfo& t = layout.tensors[s.tensor];
+        bool sharded = sharing.states(), master = sharded && BRANCH_BF16 && layout.unit_of(t) > 0;
+        for (size_t at = 0; at < s.count; at += UPDATE_CHUNK)
+            chunks.push_back({t.file_offset + s.first + at, (master ? s.shard - layout.units[0].shard : s.memory) + at, s.memory + at,
+                              (sharded ? s.shard : gradients.of(t)) + at, (sharded ? s.shard : s.memory) + at, int(std::min(s.count - at, size_t(UPDATE_CHUNK))), t.decay,
+                              gradients.in_bf16(t.id), master});
+    };
+    if (sharing.states())
+        for (const Stretch& s : layout.stretches(sharing.rank)) add(s);
+    else
+        for (size_t i = 0; i < layout.tensors.size(); i++) add({i, 0, layout.tensors[i].size(), layout.tensors[i].offset, layout.tensors[i].offset});
     return chunks;
 }
 
@@ -2011,6 +2072,115 @@ void feed_forward_branch_backward(Device& device, branch_t* du, const branch_t* 
 }
 
 // ----------------------------------------------------------------------------------------------------
+// Ranks: what travels between GPUs, by NCCL
+//
+// One communicator and one stream of its own, beside the stream that computes; events fork and join them, in a graph as outside one. All ranks make
+// the same calls in the same order. NCCL's sums depend on the number of ranks and the network's shape alone, so each run of a machine has the same bits.
+
+#ifdef KEEL_NCCL
+inline void check(ncclResult_t result, const char* what) {
+    if (result != ncclSuccess) fail("%s: %s; NCCL_DEBUG=INFO says more", what, ncclGetErrorString(result));
+}
+#define NCCL(call) check(call, #call)
+
+class Communicator {
+public:
+    struct Gift {  // what rank 0 gives all
+        ncclUniqueId id{};
+        explicit Gift(bool first) {
+            if (first) NCCL(ncclGetUniqueId(&id));
+        }
+    };
+    // Multiprocessors that NCCL's kernels take at most, and that products leave them while gradients are on their way.
+    static constexpr int MULTIPROCESSORS = 16;
+
+    const size_t rank, ranks;
+    cudaStream_t stream = nullptr;
+    size_t bytes_sent = 0;  // by this rank, as a ring sends them, of what has been asked for so far: a graph's launches are not counted
+
+    Communicator(const Launch& launch, const Gift& gift) : rank(size_t(launch.rank)), ranks(size_t(launch.ranks)) {
+        int devices = 0;
+        CUDA(cudaGetDeviceCount(&devices));
+        CUDA(cudaSetDevice(launch.local_rank % devices));  // a launcher may also show each process its own GPU alone
+        setenv("NCCL_ALGO", "Ring", 0);  // every collective alike, whatever its size: the order of its sums is the ring's
+        ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
+        config.maxCTAs = MULTIPROCESSORS;
+        NCCL(ncclCommInitRankConfig(&comm, launch.ranks, gift.id, launch.rank, &config));
+        CUDA(cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, -5));  // the highest there is: what it waits for is the network
+        for (cudaEvent_t* event : {&forked, &joined}) CUDA(cudaEventCreateWithFlags(event, cudaEventDisableTiming));
+    }
+    ~Communicator() {
+        if (comm) ncclCommDestroy(comm);
+        cudaEventDestroy(forked), cudaEventDestroy(joined);
+        cudaStreamDestroy(stream);
+    }
+    Communicator(const Communicator&) = delete;
+    Communicator& operator=(const Communicator&) = delete;
+
+    // What is on its way is given up, as this rank ends by an error.
+    void abort() {
+        if (comm) ncclCommAbort(std::exchange(comm, nullptr));
+    }
+
+    // What comes next on our stream follows all that is on the other; and the reverse.
+    void fork(cudaStream_t from) {
+        CUDA(cudaEventRecord(forked, from));
+        CUDA(cudaStreamWaitEvent(stream, forked, 0));
+    }
+    void join(cudaStream_t to) {
+        CUDA(cudaEventRecord(joined, stream));
+        CUDA(cudaStreamWaitEvent(to, joined, 0));
+    }
+
+    // part (shard) = this rank's part of unit (ranks, shard), added up over the ranks
+    void reduce_scatter(float* part, const float* unit, size_t shard) {
+        NCCL(ncclReduceScatter(unit, part, shard, ncclFloat32, ncclSum, comm, stream));
+        bytes_sent += (ranks - 1) * shard * sizeof(float);
+    }
+    // unit (ranks, shard): each rank's part to all
+    template <class T>
+    void all_gather(T* unit, size_t shard) {
+        NCCL(ncclAllGather(unit + rank * shard, unit, shard * sizeof(T), ncclInt8, comm, stream));
+        bytes_sent += (ranks - 1) * shard * sizeof(T);
+    }
+
+    // Waits for the event, and sees meanwhile whether the network still works.
+    void wait(cudaEvent_t event) {
+        for (int turn = 1;; turn++) {
+            cudaError_t state = cudaEventQuery(event);
+            if (state == cudaSuccess) return;
+            if (state != cudaErrorNotReady) check(state, "a step of this rank");
+            if (turn % 64) continue;
+            ncclResult_t error = ncclSuccess;
+            NCCL(ncclCommGetAsyncError(comm, &error));
+            if (error != ncclSuccess && error != ncclInProgress) check(error, "NCCL, between this rank and others");
+            std::this_thread::yield();
+        }
+    }
+
+    // all (ranks, bytes) on the host from mine (bytes) of each rank
+    void gather(const void* mine, void* all, size_t bytes) {
+        if (host.size() < ranks * bytes) host = PinnedArray<char>(ranks * bytes), memory = DeviceArray<char>(ranks * bytes);
+        memcpy(host.data(), mine, bytes);
+        CUDA(cudaMemcpyAsync(memory.data() + rank * bytes, host.data(), bytes, cudaMemcpyDefault, stream));
+        NCCL(ncclAllGather(memory.data() + rank * bytes, memory.data(), bytes, ncclInt8, comm, stream));
+        CUDA(cudaMemcpyAsync(host.data(), memory.data(), ranks * bytes, cudaMemcpyDefault, stream));
+        CUDA(cudaEventRecord(joined, stream));
+        wait(joined);
+        memcpy(all, host.data(), ranks * bytes);
+    }
+
+private:
+    ncclComm_t comm = nullptr;
+    cudaEvent_t forked = nullptr, joined = nullptr;
+    PinnedArray<char> host;
+    DeviceArray<char> memory;
+};
+#else
+using Communicator = NoCommunicator;
+#endif
+
+// ----------------------------------------------------------------------------------------------------
 // The model: its memory, its forward and its backward
 
 // A sub-layer's sums for --probe, on the device.
@@ -2024,14 +2194,23 @@ struct Model {
     int B, T;  // the largest micro-batch, and the sequence length
     Recompute recompute;
     StateTypes types;
+    Sharing sharing;
+    ParameterLayout grad_layout;             // of several ranks: of grads
     GradientLayout gradient_layout;
     Device device;
+    Communicator* communicator;              // null: alone
+    std::vector<cudaEvent_t> unit_events;    // of several ranks: the unit's weights are whole; in the backward pass, its gradients have gone
 
     DeviceArray<char> memory;                // what the buffers below are parts of
     DeviceArray<float> params, grads, m, v;  // in parameter order; m, v: AdamW's moments
     DeviceArray<__nv_bfloat16> grads_bf16, m_bf16, v_bf16;  // instead of those in FP32 with --grads bf16 and --moments bf16
     DeviceArray<float> grad_scratch;         // with --grads bf16: one matrix's gradient
     DeviceArray<branch_t> branch_copy;       // params in BF16, which the matrix products read; the FP32 build reads params
+    // Of several ranks: FP32 weights of the blocks, in the BF16 build from -z 1 on, of what this one owns, params then holding unit 0 alone; the step's gradients of
+    // what it owns, all ranks' added up; what a reduce-scatter brings; the step's numbers of each rank; this one's RankFlags.
+    DeviceArray<float> masters, shard_grads, incoming;
+    DeviceArray<StepShare> shares;
+    DeviceArray<uint64_t> rank_flags;
 
     // The highway is stored once, as z: kept holds x_0 = "z_{-1}", z_0, ..., z_{L-1}, or with -r K every K-th of them and the
     // last, the others of one segment being in segment. r_out, r_in (L+1, rows): the norms' two numbers a row.
@@ -2045,7 +2224,7 @@ struct Model {
     DeviceArray<int> batch;                                // a TokenBatch
     DeviceArray<StepState> state;
     DeviceArray<StepSettings> settings;
-    DeviceArray<long long> updates;                        // (1) steps that updated the parameters so far
+    DeviceArray<UpdateCounts> updates;
     DeviceArray<UpdateChunk> chunks;
     size_t update_blocks = 0;                              // chunks in use, the blocks of adamw_kernel
 
@@ -2060,15 +2239,22 @@ struct Model {
 
     // What the parameters' buffers hold, in elements.
     struct Counts {
-        size_t parameters, grads, grads_bf16, grad_scratch, moments, moments_bf16;
-        Counts(const ParameterLayout& layout, const GradientLayout& g, StateTypes types)
-            : parameters(layout.count), grads(g.fp32), grads_bf16(g.bf16), grad_scratch(g.largest), moments(types.moments_bf16 ? 0 : layout.count),
-              moments_bf16(types.moments_bf16 ? layout.count : 0) {}
-        Counts(const ModelConfig& c, StateTypes types) : Counts(ParameterLayout(c), types, c.L) {}
+        size_t parameters, branch_copy, masters, grads, grads_bf16, grad_scratch, shard_grads, incoming, moments, moments_bf16, ranks, chunks;
+        Counts(const ParameterLayout& layout, const GradientLayout& g, StateTypes types, Sharing s, int L)
+            : parameters(layout.size), branch_copy(BRANCH_BF16 ? layout.size : 0), masters(0), grads(g.fp32), grads_bf16(g.bf16), grad_scratch(g.largest), shard_grads(0),
+              incoming(0), moments(s.states() ? layout.shard_size : layout.size), moments_bf16(0), ranks(size_t(s.ranks)),
+              chunks(layout.count / UPDATE_CHUNK + size_t(NUM_TENSORS) * size_t(L)) {
+            if (types.moments_bf16) std::swap(moments, moments_bf16);
+            if (masters_apart(s)) parameters = layout.units[0].shard * ranks, masters = layout.shard_size - layout.units[0].shard;
+            if (ranks > 0) shard_grads = layout.shard_size, incoming = std::max(layout.units[0].shard, layout.units[1].shard);
+        }
+        Counts(const ModelConfig& c, StateTypes types, Sharing s = {}) : Counts(ParameterLayout(c, s.ranks), types, s, c.L) {}
 
     private:
-        Counts(const ParameterLayout& layout, StateTypes types, int L) : Counts(layout, GradientLayout(layout, L, types.grads_bf16), types) {}
+        Counts(const ParameterLayout& layout, StateTypes types, Sharing s, int L) : Counts(layout, GradientLayout(layout, L, types.grads_bf16, s), types, s, L) {}
     };
+    // Whether the FP32 weights of the blocks are of what the rank owns alone: products read the BF16 copy, which all have.
+    static bool masters_apart(Sharing s) { return BRANCH_BF16 && s.states(); }
 
     // One row a buffer: what it is called in the table at the start, where it lives, its elements.
     template <class Visit>
@@ -2076,15 +2262,18 @@ struct Model {
         size_t rows = size_t(B) * size_t(T), C = size_t(c.C), L = size_t(c.L), K = size_t(std::max(1, r.level));
         size_t full = r.segments() ? std::min(K, L) : r.level == 1 ? 2 : L;  // sub-layers that have a slot of their own
         bool cheap_kept = r.keeps_cheap();                                   // so do u and GELU's output; else one serves all
-        visit("parameters", &Model::params, counts.parameters);
+        visit(counts.masters ? "parameters outside the blocks" : "parameters", &Model::params, counts.parameters);
+        visit("parameters of this rank's part", &Model::masters, counts.masters);
         visit("gradients", &Model::grads, counts.grads);
         visit("gradients in BF16", &Model::grads_bf16, counts.grads_bf16);
         visit("gradient of one matrix", &Model::grad_scratch, counts.grad_scratch);
+        visit("gradients of this rank's part", &Model::shard_grads, counts.shard_grads);
+        visit("gradients from the other ranks", &Model::incoming, counts.incoming);
         visit("AdamW's first moment", &Model::m, counts.moments);
         visit("AdamW's second moment", &Model::v, counts.moments);
         visit("AdamW's first moment in BF16", &Model::m_bf16, counts.moments_bf16);
         visit("AdamW's second moment in BF16", &Model::v_bf16, counts.moments_bf16);
-        visit("parameters in BF16", &Model::branch_copy, BRANCH_BF16 ? counts.parameters : 0);
+        visit("parameters in BF16", &Model::branch_copy, counts.branch_copy);
         visit("highway z", &Model::kept, ((L + K - 1) / K + 1) * rows * C);
         visit("highway z of one segment", &Model::segment, (std::min(K, L) - 1) * rows * C);
         visit("1 / rms of z", &Model::r_out, (L + 1) * rows);
@@ -2110,7 +2299,9 @@ struct Model {
         visit("step's numbers out", &Model::state, 1);
         visit("step's numbers in", &Model::settings, 1);
         visit("updates so far", &Model::updates, 1);
-        visit("optimizer's work list", &Model::chunks, counts.parameters / UPDATE_CHUNK + size_t(NUM_TENSORS) * L);
+        visit("each rank's numbers", &Model::shares, counts.ranks);
+        visit("this rank's flags", &Model::rank_flags, counts.ranks ? 1 : 0);
+        visit("optimizer's work list", &Model::chunks, counts.chunks);
     }
 
     static std::vector<MemoryRow> plan(const ModelConfig& c, const Counts& counts, int B, int T, Recompute r) {
@@ -2125,22 +2316,31 @@ struct Model {
     // All buffers are parts of one allocation. Not const: on the CPU headers the tests give each its own, with guards that catch a stray index.
     static inline bool one_allocation = true;
 
-    Model(const ModelConfig& config, int B, int T, Recompute recompute, StateTypes types = {})
-        : config(config), layout(config), B(B), T(T), recompute(recompute), types(types), gradient_layout(layout, config.L, types.grads_bf16) {
-        Counts counts(layout, gradient_layout, types);
+    Model(const ModelConfig& config, int B, int T, Recompute recompute, StateTypes types = {}, Sharing sharing = {}, Communicator* communicator = nullptr)
+        : config(config), layout(config, sharing.ranks), B(B), T(T), recompute(recompute), types(types), sharing(sharing), grad_layout(sharing.grad_layout(layout)),
+          gradient_layout(layout, config.L, types.grads_bf16, sharing), communicator(communicator) {
+        Counts counts(layout, gradient_layout, types, sharing, config.L);
         if (one_allocation) memory = DeviceArray<char>(total_bytes(plan(config, counts, B, T, recompute)) - Device::BYTES);
         char* free = memory.data();
         each_buffer(config, counts, B, T, recompute, [&]<class T_>(const char*, DeviceArray<T_> Model::* buffer, size_t elements) {
             this->*buffer = one_allocation && elements ? DeviceArray<T_>(free, elements) : DeviceArray<T_>(elements);
         });
-        std::vector<UpdateChunk> work = update_chunks(layout, gradient_layout);
+        std::vector<UpdateChunk> work = update_chunks(layout, gradient_layout, sharing);
         device.copy(chunks.data(), work.data(), work.size());
         update_blocks = work.size();
         device.zero(grads), device.zero(grads_bf16), device.zero(state), device.zero(updates), device.zero(batch);
         for (auto* moment : {&m, &v}) device.zero(*moment);
         for (auto* moment : {&m_bf16, &v_bf16}) device.zero(*moment);
+        device.zero(shard_grads);
+        if (sharing.ranks > 0) unit_events.resize(layout.units.size());
+        for (cudaEvent_t& event : unit_events) CUDA(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
         device.synchronize();
     }
+    ~Model() {
+        for (cudaEvent_t event : unit_events) cudaEventDestroy(event);
+    }
+    Model(const Model&) = delete;
+    Model& operator=(const Model&) = delete;
 
     branch_t* branch_params() {
         void* from = BRANCH_BF16 ? static_cast<void*>(branch_copy.data()) : params.data();
@@ -2159,17 +2359,122 @@ struct Model {
     void initialise(uint64_t seed) {
         for (size_t i = 0; i < layout.tensors.size(); i++) {
             const TensorInfo& t = layout.tensors[i];
-            launch(initialise_kernel<float>, ceil_div(ceil_div(t.size(), 4), THREADS), THREADS, 0, device.stream, params.data() + t.offset,
+            launch(initialise_kernel<float>, ceil_div(ceil_div(t.size(), 4), THREADS), THREADS, 0, device.stream, place_of(t),
                    TensorStart{t.rows, t.cols, t.used_rows, t.tail_row, t.bound, t.bound_tail, uint32_t(i)}, seed);
+            placed(t);
         }
         parameters_changed();
     }
 
+    // Where a whole tensor is to be written in FP32, from outside; placed() follows. Where the rank has room for a part of it alone, that is where
+    // its gradients will be.
+    float* place_of(const TensorInfo& t) { return masters_apart(sharing) && layout.unit_of(t) > 0 ? grads.data() + gradient_layout.of(t) : params.data() + t.offset; }
+    void placed(const TensorInfo& t) {
+        if (!masters_apart(sharing) || layout.unit_of(t) == 0) return;
+        const Unit& unit = layout.units[layout.unit_of(t)];
+        size_t begin = unit.first + size_t(sharing.rank) * unit.shard, from = std::max(begin, t.offset), to = std::min(begin + unit.shard, t.offset + t.size());
+        float* whole = place_of(t);
+        if (from < to) device.copy(master(unit) + (from - begin), whole + (from - t.offset), to - from);
+        launch(round_kernel, ceil_div(t.size(), THREADS), THREADS, 0, device.stream, branch_params() + t.offset, static_cast<const float*>(whole), t.size());
+        CUDA(cudaMemsetAsync(whole, 0, t.size() * sizeof(float), device.stream));
+    }
+    // This rank's part of a unit of the blocks, where masters are apart.
+    float* master(const Unit& unit) { return masters.data() + unit.shard_first - layout.units[0].shard; }
+
     // After params were written from outside: the copy that the matrix products read.
     void parameters_changed() {
-        if (BRANCH_BF16) launch(round_kernel, ceil_div(layout.count, THREADS), THREADS, 0, device.stream, branch_params(), params.data(), layout.count);
+        if (BRANCH_BF16) round_params();
         device.synchronize();
     }
+    void round_params(cudaStream_t on = nullptr) {
+        launch(round_kernel, ceil_div(params.size(), THREADS), THREADS, 0, on ? on : device.stream, branch_params(), static_cast<const float*>(params.data()), params.size());
+    }
+
+    // ----- Several ranks. What travels is on the communicator's stream, in the order of the calls; events hold the two streams together.
+#ifdef KEEL_NCCL
+    // In the backward pass, when all gradients of unit u are there: this rank's part of them, added up over the ranks, goes to shard_grads, while the
+    // next block's backward computes. Their memory is zero when unit_events[u] comes.
+    void reduce_unit(size_t u) {
+        const Unit& unit = grad_layout.units[u];
+        float* of_unit = grads.data() + unit.first;
+        communicator->fork(device.stream);
+        communicator->reduce_scatter(incoming.data(), of_unit, unit.shard);
+        launch(accumulate_kernel, ceil_div(unit.shard / 4, THREADS), THREADS, 0, communicator->stream, shard_grads.data() + unit.shard_first,
+               static_cast<const float*>(incoming.data()), unit.shard);
+        CUDA(cudaMemsetAsync(of_unit, 0, unit.shard * communicator->ranks * sizeof(float), communicator->stream));
+        CUDA(cudaEventRecord(unit_events[u], communicator->stream));
+    }
+    // From -z 1 on: the weights that the others have updated. Those of unit u are whole when unit_events[u] comes.
+    void gather_updates() {
+        communicator->fork(device.stream);
+        for (size_t u = 0; u < layout.units.size(); u++) {
+            const Unit& unit = layout.units[u];
+            if (BRANCH_BF16 && u > 0) communicator->all_gather(branch_params() + unit.first, unit.shard);
+            else communicator->all_gather(params.data() + unit.first, unit.shard);
+            if (BRANCH_BF16 && u == 0) round_params(communicator->stream);  // params is unit 0
+            CUDA(cudaEventRecord(unit_events[u], communicator->stream));
+        }
+    }
+    // Of an array over all parameters: each rank's part to all.
+    template <class T>
+    void gather_units(const DeviceArray<T>& of) {
+        communicator->fork(device.stream);
+        for (const Unit& unit : layout.units)
+            if (of.size()) communicator->all_gather(of.data() + unit.first, unit.shard);
+        communicator->join(device.stream);
+    }
+    // The step's loss and gradient norm: each rank adds up its own, then all have them all.
+    void share_numbers() {
+        add_sum<true>(device, &state.data()->grad_squares, shard_grads.data(), shard_grads.size());
+        launch(share_kernel, 1, 1, 0, device.stream, shares.data() + communicator->rank, static_cast<const StepState*>(state.data()), static_cast<const uint64_t*>(rank_flags.data()));
+        communicator->fork(device.stream);
+        communicator->all_gather(shares.data(), 1);
+        communicator->join(device.stream);
+    }
+    // -z 0: every rank updates everything.
+    void gather_gradients() {
+        for (const Unit& unit : layout.units)
+            device.copy(grads.data() + unit.first + communicator->rank * unit.shard, shard_grads.data() + unit.shard_first, unit.shard);
+        gather_units(grads);
+        device.zero(shard_grads);
+    }
+    // After parts of what the rank owns were written from outside.
+    void owned_changed() {
+        if (masters_apart(sharing))
+            for (size_t u = 1; u < layout.units.size(); u++) {
+                const Unit& unit = layout.units[u];
+                launch(round_kernel, ceil_div(unit.shard, THREADS), THREADS, 0, device.stream, branch_params() + unit.first + communicator->rank * unit.shard,
+                       static_cast<const float*>(master(unit)), unit.shard);
+            }
+        if (sharing.states()) {
+            gather_updates();
+            communicator->join(device.stream);
+        } else {
+            gather_units(params);
+            gather_units(m), gather_units(v), gather_units(m_bf16), gather_units(v_bf16);
+            if (BRANCH_BF16) round_params();
+        }
+        device.synchronize();
+    }
+    // The whole of a unit's FP32 weights, where masters are apart, in the memory of its gradients, which is to be zeroed after.
+    float* gather_masters(size_t u) {
+        const Unit& unit = layout.units[u];
+        float* whole = grads.data() + grad_layout.units[u].first;
+        device.copy(whole + communicator->rank * unit.shard, master(unit), unit.shard);
+        communicator->fork(device.stream);
+        communicator->all_gather(whole, unit.shard);
+        communicator->join(device.stream);
+        return whole;
+    }
+#else
+    void reduce_unit(size_t) {}
+    void gather_updates() {}
+    void share_numbers() {}
+    void gather_gradients() {}
+    void owned_changed() {}
+    float* gather_masters(size_t) { return nullptr; }
+#endif
+    void await_unit(size_t u) { CUDA(cudaStreamWaitEvent(device.stream, unit_events[u], 0)); }
 
     // Where z_{i-1} is, i = 0..L (x_0 for i = 0).
     float* z(int i) {
@@ -2259,12 +2564,14 @@ struct Model {
             for (size_t j = 0; j < V; j++) out[r * V + j] = float(host[r * Vp + j]);
     }
 
-    // From tokens (b,T) on the device to u_L in head_in.
-    void forward(const int* tokens, int b) {
+    // From tokens (b,T) on the device to u_L in head_in. gather: the weights that other ranks have updated come meanwhile, a unit at a time.
+    void forward(const int* tokens, int b, bool gather = false) {
         size_t rows = size_t(b) * size_t(T), n = rows * size_t(config.C);
+        if (gather) gather_updates(), await_unit(0);
         embedding_forward(device, z(0), tokens, parameter(WTE), parameter(WPE), b, T, config.C, 0);
         highway_norms(device, point(0), rows, config.C);
         for (int l = 0; l < config.L; l++) {
+            if (gather && is_attention(l)) await_unit(1 + size_t(l) / 2);
             sublayer_forward(l, b);
             if (!probing) continue;
             ProbeSums* sums = probe.data() + l;
@@ -2285,11 +2592,11 @@ struct Model {
     }
 
     // Forward and backward of the b sequences of the TokenBatch in `batch`: adds the sum of their losses to state.loss_sum, and the gradients of
-    // scale * sum to grads. debug, if given, gets logits (rows,V), x and dx (L+1,rows,C).
-    void forward_backward(int b, float scale, DebugState<float>* debug = nullptr) {
+    // scale * sum to grads, or of several ranks to shard_grads. debug, if given, gets logits (rows,V), x and dx (L+1,rows,C).
+    void forward_backward(int b, float scale, DebugState<float>* debug = nullptr, bool gather = false) {
         size_t rows = size_t(b) * size_t(T), n = rows * size_t(config.C);
         TokenBatch tokens(batch.data(), rows);
-        forward(tokens.tokens, b);
+        forward(tokens.tokens, b, gather);
         if (debug) debug->logits.resize(rows * size_t(config.V)), debug->x.resize((size_t(config.L) + 1) * n), debug->dx.resize(debug->x.size());
         head(tokens.targets, rows, true, scale, debug ? debug->logits.data() : nullptr);
 
@@ -2311,12 +2618,16 @@ struct Model {
             int begin = (end - 1) / K * K;              // the segment's first sub-layer
             if (end < config.L) forward_again(begin, end, b);  // the last segment's activations are still there
             for (int l = end - 1; l >= begin; l--) {
+                size_t unit = 1 + size_t(l) / 2;  // of several ranks
+                if (sharing.gradients() && !is_attention(l) && unit + 2 < layout.units.size()) await_unit(unit + 2);  // its gradients were where this block's come
                 branch_backward(l, b);
+                if (communicator && is_attention(l)) reduce_unit(unit);
                 to_point(l);
             }
             end = begin;
         }
         embedding_backward(device, gradient(WTE), gradient(WPE), dz.data(), tokens, b, T, config.C, config.V);
+        if (communicator) reduce_unit(0), await_unit(0);
     }
 
     // What the backward of sub-layers [begin, end) needs, from the z before them. The last one's z is there.
@@ -2328,12 +2639,17 @@ struct Model {
 
     // Norm, clip and AdamW, in place; the gradients are zero afterwards. A step that is not finite changes nothing else.
     void update() {
-        add_sum<true>(device, &state.data()->grad_squares, grads.data(), grads.size());
-        if (grads_bf16.size()) add_sum<true>(device, &state.data()->grad_squares, grads_bf16.data(), grads_bf16.size());
-        launch(prepare_update_kernel, 1, 1, 0, device.stream, state.data(), settings.data(), updates.data());
+        if (communicator) {
+            share_numbers();
+        } else {
+            add_sum<true>(device, &state.data()->grad_squares, grads.data(), grads.size());
+            if (grads_bf16.size()) add_sum<true>(device, &state.data()->grad_squares, grads_bf16.data(), grads_bf16.size());
+        }
+        launch(prepare_update_kernel, 1, 1, 0, device.stream, state.data(), settings.data(), updates.data(), shares.data(), sharing.ranks);
+        if (communicator && !sharing.states()) gather_gradients();
         auto adamw = [&](auto* first, auto* second) {
-            launch(adamw_kernel<std::remove_pointer_t<decltype(first)>>, update_blocks, THREADS, 0, device.stream, params.data(), BRANCH_BF16 ? branch_params() : nullptr,
-                   grads.data(), grads_bf16.data(), first, second, chunks.data(), settings.data(), state.data(), updates.data());
+            launch(adamw_kernel<std::remove_pointer_t<decltype(first)>>, update_blocks, THREADS, 0, device.stream, params.data(), masters.data(),
+                   BRANCH_BF16 ? branch_params() : nullptr, sharing.states() ? shard_grads.data() : grads.data(), grads_bf16.data(), first, second, chunks.data(), settings.data(), state.data(), updates.data());
         };
         if (types.moments_bf16) adamw(m_bf16.data(), v_bf16.data());
         else adamw(m.data(), v.data());
@@ -2476,6 +2792,14 @@ struct Trainer {
     using HostArray = PinnedArray<float>;
     static constexpr bool branch_bf16 = BRANCH_BF16, on_host = false;
     static constexpr int steps_in_flight = 2;
+    using Communicator = ::Communicator;
+#ifdef KEEL_NCCL
+    static constexpr const char* ranks_by = "NCCL";
+#else
+    static constexpr const char* ranks_by = nullptr;
+#endif
+    static constexpr const char* ranks_needs = "NCCL (nccl.h)";
+    static constexpr bool probes_ranks = false;
 
     RunConfig run;
     Model model;
@@ -2487,19 +2811,29 @@ struct Trainer {
     cudaEvent_t ended[steps_in_flight] = {};  // the step's state is on the host
     uint64_t started = 0, finished = 0;  // steps
     std::vector<int> token_counts;    // scratch of TokenBatch::sort
-    Graph micro_step, update;         // recorded at the start of the second step, when every kernel has been loaded
+    // Recorded at the start of the second step, when every kernel has been loaded. first_micro_step: where ranks own the states, the step's first
+    // one, in which weights are gathered too.
+    Graph first_micro_step, micro_step, update;
     bool use_graphs = true;
+    Communicator* communicator;          // null: alone
+    PinnedArray<uint64_t> rank_flags;    // of several ranks, for each step under way: its RankFlags
+    std::string lost[steps_in_flight];   // and why its data could not be read
+    size_t step_bytes = 0;
 
-    explicit Trainer(const RunConfig& run)
-        : run(run), model(run.model, run.B, run.T, run.recompute, run.types), settings(steps_in_flight), state(steps_in_flight + 1) {
+    explicit Trainer(const RunConfig& run, Communicator* communicator = nullptr)
+        : run(run), model(run.model, run.B, run.T, run.recompute, run.types, Sharing(run), run.ranks > 0 ? communicator : nullptr), settings(steps_in_flight),
+          state(steps_in_flight + 1), communicator(model.communicator), rank_flags(steps_in_flight) {
+        if (model.communicator && run.types.grads_bf16) fail("--grads: expected fp32 with several ranks, found bf16; use -z 2, which divides the gradients among them");
+        leave_multiprocessors();
         for (int i = 0; i < 2; i++) {
             staging[i] = PinnedArray<int>(TokenBatch::size(rows()));
             CUDA(cudaEventCreateWithFlags(&staged[i], cudaEventDisableTiming));
         }
         for (cudaEvent_t& event : ended) CUDA(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
-        if (!run.tune.empty()) model.device.tuning = std::make_unique<TuningTable>(run.tune, properties().name, cublasLtGetVersion());
+        if (!run.tune.empty()) model.device.tuning = std::make_unique<TuningTable>(run.tune, tuned_gpu(), cublasLtGetVersion());
     }
     ~Trainer() {
+        if (std::uncaught_exceptions() > 0) give_up();
         cudaStreamSynchronize(model.device.stream);  // nothing may be thrown here
         for (cudaEvent_t event : staged) cudaEventDestroy(event);
         for (cudaEvent_t event : ended) cudaEventDestroy(event);
@@ -2512,23 +2846,33 @@ struct Trainer {
     // One optimizer step: the gradient of the mean loss over run.total_batch tokens, a micro-batch at a time, then AdamW. start() only gives the
     // device its work; finish() waits for the oldest step that was started. With two under way the device goes from one into the next while
     // the host prints, logs and reads data.
-    void start(const Loader& data, int64_t step, ProbeLog* log) {
+    void start(const Loader& data, int64_t step, ProbeLog* log, unsigned flags = 0) {
         Device& device = model.device;
         if (started == 0) upload_updates(step - 1 - run.skipped);
-        if (started > 0 && use_graphs && !micro_step.launches) record_graphs();
-        bool replay = micro_step.launches && !log;
+        if (started > 0 && use_graphs && !update.launches) record_graphs();
+        bool replay = update.launches && !log;
         StepProbe probe(run.model);
         int slot = int(started % steps_in_flight);
+        size_t sent_before = bytes_sent();
         begin_step(step, slot);
         if (log) begin_probe();
         Device::Tuning tuning(device, started == 0);
 
-        uint64_t first = uint64_t(step - 1) * uint64_t(run.batch_sequences());
         for (int micro = 0; micro < run.accumulation(); micro++) {
-            stage_batch(data, first + uint64_t(micro) * uint64_t(run.B), micro);
-            if (replay) CUDA(cudaGraphLaunch(micro_step.launches, device.stream));
-            else micro_batch();
+            try {
+                stage_batch(data, run.sequence(step, micro), micro);
+            } catch (const DataError& e) {
+                if (!communicator) throw;
+                lost[slot] = e.what(), flags |= DATA_LOST;  // the others wait for this one: it goes on with the tokens it has
+            }
+            bool gather = micro == 0 && model.sharing.states();
+            if (replay) CUDA(cudaGraphLaunch((gather ? first_micro_step : micro_step).launches, device.stream));
+            else micro_batch(gather);
             if (log) probe_shortcuts(probe);
+        }
+        if (communicator) {
+            rank_flags[size_t(slot)] = flags;
+            device.copy(model.rank_flags.data(), &rank_flags[size_t(slot)], 1);
         }
         if (log) probe_gradients(probe);
         if (replay) CUDA(cudaGraphLaunch(update.launches, device.stream));
@@ -2536,7 +2880,7 @@ struct Trainer {
 
         device.copy(&state[size_t(slot)], model.state.data(), 1);
         CUDA(cudaEventRecord(ended[slot], device.stream));
-        started++;
+        if (started++ == 0) step_bytes = bytes_sent() - sent_before;
         if (!log) return;
         device.synchronize();
         if (!state[size_t(slot)].finite) return;
@@ -2546,8 +2890,86 @@ struct Trainer {
 
     StepResult finish() {
         size_t slot = finished++ % steps_in_flight;
-        CUDA(cudaEventSynchronize(ended[slot]));
-        return {state[slot].loss_sum / double(run.total_batch), state[slot].norm};
+        wait(ended[slot]);
+        if (communicator && (state[slot].any & DATA_LOST)) throw_lost_data(*communicator, run, lost[slot]);
+        return {state[slot].loss_sum / double(run.total_batch), state[slot].norm, state[slot].any, state[slot].all};
+    }
+
+    // ----- Several ranks
+#ifdef KEEL_NCCL
+    size_t bytes_sent() const { return communicator ? communicator->bytes_sent : 0; }
+    void wait(cudaEvent_t event) {
+        if (communicator) communicator->wait(event);
+        else CUDA(cudaEventSynchronize(event));
+    }
+    void give_up() {
+        if (communicator) communicator->abort();
+    }
+    // While gradients travel NCCL's kernels are at work too, and a product over all multiprocessors would wait for theirs.
+    void leave_multiprocessors() {
+        int all = properties().multiProcessorCount;
+        if (communicator && communicator->ranks > 1 && all >= 4 * Communicator::MULTIPROCESSORS) model.device.product_multiprocessors = all - Communicator::MULTIPROCESSORS;
+    }
+#else
+    size_t bytes_sent() const { return 0; }
+    void wait(cudaEvent_t event) { CUDA(cudaEventSynchronize(event)); }
+    void give_up() {}
+    void leave_multiprocessors() {}
+#endif
+    // The tuning table's name for what products run on.
+    std::string tuned_gpu() const {
+        int some = model.device.product_multiprocessors;
+        return properties().name + (some ? format(" (%d multiprocessors)", some) : std::string());
+    }
+    void gather_weights() {
+        if (!communicator || !model.sharing.states()) return;
+        model.gather_updates();
+        model.await_unit(model.layout.units.size() - 1);
+    }
+    void snapshot_owned(float* out) {
+        Device& device = model.device;
+        gather_weights();
+        const std::vector<Stretch> owned = model.layout.stretches(run.rank);
+        for (const Stretch& s : owned) device.copy(out, owned_place(s), s.count), out += s.count;
+        for (auto [fp32, bf16] : moments())
+            for (const Stretch& s : owned) copy_moment(out, *fp32, *bf16, model.sharing.states() ? s.shard : s.memory, s.count), out += s.count;
+        // The model: rank 0 has it, all take part.
+        size_t gathered = 0;
+        const float* unit = nullptr;
+        auto clear = [&] {
+            if (gathered) CUDA(cudaMemsetAsync(model.grads.data() + model.grad_layout.units[gathered].first, 0, model.layout.units[gathered].shard * size_t(run.ranks) * sizeof(float), device.stream));
+        };
+        for (const TensorInfo& t : model.layout.tensors) {
+            size_t u = model.layout.unit_of(t);
+            bool apart = Model::masters_apart(model.sharing) && u > 0;
+            if (apart && u != gathered) clear(), unit = model.gather_masters(gathered = u);
+            if (run.rank == 0) device.copy(out, apart ? unit + (t.offset - model.layout.units[u].first) : model.params.data() + t.offset, t.size()), out += t.size();
+        }
+        clear();
+        device.synchronize();
+    }
+    void store(int section, const Stretch& s, size_t first, size_t n, const float* values) {
+        size_t at = (model.sharing.states() ? s.shard : s.memory) + first;
+        if (section == 0) {
+            model.device.copy(owned_place(s) + first, values, n);
+        } else if (auto [fp32, bf16] = moments()[size_t(section - 1)]; fp32->size()) {
+            model.device.copy(fp32->data() + at, values, n);
+        } else {
+            std::vector<__nv_bfloat16> rounded(n);
+            for (size_t i = 0; i < n; i++) rounded[i] = __nv_bfloat16(values[i]);  // exact where --moments bf16 wrote it
+            model.device.copy(bf16->data() + at, rounded.data(), n);
+        }
+        model.device.synchronize();
+    }
+    void stored() {
+        if (communicator) model.owned_changed();
+        else model.parameters_changed();
+    }
+    // The FP32 weights of a stretch that this rank owns.
+    float* owned_place(const Stretch& s) {
+        const TensorInfo& t = model.layout.tensors[s.tensor];
+        if (!Model::masters_apart(model.sharing) || model.layout.unit_of(t) == 0) return model.params.data() + s.memory;
+        return model.masters.data() + s.shard - model.layout.units[0].shard;
     }
 
     StepResult step(const Loader& data, int64_t step, ProbeLog* log) {
@@ -2557,8 +2979,8 @@ struct Trainer {
 
     // AdamW's count of finished steps, which the device goes on with by itself.
     void upload_updates(int64_t count) {
-        long long value = count;
-        model.device.copy(model.updates.data(), &value, 1);
+        UpdateCounts counts{count, 0};
+        model.device.copy(model.updates.data(), &counts, 1);
         model.device.synchronize();
     }
 
@@ -2572,7 +2994,7 @@ struct Trainer {
     // Reads a batch while the device is at work on the one before. micro: its number in the step.
     void stage_batch(const Loader& data, uint64_t sequence, int micro) {
         size_t slot = batches++ % 2;
-        CUDA(cudaEventSynchronize(staged[slot]));
+        wait(staged[slot]);
         TokenBatch batch(staging[slot].data(), rows());
         data.batch(sequence, run.B, batch.tokens, batch.targets);
         batch.sort(rows(), run.model.V, token_counts);
@@ -2581,14 +3003,16 @@ struct Trainer {
         CUDA(cudaEventRecord(staged[slot], model.device.stream));
     }
 
-    void micro_batch() { model.forward_backward(run.B, float(1.0 / double(run.total_batch))); }
+    void micro_batch(bool gather = false) { model.forward_backward(run.B, float(1.0 / double(run.total_batch)), nullptr, gather); }
 
     void record_graphs() {
         double start = seconds();
-        micro_step.record(model.device.stream, [&] { micro_batch(); });
+        bool gather = model.sharing.states();
+        if (gather) first_micro_step.record(model.device.stream, [&] { micro_batch(true); });
+        if (!gather || run.accumulation() > 1) micro_step.record(model.device.stream, [&] { micro_batch(false); });
         update.record(model.device.stream, [&] { model.update(); });
-        printf("graphs     micro-step %zu nodes, update %zu nodes, %s, made in %.2f s beside the first step\n", micro_step.nodes, update.nodes,
-               bytes_text(double(micro_step.bytes + update.bytes)).c_str(), seconds() - start);
+        printf("graphs     micro-step %zu nodes, update %zu nodes, %s, made in %.2f s beside the first step\n", std::max(micro_step.nodes, first_micro_step.nodes), update.nodes,
+               bytes_text(double(first_micro_step.bytes + micro_step.bytes + update.bytes)).c_str(), seconds() - start);
     }
 
     double evaluate(const int* tokens, const int* targets, int b, int* predictions = nullptr) {
@@ -2690,11 +3114,12 @@ struct Trainer {
     void initialise(uint64_t seed) { model.initialise(seed); }
 
     void read_parameters(FileReader& in) {
-        read(in, model.params);
+        if (!communicator) read(in, model.params.data(), model.params.size());
+        for (const TensorInfo& t : communicator ? model.layout.tensors : std::vector<TensorInfo>()) read(in, model.place_of(t), t.size()), model.placed(t);
         model.parameters_changed();
     }
     void read_moments(FileReader& in) {
-        for (auto [fp32, bf16] : moments()) read(in, *fp32, *bf16);
+        for (auto [fp32, bf16] : moments()) read(in, fp32->data(), model.layout.count, bf16->data());
     }
     void snapshot(float* out) {
         model.device.copy(out, model.params.data(), model.layout.count);
@@ -2724,17 +3149,16 @@ struct Trainer {
     }
 
     static constexpr size_t FILE_CHUNK = size_t(16) << 20;  // numbers on the host at a time
-    // into the one of two buffers that is there
-    void read(FileReader& in, const DeviceArray<float>& to, const DeviceArray<__nv_bfloat16>& to_bf16 = {}) {
-        size_t size = std::max(to.size(), to_bf16.size());
+    // size numbers into FP32, or where that is null into BF16
+    void read(FileReader& in, float* to, size_t size, __nv_bfloat16* to_bf16 = nullptr) {
         std::vector<float> chunk(std::min(size, FILE_CHUNK));
-        std::vector<__nv_bfloat16> rounded(to_bf16.size() ? chunk.size() : 0);
+        std::vector<__nv_bfloat16> rounded(to ? 0 : chunk.size());
         for (size_t at = 0; at < size; at += chunk.size()) {
             size_t n = std::min(chunk.size(), size - at);
             in.read_reals(chunk.data(), n);
-            if (to.size()) model.device.copy(to.data() + at, chunk.data(), n);
+            if (to) model.device.copy(to + at, chunk.data(), n);
             for (size_t i = 0; i < std::min(n, rounded.size()); i++) rounded[i] = __nv_bfloat16(chunk[i]);  // exact where --moments bf16 wrote it
-            if (to_bf16.size()) model.device.copy(to_bf16.data() + at, rounded.data(), n);
+            if (!to) model.device.copy(to_bf16 + at, rounded.data(), n);
             model.device.synchronize();
         }
     }
@@ -2757,7 +3181,9 @@ struct Trainer {
     // ----- The machine
     static cudaDeviceProp properties() {
         cudaDeviceProp p;
-        CUDA(cudaGetDeviceProperties(&p, 0));
+        int device = 0;
+        CUDA(cudaGetDevice(&device));
+        CUDA(cudaGetDeviceProperties(&p, device));
         return p;
     }
 
@@ -2816,7 +3242,7 @@ struct Trainer {
         return free > reserve ? free - reserve : 0;
     }
 
-    static std::vector<MemoryRow> memory_rows(const RunConfig& run) { return Model::plan(run.model, Model::Counts(run.model, run.types), run.B, run.T, run.recompute); }
+    static std::vector<MemoryRow> memory_rows(const RunConfig& run) { return Model::plan(run.model, Model::Counts(run.model, run.types, Sharing(run)), run.B, run.T, run.recompute); }
 
     static MemoryRow memory_beside(const RunConfig& run, const Options& o) {
         size_t bytes = o.check.empty() && o.dump.empty() && o.sample_every > 0 ? TokenGenerator::bytes(run.model, run.T) : 0;
@@ -2834,14 +3260,14 @@ struct Trainer {
     static constexpr int64_t MAX_ROWS = int64_t(1) << 30;  // kernels count rows in int
     static void choose_memory_plan(RunConfig& run, size_t available) {
         const ModelConfig& c = run.model;
-        Model::Counts counts(c, run.types);
+        Model::Counts counts(c, run.types, Sharing(run));
         size_t least = SIZE_MAX;
         int root = 2;  // K + L/K is least at the square root
         while ((root + 2) * (root + 2) <= c.L) root += 2;
         std::vector<Recompute> levels = {{0}, {-1}, {1}, {root}};
         if (run.recompute_chosen) levels = {run.recompute};
         std::vector<int> batches;
-        int64_t sequences = run.batch_sequences();
+        int64_t sequences = run.rank_sequences();
         for (int64_t B = std::min<int64_t>(sequences, MAX_B); B >= 1; B--)
             if (sequences % B == 0 && B * run.T < MAX_ROWS) batches.push_back(int(B));
         if (run.B) batches = {run.B};

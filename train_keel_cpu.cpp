@@ -4,6 +4,9 @@
 // product, the layers (each forward beside its backward), the sub-layer, the model, the optimizer, sampling, the step.
 // The same source builds in FP32 and, with -DKEEL_FP64, in FP64: the yardstick.
 //
+// Built with MPI (-DKEEL_MPI), it also runs as many ranks, of which each has a part of the batch: the Communicator, and the rank's step, are what
+// that adds.
+//
 // Every result has the same bits for any number of threads: the order of each sum depends on shapes alone, threads
 // share out whole outputs, and there are no atomics.
 
@@ -619,11 +622,15 @@ double sum_of_squares(const real* values, size_t n) {
 
 struct Model {
     ModelConfig config;
-    ParameterLayout layout;
+    ParameterLayout layout, grad_layout;  // of params; of grads, which differs at -z 2 alone
     int B, T;  // the largest micro-batch, and the sequence length
     Recompute recompute;
+    Sharing sharing;
 
-    Buffer<real> params, grads, m, v;  // in parameter order; m, v: AdamW's moments
+    Buffer<real> params, grads, m, v;  // as layout and grad_layout have them; m, v: AdamW's moments, from -z 1 on of what the rank owns alone
+    Buffer<real> shard_grads;          // of several ranks: the step's gradients of what this one owns, all ranks' added up
+    std::vector<Stretch> update_work;  // AdamW's: all parameters, or from -z 1 on what the rank owns, whose gradients and moments are in arrays of their own
+    std::function<void(size_t unit)> unit_done;  // of several ranks: called in the backward pass when a unit's gradients are whole
 
     // The highway is stored once, as z: kept holds x_0 = "z_{-1}", z_0, ..., z_{L-1}, or with -r K every K-th of them and the
     // last, the others of one segment being in segment. x and u are made from it again.
@@ -650,17 +657,18 @@ struct Model {
         return std::min(rows, std::max<size_t>(16, (size_t(1) << 24) / size_t(c.Vp())));
     }
 
-    static std::vector<BufferRow> plan(const ModelConfig& c, int B, int T, Recompute r) {
+    static std::vector<BufferRow> plan(const ModelConfig& c, int B, int T, Recompute r, Sharing s = {}) {
         size_t rows = size_t(B) * size_t(T), C = size_t(c.C), L = size_t(c.L), K = size_t(std::max(1, r.level));
-        size_t params = ParameterLayout(c).count;
+        ParameterLayout layout(c, s.ranks);
         size_t full = r.segments() ? std::min(K, L) : r.level == 1 ? 2 : L;  // sub-layers that have a slot of their own
         size_t cheap = r.keeps_cheap() ? full : 2;                           // the same for u and GELU's output
         size_t partial = gain_blocks(rows) * std::max(C, c.norm == HYBRIDNORM ? 3 * size_t(c.D()) : 0);
         return {
-            {"parameters", &Model::params, params},
-            {"gradients", &Model::grads, params},
-            {"AdamW's first moment", &Model::m, params},
-            {"AdamW's second moment", &Model::v, params},
+            {"parameters", &Model::params, layout.size},
+            {"gradients", &Model::grads, s.grad_layout(layout).size},
+            {"gradients of this rank's part", &Model::shard_grads, s.ranks > 0 ? layout.shard_size : 0},
+            {"AdamW's first moment", &Model::m, s.states() ? layout.shard_size : layout.size},
+            {"AdamW's second moment", &Model::v, s.states() ? layout.shard_size : layout.size},
             {"highway z", &Model::kept, ((L + K - 1) / K + 1) * rows * C},
             {"highway z of one segment", &Model::segment, (std::min(K, L) - 1) * rows * C},
             {"u", &Model::u, cheap * rows * C},
@@ -682,20 +690,22 @@ struct Model {
         };
     }
 
-    static size_t bytes(const ModelConfig& c, int B, int T, Recompute r) {
+    static size_t bytes(const ModelConfig& c, int B, int T, Recompute r, Sharing s = {}) {
         size_t sum = 0;
-        for (const BufferRow& row : plan(c, B, T, r)) sum += row.elements * sizeof(real);
+        for (const BufferRow& row : plan(c, B, T, r, s)) sum += row.elements * sizeof(real);
         return sum;
     }
 
-    Model(const ModelConfig& config, int B, int T, Recompute recompute)
-        : config(config), layout(config), B(B), T(T), recompute(recompute) {
-        for (const BufferRow& row : plan(config, B, T, recompute)) this->*row.buffer = Buffer<real>(row.elements);
-        grads.zero(), m.zero(), v.zero();
+    Model(const ModelConfig& config, int B, int T, Recompute recompute, Sharing sharing = {})
+        : config(config), layout(config, sharing.ranks), grad_layout(sharing.grad_layout(layout)), B(B), T(T), recompute(recompute), sharing(sharing) {
+        for (const BufferRow& row : plan(config, B, T, recompute, sharing)) this->*row.buffer = Buffer<real>(row.elements);
+        grads.zero(), shard_grads.zero(), m.zero(), v.zero();
+        if (sharing.ranks > 0) params.zero();  // the padding
+        update_work = sharing.states() ? layout.stretches(sharing.rank) : ParameterLayout(config).stretches(0);
     }
 
     SublayerTensors weights(int l) { return {params.data(), layout, l}; }
-    SublayerTensors gradients(int l) { return {grads.data(), layout, l}; }
+    SublayerTensors gradients(int l) { return {grads.data(), grad_layout, l}; }
     real* tensor(Buffer<real>& of, Tensor id) {
         size_t at = layout.offset(id);
         return at == ParameterLayout::absent ? nullptr : of.data() + at;
@@ -859,12 +869,14 @@ struct Model {
             }
             for (int l = end - 1; l >= begin; l--) {
                 sublayer_backward(l, b);  // leaves x_l in x
+                if (unit_done && is_attention(l)) unit_done(1 + size_t(l) / 2);
                 record(&DebugState<real>::x, l, x);
                 record(&DebugState<real>::dx, l, dx);
             }
             end = begin;
         }
         embedding_backward(tensor(grads, WTE), tensor(grads, WPE), dx.data(), tokens, b, T, config.C);
+        if (unit_done) unit_done(0);
         return loss;
     }
 
@@ -885,9 +897,15 @@ struct Model {
         return squares;
     }
 
-    // Before the update.
-    void probe_parameters() {
-        probe->weights = tensor_squares(params), probe->gradients = tensor_squares(grads);
+    // Before the update. Of several ranks, each has the sums of the gradients that it owns.
+    void probe_parameters(int rank) {
+        probe->weights = tensor_squares(params);
+        if (sharing.ranks > 0) {
+            probe->gradients.assign(layout.tensors.size(), 0);
+            for (const Stretch& s : layout.stretches(rank)) probe->gradients[s.tensor] = sum_of_squares(shard_grads.data() + s.shard, s.count);
+        } else {
+            probe->gradients = tensor_squares(grads);
+        }
         probe->set_gains(config, [&](int l) { return weights(l)[GAMMA_OUT]; });
     }
 };
@@ -907,13 +925,16 @@ void adamw_update(Model& model, const RunConfig& run, int64_t step, double norm)
     real step_size = real(lr / (1 - std::pow(BETA1, s))), v_scale = real(1 / (1 - std::pow(BETA2, s)));
     Buffer<real> before(model.probe ? model.params.size() : 0);
     std::copy(model.params.data(), model.params.data() + before.size(), before.data());
+    bool sharded = model.sharing.states();
     #pragma omp parallel
-    for (const TensorInfo& t : model.layout.tensors) {
+    for (const Stretch& part : model.update_work) {
+        const TensorInfo& t = model.layout.tensors[part.tensor];
         real decay = real(t.decay ? lr * run.weight_decay : 0);
-        real *p = model.params.data() + t.offset, *g = model.grads.data() + t.offset;
-        real *m = model.m.data() + t.offset, *v = model.v.data() + t.offset;
+        size_t at = sharded ? part.shard : t.offset;
+        real *p = model.params.data() + t.offset + part.first, *g = (sharded ? model.shard_grads : model.grads).data() + at;
+        real *m = model.m.data() + at, *v = model.v.data() + at;
         #pragma omp for simd schedule(static) nowait
-        for (index_t i = 0; i < index_t(t.size()); i++) {
+        for (index_t i = 0; i < index_t(part.count); i++) {
             real gi = clip * g[i];
             m[i] = b1 * m[i] + (1 - b1) * gi;
             v[i] = b2 * v[i] + (1 - b2) * gi * gi;
@@ -923,9 +944,14 @@ void adamw_update(Model& model, const RunConfig& run, int64_t step, double norm)
         }
     }
     if (!model.probe) return;
-    #pragma omp parallel for simd schedule(static)
-    for (index_t i = 0; i < index_t(before.size()); i++) before[i] -= model.params[i];
-    model.probe->updates = model.tensor_squares(before);
+    model.probe->updates.assign(model.layout.tensors.size(), 0);
+    for (const Stretch& part : model.layout.stretches(run.rank)) {
+        real* change = before.data() + part.memory;
+        const real* after = model.params.data() + part.memory;
+        #pragma omp parallel for simd schedule(static)
+        for (index_t i = 0; i < index_t(part.count); i++) change[i] -= after[i];
+        model.probe->updates[part.tensor] = sum_of_squares(change, part.count);
+    }
 }
 
 // The global gradient norm.
@@ -934,6 +960,79 @@ double gradient_norm(const Model& model) {
     for (double square : model.tensor_squares(model.grads)) sum += square;
     return std::sqrt(sum);
 }
+
+// ----------------------------------------------------------------------------------------------------
+// Ranks: what travels between them, by MPI
+//
+// Each rank sends each other one its part, and what it gets is added in rank order: the same bits in every run, whatever the network does. A rank
+// sends (N-1)/N of a unit's bytes, as a ring does. MPI is asked again and again, not waited for, so that a process is not deaf in a call that a
+// dead rank leaves hanging; that one has died, the lifeline (keel_common.h) tells.
+
+#ifdef KEEL_MPI
+class Communicator {
+public:
+    struct Gift {  // MPI needs none
+        explicit Gift(bool) {}
+    };
+    Communicator(const Launch& launch, const Gift&) : rank(size_t(launch.rank)), ranks(size_t(launch.ranks)) {}
+
+    // all (ranks, bytes) from mine (bytes) of each
+    void gather(const void* mine, void* all, size_t bytes) {
+        char* to = static_cast<char*>(all);
+        if (mine != to + rank * bytes) memcpy(to + rank * bytes, mine, bytes);
+        exchange([&](size_t) { return static_cast<const char*>(mine); }, [&](size_t r) { return to + r * bytes; }, bytes);
+    }
+
+    // unit (ranks, shard): every rank's part to all
+    void all_gather(real* unit, size_t shard) { gather(unit + rank * shard, unit, shard * sizeof(real)); }
+
+    // sum (shard) += this rank's part of unit (ranks, shard), added up over the ranks in their order
+    void reduce_scatter(real* sum, const real* unit, size_t shard) {
+        if (received.size() < ranks * shard) received = Buffer<real>(ranks * shard);
+        exchange([&](size_t r) { return reinterpret_cast<const char*>(unit + r * shard); },
+                 [&](size_t r) { return reinterpret_cast<char*>(received.data() + r * shard); }, shard * sizeof(real));
+        #pragma omp parallel for simd schedule(static)
+        for (index_t i = 0; i < index_t(shard); i++) {
+            real total = 0;
+            for (size_t r = 0; r < ranks; r++) total += r == rank ? unit[rank * shard + size_t(i)] : received[r * shard + size_t(i)];
+            sum[i] += total;
+        }
+    }
+
+    size_t bytes_sent() const { return sent; }
+
+    // What the largest reduce_scatter takes.
+    static size_t bytes(const ParameterLayout& layout) {
+        size_t largest = 0;
+        for (const Unit& u : layout.units) largest = std::max(largest, u.shard * size_t(layout.ranks));
+        return largest * sizeof(real);
+    }
+
+private:
+    size_t rank, ranks, sent = 0;
+    Buffer<real> received;
+    std::vector<MPI_Request> requests;
+
+    template <class From, class To>
+    void exchange(From from, To to, size_t bytes) {
+        constexpr size_t most = size_t(1) << 30;  // MPI counts in int
+        requests.clear();
+        for (size_t distance = 1; distance < ranks; distance++) {
+            size_t next = (rank + distance) % ranks, before = (rank + ranks - distance) % ranks;
+            for (size_t at = 0; at < bytes; at += most) {
+                int n = int(std::min(most, bytes - at));
+                requests.push_back({}), check_mpi(MPI_Irecv(to(before) + at, n, MPI_BYTE, int(before), 0, MPI_COMM_WORLD, &requests.back()), "MPI_Irecv");
+                requests.push_back({}), check_mpi(MPI_Isend(from(next) + at, n, MPI_BYTE, int(next), 0, MPI_COMM_WORLD, &requests.back()), "MPI_Isend");
+            }
+            sent += bytes;
+        }
+        for (int done = requests.empty(), turns = 0; !done; turns++) {
+            check_mpi(MPI_Testall(int(requests.size()), requests.data(), &done, MPI_STATUSES_IGNORE), "MPI_Testall");
+            if (!done && turns > 100) usleep(50);  // the core may be wanted by the rank that we wait for
+        }
+    }
+};
+#endif
 
 // ----------------------------------------------------------------------------------------------------
 // Sampling
@@ -997,40 +1096,131 @@ struct Trainer {
     using Real = real;
     using HostArray = Buffer<real>;
     static constexpr bool branch_bf16 = false, on_host = true;
+#ifdef KEEL_MPI
+    using Communicator = ::Communicator;
+    static constexpr const char* ranks_by = "MPI";
+#else
+    using Communicator = NoCommunicator;
+    static constexpr const char* ranks_by = nullptr;
+#endif
+    static constexpr const char* ranks_needs = "MPI (mpicc)";
+    static constexpr bool probes_ranks = true;
     static constexpr int steps_in_flight = 1;
 
     RunConfig run;
     Model model;
+    Communicator* communicator;        // null: alone
     std::vector<int> tokens, targets;  // (B,T) one micro-batch
     StepResult result{};               // of the step that was started
+    size_t step_bytes = 0;             // of several ranks: sent by this one in its first step
 
-    explicit Trainer(const RunConfig& run)
-        : run(run), model(run.model, run.B, run.T, run.recompute), tokens(size_t(run.B) * size_t(run.T)), targets(tokens.size()) {}
+    explicit Trainer(const RunConfig& run, Communicator* communicator = nullptr)
+        : run(run), model(run.model, run.B, run.T, run.recompute, Sharing(run)), communicator(communicator), tokens(size_t(run.B) * size_t(run.T)), targets(tokens.size()) {
+#ifdef KEEL_MPI
+        if (run.ranks > 0) model.unit_done = [this](size_t u) { reduce_unit(u); };
+#endif
+    }
+    Trainer(const Trainer&) = delete;
+    Trainer& operator=(const Trainer&) = delete;
 
     // One optimizer step: the gradient of the mean loss over run.total_batch tokens, a micro-batch at a time, then AdamW.
-    StepResult step(const Loader& data, int64_t step, ProbeLog* log) {
+    StepResult step(const Loader& data, int64_t step, ProbeLog* log, unsigned flags = 0) {
         StepProbe probe(run.model);
         model.probe = log ? &probe : nullptr;
-        uint64_t first = uint64_t(step - 1) * uint64_t(run.batch_sequences());
         double loss = 0;
+        size_t sent_before = bytes_sent();
+        std::string lost;  // of several ranks: why this one's data could not be read
         for (int micro = 0; micro < run.accumulation(); micro++) {
-            data.batch(first + uint64_t(micro) * uint64_t(run.B), run.B, tokens.data(), targets.data());
+            try {
+                data.batch(run.sequence(step, micro), run.B, tokens.data(), targets.data());
+            } catch (const DataError& e) {
+                if (run.ranks == 0) throw;
+                lost = e.what(), flags |= DATA_LOST;  // the others wait for this one: it goes on with the tokens it has
+            }
             loss += model.forward_backward(tokens.data(), targets.data(), run.B, real(1.0 / double(run.total_batch)));
         }
-        loss /= double(run.total_batch);
-        double norm = gradient_norm(model);
-        if (log) model.probe_parameters();
-        if (std::isfinite(loss) && std::isfinite(norm)) {
-            adamw_update(model, run, step, norm);
+        StepResult result = run.ranks > 0 ? share_step(loss, flags, lost) : StepResult{loss / double(run.total_batch), gradient_norm(model)};
+        if (log) model.probe_parameters(run.rank);
+        if (std::isfinite(result.loss) && std::isfinite(result.norm)) {
+            adamw_update(model, run, step, result.norm);
+            if (run.ranks > 0) finish_update();
+            if (step_bytes == 0) step_bytes = bytes_sent() - sent_before;
+            if (log && run.ranks > 0) probe.add_ranks(run.ranks, [&](const void* mine, void* all, size_t bytes) { communicator->gather(mine, all, bytes); });
             if (log) write_probe(*log, run, model.layout, step, probe);
         } else {
-            model.grads.zero();  // as the update leaves them
+            model.grads.zero(), model.shard_grads.zero();  // as the update leaves them
         }
         model.probe = nullptr;
-        return {loss, norm};
+        return result;
     }
 
-    void start(const Loader& data, int64_t number, ProbeLog* log) { result = step(data, number, log); }
+    // ----- Several ranks
+    // In the backward pass, when all gradients of unit u are there: this rank's part of them, added up over the ranks, goes to shard_grads.
+#ifdef KEEL_MPI
+    void reduce_unit(size_t u) {
+        const Unit& unit = model.grad_layout.units[u];
+        real* grads = model.grads.data() + unit.first;
+        communicator->reduce_scatter(model.shard_grads.data() + unit.shard_first, grads, unit.shard);
+        #pragma omp parallel for simd schedule(static)
+        for (index_t i = 0; i < index_t(unit.shard * size_t(run.ranks)); i++) grads[i] = 0;  // for the next micro-batch, or at -z 2 the next block but one
+    }
+    void gather_units(Buffer<real>& of) {
+        for (const Unit& unit : model.layout.units) communicator->all_gather(of.data() + unit.first, unit.shard);
+    }
+    size_t bytes_sent() const { return communicator ? communicator->bytes_sent() : 0; }
+#else
+    void gather_units(Buffer<real>&) {}
+    size_t bytes_sent() const { return 0; }
+#endif
+    void gather_weights() {}  // they are whole after each step
+
+    // The step's loss and norm, of all ranks. Each adds up its own part, then all add up the parts in rank order.
+    StepResult share_step(double loss, unsigned flags, const std::string& lost) {
+        StepShare mine{loss, sum_of_squares(model.shard_grads.data(), model.shard_grads.size()), flags}, sum{0, 0, 0};
+        std::vector<StepShare> shares(size_t(run.ranks));
+        communicator->gather(&mine, shares.data(), sizeof mine);
+        StepResult result{};
+        result.all = ~0u;
+        for (const StepShare& s : shares) {
+            sum.loss_sum += s.loss_sum, sum.grad_squares += s.grad_squares;
+            result.any |= unsigned(s.flags), result.all &= unsigned(s.flags);
+        }
+        result.loss = sum.loss_sum / double(run.total_batch), result.norm = std::sqrt(sum.grad_squares);
+        if (result.any & DATA_LOST) {
+            model.shard_grads.zero();
+            throw_lost_data(*communicator, run, lost);
+        }
+        if (run.zero == 0) {  // every rank updates everything
+            for (const Unit& unit : model.layout.units)
+                std::copy_n(model.shard_grads.data() + unit.shard_first, unit.shard, model.grads.data() + unit.first + size_t(run.rank) * unit.shard);
+            gather_units(model.grads);
+        }
+        return result;
+    }
+    void finish_update() {
+        model.shard_grads.zero();
+        if (run.zero > 0) gather_units(model.params);
+    }
+
+    void snapshot_owned(real* out) {
+        const std::vector<Stretch> owned = model.layout.stretches(run.rank);
+        for (const Stretch& s : owned) out = std::copy_n(model.params.data() + s.memory, s.count, out);
+        for (Buffer<real>* moment : {&model.m, &model.v})
+            for (const Stretch& s : owned) out = std::copy_n(moment->data() + (run.zero > 0 ? s.shard : s.memory), s.count, out);
+        if (run.rank > 0) return;
+        for (const TensorInfo& t : model.layout.tensors) out = std::copy_n(model.params.data() + t.offset, t.size(), out);
+    }
+    void store(int section, const Stretch& s, size_t first, size_t n, const real* values) {
+        size_t at = section > 0 && model.sharing.states() ? s.shard : s.memory;
+        std::copy_n(values, n, (section == 0 ? model.params : section == 1 ? model.m : model.v).data() + at + first);
+    }
+    void stored() {
+        if (run.ranks == 0) return;
+        gather_units(model.params);
+        if (run.zero == 0) gather_units(model.m), gather_units(model.v);
+    }
+
+    void start(const Loader& data, int64_t number, ProbeLog* log, unsigned flags = 0) { result = step(data, number, log, flags); }
     StepResult finish() const { return result; }
 
     double evaluate(const int* tokens, const int* targets, int b, int* predictions = nullptr) { return model.evaluate(tokens, targets, b, predictions); }
@@ -1049,7 +1239,9 @@ struct Trainer {
     const ModelConfig& config() const { return model.config; }
     const ParameterLayout& layout() const { return model.layout; }
     void initialise(uint64_t seed) { model.initialise(seed); }
-    void read_parameters(FileReader& in) { in.read_reals(model.params.data(), model.params.size()); }
+    void read_parameters(FileReader& in) {
+        for (const TensorInfo& t : model.layout.tensors) in.read_reals(model.params.data() + t.offset, t.size());
+    }
     void read_moments(FileReader& in) {
         for (Buffer<real>* moment : {&model.m, &model.v}) in.read_reals(moment->data(), moment->size());
     }
@@ -1093,13 +1285,16 @@ struct Trainer {
 
     static std::vector<MemoryRow> memory_rows(const RunConfig& run) {
         std::vector<MemoryRow> rows;
-        for (const Model::BufferRow& row : Model::plan(run.model, run.B, run.T, run.recompute))
+        for (const Model::BufferRow& row : Model::plan(run.model, run.B, run.T, run.recompute, Sharing(run)))
             if (row.elements) rows.push_back({row.name, row.elements * sizeof(real)});
+#ifdef KEEL_MPI
+        if (run.ranks > 1) rows.push_back({"gradients from the other ranks", Communicator::bytes(ParameterLayout(run.model, run.ranks))});
+#endif
         return rows;
     }
 
     static MemoryRow memory_beside(const RunConfig& run, const Options& o) {
-        size_t debug_state = debug_state_bytes<real>(run.model, run.B ? run.B : run.batch_sequences(), run.T);
+        size_t debug_state = debug_state_bytes<real>(run.model, run.B ? run.B : run.rank_sequences(), run.T);
         if (!o.check.empty()) return {"debug states", 2 * debug_state};
         size_t bytes = !o.dump.empty() ? debug_state : o.sample_every > 0 ? TokenGenerator::bytes(run.model, run.T) : 0;
         if (o.probe > 0)  // the parameters before their update; 1 / rms(z) of all rows
@@ -1120,14 +1315,14 @@ struct Trainer {
         levels.push_back({root});
         if (run.recompute_chosen) levels = {run.recompute};
         std::vector<int> batches;
-        int64_t sequences = run.batch_sequences();
+        int64_t sequences = run.rank_sequences();
         for (int64_t B = std::min<int64_t>(sequences, MAX_B); B >= 1; B--)
             if (sequences % B == 0 && (B * run.T <= 8192 || B == 1)) batches.push_back(int(B));
         if (run.B) batches = {run.B};
         size_t least = SIZE_MAX;
         for (Recompute level : levels)
             for (int B : batches) {
-                size_t bytes = Model::bytes(run.model, B, run.T, level);
+                size_t bytes = Model::bytes(run.model, B, run.T, level, Sharing(run));
                 least = std::min(least, bytes);
                 if (bytes > available) continue;
                 run.B = B, run.recompute = level;

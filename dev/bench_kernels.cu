@@ -7,28 +7,23 @@
 // dev/bench_sdpa.py; dev/bench_kernels.sh calls both.   --small: shapes for a dry run, also on the CPU headers.
 #include <omp.h>
 
-#include <fstream>
-#include <functional>
-
 #include "keel_common.h"
 namespace cpu {
 #include "train_keel_cpu.cpp"
 }
 #include "train_keel.cu"
 
+#include "dev/bench.h"
+
 namespace {
 
 constexpr int REPEATS = 9;
-bool small = false;
-size_t cache_bytes = 0;  // what a kernel's buffers together must pass
-
-std::string csv_path, commit = "unknown", driver = "unknown";
+Bench bench{"bench_kernels"};
 std::map<std::string, double> sdpa;  // TFLOP/s of attention_forward_T1024_D64 and so on
-int bad = 0;
 
 // Median seconds of a launch. run(i) makes launch i, on the i-th set of buffers.
 double median_seconds(Device& device, const std::function<void(int)>& run) {
-    int launches = small ? 2 : 20;
+    int launches = bench.small ? 2 : 20;
     cudaEvent_t start, end;
     CUDA(cudaEventCreate(&start));
     CUDA(cudaEventCreate(&end));
@@ -68,63 +63,26 @@ __global__ void read_kernel(float* never, const float4* from, size_t n) {
     if (sum == -1) *never = sum;
 }
 
-// Sets of one buffer, by turns, so that all buffers of a kernel together pass the cache.
-template <class T>
-struct Ring {
-    size_t n, sets;
-    DeviceArray<T> all;
-    Ring(size_t n, size_t sets) : n(round_up(n, 256)), sets(sets), all(this->n * sets) {}
-    T* operator()(int i) const { return all.data() + size_t(i) % sets * n; }
-};
-size_t sets_for(size_t bytes) { return std::max<size_t>(1, ceil_div(4 * cache_bytes, bytes)); }
-
-template <class T>
-void fill(Device& device, const Ring<T>& ring, float bound, uint32_t seed) {
-    size_t n = ring.all.size();
-    launch(initialise_kernel<T>, ceil_div(ceil_div(n, 4), THREADS), THREADS, 0, device.stream, ring.all.data(), TensorStart{1, n, 1, 1, bound, bound, seed}, uint64_t(seed));
-}
-template <class T>
-std::vector<float> host(Device& device, const T* from, size_t n) {
-    std::vector<T> values(n);
-    device.copy(values.data(), from, n);
-    device.synchronize();
-    return std::vector<float>(values.begin(), values.end());
-}
-
 void check(const char* what, const std::vector<float>& expected, const std::vector<float>& found, double tolerance) {
-    double difference = 0, norm = 0;
-    for (size_t i = 0; i < expected.size(); i++) {
-        double d = double(expected[i]) - double(found[i]);
-        difference += d * d, norm += double(expected[i]) * double(expected[i]);
-    }
-    double error = std::sqrt(difference / norm);
+    double error = relative_error(expected, found);
     if (error <= tolerance) return;
     printf("WRONG: %s: relative L2 error %.3g beside the CPU, expected at most %.3g\n", what, error, tolerance);
-    bad++;
+    bench.bad++;
 }
 constexpr double TOLERANCE = BRANCH_BF16 ? 5e-3 : 1e-5;  // BF16 rounds to 2^-9
 
 void report(const std::string& name, double seconds, double amount, const char* unit, double peer, const char* peer_name, double goal) {
     double scale = unit[0] == 'G' ? 1e9 : 1e12, value = amount / seconds / scale;
     printf("%-34s %10.1f us %10.1f %-8s %10.1f %-18s ratio %.2f%s\n", name.c_str(), seconds * 1e6, value, unit, peer, peer_name, value / peer,
-           goal > 0 && !small ? format("  goal %.2f %s", goal, value / peer >= goal ? "met" : "missed").c_str() : "");
+           goal > 0 && !bench.small ? format("  goal %.2f %s", goal, value / peer >= goal ? "met" : "missed").c_str() : "");
     fflush(stdout);
-    if (csv_path.empty()) return;
-    char date[32];
-    time_t now = time(nullptr);
-    strftime(date, sizeof date, "%Y-%m-%d", gmtime(&now));
-    bool fresh = access(csv_path.c_str(), F_OK) != 0;
-    std::ofstream csv(csv_path, std::ios::app);
-    if (fresh) csv << "metric,value,unit,peer_value,ratio,commit,date,gpu,driver,command\n";
-    csv << format("%s,%.1f,%s,%.1f,%.3f,%s,%s,%s,%s,make bench_kernels\n", name.c_str(), value, unit, peer, value / peer, commit.c_str(), date, Trainer::properties().name,
-                  driver.c_str());
-    if (!csv) fail("%s: could not be written (%s)", csv_path.c_str(), errno_text().c_str());
+    bench.add_row(name, value, unit, peer);
 }
 
 // GB/s of a copy that moves so many bytes, half of them in and half out.
 double copy_rate(Device& device, size_t bytes) {
     size_t n = bytes / 32;
-    Ring<float4> to(n, sets_for(bytes)), from(n, sets_for(bytes));
+    Ring<float4> to(n, bench.sets_for(bytes)), from(n, bench.sets_for(bytes));
     CUDA(cudaMemsetAsync(from.all.data(), 0, from.all.size() * 16, device.stream));
     return double(n) * 32 / 1e9 / median_seconds(device, [&](int i) { launch(copy_kernel, ceil_div(n, 256), 256, 0, device.stream, to(i), from(i), n); });
 }
@@ -137,7 +95,7 @@ void bandwidth(Device& device, const std::string& name, double bytes, double goa
 void bench_highway(Device& device, int rows, int C, double goal_share) {
     size_t n = size_t(rows) * size_t(C);
     double forward_bytes = double(n) * (8 + 2 * sizeof(branch_t)), backward_bytes = double(n) * (12 + 2 * sizeof(branch_t)), u_bytes = double(n) * (4 + sizeof(branch_t));
-    size_t sets = sets_for(size_t(forward_bytes));
+    size_t sets = bench.sets_for(size_t(forward_bytes));
     Ring<float> z0(n, sets), z1(n, sets), dz(n, sets), numbers(size_t(rows) * 4, sets), gains(size_t(C) * 4, 1), dgains(size_t(C) * 2, 1);
     Ring<branch_t> f(n, sets), u0(n, sets), u1(n, sets), df(n, sets);
     DeviceArray<float> partial(most_gain_blocks(C) * 2 * size_t(C));
@@ -183,7 +141,7 @@ void bench_highway(Device& device, int rows, int C, double goal_share) {
 }
 
 void bench_gelu(Device& device, int rows, int C) {
-    size_t n = size_t(rows) * 4 * size_t(C), sets = sets_for(n * 2 * sizeof(branch_t));
+    size_t n = size_t(rows) * 4 * size_t(C), sets = bench.sets_for(n * 2 * sizeof(branch_t));
     Ring<branch_t> h(n, sets), out(n, sets);
     fill(device, h, 3, 1), fill(device, out, 1, 2);
     auto hs = host(device, h(0), n), dh = host(device, out(0), n);
@@ -199,7 +157,7 @@ void bench_gelu(Device& device, int rows, int C) {
 }
 
 void bench_classifier(Device& device, int rows, int V) {
-    size_t Vp = round_up(size_t(V), 128), n = size_t(rows) * Vp, sets = sets_for(n * 2 * sizeof(branch_t));
+    size_t Vp = round_up(size_t(V), 128), n = size_t(rows) * Vp, sets = bench.sets_for(n * 2 * sizeof(branch_t));
     Ring<branch_t> logits(n, sets);
     Ring<float> losses(size_t(rows), 1);
     Ring<int> targets(size_t(rows), 1);
@@ -235,19 +193,19 @@ void bench_optimizer(Device& device, const ModelConfig& c) {
     CUDA(cudaMemsetAsync(v.all.data(), 0, v.all.size() * 4, device.stream));
     DeviceArray<StepState> state(1);
     DeviceArray<StepSettings> settings(1);
-    DeviceArray<long long> updates(1);
+    DeviceArray<UpdateCounts> updates(1);
     StepSettings s{1e-3, 0.01, 1, 0};
     device.copy(settings.data(), &s, 1);
     device.zero(state), device.zero(updates);
     add_sum<true>(device, &state.data()->grad_squares, g(0), n);
-    launch(prepare_update_kernel, 1, 1, 0, device.stream, state.data(), settings.data(), updates.data());
+    launch(prepare_update_kernel, 1, 1, 0, device.stream, state.data(), settings.data(), updates.data(), nullptr, 0);
     StepState found;
     device.copy(&found, state.data(), 1);
     auto gs = host(device, g(0), n);
     check("gradient norm", {float(std::sqrt(cpu::sum_of_squares(gs.data(), n)))}, {float(found.norm)}, 1e-6);
     branch_t* copy = BRANCH_BF16 ? matrices(0) : nullptr;
     auto update = [&](int) {
-        launch(adamw_kernel<float>, work.size(), THREADS, 0, device.stream, p(0), copy, g(0), nullptr, m(0), v(0), chunks.data(), settings.data(), state.data(), updates.data());
+        launch(adamw_kernel<float>, work.size(), THREADS, 0, device.stream, p(0), nullptr, copy, g(0), nullptr, m(0), v(0), chunks.data(), settings.data(), state.data(), updates.data());
     };
     bandwidth(device, "adamw", double(n) * (32 + (BRANCH_BF16 ? 2 : 0)), 0.90, update);
 
@@ -259,7 +217,7 @@ void bench_optimizer(Device& device, const ModelConfig& c) {
 }
 
 void bench_embedding(Device& device, int B, int T, int C, int V) {
-    size_t rows = size_t(B) * size_t(T), n = rows * size_t(C), sets = sets_for(n * 12);
+    size_t rows = size_t(B) * size_t(T), n = rows * size_t(C), sets = bench.sets_for(n * 12);
     Ring<float> x(n, sets), wte(size_t(V) * size_t(C), 1), wpe(size_t(T) * size_t(C), 1), dwte(wte.n, 1), dwpe(wpe.n, 1);
     fill(device, x, 1, 1), fill(device, wte, 1, 2), fill(device, wpe, 1, 3);
     std::vector<int> batch_host(TokenBatch::size(rows)), count;
@@ -290,7 +248,7 @@ void bench_embedding(Device& device, int B, int T, int C, int V) {
 
 void bench_attention(Device& device, int B, int T, int C, int D, double matrix_rate) {
     int H = C / D;
-    size_t n = size_t(B) * size_t(T) * size_t(C), numbers = size_t(B) * size_t(T) * size_t(H), sets = sets_for(n * 8 * sizeof(branch_t));
+    size_t n = size_t(B) * size_t(T) * size_t(C), numbers = size_t(B) * size_t(T) * size_t(H), sets = bench.sets_for(n * 8 * sizeof(branch_t));
     Ring<branch_t> qkv(3 * n, sets), dqkv(3 * n, sets), y(n, sets), dy(n, sets);
     Ring<float> lse(numbers, sets), delta(numbers, 1);
     fill(device, qkv, 2, 1), fill(device, dy, 1, 2);
@@ -321,7 +279,7 @@ void bench_attention(Device& device, int B, int T, int C, int D, double matrix_r
 
 void bench_products(Device& device, int rows, int C, double matrix_rate) {
     for (auto [name, K, N] : {std::tuple<const char*, int, int>{"qkv", C, 3 * C}, {"attproj", C, C}, {"fc", C, 4 * C}, {"fcproj", 4 * C, C}}) {
-        size_t k = size_t(K), n = size_t(N), r = size_t(rows), sets = sets_for((k + n) * r * sizeof(branch_t));
+        size_t k = size_t(K), n = size_t(N), r = size_t(rows), sets = bench.sets_for((k + n) * r * sizeof(branch_t));
         Ring<branch_t> in(r * k, sets), out(r * n, sets), w(k * n, 1);
         Ring<float> dw(k * n, 1);
         fill(device, in, 1, 1), fill(device, w, 1, 2), fill(device, out, 1, 3);
@@ -341,27 +299,20 @@ void read_sdpa(const std::string& path) {
     if (sdpa.empty()) fail("--sdpa: expected lines of name,TFLOP/s in %s, found none", path.c_str());
 }
 
-int bench(int argc, char** argv) {
+int run(int argc, char** argv) {
     for (int i = 1; i < argc; i++) {
-        std::string word = argv[i];
-        if (word == "--small") small = true;
-        else if (word == "--csv" && i + 1 < argc) csv_path = argv[++i];
-        else if (word == "--commit" && i + 1 < argc) commit = argv[++i];
-        else if (word == "--driver" && i + 1 < argc) driver = argv[++i];
-        else if (word == "--sdpa" && i + 1 < argc) read_sdpa(argv[++i]);
-        else fail("expected --small, --csv FILE, --sdpa FILE, --commit NAME or --driver VERSION, found '%s'", word.c_str());
+        if (bench.takes_flag(argc, argv, i)) continue;
+        if (std::string(argv[i]) == "--sdpa" && i + 1 < argc) read_sdpa(argv[++i]);
+        else fail("expected --small, --csv FILE, --sdpa FILE, --commit NAME or --driver VERSION, found '%s'", argv[i]);
     }
-#ifdef CUDA_ON_CPU
-    if (!csv_path.empty()) fail("--csv: expected a GPU, found its headers on the CPU, whose times say nothing; leave it out");
-#endif
-    Trainer::require_machine();
-    RunConfig run;
-    run.model.max_seq_len = 1, run.model.V = 256, run.model.L = 2, run.model.H = 1, run.model.C = 64;
-    run.B = run.T = 1, run.total_batch = 1;
-    Trainer trainer(run);  // for its device and its matrix rate
+    bench.begin();
+    RunConfig tiny;
+    tiny.model.max_seq_len = 1, tiny.model.V = 256, tiny.model.L = 2, tiny.model.H = 1, tiny.model.C = 64;
+    tiny.B = tiny.T = 1, tiny.total_batch = 1;
+    Trainer trainer(tiny);  // for its device and its matrix rate
     Device& device = trainer.model.device;
     cudaDeviceProp p = Trainer::properties();
-    cache_bytes = small ? 1 << 16 : size_t(p.l2CacheSize);
+    bool small = bench.small;
     double rate = trainer.matrix_rate();
     printf("%s; L2 %.0f MiB; %s build; matrix products %.1f TFLOP/s\n", p.name, double(p.l2CacheSize) / (1 << 20), BRANCH_BF16 ? "BF16" : "FP32", rate / 1e12);
     int rows = small ? 192 : 16384;
@@ -378,8 +329,8 @@ int bench(int argc, char** argv) {
     for (int T : {1024, 4096})
         for (int D : {64, 128}) bench_attention(device, small ? 1 : 16384 / T, small ? T / 16 : T, small ? 128 : 1024, D, rate);
     for (int C : {1024, 256}) bench_products(device, rows, small ? C / 4 : C, rate);
-    printf("%s\n", bad ? format("%d results differ from the CPU's", bad).c_str() : "every result agrees with the CPU's");
-    return bad ? 1 : 0;
+    printf("%s\n", bench.bad ? format("%d results differ from the CPU's", bench.bad).c_str() : "every result agrees with the CPU's");
+    return bench.bad ? 1 : 0;
 }
 
 }  // namespace
@@ -387,7 +338,7 @@ int bench(int argc, char** argv) {
 int main(int argc, char** argv) {
     setvbuf(stdout, nullptr, _IOLBF, 0);
     try {
-        return bench(argc, argv);
+        return run(argc, argv);
     } catch (const Error& e) {
         fprintf(stderr, "bench_kernels: %s\n", e.what());
         return 1;

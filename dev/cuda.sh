@@ -3,6 +3,7 @@
 #   cuda.sh nvcc     prints the CUDA compiler's path, or says what is missing
 #   cuda.sh arch     prints nvcc's flags for the GPU that is here, or else for sm_80, sm_90, sm_100 and PTX for later ones
 #   cuda.sh trainer  prints the best trainer that this machine can build and run, and on stderr why it is not train_keel
+#   cuda.sh nccl compile|link   prints the flags for NCCL, -DKEEL_NCCL among them, or nothing where it is not there or NCCL=0 is set
 #   cuda.sh rpath    prints the linker's flag for the folder of the toolkit's libraries, so that programs find them at run time
 #   cuda.sh cupti    prints a C++ compiler's flags for CUPTI, the toolkit's library that records when kernels run, or says that it is missing
 #   cuda.sh results  prints the file of results of the GPU that is here: dev/results/h200.csv and so on, dev/results/gpu.csv for others
@@ -29,6 +30,22 @@ case $1 in
         else
             echo "-gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90 -gencode arch=compute_100,code=[sm_100,compute_100]"
         fi ;;
+    nccl)
+        # NCCL_HOME: its folder, where it is neither the toolkit's nor the system's
+        [ "$NCCL" = 0 ] && exit 0
+        nvcc=$(find_nvcc) || exit 0
+        toolkit=$(cd "$(dirname "$(readlink -f "$nvcc")")/.." && pwd)
+        for home in "$NCCL_HOME" "$toolkit" /usr /usr/local; do
+            [ -n "$home" ] && [ -f "$home/include/nccl.h" ] || continue
+            for lib in "$home/lib64" "$home/lib" "$home/lib/$(uname -m)-linux-gnu"; do
+                ls "$lib"/libnccl.so* >/dev/null 2>&1 || continue
+                case $2 in
+                    compile) echo "-DKEEL_NCCL -isystem $home/include" ;;
+                    link) echo "-L$lib -Xlinker -rpath,$lib -lnccl" ;;
+                esac
+                exit 0
+            done
+        done ;;
     rpath)
         nvcc=$(find_nvcc) && lib=$(cd "$(dirname "$(readlink -f "$nvcc")")/../lib64" 2>/dev/null && pwd) && echo "-Xlinker -rpath,$lib" ;;
     cupti)

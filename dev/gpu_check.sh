@@ -1,7 +1,7 @@
 #!/bin/bash
 # gpu_check.sh: all that a machine with an NVIDIA GPU can show of train_keel, in under 8 minutes, ending with a table of what passed.
-#     builds, the tests of every kernel in BF16 and FP32, CPU against GPU, compute-sanitizer's four tools on a small run, the default
-#     1024-layer model for 20 steps, 300 steps on text beside the CPU's, and how long the GPU waits in a step.
+#     builds, the tests of every kernel in BF16 and FP32, CPU against GPU, matrix products done in other ways,
+#     compute-sanitizer's four tools on a small run, the default 1024-layer model for 20 steps, 300 steps on text beside the CPU's, and how long the GPU waits in a step.
 # The tests need doctest; where it is not installed, name the folder that has doctest/doctest.h: CPATH=folder dev/gpu_check.sh
 # TEXT: what to train on (default: the trainer's own sources).  Logs stay in build/gpu_check.
 cd "$(dirname "$0")/.." || exit 1
@@ -33,10 +33,12 @@ echo "toolkit    $("$(dev/cuda.sh nvcc)" --version | grep release)"
 echo "commit     $(git rev-parse --short HEAD 2>/dev/null || echo unknown)$(git diff --quiet HEAD 2>/dev/null || echo ' with changes')"
 echo "command    dev/gpu_check.sh"
 
-row "build" build.log make --no-print-directory -j"$(nproc)" train_keel train_keel_fp32 train_keel_cpu train_keel_cpu_fp64 build/test_gpu_bf16 build/test_gpu_fp32
+row "build" build.log make --no-print-directory -j"$(nproc)" train_keel train_keel_fp32 train_keel_cpu train_keel_cpu_fp64 build/test_gpu_bf16 build/test_gpu_fp32 build/bench_products
 shows='test cases:' row "tests, BF16" test_bf16.log build/test_gpu_bf16
 shows='test cases:' row "tests, FP32" test_fp32.log build/test_gpu_fp32
 shows='passed,' row "CPU against GPU" compare.log dev/compare.sh
+# Which of the other ways of doing a product this cuBLASLt offers, and that their numbers are right.
+row "ways of doing matrix products" products.log build/bench_products --small
 
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
 small=(-L 4 -C 64 -H 2 -t 72 -b 2 -d 288 -x 3 -s 2 -g 4 -v 0 "${text[@]}")
@@ -77,6 +79,13 @@ row "curve beside the CPU's, FP32" same_fp32.log bash -c 'same_curve train_keel_
 # What the default of dev/idle.sh takes 100 steps for; 20 are enough to see a wait.
 shows='^idle  ' row "idle time, 20 steps" idle.log dev/idle.sh --steps 20
 grep -E 'step boundary|waits for the host|^step ' $logs/idle.log
+
+if ./train_keel -h | head -1 | grep -q NCCL; then
+    TURNS=2 shows='^one rank of NCCL, -z 2' row "one rank through NCCL, overhead" overhead.log dev/ranks_overhead.sh
+    cat $logs/overhead.log
+else
+    table+=$(printf '%-34s %-12s' "one rank through NCCL" "not built with it")$'\n'
+fi
 
 echo
 echo "$table"

@@ -1,6 +1,7 @@
 """What a training step must take on a GPU: the operations and bytes of dev/doc/speed.md over a matrix rate and a copy rate.
 
-    python3 dev/predict.py [--matrix TFLOP/s] [--copy TB/s]      prints the table of speed.md
+    python3 dev/predict.py [--matrix TFLOP/s] [--copy TB/s]      prints the table of whole models in speed.md
+    python3 dev/predict.py --products                            prints its table of ways of doing the matrix products
 
 floor      each kernel's time is its operations at the matrix rate or its bytes at the copy rate, whichever is longer; kernels run one after
            another. Attention's matrix rate is 0.62 of the products': the most that mma.sync reaches of wgmma's.
@@ -75,21 +76,27 @@ def counted_operations(L, C, V, T):
     return 6 * (12 * C * C * (L // 2) + Vp * C) + 6 * C * T * (L // 2)
 
 
+def least_seconds(kernel, rows, C, T, matrix_rate, copy_rate):
+    operations, bytes = rows * (kernel.CC * C * C + kernel.TC * T * C), rows * kernel.bytes * C + kernel.weights * C * C
+    return max(operations / (matrix_rate * (MMA_SYNC if kernel.TC else 1)), bytes / copy_rate)
+
+
 def step_seconds(L, C, V, T, total_batch, B, recompute, matrix_rate, copy_rate):
     """(floor, predicted) of a step of total_batch tokens in micro-batches of B sequences. Rates in operations and bytes a second."""
     rows, micro_steps, Vp = B * T, total_batch // (B * T), (V + 127) // 128 * 128
     wide = 0 if C >= 512 else 1
     floor = predicted = 0.0
 
-    def add(times, operations, bytes, share, launches, rate=matrix_rate):
+    def add_least(times, least, share, launches):
         nonlocal floor, predicted
-        least = max(operations / rate, bytes / copy_rate)
         floor += times * least
         predicted += times * (least / share + launches * GAP)
 
+    def add(times, operations, bytes, share, launches):
+        add_least(times, max(operations / matrix_rate, bytes / copy_rate), share, launches)
+
     for kernel in FORWARD + BACKWARD + again(recompute):
-        add(micro_steps * (L // 2), rows * (kernel.CC * C * C + kernel.TC * T * C), rows * kernel.bytes * C + kernel.weights * C * C,
-            kernel.share[wide], kernel.launches, matrix_rate * (MMA_SYNC if kernel.TC else 1))
+        add_least(micro_steps * (L // 2), least_seconds(kernel, rows, C, T, matrix_rate, copy_rate), kernel.share[wide], kernel.launches)
     # The head: logits are written, turned into their gradient in place and read twice; three products with wte, whose FP32 gradient is added to.
     add(micro_steps, rows * 6 * Vp * C, rows * (6 * Vp + 8 * C) + 12 * Vp * C, 1, 3)
     add(micro_steps, 0, rows * 4 * Vp, 0.82, 1)
@@ -97,6 +104,43 @@ def step_seconds(L, C, V, T, total_batch, B, recompute, matrix_rate, copy_rate):
     add(1, 0, 34 * parameters(L, C, V, T), 0.92, 1)  # AdamW
     add(1, 0, 4 * parameters(L, C, V, T), 0.9, 1)  # norm
     return floor, predicted
+
+
+def product_gains(C, rows, T, matrix_rate, copy_rate):
+    """{way: seconds of a block that it wins}, as dev/bench_products.cu measures them, and the predicted seconds of a block."""
+    wide = 0 if C >= 512 else 1
+    block = sum(least_seconds(k, rows, C, T, matrix_rate, copy_rate) / k.share[wide] + k.launches * GAP for k in FORWARD + BACKWARD)
+
+    def product(operations, bytes, rate=matrix_rate):
+        return max(operations / rate, bytes / copy_rate)
+
+    def kernel(bytes, launches=1):  # bound by memory, as the highway's
+        return bytes / copy_rate / HIGHWAY[wide] + launches * GAP
+
+    hidden, narrow, weights, operations = rows * 4 * C, rows * C, 4 * C * C, 8 * rows * C * C  # of fc and of fcproj
+    bytes = 2 * (hidden + narrow + weights)
+    gains = {  # the epilogue writes, or reads, the hidden layer once more; the kernel reads and writes it
+        "GELU_AUX epilogue": product(operations, bytes) + kernel(4 * hidden) - product(operations, bytes + 2 * hidden),
+        "DGELU epilogue": product(operations, bytes) + kernel(6 * hidden) - product(operations, bytes + 2 * hidden),
+    }
+    gains["both epilogues"] = sum(gains.values())
+    unadded = rounded = alone = casts = amaxes = chunks = 0.0
+    for K, N in ((C, 3 * C), (C, C), (C, 4 * C), (4 * C, C)):
+        operations, inputs, outputs, matrix = 2 * rows * K * N, rows * K, rows * N, K * N
+        added, once = product(operations, 2 * (inputs + outputs) + 8 * matrix), product(operations, 2 * (inputs + outputs) + 4 * matrix)
+        unadded += added - once
+        rounded += added - once - kernel(8 * matrix)
+        bf16 = 2 * product(operations, 2 * (inputs + outputs + matrix)) + added  # forward, din; dW
+        fp8 = (product(operations, inputs + matrix + 2 * outputs, 2 * matrix_rate) + product(operations, outputs + matrix + 2 * inputs, 2 * matrix_rate)
+               + product(operations, inputs + outputs + 8 * matrix, 2 * matrix_rate))
+        alone += bf16 - fp8
+        casts += kernel(4 * (inputs + outputs + matrix), 3)
+        amaxes += kernel(2 * (inputs + outputs + matrix), 4)
+        din = product(operations, 2 * (inputs + outputs + matrix))
+        chunks += added + din - max(2 * operations / matrix_rate, (2 * (2 * inputs + outputs + matrix) + 8 * matrix) / copy_rate)  # dout read once
+    gains |= {"--grads bf16": rounded, "if dW were not added": unadded, "FP8 with amax and casts": alone - casts - amaxes, "FP8 with casts": alone - casts,
+              "FP8 products alone": alone, "dW and din in chunks of rows": chunks}
+    return gains, block
 
 
 class Row(NamedTuple):
@@ -123,7 +167,16 @@ def main():
     parser = argparse.ArgumentParser(prog="dev/predict.py", description=__doc__.split("\n\n")[0])
     parser.add_argument("--matrix", type=float, default=790, metavar="TFLOP/s", help="rate of a large BF16 product [%(default)s]")
     parser.add_argument("--copy", type=float, default=4.3, metavar="TB/s", help="bytes read and written by a copy [%(default)s]")
+    parser.add_argument("--products", action="store_true", help="ways of doing the matrix products instead of whole models")
     a = parser.parse_args()
+    if a.products:
+        shapes = ((1024, 8192), (768, 32768), (256, 32768), (256, 65536))
+        columns = [product_gains(C, rows, 1024, a.matrix * 1e12, a.copy * 1e12) for C, rows in shapes]
+        print("| tokens/s won | " + " | ".join(f"C = {C}, {rows} rows" for C, rows in shapes) + " |\n|---|" + "---|" * len(shapes))
+        print("| a block, us | " + " | ".join(f"{block * 1e6:.0f}" for _, block in columns) + " |")
+        for way in columns[0][0]:
+            print(f"| {way} | " + " | ".join(f"{100 * gains[way] / (block - gains[way]):+.1f} %" for gains, block in columns) + " |")
+        return
     print("| model | tokens a step | micro-batch, recompute | floor, ms | predicted, ms | predicted tokens/s | its MFU |\n|---|---|---|---|---|---|---|")
     for name, row in ROWS.items():
         B, recompute = PLANS[name]

@@ -8,11 +8,13 @@ logs=$(mktemp -d)
 trap 'rm -rf "$logs"' EXIT
 archs="80 90 100"
 compile() {  # arch, build
-    "$nvcc" -std=c++20 -O3 --expt-relaxed-constexpr -Xcompiler -Wall,-Wextra -Xptxas -v,-warn-spills -gencode arch=compute_$1,code=sm_$1 -DKEEL_"$2" -cubin \
+    "$nvcc" -std=c++20 -O3 --expt-relaxed-constexpr -Xcompiler -Wall,-Wextra -Xptxas -v,-warn-spills -gencode arch=compute_$1,code=sm_$1 -DKEEL_"$2" $ranks -cubin \
         -o "$logs/$1-$2.cubin" train_keel.cu >"$logs/$1-$2.log" 2>&1 || echo "error: nvcc failed" >>"$logs/$1-$2.log"
 }
 export -f compile
-export nvcc logs
+ranks=$(dev/cuda.sh nccl compile)  # with the kernels of several ranks
+[ "$ranks" ] && ranks="$ranks $(dev/mpi.sh compile nvcc)"
+export nvcc logs ranks
 for build in BF16 FP32; do for arch in $archs; do echo "$arch $build"; done; done | xargs -P "$(nproc)" -L 1 bash -c 'compile $0 $1'
 
 passed=0 failed=0

@@ -33,20 +33,33 @@ else
     echo "SKIPPED: the dumps against PyTorch, and the reference: no Python with torch and numpy (Debian: python3-torch)"
     skipped=$((skipped + 2))
 fi
-if python=$(dev/find_python.sh json 2>/dev/null); then
-    suite "$python" test/test_data.py
+if any_python=$(dev/find_python.sh json 2>/dev/null); then
+    suite "$any_python" test/test_data.py
 else
     echo "SKIPPED: the data scripts and the GPU's benchmarks: no Python"
     skipped=$((skipped + 2))
 fi
+if python=$(dev/find_python.sh numpy matplotlib 2>/dev/null); then
+    suite "$python" test/test_lesson.py
+else
+    echo "SKIPPED: the experiments and the lesson: no Python with numpy and matplotlib (Debian: python3-matplotlib)"
+    skipped=$((skipped + 1))
+fi
 # Suites that use little more than one core run beside the others, and are told and counted after them.
 beside=(build/test_gpu_bf16_sanitized build/test_gpu_fp32_on_cpu build/test_cuda_on_cpu)
-[ "$python" ] && beside+=("$python test/test_bench_gpu.py")
+[ "$any_python" ] && beside+=("$any_python test/test_bench_gpu.py")
 if dev/cuda.sh nvcc >/dev/null 2>&1; then
     beside+=("dev/ptxas.sh --test")
 else
     echo "SKIPPED: train_keel.cu under nvcc for sm_80, sm_90 and sm_100: no nvcc (the CUDA Toolkit)"
     skipped=$((skipped + 1))
+fi
+if [ "$(dev/mpi.sh compile)" ] && command -v mpirun >/dev/null; then
+    # a rank that does not come is given up soon
+    beside+=(build/test_ranks test/test_cluster.sh "env CUDA_ON_CPU_NCCL_TIMEOUT=5 $(dev/mpi.sh mpirun 3) build/test_nccl")
+else
+    echo "SKIPPED: several ranks: no MPI (Debian: libopenmpi-dev, openmpi-bin)"
+    skipped=$((skipped + 3))
 fi
 for i in "${!beside[@]}"; do
     start=$SECONDS

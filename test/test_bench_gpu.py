@@ -256,7 +256,7 @@ def test_operations_are_the_trainers(folder):
 
 
 def test_predictions_are_the_documents(folder):
-    """The kernels' operations and bytes add up to speed.md's, recomputation's to the plan's, and its table is what predict.py prints."""
+    """The kernels' operations and bytes add up to speed.md's, recomputation's to the plan's, and its tables are what predict.py prints."""
     total = lambda kernels, name: sum(getattr(k, name) for k in kernels)
     assert (total(predict.FORWARD, "bytes"), total(predict.BACKWARD, "bytes")) == (80, 146)
     assert (total(predict.FORWARD, "CC"), total(predict.BACKWARD, "CC"), total(predict.FORWARD, "TC"), total(predict.BACKWARD, "TC")) == (24, 48, 2, 7)
@@ -266,15 +266,22 @@ def test_predictions_are_the_documents(folder):
     floor, predicted = predict.step_seconds(2, 512, 256, 256, 1024, 4, "none", 1e12, 1e30)
     near(floor, 1024 * (72 * 512**2 + 9 * 256 * 512 / 0.62 + 6 * 256 * 512) / 1e12)
     assert predicted > floor
-    done = run(sys.executable, "dev/predict.py")
-    assert done.returncode == 0 and done.stdout in (ROOT / "dev/doc/speed.md").read_text(), done.stdout
+    for flags in ([], ["--products"]):
+        done = run(sys.executable, "dev/predict.py", *flags)
+        assert done.returncode == 0 and done.stdout in (ROOT / "dev/doc/speed.md").read_text(), done.stdout
+    # arithmetic alone: FP8 halves the products' 72 C^2 operations a token; a memory alone: the epilogues save 8 C and 24 C bytes a token
+    gains, _ = predict.product_gains(1024, 8192, 1024, 1e12, 1e30)
+    near(gains["FP8 products alone"], 8192 * 36 * 1024**2 / 1e12)
+    gains, _ = predict.product_gains(1024, 8192, 1024, 1e30, 1e12)
+    for way, saved in (("GELU_AUX epilogue", 16 / 0.9 - 8), ("DGELU epilogue", 24 / 0.9 - 8)):
+        near(gains[way], 8192 * saved * 1024 / 1e12 + predict.GAP)
 
 
 def test_no_gpu_is_said(folder):
     """Without a GPU the commands say so in one line and exit 1."""
     if run("dev/cuda.sh", "trainer").stdout.strip() == "train_keel":
         raise Skip("what the tools say without a GPU: there is one")
-    for command in ("dev/idle.sh", "dev/bench_gpu.sh"):
+    for command in ("dev/idle.sh", "dev/bench_gpu.sh", "dev/bench_kernels.sh", "dev/bench_products.sh"):
         done = run(command)
         assert done.returncode == 1 and "GPU" in done.stderr.splitlines()[-1] and not done.stdout, (command, done.stdout, done.stderr)
 

@@ -54,7 +54,8 @@ expect "results of an H200" results dev/results/h200.csv ""
 if dev/cuda.sh nvcc >/dev/null 2>&1 && [ "$(dev/cuda.sh trainer 2>/dev/null)" != train_keel ]; then
     # no optimisation: it will not run a kernel
     # shellcheck disable=SC2046
-    "$(dev/cuda.sh nvcc)" -std=c++20 -O0 -Xcicc -O0 -Xptxas -O0 --expt-relaxed-constexpr -arch=sm_90 -o "$folder/train_keel" train_keel.cu -lcublasLt $(dev/cuda.sh rpath) ||
+    "$(dev/cuda.sh nvcc)" -std=c++20 -O0 -Xcicc -O0 -Xptxas -O0 --expt-relaxed-constexpr -arch=sm_90 -Xcompiler -Wall,-Wextra $(dev/cuda.sh nccl compile) $(dev/mpi.sh compile nvcc) -o "$folder/train_keel" \
+        train_keel.cu -lcublasLt $(dev/cuda.sh nccl link) $(dev/mpi.sh link nvcc) $(dev/cuda.sh rpath) ||
         failed=$((failed + 1))
     err=$("$folder/train_keel" -x 1 2>&1)
     status=$?

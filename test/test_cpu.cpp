@@ -558,7 +558,7 @@ TEST_SUITE("model") {
                     probe = std::make_unique<StepProbe>(model->config);
                     model->probe = probe.get();
                     model->forward_backward(state.tokens.data(), state.targets.data(), model->B, real(1.0 / double(state.tokens.size())));
-                    model->probe_parameters();
+                    model->probe_parameters(0);
                     adamw_update(*model, run, std::stoll(row["step"]), gradient_norm(*model));
                 }
                 auto compare = [&](const char* column, double found) {

@@ -19,14 +19,14 @@ namespace fs = std::filesystem;
 // From step KEEL_TEST_BROKEN on it stays so, as after an update that went too far.
 struct FaultyTrainer : Trainer {
     using Trainer::Trainer;
-    void start(const Loader& data, int64_t step, ProbeLog* probe) {
+    void start(const Loader& data, int64_t step, ProbeLog* probe, unsigned flags = 0) {
         static const char *bad = getenv("KEEL_TEST_BAD"), *broken = getenv("KEEL_TEST_BROKEN");
         bool once = bad && ("," + std::string(bad) + ",").find(format(",%lld,", (long long)step)) != std::string::npos;
         real& weight = model.params[model.layout.offset(QKVW, 0)];
         if (broken && step == atoll(broken)) weight = real(NAN);
         real good = weight;
         if (once) weight = real(NAN);
-        Trainer::start(data, step, probe);
+        Trainer::start(data, step, probe, flags);
         if (once) weight = good;
     }
     static double matrix_rate() { return 1e9; }  // seconds under a sanitizer
@@ -396,7 +396,10 @@ TEST_CASE("A state whose numbers cannot be is refused although its CRC is right,
     refused(FILE_STATE, good, [](FileHeader& h) { h.set(H_LR, double(NAN)); }, "learning rate");
     refused(FILE_STATE, good, [](FileHeader& h) { h.set(H_CLIP, -1.0); }, "clip");
     refused(FILE_STATE, good, [](FileHeader& h) { h.set(H_SKIPPED, int64_t(25)); }, "skipped steps");
-    refused(FILE_STATE, good, [](FileHeader& h) { h.word[H_RANKS] = 8; }, "rank");
+    refused(FILE_STATE, good, [](FileHeader& h) { h.word[H_RANKS] = 0; }, "rank 0 of 0");
+    refused(FILE_STATE, good, [](FileHeader& h) { h.word[H_RANK] = 1; }, "rank 1 of 1");
+    refused(FILE_STATE, good, [](FileHeader& h) { h.word[H_RANKS] = 1 << 20; }, "of 1048576");
+    refused(FILE_STATE, good, [](FileHeader& h) { h.word[H_RANKS] = 2, h.word[H_B] = 1; }, "bytes from its header");
     refused(FILE_MODEL, slurp(model_path(p / "run", 24)), [](FileHeader& h) { h.set(H_STEP, int64_t(-1)); }, "step must be");
     // B T V and (L+1) B T C beyond 2^64
     refused(FILE_DEBUG, good, [](FileHeader& h) { h.word[H_KIND] = FILE_DEBUG, h.word[H_MAX_T] = h.word[H_T] = MAX_T, h.word[H_B] = MAX_B; }, "bytes from its header");

@@ -910,6 +910,18 @@ TEST_SUITE("the GPU trainer") {
         p.fails({"build/bench_kernels_on_cpu", "--small", "--csv", p / "figures.csv"}, {"--csv", "expected a GPU"});
     }
 
+    TEST_CASE("The products' benchmark: every way agrees with the trainer's products at small shapes, none is left out, and no figure is written that no GPU printed") {
+        Place p;
+        Result r = succeeds({"build/bench_products_on_cpu", "--small"});
+        CHECK_MESSAGE(r.out.find("every result agrees with the trainer's") != std::string::npos, r.out);
+        CHECK_MESSAGE(r.out.find("not offered") == std::string::npos, r.out);  // the headers offer all of them
+        for (const char* part : {"tune head dW", "GELU fcproj din", "DGELU epilogue", "accumulate head dW", "FP8, fast accumulation", "FP8 fc with its casts",
+                                 "32 slices of rows", "small fc and fcproj dW", "gain FP8 with amax and casts"})
+            CHECK_MESSAGE(r.out.find(part) != std::string::npos, part, " in\n", r.out);
+        p.fails({"build/bench_products_on_cpu", "--small", "--csv", p / "figures.csv"}, {"--csv", "expected a GPU"});
+        p.fails({"build/bench_products_on_cpu", "--smal"}, {"expected --small", "'--smal'"});
+    }
+
     TEST_CASE("Shapes that the tensor cores' build cannot run are refused before anything is written, and name the builds that can") {
         Place p;
         p.fails({gpu_bf16, "-i", p.text, "-C", "72", "-o", p / "run"}, {"-C", "multiple of 64", "72", "train_keel_fp32"});

@@ -113,6 +113,9 @@ class KeelGPT:
         # gelu_tanh(h) = h/2 (1 + tanh(sqrt(2/pi) (h + 0.044715 h^3)))
         return self.linear(F.gelu(self.linear(u, f"fcw[{l}]"), approximate="tanh"), f"fcprojw[{l}]")
 
+    def branch_input(self, x, l, s):
+        return rmsnorm(x, self.params[f"gamma_in[{l}]"]) if s.norm_in else x
+
     def forward(self, tokens, branches=None):
         """tokens (B,T) -> logits (B,T,V), [x_0 .. x_L] each (B,T,C). branches, a list, gets (F(u_l), z_l) of each sub-layer."""
         cfg, p = self.cfg, self.params
@@ -120,8 +123,7 @@ class KeelGPT:
         xs = [x]
         for l in range(cfg.L):
             s = sub_layer(cfg, l)
-            u = rmsnorm(x, p[f"gamma_in[{l}]"]) if s.norm_in else x
-            u = u.to(self.branch_dtype)
+            u = self.branch_input(x, l, s).to(self.branch_dtype)
             f = self.attention_branch(u, l, s.norm_qkv) if l % 2 == 0 else self.feed_forward_branch(u, l)
             f = f.to(self.dtype)
             z = s.alpha * x + f

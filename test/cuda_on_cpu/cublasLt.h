@@ -1,6 +1,7 @@
 // cuBLASLt's matrix product on the CPU: a stream operation, checked as the library checks it, each sum over k in order.
 #pragma once
 
+#include "cuda_fp8.h"
 #include "cuda_runtime.h"
 
 enum cublasStatus_t {
@@ -17,7 +18,8 @@ enum cublasStatus_t {
 enum cublasOperation_t { CUBLAS_OP_N = 0, CUBLAS_OP_T = 1, CUBLAS_OP_C = 2 };
 enum cublasComputeType_t { CUBLAS_COMPUTE_32F = 68, CUBLAS_COMPUTE_32F_PEDANTIC = 69, CUBLAS_COMPUTE_32F_FAST_TF32 = 77 };
 enum cublasLtPointerMode_t { CUBLASLT_POINTER_MODE_HOST = 0, CUBLASLT_POINTER_MODE_DEVICE = 1 };
-enum cublasLtEpilogue_t { CUBLASLT_EPILOGUE_DEFAULT = 1 };
+// GELU_AUX: d = gelu(x), aux = x;  DGELU: d = x gelu'(aux), where x is the product in FP32.
+enum cublasLtEpilogue_t { CUBLASLT_EPILOGUE_DEFAULT = 1, CUBLASLT_EPILOGUE_GELU_AUX = 32 | 128, CUBLASLT_EPILOGUE_DGELU = 64 | 128 };
 enum cublasLtMatmulDescAttributes_t {
     CUBLASLT_MATMUL_DESC_COMPUTE_TYPE = 0,
     CUBLASLT_MATMUL_DESC_SCALE_TYPE = 1,
@@ -25,7 +27,12 @@ enum cublasLtMatmulDescAttributes_t {
     CUBLASLT_MATMUL_DESC_TRANSA = 3,
     CUBLASLT_MATMUL_DESC_TRANSB = 4,
     CUBLASLT_MATMUL_DESC_EPILOGUE = 7,
+    CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER = 11,
+    CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD = 12,
     CUBLASLT_MATMUL_DESC_SM_COUNT_TARGET = 15,
+    CUBLASLT_MATMUL_DESC_A_SCALE_POINTER = 17,
+    CUBLASLT_MATMUL_DESC_B_SCALE_POINTER = 18,
+    CUBLASLT_MATMUL_DESC_FAST_ACCUM = 25,
 };
 enum cublasLtMatrixLayoutAttribute_t {
     CUBLASLT_MATRIX_LAYOUT_TYPE = 0,
@@ -56,6 +63,11 @@ enum cublasLtReductionScheme_t {
 struct cublasLtContext {};
 struct cublasLtMatmulDescOpaque_t {
     int32_t trans_a = CUBLAS_OP_N, trans_b = CUBLAS_OP_N;
+    uint32_t epilogue = CUBLASLT_EPILOGUE_DEFAULT;
+    void* aux = nullptr;
+    int64_t aux_ld = 0;
+    const float *a_scale = nullptr, *b_scale = nullptr;  // on the device
+    int8_t fast_accumulation = 0;
 };
 struct cublasLtMatrixLayoutOpaque_t {
     cudaDataType type;
@@ -132,7 +144,17 @@ inline cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t desc, 
     switch (attribute) {
         case CUBLASLT_MATMUL_DESC_TRANSA: return cuda_on_cpu::read_attribute(desc->trans_a, value, bytes);
         case CUBLASLT_MATMUL_DESC_TRANSB: return cuda_on_cpu::read_attribute(desc->trans_b, value, bytes);
-        case CUBLASLT_MATMUL_DESC_EPILOGUE: return cuda_on_cpu::expect_attribute(CUBLASLT_EPILOGUE_DEFAULT, value, bytes);
+        case CUBLASLT_MATMUL_DESC_EPILOGUE: {
+            uint32_t wanted;
+            if (cublasStatus_t status = cuda_on_cpu::read_attribute(wanted, value, bytes)) return status;
+            if (wanted != CUBLASLT_EPILOGUE_DEFAULT && wanted != CUBLASLT_EPILOGUE_GELU_AUX && wanted != CUBLASLT_EPILOGUE_DGELU) return CUBLAS_STATUS_NOT_SUPPORTED;
+            return desc->epilogue = wanted, CUBLAS_STATUS_SUCCESS;
+        }
+        case CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER: return cuda_on_cpu::read_attribute(desc->aux, value, bytes);
+        case CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD: return cuda_on_cpu::read_attribute(desc->aux_ld, value, bytes);
+        case CUBLASLT_MATMUL_DESC_A_SCALE_POINTER: return cuda_on_cpu::read_attribute(desc->a_scale, value, bytes);
+        case CUBLASLT_MATMUL_DESC_B_SCALE_POINTER: return cuda_on_cpu::read_attribute(desc->b_scale, value, bytes);
+        case CUBLASLT_MATMUL_DESC_FAST_ACCUM: return cuda_on_cpu::read_attribute(desc->fast_accumulation, value, bytes);  // sums here are in FP32 with either
         case CUBLASLT_MATMUL_DESC_POINTER_MODE: return cuda_on_cpu::expect_attribute(CUBLASLT_POINTER_MODE_HOST, value, bytes);
         case CUBLASLT_MATMUL_DESC_SM_COUNT_TARGET: return CUBLAS_STATUS_SUCCESS;
         default: return CUBLAS_STATUS_INVALID_VALUE;
@@ -178,7 +200,16 @@ namespace cuda_on_cpu {
 
 using Layout = cublasLtMatrixLayoutOpaque_t;
 
-inline size_t element_bytes(cudaDataType type) { return type == CUDA_R_16BF ? 2 : 4; }
+inline bool is_fp8(cudaDataType type) { return type == CUDA_R_8F_E4M3 || type == CUDA_R_8F_E5M2; }
+inline size_t element_bytes(cudaDataType type) { return is_fp8(type) ? 1 : type == CUDA_R_16BF ? 2 : 4; }
+inline size_t alignment_bytes(cudaDataType type) { return type == CUDA_R_32F ? 4 : 16; }  // of tensor cores' operands
+
+// gelu(h) and its derivative, the tanh form.
+inline float gelu(float h) { return 0.5f * h * (1 + tanhf(0.79788456f * (h + 0.044715f * h * h * h))); }
+inline float gelu_slope(float h) {
+    float t = tanhf(0.79788456f * (h + 0.044715f * h * h * h));
+    return 0.5f * (1 + t) + 0.5f * h * (1 - t * t) * 0.79788456f * (1 + 3 * 0.044715f * h * h);
+}
 
 // One problem, D = alpha op(A) op(B) + beta C, column-major: op(A) (m,k), op(B) (k,n), C and D (m,n).
 struct Product {
@@ -188,6 +219,7 @@ struct Product {
     float alpha, beta;
     const void *A, *B, *C;
     void* D;
+    cublasLtMatmulDescOpaque_t desc;
 };
 
 // What the library refuses before it looks at any pointer.
@@ -195,16 +227,25 @@ inline cublasStatus_t check_layouts(const cublasLtMatmulDescOpaque_t* desc, cons
     if (!desc || !a || !b || !c || !d) return CUBLAS_STATUS_INVALID_VALUE;
     for (const Layout* l : {a, b, c, d}) {
         if (l->rows == 0 || l->cols == 0 || l->ld < int64_t(l->rows) || l->batch_count < 1) return CUBLAS_STATUS_INVALID_VALUE;
-        if (l->type != CUDA_R_32F && l->type != CUDA_R_16BF) return CUBLAS_STATUS_NOT_SUPPORTED;
+        if (l->type != CUDA_R_32F && l->type != CUDA_R_16BF && !is_fp8(l->type)) return CUBLAS_STATUS_NOT_SUPPORTED;
         if (l->batch_count != a->batch_count) return CUBLAS_STATUS_INVALID_VALUE;
     }
     uint64_t m = desc->trans_a ? a->cols : a->rows, k = desc->trans_a ? a->rows : a->cols;
     uint64_t other_k = desc->trans_b ? b->cols : b->rows, n = desc->trans_b ? b->rows : b->cols;
     if (k != other_k || d->rows != m || d->cols != n || c->rows != m || c->cols != n) return CUBLAS_STATUS_INVALID_VALUE;
-    if (a->type != b->type || c->type != d->type || (a->type == CUDA_R_32F && d->type != CUDA_R_32F)) return CUBLAS_STATUS_NOT_SUPPORTED;
-    // Other BF16 matrices have no tensor-core kernel.
+    bool fp8 = is_fp8(a->type);
+    if (is_fp8(b->type) != fp8 || (!fp8 && a->type != b->type)) return CUBLAS_STATUS_NOT_SUPPORTED;
+    if (c->type != d->type || is_fp8(d->type) || (a->type == CUDA_R_32F && d->type != CUDA_R_32F)) return CUBLAS_STATUS_NOT_SUPPORTED;
+    // Hopper's FP8 products: a transposed, b not, at most one of them in e5m2.
+    if (fp8 && (!desc->trans_a || desc->trans_b || (a->type == CUDA_R_8F_E5M2 && b->type == CUDA_R_8F_E5M2))) return CUBLAS_STATUS_NOT_SUPPORTED;
+    if (!fp8 && (desc->a_scale || desc->b_scale || desc->fast_accumulation)) return CUBLAS_STATUS_INVALID_VALUE;
+    // Other BF16 and FP8 matrices have no tensor-core kernel.
     for (const Layout* l : {a, b, c, d})
-        if (l->type == CUDA_R_16BF && l->ld * 2 % 16) return CUBLAS_STATUS_NOT_SUPPORTED;
+        if (l->type != CUDA_R_32F && size_t(l->ld) * element_bytes(l->type) % 16) return CUBLAS_STATUS_NOT_SUPPORTED;
+    if (desc->epilogue != CUBLASLT_EPILOGUE_DEFAULT) {
+        if (desc->aux_ld < int64_t(m) || desc->aux_ld % 8) return CUBLAS_STATUS_INVALID_VALUE;
+        if (a->batch_count > 1) return CUBLAS_STATUS_NOT_SUPPORTED;
+    }
     return CUBLAS_STATUS_SUCCESS;
 }
 
@@ -228,7 +269,17 @@ inline void pack_panel(float* panel, const void* x, cudaDataType type, size_t al
                 for (size_t k = 0; k < K; k++) panel[k * width + i] = i < count ? at(i * along + k * across) : 0;
         }
     };
-    if (type == CUDA_R_16BF) {
+    if (is_fp8(type)) {
+        static const std::vector<float> tables = [] {  // e4m3's 256 values, then e5m2's
+            std::vector<float> all;
+            for (int i = 0; i < 256; i++) all.push_back(E4M3::value((unsigned char)i));
+            for (int i = 0; i < 256; i++) all.push_back(E5M2::value((unsigned char)i));
+            return all;
+        }();
+        const unsigned char* values = static_cast<const unsigned char*>(x);
+        const float* table = &tables[type == CUDA_R_8F_E5M2 ? 256 : 0];
+        copy([values, table](size_t i) { return table[values[i]]; });
+    } else if (type == CUDA_R_16BF) {
         const unsigned short* values = static_cast<const unsigned short*>(x);
         copy([values](size_t i) { return bf16_value(values[i]); });
     } else {
@@ -259,6 +310,12 @@ inline void run_product(const Product& p) {
     if (b.size() < panels_n * tile_n * p.k) b.resize(panels_n * tile_n * p.k);
     bool alone = p.m * p.n * p.k < 100000;
     size_t lda = size_t(p.a.ld), ldb = size_t(p.b.ld), ldc = size_t(p.c.ld), ldd = size_t(p.d.ld);
+    float alpha = p.alpha * (p.desc.a_scale ? *p.desc.a_scale : 1) * (p.desc.b_scale ? *p.desc.b_scale : 1);
+    auto load = [&](const void* from, size_t i) { return p.d.type == CUDA_R_16BF ? bf16_value(((const unsigned short*)from)[i]) : ((const float*)from)[i]; };
+    auto store = [&](void* to, size_t i, float value) {
+        if (p.d.type == CUDA_R_16BF) ((unsigned short*)to)[i] = bf16_bits(value);
+        else ((float*)to)[i] = value;
+    };
     pool().run(panels_m + panels_n, [&](size_t i) {
         if (i < panels_m) {
             size_t first = i * tile_m, along = p.trans_a ? lda : 1, across = p.trans_a ? 1 : lda;
@@ -275,11 +332,12 @@ inline void run_product(const Product& p) {
             multiply_panels(&a[row * p.k], &b[column * p.k], p.k, sums);
             for (size_t j = 0; j < std::min(tile_n, p.n - column); j++)
                 for (size_t i = 0; i < std::min(tile_m, p.m - row); i++) {
-                    float value = p.alpha * sums[j][i];
-                    size_t from = (column + j) * ldc + row + i, to = (column + j) * ldd + row + i;
-                    if (p.beta != 0) value += p.beta * (p.c.type == CUDA_R_16BF ? bf16_value(((const unsigned short*)p.C)[from]) : ((const float*)p.C)[from]);
-                    if (p.d.type == CUDA_R_16BF) ((unsigned short*)p.D)[to] = bf16_bits(value);
-                    else ((float*)p.D)[to] = value;
+                    float value = alpha * sums[j][i];
+                    if (p.beta != 0) value += p.beta * load(p.C, (column + j) * ldc + row + i);
+                    size_t aux = (column + j) * size_t(p.desc.aux_ld) + row + i;
+                    if (p.desc.epilogue == CUBLASLT_EPILOGUE_GELU_AUX) store(p.desc.aux, aux, value), value = gelu(value);
+                    if (p.desc.epilogue == CUBLASLT_EPILOGUE_DGELU) value *= gelu_slope(load(p.desc.aux, aux));
+                    store(p.D, (column + j) * ldd + row + i, value);
                 }
         }
     }, alone);
@@ -297,7 +355,7 @@ inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cu
     if (cublasStatus_t status = cuda_on_cpu::check_layouts(desc, a, b, c, d)) return status;
     const cublasLtMatrixLayoutOpaque_t* layouts[] = {a, b, c, d};
     for (int i = 0; i < 4; i++)
-        if (preference->alignment[i] < (layouts[i]->type == CUDA_R_16BF ? 16 : 4)) return CUBLAS_STATUS_NOT_SUPPORTED;
+        if (preference->alignment[i] < cuda_on_cpu::alignment_bytes(layouts[i]->type)) return CUBLAS_STATUS_NOT_SUPPORTED;
     for (size_t workspace : {size_t(1) << 20, size_t(0), size_t(1) << 16}) {
         if (*found == requested) break;
         if (workspace > preference->max_workspace) continue;
@@ -330,7 +388,10 @@ inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc
     if (cublasStatus_t status = check_layouts(desc, a, b, c, d)) return status;
     const std::pair<const void*, const Layout*> matrices[] = {{A, a}, {B, b}, {C, c}, {D, d}};
     for (auto [pointer, layout] : matrices)
-        if (reinterpret_cast<uintptr_t>(pointer) % (layout->type == CUDA_R_16BF ? 16 : 4)) return CUBLAS_STATUS_NOT_SUPPORTED;
+        if (reinterpret_cast<uintptr_t>(pointer) % alignment_bytes(layout->type)) return CUBLAS_STATUS_NOT_SUPPORTED;
+    bool has_aux = desc->epilogue != CUBLASLT_EPILOGUE_DEFAULT;
+    if (has_aux && !desc->aux) return CUBLAS_STATUS_INVALID_VALUE;
+    if (has_aux && reinterpret_cast<uintptr_t>(desc->aux) % 16) return CUBLAS_STATUS_NOT_SUPPORTED;
     if (C == D && (c->ld != d->ld || c->type != d->type)) return CUBLAS_STATUS_INVALID_VALUE;
     size_t needed = algo ? size_t(algo->data[1]) : 0;
     if (algo && algo->data[0] != 0x6b63) return CUBLAS_STATUS_INVALID_VALUE;
@@ -338,7 +399,7 @@ inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc
     if (needed && reinterpret_cast<uintptr_t>(workspace) % 16) return CUBLAS_STATUS_INVALID_VALUE;
 
     Product product{*a, *b, *c, *d, desc->trans_a != 0, desc->trans_b != 0, d->rows, d->cols, desc->trans_a ? a->rows : a->cols,
-                    *static_cast<const float*>(alpha), *static_cast<const float*>(beta), A, B, C, D};
+                    *static_cast<const float*>(alpha), *static_cast<const float*>(beta), A, B, C, D, *desc};
     cudaError_t error = api([&](Streams& s) {
         // The real library would fault later; here the call says which matrix it is.
         const char* names[] = {"A", "B", "C", "D"};
@@ -349,6 +410,16 @@ inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc
             report_misuse(format("cublasLtMatmul: expected %s's %zu bytes inside one device allocation, found them outside", names[i], elements * element_bytes(l.type)), true);
             return cudaErrorInvalidValue;
         }
+        size_t aux_bytes = ((d->cols - 1) * size_t(desc->aux_ld) + d->rows) * element_bytes(d->type);
+        if (has_aux && !memory().contains(desc->aux, aux_bytes)) {
+            report_misuse(format("cublasLtMatmul: expected the epilogue's %zu auxiliary bytes inside one device allocation, found them outside", aux_bytes), true);
+            return cudaErrorInvalidValue;
+        }
+        for (const float* scale : {desc->a_scale, desc->b_scale})
+            if (scale && !memory().contains(scale, sizeof *scale)) {
+                report_misuse("cublasLtMatmul: expected A's and B's scales in device memory, found one outside", true);
+                return cudaErrorInvalidValue;
+            }
         if (needed && !memory().contains(workspace, needed)) {
             report_misuse(format("cublasLtMatmul: expected a workspace of %zu bytes inside one device allocation, found it outside", needed), true);
             return cudaErrorInvalidValue;

@@ -7,7 +7,7 @@
 #include "streams.h"
 #include "types.h"
 
-enum cudaDataType { CUDA_R_32F = 0, CUDA_R_64F = 1, CUDA_R_16F = 2, CUDA_R_16BF = 14, CUDA_R_32I = 10 };
+enum cudaDataType { CUDA_R_32F = 0, CUDA_R_64F = 1, CUDA_R_16F = 2, CUDA_R_16BF = 14, CUDA_R_32I = 10, CUDA_R_8F_E4M3 = 28, CUDA_R_8F_E5M2 = 29 };
 using cudaDataType_t = cudaDataType;
 
 // ----- errors
@@ -244,7 +244,7 @@ inline cudaError_t cudaStreamQuery(cudaStream_t stream) {
         if (cudaError_t error = s.refuse_in_capture()) return error;
         CUstream_st* found = s.get(stream);
         if (!found) return cudaErrorInvalidResourceHandle;
-        if (!found->queue.empty()) s.run_one();
+        if (!found->queue.empty()) s.run_some();
         return found->queue.empty() ? cudaSuccess : cudaErrorNotReady;
     });
 }
@@ -282,7 +282,7 @@ inline cudaError_t cudaEventSynchronize(cudaEvent_t event) {
 inline cudaError_t cudaEventQuery(cudaEvent_t event) {
     return cuda_on_cpu::api([&](auto& s) {
         if (event->captured) return s.refuse_in_capture(), cudaErrorCapturedEvent;
-        if (event->state->completed < event->state->recorded) s.run_one();
+        if (event->state->completed < event->state->recorded) s.run_some();
         return event->state->completed < event->state->recorded ? cudaErrorNotReady : cudaSuccess;
     });
 }

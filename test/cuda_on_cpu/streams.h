@@ -83,7 +83,8 @@ struct Streams {
     std::vector<std::unique_ptr<CUstream_st>> all;  // all[0] is the legacy default stream
     std::vector<std::unique_ptr<CUgraphExec_st>> graphs;
     std::vector<std::weak_ptr<Capture>> captures;
-    uint64_t operations = 0;
+    uint64_t operations = 0, polled_at = 0;
+    uint32_t polls = 1;
 
     Streams() { all.push_back(std::make_unique<CUstream_st>()); }
 
@@ -205,9 +206,11 @@ struct Streams {
             return true;
         });
     }
-    void run_one() {
+    // What has run by the time the host asks: one operation, and more each time it asks again with nothing new to do, as a host that polls has time.
+    void run_some() {
         DeviceRunning running;
-        if (!shared_state().sticky) step();
+        polls = std::exchange(polled_at, operations) == operations ? std::min(2 * polls, 256u) : 1;
+        for (uint32_t n = polls; n > 0 && !shared_state().sticky && step(); n--) {}
     }
     void sweep() {
         std::erase_if(all, [](auto& s) { return s->destroyed && s->queue.empty(); });

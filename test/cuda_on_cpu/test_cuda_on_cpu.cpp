@@ -2,6 +2,7 @@
 #define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <cublasLt.h>
 #include <cuda_bf16.h>
+#include <cuda_fp8.h>
 #include <cuda_runtime.h>
 #include <doctest/doctest.h>
 #include <sys/wait.h>
@@ -71,7 +72,17 @@ struct WithSeed {
     ~WithSeed() { settings().seed = before; }
 };
 
-// ----- bfloat16
+// As launch, but the kernel may start before the one before it in its stream has ended.
+template <class... Expected, class... Actual>
+cudaError_t launch_overlapping(void (*kernel)(Expected...), dim3 grid, dim3 block, cudaStream_t stream, Actual... actual) {
+    cudaLaunchAttribute overlap{};
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization, overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid, config.blockDim = block, config.stream = stream, config.attrs = &overlap, config.numAttrs = 1;
+    return cudaLaunchKernelEx(&config, kernel, actual...);
+}
+
+// ----- bfloat16 and FP8
 
 TEST_CASE("every bfloat16 pattern survives the way through float") {
     int wrong = 0;
@@ -112,6 +123,42 @@ TEST_CASE("a float becomes the nearest bfloat16, the even one of two equally nea
     CHECK(__bfloat1622float2(pair).y == 2);
     CHECK(sizeof(__nv_bfloat16) == 2);
     CHECK(std::is_trivially_copyable_v<__nv_bfloat162>);
+}
+
+template <class F8>
+void check_fp8(float largest, float smallest, int numbers) {
+    auto encode = [](float value) { return int(F8(value).__x); };
+    auto decode = [](int bits) {
+        F8 value;
+        value.__x = (unsigned char)bits;
+        return float(value);
+    };
+    int finite = 0, wrong = 0;
+    float before = -1;
+    for (int i = 0; i < 128; i++) {
+        float value = decode(i);
+        if (!std::isfinite(value)) continue;
+        finite++;
+        wrong += !(value > before) || encode(value) != i || encode(-value) != i + 128 || decode(i + 128) != -value;
+        if (i > 0) {  // halfway goes to the even one, a little less and a little more to the nearer
+            float half = (before + value) / 2;
+            wrong += encode(half) != (i % 2 ? i - 1 : i) || encode(std::nextafter(half, 0.f)) != i - 1 || encode(std::nextafter(half, value)) != i;
+        }
+        before = value;
+    }
+    CHECK(wrong == 0);
+    CHECK(finite == numbers);
+    CHECK(before == largest);
+    CHECK(decode(1) == smallest);
+    CHECK(decode(encode(3 * largest)) == largest);
+    CHECK(decode(encode(-INFINITY)) == -largest);
+    CHECK(decode(encode(0x1p126f)) == largest);
+    CHECK(encode(0x1p-140f) == 0);
+    CHECK(std::isnan(decode(encode(NAN))));
+}
+TEST_CASE("a float becomes the nearest FP8 number of either format, the even one of two equally near, the largest where it is too large") {
+    check_fp8<__nv_fp8_e4m3>(448, 0x1p-9f, 127);
+    check_fp8<__nv_fp8_e5m2>(57344, 0x1p-16f, 124);
 }
 
 // ----- threads, barriers, shuffles, votes, atomics
@@ -540,6 +587,25 @@ TEST_CASE("stray writes damage a canary, which tells of them") {
     CHECK(misuse_of([&] { launch(write_global, 1, 1, 0, nullptr, d.p, 999); }) == "");
 }
 #endif
+
+__global__ void waits_but_for_one(int forgetful_block, int forgetful_thread) {
+    if (int(blockIdx.x) == forgetful_block && int(threadIdx.x) == forgetful_thread) return;
+    wait_for_predecessor();
+}
+TEST_CASE("a thread that does not wait for the kernel before, in a launch that may overlap it, is found and named") {
+    for (uint64_t seed = 1; seed < 4; seed++) {
+        WithSeed with(seed);
+        CHECK_HAS(misuse_of([] { launch_overlapping(waits_but_for_one, 3, 40, nullptr, 2, 37); }),
+                  "kernel waits_but_for_one(int, int), block (2,0,0), thread (37,0,0): expected wait_for_predecessor() in each thread");
+    }
+    CHECK(misuse_of([] { launch_overlapping(waits_but_for_one, 3, 40, nullptr, -1, -1); }) == "");
+    // A fiber that has waited serves the next block: its thread there must wait again.
+    CHECK_HAS(misuse_of([] {
+        launch_overlapping(waits_but_for_one, 3, 40, nullptr, -1, -1);
+        launch_overlapping(waits_but_for_one, 1, 1, nullptr, 0, 0);
+    }), "block (0,0,0), thread (0,0,0): expected wait_for_predecessor()");
+    CHECK(misuse_of([] { launch(waits_but_for_one, 3, 40, 0, nullptr, 2, 37); }) == "");  // it starts when all before it has ended
+}
 
 __global__ void nothing(const int*) {}
 TEST_CASE("launches that a card would refuse are refused, and leave the device usable") {
@@ -1083,6 +1149,181 @@ TEST_CASE("what cuBLASLt would refuse is refused") {
     CHECK_HAS(misuse_of([&] { CHECK(matmul.run(host.data(), b.p, c.p, 1, 0) != CUBLAS_STATUS_SUCCESS); }), "expected A's 8192 bytes inside one device allocation");
     CHECK_HAS(misuse_of([&] { CHECK(matmul.run(a.p, b.p + 8, c.p, 1, 0) != CUBLAS_STATUS_SUCCESS); }), "expected B's 8192 bytes");
     CHECK(std::string(cublasGetStatusString(CUBLAS_STATUS_NOT_SUPPORTED)) == "CUBLAS_STATUS_NOT_SUPPORTED");
+}
+
+// gelu in FP64 as its paper has it, and its derivative by a central difference.
+double gelu(double h) { return 0.5 * h * (1 + std::tanh(std::sqrt(2 / M_PI) * (h + 0.044715 * h * h * h))); }
+double gelu_slope(double h) { return (gelu(h + 1e-5) - gelu(h - 1e-5)) / 2e-5; }
+
+template <class Out>
+void check_epilogue(cublasLtEpilogue_t epilogue, size_t m, size_t n, size_t k) {
+    int64_t ld = int64_t(m + 7) / 8 * 8, aux_ld = ld + 8;
+    std::vector<__nv_bfloat16> a = random_matrix<__nv_bfloat16>(size_t(ld) * k, 1), b = random_matrix<__nv_bfloat16>((k + 7) / 8 * 8 * n, 2);
+    std::vector<Out> aux = random_matrix<Out>(size_t(aux_ld) * n, 3), before = aux;
+    Device<__nv_bfloat16> da(a), db(b);
+    Device<Out> dc(size_t(ld) * n), daux(aux);
+    Matmul matmul(false, false, CUDA_R_16BF, type_of<Out>(), m, n, k, ld, int64_t((k + 7) / 8 * 8), ld);
+    uint32_t which = epilogue;
+    CHECK(cublasLtMatmulDescSetAttribute(matmul.desc, CUBLASLT_MATMUL_DESC_EPILOGUE, &which, sizeof which) == CUBLAS_STATUS_SUCCESS);
+    CHECK(cublasLtMatmulDescSetAttribute(matmul.desc, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, &aux_ld, sizeof aux_ld) == CUBLAS_STATUS_SUCCESS);
+    CHECK(matmul.run(da.p, db.p, dc.p, 0.25f, 0) == CUBLAS_STATUS_INVALID_VALUE);  // no matrix for it yet
+    CHECK(cublasLtMatmulDescSetAttribute(matmul.desc, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, &daux.p, sizeof daux.p) == CUBLAS_STATUS_SUCCESS);
+    CHECK(matmul.run(da.p, db.p, dc.p, 0.25f, 0) == CUBLAS_STATUS_SUCCESS);
+    std::vector<Out> found = dc.read();
+    aux = daux.read();
+    double worst = 0, last_place = sizeof(Out) == 2 ? 0x1p-8 : 0x1p-20;
+    size_t written = 0;
+    for (size_t j = 0; j < n; j++)
+        for (size_t i = 0; i < m; i++) {
+            double x = 0;
+            for (size_t l = 0; l < k; l++) x += 0.25 * double(float(a[l * size_t(ld) + i])) * double(float(b[j * ((k + 7) / 8 * 8) + l]));
+            size_t at = j * size_t(aux_ld) + i;
+            bool forward = epilogue == CUBLASLT_EPILOGUE_GELU_AUX;
+            double expected = forward ? gelu(x) : x * gelu_slope(double(float(before[at]))), kept = forward ? x : double(float(before[at]));
+            for (auto [wanted, value] : {std::pair{expected, double(float(found[j * size_t(ld) + i]))}, {kept, double(float(aux[at]))}}) {
+                double error = std::fabs(wanted - value) / (std::fabs(wanted) * last_place + 1e-5);
+                worst = error <= worst ? worst : error;  // a NaN is taken along
+            }
+        }
+    for (size_t j = 0; j < n; j++)  // between the columns of the auxiliary matrix nothing is written
+        for (size_t i = m; i < size_t(aux_ld); i++) written += float(aux[j * size_t(aux_ld) + i]) != float(before[j * size_t(aux_ld) + i]);
+    CHECK_MESSAGE(worst <= 1, "epilogue ", int(epilogue), ", m ", m, ", n ", n, ", k ", k);
+    CHECK(written == 0);
+}
+TEST_CASE("GELU's epilogues equal a scalar loop: of the sums before they are rounded forward, of the stored matrix backward") {
+    for (auto epilogue : {CUBLASLT_EPILOGUE_GELU_AUX, CUBLASLT_EPILOGUE_DGELU})
+        for (auto [m, n, k] : {std::tuple<size_t, size_t, size_t>{17, 13, 5}, {64, 40, 33}}) {
+            check_epilogue<__nv_bfloat16>(epilogue, m, n, k);
+            check_epilogue<float>(epilogue, m, n, k);
+        }
+}
+TEST_CASE("GELU's epilogues are refused without a matrix of their own that is large enough") {
+    Device<__nv_bfloat16> a(64 * 64), b(64 * 64), c(64 * 64), aux(64 * 64);
+    Matmul matmul(false, false, CUDA_R_16BF, CUDA_R_16BF, 64, 64, 64, 64, 64, 64);
+    auto set = [&](cublasLtMatmulDescAttributes_t which, auto value) { return cublasLtMatmulDescSetAttribute(matmul.desc, which, &value, sizeof value); };
+    CHECK(set(CUBLASLT_MATMUL_DESC_EPILOGUE, uint32_t(4)) == CUBLAS_STATUS_NOT_SUPPORTED);  // a bias
+    CHECK(set(CUBLASLT_MATMUL_DESC_EPILOGUE, uint16_t(CUBLASLT_EPILOGUE_DGELU)) == CUBLAS_STATUS_INVALID_VALUE);
+    CHECK(set(CUBLASLT_MATMUL_DESC_EPILOGUE, uint32_t(CUBLASLT_EPILOGUE_GELU_AUX)) == CUBLAS_STATUS_SUCCESS);
+    CHECK(set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, aux.p) == CUBLAS_STATUS_SUCCESS);
+    cublasLtMatmulHeuristicResult_t result;
+    int count = 0;
+    auto offered = [&] {
+        return cublasLtMatmulAlgoGetHeuristic(matmul.handle, matmul.desc, matmul.a, matmul.b, matmul.c, matmul.c, matmul.preference, 1, &result, &count);
+    };
+    for (int64_t ld : {0, 56, 68}) {
+        CHECK(set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, ld) == CUBLAS_STATUS_SUCCESS);
+        CHECK(offered() == CUBLAS_STATUS_INVALID_VALUE);
+        CHECK(matmul.run(a.p, b.p, c.p, 1, 0) == CUBLAS_STATUS_INVALID_VALUE);
+    }
+    CHECK(set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, int64_t(64)) == CUBLAS_STATUS_SUCCESS);
+    CHECK(offered() == CUBLAS_STATUS_SUCCESS);
+    CHECK(matmul.run(a.p, b.p, c.p, 1, 0) == CUBLAS_STATUS_SUCCESS);
+    CHECK(set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, aux.p + 1) == CUBLAS_STATUS_SUCCESS);
+    CHECK(matmul.run(a.p, b.p, c.p, 1, 0) == CUBLAS_STATUS_NOT_SUPPORTED);
+    CHECK(set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, aux.p + 8) == CUBLAS_STATUS_SUCCESS);
+    CHECK_HAS(misuse_of([&] { CHECK(matmul.run(a.p, b.p, c.p, 1, 0) != CUBLAS_STATUS_SUCCESS); }), "expected the epilogue's 8192 auxiliary bytes inside one device allocation");
+    int32_t batch = 2;
+    for (auto layout : {matmul.a, matmul.b, matmul.c}) cublasLtMatrixLayoutSetAttribute(layout, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &batch, sizeof batch);
+    CHECK(offered() == CUBLAS_STATUS_NOT_SUPPORTED);
+}
+
+template <class F8>
+std::vector<F8> random_fp8(size_t n, uint32_t seed) {
+    std::vector<float> values = random_matrix<float>(n, seed);
+    std::vector<F8> rounded;
+    for (float value : values) rounded.push_back(F8(value));
+    return rounded;
+}
+template <class A, class B, class Out>
+void check_fp8_product(cudaDataType a_type, cudaDataType b_type, float beta) {
+    constexpr size_t m = 48, n = 20, k = 96, ld = 112;
+    std::vector<A> a = random_fp8<A>(ld * m, 1);
+    std::vector<B> b = random_fp8<B>(ld * n, 2);
+    std::vector<Out> c = random_matrix<Out>(m * n, 3);
+    Device<A> da(a);
+    Device<B> db(b);
+    Device<Out> dc(c);
+    Device<float> scales(2);
+    Matmul matmul(true, false, a_type, type_of<Out>(), m, n, k, ld, ld, m);
+    cublasLtMatrixLayoutSetAttribute(matmul.b, CUBLASLT_MATRIX_LAYOUT_TYPE, &b_type, sizeof b_type);
+    const float *a_scale = scales.p, *b_scale = scales.p + 1;
+    CHECK(cublasLtMatmulDescSetAttribute(matmul.desc, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, &a_scale, sizeof a_scale) == CUBLAS_STATUS_SUCCESS);
+    CHECK(cublasLtMatmulDescSetAttribute(matmul.desc, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, &b_scale, sizeof b_scale) == CUBLAS_STATUS_SUCCESS);
+    // The scales are read when the product runs, not when it is asked for.
+    Stream stream;
+    std::vector<float> values = {0.5f, 3};
+    CHECK_OK(cudaMemcpyAsync(scales.p, values.data(), 8, cudaMemcpyHostToDevice, stream));
+    CHECK(matmul.run(da.p, db.p, dc.p, 2, beta, nullptr, nullptr, 0, stream) == CUBLAS_STATUS_SUCCESS);
+    CHECK_OK(cudaStreamSynchronize(stream));
+    std::vector<Out> found = dc.read();
+    double worst = 0;
+    for (size_t j = 0; j < n; j++)
+        for (size_t i = 0; i < m; i++) {
+            double sum = 0;
+            for (size_t l = 0; l < k; l++) sum += double(float(a[i * ld + l])) * double(float(b[j * ld + l]));
+            double expected = 2 * 0.5 * 3 * sum + (beta == 0 ? 0 : beta * double(float(c[j * m + i])));
+            double error = std::fabs(expected - double(float(found[j * m + i]))) / (std::fabs(expected) * (sizeof(Out) == 2 ? 0x1p-8 : 0x1p-20) + 1e-3);
+            worst = error <= worst ? worst : error;
+        }
+    CHECK(worst <= 1);
+}
+TEST_CASE("FP8 products equal a scalar loop in both formats, scaled by what the device's memory holds when they run") {
+    check_fp8_product<__nv_fp8_e4m3, __nv_fp8_e4m3, __nv_bfloat16>(CUDA_R_8F_E4M3, CUDA_R_8F_E4M3, 0);
+    check_fp8_product<__nv_fp8_e4m3, __nv_fp8_e5m2, __nv_bfloat16>(CUDA_R_8F_E4M3, CUDA_R_8F_E5M2, 0);
+    check_fp8_product<__nv_fp8_e5m2, __nv_fp8_e4m3, float>(CUDA_R_8F_E5M2, CUDA_R_8F_E4M3, 1);
+}
+TEST_CASE("FP8 products that Hopper does not have are refused") {
+    Device<char> a(64 * 64), b(64 * 64);
+    Device<float> c(64 * 64);
+    auto status = [&](bool ta, bool tb, cudaDataType a_type, cudaDataType b_type, cudaDataType out, int64_t ld) {
+        Matmul matmul(ta, tb, a_type, out, 32, 32, 32, ld, ld, 32);
+        cublasLtMatrixLayoutSetAttribute(matmul.b, CUBLASLT_MATRIX_LAYOUT_TYPE, &b_type, sizeof b_type);
+        int8_t fast = 1;
+        CHECK(cublasLtMatmulDescSetAttribute(matmul.desc, CUBLASLT_MATMUL_DESC_FAST_ACCUM, &fast, sizeof fast) == CUBLAS_STATUS_SUCCESS);
+        return matmul.run(a.p, b.p, c.p, 1, 0);
+    };
+    CHECK(status(true, false, CUDA_R_8F_E4M3, CUDA_R_8F_E4M3, CUDA_R_32F, 32) == CUBLAS_STATUS_SUCCESS);
+    CHECK(status(false, false, CUDA_R_8F_E4M3, CUDA_R_8F_E4M3, CUDA_R_32F, 32) == CUBLAS_STATUS_NOT_SUPPORTED);
+    CHECK(status(true, true, CUDA_R_8F_E4M3, CUDA_R_8F_E4M3, CUDA_R_32F, 32) == CUBLAS_STATUS_NOT_SUPPORTED);
+    CHECK(status(true, false, CUDA_R_8F_E5M2, CUDA_R_8F_E5M2, CUDA_R_32F, 32) == CUBLAS_STATUS_NOT_SUPPORTED);
+    CHECK(status(true, false, CUDA_R_8F_E4M3, CUDA_R_16BF, CUDA_R_32F, 32) == CUBLAS_STATUS_NOT_SUPPORTED);
+    CHECK(status(true, false, CUDA_R_8F_E4M3, CUDA_R_8F_E4M3, CUDA_R_8F_E4M3, 32) == CUBLAS_STATUS_NOT_SUPPORTED);
+    CHECK(status(true, false, CUDA_R_8F_E4M3, CUDA_R_8F_E4M3, CUDA_R_32F, 40) == CUBLAS_STATUS_NOT_SUPPORTED);
+    CHECK(status(true, false, CUDA_R_16BF, CUDA_R_16BF, CUDA_R_32F, 32) == CUBLAS_STATUS_INVALID_VALUE);  // fast accumulation is FP8's
+    Matmul matmul(true, false, CUDA_R_8F_E4M3, CUDA_R_32F, 32, 32, 32, 32, 32, 32);
+    CHECK(matmul.run(a.p + 8, b.p, c.p, 1, 0) == CUBLAS_STATUS_NOT_SUPPORTED);
+    float on_host = 1;
+    const float* scale = &on_host;
+    CHECK(cublasLtMatmulDescSetAttribute(matmul.desc, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, &scale, sizeof scale) == CUBLAS_STATUS_SUCCESS);
+    CHECK_HAS(misuse_of([&] { CHECK(matmul.run(a.p, b.p, c.p, 1, 0) != CUBLAS_STATUS_SUCCESS); }), "expected A's and B's scales in device memory");
+}
+
+TEST_CASE("an algorithm is usable for a product that cuBLASLt offers, and says how much workspace it needs") {
+    Matmul matmul(false, false, CUDA_R_16BF, CUDA_R_16BF, 64, 64, 64, 64, 64, 64);
+    uint64_t bytes = 2 << 20;
+    CHECK(cublasLtMatmulPreferenceSetAttribute(matmul.preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &bytes, sizeof bytes) == CUBLAS_STATUS_SUCCESS);
+    cublasLtMatmulHeuristicResult_t results[3], checked;
+    int count = 0;
+    CHECK(cublasLtMatmulAlgoGetHeuristic(matmul.handle, matmul.desc, matmul.a, matmul.b, matmul.c, matmul.c, matmul.preference, 3, results, &count) == CUBLAS_STATUS_SUCCESS);
+    CHECK(count == 3);
+    auto check = [&](const Matmul& product, const cublasLtMatmulAlgo_t* algo, cublasLtMatmulHeuristicResult_t* result) {
+        return cublasLtMatmulAlgoCheck(matmul.handle, product.desc, product.a, product.b, product.c, product.c, algo, result);
+    };
+    for (int i = 0; i < count; i++) {
+        memset(&checked, 0xFF, sizeof checked);
+        CHECK(check(matmul, &results[i].algo, &checked) == CUBLAS_STATUS_SUCCESS);
+        CHECK(checked.state == CUBLAS_STATUS_SUCCESS);
+        CHECK(checked.workspaceSize == results[i].workspaceSize);
+        CHECK(memcmp(&checked.algo, &results[i].algo, sizeof checked.algo) == 0);
+    }
+    cublasLtMatmulAlgo_t unknown{{0x6b64}};
+    CHECK(check(matmul, &unknown, &checked) == CUBLAS_STATUS_INVALID_VALUE);
+    CHECK(check(matmul, nullptr, &checked) == CUBLAS_STATUS_INVALID_VALUE);
+    CHECK(check(matmul, &results[0].algo, nullptr) == CUBLAS_STATUS_INVALID_VALUE);
+    CHECK(check(Matmul(false, false, CUDA_R_16BF, CUDA_R_16BF, 64, 64, 64, 68, 64, 64), &results[0].algo, &checked) == CUBLAS_STATUS_NOT_SUPPORTED);
+    CHECK(check(Matmul(false, false, CUDA_R_32F, CUDA_R_16BF, 64, 64, 64, 64, 64, 64), &results[0].algo, &checked) == CUBLAS_STATUS_NOT_SUPPORTED);
+    CHECK(check(Matmul(false, false, CUDA_R_16BF, CUDA_R_16BF, 64, 64, 64, 56, 64, 64), &results[0].algo, &checked) == CUBLAS_STATUS_INVALID_VALUE);
+    CHECK(cublasLtMatmulAlgoCheck(nullptr, matmul.desc, matmul.a, matmul.b, matmul.c, matmul.c, &results[0].algo, &checked) == CUBLAS_STATUS_NOT_INITIALIZED);
 }
 
 TEST_CASE("the device describes itself as a small Hopper") {

@@ -4,10 +4,10 @@
 void fuzz(const unsigned char* data, size_t size) {
     FileReader in(file_of(keel_file(data, size, FILE_STATE), ".bin"), FILE_STATE);
     RunConfig run = resolve_run(Options(), &in.header, 0);
-    if (run.accumulation() < 1 || run.T > run.model.max_seq_len || run.skipped_in_row > run.skipped) abort();
+    if ((run.B > 0 && run.accumulation() < 1) || run.T > run.model.max_seq_len || run.skipped_in_row > run.skipped) abort();
     if (double lr = learning_rate(run, in.header.get<int64_t>(H_STEP) + 1); !std::isfinite(lr) || lr < 0) abort();
     check_same_build(in.header, REAL_FP32, false);
-    std::vector<float> values(3 * parameter_count(run.model));
+    std::vector<float> values(3 * owned_parameter_count(run.model, in.header.word[H_RANKS], in.header.word[H_RANK]));
     in.read_reals(values.data(), values.size());
     in.finish();
 }

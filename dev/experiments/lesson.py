@@ -1,0 +1,484 @@
+"""Writes the lesson: one HTML page with text, formulas beside the lines of code that do them, and interactive figures. It needs no network.
+
+    python3 dev/experiments/lesson.py --results build/experiments/small --out build/lesson.html
+
+The code is taken from the sources as they are, by anchors; an anchor that is gone, or there twice, ends the build with its name.
+"""
+
+import argparse
+import html
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import depth
+import highway
+import hops
+import max_lr
+import report
+import road
+from run import EXPERIMENTS
+from shared import COLOURS, LABELS, NORMS, ROOT, Failure, read_csv, smooth
+
+HERE = Path(__file__).resolve().parent / "lesson"
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Formulas: a little of TeX's notation as MathML, which browsers set themselves
+
+COMMANDS = {"prod": "∏", "sum": "∑", "to": "→", "d": "d"}
+WORDS = ("rms", "Norm", "mean")
+
+
+def mathml(source, display=False):
+    tokens = re.findall(r"\\[a-zA-Z]+|[0-9]+(?:\.[0-9]+)?|[^\s]", source)
+    at = 0
+
+    def group():
+        nonlocal at
+        if at < len(tokens) and tokens[at] == "{":
+            at += 1
+            inside = sequence("}")
+            at += 1
+            return "<mrow>" + inside + "</mrow>"
+        return atom()
+
+    def atom():
+        nonlocal at
+        if at >= len(tokens):
+            raise Failure(f"formula '{source}': expected more after '{tokens[-1]}'")
+        token = tokens[at]
+        if token == "{":
+            return group()
+        at += 1
+        if token == r"\frac":
+            top = group()
+            return f"<mfrac>{top}{group()}</mfrac>"
+        if token == r"\sqrt":
+            return f"<msqrt>{group()}</msqrt>"
+        if token == r"\d":
+            return "<mrow><mi mathvariant='normal'>d</mi></mrow>"
+        if token[0] == "\\":
+            name = token[1:]
+            if name in WORDS:
+                return f"<mi mathvariant='normal'>{name}</mi>"
+            if name not in COMMANDS:
+                raise Failure(f"formula '{source}': unknown {token}")
+            return f'<mo largeop="true" movablelimits="false" style="font-size: 1.35em">{COMMANDS[name]}</mo>'
+        if token[0].isdigit():
+            return f"<mn>{token}</mn>"
+        if token.isalpha():
+            return f"<mi>{token}</mi>"
+        return f"<mo>{html.escape({'-': '−', '*': '·'}.get(token, token))}</mo>"
+
+    def sequence(end=None):
+        nonlocal at
+        out = []
+        while at < len(tokens) and tokens[at] != end:
+            base, big = atom(), tokens[at - 1] in (r"\prod", r"\sum")
+            scripts = {}
+            while at < len(tokens) and tokens[at] in "_^":
+                kind = tokens[at]
+                at += 1
+                scripts[kind] = group()
+            if scripts:
+                names = ("munder", "mover", "munderover") if big else ("msub", "msup", "msubsup")
+                name = names[2] if len(scripts) == 2 else names["_^".index(next(iter(scripts)))]
+                base = f"<{name}>{base}{scripts.get('_', '')}{scripts.get('^', '')}</{name}>"
+            out.append(base)
+        return "".join(out)
+
+    return f"<math{' display=block' if display else ''}><mrow>{sequence()}</mrow></math>"
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Code, from the sources
+
+def extract(file, function, first, lines=1):
+    """(number, text) of `lines` lines, the first of which holds `first`, after the line that holds `function`. Both must be there, `function` once."""
+    source = (ROOT / file).read_text().split("\n")
+    starts = [i for i, line in enumerate(source) if function in line]
+    if len(starts) != 1:
+        raise Failure(f"{file}: expected the anchor '{function}' once, found it {len(starts)} times; mend the lesson's CODE table (dev/experiments/lesson.py)")
+    found = next((i for i in range(starts[0], min(starts[0] + 60, len(source))) if first in source[i]), None)
+    if found is None:
+        raise Failure(f"{file}: expected '{first}' within 60 lines of '{function}', found none; mend the lesson's CODE table (dev/experiments/lesson.py)")
+    text = source[found:found + lines]
+    indent = min(len(line) - len(line.lstrip()) for line in text if line.strip())
+    return found + 1, "\n".join(line[indent:] for line in text)
+
+
+FORWARD, BACKWARD = "void sublayer_forward(int l, int b)", "void sublayer_backward(int l, int b)"
+CPU, COMMON = "train_keel_cpu.cpp", "keel_common.h"
+# name: formula, words, file, function's anchor, line's anchor, lines
+CODE = {
+    "norm_in": (r"u_l = \Norm(x_l)", "what the branch reads, where the placement has an inner norm", CPU, FORWARD, "if (norm.norm_in)", 4),
+    "sum": (r"z_l = α_l x_l + F_l(u_l)", "the sum of shortcut and branch", CPU, "void highway_forward(", "zi[c] = alpha", 1),
+    "norm_out": (r"x_{l+1} = \Norm(z_l)", "where the placement has an outer norm; else the sum itself", CPU, "void highway_forward(", "if (gamma)", 2),
+    "norm_backward": (r"\d x = r (g * \d y - x̂ \mean(g * \d y * x̂))", "through a norm: r is 1/rms; the second term takes away what would only change the length", CPU, "inline void rmsnorm_row_backward(", "for (int c = 0; c < C; c++) {", 5),
+    "shortcut": (r"\d x_l = α_l \d z_l + \d u_l", "down the shortcut, and what comes back from the branch", CPU, "void highway_backward(", "dx[i] = alpha", 1),
+    "alpha": (r"α_l = L", "KEEL’s row in the table of placements", COMMON, "inline const PlacementRow placements", '{"keel"', 3),
+    "inner": (r"x_{l+1} = \Norm(α x_l + F_l(\Norm(x_l)))", "the whole backward pass of a KEEL sub-layer, top to bottom", CPU, "// dx_l in dx, in place of dx_{l+1}:", "dz   = norm_out", 3),
+    "fp32": (r"z_l, u_l", "the GPU trainer: branch_t is BF16; what lies on the highway is float", "train_keel.cu", "struct HighwayPoint {", "struct HighwayPoint {", 7),
+}
+KEYWORDS = r"\b(void|inline|const|int|float|double|real|bool|for|if|else|return|template|size_t|index_t|auto|struct)\b"
+
+
+def code_html(text):
+    out = []
+    for line in text.split("\n"):
+        code, slashes, comment = line.partition("//")
+        code = re.sub(KEYWORDS, r'<span class="k">\1</span>', html.escape(code))
+        out.append(code + (f'<span class="c">//{html.escape(comment)}</span>' if slashes else ""))
+    return "\n".join(out)
+
+
+def pair(name):
+    formula, words, file, function, first, lines = CODE[name]
+    number, text = extract(file, function, first, lines)
+    return (f'<div class="pair"><div class="formula">{mathml(formula)}<small>{html.escape(words)}</small></div>'
+            f'<div class="source"><small>{file}, line {number}</small><pre><code>{code_html(text)}</code></pre></div></div>')
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Figures: a title, a place to draw and a caption. What is drawn stands in lesson/figures.js.
+
+FIGURES = {
+    # name: title, controls (placements, one placement, slider), caption
+    "shortcut": ("The shortcut’s gain, from each sub-layer up to the last", "many", "slider", "Product of α γ / rms(z) over the sub-layers above. A placement without an outer norm has 1 there, and Mix-LN has one in its first quarter only."),
+    "flow": ("Norm of the gradient at every sub-layer", "many", "slider", "‖dL/dx‖ over all tokens of the step, before clipping. Sub-layer 0 is next to the embedding, so the gradient flows from right to left."),
+    "heat": ("The gradient over depth and training", "one", None, "log₁₀ ‖dL/dx‖; steps are not evenly spaced."),
+    "loss": ("Training loss", "many", None, "Running mean over a twentieth of the run."),
+    "alpha": ("What α keeps of the gradient", None, "slider", "From the formula, with rms F = rms x = 1."),
+    "road": ("The four steps, in PyTorch, and their twins in the trainer", None, None, "Running mean. Dotted: the C++ trainer, from the same initial bits on the same batches."),
+    "highway": ("What rounding does to all that the sub-layers add", None, None, "Relative error against FP32; mean over seeds."),
+    "maxlr": ("The largest learning rate before the loss diverges", None, None, "Full: here, the mean over seeds, with the lowest and the highest. Open: the paper’s Table 1, 64 layers of 1024 channels."),
+    "ramp": ("The loss while the learning rate rises", None, None, "Means over the detector’s windows, one seed."),
+    "depth": ("Deeper, at one width", None, None, "Validation loss at each depth’s best learning rate."),
+    "wide": ("Deeper or wider, at one size", None, None, "As many parameters in the sub-layers of each shape."),
+    "redundancy": ("Perplexity lost by removing one sub-layer", "one", None, "Full colour: attention; pale: feed-forward. One scale for all, logarithmic away from 0."),
+    "hops": ("Answers right, by the lookups they need", None, None, "Dotted: the best guess without a lookup."),
+}
+
+LEGENDS = ("road", "highway", "ramp", "depth", "wide", "hops")
+
+
+def figure(name):
+    title, chips, slider, caption = FIGURES[name]
+    out = [f'<div class="figure" id="figure-{name}"><p class="title">{title}</p>']
+    if slider:
+        out.append(f'<div class="controls slider" id="slider-{name}"></div>')
+    if chips:
+        out.append(f'<div class="controls" id="controls-{name}"{" data-many" if chips == "many" else ""}></div>')
+    if name in LEGENDS:
+        out.append(f'<div class="legend" id="legend-{name}"></div>')
+    out.append(f'<div class="plot" id="plot-{name}" role="img" aria-label="{html.escape(title)}"></div><p class="caption">{caption}</p></div>')
+    return "".join(out)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Numbers, tables and sentences, from the results
+
+def superscript(x):
+    """1.2e-10 as HTML"""
+    if x == 0 or 0.01 <= abs(x) < 10000:
+        return f"{x:.3g}"
+    mantissa, exponent = f"{x:.1e}".split("e")
+    return f"{mantissa}·10<sup>{int(exponent)}</sup>".replace("-", "−")
+
+
+def dot(norm):
+    return f'<span class="dot" style="background:{COLOURS[norm]}"></span>{LABELS[norm]}'
+
+
+def html_table(columns, rows, numbers=()):
+    def cells(tag, values):
+        return "".join(f"<{tag}{' class=number' if i in numbers else ''}>{v}</{tag}>" for i, v in enumerate(values))
+    return f"<table><thead><tr>{cells('th', columns)}</tr></thead><tbody>" + "".join(f"<tr>{cells('td', row)}</tr>" for row in rows) + "</tbody></table>"
+
+
+def command_flags(command):
+    """{flag: value} of a trainer's command line"""
+    words = shlex.split(command)
+    return {words[i]: words[i + 1] for i in range(1, len(words) - 1) if words[i].startswith("-")}
+
+
+class Lesson:
+    def __init__(self, results):
+        self.results = results
+        self.t = {name: read_csv(results / f"{name}.csv") for name in (*EXPERIMENTS, "gradient_loss", "max_lr_loss", "road_loss")}
+        self.runs = {name: read_csv(results / f"{name}_runs.csv") for name in EXPERIMENTS}
+        self.values, self.tables = {}, {}
+        self.data = {"colours": COLOURS, "labels": LABELS}
+        for part in (self.gradient, self.placements, self.road, self.highway, self.max_lr, self.depth, self.redundancy, self.hops, self.provenance):
+            part()
+
+    def report(self, name):
+        """A table of report.py as HTML."""
+        columns, rows = report.TABLES[name](self.results)
+        names = {LABELS[n]: dot(n) for n in LABELS}
+        return html_table(columns, [[names.get(v, html.escape(str(v))) for v in row] for row in rows])
+
+    def gradient(self):
+        rows = self.t["gradient"]
+        norms = list(dict.fromkeys(r["norm"] for r in rows))
+        steps = sorted({int(r["step"]) for r in rows})
+        L = 1 + max(int(r["sublayer"]) for r in rows)
+        cells = {(r["norm"], int(r["step"]), int(r["sublayer"])): r for r in rows}
+
+        def column(name):
+            return {norm: [[float(cells[norm, s, l][name]) for l in range(L)] for s in steps] for norm in norms}
+        dx = column("dx")
+        losses = {norm: [float(r["loss"]) for r in self.t["gradient_loss"] if r["norm"] == norm] for norm in norms}
+        val = {r["norm"]: float(r["val_loss"]) for r in self.t["gradient_loss"] if r["val_loss"]}
+        total = len(losses[norms[0]])
+        self.data.update(norms=norms, gradient={"L": L, "steps": steps, "dx": dx, "shortcut": column("shortcut")},
+                         loss={norm: [round(v, 4) for v in smooth(losses[norm], max(1, total // 20))] for norm in norms})
+        flags = command_flags(self.runs["gradient"][0]["command"])
+        self.values["settings"] = (f"{L} sub-layers, {flags['-C']} channels, bytes of text, {int(flags['-t']) * int(flags['-b'])} tokens a step, "
+                                   f"{total} steps, one learning rate ({flags['-l']}) for all")
+        self.values["two_to_minus"] = f"2<sup>−32</sup> = {superscript(2.0 ** -32)}"
+        middle = min(range(len(steps)), key=lambda i: abs(steps[i] - 50))
+        low = 2 if L > 2 else 0
+
+        def at(norm, i):
+            return superscript(dx[norm][i][low])
+        gain = self.data["gradient"]["shortcut"]
+        self.values["shortcut_words"] = (f"From sub-layer {low} to the top Post-LN’s is {superscript(gain['post'][0][low])} in the new model (F is smaller than x there, and each factor nearer to 1) and "
+                                         f"{superscript(gain['post'][middle][low])} at step {steps[middle]}; KEEL’s is {superscript(gain['keel'][0][low])} and {superscript(gain['keel'][middle][low])}, with the norm in place. "
+                                         "Pre-LN has no norm on its shortcut: its gain is 1, and what it pays is a stream that grows with depth, beside which late sub-layers weigh less.")
+        ratios = [norm for norm in norms if dx[norm][middle][low] < 1e-3 * dx[norm][middle][L - 1]]
+        dead = ", ".join(LABELS[n] for n in ratios) or "no placement"
+        rms_f, rms_x = column("rms_f")["post"], column("rms_x")["post"]
+
+        def grown(i):
+            return sorted(f / x for f, x in zip(rms_f[i], rms_x[i]))[L // 2]
+        self.values["flow_words"] = (
+            f"In the new model sub-layer {low} gets {at('post', 0)} in Post-LN and {at('keel', 0)} in KEEL: no difference worth a word. By step {steps[middle]} it is {at('post', middle)} against "
+            f"{at('keel', middle)}. In between Post-LN’s F has grown from {grown(0):.2f} of x’s size to {grown(middle):.2f} (median over sub-layers), so that each norm divides by more, and what the branches carry back no longer "
+            f"makes up for it: over {L - 1 - low} sub-layers the gradient shrinks by {(dx['post'][middle][low] / dx['post'][middle][L - 1]) ** (1 / (L - 1 - low)):.2f} at each; in the new model the factor is {(dx['post'][0][low] / dx['post'][0][L - 1]) ** (1 / (L - 1 - low)):.2f}. "
+            f"At that step the gradient at sub-layer {low} is less than a thousandth of that at the top in: {dead}.")
+        stuck = [LABELS[n] for n in norms if val[n] > min(val.values()) + 0.5]
+        best = min(val, key=val.get)
+        order = ", ".join(f"{LABELS[n]} {val[n]:.2f}" for n in sorted(val, key=val.get))
+        self.values["loss_words"] = (f"Validation loss after {total} steps: {order}. " + (f"More than half a nat behind: {', '.join(stuck)}; they know how frequent each byte is, and little else. " if stuck else "")
+                                     + f"The best at this one learning rate is {LABELS[best]}; what KEEL gains by bearing a higher one comes below.")
+
+    def placements(self):
+        from keel_file import Config, sub_layer
+        rows = []
+        for norm in NORMS:
+            cfg = Config(64, 256, 64, 2, 64, norm)
+            layers = [sub_layer(cfg, l) for l in range(64)]
+
+            def describe(part):
+                out, start = [], 0
+                values = [part(s) for s in layers]
+                if values[2:] == values[2:4] * 31 and values[2] != values[3]:
+                    return f"{values[2]}, {values[3]} in turn"
+                for l in range(1, 65):
+                    if l == 64 or values[l] != values[start]:
+                        out.append((start, l - 1, values[start]))
+                        start = l
+                return "; ".join(v if (a, b) == (0, 63) else f"{v} ({a})" if a == b else f"{v} ({a} to {b})" for a, b, v in out)
+            rows.append([dot(norm), describe(lambda s: f"{s.alpha:.3g}"), describe(lambda s: "yes" if s.norm_in else "no"), describe(lambda s: "yes" if s.norm_out else "no")])
+        self.tables["placements"] = html_table(["placement, L = 64", "α", "norm before F", "norm after the sum"], rows)
+
+    def road(self):
+        rows, table = self.t["road_loss"], self.t["road"]
+        curves, values = [], []
+        for form in dict.fromkeys(r["form"] for r in rows):
+            loss = [float(r["loss"]) for r in rows if r["form"] == form]
+            loss = [round(v, 4) for v in smooth(loss, max(1, len(loss) // 10))]
+            values.append(loss)
+            if form in road.FORMULAS:
+                curves.append({"name": road.NAMES[form], "loss": loss, "colour": COLOURS[form], "dash": "solid"})
+            else:
+                norm = form.removeprefix("trainer-")
+                curves.append({"name": LABELS[norm] + " (trainer)", "loss": loss, "colour": COLOURS[norm] if norm == "pre" else "#8a9099", "dash": "solid" if norm == "pre" else "dot"})
+        low = min(min(v) for v in values)
+        self.data["road"], self.data["road_range"] = curves, [round(low - 0.1, 2), round(low + 1.9, 2)]
+        by = {r["form"]: r for r in table}
+        maths = {"attempt1": r"\Norm(αx + F(x))", "attempt2": r"\Norm(αx + F(βx))", "attempt3": r"\Norm(αx + F(β\Norm(x)))", "final": r"\Norm(αx + F(\Norm(x)))"}
+        words = {"attempt1": "the outer norm alone", "attempt2": "a learnable scale β of what the branch reads", "attempt3": "an inner norm, scaled", "final": "β is in the inner norm’s gain"}
+        out = [[road.NAMES[f], mathml(maths[f]), words[f], by[f]["train_loss"], by[f]["val_loss"]] for f in road.FORMULAS]
+        out.append(["Pre-LN", mathml(r"x + F(\Norm(x))"), "for comparison, by the trainer", by["trainer-pre"]["train_loss"], by["trainer-pre"]["val_loss"]])
+        self.tables["road"] = html_table(["", "x′", "", "train loss", "validation"], out, (3, 4))
+        val = {f: float(by[f]["val_loss"]) for f in by}
+        twins = ", ".join(f"{road.NAMES[f]} to {superscript(float(by[f]['twin_difference']))}" for f in road.TWINS)
+        order = " &lt; ".join(f"{name} {v:.3f}" for v, name in sorted([(val[f], road.NAMES[f]) for f in road.FORMULAS] + [(val["trainer-pre"], "Pre-LN")]))
+        flags = command_flags(self.runs["road"][0]["command"])
+        self.values["road_words"] = (f"{flags['-L']} sub-layers, {flags['-x']} steps, learning rate {flags['-l']}, one seed. Validation losses: {order}. Over the first tenth of the steps the C++ trainer’s losses agree with "
+                                     f"PyTorch’s in {twins} (relative).")
+
+    def highway(self):
+        rows = self.t["highway"]
+        depths = sorted({int(r["L"]) for r in rows})
+
+        def mean(way, L, column):
+            values = [float(r[column]) for r in rows if r["rounded"] == way and int(r["L"]) == L]
+            return sum(values) / len(values)
+        self.data["highway"] = [{"name": highway.WAYS[way], "colour": colour, "L": depths, "error": [mean(way, L, "error") for L in depths]} for way, colour in (("highway", "post"), ("branch", "keel"))]
+        L = depths[-1]
+        self.values["highway_words"] = (f"At {L} sub-layers a BF16 highway is off by {100 * mean('highway', L, 'error'):.0f} % (cosine {mean('highway', L, 'cosine'):.2f}); BF16 branches on an FP32 highway by "
+                                        f"{100 * mean('branch', L, 'error'):.2g} %.")
+
+    def max_lr(self):
+        rows = self.t["max_lr"]
+        found = max_lr.outcome(rows)
+        self.data["maxlr"] = [{"norm": n, "mean": sum(v) / len(v), "lowest": min(v), "highest": max(v), "paper": max_lr.PAPER.get(n, (None,))[0]} for n, (v, _) in found.items()]
+        top = rows[0]["top"]
+        self.data["ramp"] = [{"norm": n, "lr": [float(r["lr"]) for r in self.t["max_lr_loss"] if r["norm"] == n and r["top"] == top],
+                              "loss": [float(r["loss"]) for r in self.t["max_lr_loss"] if r["norm"] == n and r["top"] == top]} for n in found]
+        low = min(min(run["loss"]) for run in self.data["ramp"])
+        self.data["ramp_range"] = [round(low - 0.1, 2), round(low + 1.8, 2)]
+        steps, seeds = int(rows[0]["steps"]), len({r["seed"] for r in rows})
+        tops = list(dict.fromkeys(r["top"] for r in rows))
+        self.values["maxlr_settings"] = (f"L = {rows[0]['L']}, from 0 to {tops[0]} in {steps} steps, {seeds} seed{'s' * (seeds > 1)}"
+                                         + (f"; who reaches that takes a second ramp to {tops[1]}" if len(tops) > 1 else ""))
+        out = []
+        for norm, (values, bound) in found.items():
+            last = [r for r in rows if r["norm"] == norm][-seeds:]
+            kinds = ", ".join(dict.fromkeys(r["divergence"] for r in last))
+            paper = max_lr.PAPER.get(norm)
+            out.append([dot(norm), ("≥ " if bound else "") + f"{sum(values) / len(values):.3g}", f"{min(values):.3g} to {max(values):.3g}", ", ".join(r["last_healthy_step"] for r in last) + f" of {steps}", last[0]["top"], kinds,
+                        f"{paper[0]:g}" if paper else "", f"{round(paper[0] / max_lr.PAPER_TOP * max_lr.PAPER_STEPS)} of {max_lr.PAPER_STEPS}" if paper else ""])
+        self.tables["maxlr"] = html_table(["", "largest LR", "over seeds", "step", "ramp to", "how it ended", "paper, L = 64", "its step"], out, (1, 2, 3, 4, 6, 7))
+        early = [LABELS[n] for n, _ in found.items() if all(float(r["last_healthy_step"]) < 0.2 * steps for r in rows if r["norm"] == n)]
+        self.values["maxlr_words"] = (
+            (f"{', '.join(early)}: the loss stops falling in the first fifth of the ramp and never moves again. " if early else "")
+            + "A ramp is time as well as learning rate: the paper’s 3.0·10<sup>−4</sup> for Post-LN is step 30 of its 5000, and what ends there is not a step too long but a gradient that has gone; "
+            "on a steeper ramp the same death has a higher learning rate written on it. So compare the order of the placements and how they end, and not the numbers across two ramps of different steepness. "
+            + self.order_words(found) + self.ramp_words())
+
+    @staticmethod
+    def order_words(found):
+        mean = {n: sum(v) / len(v) for n, (v, _) in found.items()}
+        if "keel" not in mean or "pre" not in mean:
+            return ""
+        if mean["keel"] > mean["pre"] and not (found["keel"][1] or found["pre"][1]):
+            return "As in the paper, KEEL bears more than Pre-LN."
+        if found["keel"][1] and found["pre"][1]:
+            return "KEEL and Pre-LN both reach the end of the ramp, so this size cannot tell them apart."
+        return (f"Here Pre-LN bears {mean['pre']:.2g} before it diverges and KEEL {mean['keel']:.2g}: unlike the paper, whose models are wider and deeper and see ten thousand times more tokens a step.")
+
+    def ramp_words(self):
+        last = {run["norm"]: sum(run["loss"][-5:]) / len(run["loss"][-5:]) for run in self.data["ramp"]}
+        if not {"keel", "pre"} <= last.keys():
+            return ""
+        return f" At the end of the first ramp the loss is {last['keel']:.2f} in KEEL and {last['pre']:.2f} in Pre-LN (mean of five windows, one seed)."
+
+    def depth(self):
+        rows = self.t["depth"]
+        found, (deep, equal) = depth.best(rows), depth.questions(rows)
+        norms = list(dict.fromkeys(r["norm"] for r in rows))
+
+        def curve(norm, shapes, name):
+            return {"norm": norm, "x": [name(a) for a in shapes], "loss": [found[norm, *a][1] for a in shapes], "lr": [f"{found[norm, *a][0]:g}" for a in shapes]}
+        self.data["depth"] = [curve(n, deep, lambda a: str(a[0])) for n in norms]
+        self.data["wide"] = [curve(n, equal, lambda a: f"{a[0]} × {a[1]}") for n in norms]
+        seeds = len({r["seed"] for r in rows})
+        sweeps = "; ".join(f"{LABELS[n]} {', '.join(f'{lr:g}' for lr in sorted({float(r['lr']) for r in rows if r['norm'] == n}))}" for n in norms)
+        tokens = f"{int(rows[0]['tokens']):,}".replace(",", " ")
+        self.values["depth_lrs"] = f"a sweep of learning rates ({sweeps}; {tokens} tokens, {seeds} seed{'s' * (seeds > 1)})"
+        self.tables["depth"] = self.report("depth")
+        words = []
+        a, b = (min(equal, key=lambda s: found[n, *s][1]) for n in norms[:2])
+        words.append(f"Of the shapes of one size, {LABELS[norms[0]]} does best as {a[0]} × {a[1]} and {LABELS[norms[1]]} as {b[0]} × {b[1]}." if len(norms) > 1 else "")
+        top = deep[-1]
+        if len(norms) > 1:
+            difference = found[norms[1], *top][1] - found[norms[0], *top][1]
+            words.append(f"At L = {top[0]} {LABELS[norms[0]]} is {abs(difference):.3f} {'below' if difference > 0 else 'above'} {LABELS[norms[1]]}. "
+                         + ("The shallowest is best: these runs are short, the paper’s are hundreds of thousands of times longer, and depth needs time to pay." if all(min(deep, key=lambda s: found[n, *s][1]) == deep[0] for n in norms) else
+                            f"Depth pays up to L = {' and '.join(f'{min(deep, key=lambda s: found[n, *s][1])[0]} ({LABELS[n]})' for n in norms)} at this length of training; the paper’s runs are hundreds of thousands of times longer."))
+        self.values["depth_words"] = " ".join(words)
+
+    def redundancy(self):
+        rows = self.t["redundancy"]
+        norms = list(dict.fromkeys(r["norm"] for r in rows))
+        lost = {n: [float(r["perplexity_lost"]) for r in rows if r["norm"] == n and int(r["sublayer"]) >= 0] for n in norms}
+        flat = [v for values in lost.values() for v in values]
+        self.data["redundancy"] = {"norms": norms, "lost": {n: [float(f"{v:.4g}") for v in lost[n]] for n in norms}, "range": [1.3 * min(-0.005, *flat), 1.3 * max(0.01, *flat)]}
+        self.tables["redundancy"] = self.report("redundancy")
+        live = [l for l, v in enumerate(lost["post"]) if v > 1e-3] if "post" in lost else []
+        self.values["redundancy_words"] = ((f"In Post-LN sub-layer {live[0]} is the first that is worth a thousandth of a perplexity: what is below it, the gradient never reached. " if live else "")
+                                           + "In the paper the first layers are critical in every model, and KEEL’s shallow ones are worth more than Pre-LN’s; its models have seen a hundred thousand times more text than these.")
+
+    def hops(self):
+        rows = self.t["hops"]
+        K, norms, depths = int(rows[0]["K"]), list(dict.fromkeys(r["norm"] for r in rows)), sorted({int(r["L"]) for r in rows})
+        numbers = [str(k) for k in range(1, K + 1)]
+        dashes = ["dot", "dash", "solid", "dashdot", "longdash"]
+        self.data["hops"] = {"axis": "lookups needed", "chance": float(rows[0]["chance"]), "curves": [
+            {"norm": n, "name": f"{LABELS[n]} L = {L}", "dash": dashes[i % 5], "x": numbers, "accuracy": [hops.accuracy(rows, n, L, k) for k in numbers]} for n in norms for i, L in enumerate(depths)]}
+        self.values["hops_task"] = (f"A program such as <code>kfk;b3b;fbf;…;?k3;</code> says that k is f, b is 3 and f is b, and asks for k: the model must look up f, then b, then 3. Every program is drawn anew, so nothing can be remembered, "
+                                    f"and a lookup takes an attention sub-layer. Here queries take 1 to {K} lookups (<code>--train hops:{K}</code>).")
+        steps = max(int(r["step"]) for r in rows)
+        ends = "; ".join(f"{LABELS[n]} " + ", ".join(f"L = {L}: {100 * hops.accuracy(rows, n, L, 'all'):.0f} %" for L in depths) for n in norms)
+
+        def best(k):
+            return max(hops.accuracy(rows, n, L, k) for n in norms for L in depths)
+        learnt = [k for k in numbers if best(k) > 0.9]
+        guess = float(rows[0]["chance"])
+        verdict = (f"{' and '.join(learnt)} lookup{'s' * (learnt != ['1'])} can be learnt in these steps" if learnt else "No number of lookups is learnt in these steps")
+        unlearnt = [k for k in numbers if best(k) < guess + 0.1]
+        verdict += f"; at {' and '.join(unlearnt)} every model still guesses, which longer runs have to show." if unlearnt else "."
+        self.values["hops_words"] = f"After {steps} steps, all answers taken together: {ends}. {verdict}"
+
+    def provenance(self):
+        seconds = sum(float(r["cpu_seconds"]) for name in self.runs for r in self.runs[name] if not (name == "redundancy" and r["run"].startswith("gradient/")))
+        count = len({r["run"] for rows in self.runs.values() for r in rows})
+        self.values["provenance"] = (f"This page is made of {count} runs, {seconds / 60:.0f} minutes of one core in all. Their commands and seeds are in the <code>_runs.csv</code> beside each table. "
+                                     f"Data: <code>{html.escape(command_flags(self.runs['gradient'][0]['command'])['-i'])}</code>.")
+        titles = {"gradient": "the gradient’s flow", "max_lr": "the largest learning rate", "depth": "depth and width", "redundancy": "one sub-layer less", "road": "the road to KEEL", "highway": "the BF16 highway", "hops": "lookups"}
+        self.tables["commands"] = html_table(["", "small, on a CPU", "the paper’s depths, on a GPU"], [
+            [titles[name], f"<code>python3 dev/experiments/run.py {name}</code>", f"<code>python3 dev/experiments/run.py {name} --gpu</code>"] for name in EXPERIMENTS])
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The page
+
+def build(results):
+    import plotly.offline
+    lesson = Lesson(results)
+    page = (HERE / "page.html").read_text()
+    sections = re.findall(r'<section id="(\w+)">\s*<h2>(.*?)</h2>', page)
+    fixed = {
+        "style": lambda _: (HERE / "style.css").read_text(), "script": lambda _: (HERE / "figures.js").read_text(), "plotly": lambda _: plotly.offline.get_plotlyjs().replace("</script", r"<\/script"),
+        "data": lambda _: json.dumps(lesson.data, separators=(",", ":"), ensure_ascii=False).replace("</", r"<\/"),
+        "contents": lambda _: "".join(f'<a href="#{name}">{title}</a>' for name, title in sections),
+        "math": lambda source: mathml(source), "display": lambda source: f'<span class="display">{mathml(source, True)}</span>', "pair": pair, "figure": figure,
+        "value": lambda name: lesson.values[name], "table": lambda name: lesson.tables[name],
+    }
+
+    def fill(match):
+        kind, argument = match[1], (match[2] or "").strip()
+        if kind not in fixed:
+            raise Failure(f"lesson/page.html: expected one of {', '.join(fixed)}, found [[{kind}]]")
+        try:
+            return fixed[kind](argument)
+        except KeyError:
+            raise Failure(f"lesson/page.html: [[{kind} {argument}]] names nothing that there is") from None
+    return re.sub(r"\[\[(\w+)(?:\s+(.*?))?\]\]", fill, page)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, required=True, help="folder with the tables of all experiments")
+    parser.add_argument("--out", type=Path, required=True)
+    o = parser.parse_args()
+    page = build(o.results)
+    o.out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = o.out.with_suffix(".tmp")
+    temporary.write_text(page, encoding="utf-8")
+    temporary.replace(o.out)
+    print(f"wrote {o.out}, {len(page) / 1e6:.1f} MB; open it in a browser")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except Failure as failure:
+        sys.exit(f"lesson.py: {failure}")

@@ -1,0 +1,318 @@
+"""The experiments and the lesson's page: python3 test/test_lesson.py. Ends with `N passed, N failed[, N skipped]`.
+
+The driver runs on tiny models, is interrupted and goes on; the page is built from those tables and from the committed ones, and opened in a
+headless Chromium, where its controls are clicked.
+"""
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "dev" / "experiments"), str(ROOT / "test")]
+
+import chromium
+import lesson
+import report
+import shared
+
+RUN = [sys.executable, str(ROOT / "dev/experiments/run.py")]
+COMMITTED = ROOT / "dev" / "results" / "lesson"
+TEXT = str(ROOT / "keel_common.h")
+
+
+class Skip(Exception):
+    pass
+
+
+def has(module):
+    return subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True).returncode == 0
+
+
+def tiny(folder, *words):
+    """The command of an experiment's driver, on tiny models and our own text."""
+    return [*RUN, *words, "--tiny", "-i", TEXT, "--runs", str(folder / "runs"), "--results", str(folder / "results")]
+
+
+def succeed(*command):
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+    return done.stdout
+
+
+def fails(*command):
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1, f"{command} ended with {done.returncode}\n{done.stdout}{done.stderr}"
+    return done.stderr
+
+
+def rows(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+TABLES = {"gradient": ["gradient", "gradient_loss"], "max_lr": ["max_lr", "max_lr_loss"], "depth": ["depth"], "redundancy": ["redundancy"], "hops": ["hops"], "road": ["road", "road_loss", "road_gradient"], "highway": ["highway"]}
+
+
+def check_tables(folder, names):
+    for name in names:
+        for table in (*TABLES[name], name + "_runs"):
+            assert rows(folder / f"{table}.csv"), table
+        picture = (folder / f"{name}.png").read_bytes()
+        assert picture[:8] == b"\x89PNG\r\n\x1a\n" and len(picture) > 10000, name
+
+
+def test_experiments(folder):
+    """Each experiment writes its tables and its figure; a second time nothing is run, and the tables have the same bytes."""
+    names = [name for name in TABLES if has("torch") or name not in ("road", "highway")]
+    succeed(*tiny(folder, *names))
+    check_tables(folder / "results", names)
+    gradient = rows(folder / "results" / "gradient.csv")
+    assert {row["norm"] for row in gradient} == set(shared.NORMS) and len(gradient) == 7 * 6 * 4, len(gradient)  # placements, kept steps, sub-layers
+    assert all(float(row["dx"]) > 0 for row in gradient)
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (folder / "runs").rglob("log.csv")}
+    tables = {path: path.read_bytes() for path in (folder / "results").glob("*.csv")}
+    again = succeed(*tiny(folder, *names))
+    assert "runs are there already" in again and " steps " not in again, again
+    assert before == {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (folder / "runs").rglob("log.csv")}
+    assert tables == {path: path.read_bytes() for path in (folder / "results").glob("*.csv")}
+    if "road" in names:  # from the same bits on the same batches, PyTorch and the trainer differ by FP32's rounding
+        differences = [float(row["twin_difference"]) for row in rows(folder / "results" / "road.csv") if row["twin_difference"]]
+        assert len(differences) == 2 and max(differences) < 1e-5, differences
+
+
+def strip_times(path):
+    return [[row["step"], row["loss"], row["val_loss"]] for row in rows(path)]
+
+
+def interrupt(process, log):
+    """Waits for the tenth step of the log, then asks the process to stop."""
+    end = time.time() + 60
+    while shared.last_step(log) < 10:
+        assert time.time() < end and process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    return process.communicate()
+
+
+def test_interruption(folder):
+    """A run that is interrupted by Ctrl-C goes on and ends with the log of one that was not."""
+    settings, log = ["norms=['keel']", "steps=300", "L=8"], folder / "runs/gradient/keel/log.csv"
+    command = [*tiny(folder, "gradient"), "--set", *settings]
+    driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    _, errors = interrupt(driver, log)
+    assert driver.returncode == 1 and "the same command goes on" in errors, errors
+    record = json.loads((folder / "runs/gradient/keel.json").read_text())
+    assert record["end"] == "interrupted" and 10 <= record["step"] < 300, record
+    succeed(*command)
+    succeed(*tiny(folder / "other", "gradient"), "--set", *settings)
+    assert strip_times(log) == strip_times(folder / "other/runs/gradient/keel/log.csv") and len(strip_times(log)) == 300
+
+
+def test_interruption_in_pytorch(folder):
+    """The same of a run of the PyTorch reference."""
+    if not has("torch"):
+        raise Skip("no PyTorch (Debian: python3-torch)")
+
+    def command(out):
+        return [sys.executable, "dev/experiments/road_train.py", "--form", "attempt2", "-i", TEXT, "-L", "2", "-C", "16", "-t", "16", "-b", "2", "-x", "100", "-P", "50", "-m", "2", "-n", "30", "-y", "-o", str(out)]
+    run = subprocess.Popen(command(folder / "a"), cwd=ROOT)
+    interrupt(run, folder / "a/log.csv")
+    assert run.returncode == 0 and 10 <= len(strip_times(folder / "a/log.csv")) < 100
+    succeed(*command(folder / "a"))
+    succeed(*command(folder / "b"))
+    assert strip_times(folder / "a/log.csv") == strip_times(folder / "b/log.csv") and len(strip_times(folder / "a/log.csv")) == 100
+    assert rows(folder / "a/probe.csv") == rows(folder / "b/probe.csv")
+
+
+def test_divergence(folder):
+    """A run that the trainer stops as diverged is a result, with the learning rate at the last step before; a run that fails otherwise is an error."""
+    succeed(*tiny(folder, "max_lr"), "--set", "steps=400", "L=2", "tops=[50.0]", "norms=['keel']")
+    row, = rows(folder / "results" / "max_lr.csv")
+    assert row["divergence"] in ("instability", "stagnation", "not finite"), row
+    assert 0 < int(row["last_healthy_step"]) < 300 and abs(float(row["max_lr"]) - 50.0 * int(row["last_healthy_step"]) / 400) < 0.2, row
+    failure = fails(*tiny(folder / "x", "gradient"), "--set", "C=15", "norms=['keel']")
+    assert "-H" in failure and "expected a divisor" in failure, failure
+
+
+def test_bad_settings(folder):
+    """What the driver cannot do it refuses in a line, and a run of other settings is not taken for this one."""
+    assert "expected an experiment of gradient" in fails(*tiny(folder, "gradients"))
+    assert "--set: expected KEY=VALUE" in fails(*tiny(folder, "gradient"), "--set", "layers=8")
+    assert "expected the trainer, found no such file" in fails(*tiny(folder, "gradient"), "--binary", "./no_trainer")
+    succeed(*tiny(folder, "gradient"), "--set", "norms=['pre']")
+    assert "expected a run of" in fails(*tiny(folder, "gradient"), "--set", "norms=['pre']", "L=6")
+
+
+def test_gpu_commands(folder):
+    """With --gpu every experiment asks the GPU trainer for deep models, in flags that the CPU trainer, which has the same, takes too."""
+    commands = subprocess.run([*RUN, "gradient", "max_lr", "depth", "redundancy", "hops", "--gpu", "--list"], capture_output=True, text=True, cwd=ROOT)
+    lines = commands.stdout.splitlines()
+    assert commands.returncode == 0 and len(lines) > 50, commands.stderr
+    trains = [line for line in lines if " -L " in line]
+    assert all(line.startswith("./train_keel ") for line in lines) and any(" -L 1024 " in line for line in trains) and any(" -L 512 " in line for line in trains)
+    import shlex
+    seen = set()
+    for line in trains:
+        words = shlex.split(line)
+        words[0] = "./train_keel_cpu"
+        for flag, value in (("-i", TEXT), ("-L", "2"), ("-C", "64"), ("-x", "0"), ("-u", "0"), ("-v", "0")):  # as small as can be, the rest as it is
+            if flag in words:
+                words[words.index(flag) + 1] = value
+        kind = tuple(word for word in words if word.startswith("-") and not word[1:2].isdigit())
+        if kind not in seen:
+            seen.add(kind)
+            succeed(*words, "-r", "layer", *([] if "--probe" not in words else ["-o", folder / str(len(seen))]))
+
+
+def test_anchors(folder):
+    """The lesson's code is found in the sources; an anchor that is gone, or there twice, ends the build with its name."""
+    for name, (_, _, file, function, first, lines) in lesson.CODE.items():
+        number, text = lesson.extract(file, function, first, lines)
+        assert first in text.split("\n")[0] and text.split("\n")[0] in (ROOT / file).read_text().split("\n")[number - 1], name
+    for function, first in (("no such function", "x"), ("void highway_forward(", "no such line"), ("for (int c", "x")):
+        try:
+            lesson.extract("train_keel_cpu.cpp", function, first)
+        except shared.Failure as e:
+            assert (first if function.startswith("void") else function) in str(e), e
+        else:
+            raise AssertionError(f"{function}, {first}: found")
+
+
+def test_formulas(folder):
+    """The formulas' notation becomes MathML, and what it does not know is an error."""
+    assert lesson.mathml(r"z_l = α_l x_l") == "<math><mrow><msub><mi>z</mi><mi>l</mi></msub><mo>=</mo><msub><mi>α</mi><mi>l</mi></msub><msub><mi>x</mi><mi>l</mi></msub></mrow></math>"
+    assert "<mfrac><mn>1</mn><msqrt><mrow><mn>2</mn></mrow></msqrt></mfrac>" in lesson.mathml(r"\frac{1}{\sqrt{2}}").replace("<mrow><mn>1</mn></mrow>", "<mn>1</mn>").replace("<mrow><msqrt>", "<msqrt>").replace("</msqrt></mrow></mfrac>", "</msqrt></mfrac>")
+    assert "<munderover>" in lesson.mathml(r"\prod_{l=1}^{L} x", True)
+    for wrong in (r"\nonsense", "x_"):
+        try:
+            lesson.mathml(wrong)
+        except shared.Failure:
+            pass
+        else:
+            raise AssertionError(wrong)
+
+
+def check_page(page, figures):
+    page.wait("document.documentElement?.dataset.drawn", 90)
+    assert int(page.evaluate("document.documentElement.dataset.drawn")) == len(figures)
+    for name in figures:  # something is drawn in each, inside its frame
+        marks = page.evaluate(f"document.querySelectorAll('#plot-{name} .main-svg .trace, #plot-{name} .main-svg image, #plot-{name} .main-svg .point').length")
+        size = page.evaluate(f"(r => [r.width, r.height])(document.querySelector('#plot-{name} .main-svg').getBoundingClientRect())")
+        assert marks > 0 and size[0] > 200 and size[1] > 200, (name, marks, size)
+    # nothing sticks out of the page, and what can be scrolled sideways is narrower than it
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "the page is wider than the window"
+    wide = page.evaluate("[...document.querySelectorAll('main *')].filter(e => !e.closest('.scroll, pre, .display, svg, math, .plot') && e.getBoundingClientRect().right > innerWidth + 1).map(e => e.outerHTML.slice(0, 80))")
+    assert not wide, wide
+    small = page.evaluate("[...document.querySelectorAll('p, li')].filter(e => parseFloat(getComputedStyle(e).fontSize) < 12).length")
+    assert small == 0, f"{small} paragraphs under 12 pixels"
+
+
+def check_controls(page):
+    line = "document.getElementById('plot-{}').data.find(t => t.name === '{}')"
+    before = page.evaluate(line.format("flow", "Post-LN") + ".y.join()")
+    page.press("#step-flow", "ArrowRight", 2)
+    page.wait(f"{line.format('flow', 'Post-LN')}.y.join() !== {json.dumps(before)}", 20)
+    assert page.evaluate("document.getElementById('step-flow-is').textContent") == f"step {page.evaluate('D.gradient.steps[2]')}"
+    assert page.evaluate("document.getElementById('step-shortcut').value") == "2", "the other slider has not followed"
+    page.press("#step-flow", "End")
+    page.wait("state.step === D.gradient.steps.length - 1", 20)
+    page.press("#step-flow", "Home")
+    page.wait("state.step === 0", 20)
+    page.click("#play-flow")  # plays on its own
+    page.wait("state.step >= 2", 30)
+    page.click("#play-flow")
+    for norm in page.evaluate("D.norms"):  # a button for each placement takes its line away, everywhere, and brings it back
+        page.click(f"#controls-flow button[data-norm={norm}]")
+        page.wait(f"!['flow', 'shortcut', 'loss'].some(n => document.getElementById('plot-' + n).data.some(t => t.name === D.labels.{norm}))", 20)
+        assert page.evaluate(f"document.querySelector('#controls-loss button[data-norm={norm}]').getAttribute('aria-pressed')") == "false"
+        page.click(f"#controls-loss button[data-norm={norm}]")
+        page.wait(f"['flow', 'shortcut', 'loss'].every(n => document.getElementById('plot-' + n).data.some(t => t.name === D.labels.{norm}))", 20)
+    for norm in ("keel", "pre"):
+        page.click(f"#controls-heat button[data-norm={norm}]")
+        page.wait(f"document.getElementById('plot-heat').data[0].z[0][0] === Math.log10(D.gradient.dx.{norm}[0][0])", 20)
+    before = page.evaluate("document.getElementById('plot-redundancy').data[0].y.join()")
+    page.click("#controls-redundancy button[aria-pressed=false]")
+    page.wait(f"document.getElementById('plot-redundancy').data[0].y.join() !== {json.dumps(before)}", 20)
+    page.press("#depth-alpha", "ArrowRight")
+    page.wait("state.L === 128 && document.getElementById('plot-alpha').data[1].text[2].startsWith('α = L: 0.996')", 20)
+
+
+def needs_browser():
+    if not chromium.find_chromium():
+        raise Skip("no Chromium (Debian: chromium)")
+    if not has("plotly"):
+        raise Skip("no plotly (Debian: python3-plotly)")
+
+
+def test_page(folder):
+    """The page of the committed results draws every figure at 400 and 1400 pixels, light and dark; its controls work; it asks for nothing but itself and prints no error."""
+    needs_browser()
+    path = folder / "lesson.html"
+    succeed(sys.executable, ROOT / "dev/experiments/lesson.py", "--results", COMMITTED, "--out", path)
+    with chromium.Browser() as browser:
+        for width, dark in ((1400, False), (400, True)):
+            page = browser.open(path, width, dark=dark)
+            check_page(page, lesson.FIGURES)
+            check_controls(page)
+            assert not page.errors(), page.errors()
+            foreign = [url for url in page.requests() if not url.startswith(("file://" + str(path), "data:"))]
+            assert not foreign, foreign
+            background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+            assert (sum(map(int, background[4:-1].split(","))) < 200) == dark, background
+            page.close()
+        broken = folder / "broken.html"  # what these checks are worth: an error in the script, and a table that is too wide, are found
+        broken.write_text(path.read_text().replace("figures.loss = ", "D.nothing.here; figures.loss = ", 1).replace("<main>", "<main><div style='width: 2000px'>x</div>", 1))
+        page = browser.open(broken, 400)
+        page.wait("document.readyState === 'complete'")
+        assert any("nothing" in e or "undefined" in e for e in page.errors()), page.errors()
+        assert not page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_document(folder):
+    """Every table of dev/doc/lesson.md is what report.py prints of the committed results."""
+    text = (ROOT / "dev/doc/lesson.md").read_text()
+    for name, function in report.TABLES.items():
+        assert report.markdown(*function(COMMITTED)) in text, f"{name}: dev/doc/lesson.md has another table than report.py prints"
+
+
+def test_figures_are_of_the_tables(folder):
+    """The committed figures' tables are there with their commands and seeds, and draw again."""
+    for path in COMMITTED.glob("*.csv"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    for name in TABLES:
+        assert all(row["command"] and row["seed"] and row["end"] in ("finished", "diverged") for row in rows(folder / f"{name}_runs.csv")), name
+    succeed(*RUN, *TABLES, "--draw", "--results", folder)
+    check_tables(folder, TABLES)
+
+
+def main():
+    passed = failed = skipped = 0
+    for name, test in list(globals().items()):
+        if not name.startswith("test_") or (len(sys.argv) > 1 and name not in sys.argv[1:]):
+            continue
+        start = time.time()
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                test(Path(folder))
+                passed += 1
+                print(f"passed   {name[5:].replace('_', ' ')}, {time.time() - start:.1f} s", flush=True)
+            except Skip as e:
+                skipped += 1
+                print(f"SKIPPED: {name[5:].replace('_', ' ')}: {e}", flush=True)
+            except Exception:
+                failed += 1
+                print(f"FAILED: {test.__doc__}", flush=True)
+                traceback.print_exc()
+    print(f"{passed} passed, {failed} failed" + (f", {skipped} skipped" if skipped else ""))
+    return failed > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
