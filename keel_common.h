@@ -555,7 +555,8 @@ void initialise_tensor(Real* out, const TensorInfo& t, size_t tensor_index, uint
 // removes. Why the name stands twice: a lookup needs two things at once, that a value knows whose it is and that a query finds it, and neither alone
 // lowers the loss. Foreseeing the second name teaches the first. Without it ("k=f;", "?k3;") no lookup was learnt in 1300 steps of 32 programs of one
 // hop, L = 8, C = 32, not even where only the answers counted; with it, in 300. Lookups are learnt one after the other: hops:2 with -L 12 -C 64 -H 4
-// -b 32 -l 4e-3 -x 2500 answers queries of one lookup right from step 500 on, and those of two still at chance at its end.
+// -b 32 -l 4e-3 -x 2500 answers queries of one lookup right from step 500 on, and those of two still at chance at its end. What depth is for: of hops:1,
+// -C 64 -H 4 -b 32 -l 4e-3 -u 100 -x 600 -m 32, two sub-layers answer 30 % right, four all of them.
 struct HopPrograms {
     static constexpr int CHAINS = 4, QUERIES = 8, MAX_HOPS = 52 / CHAINS;  // a variable is one of 52 letters
     int hops = 0;  // K; 0: the data are files
