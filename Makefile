@@ -307,7 +307,7 @@ bench_cpu: train_keel_cpu
 LESSON_PYTHON = dev/find_python.sh torch numpy matplotlib plotly
 LESSON_PACKAGES = python3-torch python3-numpy python3-matplotlib python3-plotly
 .PHONY: lesson
-lesson: train_keel_cpu
+lesson: $(if $(RESULTS),,train_keel_cpu)
 	@$(LESSON_PYTHON) >/dev/null 2>&1 || dev/need.sh $(LESSON_PACKAGES)
 ifeq ($(RESULTS),)
 	-@dev/need.sh libopenblas0-pthread
