@@ -39,7 +39,7 @@ else
     echo "SKIPPED: the data scripts and the GPU's benchmarks: no Python"
     skipped=$((skipped + 2))
 fi
-if python=$(dev/find_python.sh numpy matplotlib 2>/dev/null); then
+if python=$(dev/find_python.sh torch numpy matplotlib plotly 2>/dev/null || dev/find_python.sh numpy matplotlib 2>/dev/null); then
     suite "$python" test/test_lesson.py
 else
     echo "SKIPPED: the experiments and the lesson: no Python with numpy and matplotlib (Debian: python3-matplotlib)"
