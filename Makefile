@@ -176,11 +176,11 @@ build/test_nccl: test/cuda_on_cpu/test_nccl.cpp $(CUDA_ON_CPU) | build
 
 build/bench_kernels_on_cpu: dev/bench_kernels.cu dev/bench.h train_keel.cu train_keel_cpu.cpp keel_common.h $(CUDA_ON_CPU) | build
 	@dev/need.sh g++ libboost-context-dev
-	$(CXX) $(ON_CPU) -DKEEL_NO_MAIN -o $@ $< $(ON_CPU_LIBRARIES)
+	$(CXX) $(ON_CPU) -O1 -DKEEL_NO_MAIN -o $@ $< $(ON_CPU_LIBRARIES)
 
 build/bench_products_on_cpu: dev/bench_products.cu dev/bench.h train_keel.cu keel_common.h $(CUDA_ON_CPU) | build
 	@dev/need.sh g++ libboost-context-dev
-	$(CXX) $(ON_CPU) -DKEEL_NO_MAIN -o $@ $< $(ON_CPU_LIBRARIES)
+	$(CXX) $(ON_CPU) -O1 -DKEEL_NO_MAIN -o $@ $< $(ON_CPU_LIBRARIES)
 
 build/memory_table: dev/memory_table.cu train_keel.cu keel_common.h $(CUDA_ON_CPU) | build
 	@dev/need.sh g++ libboost-context-dev
@@ -189,7 +189,7 @@ build/memory_table: dev/memory_table.cu train_keel.cu keel_common.h $(CUDA_ON_CP
 # Another compiler's reading of the same source and headers.
 build/train_keel_clang_on_cpu: train_keel.cu keel_common.h $(CUDA_ON_CPU) | build
 	@dev/need.sh clang libboost-context-dev
-	clang++ $(filter-out -fopenmp,$(ON_CPU)) -Wno-pass-failed -o $@ $< $(ON_CPU_LIBRARIES)
+	clang++ $(filter-out -fopenmp,$(ON_CPU)) -O1 -Wno-pass-failed -o $@ $< $(ON_CPU_LIBRARIES)
 
 # ... and on a GPU.
 build/test_gpu_bf16: $(GPU_TEST) | build

@@ -88,7 +88,7 @@ done
 if [ "$LONG" ]; then
     if dev/need.sh clang-14 libclang-rt-14-dev libomp-14-dev valgrind >/dev/null 2>&1; then
         suite test/sanitize.sh
-        suite test/fuzz/run.sh
+        suite test/fuzz/run.sh "${FUZZ_SECONDS:-60}"
     else
         echo "SKIPPED: the sanitizers and the fuzzers: no clang 14 or valgrind"
         skipped=$((skipped + 2))
