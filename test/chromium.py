@@ -123,16 +123,22 @@ class Page:
                 raise TimeoutError(f"expected in {timeout} s that {expression}")
             time.sleep(0.1)
 
-    def click(self, selector):
-        """A real click in the middle of the element, which is scrolled into view first; whatever lies over it gets the click instead."""
-        x, y = self.evaluate(f"""(() => {{ const e = document.querySelector({json.dumps(selector)}); e.scrollIntoView({{block: "center", behavior: "instant"}});
-            const r = e.getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2]; }})()""")
+    def click(self, selector, timeout=30):
+        """A real click in the middle of the element, once it lies still there and nothing lies over it: the page may scroll smoothly, and draws."""
+        place = f"""(() => {{ const e = document.querySelector({json.dumps(selector)}); e.scrollIntoView({{block: "center", behavior: "instant"}});
+            const r = e.getBoundingClientRect(), x = r.x + r.width / 2, y = r.y + r.height / 2; return [x, y, e.contains(document.elementFromPoint(x, y))]; }})()"""
+        end, before = time.time() + timeout, None
+        while (now := self.evaluate(place)) != before or not now[2]:
+            if time.time() > end:
+                raise TimeoutError(f"expected {selector} to lie still and open to a click, found {now}")
+            before = now
+            time.sleep(0.1)
         for kind in ("mousePressed", "mouseReleased"):
-            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+            self.call("Input.dispatchMouseEvent", type=kind, x=now[0], y=now[1], button="left", clickCount=1)
 
     def press(self, selector, key, times=1):
         """Key presses, with the element in focus."""
-        self.evaluate(f"document.querySelector({json.dumps(selector)}).focus()")
+        self.evaluate(f"document.querySelector({json.dumps(selector)}).focus({{preventScroll: true}})")
         code = {"ArrowRight": 39, "ArrowLeft": 37, "End": 35, "Home": 36}[key]
         for _ in range(times):
             for kind in ("keyDown", "keyUp"):
