@@ -105,7 +105,8 @@ def test_interruption(folder):
     """A run that is interrupted by Ctrl-C goes on and ends with the log of one that was not."""
     settings, log = ["norms=['keel']", "steps=300", "L=8"], folder / "runs/gradient/keel/log.csv"
     command = [*tiny(folder, "gradient"), "--set", *settings]
-    driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    # A shell starts what it runs in the background deaf to Ctrl-C, and children inherit that.
+    driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     _, errors = interrupt(driver, log)
     assert driver.returncode == 1 and "the same command goes on" in errors, errors
     record = json.loads((folder / "runs/gradient/keel.json").read_text())
