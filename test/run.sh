@@ -41,12 +41,6 @@ else
     echo "SKIPPED: the data scripts and the GPU's benchmarks: no Python"
     skipped=$((skipped + 2))
 fi
-if python=$(dev/find_python.sh torch numpy matplotlib plotly 2>/dev/null || dev/find_python.sh numpy matplotlib 2>/dev/null); then
-    suite "$python" test/test_lesson.py
-else
-    echo "SKIPPED: the experiments and the lesson: no Python with numpy and matplotlib (Debian: python3-matplotlib)"
-    skipped=$((skipped + 1))
-fi
 # Suites that use little more than one core run beside the others, and are told and counted after them.
 beside=(build/test_gpu_bf16_sanitized build/test_gpu_fp32_on_cpu build/test_cuda_on_cpu)
 [ "$any_python" ] && beside+=("$any_python test/test_bench_gpu.py")
@@ -55,13 +49,6 @@ if dev/cuda.sh nvcc >/dev/null 2>&1; then
 else
     echo "SKIPPED: train_keel.cu under nvcc for sm_80, sm_90 and sm_100: no nvcc (the CUDA Toolkit)"
     skipped=$((skipped + 1))
-fi
-if [ "$(dev/mpi.sh compile)" ] && command -v mpirun >/dev/null; then
-    # a rank that does not come is given up soon
-    beside+=(build/test_ranks test/test_cluster.sh "env CUDA_ON_CPU_NCCL_TIMEOUT=5 $(dev/mpi.sh mpirun 3) build/test_nccl")
-else
-    echo "SKIPPED: several ranks: no MPI (Debian: libopenmpi-dev, openmpi-bin)"
-    skipped=$((skipped + 3))
 fi
 for i in "${!beside[@]}"; do
     start=$SECONDS
@@ -76,6 +63,21 @@ suite build/crash_test
 suite build/test_cpu_fp32
 suite build/test_cpu_fp64
 suite build/test_gpu_bf16_on_cpu
+if [ "$(dev/mpi.sh compile)" ] && command -v mpirun >/dev/null; then
+    suite build/test_ranks
+    suite test/test_cluster.sh
+    # shellcheck disable=SC2046
+    suite env CUDA_ON_CPU_NCCL_TIMEOUT=5 $(dev/mpi.sh mpirun 3) build/test_nccl  # a rank that does not come is given up soon
+else
+    echo "SKIPPED: several ranks: no MPI (Debian: libopenmpi-dev, openmpi-bin)"
+    skipped=$((skipped + 3))
+fi
+if python=$(dev/find_python.sh torch numpy matplotlib plotly 2>/dev/null || dev/find_python.sh numpy matplotlib 2>/dev/null); then
+    suite "$python" test/test_lesson.py
+else
+    echo "SKIPPED: the experiments and the lesson: no Python with numpy and matplotlib (Debian: python3-matplotlib)"
+    skipped=$((skipped + 1))
+fi
 
 wait
 for i in "${!beside[@]}"; do
