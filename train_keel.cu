@@ -2825,12 +2825,12 @@ struct Trainer {
           state(steps_in_flight + 1), communicator(model.communicator), rank_flags(steps_in_flight) {
         if (model.communicator && run.types.grads_bf16) fail("--grads: expected fp32 with several ranks, found bf16; use -z 2, which divides the gradients among them");
         leave_multiprocessors();
+        if (!run.tune.empty()) model.device.tuning = std::make_unique<TuningTable>(run.tune, tuned_gpu(), cublasLtGetVersion());
         for (int i = 0; i < 2; i++) {
             staging[i] = PinnedArray<int>(TokenBatch::size(rows()));
             CUDA(cudaEventCreateWithFlags(&staged[i], cudaEventDisableTiming));
         }
         for (cudaEvent_t& event : ended) CUDA(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
-        if (!run.tune.empty()) model.device.tuning = std::make_unique<TuningTable>(run.tune, tuned_gpu(), cublasLtGetVersion());
     }
     ~Trainer() {
         if (std::uncaught_exceptions() > 0) give_up();
