@@ -45,7 +45,7 @@ help:
 	@echo "make train_keel_fp32      the same all in FP32, for comparing"
 	@echo "make train_keel_cpu       the trainer for the CPU, FP32"
 	@echo "make train_keel_cpu_fp64  the same in FP64, the yardstick for gradients"
-	@echo "make lesson               trains seven placements here, some 10 minutes on 2 idle cores, and writes build/lesson.html: why Post-LN dies, measured"
+	@echo "make lesson               trains seven placements here, some 24 minutes on 2 cores, and writes build/lesson.html: why Post-LN dies, measured"
 	@echo "make figures              draws the figures of dev/results/lesson again, from the tables beside them"
 	@echo "make compare              CPU against GPU, tensor by tensor, both ways; without a GPU its kernels run on the CPU"
 	@echo "make test_gpu             the tests of the GPU trainer, on the GPU that is here"
