@@ -1699,6 +1699,16 @@ struct SumShared {
     double warp[SUM_THREADS / WARP];
 };
 
+// The sum over a block of SUM_THREADS, in each thread, in the order of lanes and warps.
+__device__ inline double block_sum(SumShared& s, double value) {
+    value = warp_sum(value);
+    if (threadIdx.x % WARP == 0) s.warp[threadIdx.x / WARP] = value;
+    __syncthreads();
+    double total = 0;
+    for (double w : s.warp) total += w;
+    return total;
+}
+
 template <class T, bool squares>
 __global__ void sum_kernel(double* out, const T* values, size_t n, double* partial, unsigned* arrived) {
     wait_for_predecessor();
@@ -1715,14 +1725,8 @@ __global__ void sum_kernel(double* out, const T* values, size_t n, double* parti
         for (int i = 0; i < SUM_UNROLL; i++) four += squares ? float(value[i]) * float(value[i]) : float(value[i]);
         sum += four;
     }
-    sum = warp_sum(sum);
-    if (threadIdx.x % WARP == 0) s.warp[threadIdx.x / WARP] = sum;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        double total = 0;
-        for (double w : s.warp) total += w;
-        partial[blockIdx.x] = total;
-    }
+    sum = block_sum(s, sum);
+    if (threadIdx.x == 0) partial[blockIdx.x] = sum;
     add_partials(partial, 1, arrived, [&](int, double total) { *out += total; });
 }
 
@@ -1958,14 +1962,8 @@ __global__ void chunk_squares_kernel(double* squares, SquaresOf of, const Update
                       : chunk.bf16 ? float(of.grads_bf16[chunk.gradient + i]) : of.grads[chunk.gradient + i];
         sum += double(value) * double(value);
     }
-    sum = warp_sum(sum);
-    if (threadIdx.x % WARP == 0) s.warp[threadIdx.x / WARP] = sum;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        double total = 0;
-        for (double w : s.warp) total += w;
-        squares[blockIdx.x] = total;
-    }
+    sum = block_sum(s, sum);
+    if (threadIdx.x == 0) squares[blockIdx.x] = sum;
 }
 
 // ----------------------------------------------------------------------------------------------------
