@@ -79,3 +79,14 @@ inline double relative_error(const std::vector<float>& expected, const std::vect
     }
     return std::sqrt(difference / norm);
 }
+
+// A benchmark's program: what a user can mend is one line on stderr and exit status 1.
+inline int bench_main(const Bench& bench, int (*run)(int, char**), int argc, char** argv) {
+    setvbuf(stdout, nullptr, _IOLBF, 0);
+    try {
+        return run(argc, argv);
+    } catch (const Error& e) {
+        fprintf(stderr, "%s: %s\n", bench.name, e.what());
+        return 1;
+    }
+}

@@ -829,12 +829,4 @@ int run(int argc, char** argv) {
 
 }  // namespace
 
-int main(int argc, char** argv) {
-    setvbuf(stdout, nullptr, _IOLBF, 0);
-    try {
-        return run(argc, argv);
-    } catch (const Error& e) {
-        fprintf(stderr, "bench_products: %s\n", e.what());
-        return 1;
-    }
-}
+int main(int argc, char** argv) { return bench_main(bench, run, argc, argv); }

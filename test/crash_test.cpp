@@ -73,11 +73,6 @@ void test_case(const char* name, const std::function<std::string()>& body) {
 // ----------------------------------------------------------------------------------------------------
 // A trainer's process
 
-struct Result {
-    int code;  // exit status; -signal if killed
-    std::string out, err;
-};
-
 class Process {
 public:
     Process(const Words& words, const std::string& folder, const std::map<std::string, std::string>& environment = {}, uid_t user = 0)

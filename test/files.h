@@ -9,6 +9,12 @@
 
 using Words = std::vector<std::string>;  // of a command line
 
+// How a program ended.
+struct Result {
+    int code;  // exit status; -signal if killed
+    std::string out, err;
+};
+
 inline std::string slurp(const std::string& path) {
     std::ifstream in(path, std::ios::binary);
     return std::string((std::istreambuf_iterator<char>(in)), {});

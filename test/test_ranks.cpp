@@ -14,11 +14,6 @@ namespace {
 
 namespace fs = std::filesystem;
 
-struct Result {
-    int code;  // exit status; -signal if killed
-    std::string out, err;
-};
-
 // A program in the background.
 struct Process {
     pid_t child;

@@ -18,11 +18,6 @@ namespace {
 
 namespace fs = std::filesystem;
 
-struct Result {
-    int code;  // exit status; -signal if killed
-    std::string out, err;
-};
-
 // Runs a command with the given environment added; kill_after > 0 sends SIGKILL after so many seconds.
 Result run(const Words& words, const std::map<std::string, std::string>& environment = {}, double kill_after = 0) {
     char out_name[] = "/tmp/keel_out_XXXXXX", err_name[] = "/tmp/keel_err_XXXXXX";
