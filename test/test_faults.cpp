@@ -54,11 +54,6 @@ struct Place {
     }
 };
 
-struct Result {
-    int code;
-    std::string out, err;
-};
-
 // The trainer's program in a process of its own, which starts anew as this binary: OpenMP does not live through a fork.
 Result run(const Words& words, const std::map<std::string, std::string>& environment = {}) {
     char out_name[] = "/tmp/keel_out_XXXXXX", err_name[] = "/tmp/keel_err_XXXXXX";
