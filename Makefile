@@ -1,9 +1,9 @@
 # KEEL trainer. `make` alone lists the targets.
 
 CXX      ?= g++
-# No -ffast-math: the order of every sum is the source's. -fno-math-errno only lets square roots be vectorised.
+# No -ffast-math: the order of every sum is the source's. -fno-math-errno only lets square roots be vectorised, -fno-trapping-math comparisons, so the exponential.
 CXXFLAGS ?= -O3 -march=native
-FLAGS     = -std=c++20 $(CXXFLAGS) -fno-math-errno -fopenmp -Wall -Wextra -Wno-psabi -Wno-unknown-pragmas
+FLAGS     = -std=c++20 $(CXXFLAGS) -fno-math-errno -fno-trapping-math -fopenmp -Wall -Wextra -Wno-psabi -Wno-unknown-pragmas
 
 # CBLAS=1 takes the matrix products from OpenBLAS instead: the ceiling that our own is measured against.
 ifeq ($(CBLAS),1)

@@ -7,7 +7,8 @@ for package in "$@"; do
         g++) command -v "${CXX:-g++}" >/dev/null 2>&1 && continue ;;
         clang) command -v clang++ >/dev/null 2>&1 && continue ;;
         doctest-dev) echo '#include <doctest/doctest.h>' | "${CXX:-g++}" -x c++ -E - >/dev/null 2>&1 && continue ;;
-        libboost-context-dev) echo '#include <boost/context/detail/fcontext.hpp>' | "${CXX:-g++}" -x c++ -E - >/dev/null 2>&1 && continue ;;
+        libboost-context-dev)  # the library too: other packages bring the headers alone
+            printf '#include <boost/context/detail/fcontext.hpp>\nint main() {}\n' | "${CXX:-g++}" -x c++ - -lboost_context -o /dev/null 2>/dev/null && continue ;;
         libopenblas-dev) echo '#include <cblas.h>' | "${CXX:-g++}" -x c++ -E - >/dev/null 2>&1 && continue ;;
         *) dpkg -s "$package" >/dev/null 2>&1 && continue ;;
     esac
