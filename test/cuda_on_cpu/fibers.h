@@ -28,6 +28,7 @@ constexpr size_t stack_bytes = 256 << 10;
 #else
 constexpr size_t stack_bytes = 64 << 10;
 #endif
+constexpr size_t stack_guard = 64 << 10;  // no single page: a frame may be larger, and step over it
 
 // Where a thread may wait. The aligned ones must be the same instruction for the whole warp, so the same source line.
 enum class Wait : uint8_t { running, ended, syncthreads, syncwarp, shuffle, vote, mma, ldmatrix };
@@ -61,7 +62,7 @@ struct Fiber {
     std::vector<AsyncCopy> copies;  // issued, not landed
     unsigned groups_committed = 0;
     bool waited = false;            // for the kernel before
-    char* stack = nullptr;  // the guard page, below the stack
+    char* stack = nullptr;  // the guard, below the stack
     const void* bottom = nullptr;
     size_t size = 0;
     void* fake_stack = nullptr;  // ASan's
@@ -111,8 +112,8 @@ struct Worker {
     ~Worker() {
         ASAN_UNPOISON_MEMORY_REGION(shared_block.data(), shared_block.size());
         for (auto& fiber : fibers) {
-            ASAN_UNPOISON_MEMORY_REGION(fiber->stack, stack_bytes + page);
-            munmap(fiber->stack, stack_bytes + page);
+            ASAN_UNPOISON_MEMORY_REGION(fiber->stack, stack_guard + stack_bytes);
+            munmap(fiber->stack, stack_guard + stack_bytes);
         }
     }
 
@@ -255,13 +256,13 @@ struct Worker {
     void grow(unsigned count) {
         while (fibers.size() < count) {
             auto fiber = std::make_unique<Fiber>();
-            fiber->stack = (char*)mmap(nullptr, stack_bytes + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_STACK, -1, 0);
+            fiber->stack = (char*)mmap(nullptr, stack_guard + stack_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_STACK, -1, 0);
             if (fiber->stack == MAP_FAILED) fprintf(stderr, "CUDA on CPU: no memory for the stacks of the threads\n"), abort();
-            mprotect(fiber->stack, page, PROT_NONE);
+            mprotect(fiber->stack, stack_guard, PROT_NONE);
             fiber->index = unsigned(fibers.size());
             // Stacks that begin at the same offset in a page would fight for the same few cache lines.
-            fiber->bottom = fiber->stack + page, fiber->size = stack_bytes - fiber->index * 320 % 8192;
-            fiber->context = make_fcontext(fiber->stack + page + fiber->size, fiber->size, fiber_main);
+            fiber->bottom = fiber->stack + stack_guard, fiber->size = stack_bytes - fiber->index * 320 % 8192;
+            fiber->context = make_fcontext(fiber->stack + stack_guard + fiber->size, fiber->size, fiber_main);
             fibers.push_back(std::move(fiber));
         }
     }
@@ -445,7 +446,7 @@ inline Pool& pool() {
 inline std::string place_of_worker(const void* fault) {
     if (!worker || !worker->launch) return "";
     const Fiber& fiber = *worker->current;
-    bool overflow = fiber.stack && fault >= fiber.stack && fault < fiber.stack + page;
+    bool overflow = fiber.stack && fault >= fiber.stack && fault < fiber.stack + stack_guard;
     return worker->place(fiber) + (overflow ? format(", whose stack of %zu KiB is full", stack_bytes >> 10) : "");
 }
 
