@@ -543,33 +543,34 @@ void initialise_tensor(Real* out, const TensorInfo& t, size_t tensor_index, uint
 // ----------------------------------------------------------------------------------------------------
 // --train hops:K: programs made on the fly, whose queries take 1 to K lookups to answer
 //
-//     kfk;b3b;fbf;q1q;...;?k3;?q1;?...        k is f, b is 3, f is b, q is 1; what is k?
+//     bfb;kak;fkf;...;2bk;1ka;3bg;...         b is f, k is a, f is k: two lookups from b is k
 //
-// A program has CHAINS chains of K variables. The first of a chain is assigned a digit, each other one the variable before it, all in random
-// order. An assignment is name, what it is, and the name again. Then some variables are asked for, none twice: '?', name, and the value follows. The
-// variable at place h of its chain takes h lookups, by nothing that could be remembered: a program uses the first CHAINS * K letters and the first CHAINS
-// digits, each once, and which stands where is drawn anew. Each query after the first may be shortened by an answer before it, on the same
-// chain; they are there to be learnt from, and only the first of a program is measured.
+// A program has 2K + 1 variables, the first letters of the alphabet, each of which is assigned another one, so that all of them make one cycle, drawn
+// anew for each program. An assignment is name, what it is, and the name again; they come in random order, so most lookups lead back and forth. Then
+// queries, no two alike: a number of lookups, 1 to K, a name, and the answer follows. K + 1 lookups backwards are no shorter than K forwards, so
+// no query of h lookups can be answered by fewer; but one after the first may be shortened by an answer before it. They are there to be learnt from,
+// and only the first of a program is measured.
 //
 // The loss is that of all characters, as for any text: what an assignment says cannot be foreseen, so most of it is entropy that no model
 // removes. Why the name stands twice: a lookup needs two things at once, that a value knows whose it is and that a query finds it, and neither alone
-// lowers the loss. Foreseeing the second name teaches the first. Without it ("k=f;", "?k3;") no lookup was learnt in 1300 steps of 32 programs of one
-// hop, L = 8, C = 32, not even where only the answers counted; with it, in 300. Lookups are learnt one after the other: hops:2 with -L 12 -C 64 -H 4
-// -b 32 -l 4e-3 -x 2500 answers queries of one lookup right from step 500 on, and those of two still at chance at its end. What depth is for: of hops:1,
-// -C 64 -H 4 -b 32 -l 4e-3 -u 100 -x 600 -m 32, two sub-layers answer 30 % right, four all of them.
+// lowers the loss. Foreseeing the second name teaches the first. Without it ("kf;...;2bk;") no lookup was learnt in 1600 steps of 16 programs of
+// hops:2, with it one of hops:2 by step 1000 and both by 2000 (L = 8, C = 64, peak rate 6e-3). Why a query says how many lookups it takes, and its answer is a name: each
+// number of lookups is then a step on from the one before, which is asked as well, and the models learn one after the other. Where chains of names ended in
+// a digit that alone was asked for, two lookups were still at chance after 2500 steps.
 struct HopPrograms {
-    static constexpr int CHAINS = 4, QUERIES = 8, MAX_HOPS = 52 / CHAINS;  // a variable is one of 52 letters
+    static constexpr int MAX_HOPS = 9;  // a digit says how many
     int hops = 0;  // K; 0: the data are files
 
     struct Answer {
         int position, hops;  // the answer is the target of this position, that of the name, and takes so many lookups
     };
 
-    int queries() const { return std::min(QUERIES, CHAINS * hops); }
+    int variables() const { return 2 * hops + 1; }
+    int queries() const { return std::min(4 * hops, hops * variables()); }
     // The characters of one program, its end of line included.
-    int length() const { return 4 * (CHAINS * hops + queries()); }
-    // The accuracy at the first query without a lookup: every digit is as likely as any other.
-    static constexpr double CHANCE = 1.0 / CHAINS;
+    int length() const { return 4 * (variables() + queries()); }
+    // The accuracy at the first query without a lookup: every other name is as likely.
+    double chance() const { return 1.0 / (variables() - 1); }
 
     // Characters row[0..n) of sequence s: as many whole programs as fit, and ends of line. A function of (seed, s, validation) alone: training and
     // validation draw from counters that differ in the top bit of their third word. answers gets the first of each program.
@@ -587,16 +588,18 @@ struct HopPrograms {
             for (int i = 0; i < count; i++) std::swap(order[size_t(i)], order[size_t(i + below(size - i))]);
             return order;
         };
-        int variables = CHAINS * hops, at = 0;  // number variable / hops is a variable's chain, variable % hops its place there
+        int at = 0;
         while (at + length() <= n) {
-            std::vector<int> letter = permutation(variables, variables), digit = permutation(CHAINS, CHAINS), asked;
-            auto name = [&](int variable) { return letter[size_t(variable)] < 26 ? 'a' + letter[size_t(variable)] : 'A' + letter[size_t(variable)] - 26; };
-            auto value = [&](int variable) { return '0' + digit[size_t(variable / hops)]; };
+            std::vector<int> letter = permutation(variables(), variables());                       // of place i of the cycle: name(i) is name(i + 1)
+            auto name = [&](int place) { return 'a' + letter[size_t(place % variables())]; };
             auto put = [&](std::initializer_list<int> characters) { for (int c : characters) row[at++] = c; };
-            for (int variable : permutation(variables, variables)) put({name(variable), variable % hops ? name(variable - 1) : value(variable), name(variable), ';'});
-            asked = permutation(variables, queries());
+            for (int i : permutation(variables(), variables())) put({name(i), name(i + 1), name(i), ';'});
+            std::vector<int> asked = permutation(hops * variables(), queries());                   // place * K + lookups - 1
             if (answers) answers->push_back({at + 1, asked[0] % hops + 1});
-            for (int q = 0; q < queries(); q++) put({'?', name(asked[size_t(q)]), value(asked[size_t(q)]), q + 1 < queries() ? ';' : '\n'});
+            for (int q = 0; q < queries(); q++) {
+                int place = asked[size_t(q)] / hops, lookups = asked[size_t(q)] % hops + 1;
+                put({'0' + lookups, name(place), name(place + lookups), q + 1 < queries() ? ';' : '\n'});
+            }
         }
         while (at < n) row[at++] = '\n';
     }
@@ -3118,7 +3121,7 @@ struct HopAccuracy {
     void print() const {
         printf("hops       ");
         for (size_t h = 1; h < count.size(); h++) printf("| %zu: %.1f %% ", h, 100 * accuracy(h));
-        printf("| all: %.1f %% of %lld | by chance %.1f %%\n", 100 * accuracy(0), (long long)count[0], 100 * HopPrograms::CHANCE);
+        printf("| all: %.1f %% of %lld | by chance %.1f %%\n", 100 * accuracy(0), (long long)count[0], 100 * HopPrograms{int(count.size()) - 1}.chance());
     }
     static constexpr const char* COLUMNS = "step,hops,accuracy,count";
     void write(CsvLog& csv, int64_t step) const {
@@ -3180,8 +3183,8 @@ inline void print_run(const RunConfig& run, const ParameterLayout& layout, const
     printf("; %s parameters; %s\n", count_text(double(layout.count)).c_str(), placements[m.norm].source);
     if (!data) return;
     if (const HopPrograms& p = data->programs; p.hops)
-        printf("data       %s: programs without end, %d variables in %d chains, %d queries of 1 to %d lookups; %d whole ones of %d characters a sequence\n",
-               data->train.pattern.c_str(), p.CHAINS * p.hops, p.CHAINS, p.queries(), p.hops, (run.T + 1) / p.length(), p.length());
+        printf("data       %s: programs without end, %d variables, %d queries of 1 to %d lookups; %d whole ones of %d characters a sequence\n",
+               data->train.pattern.c_str(), p.variables(), p.queries(), p.hops, (run.T + 1) / p.length(), p.length());
     else
         printf("data       %s: %s tokens to train on, %s to validate on\n", data->train.pattern.c_str(),
                count_text(double(data->train_count)).c_str(), count_text(double(data->val_count)).c_str());
