@@ -543,10 +543,10 @@ void initialise_tensor(Real* out, const TensorInfo& t, size_t tensor_index, uint
 // ----------------------------------------------------------------------------------------------------
 // --train hops:K: programs made on the fly, whose queries take 1 to K lookups to answer
 //
-//     bfb;kak;fkf;...;2bk;1ka;3bg;...         b is f, k is a, f is k: two lookups from b is k
+//     bfb;kak;fkf;...;2bk;1ka;3ba;...         b is f, k is a, f is k: two lookups from b lead to k
 //
 // A program has 2K + 1 variables, the first letters of the alphabet, each of which is assigned another one, so that all of them make one cycle, drawn
-// anew for each program. An assignment is name, what it is, and the name again; they come in random order, so most lookups lead back and forth. Then
+// anew for each program. An assignment is name, what it is, and the name again; they come in random order, so that a lookup leads back or forth. Then
 // queries, no two alike: a number of lookups, 1 to K, a name, and the answer follows. K + 1 lookups backwards are no shorter than K forwards, so
 // no query of h lookups can be answered by fewer; but one after the first may be shortened by an answer before it. They are there to be learnt from,
 // and only the first of a program is measured.

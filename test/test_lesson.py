@@ -146,9 +146,31 @@ def test_bad_settings(folder):
     """What the driver cannot do it refuses in a line, and a run of other settings is not taken for this one."""
     assert "expected an experiment of gradient" in fails(*tiny(folder, "gradients"))
     assert "--set: expected KEY=VALUE" in fails(*tiny(folder, "gradient"), "--set", "layers=8")
+    assert "--set L: expected one number" in fails(*tiny(folder, "gradient"), "--set", "L=[2,4]")
+    succeed(*tiny(folder / "list", "hops"), "--set", "L=[2]", "lrs=[1e-3,3e-3]")  # a list where the experiment has one, whatever others have
+    assert {row["lr"] for row in rows(folder / "list/results/hops.csv")} == {"0.001", "0.003"}
     assert "expected the trainer, found no such file" in fails(*tiny(folder, "gradient"), "--binary", "./no_trainer")
     succeed(*tiny(folder, "gradient"), "--set", "norms=['pre']")
     assert "expected a run of" in fails(*tiny(folder, "gradient"), "--set", "norms=['pre']", "L=6")
+
+
+def test_sweep(folder):
+    """A sweep of learning rates ends with its best tried on both sides, or at the grid's end, and asks for no rate that this does not take."""
+    grid = [1, 2, 4, 8, 16, 32]
+    for best in range(len(grid)):
+        for first in range(len(grid) - 1):
+            done, stages = {}, 0
+            while missing := [rate for rate in shared.sweep(grid, grid[first:first + 2], done.get) if rate not in done]:
+                done.update({rate: abs(grid.index(rate) - best) + 0.1 for rate in missing})
+                stages += 1
+            at = sorted(grid.index(rate) for rate in done)
+            low, high = max(0, min(best - 1, first)), min(len(grid) - 1, max(best + 1, first + 1))
+            assert at == list(range(low, high + 1)) and stages <= len(grid), (best, first, at)
+    assert shared.sweep(grid, [3], lambda rate: None) == [4, 8] and shared.sweep([5], [3], lambda rate: 1.0) == [5]
+    # a placement whose runs all diverge is not swept to the grid's end on its account alone: the first stands
+    assert shared.sweep(grid, [4, 8], lambda rate: float("inf")) == [2, 4, 8]
+    stages = list(shared.staged(iter([[shared.Run("a", []), shared.Run("b", [])], [shared.Run("a", []), shared.Run("c", [])], [shared.Run("c", [])]]).__next__))
+    assert [[run.name for run in stage] for stage in stages] == [["a", "b"], ["c"]]
 
 
 def test_gpu_commands(folder):

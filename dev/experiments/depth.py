@@ -1,25 +1,21 @@
 """3. Depth: KEEL against Pre-LN at equal tokens, each at its best learning rate of a sweep; and deeper against wider at equal parameters.
 
 Shapes (L, C) with one C are the first question; shapes with one L C^2, so with as many parameters in their sub-layers, the second.
-Every shape trains on the same tokens with every learning rate; a table says which was best.
+Every shape trains on the same tokens with each learning rate. A sweep begins with two and goes on until the best has been tried on both sides.
 """
 
 import math
 from types import SimpleNamespace
 
-from shared import COLOURS, LABELS, final_loss, log, pyplot, read_csv, save, seeds, training, write_csv
+from shared import COLOURS, LABELS, final_loss, finished, log, pyplot, read_csv, save, seeds, staged, sweep, training, write_csv
 
 SIZES = {
-    "tiny": dict(L=[2, 4], C=16, H=2, T=16, B=2, steps=10, warmup=4, lrs=[3e-3, 1e-2], pre_lrs=[3e-3, 1e-2], equal=[[8, 8], [2, 16]], seeds=1, m=4, norms=["keel", "pre"]),
-    "small": dict(L=[8, 16, 64], C=64, H=2, T=64, B=8, steps=300, warmup=75, lrs=[3e-3, 6e-3, 1.2e-2, 2.4e-2], pre_lrs=[1.5e-3, 3e-3, 6e-3, 1.2e-2], equal=[[64, 32], [16, 64], [4, 128]], seeds=1, m=64, norms=["keel", "pre"]),
-    "gpu": dict(L=[64, 128, 512, 1024], C=256, H=4, T=256, B=128, steps=5000, warmup=1000, lrs=[3e-3, 4.5e-3, 6e-3, 9e-3, 1.35e-2], pre_lrs=[1.5e-3, 3e-3, 4.5e-3, 6e-3, 9e-3], equal=[[512, 256], [128, 512], [32, 1024]],
-                seeds=1, m=64, norms=["keel", "pre"]),
+    "tiny": dict(L=[2, 4], C=16, H=2, T=16, B=2, steps=10, warmup=4, lrs=[3e-3, 1e-2], start=[3e-3], pre_start=[3e-3], equal=[[8, 8], [2, 16]], seeds=1, m=4, norms=["keel", "pre"]),
+    "small": dict(L=[8, 16, 64], C=64, H=2, T=64, B=8, steps=300, warmup=75, lrs=[7.5e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2, 4.8e-2], start=[6e-3, 1.2e-2], pre_start=[3e-3, 6e-3], equal=[[64, 32], [16, 64], [4, 128]],
+                  seeds=1, m=64, norms=["keel", "pre"]),
+    "gpu": dict(L=[64, 128, 512, 1024], C=256, H=4, T=256, B=128, steps=5000, warmup=1000, lrs=[1e-3, 1.5e-3, 2e-3, 3e-3, 4.5e-3, 6e-3, 9e-3, 1.35e-2, 2e-2], start=[4.5e-3, 6e-3], pre_start=[3e-3, 4.5e-3],
+                equal=[[512, 256], [128, 512], [32, 1024]], seeds=1, m=64, norms=["keel", "pre"]),
 }
-
-
-def rates(s, norm):
-    """Of the sweep: Pre-LN's best lie lower, so its sweep does."""
-    return s.pre_lrs if norm == "pre" else s.lrs
 
 
 def shapes(s):
@@ -33,17 +29,27 @@ def run_of(c, norm, L, C, lr, seed):
     return training(c, f"depth/{norm}-L{L}-C{C}-{lr:g}-{seed}", norm, shape, lr, seed=seed, flags=["-m", str(s.m)], may_diverge=True)
 
 
+def rates(c, norm, L, C):
+    """Of the sweep so far: Pre-LN's best lie lower, so its sweep begins there."""
+    s = c.settings
+
+    def loss(lr):
+        mine = [run_of(c, norm, L, C, lr, seed) for seed in seeds(s)]
+        return sum(final_loss(c, run) for run in mine) / len(mine) if all(finished(c, run) for run in mine) else None
+    return sweep(s.lrs, s.pre_start if norm == "pre" else s.start, loss)
+
+
 def runs(c):
     s = c.settings
-    yield [run_of(c, norm, L, C, lr, seed) for L, C in sorted(shapes(s), key=lambda shape: -shape[0] * shape[1] ** 2)
-           for norm in s.norms for lr in rates(s, norm) for seed in seeds(s)]
+    return staged(lambda: [run_of(c, norm, L, C, lr, seed) for L, C in sorted(shapes(s), key=lambda shape: -shape[0] * shape[1] ** 2)
+                           for norm in s.norms for lr in rates(c, norm, L, C) for seed in seeds(s)])
 
 
 def collect(c):
     s, rows = c.settings, []
     for L, C in shapes(s):
         for norm in s.norms:
-            for lr in rates(s, norm):
+            for lr in rates(c, norm, L, C):
                 for seed in seeds(s):
                     run = run_of(c, norm, L, C, lr, seed)
                     _, losses, _ = log(c, run)

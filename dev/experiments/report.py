@@ -90,11 +90,11 @@ def highway_table(folder):
 
 
 def hops_table(folder):
-    rows = read_csv(folder / "hops.csv")
+    rows = hops.best(read_csv(folder / "hops.csv"))
     numbers = sorted({r["hops"] for r in rows}, key=int)
-    out = [[f"{LABELS[n]} L = {L}", *(f"{100 * hops.accuracy(rows, n, L, h):.0f} %" for h in (*numbers, "all"))]
+    out = [[f"{LABELS[n]} L = {L}", next(r["lr"] for r in of(rows, norm=n, L=L)), *(f"{100 * hops.accuracy(rows, n, L, h):.0f} %" for h in (*numbers, "all"))]
            for n in dict.fromkeys(r["norm"] for r in rows) for L in sorted({int(r["L"]) for r in rows})]
-    return table([f"hops:{rows[0]['K']}, answers right at the end, by lookups needed", *numbers, "all"], out)
+    return table([f"hops:{rows[0]['K']}, answers right at the end, by lookups needed", "LR", *numbers, "all"], out)
 
 
 TABLES = {"gradient": gradient_table, "max_lr": max_lr_table, "depth": depth_table, "redundancy": redundancy_table, "road": road_table, "highway": highway_table, "hops": hops_table}

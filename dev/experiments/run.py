@@ -49,13 +49,15 @@ def context(o, names):
     size = "tiny" if o.tiny else "gpu" if o.gpu else "small"
     defaults = {name: dict(e.SIZES[size]) for name, e in EXPERIMENTS.items()}
     given = parse_settings(o.set, {name: defaults[name] for name in names})
-    for values in defaults.values():
+    for name, values in defaults.items():  # of all: an experiment may use another's runs
         for key, value in given.items():
             if key not in values:
                 continue
             if isinstance(values[key], list) and not isinstance(value, list):
                 value = [value]
             if isinstance(values[key], list) != isinstance(value, list):
+                if name not in names:
+                    continue
                 raise Failure(f"--set {key}: expected one number, found a list")
             values[key] = value
     every = {name: SimpleNamespace(**values) for name, values in defaults.items()}

@@ -2,7 +2,7 @@
 
 An experiment is a module with
     SIZES             its settings for each size: tiny (the tests), small (a laptop, the lesson), gpu (the paper's depths)
-    runs(c)           [Run]: every process that it needs, in order
+    runs(c)           yields [Run], a stage after the other: every process that it needs
     collect(c)        writes its tables, from the folders of its runs
     draw(c)           writes its figure, from its tables alone
 c, a Context, holds the settings and knows the folders.
@@ -270,6 +270,29 @@ def remove_checkpoints(folder, keep_model):
 def duration(seconds):
     n = int(seconds + 0.5)
     return f"{n // 3600}h{n % 3600 // 60:02d}m" if n >= 3600 else f"{n // 60}m{n % 60:02d}s" if n >= 60 else f"{n}s"
+
+
+def sweep(grid, start, score):
+    """The learning rates to run: those of `start`, then the grid's next ones until the best has been tried on both sides. score(rate): lower is better,
+    None while its runs are not finished. Called again when they are, it returns more, or the same when the sweep is at its end."""
+    tried = [rate for rate in start if rate in grid] or grid[max(0, len(grid) // 2 - 1):len(grid) // 2 + 1]
+    while True:
+        scores = {rate: score(rate) for rate in tried}
+        if None in scores.values():
+            return tried
+        at = grid.index(min(tried, key=scores.get))
+        beside = [rate for rate in grid[max(0, at - 1):at + 2] if rate not in tried]
+        if not beside:
+            return sorted(tried)
+        tried += beside
+
+
+def staged(runs_now):
+    """The stages of an experiment that sweeps: what runs_now() asks for beyond what was asked for before, until that is nothing."""
+    asked = set()
+    while new := [run for run in runs_now() if run.name not in asked]:
+        asked |= {run.name for run in new}
+        yield new
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -94,10 +94,14 @@ figures.redundancy = () => {
     layout: layout({ bargap: 0.12, xaxis: { title: "sub-layer removed" }, yaxis: { title: narrow() ? "" : "perplexity lost", range: D.redundancy.range.map(scale), tickvals: ticks.map(scale), ticktext: ticks.map(String), zeroline: true, zerolinecolor: css("--soft") } }) };
 };
 
-figures.hops = () => ({ data: D.hops.curves.map(run => ({ x: run.x, y: run.accuracy, mode: "lines+markers", name: run.name, line: { color: D.colours[run.norm], width: 2.4, dash: run.dash }, marker: { size: 7 },
-    hovertemplate: "%{y:.1%}<extra>" + run.name + "</extra>" })),
-  layout: layout({ xaxis: { title: D.hops.axis, type: "category" }, yaxis: { title: narrow() ? "" : "answers right", tickformat: ".0%", range: [0, 1.03] },
-    shapes: [{ type: "line", xref: "paper", x0: 0, x1: 1, y0: D.hops.chance, y1: D.hops.chance, line: { color: css("--soft"), width: 1, dash: "dot" } }] }) });
+function answers(curves, xaxis) {
+  return { data: curves.map(run => ({ x: run.x, y: run.accuracy, mode: "lines+markers", name: run.name, line: { color: D.colours[run.norm], width: 2.4, dash: run.dash }, marker: { size: run.x.length > 10 ? 4 : 7 },
+      hovertemplate: "%{y:.1%}<extra>" + run.name + "</extra>" })),
+    layout: layout({ xaxis, yaxis: { title: narrow() ? "" : "answers right", tickformat: ".0%", range: [0, 1.03] },
+      shapes: [{ type: "line", xref: "paper", x0: 0, x1: 1, y0: D.hops.chance, y1: D.hops.chance, line: { color: css("--soft"), width: 1, dash: "dot" } }] }) };
+}
+figures.hops = () => answers(D.hops.curves, { title: D.hops.axis, type: "category" });
+figures.learning = () => answers(D.learning, { title: "step" });
 
 // ---------------------------------------------------------------------------------------------------------
 // Drawing and controls
