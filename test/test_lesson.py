@@ -6,6 +6,7 @@ headless Chromium, where its controls are clicked.
 
 import csv
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -167,10 +168,50 @@ def test_sweep(folder):
             low, high = max(0, min(best - 1, first)), min(len(grid) - 1, max(best + 1, first + 1))
             assert at == list(range(low, high + 1)) and stages <= len(grid), (best, first, at)
     assert shared.sweep(grid, [3], lambda rate: None) == [4, 8] and shared.sweep([5], [3], lambda rate: 1.0) == [5]
-    # a placement whose runs all diverge is not swept to the grid's end on its account alone: the first stands
-    assert shared.sweep(grid, [4, 8], lambda rate: float("inf")) == [2, 4, 8]
+    # where all that was tried has diverged it goes on to lower rates
+    assert shared.sweep(grid, [8, 16], lambda rate: 1.0 / rate if rate <= 2 else float("inf")) == [1, 2, 4, 8, 16]
+    assert shared.sweep(grid, [4, 8], lambda rate: float("inf")) == [1, 2, 4, 8]
     stages = list(shared.staged(iter([[shared.Run("a", []), shared.Run("b", [])], [shared.Run("a", []), shared.Run("c", [])], [shared.Run("c", [])]]).__next__))
     assert [[run.name for run in stage] for stage in stages] == [["a", "b"], ["c"]]
+
+
+def test_bound(folder):
+    """dev/doc/keel.md's bound (2) on the gradient through the shortcut, and its form for unequal gains, hold for branches that point anywhere, along the stream and against it too."""
+    import numpy
+    rng = numpy.random.default_rng(1)
+    C, closest = 12, 1e9
+
+    def rms(v):
+        return math.sqrt(numpy.mean(v * v))
+    for trial in range(2000):
+        L, unequal = int(rng.integers(2, 9)), trial % 2 == 1
+        alpha = rng.uniform(1, 6, L)
+        gains = [rng.uniform(0.8, 1.2, C) if unequal else numpy.ones(C) for _ in range(L)]
+        x = rng.normal(size=C)
+        x /= rms(x)
+        forward = []  # of each sub-layer: z, rms(F)
+        for l in range(L):
+            F = rng.normal(size=C) * rng.choice([0, 0.1, 1]) + x * rng.choice([-1, 0, 1, 3])
+            F *= alpha[l] * rng.uniform(0, 0.7 if unequal else 1) / max(rms(F), 1e-9)
+            z = alpha[l] * x + F
+            forward.append((z, rms(F)))
+            x = gains[l] * z / rms(z)
+        v = rng.normal(size=C)
+        for l in reversed(range(L)):
+            z = forward[l][0] / rms(forward[l][0])
+            v = gains[l] * v
+            v -= z * numpy.mean(v * z)
+            if l == L - 1:
+                bound = numpy.linalg.norm(v)  # what the first projection leaves
+            v *= alpha[l] / rms(forward[l][0])
+            m, M = min(gains[l]), max(gains[l - 1]) if l > 0 else 1.0
+            bound *= alpha[l] / (alpha[l] * M + forward[l][1])
+            if unequal and l < L - 1:
+                bound *= math.sqrt(max(0.0, m * m - (forward[l + 1][1] / alpha[l + 1]) ** 2))
+        assert numpy.linalg.norm(v) >= bound * (1 - 1e-9), (trial, numpy.linalg.norm(v), bound)
+        if not unequal:
+            closest = min(closest, numpy.linalg.norm(v) / max(bound, 1e-300))
+    assert closest < 1.2, closest  # and it is not idle: some branches come near it
 
 
 def test_gpu_commands(folder):
@@ -263,6 +304,8 @@ def check_controls(page):
     before = page.evaluate("document.getElementById('plot-redundancy').data[0].y.join()")
     page.click("#controls-redundancy button[aria-pressed=false]")
     page.wait(f"document.getElementById('plot-redundancy').data[0].y.join() !== {json.dumps(before)}", 20)
+    page.click("#controls-hops button[data-norm=pre]")  # moves both figures
+    page.wait("document.getElementById('plot-hops').data[0].z === D.hops.end.pre && document.getElementById('plot-learning').data[0].y === D.hops.training.pre[0]", 20)
     page.press("#depth-alpha", "ArrowRight")
     page.wait("state.L === 128 && document.getElementById('plot-alpha').data[1].text[2].startsWith('α = L: 0.996')", 20)
 
@@ -301,8 +344,10 @@ def test_page(folder):
 def test_document(folder):
     """Every table of dev/doc/lesson.md is what report.py prints of the committed results."""
     text = (ROOT / "dev/doc/lesson.md").read_text()
-    for name, function in report.TABLES.items():
-        assert report.markdown(*function(COMMITTED)) in text, f"{name}: dev/doc/lesson.md has another table than report.py prints"
+    for results, names in ((COMMITTED, report.TABLES), (COMMITTED.parent / "three_seeds", ("depth", "hops")), (COMMITTED.parent / "depth_long", ("depth",))):
+        for name in names:
+            assert report.markdown(*report.TABLES[name](results)) in text, f"{name} of {results}: dev/doc/lesson.md has another table than report.py prints"
+            assert all(row["command"] and row["seed"] for row in rows(results / f"{name}_runs.csv")), (results, name)
 
 
 def test_figures_are_of_the_tables(folder):

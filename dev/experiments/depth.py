@@ -4,6 +4,7 @@ Shapes (L, C) with one C are the first question; shapes with one L C^2, so with 
 Every shape trains on the same tokens with each learning rate. A sweep begins with two and goes on until the best has been tried on both sides.
 """
 
+import itertools
 import math
 from types import SimpleNamespace
 
@@ -27,6 +28,9 @@ def run_of(c, norm, L, C, lr, seed):
     s = c.settings
     shape = SimpleNamespace(L=L, C=C, H=max(1, C * s.H // s.C), T=s.T, B=s.B, steps=s.steps, warmup=s.warmup)
     return training(c, f"depth/{norm}-L{L}-C{C}-{lr:g}-{seed}", norm, shape, lr, seed=seed, flags=["-m", str(s.m)], may_diverge=True)
+
+
+MORE = "rates beside the best of these follow, until it has been tried on both sides"
 
 
 def rates(c, norm, L, C):
@@ -94,7 +98,7 @@ def draw(c):
         axes[0].plot([L for L, _ in deep], [found[norm, *a][1] for a in deep], "o-", color=colour, label=LABELS[norm])
         for a in deep:
             axes[0].annotate(f"{found[norm, *a][0]:g}", (a[0], found[norm, *a][1]), xytext=(0, 7 if norm == "pre" else -13), textcoords="offset points", ha="center", fontsize=8, color=colour)
-        for a, style in zip(deep, ("o:", "s--", "D-", "^-.")):
+        for a, style in zip(deep, itertools.cycle(("o:", "s--", "D-", "^-."))):
             found_at = [[float(r["val_loss"]) for r in rows if (r["norm"], int(r["L"]), int(r["C"]), float(r["lr"])) == (norm, *a, lr)] for lr in lrs]
             points = [(lr, sum(v) / len(v)) for lr, v in zip(lrs, found_at) if v and math.isfinite(sum(v))]
             axes[1].plot(*zip(*points), style, color=colour, ms=4, lw=1.4, label=f"{LABELS[norm]} L = {a[0]}")

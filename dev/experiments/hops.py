@@ -1,19 +1,20 @@
 """7. A task that needs depth: programs whose queries take 1 to K lookups (--train hops:K), over the number of sub-layers.
 
-Accuracy at the answers, for each number of lookups: hops.csv of the trainer. One attention sub-layer to learn whose each value is and one for each
-lookup is a way to do it, so K lookups ask for K + 1 blocks, unless a model finds a shorter way. Each placement at its best learning rate of a sweep.
-KEEL's alpha = L is for deep models; the paper's footnote to eq. 8 has it tuned in small ones, so the small size, of 2 to 8 sub-layers, has one of its own.
+Accuracy at the answers, for each number of lookups: hops.csv of the trainer. What a sub-layer has looked up, only those above it can look up again. One block to
+learn whose each value is and one for each lookup is a way to do it; as assignments can look up those before them, and all of them at once, fewer can do
+for many lookups. Each placement at its best learning rate of a sweep.
+KEEL's alpha = L is for deep models; the paper's footnote to eq. 8 has it tuned in small ones, so the small size, of 4 to 8 sub-layers, has one of its own.
 """
 
-import re
+import math
 from types import SimpleNamespace
 
-from shared import COLOURS, LABELS, finished, pyplot, read_csv, save, seeds, staged, sweep, training, write_csv
+from shared import COLOURS, LABELS, diverged, finished, pyplot, read_csv, save, seeds, staged, sweep, training, write_csv
 
 SIZES = {
     "tiny": dict(K=2, L=[2, 4], C=16, H=2, B=2, alpha=2, lrs=[3e-3], start=[3e-3], steps=10, warmup=4, seeds=1, m=2, norms=["keel", "pre"]),
     # One rate: 4e-3 is the best of [2e-3, 4e-3, 8e-3] for both at L = 8 (dev/results/hops_lr.csv)
-    "small": dict(K=3, L=[2, 4, 6, 8], C=64, H=4, B=16, alpha=3, lrs=[4e-3], start=[4e-3], steps=2500, warmup=200, seeds=1, m=32, norms=["keel", "pre"]),
+    "small": dict(K=3, L=[4, 6, 8], C=64, H=4, B=16, alpha=3, lrs=[4e-3], start=[4e-3], steps=2500, warmup=200, seeds=1, m=32, norms=["keel", "pre"]),
     "gpu": dict(K=8, L=[8, 16, 32, 64, 128, 512], C=256, H=8, B=128, alpha=0, lrs=[5e-4, 1e-3, 2e-3, 4e-3, 8e-3], start=[2e-3, 4e-3], steps=20000, warmup=1000, seeds=1, m=32, norms=["keel", "pre"]),
 }
 
@@ -31,12 +32,18 @@ def run_of(c, norm, L, lr, seed):
     return run
 
 
+MORE = "rates beside the best of these follow, until it has been tried on both sides"
+
+
 def rates(c, norm, L):
     s = c.settings
 
     def error(lr):
         mine = [run_of(c, norm, L, lr, seed) for seed in seeds(s)]
-        return 1 - accuracy([row for run in mine for row in rows_of(c, norm, L, lr, run)], norm, L, "all") if all(finished(c, run) for run in mine) else None
+        if not all(finished(c, run) for run in mine):
+            return None
+        rows = [row for run in mine for row in rows_of(c, norm, L, lr, run)]
+        return math.inf if any(diverged(c, run) for run in mine) else 1 - accuracy(rows, norm, L, "all")
     return sweep(s.lrs, s.start, error)
 
 
@@ -46,9 +53,10 @@ def runs(c):
 
 
 def rows_of(c, norm, L, lr, run):
-    # The trainer says beside each accuracy what a guess gets
-    chance = float(re.search(r"by chance ([0-9.]+) %", (c.runs / f"{run.name}.txt").read_text())[1]) / 100
-    return [{"norm": norm, "L": L, "K": c.settings.K, "lr": f"{lr:g}", "seed": run.seed, **row, "chance": f"{chance:g}"} for row in read_csv(c.runs / run.name / "hops.csv")]
+    """Of hops.csv, with the accuracy of a guess: any other of the program's 2K + 1 names. A diverged run has rows up to its last validation."""
+    path, K = c.runs / run.name / "hops.csv", c.settings.K
+    found = read_csv(path) if path.exists() or not diverged(c, run) else []
+    return [{"norm": norm, "L": L, "K": K, "lr": f"{lr:g}", "seed": run.seed, "end": "diverged" if diverged(c, run) else "finished", **row, "chance": f"{1 / (2 * K):g}"} for row in found]
 
 
 def collect(c):
@@ -57,37 +65,48 @@ def collect(c):
 
 
 def best(rows):
-    """The rows of each placement and depth at its best learning rate: most answers right at the end."""
+    """The rows of each placement and depth at its best learning rate: most answers right at the end, of those at which no seed diverged, if there is one."""
     kept = []
     for norm, L in dict.fromkeys((r["norm"], int(r["L"])) for r in rows):
-        mine = [r for r in rows if r["norm"] == norm and int(r["L"]) == L]
-        lr = max(dict.fromkeys(r["lr"] for r in mine), key=lambda lr: accuracy([r for r in mine if r["lr"] == lr], norm, L, "all"))
-        kept += [r for r in mine if r["lr"] == lr]
+        at = {}
+        for r in rows:
+            if r["norm"] == norm and int(r["L"]) == L:
+                at.setdefault(float(r["lr"]), []).append(r)
+        kept += at[max(at, key=lambda lr: (all(r["end"] == "finished" for r in at[lr]), accuracy(at[lr], norm, L, "all"), -lr))]
     return kept
 
 
 def accuracy(rows, norm, L, hops, step=None):
-    """Over all answers that take so many lookups (or "all") and all seeds, at a step or at the end."""
+    """Over all answers that take so many lookups (or "all") and all seeds, at a step or at the end; NaN where there are none."""
     mine = [r for r in rows if r["norm"] == norm and int(r["L"]) == L and hops in (r["hops"], "all")]
-    step = step or max(int(r["step"]) for r in mine)
+    step = step or max((int(r["step"]) for r in mine), default=0)
     counted = [(int(r["count"]), float(r["accuracy"])) for r in mine if int(r["step"]) == step]
-    return sum(n * a for n, a in counted) / max(1, sum(n for n, _ in counted))
+    answers = sum(n for n, _ in counted)
+    return sum(n * a for n, a in counted) / answers if answers else math.nan
 
 
 def draw(c):
     plt = pyplot()
     rows = best(read_csv(c.results / "hops.csv"))
     norms, depths, hops = list(dict.fromkeys(r["norm"] for r in rows)), sorted({int(r["L"]) for r in rows}), sorted({r["hops"] for r in rows}, key=int)
-    figure, axes = plt.subplots(1, 2, figsize=(11, 3.8), gridspec_kw={"wspace": 0.22})
-    for norm in norms:
-        for L, style in zip(depths, (":", "--", "-", "-.", (0, (5, 1)))):
-            steps = sorted({int(r["step"]) for r in rows if r["norm"] == norm and int(r["L"]) == L})
-            axes[0].plot(steps, [accuracy(rows, norm, L, "all", step) for step in steps], linestyle=style, color=COLOURS[norm], label=f"{LABELS[norm]} L = {L}")
-            axes[1].plot(range(len(hops)), [accuracy(rows, norm, L, h) for h in hops], marker="o", linestyle=style, color=COLOURS[norm])
-    axes[0].set(xlabel="step", title=f"Answers right, all of hops:{rows[0]['K']}", ylim=(0, 1.03))
-    axes[1].set(title="At the end, by lookups needed", ylim=(0, 1.03), xlabel="lookups")
-    axes[1].set_xticks(range(len(hops)), hops)
-    for axis in axes:
-        axis.axhline(float(rows[0]["chance"]), color="#8a9099", lw=1, ls=":")
-    axes[0].legend(fontsize=8)
+    figure, axes = plt.subplots(1, len(norms) + 1, figsize=(4 * len(norms) + 5, 3.8), gridspec_kw={"wspace": 0.25, "width_ratios": [*([1] * len(norms)), 1.5]})
+    for axis, norm in zip(axes, norms):
+        cells = [[accuracy(rows, norm, L, h) for h in hops] for L in depths]
+        axis.imshow(cells, cmap="Blues", vmin=0, vmax=1.25, aspect="auto", origin="lower")
+        for y, line in enumerate(cells):
+            for x, value in enumerate(line):
+                if not math.isnan(value):
+                    axis.text(x, y, f"{100 * value:.0f} %", ha="center", va="center", fontsize=9, color="white" if value > 0.7 else "#1d232b")
+        axis.set(title=f"{LABELS[norm]}: answers right", xlabel="lookups needed", ylabel="sub-layers L" if norm == norms[0] else "")
+        axis.set_xticks(range(len(hops)), hops)
+        axis.set_yticks(range(len(depths)), [str(L) for L in depths])
+        axis.grid(False)
+        steps = sorted({int(r["step"]) for r in rows})
+        for h in hops:
+            axes[-1].plot(steps, [accuracy(rows, norm, depths[-1], h, step) for step in steps], color=COLOURS[norm], alpha=1 - 0.7 * (int(h) - 1) / max(1, len(hops) - 1), label=f"{LABELS[norm]}, {h} lookup{'s' * (h != '1')}")
+    axes[-1].axhline(float(rows[0]["chance"]), color="#8a9099", lw=1, ls=":")
+    axes[-1].set(xlabel="step", title=f"Answers right at L = {depths[-1]}; dotted: guesses", ylim=(0, 1.03))
+    axes[-1].set_yticks([0, 0.25, 0.5, 0.75, 1], ["0 %", "25 %", "50 %", "75 %", "100 %"])
+    if len(hops) < 5:
+        axes[-1].legend(fontsize=8)
     save(plt, figure, c.results / "hops.png")

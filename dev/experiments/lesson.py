@@ -8,6 +8,7 @@ The code is taken from the sources as they are, by anchors; an anchor that is go
 import argparse
 import html
 import json
+import math
 import re
 import shlex
 import sys
@@ -159,11 +160,11 @@ FIGURES = {
     "depth": ("Deeper, at one width", None, None, "Validation loss at each depth’s best learning rate."),
     "wide": ("Deeper or wider, at one size", None, None, "As many parameters in the sub-layers of each shape."),
     "redundancy": ("Perplexity lost by removing one sub-layer", "one", None, "Full colour: attention; pale: feed-forward. One scale for all, logarithmic away from 0."),
-    "hops": ("Answers right at the end, by the lookups they need", None, None, "Fine dots: the best guess without a lookup."),
-    "learning": ("Answers right over training, in the deepest of these", None, None, "Each lookup is learnt on top of the one before."),
+    "hops": ("Answers right at the end", "one", None, "By the lookups that a query takes and the sub-layers that the model has."),
+    "learning": ("Answers right over training, in the deepest model", None, None, "Dotted: the best guess without a lookup."),
 }
 
-LEGENDS = ("road", "highway", "ramp", "depth", "wide", "hops", "learning")
+LEGENDS = ("road", "highway", "ramp", "depth", "wide", "learning")
 
 
 def figure(name):
@@ -184,6 +185,8 @@ def figure(name):
 
 def superscript(x):
     """1.2e-10 as HTML"""
+    if not math.isfinite(x):
+        return "no number"
     if x == 0 or 0.01 <= abs(x) < 10000:
         return f"{x:.3g}"
     mantissa, exponent = f"{x:.1e}".split("e")
@@ -211,6 +214,10 @@ class Lesson:
         self.results = results
         self.t = {name: read_csv(results / f"{name}.csv") for name in (*EXPERIMENTS, "gradient_loss", "max_lr_loss", "road_loss")}
         self.runs = {name: read_csv(results / f"{name}_runs.csv") for name in EXPERIMENTS}
+        for name, needed in (("gradient", {"keel", "post"}), ("depth", {"keel", "pre"})):
+            found = {r["norm"] for r in self.t[name]}
+            if not needed <= found:
+                raise Failure(f"{results / name}.csv: expected the placements {', '.join(sorted(needed))}, found {', '.join(sorted(found))}; run {name} with them")
         self.values, self.tables = {}, {}
         self.data = {"colours": COLOURS, "labels": LABELS}
         for part in (self.gradient, self.placements, self.road, self.highway, self.max_lr, self.depth, self.redundancy, self.hops, self.provenance):
@@ -247,24 +254,31 @@ class Lesson:
         def at(norm, i):
             return superscript(dx[norm][i][low])
         gain = self.data["gradient"]["shortcut"]
-        self.values["shortcut_words"] = (f"From sub-layer {low} to the top Post-LN’s is {superscript(gain['post'][0][low])} in the new model (F is smaller than x there, and each factor nearer to 1) and "
-                                         f"{superscript(gain['post'][middle][low])} at step {steps[middle]}; KEEL’s is {superscript(gain['keel'][0][low])} and {superscript(gain['keel'][middle][low])}, with the norm in place. "
-                                         "Pre-LN has no norm on its shortcut: its gain is 1, and what it pays is a stream that grows with depth, beside which late sub-layers weigh less.")
-        ratios = [norm for norm in norms if dx[norm][middle][low] < 1e-3 * dx[norm][middle][L - 1]]
-        dead = ", ".join(LABELS[n] for n in ratios) or "no placement"
         rms_f, rms_x = column("rms_f")["post"], column("rms_x")["post"]
 
         def grown(i):
             return sorted(f / x for f, x in zip(rms_f[i], rms_x[i]))[L // 2]
+
+        def factor(i):
+            """By which Post-LN's gradient changes at each sub-layer, from the last down to the lowest that has one"""
+            first = next((l for l in range(low, L - 1) if dx["post"][i][l] > 0), L - 2)
+            return (dx["post"][i][first] / dx["post"][i][L - 1]) ** (1 / (L - 1 - first))
+        smaller = " (F is smaller than x there, and each factor nearer to 1)" if grown(0) < 1 else ""
+        self.values["shortcut_words"] = (f"From sub-layer {low} to the top Post-LN’s is {superscript(gain['post'][0][low])} in the new model{smaller} and "
+                                         f"{superscript(gain['post'][middle][low])} at step {steps[middle]}; KEEL’s is {superscript(gain['keel'][0][low])} and {superscript(gain['keel'][middle][low])}, with the norm in place. "
+                                         "Pre-LN has no norm on its shortcut: its gain is 1, and what it pays is a stream that grows with depth, beside which late sub-layers weigh less.")
+        ratios = [norm for norm in norms if dx[norm][middle][low] < 1e-3 * dx[norm][middle][L - 1]]
+        dead = ", ".join(LABELS[n] for n in ratios) or "no placement"
         self.values["flow_words"] = (
-            f"In the new model sub-layer {low} gets {at('post', 0)} in Post-LN and {at('keel', 0)} in KEEL: no difference worth a word. By step {steps[middle]} it is {at('post', middle)} against "
-            f"{at('keel', middle)}. In between Post-LN’s F has grown from {grown(0):.2f} of x’s size to {grown(middle):.2f} (median over sub-layers), so that each norm divides by more, and what the branches carry back no longer "
-            f"makes up for it: over {L - 1 - low} sub-layers the gradient shrinks by {(dx['post'][middle][low] / dx['post'][middle][L - 1]) ** (1 / (L - 1 - low)):.2f} at each; in the new model the factor is {(dx['post'][0][low] / dx['post'][0][L - 1]) ** (1 / (L - 1 - low)):.2f}. "
+            f"In the new model sub-layer {low} gets {at('post', 0)} in Post-LN and {at('keel', 0)} in KEEL. By step {steps[middle]} it is {at('post', middle)} against {at('keel', middle)}. "
+            + (f"In between Post-LN’s F has grown from {grown(0):.2f} of x’s size to {grown(middle):.2f} (median over sub-layers), so that each norm divides by more, and what the branches carry back no longer makes up for it. "
+               if grown(middle) > grown(0) and factor(middle) < factor(0) else "")
+            + f"Over {L - 1 - low} sub-layers its gradient changes by a factor of {factor(0):.2f} at each in the new model, and of {factor(middle):.2f} at step {steps[middle]}. "
             f"At that step the gradient at sub-layer {low} is less than a thousandth of that at the top in: {dead}.")
         stuck = [LABELS[n] for n in norms if val[n] > min(val.values()) + 0.5]
         best = min(val, key=val.get)
         order = ", ".join(f"{LABELS[n]} {val[n]:.2f}" for n in sorted(val, key=val.get))
-        self.values["loss_words"] = (f"Validation loss after {total} steps: {order}. " + (f"More than half a nat behind: {', '.join(stuck)}; they know how frequent each byte is, and little else. " if stuck else "")
+        self.values["loss_words"] = (f"Validation loss after {total} steps: {order}. " + (f"More than half a nat behind: {', '.join(stuck)}; the rest of this page says why. " if stuck else "")
                                      + f"The best at this one learning rate is {LABELS[best]}; what KEEL gains by bearing a higher one comes below.")
 
     def placements(self):
@@ -347,29 +361,31 @@ class Lesson:
             out.append([dot(norm), ("≥ " if bound else "") + f"{sum(values) / len(values):.3g}", f"{min(values):.3g} to {max(values):.3g}", ", ".join(r["last_healthy_step"] for r in last) + f" of {steps}", last[0]["top"], kinds,
                         f"{paper[0]:g}" if paper else "", f"{round(paper[0] / max_lr.PAPER_TOP * max_lr.PAPER_STEPS)} of {max_lr.PAPER_STEPS}" if paper else ""])
         self.tables["maxlr"] = html_table(["", "largest LR", "over seeds", "step", "ramp to", "how it ended", "paper, L = 64", "its step"], out, (1, 2, 3, 4, 6, 7))
-        early = [LABELS[n] for n, _ in found.items() if all(float(r["last_healthy_step"]) < 0.2 * steps for r in rows if r["norm"] == n)]
+        early = [LABELS[n] for n in found if all(float(r["last_healthy_step"]) < 0.2 * steps and r["divergence"] in ("stagnation", "degradation") for r in rows if r["norm"] == n)]
         self.values["maxlr_words"] = (
-            (f"{', '.join(early)}: the loss stops falling in the first fifth of the ramp and never moves again. " if early else "")
+            (f"{', '.join(early)}: with every seed the loss stops falling in the first fifth of the ramp and does not come down again. " if early else "")
             + "A ramp is time as well as learning rate: the paper’s 3.0·10<sup>−4</sup> for Post-LN is step 30 of its 5000, and what ends there is not a step too long but a gradient that has gone; "
             "on a steeper ramp the same death has a higher learning rate written on it. So compare the order of the placements and how they end, and not the numbers across two ramps of different steepness. "
             + self.order_words(found) + self.ramp_words())
 
     @staticmethod
     def order_words(found):
-        mean = {n: sum(v) / len(v) for n, (v, _) in found.items()}
-        if "keel" not in mean or "pre" not in mean:
+        if not {"keel", "pre"} <= found.keys():
             return ""
-        if mean["keel"] > mean["pre"] and not (found["keel"][1] or found["pre"][1]):
-            return "As in the paper, KEEL bears more than Pre-LN."
+        mean = {n: sum(v) / len(v) for n, (v, _) in found.items()}
+        text = {n: ("at least " if found[n][1] else "") + f"{mean[n]:.2g}" for n in ("keel", "pre")}
         if found["keel"][1] and found["pre"][1]:
-            return "KEEL and Pre-LN both reach the end of the ramp, so this size cannot tell them apart."
-        return (f"Here Pre-LN bears {mean['pre']:.2g} before it diverges and KEEL {mean['keel']:.2g}: unlike the paper, whose models are wider and deeper and see ten thousand times more tokens a step.")
+            return "KEEL and Pre-LN both reach the end of the ramp with some seed, so this size cannot tell them apart."
+        verdict = "as in the paper" if mean["keel"] > mean["pre"] else "unlike the paper, whose batches are of 4 million tokens and models of 1024 channels" if mean["keel"] < mean["pre"] else "the same"
+        return f"KEEL bears {text['keel']} here and Pre-LN {text['pre']}: {verdict}."
 
     def ramp_words(self):
-        last = {run["norm"]: sum(run["loss"][-5:]) / len(run["loss"][-5:]) for run in self.data["ramp"]}
-        if not {"keel", "pre"} <= last.keys():
+        """Of those whose first ramp the figure shows to its end"""
+        last = {run["norm"]: run for run in self.data["ramp"]}
+        if not {"keel", "pre"} <= last.keys() or any(last[n]["lr"][-1] < 0.99 * float(self.t["max_lr"][0]["top"]) for n in ("keel", "pre")):
             return ""
-        return f" At the end of the first ramp the loss is {last['keel']:.2f} in KEEL and {last['pre']:.2f} in Pre-LN (mean of five windows, one seed)."
+        keel, pre = (sum(last[n]["loss"][-5:]) / len(last[n]["loss"][-5:]) for n in ("keel", "pre"))
+        return f" At the end of the first ramp the loss is {keel:.2f} in KEEL and {pre:.2f} in Pre-LN (mean of five windows, one seed)."
 
     def depth(self):
         rows = self.t["depth"]
@@ -386,14 +402,16 @@ class Lesson:
         self.values["depth_lrs"] = f"a sweep of learning rates ({sweeps}; {tokens} tokens, {seeds} seed{'s' * (seeds > 1)})"
         self.tables["depth"] = self.report("depth")
         words = []
-        a, b = (min(equal, key=lambda s: found[n, *s][1]) for n in norms[:2])
-        words.append(f"Of the shapes of one size, {LABELS[norms[0]]} does best as {a[0]} × {a[1]} and {LABELS[norms[1]]} as {b[0]} × {b[1]}." if len(norms) > 1 else "")
-        top = deep[-1]
-        if len(norms) > 1:
-            difference = found[norms[1], *top][1] - found[norms[0], *top][1]
-            words.append(f"At L = {top[0]} {LABELS[norms[0]]} is {abs(difference):.3f} {'below' if difference > 0 else 'above'} {LABELS[norms[1]]}. "
-                         + ("The shallowest is best: these runs are short, the paper’s are hundreds of thousands of times longer, and depth needs time to pay." if all(min(deep, key=lambda s: found[n, *s][1]) == deep[0] for n in norms) else
-                            f"Depth pays up to L = {' and '.join(f'{min(deep, key=lambda s: found[n, *s][1])[0]} ({LABELS[n]})' for n in norms)} at this length of training; the paper’s runs are hundreds of thousands of times longer."))
+        if len(equal) > 1:
+            words.append("Of the shapes of one size, " + " and ".join(f"{LABELS[n]} does best as {a[0]} × {a[1]}" for n in norms for a in [min(equal, key=lambda s: found[n, *s][1])]) + ".")
+        for top in deep[-1:]:
+            difference = found["pre", *top][1] - found["keel", *top][1]
+            if math.isfinite(difference) and difference:
+                words.append(f"At L = {top[0]} KEEL is {abs(difference):.3f} {'below' if difference > 0 else 'above'} Pre-LN.")
+        if len(deep) > 1:
+            bests = {n: min(deep, key=lambda s: found[n, *s][1])[0] for n in norms}
+            words.append("The deepest is best in " + " and ".join(LABELS[n] for n in norms if bests[n] == deep[-1][0]) + "." if deep[-1][0] in bests.values() else
+                         "The deepest is best in neither: of " + ", ".join(f"{LABELS[n]} it is L = {bests[n]}" for n in norms) + ". These runs are short, and a deeper model has more to learn.")
         self.values["depth_words"] = " ".join(words)
 
     def redundancy(self):
@@ -403,23 +421,20 @@ class Lesson:
         flat = [v for values in lost.values() for v in values]
         self.data["redundancy"] = {"norms": norms, "lost": {n: [float(f"{v:.4g}") for v in lost[n]] for n in norms}, "range": [1.3 * min(-0.005, *flat), 1.3 * max(0.01, *flat)]}
         self.tables["redundancy"] = self.report("redundancy")
-        live = [l for l, v in enumerate(lost["post"]) if v > 1e-3] if "post" in lost else []
-        self.values["redundancy_words"] = ((f"In Post-LN sub-layer {live[0]} is the first that is worth a thousandth of a perplexity: what is below it, the gradient never reached. " if live else "")
-                                           + "In the paper the first layers are critical in every model, and KEEL’s shallow ones are worth more than Pre-LN’s; its models have seen a hundred thousand times more text than these.")
+        live = [l for l, v in enumerate(lost["post"]) if abs(v) > 1e-2] if "post" in lost else []
+        self.values["redundancy_words"] = ((f"In Post-LN no sub-layer below {live[0]} changes the perplexity by a hundredth: taken out one by one, they are not missed. " if live and live[0] > 0 else "")
+                                           + "In the paper the first layers are critical in every model, and KEEL’s shallow ones are worth more than Pre-LN’s.")
 
     def hops(self):
         rows = hops.best(self.t["hops"])
         K, norms, depths = int(rows[0]["K"]), list(dict.fromkeys(r["norm"] for r in rows)), sorted({int(r["L"]) for r in rows})
         numbers = [str(k) for k in range(1, K + 1)]
-        dashes = ["dot", "dash", "dashdot", "solid", "longdash"]
-        chance = float(rows[0]["chance"])
-        self.data["hops"] = {"axis": "lookups needed", "chance": chance, "curves": [
-            {"norm": n, "name": f"{LABELS[n]} L = {L}", "dash": dashes[i % 5], "x": numbers, "accuracy": [hops.accuracy(rows, n, L, k) for k in numbers]} for n in norms for i, L in enumerate(depths)]}
-        validated = sorted({int(r["step"]) for r in rows})
-        self.data["learning"] = [{"norm": n, "name": f"{LABELS[n]}, {k} lookup{'s' * (k != '1')}", "dash": dashes[i % 5], "x": validated, "accuracy": [hops.accuracy(rows, n, depths[-1], k, step) for step in validated]}
-                                 for n in norms for i, k in enumerate(reversed(numbers))]
-        self.values["hops_task"] = (f"A program such as <code>bfb;kak;fkf;…;2bk;</code> says that b is f, k is a and f is k, and asks what two lookups from b lead to: f, then k. Every program is drawn anew, so nothing can be remembered, "
-                                    f"and no query can be answered by fewer lookups than it says. What a sub-layer looks up, only those above it can look up again. Here queries take 1 to {K} lookups (<code>--train hops:{K}</code>).")
+        chance, validated = float(rows[0]["chance"]), sorted({int(r["step"]) for r in rows})
+        self.data["hops"] = {"norms": norms, "L": depths, "lookups": numbers, "chance": chance, "steps": validated,
+                             "end": {n: [[round(hops.accuracy(rows, n, L, k), 4) for k in numbers] for L in depths] for n in norms},
+                             "training": {n: [[round(hops.accuracy(rows, n, depths[-1], k, step), 4) for step in validated] for k in numbers] for n in norms}}
+        self.values["hops_task"] = (f"A program such as <code>bfb;kak;fkf;…;2bk;</code> says that b is f, k is a and f is k, and asks what two lookups from b lead to: f, then k. Every program is drawn anew, "
+                                    f"and its first query, whose answer is measured, takes as many lookups as it says, by no shorter way. What a sub-layer looks up, only those above it can look up again. Here queries take 1 to {K} lookups (<code>--train hops:{K}</code>).")
         steps = max(int(r["step"]) for r in rows)
 
         def learnt(n, L):
@@ -428,13 +443,13 @@ class Lesson:
         ends = "; ".join(f"{LABELS[n]} " + ", ".join(f"{learnt(n, L)} at L = {L}" for L in depths) for n in norms)
         alpha = next((flags["-a"] for run in self.runs["hops"] if "-a" in (flags := command_flags(run["command"]))), None)
         self.tables["hops"] = self.report("hops")
-        self.values["hops_words"] = (f"After {steps} steps nine in ten answers are right up to so many lookups: {ends}. A guess is right in {100 * chance:.0f} %."
+        self.values["hops_words"] = (f"After {steps} steps nine in ten answers are right up to so many lookups: {ends}. A guess is right in {100 * chance:.0f} %" + (f", and one that knows both neighbours not to be the answer in {100 / (2 * K - 2):.0f} %." if K > 1 else ".")
                                      + (f" KEEL has α = {alpha} here: α = L is for deep models, and in small ones the paper tunes it." if alpha else ""))
 
     def provenance(self):
         seconds = sum(float(r["cpu_seconds"]) for name in self.runs for r in self.runs[name] if not (name == "redundancy" and r["run"].startswith("gradient/")))
         count = len({r["run"] for rows in self.runs.values() for r in rows})
-        self.values["provenance"] = (f"This page is made of {count} runs, {seconds / 60:.0f} minutes of one core in all. Their commands and seeds are in the <code>_runs.csv</code> beside each table. "
+        self.values["provenance"] = (f"This page is made of {count} runs, {seconds / 60:.0f} minutes of CPU time in all. Their commands and seeds are in the <code>_runs.csv</code> beside each table. "
                                      f"Data: <code>{html.escape(command_flags(self.runs['gradient'][0]['command'])['-i'])}</code>.")
         titles = {"gradient": "the gradient’s flow", "max_lr": "the largest learning rate", "depth": "depth and width", "redundancy": "one sub-layer less", "road": "the road to KEEL", "highway": "the BF16 highway", "hops": "lookups"}
         self.tables["commands"] = html_table(["", "small, on a CPU", "the paper’s depths, on a GPU"], [
@@ -444,6 +459,15 @@ class Lesson:
 # ---------------------------------------------------------------------------------------------------------
 # The page
 
+def finite(value):
+    """What is no number becomes null, which the figures leave out."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def build(results):
     import plotly.offline
     lesson = Lesson(results)
@@ -451,7 +475,7 @@ def build(results):
     sections = re.findall(r'<section id="(\w+)">\s*<h2>(.*?)</h2>', page)
     fixed = {
         "style": lambda _: (HERE / "style.css").read_text(), "script": lambda _: (HERE / "figures.js").read_text(), "plotly": lambda _: plotly.offline.get_plotlyjs().replace("</script", r"<\/script"),
-        "data": lambda _: json.dumps(lesson.data, separators=(",", ":"), ensure_ascii=False).replace("</", r"<\/"),
+        "data": lambda _: json.dumps(finite(lesson.data), separators=(",", ":"), ensure_ascii=False, allow_nan=False).replace("</", r"<\/"),
         "contents": lambda _: "".join(f'<a href="#{name}">{title}</a>' for name, title in sections),
         "math": lambda source: mathml(source), "display": lambda source: f'<span class="display">{mathml(source, True)}</span>', "pair": pair, "figure": figure,
         "value": lambda name: lesson.values[name], "table": lambda name: lesson.tables[name],

@@ -1,4 +1,4 @@
-"""Prints the tables of all experiments in Markdown, beside the paper's numbers where it has them: those of dev/doc/lesson.md.
+"""Prints the tables of all experiments that are there in Markdown, beside the paper's numbers where it has them: those of dev/doc/lesson.md.
 
     python3 dev/experiments/report.py dev/results/lesson
 """
@@ -25,6 +25,17 @@ def markdown(columns, rows):
 
 def of(rows, **wanted):
     return [r for r in rows if all(r[k] == str(v) for k, v in wanted.items())]
+
+
+def between(low, high, form):
+    """' (low to high)', of several seeds; nothing where they are one."""
+    low, high = format(low, form), format(high, form)
+    return f" ({low} to {high})" if low != high else ""
+
+
+def seeds_text(rows):
+    n = len({r["seed"] for r in rows})
+    return f" (mean and range of {n} seeds)" if n > 1 else ""
 
 
 def gradient_table(folder):
@@ -57,8 +68,8 @@ def depth_table(folder):
     norms = list(dict.fromkeys(r["norm"] for r in rows))
     out = []
     for L, C in dict.fromkeys([*deep, *equal]):
-        out.append([f"{L} x {C}", f"{6 * L * C * C / 1e6:.2f} M", *(f"{found[n, L, C][1]:.3f} at {found[n, L, C][0]:g}" for n in norms)])
-    return table(["L x C", "parameters in sub-layers", *(LABELS[n] + ": val loss at best LR" for n in norms)], out)
+        out.append([f"{L} x {C}", f"{6 * L * C * C / 1e6:.2f} M", *(f"{found[n, L, C][1]:.3f}{between(*found[n, L, C][2:], '.3f')} at {found[n, L, C][0]:g}" for n in norms)])
+    return table(["L x C", "parameters in sub-layers", *(LABELS[n] + ": val loss at best LR" + seeds_text(rows) for n in norms)], out)
 
 
 def redundancy_table(folder):
@@ -92,9 +103,13 @@ def highway_table(folder):
 def hops_table(folder):
     rows = hops.best(read_csv(folder / "hops.csv"))
     numbers = sorted({r["hops"] for r in rows}, key=int)
-    out = [[f"{LABELS[n]} L = {L}", next(r["lr"] for r in of(rows, norm=n, L=L)), *(f"{100 * hops.accuracy(rows, n, L, h):.0f} %" for h in (*numbers, "all"))]
+
+    def cell(norm, L, h):
+        seeds = [100 * hops.accuracy(of(rows, seed=seed), norm, L, h) for seed in dict.fromkeys(r["seed"] for r in rows)]
+        return f"{100 * hops.accuracy(rows, norm, L, h):.0f} %{between(min(seeds), max(seeds), '.0f')}"
+    out = [[f"{LABELS[n]} L = {L}", next(r["lr"] for r in of(rows, norm=n, L=L)), *(cell(n, L, h) for h in (*numbers, "all"))]
            for n in dict.fromkeys(r["norm"] for r in rows) for L in sorted({int(r["L"]) for r in rows})]
-    return table([f"hops:{rows[0]['K']}, answers right at the end, by lookups needed", "LR", *numbers, "all"], out)
+    return table([f"hops:{rows[0]['K']}, answers right at the end, by lookups needed" + seeds_text(rows), "LR", *numbers, "all"], out)
 
 
 TABLES = {"gradient": gradient_table, "max_lr": max_lr_table, "depth": depth_table, "redundancy": redundancy_table, "road": road_table, "highway": highway_table, "hops": hops_table}
@@ -103,8 +118,12 @@ TABLES = {"gradient": gradient_table, "max_lr": max_lr_table, "depth": depth_tab
 def main():
     if len(sys.argv) != 2:
         sys.exit("usage: report.py FOLDER, the --results of run.py")
-    for name, function in TABLES.items():
-        print(f"{name}\n\n{markdown(*function(Path(sys.argv[1])))}\n")
+    folder = Path(sys.argv[1])
+    found = [name for name in TABLES if (folder / f"{name}.csv").exists()]
+    if not found:
+        raise Failure(f"{folder}: expected tables such as gradient.csv, found none; give the --results of run.py")
+    for name in found:
+        print(f"{name}\n\n{markdown(*TABLES[name](folder))}\n")
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def main():
     parser.add_argument("--results", help="folder for tables and figures [build/experiments/SIZE]")
     parser.add_argument("--jobs", type=int, help="runs at a time [one a core; with --gpu 1]")
     parser.add_argument("--binary", help="the trainer [./train_keel_cpu; with --gpu ./train_keel]")
-    parser.add_argument("--list", action="store_true", help="only print the commands")
+    parser.add_argument("--list", action="store_true", help="only print the commands that are known before anything has run")
     parser.add_argument("--draw", action="store_true", help="only draw the figures again, from the tables in --results")
     o = parser.parse_args()
     names = list(EXPERIMENTS) if "all" in o.names else o.names
@@ -94,9 +94,12 @@ def main():
             print(f"wrote {relative(str(c.results / name))}.png")
         return
     if o.list:
+        c.listing = True
         for name in names:
             for run in (run for stage in EXPERIMENTS[name].runs(c.of(name)) for run in stage):
                 print(shlex.join(relative(word) for word in run.command))
+            if hasattr(EXPERIMENTS[name], "MORE"):
+                print(f"{name}: {EXPERIMENTS[name].MORE}", file=sys.stderr)
         return
     if not (ROOT / c.binary).exists():
         raise Failure(f"{c.binary}: expected the trainer, found no such file; build it: make {Path(c.binary).name}")

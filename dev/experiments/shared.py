@@ -19,7 +19,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -53,9 +53,10 @@ class Context:
     jobs: int       # runs at a time
     threads: int    # of each
     every: dict = field(default_factory=dict)  # the settings of the other experiments, whose runs may be shared
+    listing: bool = False  # only the commands are wanted, as if nothing had been run
 
     def of(self, experiment):
-        return Context(self.size, self.every[experiment], self.runs, self.results, self.binary, self.data, self.jobs, self.threads, self.every)
+        return replace(self, settings=self.every[experiment])
 
 
 def seeds(s):
@@ -121,10 +122,10 @@ def write_record(c, run, record):
 
 def finished(c, run):
     """Whether the run is done, with this very command."""
-    record = read_record(c, run)
+    record = {} if c.listing else read_record(c, run)
     if record and record["command"] != run.command:
         raise Failure(f"{record_path(c, run)}: expected a run of\n  {shlex.join(run.command)}\nfound one of\n  {shlex.join(record['command'])}\n"
-                      "remove it to run it again, or choose another --runs folder")
+                      f"remove it and {c.runs / run.name}* to run it again, or choose another --runs folder")
     return record.get("end") in ("finished", "diverged")
 
 
@@ -273,14 +274,15 @@ def duration(seconds):
 
 
 def sweep(grid, start, score):
-    """The learning rates to run: those of `start`, then the grid's next ones until the best has been tried on both sides. score(rate): lower is better,
-    None while its runs are not finished. Called again when they are, it returns more, or the same when the sweep is at its end."""
+    """The learning rates to run: those of `start`, then the grid's next ones until the best has been tried on both sides, or is the grid's first or last.
+    score(rate): lower is better, None while its runs are not finished. Called again when they are, it returns more, or the same when the sweep is at its end."""
+    grid = sorted(grid)
     tried = [rate for rate in start if rate in grid] or grid[max(0, len(grid) // 2 - 1):len(grid) // 2 + 1]
     while True:
         scores = {rate: score(rate) for rate in tried}
         if None in scores.values():
             return tried
-        at = grid.index(min(tried, key=scores.get))
+        at = grid.index(min(tried, key=lambda rate: (scores[rate], rate)))  # where all diverge, on to lower ones
         beside = [rate for rate in grid[max(0, at - 1):at + 2] if rate not in tried]
         if not beside:
             return sorted(tried)
@@ -338,14 +340,18 @@ def log(c, run):
     return ([int(r["step"]) for r in rows], [float(r["loss"] or "nan") for r in rows], [float(r["val_loss"] or "nan") for r in rows])
 
 
+def diverged(c, run):
+    return read_record(c, run)["end"] == "diverged"
+
+
 def final_loss(c, run):
-    """Of the run's last validation; infinite where the run diverged."""
-    if read_record(c, run)["end"] == "diverged":
+    """Of the run's last validation; infinite where the run diverged or the loss is no number."""
+    if diverged(c, run):
         return math.inf
-    found = [v for v in log(c, run)[2] if not math.isnan(v)]
+    found = [r["val_loss"] for r in read_csv(c.runs / run.name / "log.csv") if r["val_loss"]]
     if not found:
         raise Failure(f"{c.runs / run.name}: expected a validation loss in log.csv, found none")
-    return found[-1]
+    return float(found[-1]) if math.isfinite(float(found[-1])) else math.inf
 
 
 def smooth(values, width):

@@ -3,7 +3,7 @@
 const D = JSON.parse(document.getElementById("lesson-data").textContent);
 const reduced = matchMedia("(prefers-reduced-motion: reduce)").matches;
 const figures = {};                 // name: a function that returns {data, layout}
-const state = { on: new Set(D.norms), step: 0, heat: "post", removed: D.redundancy.norms[0], L: 64 };
+const state = { on: new Set(D.norms), step: 0, heat: D.norms.includes("post") ? "post" : D.norms[0], removed: D.redundancy.norms[0], hops: D.hops.norms[0], L: 64 };
 
 const css = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const narrow = () => innerWidth < 600;
@@ -94,14 +94,17 @@ figures.redundancy = () => {
     layout: layout({ bargap: 0.12, xaxis: { title: "sub-layer removed" }, yaxis: { title: narrow() ? "" : "perplexity lost", range: D.redundancy.range.map(scale), tickvals: ticks.map(scale), ticktext: ticks.map(String), zeroline: true, zerolinecolor: css("--soft") } }) };
 };
 
-function answers(curves, xaxis) {
-  return { data: curves.map(run => ({ x: run.x, y: run.accuracy, mode: "lines+markers", name: run.name, line: { color: D.colours[run.norm], width: 2.4, dash: run.dash }, marker: { size: run.x.length > 10 ? 4 : 7 },
-      hovertemplate: "%{y:.1%}<extra>" + run.name + "</extra>" })),
-    layout: layout({ xaxis, yaxis: { title: narrow() ? "" : "answers right", tickformat: ".0%", range: [0, 1.03] },
-      shapes: [{ type: "line", xref: "paper", x0: 0, x1: 1, y0: D.hops.chance, y1: D.hops.chance, line: { color: css("--soft"), width: 1, dash: "dot" } }] }) };
-}
-figures.hops = () => answers(D.hops.curves, { title: D.hops.axis, type: "category" });
-figures.learning = () => answers(D.learning, { title: "step" });
+figures.hops = () => {
+  const z = D.hops.end[state.hops], depths = D.hops.L.map(L => "L = " + L);
+  return { data: [{ type: "heatmap", x: D.hops.lookups, y: depths, z, zmin: 0, zmax: 1, xgap: 3, ygap: 3, showscale: false, colorscale: [[0, css("--grid")], [1, D.colours[state.hops]]],
+      hovertemplate: "%{y}, lookups %{x}: %{z:.1%}<extra>" + label(state.hops) + "</extra>" }],
+    layout: layout({ xaxis: { title: "lookups needed", type: "category", showgrid: false }, yaxis: { type: "category", showgrid: false },
+      annotations: z.flatMap((row, i) => row.map((v, j) => ({ x: j, y: i, text: v === null ? "" : Math.round(100 * v) + " %", showarrow: false, font: { size: 14, color: v > 0.5 ? "#fff" : css("--ink") } }))) }) };
+};
+figures.learning = () => ({ data: D.hops.training[state.hops].map((y, k) => ({ x: D.hops.steps, y, mode: "lines+markers", name: `${k + 1} lookup${k ? "s" : ""}`, marker: { size: 4 },
+      line: { color: D.colours[state.hops], width: 2.6, dash: ["solid", "dash", "dot"][k % 3] }, opacity: 1 - 0.5 * k / D.hops.lookups.length, hovertemplate: "step %{x}: %{y:.1%}<extra>" + `${k + 1} lookup${k ? "s" : ""}` + "</extra>" })),
+  layout: layout({ xaxis: { title: "step" }, yaxis: { title: narrow() ? "" : "answers right", tickformat: ".0%", range: [0, 1.03] },
+    shapes: [{ type: "line", xref: "paper", x0: 0, x1: 1, y0: D.hops.chance, y1: D.hops.chance, line: { color: css("--soft"), width: 1, dash: "dot" } }] }) });
 
 // ---------------------------------------------------------------------------------------------------------
 // Drawing and controls
@@ -147,14 +150,14 @@ function placementButtons(name) {
     box.append(b);
   }
 }
-function oneOf(name, norms, key) {
+function oneOf(name, norms, key, ...others) {
   const box = controls(name);
   for (const norm of norms) {
     const b = element("button", { type: "button", "data-norm": norm, "aria-pressed": state[key] === norm, style: `--chip: ${D.colours[norm]}` }, element("i"), label(norm));
     b.onclick = () => {
       state[key] = norm;
       box.querySelectorAll("button").forEach(other => other.setAttribute("aria-pressed", other === b));
-      draw(name);
+      draw(name, ...others);
     };
     box.append(b);
   }
@@ -195,6 +198,7 @@ for (const name of ["flow", "shortcut", "loss"]) placementButtons(name);
 for (const name of ["flow", "shortcut"]) stepSlider(name);
 oneOf("heat", D.norms, "heat");
 oneOf("redundancy", D.redundancy.norms, "removed");
+oneOf("hops", D.hops.norms, "hops", "learning");
 depthSlider();
 const all = Object.keys(figures);
 setStep(0).then(() => draw(...all)).then(() => { document.documentElement.dataset.drawn = all.length; });
