@@ -91,7 +91,8 @@ def draw(c):
     rows = read_csv(c.results / "depth.csv")
     found, (deep, equal) = best(rows), questions(rows)
     norms = list(dict.fromkeys(r["norm"] for r in rows))
-    figure, axes = plt.subplots(1, 3, figsize=(13.5, 4), gridspec_kw={"wspace": 0.25})
+    panels = 3 if len(equal) > 1 else 2  # shapes of one size are the third
+    figure, axes = plt.subplots(1, panels, figsize=(4.5 * panels, 4), gridspec_kw={"wspace": 0.25})
     lrs = sorted({float(r["lr"]) for r in rows})
     for norm in norms:
         colour = COLOURS[norm]
@@ -101,8 +102,10 @@ def draw(c):
         for a, style in zip(deep, itertools.cycle(("o:", "s--", "D-", "^-."))):
             found_at = [[float(r["val_loss"]) for r in rows if (r["norm"], int(r["L"]), int(r["C"]), float(r["lr"])) == (norm, *a, lr)] for lr in lrs]
             points = [(lr, sum(v) / len(v)) for lr, v in zip(lrs, found_at) if v and math.isfinite(sum(v))]
-            axes[1].plot(*zip(*points), style, color=colour, ms=4, lw=1.4, label=f"{LABELS[norm]} L = {a[0]}")
-        axes[2].plot(range(len(equal)), [found[norm, *a][1] for a in equal], "o-", color=colour, label=LABELS[norm])
+            if points:
+                axes[1].plot(*zip(*points), style, color=colour, ms=4, lw=1.4, label=f"{LABELS[norm]} L = {a[0]}")
+        if panels == 3:
+            axes[2].plot(range(len(equal)), [found[norm, *a][1] for a in equal], "o-", color=colour, label=LABELS[norm])
     axes[0].set(xscale="log", xlabel=f"sub-layers L, of {deep[0][1]} channels", title="Validation loss at the best rate")
     axes[0].set_xticks([L for L, _ in deep], [str(L) for L, _ in deep])
     axes[0].minorticks_off()
@@ -111,7 +114,8 @@ def draw(c):
     axes[1].set_xticks(lrs, [f"{lr:g}" for lr in lrs])
     axes[1].minorticks_off()
     axes[1].legend(fontsize=8)
-    axes[2].set(title=f"Deeper or wider, {6 * equal[0][0] * equal[0][1] ** 2 / 1e6:.2g} M parameters")
-    axes[2].set_xticks(range(len(equal)), [f"L = {L}\nC = {C}" for L, C in equal])
+    if panels == 3:
+        axes[2].set(title=f"Deeper or wider, {6 * equal[0][0] * equal[0][1] ** 2 / 1e6:.2g} M parameters")
+        axes[2].set_xticks(range(len(equal)), [f"L = {L}\nC = {C}" for L, C in equal])
     axes[0].legend()
     save(plt, figure, c.results / "depth.png")
