@@ -1,7 +1,7 @@
 # KEEL trainer. `make` alone lists the targets.
 
 CXX      ?= g++
-# No -ffast-math: the order of every sum is the source's. -fno-math-errno only lets square roots be vectorised, -fno-trapping-math comparisons, so the exponential.
+# No -ffast-math: the order of every sum is the source's. -fno-math-errno only lets square roots be vectorised, -fno-trapping-math comparisons, and with them exponential().
 CXXFLAGS ?= -O3 -march=native
 FLAGS     = -std=c++20 $(CXXFLAGS) -fno-math-errno -fno-trapping-math -fopenmp -Wall -Wextra -Wno-psabi -Wno-unknown-pragmas
 
@@ -45,7 +45,7 @@ help:
 	@echo "make train_keel_fp32      the same all in FP32, for comparing"
 	@echo "make train_keel_cpu       the trainer for the CPU, FP32"
 	@echo "make train_keel_cpu_fp64  the same in FP64, the yardstick for gradients"
-	@echo "make lesson               trains seven placements here, some 24 minutes on 2 cores, and writes build/lesson.html: why Post-LN dies, measured"
+	@echo "make lesson               trains seven placements here, some 11 minutes on 2 cores, and writes build/lesson.html: why Post-LN dies, measured"
 	@echo "make figures              draws the figures of dev/results/lesson again, from the tables beside them"
 	@echo "make compare              CPU against GPU, tensor by tensor, both ways; without a GPU its kernels run on the CPU"
 	@echo "make test_gpu             the tests of the GPU trainer, on the GPU that is here"
