@@ -161,7 +161,7 @@ FIGURES = {
     "wide": ("Deeper or wider, at one size", None, None, "As many parameters in the sub-layers of each shape."),
     "redundancy": ("Perplexity lost by removing one sub-layer", "one", None, "Full colour: attention; pale: feed-forward. One scale for all, logarithmic away from 0."),
     "hops": ("Answers right at the end", "one", None, "By the lookups that a query takes and the sub-layers that the model has."),
-    "learning": ("Answers right over training, in the deepest model", None, None, "Dotted: the best guess without a lookup."),
+    "learning": ("Answers right over training, in the deepest model", None, None, "Grey: the best guess without a lookup."),
 }
 
 LEGENDS = ("road", "highway", "ramp", "depth", "wide", "learning")
@@ -223,11 +223,11 @@ class Lesson:
         for part in (self.gradient, self.placements, self.road, self.highway, self.max_lr, self.depth, self.redundancy, self.hops, self.provenance):
             part()
 
-    def report(self, name):
-        """A table of report.py as HTML."""
+    def report(self, name, numbers=()):
+        """A table of report.py as HTML; numbers: the columns that are."""
         columns, rows = report.TABLES[name](self.results)
         names = {LABELS[n]: dot(n) for n in LABELS}
-        return html_table(columns, [[names.get(v, html.escape(str(v))) for v in row] for row in rows])
+        return html_table(columns, [[names.get(v, html.escape(str(v))) for v in row] for row in rows], numbers)
 
     def gradient(self):
         rows = self.t["gradient"]
@@ -278,7 +278,7 @@ class Lesson:
         stuck = [LABELS[n] for n in norms if val[n] > min(val.values()) + 0.5]
         best = min(val, key=val.get)
         order = ", ".join(f"{LABELS[n]} {val[n]:.2f}" for n in sorted(val, key=val.get))
-        self.values["loss_words"] = (f"Validation loss after {total} steps: {order}. " + (f"More than half a nat behind: {', '.join(stuck)}; the rest of this page says why. " if stuck else "")
+        self.values["loss_words"] = (f"Validation loss after {total} steps: {order}. " + (f"More than half a nat behind: {', '.join(stuck)}. " if stuck else "")
                                      + f"The best at this one learning rate is {LABELS[best]}; what KEEL gains by bearing a higher one comes below.")
 
     def placements(self):
@@ -411,7 +411,7 @@ class Lesson:
         if len(deep) > 1:
             bests = {n: min(deep, key=lambda s: found[n, *s][1])[0] for n in norms}
             words.append("The deepest is best in " + " and ".join(LABELS[n] for n in norms if bests[n] == deep[-1][0]) + "." if deep[-1][0] in bests.values() else
-                         "The deepest is best in neither: of " + ", ".join(f"{LABELS[n]} it is L = {bests[n]}" for n in norms) + ". These runs are short, and a deeper model has more to learn.")
+                         "The deepest is best in neither: " + ", ".join(f"{LABELS[n]} does best at L = {bests[n]}" for n in norms) + ". These runs are short, and a deeper model has more to learn.")
         self.values["depth_words"] = " ".join(words)
 
     def redundancy(self):
@@ -442,7 +442,7 @@ class Lesson:
             return next((k for k in range(K) if hops.accuracy(rows, n, L, numbers[k]) < 0.9), K)
         ends = "; ".join(f"{LABELS[n]} " + ", ".join(f"{learnt(n, L)} at L = {L}" for L in depths) for n in norms)
         alpha = next((flags["-a"] for run in self.runs["hops"] if "-a" in (flags := command_flags(run["command"]))), None)
-        self.tables["hops"] = self.report("hops")
+        self.tables["hops"] = self.report("hops", range(1, K + 3))
         self.values["hops_words"] = (f"After {steps} steps nine in ten answers are right up to so many lookups: {ends}. A guess is right in {100 * chance:.0f} %" + (f", and one that knows both neighbours not to be the answer in {100 / (2 * K - 2):.0f} %." if K > 1 else ".")
                                      + (f" KEEL has α = {alpha} here: α = L is for deep models, and in small ones the paper tunes it." if alpha else ""))
 
