@@ -105,18 +105,15 @@ def main():
         raise Failure(f"{c.binary}: expected the trainer, found no such file; build it: make {Path(c.binary).name}")
     # The first stage of all experiments together, then what depends on how those ended.
     stages = {name: EXPERIMENTS[name].runs(c.of(name)) for name in names}
-    all_runs = {name: [] for name in names}
     while stages:
         now = {name: next(stages[name], None) for name in stages}
         stages = {name: stages[name] for name, runs in now.items() if runs is not None}
-        for name, runs in now.items():
-            all_runs[name] += runs or []
         batch = [run for runs in now.values() for run in runs or []]
         if batch:
             Pool(c, batch).go()
     for name in names:
         EXPERIMENTS[name].collect(c.of(name))
-        write_runs(c, name, all_runs[name])
+        write_runs(c, name, [run for stage in EXPERIMENTS[name].runs(c.of(name)) for run in stage])  # asked anew, so in one order however they came to be
         EXPERIMENTS[name].draw(c.of(name))
         print(f"wrote {relative(str(c.results / name))}.csv, .png and _runs.csv", flush=True)
 
