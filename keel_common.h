@@ -555,7 +555,7 @@ void initialise_tensor(Real* out, const TensorInfo& t, size_t tensor_index, uint
 // removes. Why the name stands twice: a lookup needs two things at once, that a value knows whose it is and that a query finds it, and neither alone
 // lowers the loss. Foreseeing the second name teaches the first. Without it ("kf;...;2bk;") 77 % of one lookup and none of two are right after
 // 2500 steps of hops:2 (-L 8 -C 64 -H 4 -b 16 -u 200 -l 6e-3), with it all of both from step 1000 on. Why a query says how many lookups it takes, and its answer
-// is a name: each number of lookups is then a step on from the one before, which is asked as well, and the models learn one after the other. Where chains of
+// is a name: each number of lookups is then a step on from the one before, which is asked as well. Where chains of
 // names end in a digit that alone is asked for, two lookups are still at chance after 2500 steps.
 struct HopPrograms {
     static constexpr int MAX_HOPS = 9;  // a digit says how many
