@@ -344,7 +344,7 @@ def test_page(folder):
 def test_document(folder):
     """Every table of dev/doc/lesson.md is what report.py prints of the committed results."""
     text = (ROOT / "dev/doc/lesson.md").read_text()
-    for results, names in ((COMMITTED, report.TABLES), (COMMITTED.parent / "three_seeds", ("depth", "hops")), (COMMITTED.parent / "depth_long", ("depth",))):
+    for results, names in ((COMMITTED, report.TABLES), (COMMITTED.parent / "three_seeds", ("depth", "hops")), (COMMITTED.parent / "depth_long", ("depth",)), (COMMITTED.parent / "max_lr_64", ("max_lr",))):
         for name in names:
             assert report.markdown(*report.TABLES[name](results)) in text, f"{name} of {results}: dev/doc/lesson.md has another table than report.py prints"
             assert all(row["command"] and row["seed"] for row in rows(results / f"{name}_runs.csv")), (results, name)
