@@ -2,7 +2,8 @@
 
 CXX      ?= g++
 # No -ffast-math: the order of every sum is the source's. -fno-math-errno only lets square roots be vectorised, -fno-trapping-math comparisons, and with them exponential().
-CXXFLAGS ?= -O3 -march=native
+MARCH     = native
+CXXFLAGS ?= -O3 -march=$(MARCH)
 FLAGS     = -std=c++20 $(CXXFLAGS) -fno-math-errno -fno-trapping-math -fopenmp -Wall -Wextra -Wno-psabi -Wno-unknown-pragmas
 
 # CBLAS=1 takes the matrix products from OpenBLAS instead: the ceiling that our own is measured against.
@@ -23,11 +24,17 @@ NCCL_LIBRARIES = $$(dev/cuda.sh nccl link) $$(dev/mpi.sh link nvcc)
 
 # The CUDA compiler, and code for the GPU that is here or else for sm_80, sm_90, sm_100 and, as PTX, for later ones.
 # --expt-relaxed-constexpr: kernels call the constexpr functions of keel_common.h, such as Philox.
+# -O is the host code's alone: the trainer's does little, and at -O1 g++ takes two thirds of the time.
 NVCC     ?= nvcc
-NVCCFLAGS ?= -O3
-CUDA_FLAGS = -std=c++20 $(NVCCFLAGS) --expt-relaxed-constexpr $$(dev/cuda.sh arch) -Xcompiler -Wall,-Wextra
-# The tests and benchmarks have the CPU trainer in them; -Wno-parentheses is for what nvcc makes of it for g++.
-CUDA_TEST = $(CUDA_FLAGS),-fopenmp,-march=native,-Wno-psabi,-Wno-unknown-pragmas,-Wno-parentheses -diag-suppress 1675 -I. -DKEEL_NO_MAIN
+NVCCFLAGS ?= --threads 0
+CUDA      = $$(dev/cuda.sh nvcc) -std=c++20 $(NVCCFLAGS) --expt-relaxed-constexpr $$(dev/cuda.sh arch) \
+            -Xcompiler -Wall,-Wextra
+CUDA_TRAINER = $(CUDA) -O1 $(NCCL_FLAGS)
+# The tests and benchmarks have the CPU trainer in them, whose loops want -O3. -Wno-parentheses is for what nvcc makes
+# of it for g++.
+CUDA_TEST = $(CUDA) -Xcompiler -fopenmp,-march=$(MARCH),-Wno-psabi,-Wno-unknown-pragmas,-Wno-parentheses -O3 \
+            -diag-suppress 1675 -I. -DKEEL_NO_MAIN
+CUDA_LIBRARIES = -lcublasLt $$(dev/cuda.sh rpath)
 export NVCC
 
 # The GPU trainer built by a plain C++ compiler and run on the CPU: test/cuda_on_cpu has headers of the toolkit's names.
@@ -36,6 +43,17 @@ ON_CPU    = $(FLAGS) -fno-strict-aliasing -rdynamic -Itest/cuda_on_cpu -I. -x c+
 ON_CPU_LIBRARIES = -x none -lboost_context -pthread -ldl
 CUDA_ON_CPU = $(wildcard test/cuda_on_cpu/*.h)
 SANITIZE  = -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
+
+# What make card builds, for a machine that has a GPU for minutes and perhaps no compiler: for the GPU that is here or else
+# Hopper's, for CPUs of the last ten years, on one rank. Its kernels' code is not compressed: dev/card.py hashes it.
+CARD = build/card
+CARD_PROGRAMS = $(addprefix $(CARD)/,train_keel train_keel_fp32 train_keel_cpu train_keel_cpu_fp64 test_gpu_bf16 test_gpu_fp32 \
+                                     bench_kernels bench_products)
+$(CARD)/%: MARCH = x86-64-v3
+$(CARD)/%: NVCCFLAGS = --no-compress
+$(CARD)/%: export MPI = 0
+$(CARD)/%: export NCCL = 0
+$(CARD)/%: export ARCH = 90
 
 .PHONY: help
 help:
@@ -52,9 +70,8 @@ help:
 	@echo "make crash_test           kills the CPU trainer 210 times, cuts its power, fills its disk, flips bits in its files: each run must end as if nothing had been"
 	@echo "make sanitize             the CPU trainer's tests under ASan, UBSan and TSan, and a short run under valgrind's memcheck"
 	@echo "make fuzz                 libFuzzer on each parser and the command line, 60 s each, two at a time; FUZZ_SECONDS=600 for longer"
-	@echo "make gpu_check            all of it on a machine with a GPU, under 8 minutes, ending with a table"
-	@echo "make bench_kernels        each kernel's bandwidth or rate on the GPU that is here, beside a copy, a matrix product and PyTorch's attention"
-	@echo "make bench_products       ways of doing a sub-layer's matrix products, side by side, and what each would win of a step: --tune, GELU epilogues, FP8, small C"
+	@echo "make card                 builds into build/card what dev/card.sh runs where the GPU is, all that one can show in minutes; BASELINE=REF: an older trainer too"
+	@echo "make rehearsal            dev/card.sh without a GPU: its kernels run on the CPU"
 	@echo "make idle                 how much of a step the GPU waits, and what each kernel takes, at 1024 sub-layers; dev/idle.sh FLAGS for another model"
 	@echo "make bench_gpu            whole steps on the GPU that is here: tokens/s and MFU beside PyTorch's at its best; dev/bench_gpu.sh --help"
 	@echo "make memory_table         what a model takes of a GPU at each level of -r and type of states; MODEL='-L 1024 -C 1024 -t 1024' GIB=135"
@@ -66,165 +83,126 @@ help:
 	@echo "make clean                removes what was built"
 	@echo "options: CXX=clang++  CXXFLAGS='-O3 -march=native'  CBLAS=1 (matrix products by OpenBLAS)  MPI=0 (one rank)  NCCL=0 (one GPU)  NVCC=/path/nvcc  PYTHON=/usr/bin/python3"
 
+# The recipe of every program, $(call program,PACKAGES,COMPILER AND FLAGS,LIBRARIES): $@ from $<, its first source.
+# It builds again also where this or what is found for it has changed; dev/compile.sh knows, and FORCE has make ask.
+program = +@dev/compile.sh $@ '$(filter-out FORCE,$?)' '$(1)' '$(subst ','\'',$(2) -o $@ $< $(3))'
+# $(call on_cpu,FLAGS,LIBRARIES,PACKAGES), what is needed beside ON_CPU's own
+on_cpu = $(call program,g++ libboost-context-dev $(3),$(CXX) $(ON_CPU) $(1),$(ON_CPU_LIBRARIES) $(2))
+FORCE:
+# Its name says what a program computes in.
+FP32 = $(if $(findstring fp32,$@),-DKEEL_FP32)
+FP64 = $(if $(findstring fp64,$@),-DKEEL_FP64)
+
 .PHONY: train
 train:
 	@trainer=$$(dev/cuda.sh trainer) && $(MAKE) --no-print-directory $$trainer && ./$$trainer
 
-train_keel: train_keel.cu keel_common.h
-	@dev/cuda.sh nvcc >/dev/null
-	$$(dev/cuda.sh nvcc) $(CUDA_FLAGS) $(NCCL_FLAGS) -o $@ $< -lcublasLt $(NCCL_LIBRARIES) $$(dev/cuda.sh rpath)
+train_keel train_keel_fp32 $(CARD)/train_keel $(CARD)/train_keel_fp32: train_keel.cu keel_common.h FORCE
+	$(call program,nvcc,$(CUDA_TRAINER) $(FP32),$(NCCL_LIBRARIES) $(CUDA_LIBRARIES))
 
-train_keel_fp32: train_keel.cu keel_common.h
-	@dev/cuda.sh nvcc >/dev/null
-	$$(dev/cuda.sh nvcc) $(CUDA_FLAGS) $(NCCL_FLAGS) -DKEEL_FP32 -o $@ $< -lcublasLt $(NCCL_LIBRARIES) $$(dev/cuda.sh rpath)
-
-train_keel_cpu: train_keel_cpu.cpp keel_common.h
-	@dev/need.sh g++
-	$(CXX) $(FLAGS) $(MPI_FLAGS) -o $@ $< $(LIBRARIES) $(MPI_LIBRARIES)
-
-train_keel_cpu_fp64: train_keel_cpu.cpp keel_common.h
-	@dev/need.sh g++
-	$(CXX) $(FLAGS) $(MPI_FLAGS) -DKEEL_FP64 -o $@ $< $(LIBRARIES) $(MPI_LIBRARIES)
+train_keel_cpu train_keel_cpu_fp64 $(CARD)/train_keel_cpu $(CARD)/train_keel_cpu_fp64: train_keel_cpu.cpp keel_common.h FORCE
+	$(call program,g++,$(CXX) $(FLAGS) $(MPI_FLAGS) $(FP64),$(LIBRARIES) $(MPI_LIBRARIES))
 
 # The tests include the trainer's source without its main, once for each number type.
-build/test_cpu_fp32: test/test_cpu.cpp test/numbers.h train_keel_cpu.cpp keel_common.h | build
-	@dev/need.sh g++ doctest-dev
-	$(CXX) $(FLAGS) -I. -DKEEL_NO_MAIN -o $@ $<
-
-build/test_cpu_fp64: test/test_cpu.cpp test/numbers.h train_keel_cpu.cpp keel_common.h | build
-	@dev/need.sh g++ doctest-dev
-	$(CXX) $(FLAGS) -I. -DKEEL_NO_MAIN -DKEEL_FP64 -o $@ $<
+build/test_cpu_fp32 build/test_cpu_fp64: test/test_cpu.cpp test/numbers.h train_keel_cpu.cpp keel_common.h FORCE
+	$(call program,g++ doctest-dev,$(CXX) $(FLAGS) -I. -DKEEL_NO_MAIN $(FP64))
 
 # Runs the real binaries: flags, bad input, resume.
-build/test_run: test/test_run.cpp test/files.h keel_common.h | build
-	@dev/need.sh g++ doctest-dev
-	$(CXX) $(FLAGS) -O1 -I. -o $@ $<
+build/test_run: test/test_run.cpp test/files.h keel_common.h FORCE
+	$(call program,g++ doctest-dev,$(CXX) $(FLAGS) -O1 -I.)
 
 # Several ranks of the real binaries, by mpirun.
-build/test_ranks: test/test_ranks.cpp test/files.h keel_common.h | build
-	@dev/need.sh g++ doctest-dev
-	$(CXX) $(FLAGS) -O1 -I. -o $@ $<
+build/test_ranks: test/test_ranks.cpp test/files.h keel_common.h FORCE
+	$(call program,g++ doctest-dev,$(CXX) $(FLAGS) -O1 -I.)
 
 # Faults of numbers, files and folders, on the CPU trainer's code.
-build/test_faults: test/test_faults.cpp test/files.h train_keel_cpu.cpp keel_common.h | build
-	@dev/need.sh g++ doctest-dev
-	$(CXX) $(FLAGS) -O2 -I. -DKEEL_NO_MAIN -o $@ $<
+build/test_faults: test/test_faults.cpp test/files.h train_keel_cpu.cpp keel_common.h FORCE
+	$(call program,g++ doctest-dev,$(CXX) $(FLAGS) -O2 -I. -DKEEL_NO_MAIN)
 
 # Both suites of the CPU trainer under the sanitizers. TSan needs an OpenMP runtime that tells it of its barriers: LLVM's, with its archer.
-CLANG = clang++-14
+CLANG = clang++-14 -Wno-pass-failed
 CLANG_PACKAGES = clang-14 libclang-rt-14-dev libomp-14-dev
 
-build/%_asan: test/%.cpp test/files.h test/numbers.h train_keel_cpu.cpp keel_common.h | build
-	@dev/need.sh doctest-dev $(CLANG_PACKAGES)
-	$(CLANG) $(FLAGS) $(SANITIZE) -O2 -Wno-pass-failed -I. -DKEEL_NO_MAIN -o $@ $<
+build/%_asan: test/%.cpp test/files.h test/numbers.h train_keel_cpu.cpp keel_common.h FORCE
+	$(call program,doctest-dev $(CLANG_PACKAGES),$(CLANG) $(FLAGS) $(SANITIZE) -O2 -I. -DKEEL_NO_MAIN)
 
-build/%_tsan: test/%.cpp test/files.h test/numbers.h train_keel_cpu.cpp keel_common.h | build
-	@dev/need.sh doctest-dev $(CLANG_PACKAGES)
-	$(CLANG) $(FLAGS) -O1 -g -fsanitize=thread -Wno-pass-failed -I. -DKEEL_NO_MAIN -o $@ $<
+build/%_tsan: test/%.cpp test/files.h test/numbers.h train_keel_cpu.cpp keel_common.h FORCE
+	$(call program,doctest-dev $(CLANG_PACKAGES),$(CLANG) $(FLAGS) -O1 -g -fsanitize=thread -I. -DKEEL_NO_MAIN)
 
 # Memcheck does not know AVX-512.
-build/train_keel_cpu_valgrind: train_keel_cpu.cpp keel_common.h | build
-	@dev/need.sh g++ valgrind
-	$(CXX) $(FLAGS) -O1 -g $(if $(filter x86_64,$(shell uname -m)),-march=x86-64-v3) -o $@ $<
+build/train_keel_cpu_valgrind: train_keel_cpu.cpp keel_common.h FORCE
+	$(call program,g++ valgrind,$(CXX) $(FLAGS) -O1 -g $(if $(filter x86_64,$(shell uname -m)),-march=x86-64-v3))
 
 SANITIZED = build/test_cpu_asan build/test_faults_asan build/test_cpu_tsan build/test_faults_tsan build/train_keel_cpu_valgrind
 
 # libFuzzer's targets, under ASan and UBSan.
 FUZZERS = $(patsubst test/fuzz/%.cpp,build/fuzz_%,$(wildcard test/fuzz/*.cpp))
-build/fuzz_%: test/fuzz/%.cpp test/fuzz/fuzz.h test/fuzz/uncovered.txt keel_common.h | build
-	@dev/need.sh $(CLANG_PACKAGES)
-	$(CLANG) -std=c++20 -O2 -g -I. -Wall -Wextra -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -fsanitize-coverage-ignorelist=test/fuzz/uncovered.txt -o $@ $<
+FUZZ_FLAGS = -std=c++20 -O2 -g -I. -Wall -Wextra -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
+             -fsanitize-coverage-ignorelist=test/fuzz/uncovered.txt
+build/fuzz_%: test/fuzz/%.cpp test/fuzz/fuzz.h test/fuzz/uncovered.txt keel_common.h FORCE
+	$(call program,$(CLANG_PACKAGES),$(CLANG) $(FUZZ_FLAGS))
 
 # Kills the real binary, fills its disk, cuts its power. The shim notes what a program's fsync has made certain.
-build/crash_test: test/crash_test.cpp test/files.h test/crash_disk.h keel_common.h | build
-	@dev/need.sh g++
-	$(CXX) $(FLAGS) -O1 -I. -o $@ $<
+build/crash_test: test/crash_test.cpp test/files.h test/crash_disk.h keel_common.h FORCE
+	$(call program,g++,$(CXX) $(FLAGS) -O1 -I.)
 
-build/crash_shim.so: test/crash_shim.cpp test/crash_disk.h test/files.h | build
-	$(CXX) $(FLAGS) -O1 -shared -fPIC -o $@ $< -ldl
+build/crash_shim.so: test/crash_shim.cpp test/crash_disk.h test/files.h FORCE
+	$(call program,g++,$(CXX) $(FLAGS) -O1 -shared -fPIC,-ldl)
 
 # The GPU trainer and its tests, on the CPU ...
-build/train_keel_on_cpu: train_keel.cu keel_common.h $(CUDA_ON_CPU) | build
-	@dev/need.sh g++ libboost-context-dev
-	$(CXX) $(ON_CPU) $(NCCL_ON_CPU) -o $@ $< $(ON_CPU_LIBRARIES) $(MPI_LIBRARIES)
-
-build/train_keel_fp32_on_cpu: train_keel.cu keel_common.h $(CUDA_ON_CPU) | build
-	@dev/need.sh g++ libboost-context-dev
-	$(CXX) $(ON_CPU) $(NCCL_ON_CPU) -DKEEL_FP32 -o $@ $< $(ON_CPU_LIBRARIES) $(MPI_LIBRARIES)
+build/train_keel_on_cpu build/train_keel_fp32_on_cpu: train_keel.cu keel_common.h $(CUDA_ON_CPU) FORCE
+	$(call on_cpu,$(NCCL_ON_CPU) $(FP32),$(MPI_LIBRARIES))
 
 GPU_TEST = test/test_gpu.cu test/numbers.h train_keel.cu train_keel_cpu.cpp keel_common.h
 
-build/test_gpu_bf16_on_cpu: $(GPU_TEST) $(CUDA_ON_CPU) | build
-	@dev/need.sh g++ doctest-dev libboost-context-dev
-	$(CXX) $(ON_CPU) -DKEEL_NO_MAIN -o $@ $< $(ON_CPU_LIBRARIES)
+build/test_gpu_bf16_on_cpu build/test_gpu_fp32_on_cpu: $(GPU_TEST) $(CUDA_ON_CPU) FORCE
+	$(call on_cpu,-DKEEL_NO_MAIN $(FP32),,doctest-dev)
 
-build/test_gpu_fp32_on_cpu: $(GPU_TEST) $(CUDA_ON_CPU) | build
-	@dev/need.sh g++ doctest-dev libboost-context-dev
-	$(CXX) $(ON_CPU) -DKEEL_NO_MAIN -DKEEL_FP32 -o $@ $< $(ON_CPU_LIBRARIES)
+build/test_gpu_bf16_sanitized: $(GPU_TEST) $(CUDA_ON_CPU) FORCE
+	$(call on_cpu,$(filter-out -g,$(SANITIZE)) -Wno-maybe-uninitialized -DKEEL_NO_MAIN,,doctest-dev)
 
-build/test_gpu_bf16_sanitized: $(GPU_TEST) $(CUDA_ON_CPU) | build
-	$(CXX) $(ON_CPU) $(filter-out -g,$(SANITIZE)) -Wno-maybe-uninitialized -DKEEL_NO_MAIN -o $@ $< $(ON_CPU_LIBRARIES)
-
-build/test_cuda_on_cpu: test/cuda_on_cpu/test_cuda_on_cpu.cpp $(CUDA_ON_CPU) | build
-	@dev/need.sh g++ doctest-dev libboost-context-dev
-	$(CXX) $(ON_CPU) -o $@ $< $(ON_CPU_LIBRARIES)
+build/test_cuda_on_cpu: test/cuda_on_cpu/test_cuda_on_cpu.cpp $(CUDA_ON_CPU) FORCE
+	$(call on_cpu,,,doctest-dev)
 
 # nccl.h over MPI: mpirun -np 3 build/test_nccl
-build/test_nccl: test/cuda_on_cpu/test_nccl.cpp $(CUDA_ON_CPU) | build
-	@dev/need.sh g++ libboost-context-dev libopenmpi-dev openmpi-bin
-	$(CXX) $(ON_CPU) -O1 $(MPI_FLAGS) -o $@ $< $(ON_CPU_LIBRARIES) $(MPI_LIBRARIES)
+build/test_nccl: test/cuda_on_cpu/test_nccl.cpp $(CUDA_ON_CPU) FORCE
+	$(call on_cpu,-O1 $(MPI_FLAGS),$(MPI_LIBRARIES),libopenmpi-dev openmpi-bin)
 
-build/bench_kernels_on_cpu: dev/bench_kernels.cu dev/bench.h train_keel.cu train_keel_cpu.cpp keel_common.h $(CUDA_ON_CPU) | build
-	@dev/need.sh g++ libboost-context-dev
-	$(CXX) $(ON_CPU) -O1 -DKEEL_NO_MAIN -o $@ $< $(ON_CPU_LIBRARIES)
+build/bench_kernels_on_cpu: dev/bench_kernels.cu dev/bench.h train_keel.cu train_keel_cpu.cpp keel_common.h \
+                            $(CUDA_ON_CPU) FORCE
+	$(call on_cpu,-O1 -DKEEL_NO_MAIN)
 
-build/bench_products_on_cpu: dev/bench_products.cu dev/bench.h train_keel.cu keel_common.h $(CUDA_ON_CPU) | build
-	@dev/need.sh g++ libboost-context-dev
-	$(CXX) $(ON_CPU) -O1 -DKEEL_NO_MAIN -o $@ $< $(ON_CPU_LIBRARIES)
+build/bench_products_on_cpu: dev/bench_products.cu dev/bench.h train_keel.cu keel_common.h $(CUDA_ON_CPU) FORCE
+	$(call on_cpu,-O1 -DKEEL_NO_MAIN)
 
-build/memory_table: dev/memory_table.cu train_keel.cu keel_common.h $(CUDA_ON_CPU) | build
-	@dev/need.sh g++ libboost-context-dev
-	$(CXX) $(ON_CPU) -O1 -DKEEL_NO_MAIN -o $@ $< $(ON_CPU_LIBRARIES)
+build/memory_table: dev/memory_table.cu train_keel.cu keel_common.h $(CUDA_ON_CPU) FORCE
+	$(call on_cpu,-O1 -DKEEL_NO_MAIN)
 
 # Another compiler's reading of the same source and headers.
-build/train_keel_clang_on_cpu: train_keel.cu keel_common.h $(CUDA_ON_CPU) | build
-	@dev/need.sh clang libboost-context-dev
-	clang++ $(filter-out -fopenmp,$(ON_CPU)) -O1 -Wno-pass-failed -o $@ $< $(ON_CPU_LIBRARIES)
+CLANG_ON_CPU = clang++ $(filter-out -fopenmp,$(ON_CPU)) -O1 -Wno-pass-failed
+build/train_keel_clang_on_cpu: train_keel.cu keel_common.h $(CUDA_ON_CPU) FORCE
+	$(call program,clang libboost-context-dev,$(CLANG_ON_CPU),$(ON_CPU_LIBRARIES))
 
 # ... and on a GPU.
-build/test_gpu_bf16: $(GPU_TEST) | build
-	@dev/cuda.sh nvcc >/dev/null
-	@dev/need.sh g++ doctest-dev
-	$$(dev/cuda.sh nvcc) $(CUDA_TEST) -o $@ $< -lcublasLt $$(dev/cuda.sh rpath)
+build/test_gpu_bf16 build/test_gpu_fp32 $(CARD)/test_gpu_bf16 $(CARD)/test_gpu_fp32: $(GPU_TEST) FORCE
+	$(call program,nvcc g++ doctest-dev,$(CUDA_TEST) $(FP32),$(CUDA_LIBRARIES))
 
-build/test_gpu_fp32: $(GPU_TEST) | build
-	@dev/cuda.sh nvcc >/dev/null
-	@dev/need.sh g++ doctest-dev
-	$$(dev/cuda.sh nvcc) $(CUDA_TEST) -DKEEL_FP32 -o $@ $< -lcublasLt $$(dev/cuda.sh rpath)
+build/bench_kernels $(CARD)/bench_kernels: dev/bench_kernels.cu dev/bench.h train_keel.cu train_keel_cpu.cpp keel_common.h FORCE
+	$(call program,nvcc,$(CUDA_TEST),$(CUDA_LIBRARIES))
 
-build/bench_kernels: dev/bench_kernels.cu dev/bench.h train_keel.cu train_keel_cpu.cpp keel_common.h | build
-	@dev/cuda.sh nvcc >/dev/null
-	$$(dev/cuda.sh nvcc) $(CUDA_TEST) -o $@ $< -lcublasLt $$(dev/cuda.sh rpath)
-
-build/bench_products: dev/bench_products.cu dev/bench.h train_keel.cu keel_common.h | build
-	@dev/cuda.sh nvcc >/dev/null
-	$$(dev/cuda.sh nvcc) $(CUDA_TEST) -o $@ $< -lcublasLt $$(dev/cuda.sh rpath)
+build/bench_products $(CARD)/bench_products: dev/bench_products.cu dev/bench.h train_keel.cu keel_common.h FORCE
+	$(call program,nvcc,$(CUDA_TEST),$(CUDA_LIBRARIES))
 
 # Loaded into train_keel by the driver, it records when each kernel runs; the other stands in for CUPTI in its test.
-CUPTI_LIBRARY = $(CXX) -std=c++20 -O2 -Wall -Wextra -fPIC -shared -fvisibility=$(1) -o $@ $< $$(dev/cuda.sh cupti)
-build/cupti_idle.so: dev/cupti_idle.cpp | build
-	@dev/cuda.sh cupti >/dev/null
-	$(call CUPTI_LIBRARY,hidden)
+CUPTI = $(CXX) -std=c++20 -O2 -Wall -Wextra -fPIC -shared
+build/cupti_idle.so $(CARD)/cupti_idle.so: dev/cupti_idle.cpp FORCE
+	$(call program,cupti,$(CUPTI) -fvisibility=hidden,$$(dev/cuda.sh cupti))
 
-build/fake_cupti.so: test/fake_cupti.cpp | build
-	@dev/cuda.sh cupti >/dev/null
-	$(call CUPTI_LIBRARY,default)
+build/fake_cupti.so: test/fake_cupti.cpp FORCE
+	$(call program,cupti,$(CUPTI) -fvisibility=default,$$(dev/cuda.sh cupti))
 
-build/bench_matmul: dev/bench_matmul.cpp train_keel_cpu.cpp keel_common.h | build
-	$(CXX) $(FLAGS) -I. -DKEEL_NO_MAIN -o $@ $< -ldl
-
-build:
-	mkdir -p build
+build/bench_matmul: dev/bench_matmul.cpp train_keel_cpu.cpp keel_common.h FORCE
+	$(call program,g++,$(CXX) $(FLAGS) -I. -DKEEL_NO_MAIN,-ldl)
 
 TEST_PROGRAMS = train_keel_cpu train_keel_cpu_fp64 build/test_cpu_fp32 build/test_cpu_fp64 build/test_run build/test_ranks build/test_faults build/crash_test build/crash_shim.so build/train_keel_on_cpu \
                 build/train_keel_fp32_on_cpu build/test_gpu_bf16_on_cpu build/test_gpu_fp32_on_cpu build/test_gpu_bf16_sanitized build/test_cuda_on_cpu \
@@ -234,7 +212,7 @@ TEST_PROGRAMS = train_keel_cpu train_keel_cpu_fp64 build/test_cpu_fp32 build/tes
 test:
 	@dev/need.sh g++ doctest-dev libboost-context-dev
 	@[ "$(MPI)" = 0 ] || [ "$$(dev/mpi.sh compile)" ] || dev/need.sh libopenmpi-dev openmpi-bin || true
-	@$(MAKE) --no-print-directory -j2 $(TEST_PROGRAMS) $$([ -z "$$(dev/mpi.sh compile)" ] || echo build/test_nccl)
+	@$(MAKE) --no-print-directory -j2 $(TEST_PROGRAMS) rehearsal_programs $$([ -z "$$(dev/mpi.sh compile)" ] || echo build/test_nccl)
 	@if [ "$(LONG)" ] && dev/need.sh $(CLANG_PACKAGES) valgrind; then $(MAKE) --no-print-directory -j2 $(SANITIZED) $(FUZZERS); fi
 	@test/run.sh
 
@@ -260,9 +238,21 @@ fuzz: $(FUZZERS)
 compare:
 	@dev/compare.sh
 
-.PHONY: gpu_check
-gpu_check:
-	@dev/gpu_check.sh
+.PHONY: card card_programs
+card_programs: $(CARD_PROGRAMS)
+card: card_programs
+	@dev/cuda.sh cupti >/dev/null && $(MAKE) --no-print-directory $(CARD)/cupti_idle.so || echo "idle time will not be measured"
+	@dev/card.sh --pack --baseline '$(BASELINE)'
+
+# The programs under the card's names; and what is measured by CUPTI, where that is here.
+REHEARSED = train_keel_cpu train_keel_cpu_fp64 build/train_keel_on_cpu build/train_keel_fp32_on_cpu build/test_gpu_bf16_on_cpu \
+            build/test_gpu_fp32_on_cpu build/bench_kernels_on_cpu build/bench_products_on_cpu
+.PHONY: rehearsal rehearsal_programs
+rehearsal_programs: $(REHEARSED)
+	@dev/cuda.sh cupti >/dev/null && $(MAKE) --no-print-directory build/cupti_idle.so build/fake_cupti.so || true
+	@dev/card.sh --pack --rehearse
+rehearsal: rehearsal_programs
+	@dev/card.sh --rehearse --seconds 900
 
 MODEL ?= -L 1024 -C 1024 -t 1024
 GIB   ?= 135
@@ -277,14 +267,6 @@ deep_run:
 .PHONY: state_types
 state_types: train_keel
 	@dev/state_types.py
-
-.PHONY: bench_kernels
-bench_kernels:
-	@dev/bench_kernels.sh
-
-.PHONY: bench_products
-bench_products:
-	@dev/bench_products.sh
 
 .PHONY: idle
 idle:

@@ -1,12 +1,12 @@
 #!/bin/bash
 # What this machine has for train_keel.
 #   cuda.sh nvcc     prints the CUDA compiler's path, or says what is missing
-#   cuda.sh arch     prints nvcc's flags for the GPU that is here, or else for sm_80, sm_90, sm_100 and PTX for later ones
+#   cuda.sh arch     prints nvcc's flags for the GPU that is here, or else for sm_$ARCH where that is set, or for sm_80, sm_90, sm_100 and PTX
+#                    for later ones
 #   cuda.sh trainer  prints the best trainer that this machine can build and run, and on stderr why it is not train_keel
 #   cuda.sh nccl compile|link   prints the flags for NCCL, -DKEEL_NCCL among them, or nothing where it is not there or NCCL=0 is set
 #   cuda.sh rpath    prints the linker's flag for the folder of the toolkit's libraries, so that programs find them at run time
 #   cuda.sh cupti    prints a C++ compiler's flags for CUPTI, the toolkit's library that records when kernels run, or says that it is missing
-#   cuda.sh results  prints the file of results of the GPU that is here: dev/results/h200.csv and so on, dev/results/gpu.csv for others
 # NVCC, if set, is the compiler; CUDA_HOME the toolkit's folder, if it is not /usr/local/cuda.
 
 find_nvcc() {
@@ -25,7 +25,7 @@ case $1 in
         echo "train_keel needs the CUDA Toolkit's nvcc, which is not here; install the CUDA Toolkit (12.4 or later) or set NVCC, or use train_keel_cpu" >&2
         exit 1 ;;
     arch)
-        if found=$(capability); then
+        if found=$(capability) || found=$ARCH && [ "$found" ]; then
             echo "-gencode arch=compute_${found/./},code=sm_${found/./}"
         else
             echo "-gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90 -gencode arch=compute_100,code=[sm_100,compute_100]"
@@ -62,9 +62,6 @@ case $1 in
         fi
         echo "expected the CUDA Toolkit's CUPTI (cupti.h and libcupti.so), which is not here; install it (it is a part of the CUDA Toolkit) or set NVCC" >&2
         exit 1 ;;
-    results)
-        gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -1)
-        if [[ ${gpu,,} =~ (h200|h100|a100|b200) ]]; then echo "dev/results/${BASH_REMATCH[1]}.csv"; else echo dev/results/gpu.csv; fi ;;
     trainer)
         if ! found=$(capability); then
             echo "no NVIDIA GPU with a working driver here: taking train_keel_cpu" >&2

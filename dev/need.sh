@@ -1,9 +1,11 @@
 #!/bin/sh
-# need.sh PACKAGE...: makes sure that what these Debian packages bring is there. Where it is not, installs them if this is
-# Debian or Ubuntu and we may, and otherwise says what to install.
+# need.sh PACKAGE...: makes sure that what these Debian packages bring is there; nvcc and cupti are the CUDA Toolkit's.
+# Installs what is missing where there is apt-get and we are root, and otherwise says what to install. It never waits
+# long for a network that is not there.
 missing=
 for package in "$@"; do
     case $package in
+        nvcc | cupti) dev/cuda.sh "$package" >/dev/null || exit 1; continue ;;
         g++) command -v "${CXX:-g++}" >/dev/null 2>&1 && continue ;;
         clang) command -v clang++ >/dev/null 2>&1 && continue ;;
         doctest-dev) echo '#include <doctest/doctest.h>' | "${CXX:-g++}" -x c++ -E - >/dev/null 2>&1 && continue ;;
@@ -15,12 +17,33 @@ for package in "$@"; do
     missing="$missing $package"
 done
 [ -z "$missing" ] && exit 0
-sudo=
-[ "$(id -u)" = 0 ] || sudo=sudo
-if command -v apt-get >/dev/null 2>&1 && { [ -z "$sudo" ] || command -v sudo >/dev/null 2>&1; }; then
-    echo "installing$missing"
-    $sudo apt-get install -y --no-install-recommends $missing >/dev/null 2>&1 && exit 0
-    $sudo apt-get update >/dev/null && $sudo apt-get install -y --no-install-recommends $missing >/dev/null && exit 0
+install="apt-get install -y --no-install-recommends$missing"
+if ! command -v apt-get >/dev/null 2>&1; then
+    echo "missing:$missing. Install what these Debian packages hold (a C++20 compiler with OpenMP; the doctest header;" \
+        "Boost.Context; OpenBLAS), then try again." >&2
+    exit 1
+elif [ "$(id -u)" != 0 ]; then
+    echo "missing:$missing. Run this, then try again:  sudo $install" >&2
+    exit 1
 fi
-echo "missing:$missing. Install what these Debian packages hold (a C++20 compiler with OpenMP; the doctest header; Boost.Context; OpenBLAS), then try again." >&2
+echo "installing$missing"
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+export LC_ALL=C DEBIAN_FRONTEND=noninteractive
+answered() { grep -qE '^(Get|Hit):' "$log"; }
+# By itself apt-get tries servers that do not answer for minutes. It gets 10 s, and once one has answered all it takes.
+apt-get update >"$log" 2>&1 &
+update=$!
+tries=0
+while kill -0 $update 2>/dev/null && ! answered && [ $tries -lt 50 ]; do
+    sleep 0.2
+    tries=$((tries + 1))
+done
+if answered; then
+    wait $update
+    $install -o DPkg::Lock::Timeout=10 >"$log" 2>&1 && exit 0
+fi
+kill $update 2>/dev/null
+echo "missing:$missing, and apt-get could not install it: $(grep -m 1 '^E:' "$log" || echo no server answered)." \
+    "Try again:  $install" >&2
 exit 1

@@ -1,5 +1,6 @@
 #!/bin/bash
-# What dev/cuda.sh says on machines of every kind, by stand-ins for nvidia-smi and nvcc; and what train_keel says without a GPU.
+# What dev/cuda.sh says on machines of every kind, by stand-ins for nvidia-smi and nvcc; what train_keel says without a
+# GPU; what make builds again; and what dev/need.sh does where something is missing.
 cd "$(dirname "$0")/.." || exit 1
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
@@ -47,9 +48,6 @@ nvidia_smi 9.0 13.0
 expect "no nvcc: the CPU, and why" trainer train_keel_cpu "no nvcc"
 expect "no nvcc: a sentence that names train_keel_cpu" nvcc "" "use train_keel_cpu"
 expect "no toolkit: no CUPTI, in a sentence" cupti "" "expected the CUDA Toolkit's CUPTI"
-expect "results of a GPU of no known name" results dev/results/gpu.csv ""
-printf '#!/bin/bash\necho "NVIDIA H200"\n' >"$bin/nvidia-smi"
-expect "results of an H200" results dev/results/h200.csv ""
 
 # NCCL beside a toolkit, and MPI: found, and left out where that is asked.
 mkdir -p "$folder/toolkit/bin" "$folder/toolkit/include" "$folder/toolkit/lib64"
@@ -91,6 +89,101 @@ if dev/cuda.sh nvcc >/dev/null 2>&1 && [ "$(dev/cuda.sh trainer 2>/dev/null)" !=
         echo "FAILED: train_keel without a GPU: exit $status, '$err'"
     fi
 fi
+
+# Programs are built again when what they are built with has changed, and only then: two rules of the Makefile, for g++
+# and nvcc, with compilers that only touch what they are asked for and an mpicc that comes later.
+tree=$folder/tree tools=$folder/tools
+mkdir -p "$tree/dev" "$tools"
+cp Makefile "$tree" && cp dev/{compile,need,mpi,cuda}.sh "$tree/dev"
+touch "$tree"/{train_keel_cpu.cpp,train_keel.cu,keel_common.h}
+cat >"$tools/g++" <<'END'
+#!/bin/bash
+[ "$1" = --version ] && cat version
+while [ $# -gt 0 ]; do [ "$1" = -o ] && touch "$2" && echo "$2" >>compiled; shift; done
+[ ! -e broken ]
+END
+cp "$tools/g++" "$tools/nvcc"
+chmod +x "$tools"/*
+# builds NAME PROGRAMS ARGUMENTS-OF-make...: which of the two are compiled, in one line
+builds() {
+    : >"$tree/compiled"
+    env -i PATH="$tools:$PATH" NVCC="$tools/nvcc" MPICC="$tools/mpicc" \
+        make -C "$tree" "${@:3}" train_keel_cpu train_keel >"$folder/out" 2>&1
+    check "$1" "$2" "$(xargs <"$tree/compiled")"
+}
+check() {  # name, expected, found
+    if [ "$2" = "$3" ]; then
+        passed=$((passed + 1))
+    else
+        failed=$((failed + 1))
+        echo "FAILED: $1: expected '$2', found '$3'"
+    fi
+}
+both="train_keel_cpu train_keel"
+builds "a first time" "$both"
+builds "nothing changed" ""
+builds "another g++ flag" train_keel_cpu CXXFLAGS=-O1
+builds "without that flag again" train_keel_cpu
+builds "another nvcc flag" train_keel NVCCFLAGS=-lineinfo
+builds "without that flag again" train_keel
+builds "make -n" "" -n CXXFLAGS=-O1
+check "make -n says what it would do" 1 "$(grep -c '^g++.* -O1 .* -o train_keel_cpu' "$folder/out")"
+builds "nothing changed since make -n" ""
+printf '#!/bin/bash\necho "-I/mpi"\n' >"$tools/mpicc" && chmod +x "$tools/mpicc"
+builds "MPI has come" "$both"
+builds "nothing changed with MPI" ""
+builds "MPI is not wanted" "$both" MPI=0
+builds "MPI is wanted again" "$both"
+echo 2 >"$tree/version"
+builds "another version of the compilers" "$both"
+touch "$tree/broken"
+builds "a compiler that fails" train_keel_cpu CXXFLAGS=-O1
+rm "$tree/broken"
+builds "after one that failed" train_keel_cpu CXXFLAGS=-O1
+sleep 0.1
+touch "$tree/train_keel.cu"
+builds "a newer source" train_keel CXXFLAGS=-O1
+check "make alone lists the targets" 1 "$(env -i PATH="$PATH" make -C "$tree" | grep -c '^make train ')"
+
+# dev/need.sh on machines where the doctest header is missing: needs NAME USER-ID APT-GET STATUS WORDS, all at once, for
+# some wait. apt-get is a line of bash; sudo is never run; only an installation that goes on takes more than 15 s.
+needs() {
+    local machine=$folder/need/$1 start=$SECONDS out status
+    mkdir -p "$machine"
+    for tool in sh bash cat grep mktemp rm sleep; do ln -s "$(command -v $tool)" "$machine/$tool"; done
+    printf '#!/bin/bash\necho %s\n' "$2" >"$machine/id"
+    printf '#!/bin/bash\n>>%q\n' "$machine/ran sudo" >"$machine/sudo"
+    [ "$3" ] && printf '#!/bin/bash\n%s\n' "$3" >"$machine/apt-get"
+    chmod +x "$machine"/*
+    out=$(PATH=$machine CXX=none sh dev/need.sh doctest-dev 2>&1)
+    status=$?
+    if [ $status != "$4" ] || [[ $out != *"$5"* ]] || [ -e "$machine/ran sudo" ] ||
+        { [ $status != 0 ] && [ $((SECONDS - start)) -gt 15 ]; }; then
+        echo "expected $4, '$5', found $status, '$out' after $((SECONDS - start)) s"
+    fi >"$machine/failed"
+}
+install="apt-get install -y --no-install-recommends doctest-dev"
+failed_to="missing: doctest-dev, and apt-get could not install it:"
+# shellcheck disable=SC2016
+slow='[ "$1" = update ] && echo "Get:1 http://server"; sleep 6; echo "$*" >>"${0%/*}/asked"'
+# shellcheck disable=SC2016
+full='[ "$1" = update ] && echo "Hit:1 http://server" || { echo "E: no space"; exit 1; }'
+needs "a network that does not answer" 0 'exec sleep 100' 1 "$failed_to no server answered" &
+needs "one that fails slowly" 0 'echo "Ign:1 http://server"; exec sleep 100' 1 "$failed_to no server answered" &
+needs "one that refuses" 0 'echo "Err:1 http://server"; echo "E: refused"; exit 100' 1 "$failed_to E: refused" &
+needs "another apt-get at work" 0 'echo "E: Could not get lock" >&2; exit 100' 1 "$failed_to E: Could not" &
+needs "a slow network" 0 "$slow" 0 "installing doctest-dev" &
+needs "an installation that fails" 0 "$full" 1 "$failed_to E: no space" &
+needs "not root" 1000 'echo "$*" >>"${0%/*}/asked"' 1 "sudo $install" &
+needs "no apt-get" 0 "" 1 "missing: doctest-dev. Install what" &
+# shellcheck disable=SC2046
+wait $(jobs -p)
+for machine in "$folder"/need/*; do
+    check "need.sh, ${machine##*/}" "" "$(cat "$machine/failed")"
+done
+asked=$(grep -o "^install.*doctest-dev" "$folder/need/a slow network/asked")
+check "a slow network is waited for" "$install" "apt-get $asked"
+check "apt-get is not run for others than root" no "$([ -e "$folder/need/not root/asked" ] && echo yes || echo no)"
 
 # The script of the deepest model, on the CPU trainer and a small one: a curve for each of its five runs.
 head -c 300000 keel_common.h train_keel.cu train_keel_cpu.cpp >"$folder/text"
