@@ -2544,7 +2544,7 @@ inline bool print_check_table(const std::vector<CheckRow>& rows) {
 //         static void check_model(const ModelConfig& c);      // throws where this build cannot run the shape
 //         static size_t available_memory();                   // bytes of the memory that the three below count
 //         static void choose_memory_plan(RunConfig& run, size_t available);           // fills B and recompute where still open; throws where nothing fits
-//         static std::vector<MemoryRow> memory_rows(const RunConfig& run);            // the buffers of a Trainer of this run
+//         static std::vector<MemoryRow> memory_rows(const RunConfig& run);            // what a Trainer of this run takes
 //         // What else it takes, with its name for the table: samples and probe, or the debug states of --dump (one) and --check
 //         // (two) where they lie in that memory. B may still be 0.
 //         static MemoryRow memory_beside(const RunConfig& run, const Options& o);

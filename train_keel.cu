@@ -89,11 +89,17 @@ __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commi
 template <int N>
 __device__ __forceinline__ void cp_async_wait() { asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory"); }
 
-// Every kernel's first statement, but for what it can do without reading or writing global memory: launch() lets a kernel start while the one
-// before it ends, and here it waits until that one's writes are visible. Hopper and later; elsewhere kernels start one after another.
+// Programmatic dependent launch, in code built for Hopper and later; elsewhere kernels start one after another. wait:
+// until the kernel before has ended and its writes are visible. start: once every block of this kernel has come here or
+// ended, the next one's may be placed.
 __device__ __forceinline__ void wait_for_predecessor() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void start_successor() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 
@@ -104,6 +110,15 @@ __device__ __forceinline__ float fast_exp2(float x) {
     return y;
 }
 #endif
+
+// Every kernel's first statement, but for what it can do without reading or writing global memory: launch() lets a
+// kernel start before the one before it has ended. The next kernel waits for the end of this one alone, and yet may
+// read what earlier ones wrote: its blocks come only once each block here is past its own wait, so that of all kernels
+// before it this one alone is still running.
+__device__ __forceinline__ void begin_kernel() {
+    wait_for_predecessor();
+    start_successor();
+}
 
 // N numbers that are loaded and stored at once
 template <class T, int N>
@@ -248,23 +263,22 @@ private:
     size_t n = 0;
 };
 
-// Whether kernels may start while the one before them ends (programmatic dependent launch): it hides the microsecond or two between two
-// kernels, which thousands of small ones add up to. -DKEEL_NO_OVERLAP builds without, to measure it.
-inline bool launches_overlap() {
-#ifdef KEEL_NO_OVERLAP
-    return false;
-#else
-    static const bool hopper = [] {
-        int major = 0;
-        CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
-        return major >= 9;
-    }();
-    return hopper;
-#endif
+// Whether a kernel may start before the one before it has ended: it hides the microsecond or two between two kernels,
+// which thousands of small ones add up to. The code is asked, not the card: what was built for compute capability 8.0
+// alone runs on later cards too, but does not wait. KEEL_OVERLAP=0 in the environment turns it off, to measure it.
+inline bool may_overlap(const void* kernel) {
+    if (const char* wanted = getenv("KEEL_OVERLAP"); wanted && std::string(wanted) == "0") return false;
+    cudaFuncAttributes code;
+    CUDA(cudaFuncGetAttributes(&code, kernel));
+    return code.ptxVersion >= 90;  // not binaryVersion: of PTX for 8.0 the driver makes a binary for 9.0
+}
+inline bool launches_overlap(const void* first_kernel) {
+    static const bool overlap = may_overlap(first_kernel);  // all kernels of a program are built alike
+    return overlap;
 }
 
-// kernel<<<grid, block, shared_bytes, stream>>>(arguments...), and its error. The kernel calls wait_for_predecessor() before it touches
-// global memory.
+// kernel<<<grid, block, shared_bytes, stream>>>(arguments...), and its error. The kernel calls begin_kernel() before it
+// touches global memory.
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), size_t grid, unsigned block, size_t shared_bytes, cudaStream_t stream, Arguments... arguments) {
     if (grid > size_t(INT_MAX)) fail("a kernel needs %zu blocks, more than a grid has; use a smaller -b", grid);
@@ -274,7 +288,7 @@ void launch(void (*kernel)(Parameters...), size_t grid, unsigned block, size_t s
     config.gridDim = dim3(unsigned(grid)), config.blockDim = dim3(block), config.dynamicSmemBytes = shared_bytes, config.stream = stream;
     cudaLaunchAttribute overlap{};
     overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization, overlap.val.programmaticStreamSerializationAllowed = 1;
-    config.attrs = &overlap, config.numAttrs = launches_overlap() ? 1 : 0;
+    config.attrs = &overlap, config.numAttrs = launches_overlap(reinterpret_cast<const void*>(kernel)) ? 1 : 0;
     CUDA(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
 }
 // Bytes of shared memory that a block can have: 227 KiB on Hopper, 163 on A100, 99 on the cards for desktops.
@@ -478,6 +492,10 @@ public:
         Tuning(const Tuning&) = delete;
         Tuning& operator=(const Tuning&) = delete;
     };
+    // Bytes of scratch that measuring a product (m,n,k) takes: a, b, d and what fills the L2 between.
+    static size_t tuning_bytes(size_t m, size_t n, size_t k, bool fp32_out) {
+        return (m * k + k * n) * sizeof(branch_t) + m * n * (fp32_out ? 4 : 2) + twice_l2();
+    }
 
     // ----- Matrix products, all by cuBLASLt, whose matrices are column-major: d (m,n) = a (m,k) b (k,n), or d += a b.
     // The same memory read row-major is the transposed matrix, so that out (rows,N) = in W^T is out^T (N,rows) = W in^T.
@@ -494,6 +512,12 @@ private:
     std::map<GemmKey, GemmPlan> plans;
 
     bool measuring = false;
+
+    static size_t twice_l2() {
+        int bytes = 0;
+        CUDA(cudaDeviceGetAttribute(&bytes, cudaDevAttrL2CacheSize, 0));
+        return 2 * size_t(bytes);
+    }
 
     // A shape's algorithm is the first that cuBLASLt's heuristic names: the same on every run. With --tune it is the table's.
     const GemmPlan& gemm_plan(const GemmKey& key) {
@@ -551,10 +575,8 @@ private:
     static constexpr int MOST_CANDIDATES = 16, ROUNDS = 7;
     cublasLtMatmulAlgo_t fastest(const GemmPlan& plan, const GemmKey& key, std::span<const cublasLtMatmulHeuristicResult_t> results) {
         auto [ta, tb, m, n, k, fp32_out, accumulate] = key;
-        int l2 = 0;
-        CUDA(cudaDeviceGetAttribute(&l2, cudaDevAttrL2CacheSize, 0));
         DeviceArray<branch_t> a = random_matrix(m * k), b = random_matrix(k * n);
-        DeviceArray<char> d(m * n * (fp32_out ? 4 : 2)), other(2 * size_t(l2));
+        DeviceArray<char> d(m * n * (fp32_out ? 4 : 2)), other(twice_l2());
         zero(d);
         float one = 1, beta = accumulate ? 1 : 0;
         Stopwatch watch(stream);
@@ -618,7 +640,7 @@ struct MatrixGradient {
 // g += addend, N numbers a thread.  8 bytes an element
 template <int N>
 __global__ void add_rounded_kernel(__nv_bfloat16* g, const float* addend, size_t n, size_t first, RoundingState rounding) {
-    wait_for_predecessor();
+    begin_kernel();
     size_t at = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * N;
     if (at >= n) return;
     size_t block = (first + at) / 4;
@@ -647,7 +669,7 @@ void matmul_backward(Device& device, branch_t* din, const MatrixGradient& dw, co
 // x_0 (B,T,C) = sqrt(C) * (wte[token] + wpe[position]), positions from `first` on.  12 bytes an element, 4 of them of wpe mostly cached
 template <int N>
 __global__ void embedding_forward_kernel(float* x, const int* tokens, const float* wte, const float* wpe, int rows, int T, int C, int first) {
-    wait_for_predecessor();
+    begin_kernel();
     size_t at = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * N;
     if (at >= size_t(rows) * C) return;
     int row = int(at / C), c = int(at % C);
@@ -686,7 +708,7 @@ struct TokenBatch {
 
 // dwte[token] += sqrt(C) * sum of dx (rows,C) over the token's rows; a block a token.  4 bytes an element, 8 for each of dwte that occurs
 __global__ void embedding_backward_kernel(float* dwte, const float* dx, const int* tokens, const int* order, const int* start, const int* buckets, int C) {
-    wait_for_predecessor();
+    begin_kernel();
     int bucket = blockIdx.x;
     if (bucket >= *buckets) return;
     int begin = start[bucket], end = start[bucket + 1];
@@ -701,7 +723,7 @@ __global__ void embedding_backward_kernel(float* dwte, const float* dx, const in
 
 // dwpe[position] += sqrt(C) * sum of dx (B,T,C) over the sequences.  4 bytes an element of dx, 8 of dwpe
 __global__ void position_backward_kernel(float* dwpe, const float* dx, int B, int T, int C) {
-    wait_for_predecessor();
+    begin_kernel();
     size_t at = size_t(blockIdx.x) * blockDim.x + threadIdx.x, size = size_t(T) * C;
     if (at >= size) return;
     float sum = 0;
@@ -805,7 +827,7 @@ __device__ void restore_u(const HighwayPoint& p, int row, int C, int lane) {
 // Shared: C floats a warp.  to.z may be from.z.
 template <int N>
 __global__ void highway_forward_kernel(HighwayPoint to, HighwayPoint from, const branch_t* f, float alpha, int rows, int C) {
-    wait_for_predecessor();
+    begin_kernel();
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
     float* z = &shared<float>() + size_t(warp) * C;
     for (int row = blockIdx.x * warps + warp; row < rows; row += gridDim.x * warps) {
@@ -825,7 +847,7 @@ __global__ void highway_forward_kernel(HighwayPoint to, HighwayPoint from, const
 // r_out, r_in and u of a point whose z is there.  In BF16 6 bytes an element.  Shared: C floats a warp.
 template <int N>
 __global__ void highway_norms_kernel(HighwayPoint p, int rows, int C) {
-    wait_for_predecessor();
+    begin_kernel();
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
     float* x = &shared<float>() + size_t(warp) * C;
     for (int row = blockIdx.x * warps + warp; row < rows; row += gridDim.x * warps) {
@@ -839,7 +861,7 @@ __global__ void highway_norms_kernel(HighwayPoint p, int rows, int C) {
 // x (rows,C) of a point, for dumps and probes.
 template <int N>
 __global__ void highway_x_kernel(float* x, HighwayPoint p, int rows, int C) {
-    wait_for_predecessor();
+    begin_kernel();
     size_t at = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * N;
     if (at >= size_t(rows) * C) return;
     int row = int(at / C), c = int(at % C);
@@ -874,7 +896,7 @@ __global__ void highway_backward_kernel(HighwayPoint p, HighwayPoint before, Hig
     bool norm_out = p.gamma_out, norm_in = p.gamma_in;
     for (int c = lane * N; c < C; c += WARP * N)
         for (int i = 0; i < N; i++) sum_out[c + i] = sum_in[c + i] = 0;
-    wait_for_predecessor();
+    begin_kernel();
 
     for (int row = blockIdx.x * warps + warp; row < rows; row += gridDim.x * warps) {
         float r_out = norm_out ? p.r_out[row] : 1, r_in = norm_in ? p.r_in[row] : 1, mean_in = 0, mean_out = 0;
@@ -983,7 +1005,7 @@ struct QkvGains {
 
 // A warp a head.  4 bytes an element in BF16
 __global__ void qkv_norm_forward_kernel(branch_t* out, const branch_t* qkv, QkvGains g, int rows, int H, int D) {
-    wait_for_predecessor();
+    begin_kernel();
     size_t head = size_t(blockIdx.x) * (blockDim.x / WARP) + threadIdx.x / WARP;
     int lane = threadIdx.x % WARP, part = int(head / H % 3);
     if (head >= size_t(rows) * 3 * H) return;
@@ -998,7 +1020,7 @@ __global__ void qkv_norm_forward_kernel(branch_t* out, const branch_t* qkv, QkvG
 // all heads. Shared: 3 D floats a warp. partial (blocks,3,D).
 // 6 bytes an element in BF16
 __global__ void qkv_norm_backward_kernel(branch_t* dqkv, const branch_t* qkv, QkvGains g, int rows, int H, int D, float* partial, unsigned* arrived) {
-    wait_for_predecessor();
+    begin_kernel();
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
     float* dgamma = &shared<float>() + size_t(warp) * 3 * D;
     for (int part = 0; part < 3; part++)
@@ -1061,7 +1083,7 @@ struct AttentionShape {
 
 // delta (B,H,T) = sum_d dy y; a warp a row and head.  4 bytes an element in BF16
 __global__ void attention_delta_kernel(float* delta, const branch_t* dy, const branch_t* y, int B, int T, int H, int D) {
-    wait_for_predecessor();
+    begin_kernel();
     size_t head = size_t(blockIdx.x) * (blockDim.x / WARP) + threadIdx.x / WARP;
     int lane = threadIdx.x % WARP;
     if (head >= size_t(B) * T * H) return;
@@ -1106,7 +1128,7 @@ __device__ void add_weighted(float* out, float shrink, bool first_time, const fl
 }
 
 __global__ void attention_forward_kernel(float* y, float* lse, const float* qkv, AttentionShape shape) {
-    wait_for_predecessor();
+    begin_kernel();
     auto& s = shared<PlainShared>();
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, T = shape.T, C = shape.C, H = shape.H, D = C / H, Tq = shape.queries();
     int tiles = (Tq + PLAIN_WARPS - 1) / PLAIN_WARPS, q0 = shape.first + int(blockIdx.x % tiles) * PLAIN_WARPS, query = q0 + warp;
@@ -1133,7 +1155,7 @@ __global__ void attention_forward_kernel(float* y, float* lse, const float* qkv,
 
 // dk and dv: a warp a key.
 __global__ void attention_backward_kv_kernel(float* dqkv, const float* dy, const float* qkv, const float* lse, const float* delta, AttentionShape shape) {
-    wait_for_predecessor();
+    begin_kernel();
     auto& s = shared<PlainShared>();
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, T = shape.T, C = shape.C, H = shape.H, D = C / H;
     int tiles = (T + PLAIN_WARPS - 1) / PLAIN_WARPS, k0 = int(blockIdx.x % tiles) * PLAIN_WARPS, key = k0 + warp;
@@ -1159,7 +1181,7 @@ __global__ void attention_backward_kv_kernel(float* dqkv, const float* dy, const
 
 // dq: a warp a query.
 __global__ void attention_backward_q_kernel(float* dqkv, const float* dy, const float* qkv, const float* lse, const float* delta, AttentionShape shape) {
-    wait_for_predecessor();
+    begin_kernel();
     auto& s = shared<PlainShared>();
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, T = shape.T, C = shape.C, H = shape.H, D = C / H;
     int tiles = (T + PLAIN_WARPS - 1) / PLAIN_WARPS, q0 = int(blockIdx.x % tiles) * PLAIN_WARPS, query = q0 + warp;
@@ -1337,7 +1359,7 @@ struct AttentionForwardShared {
 
 template <int D, int M, int N>
 __global__ void __launch_bounds__(ATT_WARPS * WARP) attention_forward_kernel(branch_t* y, float* lse, const branch_t* qkv, AttentionShape shape) {
-    wait_for_predecessor();
+    begin_kernel();
     constexpr int ROWS = att_rows(M);
     auto& s = shared<AttentionForwardShared<D, ROWS, N>>();
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, T = shape.T, C = shape.C, H = shape.H, Tq = shape.queries();
@@ -1419,7 +1441,7 @@ struct AttentionKvShared {
 template <int D, int M, int N, int STAGE>
 __global__ void __launch_bounds__(ATT_WARPS * WARP) attention_backward_kv_kernel(branch_t* dqkv, const branch_t* dy, const branch_t* qkv, const float* lse,
                                                                                  const float* delta, AttentionShape shape) {
-    wait_for_predecessor();
+    begin_kernel();
     constexpr int ROWS = att_rows(M);
     auto& s = shared<AttentionKvShared<D, ROWS, STAGE>>();
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, T = shape.T, C = shape.C, H = shape.H;
@@ -1486,7 +1508,7 @@ struct AttentionQShared {
 template <int D, int M, int N>
 __global__ void __launch_bounds__(ATT_WARPS * WARP) attention_backward_q_kernel(branch_t* dqkv, const branch_t* dy, const branch_t* qkv, const float* lse,
                                                                                 const float* delta, AttentionShape shape) {
-    wait_for_predecessor();
+    begin_kernel();
     constexpr int ROWS = att_rows(M);
     auto& s = shared<AttentionQShared<D, ROWS, N>>();
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, T = shape.T, C = shape.C, H = shape.H;
@@ -1586,7 +1608,7 @@ __device__ __forceinline__ float gelu_sigmoid(float h) { return 1 / (1 + expf(-G
 
 // 4 bytes an element in BF16
 __global__ void gelu_forward_kernel(branch_t* out, const branch_t* h, size_t n) {
-    wait_for_predecessor();
+    begin_kernel();
     size_t at = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * WIDE;
     if (at >= n) return;
     auto x = load<WIDE>(h + at);
@@ -1596,7 +1618,7 @@ __global__ void gelu_forward_kernel(branch_t* out, const branch_t* h, size_t n) 
 
 // d gelu/dh = sigmoid(2w) + h sigmoid(2w) (1 - sigmoid(2w)) 2 dw/dh.  dh comes as the gradient of gelu's output.  6 bytes an element in BF16
 __global__ void gelu_backward_kernel(branch_t* dh, const branch_t* h, size_t n) {
-    wait_for_predecessor();
+    begin_kernel();
     size_t at = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * WIDE;
     if (at >= n) return;
     auto x = load<WIDE>(h + at);
@@ -1628,7 +1650,7 @@ struct CrossEntropyShared {
 
 template <bool backward>
 __global__ void cross_entropy_kernel(float* loss, branch_t* logits, const int* targets, int V, int Vp, float scale, bool stashed) {
-    wait_for_predecessor();
+    begin_kernel();
     auto& s = shared<CrossEntropyShared>();
     branch_t* stash = reinterpret_cast<branch_t*>(&s + 1);  // (Vp), each thread's own stretches
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
@@ -1675,7 +1697,7 @@ void cross_entropy(Device& device, float* loss, branch_t* logits, const int* tar
 
 // predictions (rows) = the likeliest token of each row of logits (rows,Vp), of equals the lower.  A warp a row; 4 or 2 bytes an element
 __global__ void predict_kernel(int* predictions, const branch_t* logits, int rows, int V, int Vp) {
-    wait_for_predecessor();
+    begin_kernel();
     int row = int(blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP), lane = threadIdx.x % WARP;
     float largest = -INFINITY;
     int best = V;
@@ -1711,7 +1733,7 @@ __device__ inline double block_sum(SumShared& s, double value) {
 
 template <class T, bool squares>
 __global__ void sum_kernel(double* out, const T* values, size_t n, double* partial, unsigned* arrived) {
-    wait_for_predecessor();
+    begin_kernel();
     auto& s = shared<SumShared>();
     bool aligned = reinterpret_cast<size_t>(values) % sizeof(Pack<T, SUM_UNROLL>) == 0;  // a tensor may start anywhere
     double sum = 0;
@@ -1743,7 +1765,7 @@ void add_sum(Device& device, double* out, const T* values, size_t n) {
 // numbers follow from the count n of steps that did: a skipped one leaves no trace. Of several ranks (shares), loss and norm are what they add up
 // to, in rank order; where one's data were lost, neither this step nor a later one that is under way updates anything.
 __global__ void prepare_update_kernel(StepState* state, const StepSettings* settings, UpdateCounts* counts, const StepShare* shares, int ranks) {
-    wait_for_predecessor();
+    begin_kernel();
     if (ranks > 0) {
         double loss_sum = 0, squares = 0;
         unsigned any = 0, all = ~0u;
@@ -1767,13 +1789,13 @@ __global__ void prepare_update_kernel(StepState* state, const StepSettings* sett
 
 // This rank's share of the step's numbers, for the others.
 __global__ void share_kernel(StepShare* share, const StepState* state, const uint64_t* flags) {
-    wait_for_predecessor();
+    begin_kernel();
     *share = {state->loss_sum, state->grad_squares, *flags};
 }
 
 // sum += part.  12 bytes an element
 __global__ void accumulate_kernel(float* sum, const float* part, size_t n) {
-    wait_for_predecessor();
+    begin_kernel();
     size_t at = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * 4;  // both start at whole fours, and a rank's part is a multiple of 128
     if (at >= n) return;
     auto a = load<4>(sum + at), b = load<4>(part + at);
@@ -1841,7 +1863,7 @@ __device__ void update_chunk(float* p, branch_t* branch_copy, Gradient* g, Momen
 template <class Moment>
 __global__ void adamw_kernel(float* params, float* masters, branch_t* branch_copy, float* g, __nv_bfloat16* g_bf16, Moment* m, Moment* v, const UpdateChunk* chunks,
                              const StepSettings* settings, const StepState* state, const UpdateCounts* counts) {
-    wait_for_predecessor();
+    begin_kernel();
     UpdateChunk chunk = chunks[blockIdx.x];
     StepState s = *state;
     float* p = chunk.master ? masters : params;
@@ -1914,7 +1936,7 @@ struct TensorStart {
 
 template <class Out>
 __global__ void initialise_kernel(Out* out, TensorStart t, uint64_t seed) {
-    wait_for_predecessor();
+    begin_kernel();
     size_t block = size_t(blockIdx.x) * blockDim.x + threadIdx.x, size = t.rows * t.cols;
     if (block * 4 >= size) return;
     Philox draw = philox(seed, uint32_t(block), uint32_t(block >> 32), t.index, STREAM_WEIGHTS);
@@ -1933,14 +1955,14 @@ DeviceArray<branch_t> Device::random_matrix(size_t n) {
 
 // The branch's copy of FP32 weights.  6 bytes an element
 __global__ void round_kernel(branch_t* out, const float* in, size_t n) {
-    wait_for_predecessor();
+    begin_kernel();
     size_t at = size_t(blockIdx.x) * blockDim.x + threadIdx.x;
     if (at < n) out[at] = branch_t(in[at]);
 }
 
 // BF16 moments for a file or a snapshot, which hold FP32.  6 bytes an element
 __global__ void widen_kernel(float* out, const __nv_bfloat16* in, size_t n) {
-    wait_for_predecessor();
+    begin_kernel();
     size_t at = size_t(blockIdx.x) * blockDim.x + threadIdx.x;
     if (at < n) out[at] = float(in[at]);
 }
@@ -1953,7 +1975,7 @@ struct SquaresOf {
 
 // squares (chunks) = the sum of squares of each chunk: the norms of all tensors in one launch.  4 bytes an element, 8 with before, 2 of a BF16 gradient
 __global__ void chunk_squares_kernel(double* squares, SquaresOf of, const UpdateChunk* chunks) {
-    wait_for_predecessor();
+    begin_kernel();
     auto& s = shared<SumShared>();
     UpdateChunk chunk = chunks[blockIdx.x];
     double sum = 0;
@@ -2309,6 +2331,14 @@ struct Model {
         });
         rows.push_back({"products' workspace, partial sums", Device::BYTES});
         return rows;
+    }
+
+    // What --tune measures on, for the largest product of a micro-step of B sequences: of a layer (N,K) that is dW,
+    // whose result is FP32. A validation's products are a forward's; sampling measures none.
+    static size_t tuning_bytes(const ModelConfig& c, int B, int T) {
+        size_t rows = size_t(B) * size_t(T), C = size_t(c.C);
+        return std::max(Device::tuning_bytes(C, 4 * C, rows, true),
+                        Device::tuning_bytes(C, size_t(c.Vp()), head_rows(c, rows), true));
     }
 
     // All buffers are parts of one allocation. Not const: on the CPU headers the tests give each its own, with guards that catch a stray index.
@@ -3235,12 +3265,20 @@ struct Trainer {
 
     // ----- Memory
     static size_t available_memory() {
-        size_t free = 0, total = 0, reserve = size_t(1) << 30;  // for the graphs, the kernels' code and the product that matrix_rate times
+        // for the graphs, the kernels' code and the product that matrix_rate times (384 MiB, 768 in FP32)
+        size_t free = 0, total = 0, reserve = size_t(1) << 30;
         CUDA(cudaMemGetInfo(&free, &total));
         return free > reserve ? free - reserve : 0;
     }
 
-    static std::vector<MemoryRow> memory_rows(const RunConfig& run) { return Model::plan(run.model, Model::Counts(run.model, run.types, Sharing(run)), run.B, run.T, run.recompute); }
+    static std::vector<MemoryRow> memory_rows(const RunConfig& run) {
+        return plan(run, Model::Counts(run.model, run.types, Sharing(run)), run.B, run.recompute);
+    }
+    static std::vector<MemoryRow> plan(const RunConfig& run, const Model::Counts& counts, int B, Recompute r) {
+        std::vector<MemoryRow> rows = Model::plan(run.model, counts, B, run.T, r);
+        if (!run.tune.empty()) rows.push_back({"tuning scratch", Model::tuning_bytes(run.model, B, run.T)});
+        return rows;
+    }
 
     static MemoryRow memory_beside(const RunConfig& run, const Options& o) {
         size_t bytes = o.check.empty() && o.dump.empty() && o.sample_every > 0 ? TokenGenerator::bytes(run.model, run.T) : 0;
@@ -3275,7 +3313,7 @@ struct Trainer {
         double best = INFINITY;
         for (int B : batches)
             for (Recompute level : levels) {
-                size_t bytes = total_bytes(Model::plan(c, counts, B, run.T, level));
+                size_t bytes = total_bytes(plan(run, counts, B, level));
                 double seconds = predicted_seconds(c, B, run.T, level, run.types) / B;
                 least = std::min(least, bytes);
                 if (bytes > available || seconds >= best) continue;

@@ -6,11 +6,11 @@
 #include <functional>
 
 struct Bench {
-    const char* name;        // the make target, a row's command
+    const char* name;        // the program's, for its errors
     bool small = false;      // shapes for a dry run, also on the CPU headers
     size_t cache_bytes = 0;  // what a comparison's buffers together must pass
     int bad = 0;             // results that are not what they should be
-    std::string csv_path, commit = "unknown", driver = "unknown";
+    std::string csv_path;
 
     explicit Bench(const char* name) : name(name) {}
 
@@ -18,31 +18,25 @@ struct Bench {
     bool takes_flag(int argc, char** argv, int& i) {
         std::string word = argv[i];
         if (word == "--small") return small = true;
-        for (auto [flag, to] : {std::pair{"--csv", &csv_path}, {"--commit", &commit}, {"--driver", &driver}})
-            if (word == flag && i + 1 < argc) return *to = argv[++i], true;
+        if (word == "--csv" && i + 1 < argc) return csv_path = argv[++i], true;
         return false;
     }
     // After the flags: is there a machine to measure?
     void begin() {
-#ifdef CUDA_ON_CPU
-        if (!csv_path.empty()) fail("--csv: expected a GPU, found its headers on the CPU, whose times say nothing; leave it out");
-#endif
         Trainer::require_machine();
         cache_bytes = small ? 1 << 16 : size_t(Trainer::properties().l2CacheSize);
     }
     size_t sets_for(size_t bytes) const { return std::max<size_t>(1, ceil_div(4 * cache_bytes, bytes)); }
 
-    // Appends a row of dev/bench_gpu.py's columns to --csv's file. Values under ten get more digits.
+    // Appends a row to --csv's file. Its metric is one word. Values under ten get more digits.
     void add_row(const std::string& metric, double value, const char* unit, double peer) const {
         if (csv_path.empty()) return;
-        char date[32];
-        time_t now = time(nullptr);
-        strftime(date, sizeof date, "%Y-%m-%d", gmtime(&now));
         bool fresh = access(csv_path.c_str(), F_OK) != 0;
         std::ofstream csv(csv_path, std::ios::app);
-        if (fresh) csv << "metric,value,unit,peer_value,ratio,commit,date,gpu,driver,command\n";
-        csv << format("%s,%.*f,%s,%.*f,%.3f,%s,%s,%s,%s,make %s\n", metric.c_str(), std::fabs(value) < 10 ? 3 : 1, value, unit, std::fabs(peer) < 10 ? 3 : 1, peer,
-                      value / peer, commit.c_str(), date, Trainer::properties().name, driver.c_str(), name);
+        if (fresh) csv << "metric,value,unit,peer_value,ratio\n";
+        auto digits = [](double number) { return std::fabs(number) < 10 ? 3 : 1; };
+        csv << format("%s,%.*f,%s,%.*f,%.3f\n", metric.c_str(), digits(value), value, unit, digits(peer), peer,
+                      value / peer);
         if (!csv) fail("%s: could not be written (%s)", csv_path.c_str(), errno_text().c_str());
     }
 };

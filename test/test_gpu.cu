@@ -30,7 +30,7 @@ constexpr bool bf16 = BRANCH_BF16;
 // FP32 results from the same inputs: both sides round each operation to 2^-24 = 6e-8 and add in other orders; measured 6e-7 at
 // most, and 5e-6 where 70001 exponentials are added.
 constexpr double FP32_TOLERANCE = 1e-5;
-// A BF16 number is rounded by at most 2^-9 = 2.0e-3 of itself, in the mean over a tensor by 1.7e-3; twice that is not rounding alone.
+// A BF16 number is rounded by at most 2^-8 = 3.9e-3 of itself, in the mean over a tensor by 1.7e-3.
 constexpr double BRANCH_TOLERANCE = bf16 ? 4e-3 : FP32_TOLERANCE;
 
 // The CPU's functions on one thread: the others would spin between calls, on the cores on which the GPU's threads run here.
@@ -925,8 +925,10 @@ TEST_SUITE("model") {
     TEST_CASE("All placements' losses, logits, x, dx and gradients are the CPU's, at 16 sub-layers and lengths that fill no tile") {
         StateComparison compare;
         for (int p = 0; p < NUM_PLACEMENTS; p++)
-            // Few tokens average little: over 48, post's and hybridnorm's gradients lose up to 3.05e-2 to BF16, over 252 less.
-            for (int H : {4, 2}) compare_with_cpu(test_config(NormPlacement(p), 16, 64, H, 300, 63), 4, 63, compare);
+            // Few tokens average little: of trials in which each product's sum is off by up to 2^-21, as in another
+            // order of adding, one in ten has a gain's gradient lose 3.6e-2 to BF16 over 252; over 504 it is 2.3e-2.
+            for (int H : {4, 2})
+                compare_with_cpu(test_config(NormPlacement(p), 16, 64, H, 300, 63), bf16 ? 8 : 4, 63, compare);
     }
 
     TEST_CASE("Keel, deepnorm and scaledpost keep 64 sub-layers to 5e-3 in x and 1e-2 in dx, which no BF16 highway does") {
@@ -1411,16 +1413,31 @@ TEST_SUITE("memory and machine") {
     }
 
     TEST_CASE("--tune measures each product of a step once, writes a table, and a later run takes its algorithms without measuring") {
+        // Which algorithm is the fastest the clock decides, and each adds in an order of its own: runs by other tables
+        // are as close as the CPU's steps.
+        Comparison compare("losses beside the untuned", bf16 ? 2e-2 : 1e-5);
+        Comparison compare_norms("gradient norms beside the untuned", bf16 ? 5e-2 : 1e-4);
         TestData data;
         std::string path = data.folder.path + "/tune.csv";
         RunConfig run = test_run(small_config(KEEL, 4, 256, 16), 2, 16);
-        run.tune = path;
-        Outcome first, second;
-        {
+        auto steps = [&] {
             Trainer trainer(run);
             trainer.initialise(1);
-            first = run_steps(trainer, data, 1, 3);
-        }
+            return run_steps(trainer, data, 1, 3);
+        };
+        Outcome untuned = steps();
+        auto agrees = [&](const std::string& what, const Outcome& found) {
+            for (size_t i = 0; i < found.losses.size(); i++) {
+                std::string at = format("%s, step %zu", what.c_str(), i / 2 + 1);
+                (i % 2 ? compare_norms : compare).error(at, std::fabs(found.losses[i] / untuned.losses[i] - 1));
+            }
+#ifdef CUDA_ON_CPU
+            CHECK_MESSAGE(found == untuned, what);  // all algorithms give the same bits there
+#endif
+        };
+        run.tune = path;
+        Outcome first = steps();
+        agrees("first run", first);
         auto rows = read_csv(path);
         REQUIRE(rows.size() > 10);
         CHECK(rows[0].size() == 13);
@@ -1432,23 +1449,15 @@ TEST_SUITE("memory and machine") {
         }
         std::ifstream in(path);
         std::string text(std::istreambuf_iterator<char>(in), {});
-        {
-            Trainer trainer(run);
-            trainer.initialise(1);
-            second = run_steps(trainer, data, 1, 3);
-        }
+        Outcome second = steps();
         std::ifstream again(path);
         CHECK(text == std::string(std::istreambuf_iterator<char>(again), {}));  // measured anew, the times would be others
-        CHECK(first == second);
+        CHECK(first == second);  // by one table
 
         // a row of another GPU stays, and a shape that is missing comes back
         std::string other = text.substr(0, text.find('\n') + 1) + "Another GPU" + text.substr(text.find(',', text.find('\n')), text.find('\n', text.find('\n') + 1) - text.find(',', text.find('\n')) + 1);
         data.folder.write("tune.csv", other);
-        {
-            Trainer trainer(run);
-            trainer.initialise(1);
-            CHECK(run_steps(trainer, data, 1, 3) == first);
-        }
+        agrees("measured again", steps());
         CHECK(read_csv(path).size() == rows.size() + 1);
 
         for (auto [bad, wanted] : {std::pair<std::string, std::string>{"", "empty file"}, {"step,loss\n", "expected the columns"}, {text + "a,b\n", "expected 13 columns"},
@@ -1508,6 +1517,72 @@ TEST_SUITE("memory and machine") {
         CHECK(error_of([&] { Trainer::choose_memory_plan(large, SIZE_MAX); }).find("fewer than 2^30 tokens") != std::string::npos);
     }
 
+    TEST_CASE("With --tune the plan holds its scratch, and takes a smaller micro-batch where that alone is too much") {
+        RunConfig open = test_run(test_config(KEEL, 64, 256, 4, 256, 1024), 0, 1024);
+        open.total_batch = 16 * 1024, open.recompute_chosen = true;
+        auto planned = [&](const char* tune, size_t available) {
+            RunConfig run = open;
+            run.tune = tune;
+            Trainer::choose_memory_plan(run, available);
+            CHECK(total_bytes(Trainer::memory_rows(run)) <= available);
+            return run;
+        };
+        RunConfig untuned = planned("", size_t(1) << 40);
+        size_t available = total_bytes(Trainer::memory_rows(untuned));
+        size_t scratch = Model::tuning_bytes(open.model, untuned.B, 1024);
+        CHECK(planned("", available).B == untuned.B);
+        CHECK(planned("tune.csv", available + scratch - 1).B < untuned.B);
+        RunConfig tuned = planned("tune.csv", available + scratch);
+        CHECK(tuned.B == untuned.B);
+        CHECK(Trainer::memory_rows(tuned).back().name == "tuning scratch");
+        CHECK(Trainer::memory_rows(tuned).back().bytes == scratch);
+    }
+
+#ifdef CUDA_ON_CPU
+    TEST_CASE("Launches overlap where the code can wait and KEEL_OVERLAP is not 0, and code for 8.0 runs one by one") {
+        auto before = cuda_on_cpu::settings();
+        std::string wanted = getenv("KEEL_OVERLAP") ? getenv("KEEL_OVERLAP") : "";
+        auto kernel = reinterpret_cast<const void*>(round_kernel);
+        for (const char* value : {"0", "1", ""})
+            for (int ptx : {80, 90}) {
+                setenv("KEEL_OVERLAP", value, 1);
+                cuda_on_cpu::settings().ptx = ptx;
+                bool expected = ptx == 90 && value[0] != '0';
+                CHECK_MESSAGE(may_overlap(kernel) == expected, "ptx " << ptx << ", KEEL_OVERLAP=" << value);
+            }
+        cuda_on_cpu::settings() = before;
+        setenv("KEEL_OVERLAP", wanted.c_str(), 1);
+
+        // launch() asks once a process. The headers catch a launch that overlaps although its code cannot wait.
+        std::string self = std::filesystem::read_symlink("/proc/self/exe").string();
+        CHECK(std::system(("CUDA_ON_CPU_PTX=80 '" + self + "' -tc='Replayed graphs*' >/dev/null 2>&1").c_str()) == 0);
+    }
+#endif
+
+    TEST_CASE("The machine is one, has a name and a rate") {
+        Trainer::require_machine();
+        Trainer trainer(test_run(small_config(KEEL, 2, 256, 4), 1, 4));
+        CHECK(trainer.matrix_rate() > 0);
+        CHECK(Trainer::machine_name().find("multiprocessors") != std::string::npos);
+        CHECK(Trainer::available_memory() > 0);
+    }
+
+    TEST_CASE("Random matrices for the rate have the bits of initial weights, rounded") {
+        size_t rows = 37, cols = 64;
+        TensorInfo info{};
+        info.rows = info.used_rows = info.tail_row = rows, info.cols = cols, info.bound = 1;
+        std::vector<float> expected(rows * cols);
+        initialise_tensor(expected.data(), info, 0, 1, 0, rows);
+        Field<branch_t> found(expected.size());
+        launch(initialise_kernel<branch_t>, ceil_div(expected.size() / 4, THREADS), THREADS, 0, device().stream, found.data(), TensorStart{rows, cols, rows, rows, 1, 1, 0}, uint64_t(1));
+        auto values = found.values();
+        for (size_t i = 0; i < expected.size(); i++) REQUIRE(values[i] == in_branch(expected[i]));
+    }
+}
+
+// ----------------------------------------------------------------------------------------------------
+// What reads how much of the device's memory is free: on a GPU nothing else may run beside it.
+TEST_SUITE("alone") {
     // Bytes that an action takes on the device against those that were planned, in so many allocations.
     template <class Action>
     void check_taken(const std::string& what, size_t planned, size_t allocations, Action action) {
@@ -1520,8 +1595,9 @@ TEST_SUITE("memory and machine") {
 #else
         size_t rounding = (size_t(2) << 20) * allocations + (size_t(32) << 20);  // a driver takes memory in pieces of 2 MiB, and some for a stream
 #endif
-        size_t taken = before - after;
-        CHECK_MESSAGE((taken + rounding >= planned && taken <= planned + rounding), what << ": planned " << planned << ", taken " << taken);
+        double taken = double(before) - double(after);
+        bool close = std::fabs(taken - double(planned)) <= double(rounding);
+        CHECK_MESSAGE(close, what << ": planned " << planned << ", taken " << taken);
     }
 
     TEST_CASE("The memory table is what a model takes, and the rows beside it what samples and the probe take") {
@@ -1544,25 +1620,36 @@ TEST_SUITE("memory and machine") {
             }
     }
 
-    TEST_CASE("The machine is one, has a name and a rate") {
-        Trainer::require_machine();
-        Trainer trainer(test_run(small_config(KEEL, 2, 256, 4), 1, 4));
-        CHECK(trainer.matrix_rate() > 0);
-        CHECK(Trainer::machine_name().find("multiprocessors") != std::string::npos);
-        CHECK(Trainer::available_memory() > 0);
-    }
+#ifdef CUDA_ON_CPU  // a card does not say what was taken at most
+    // Leaves so many bytes of the device's memory free for as long as it lives.
+    struct MemoryLeft {
+        size_t total = cuda_on_cpu::memory().total;
+        explicit MemoryLeft(size_t bytes) { cuda_on_cpu::memory().total = cuda_on_cpu::memory().used + bytes; }
+        ~MemoryLeft() { cuda_on_cpu::memory().total = total; }
+    };
 
-    TEST_CASE("Random matrices for the rate have the bits of initial weights, rounded") {
-        size_t rows = 37, cols = 64;
-        TensorInfo info{};
-        info.rows = info.used_rows = info.tail_row = rows, info.cols = cols, info.bound = 1;
-        std::vector<float> expected(rows * cols);
-        initialise_tensor(expected.data(), info, 0, 1, 0, rows);
-        Field<branch_t> found(expected.size());
-        launch(initialise_kernel<branch_t>, ceil_div(expected.size() / 4, THREADS), THREADS, 0, device().stream, found.data(), TensorStart{rows, cols, rows, rows, 1, 1, 0}, uint64_t(1));
-        auto values = found.values();
-        for (size_t i = 0; i < expected.size(); i++) REQUIRE(values[i] == in_branch(expected[i]));
+    TEST_CASE("A tuned step and a validation take the scratch of the plan's row, no more and no less") {
+        TestData data;
+        size_t rounding = 4 * 512;  // of four allocations
+        for (int V : {256, 3000})  // a feed-forward layer's dW is the largest product, or the head's
+            for (bool enough : {true, false}) {
+                RunConfig run = test_run(test_config(KEEL, 2, 256, 4, V, 32), 2, 32);
+                run.tune = data.folder.path + format("/%d-%d.csv", V, enough);
+                Trainer trainer(run);
+                trainer.initialise(1);
+                MemoryRow scratch = Trainer::memory_rows(run).back();
+                CHECK(scratch.name == "tuning scratch");
+                MemoryLeft left(enough ? scratch.bytes + rounding : scratch.bytes - 1);
+                std::string error = error_of([&] {
+                    run_steps(trainer, data, 1, 2);
+                    auto tokens = random_tokens(64, V, 1);
+                    for (int b : {1, 2}) trainer.evaluate(tokens.data(), tokens.data(), b);
+                });
+                bool right = enough ? error == "" : error.find("GPU memory: expected") != std::string::npos;
+                CHECK_MESSAGE(right, "V " << V << ": " << error);
+            }
     }
+#endif
 }
 
 #ifdef CUDA_ON_CPU
@@ -1587,8 +1674,10 @@ TEST_SUITE("coverage") {
     }
 
     TEST_CASE("Every kernel of train_keel.cu has been launched by a test, in each of its instantiations") {
-        const auto* run = doctest::detail::g_cs;
-        if (run->numTestCasesPassingFilters < doctest::detail::getRegisteredTests().size()) {
+        size_t others = 0;  // than those that want to run alone
+        for (const auto& test : doctest::detail::getRegisteredTests())
+            others += std::string(test.m_test_suite) != "alone";
+        if (doctest::detail::g_cs->numTestCasesPassingFilters < others) {
             MESSAGE("SKIPPED: only some of the tests were run");
             return;
         }
@@ -1615,6 +1704,9 @@ TEST_SUITE("coverage") {
         for (const std::string& name : instantiations)
             if (launched.find(name) == std::string::npos) missing += name + " ";
         CHECK_MESSAGE(kernels >= 20, kernels << " kernels found in the source");
+        size_t begun = 0;
+        for (size_t at = 0; (at = source.find("    begin_kernel();", at)) != std::string::npos; at++) begun++;
+        CHECK_MESSAGE(begun == kernels, begun << " of " << kernels << " kernels call begin_kernel()");
         CHECK_MESSAGE(missing.empty(), "launched by no test: " << missing);
         CHECK_MESSAGE(cuda_on_cpu::last_misuse() == "", cuda_on_cpu::last_misuse());
         MESSAGE(kernels << " kernels, all launched");

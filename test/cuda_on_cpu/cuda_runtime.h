@@ -40,7 +40,20 @@ inline cudaError_t cudaGetLastError() {
 
 // ----- the device
 
-inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
+namespace cuda_on_cpu {
+// As the driver does at its start: a tool's library, named in the environment, is loaded and told.
+inline bool load_injected_library() {
+    const char* path = getenv("CUDA_INJECTION64_PATH");
+    void* library = path ? dlopen(path, RTLD_NOW) : nullptr;
+    if (path && !library) fprintf(stderr, "CUDA on CPU: CUDA_INJECTION64_PATH: %s\n", dlerror());
+    auto initialize = library ? reinterpret_cast<int (*)()>(dlsym(library, "InitializeInjection")) : nullptr;
+    return initialize && initialize() == 1;
+}
+}  // namespace cuda_on_cpu
+inline cudaError_t cudaGetDeviceCount(int* count) {
+    [[maybe_unused]] static const bool injected = cuda_on_cpu::load_injected_library();
+    return *count = 1, cudaSuccess;
+}
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaSetDevice(int device) {
     return cuda_on_cpu::api([&](auto&) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; });
@@ -437,7 +450,7 @@ inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const v
     return cuda_on_cpu::api([&](auto&) {
         *attributes = {};
         attributes->maxThreadsPerBlock = int(cuda_on_cpu::max_threads), attributes->numRegs = 32;
-        attributes->ptxVersion = attributes->binaryVersion = 90;
+        attributes->ptxVersion = cuda_on_cpu::settings().ptx, attributes->binaryVersion = 90;  // this card's
         attributes->maxDynamicSharedSizeBytes = int(cuda_on_cpu::shared_allowed(function));
         return cudaSuccess;
     });

@@ -138,8 +138,17 @@ void cp_async_wait() {
     self.copies.erase(self.copies.begin(), self.copies.begin() + std::ptrdiff_t(landed));
 }
 
-// What overlapping launches must do before they touch global memory. Here a kernel starts when the one before has ended; that each thread
-// calls this is checked.
-__forceinline__ void wait_for_predecessor() { cuda_on_cpu::device().current->waited = true; }
+// What launches that overlap must do: wait before they touch global memory, and only then let the next one start. Here
+// a kernel starts when the one before has ended; that each thread waits, and waits first, is checked. Code built for
+// less than 9.0 does neither.
+__forceinline__ void wait_for_predecessor() {
+    if (cuda_on_cpu::settings().ptx >= 90) cuda_on_cpu::device().current->waited = true;
+}
+__forceinline__ void start_successor() {
+    cuda_on_cpu::Worker& w = cuda_on_cpu::device();
+    if (cuda_on_cpu::settings().ptx >= 90 && w.launch->overlaps && !w.current->waited)
+        w.misuse("start_successor(): expected wait_for_predecessor() before it in a launch that may overlap, "
+                 "found none");
+}
 
 inline float fast_exp2(float x) { return exp2f(x); }

@@ -607,6 +607,37 @@ TEST_CASE("a thread that does not wait for the kernel before, in a launch that m
     CHECK(misuse_of([] { launch(waits_but_for_one, 3, 40, 0, nullptr, 2, 37); }) == "");  // it starts when all before it has ended
 }
 
+__global__ void starts_before_waiting(int hasty_thread) {
+    if (int(threadIdx.x) == hasty_thread) start_successor();
+    wait_for_predecessor();
+    start_successor();
+}
+TEST_CASE("a thread that starts the next kernel before it has waited for the one before is found and named") {
+    for (uint64_t seed = 1; seed < 4; seed++) {
+        WithSeed with(seed);
+        CHECK_HAS(misuse_of([] { launch_overlapping(starts_before_waiting, 1, 40, nullptr, 37); }),
+                  "kernel starts_before_waiting(int), block (0,0,0), thread (37,0,0): start_successor(): expected wait_for");
+    }
+    CHECK(misuse_of([] { launch_overlapping(starts_before_waiting, 3, 40, nullptr, -1); }) == "");
+    CHECK(misuse_of([] { launch(starts_before_waiting, 3, 40, 0, nullptr, 37); }) == "");  // all before it has ended
+}
+
+TEST_CASE("code that looks built for compute capability 8.0 says so and does not wait: an overlapping launch is found") {
+    int before = settings().ptx;
+        cudaFuncAttributes code;
+    for (int ptx : {90, 80}) {
+        settings().ptx = ptx;
+        CHECK_OK(cudaFuncGetAttributes(&code, starts_before_waiting));
+        CHECK(code.ptxVersion == ptx);
+        CHECK(code.binaryVersion == 90);  // what the driver makes of either for this card
+        CHECK(misuse_of([] { launch(starts_before_waiting, 3, 40, 0, nullptr, -1); }) == "");
+        std::string found = misuse_of([] { launch_overlapping(starts_before_waiting, 3, 40, nullptr, -1); });
+        if (ptx == 90) CHECK(found == "");
+        else CHECK_HAS(found, "expected wait_for_predecessor() in each thread");
+    }
+    settings().ptx = before;
+}
+
 __global__ void nothing(const int*) {}
 TEST_CASE("launches that a card would refuse are refused, and leave the device usable") {
     const int* none = nullptr;
