@@ -5,10 +5,14 @@
 
 The same model, weights, batches and steps as train_keel's with the same flags, so its losses are the trainer's but for rounding:
 FP32 parameters, gradients, moments and highway; branches and head in BF16 (the casts that torch.autocast would insert, written out);
-scaled_dot_product_attention; vocabulary rows padded; fused AdamW; the gradients of micro-batches added up in FP32.
+fused attention, cuDNN's or FlashAttention's, whichever is quicker at the model's shape; vocabulary rows padded; fused
+AdamW; the gradients of micro-batches added up in FP32.
 --mode    eager; compile: torch.compile of each block, of the embedding and of the head; graphs: these, and a micro-step as one CUDA graph
 --checkpoint    each block's forward pass again in the backward pass (torch.utils.checkpoint), so that only x is kept between blocks
-Without -b the micro-batch is the largest that fits, found by halving. Prints a line a step; a step that waits for its loss, as train_keel's does.
+--warm    no training: compiles what a run of --mode with this -b and --checkpoint compiles, for either attention, into
+          the caches of TORCHINDUCTOR_CACHE_DIR and TRITON_CACHE_DIR, and ends. Depth does not matter but for alpha:
+          -L 4 -a 1024 compiles what -L 1024 runs.
+Prints a line a step; a step that waits for its loss, as train_keel's does.
 """
 
 import argparse
@@ -39,7 +43,8 @@ OUT_OF_MEMORY = 3  # exit status
 # The trainer's weights and batches, bit for bit
 
 def philox4x32_10(block, stream, seed):
-    """keel.philox4x32_10 in int64 that holds uint32: the words of counter (block, stream, 0), for blocks (1,n) and streams (k,1) (4,k,n)."""
+    """keel.philox4x32_10 in int64 that holds uint32: the words of counter (block, stream, 0), for blocks (1,n) and
+    streams (k,1) (4,k,n)."""
     mask = 0xFFFFFFFF
 
     def multiply(a, b):  # high and low word of a product of 64 bits, which int64 does not hold
@@ -56,7 +61,8 @@ def philox4x32_10(block, stream, seed):
 
 
 def initial_weights(cfg, seed, device, at_once=1 << 25):
-    """keel.init_params on the device, where billions are drawn in a second or two: matrices of one shape together, `at_once` numbers at a time."""
+    """keel.init_params on the device, where billions are drawn in a second or two: matrices of one shape together,
+    `at_once` numbers at a time."""
     table = parameter_table(cfg)
     params = {name: torch.ones(shape, device=device) for name, shape in table}
     for shape in {shape for _, shape in table if len(shape) == 2}:
@@ -82,7 +88,8 @@ def initial_weights(cfg, seed, device, at_once=1 << 25):
 
 
 class Batches:
-    """The trainer's order of sequences (Loader in keel_common.h): chunks of T tokens, permuted by a Feistel network, each epoch shifted."""
+    """The trainer's order of sequences (Loader in keel_common.h): chunks of T tokens, permuted by a Feistel network,
+    each epoch shifted."""
 
     def __init__(self, path, T, seed):
         if path.endswith(".bin"):
@@ -131,10 +138,72 @@ class Batches:
 
 
 # ---------------------------------------------------------------------------------------------------------
+# Attention
+
+# Causal, of q, k, v (B,H,T,D). Operators by their names, not scaled_dot_product_attention under sdpa_kernel(): the
+# cache of compiled code does not see which backend a context outside the compiled function chose, so that it would give
+# one backend's code to the other, and a context inside it passes the cache by.
+FUSED = {
+    "cuDNN": lambda q, k, v: torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True)[0],
+    "FlashAttention": lambda q, k, v: torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[0],
+}
+
+
+def usual_attention():
+    """(name, function) where there is nothing to choose from: without a GPU or in an old PyTorch."""
+    if not hasattr(F, "scaled_dot_product_attention"):
+        return "the reference's", keel.attention
+    return "scaled_dot_product_attention", lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def split_heads(qkv, H):
+    """q, k, v (B,H,T,D) as views of qkv (B,T,3C)."""
+    B, T, C = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+    return [i.view(B, T, H, C // H).transpose(1, 2) for i in qkv.split(C, dim=-1)]
+
+
+def attention_milliseconds(attention, B, H, T, D, launches=10):
+    """Of a forward and a backward pass in BF16 over q, k, v that lie in memory as the model's; None where the backend
+    refuses them."""
+    q, k, v = (
+        i.detach().requires_grad_()
+        for i in split_heads(torch.randn(B, T, 3 * H * D, device="cuda", dtype=torch.bfloat16), H)
+    )
+    gradient = torch.randn(B, T, H, D, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    try:
+        for i in range(launches + 3):
+            if i == 3:  # those before warm up
+                begin.record()
+            torch.autograd.grad(attention(q, k, v), (q, k, v), gradient)
+        end.record()
+        end.synchronize()
+    except RuntimeError as error:
+        if "out of memory" in str(error):
+            raise
+        return None
+    return begin.elapsed_time(end) / launches
+
+
+def fastest_attention(B, H, T, D):
+    """(name, function) of the fused attention that is quicker on this GPU."""
+    found = {name: attention_milliseconds(function, B, H, T, D) for name, function in FUSED.items()
+             if hasattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention")}
+    found = {name: ms for name, ms in found.items() if ms is not None}
+    torch.cuda.empty_cache()
+    if not found:
+        return usual_attention()
+    best = min(found, key=found.get)
+    print(f"attention {', '.join(f'{name} {ms:.2f} ms' for name, ms in found.items())}: {best}", flush=True)
+    return best, FUSED[best]
+
+
+# ---------------------------------------------------------------------------------------------------------
 # The model, as functions of tensors: blocks with the same placement share one compiled function
 
 def make_block(cfg, m, branch, attention, rmsnorm):
-    """Block m (sub-layers 2m and 2m + 1) as a function of x (B,T,C) and its parameters, a dict without the index of the sub-layer."""
+    """Block m (sub-layers 2m and 2m + 1) as a function of x (B,T,C) and its parameters, a dict without the index of the
+    sub-layer."""
     H, placements = cfg.H, (sub_layer(cfg, 2 * m), sub_layer(cfg, 2 * m + 1))
 
     def linear(x, w):
@@ -142,7 +211,7 @@ def make_block(cfg, m, branch, attention, rmsnorm):
 
     def attention_branch(u, w, norm_qkv):
         B, T, C = u.shape
-        q, k, v = (i.view(B, T, H, C // H).transpose(1, 2) for i in linear(u, w["qkvw"]).split(C, dim=-1))
+        q, k, v = split_heads(linear(u, w["qkvw"]), H)
         if norm_qkv:
             q, k, v = (rmsnorm(i.float(), w["gamma_" + name]).to(branch) for name, i in zip("qkv", (q, k, v)))
         return linear(attention(q, k, v).transpose(1, 2).reshape(B, T, C), w["attprojw"])
@@ -162,7 +231,7 @@ def make_block(cfg, m, branch, attention, rmsnorm):
 
 
 class Model:
-    def __init__(self, cfg, params, branch, compiled, with_checkpoint):
+    def __init__(self, cfg, params, attention, branch, compiled, with_checkpoint):
         self.cfg, self.params = cfg, params
         for p in params.values():
             p.requires_grad_()
@@ -170,8 +239,6 @@ class Model:
             from torch import _dynamo
             _dynamo.config.specialize_float = True
         compiled_form = (lambda function: torch.compile(function, dynamic=False)) if compiled else lambda function: function
-        attention = getattr(F, "scaled_dot_product_attention", None)
-        attention = (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)) if attention else keel.attention
         fused = not compiled and hasattr(F, "rms_norm")
         rmsnorm = (lambda x, gamma: F.rms_norm(x, gamma.shape, gamma, keel.RMS_EPS)) if fused else keel.rmsnorm
         functions, self.blocks = {}, []
@@ -209,7 +276,8 @@ class Model:
 
 
 class MicroStep:
-    """Adds the gradients of a micro-batch, and its loss to `total`, all over the number of micro-batches; as a CUDA graph where asked for."""
+    """Adds the gradients of a micro-batch, and its loss to `total`, all over the number of micro-batches; as a CUDA
+    graph where asked for."""
 
     def __init__(self, model, B, T, micro_steps, device, graph):
         self.model, self.scale, self.graph = model, 1 / micro_steps, None
@@ -247,11 +315,31 @@ class MicroStep:
 # ---------------------------------------------------------------------------------------------------------
 # The run
 
+def model_config(a):
+    return Config(a.seq_len, 50257 if a.train.endswith(".bin") else 256, a.layers, a.heads, a.channels, a.norm, a.alpha)
+
+
+def warm(a, B, device, branch):
+    """One forward and backward pass of each kind of block, of the embedding and of the head, with each attention that a
+    run may choose."""
+    cfg = model_config(a)
+    for name, attention in FUSED.items() if device.type == "cuda" else [usual_attention()]:
+        begin = time.perf_counter()
+        try:
+            model = Model(cfg, initial_weights(cfg, a.seed, device), attention, branch, a.mode != "eager", a.checkpoint)
+            MicroStep(model, B, a.seq_len, 1, device, False).run()
+        except RuntimeError as error:  # a backend that refuses the shape is none that a run will choose
+            print(f"warm, {name}: {str(error).splitlines()[0]}", flush=True)
+            continue
+        print(f"warm, {name}: {time.perf_counter() - begin:.1f} s", flush=True)
+
+
 def train(a, B, device, branch):
-    cfg = Config(a.seq_len, 50257 if a.train.endswith(".bin") else 256, a.layers, a.heads, a.channels, a.norm)
+    cfg = model_config(a)
     on_gpu, sequences = device.type == "cuda", a.total_batch // a.seq_len
+    attention = fastest_attention(B, cfg.H, a.seq_len, cfg.D)[1] if on_gpu else usual_attention()[1]
     params = initial_weights(cfg, a.seed, device)
-    model = Model(cfg, params, branch, a.mode != "eager", a.checkpoint)
+    model = Model(cfg, params, attention, branch, a.mode != "eager", a.checkpoint)
     groups = [{"params": [p for p in params.values() if p.dim() == 2], "weight_decay": 0.01},  # the trainer's defaults
               {"params": [p for p in params.values() if p.dim() == 1], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=a.lr, betas=(0.9, 0.95), eps=1e-12, **({"fused": True} if on_gpu else {}))
@@ -307,7 +395,10 @@ def main():
     add("-C", "--channels", type=int)
     add("-H", "--heads", type=int)
     add("-t", "--seq-len", type=int)
+    add("-a", "--alpha", type=float, help="[the placement's own]")
     add("-b", "--batch", type=int, help="sequences in a micro-batch [the largest that fits]")
+    add("--or-less", action="store_true", help="where -b does not fit, the next smaller micro-batches are tried")
+    add("--warm", action="store_true", help="compile into the caches and end")
     add("-d", "--total-batch", type=int, help="tokens a step")
     add("-x", "--steps", type=int, default=8)
     add("-l", "--lr", type=float, default=1e-3)
@@ -328,8 +419,12 @@ def main():
         return yardsticks()
     device, branch = torch.device(a.device), torch.bfloat16 if a.device == "cuda" else torch.float32
     sequences = a.total_batch // a.seq_len
-    # At most 32768 tokens at a time: what is wider is no faster.
-    tries = [a.batch] if a.batch else [B for B in range(max(1, 32768 // a.seq_len), 0, -1) if sequences % B == 0]
+    # At most 32768 tokens at a time where none is named: what is wider is no faster.
+    tries = [B for B in range(a.batch or max(1, 32768 // a.seq_len), 0, -1) if sequences % B == 0]
+    if a.batch and not a.or_less:
+        tries = [a.batch]
+    if a.warm:
+        return warm(a, tries[0], device, branch)
     for B in tries:
         try:
             return train(a, B, device, branch)

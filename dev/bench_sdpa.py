@@ -1,9 +1,11 @@
 """PyTorch's attention at bench_kernels' shapes: causal scaled_dot_product_attention in BF16, B*T = 16384, C = 1024.
 
-Prints name,TFLOP/s for the flash backend, forward and backward, which dev/bench_kernels.cu --sdpa reads; cuDNN's figures go to stderr, for
-information. The backward runs in deterministic mode, as ours always does. Operations as flash attention counts them: two products forward
-and five backward, half of the scores masked. Medians of 9 timings of 20 launches over buffers that together pass the L2 cache.
+Prints name,TFLOP/s, forward and backward: the bare name is FlashAttention's, which dev/bench_kernels.cu --sdpa holds
+ours against; with _cudnn behind it, cuDNN's. The backward runs in deterministic mode, as ours always does. Operations
+as flash attention counts them: two products forward and five backward, half of the scores masked. Medians of 9 timings
+of 20 launches over buffers that together pass the L2 cache.
 """
+
 import statistics
 import sys
 
@@ -53,10 +55,11 @@ torch.use_deterministic_algorithms(True, warn_only=True)
 print(f"PyTorch {torch.__version__}, {torch.cuda.get_device_name()}", file=sys.stderr)
 for T in (1024, 4096):
     for D in (64, 128):
-        forward, backward = measure(T, D, SDPBackend.FLASH_ATTENTION)
-        print(f"attention_forward_T{T}_D{D},{forward:.1f}\nattention_backward_T{T}_D{D},{backward:.1f}", flush=True)
-        try:
-            forward, backward = measure(T, D, SDPBackend.CUDNN_ATTENTION)
-            print(f"cuDNN T {T} D {D}: forward {forward:.1f}, backward {backward:.1f} TFLOP/s", file=sys.stderr)
-        except RuntimeError as error:
-            print(f"cuDNN T {T} D {D}: {str(error).splitlines()[0]}", file=sys.stderr)
+        for backend, suffix in ((SDPBackend.FLASH_ATTENTION, ""), (SDPBackend.CUDNN_ATTENTION, "_cudnn")):
+            try:
+                forward, backward = measure(T, D, backend)
+            except RuntimeError as error:
+                print(f"T {T} D {D}{suffix}: {str(error).splitlines()[0]}", file=sys.stderr)
+                continue
+            print(f"attention_forward_T{T}_D{D}{suffix},{forward:.1f}")
+            print(f"attention_backward_T{T}_D{D}{suffix},{backward:.1f}", flush=True)

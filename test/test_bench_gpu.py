@@ -1,5 +1,6 @@
 """The tools that measure the GPU trainer, without a GPU. Ends with `N passed, N failed, N skipped`."""
 
+import argparse
 import contextlib
 import csv
 import functools
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+import unittest.mock
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -18,8 +20,10 @@ sys.path[:0] = [str(ROOT / "dev")]
 import bench_gpu
 import idle
 import predict
+import results
 
 CPU = str(ROOT / "train_keel_cpu")
+DATA = ROOT / "build" / "bench_gpu"
 os.environ["OMP_NUM_THREADS"] = "1"  # other suites run beside
 
 
@@ -64,14 +68,14 @@ def record(folder, **environment):
 
 
 def test_recorded_activities(folder):
-    """The library writes down every kernel, copy and fill that CUPTI reports, and the analysis finds the idle time that was made up."""
+    """The library writes down every kernel, copy and fill that CUPTI reports, and the analysis finds the idle time that
+    was made up."""
     names, activities = idle.read_trace(record(folder))
     assert len(activities) == 28 and activities == sorted(activities), activities
     assert ("memory", "copy to the host") in names.values() and ("kernel", "adamw_kernel(float*)") in names.values(), names
-    f = idle.analyse(names, activities, 2, 0.125)
-    near(f["traced_step"], 100), near(f["kernels"], 20 + 60 + 32 + 6)
-    near(f["traced_idle"], 0.07)  # 4 + 1 + 2 us; what overlaps counts once
-    near(f["idle"], 1 - 118 / 125)
+    f = idle.analyse(names, activities, 2)
+    near(f["step"], 100), near(f["kernels"], 20 + 60 + 32 + 6)  # more than the step's 100: one runs beside another
+    near(f["idle"], 0.07)  # 4 + 1 + 2 us; what overlaps counts once
     near(f["boundary"], 5)
     rows = {name: (count, each) for _, name, count, each, _ in f["rows"]}
     assert rows["product<float, 2>"] == (1, 20) and rows["product<double, 2>"] == (1, 60) and rows["beside"] == (1, 32), rows
@@ -81,12 +85,54 @@ def test_recorded_activities(folder):
 
 
 def test_idle_prints(folder):
-    """The command prints idle time beside its goal, with the step time of another run's log."""
-    trace, log = record(folder), folder / "log.csv"
-    log.write_text("step,ms\n1,9\n2,0.2\n3,0.12\n4,0.12\n")
-    done = run(sys.executable, "dev/idle.py", trace, "--log", log, "--steps", "2")
-    assert done.returncode == 0 and done.stdout.endswith("idle         1.67 % over 2 steps (goal: under 3 %, met)\n"), done.stdout + done.stderr
-    assert "waits for the host            0 gaps" in done.stdout, done.stdout
+    """The command prints idle time beside its goal and the step beside one without recording, and writes both as
+    rows."""
+    trace, log, table = record(folder), folder / "log.csv", folder / "rows.csv"
+    log.write_text("step,ms\n1,9\n2,0.2\n3,0.08\n4,0.08\n")
+    done = run(
+        sys.executable, "dev/idle.py", trace, "--log", log, "--steps", "2", "--csv", table, "--model", "L1024_C256"
+    )
+    assert done.returncode == 0 and not done.stderr and "waits for the host            0 gaps" in done.stdout, (
+        done.stdout + done.stderr
+    )
+    assert (
+        "step         0.100 ms while recorded, 0.080 ms without; 7 activities, 0.118 ms in the sum of kernels\n"
+        in done.stdout
+    ), done.stdout
+    assert done.stdout.endswith(
+        "idle         7.00 % over 2 steps (goal at most 3 % of a traced step, missed)\n"
+    ), done.stdout
+    assert (
+        table.read_text()
+        == "metric,value,unit,peer_value,ratio\nidle_L1024_C256,7.00,%,,\nidle_step_L1024_C256,0.100,ms,0.080,1.250\n"
+    )
+    done = run(sys.executable, "dev/idle.py", trace, "--steps", "2")
+    assert done.stdout.endswith("idle         7.00 % over 2 steps\n"), done.stdout + done.stderr
+
+
+def test_idle_runs_prebuilt_programs(folder):
+    """dev/idle.sh runs the trainer and the recording library that it is given, once as they are and once recorded."""
+    trace, trainer, library = record(folder), folder / "trainer", folder / "cupti_idle.so"
+    library.touch()
+    trainer.write_text(f"""#!/bin/sh
+[ "$1 $2 $3 $4" = "-L 6 -x 7" ] && echo "model      keel, L 6 sub-layers, C 64, H 1, T 16"
+[ "$CUDA_INJECTION64_PATH" = {library} ] && cp {trace} "$KEEL_TRACE"
+while [ "$1" ]; do [ "$1" = -o ] && mkdir -p "$2" && printf 'step,ms\\n1,0.1\\n' >"$2/log.csv"; shift; done
+""")
+    trainer.chmod(0o755)
+    table = folder / "rows.csv"
+    for once in ([], ["--once"]):
+        command = ["dev/idle.sh", "--steps", "2", *once, "-L", "6", "--csv", table]
+        done = run(*command, TRAINER=str(trainer), CUPTI_IDLE=str(library))
+        assert done.returncode == 0 and not done.stderr and "idle         7.00 %" in done.stdout, (
+            done.stdout + done.stderr
+        )
+    assert table.read_text().splitlines()[1:] == [
+        "idle_L6_C64,7.00,%,,",
+        "idle_step_L6_C64,0.100,ms,0.100,1.000",
+        "idle_L6_C64,7.00,%,,",
+        "idle_step_L6_C64,0.100,ms,,",
+    ], table.read_text()
 
 
 def test_bad_traces_are_refused(folder):
@@ -109,6 +155,101 @@ def test_dropped_records_are_told(folder):
         assert "6 activities" in str(error), error  # three of each buffer
     else:
         raise AssertionError("no error")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Rows and goals
+
+def test_rows_are_kept(folder):
+    """Rows are added with the columns that they have; a file of other columns is refused and stays."""
+    table, about = folder / "of" / "h100.csv", results.about("x", "commit", "kernels")
+    results.append(table, [["a", "1", "%", "", ""], ["b,c", "2", "ms", "4", "0.5"]], about)
+    before = table.read_text()
+    results.append(table, [["a", "3", "%", "", ""]], about)
+    assert table.read_text().startswith(before) and [
+        (r["metric"], r["value"], r["kernels"]) for r in results.read(table)
+    ] == [("a", "1", "kernels"), ("b,c", "2", "kernels"), ("a", "3", "kernels")], table.read_text()
+    whole = table.read_text()
+    try:
+        results.append(table, [["a", "3", "%", "", ""]])
+    except results.Failed as why:
+        assert (
+            "expected the columns metric,value,unit,peer_value,ratio, found" in str(why)
+            and len(str(why).splitlines()) == 1
+        ), why
+    else:
+        raise AssertionError("no error")
+    assert table.read_text() == whole
+    assert (
+        len(about) == len(results.ABOUT)
+        and (about[0], about[5]) == ("commit", "kernels")
+        and results.about("x")[0] not in ("", None)
+    ), about
+    for gpu, name in (
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA A100-SXM4-40GB", "a100"),
+        ("NVIDIA B200", "b200"),
+        ("NVIDIA L4", "gpu"),
+        ("", "gpu"),
+    ):
+        assert results.results_name(gpu) == name, gpu
+
+
+def test_commands_hold_no_machines_paths(folder):
+    """A row's command keeps paths below the repository and of others their last part."""
+    for command, expected in (
+        (
+            f"TRAINER={ROOT}/build/card/train_keel dev/bench_gpu.sh --data build/card",
+            "TRAINER=build/card/train_keel dev/bench_gpu.sh --data build/card",
+        ),
+        (
+            "a --baseline /home/me/old-one/train_keel --csv=/tmp/x.csv ../b/c",
+            "a --baseline train_keel --csv=x.csv ../b/c",
+        ),
+        ("a '/x y/b' -d 65536", "a '/x y/b' -d 65536"),
+    ):
+        assert results.about(command)[4] == expected, results.about(command)[4]
+
+
+def test_goals(folder):
+    """A goal is a least or a most of a figure or of its ratio, and nothing is said of what has none or was not
+    measured."""
+    for metric, value, ratio, end in (
+        ("keel_L512_C1024/mfu", 56, 0.1, "matrix rate, met"),
+        ("keel_L512_C1024/mfu", "54.99", 9, ", missed"),
+        ("keel_L512_C1024/vs_torch", 1, 1.25, "goal 1.25 of PyTorch's tokens/s at its best, met"),
+        ("idle_L1024_C256", 3.5, None, "goal at most 3 % of a traced step, missed"),
+        ("idle_L1024_C256", 2, None, ", met"),
+        ("keel_L512_C1024/vs_torch", 1, None, ""),
+        ("adamw", 1, "", ""),
+        ("none", 1, 1, ""),
+    ):
+        said = results.said(metric, value, ratio)
+        assert said.endswith(end) and bool(said) == bool(end), (metric, said)
+
+
+def test_goals_name_what_tools_print(folder):
+    """Each goal is of a metric that bench_gpu.py, idle.sh or bench_kernels.cu prints, and each of bench_kernels.cu's
+    can be read from its source."""
+    source = (ROOT / "dev" / "bench_kernels.cu").read_text()
+    names = set(
+        re.findall(r'(?:format\(|bandwidth\(device, |report\(|report_attention\()"(\w+[%\w]*)"', source)
+    )  # some with %d, %s
+    patterns = [re.compile(re.sub("%[ds]", r"\\w+", name) + r"(_T\d+_D\d+)?$") for name in names]
+    for metric, goal in results.goals().items():
+        model, _, what = metric.partition("/")
+        assert goal.column in ("value", "ratio") and goal.sense in ("least", "most") and goal.goal > 0 and goal.what, (
+            metric,
+            goal,
+        )
+        if model == "main":  # dev/card.py's run of train_keel -L 1024
+            assert what in ("tokens_per_second", "mfu", "first_step"), metric
+        elif what:
+            printed = "mfu vs_torch vs_baseline first_step memory floor".split()
+            assert model in predict.ROWS and what in printed, metric
+        elif not re.fullmatch(r"idle(_step)?_L\d+_C\d+", metric):
+            assert any(pattern.match(metric) for pattern in patterns), (metric, names)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -136,7 +277,8 @@ def losses_and_norms(folder, data, *flags):
 
 
 def test_torch_trains_the_same_model(folder):
-    """The fast PyTorch model has the trainer's loss and gradient norm in each step of more than an epoch: the same weights, batches, passes and updates."""
+    """The fast PyTorch model has the trainer's loss and gradient norm in each step of more than an epoch: the same
+    weights, batches, passes and updates."""
     text = folder / "text.txt"
     text.write_bytes((ROOT / "keel_common.h").read_bytes()[:700])  # 78 sequences to train on: the tenth step begins anew
     for norm, more in (("keel", []), ("hybridnorm", []), ("mixln", ["--seed", str(2**40 + 3)])):
@@ -147,10 +289,11 @@ def test_torch_trains_the_same_model(folder):
 
 
 def test_torch_reads_shards(folder):
-    """The same on a shard, with GPT-2's vocabulary padded as the trainer pads it, and with blocks that are computed again."""
+    """The same on a shard, with GPT-2's vocabulary padded as the trainer pads it, and with blocks that are computed
+    again."""
     shard = folder / "pieces.bin"
-    bench_gpu.data_file(50257)
-    tokens = bench_gpu.shards.read_shard(str(bench_gpu.data_file(50257)), 300)
+    DATA.mkdir(parents=True, exist_ok=True)
+    tokens = bench_gpu.shards.read_shard(str(bench_gpu.data_file(50257, DATA)), 300)
     shard.write_bytes(bench_gpu.shards.header_bytes(300) + bench_gpu.shards.little_endian(tokens).tobytes())
     ours, theirs = losses_and_norms(folder, shard, "--norm", "pre", "-L", "2", "-C", "4", "-H", "1", "-t", "8", "-d", "32", "-x", "2")
     for a, b in zip(ours, theirs):
@@ -177,6 +320,58 @@ for norm in ("keel", "deepnorm", "hybridnorm"):
     assert done.returncode == 0, done.stderr
 
 
+def test_torch_takes_alpha(folder):
+    """With -a a shallow model has a deep one's alpha, as the trainer's with the same flag."""
+    text = folder / "text.txt"
+    text.write_bytes((ROOT / "keel_common.h").read_bytes()[:700])
+    ours, theirs = losses_and_norms(
+        folder, text, "--norm", "keel", "-L", "4", "-a", "1024", "-C", "16", "-H", "2", "-t", "8", "-d", "64", "-x", "2"
+    )
+    near(ours[0][0], theirs[0][0], 1e-4), near(ours[0][1], theirs[0][1], 1e-4)
+
+
+def test_torch_falls_back_to_less(folder):
+    """A micro-batch that does not fit is followed by the next smaller one where the flag allows it; warming trains
+    nothing."""
+    code = """
+import sys
+sys.path[:0] = ["dev"]
+import torch, bench_gpu_torch
+fits, tried = int(sys.argv.pop(1)), []
+def train(a, B, device, branch):
+    tried.append(B)
+    if B > fits:
+        raise RuntimeError("CUDA out of memory")
+bench_gpu_torch.train = train
+torch.cuda.is_available = lambda: True
+try:
+    bench_gpu_torch.main()
+except SystemExit as end:
+    tried.append(f"exit {end.code}")
+print(tried)
+"""
+    flags = ["-i", "x.bin", "-L", "4", "-C", "16", "-H", "2", "-t", "16", "-d", "192"]
+    for fits, more, expected in (
+        (2, ["-b", "8", "--or-less"], [6, 4, 3, 2]),
+        (2, ["-b", "4"], [4, "exit 3"]),
+        (0, ["-b", "2", "--or-less"], [2, 1, "exit 3"]),
+        (3, [], [12, 6, 4, 3]),
+    ):
+        done = run(torch_python(), "-c", code, fits, *flags, *more)
+        assert done.returncode == 0 and done.stdout.splitlines()[-1] == str(expected), (
+            expected,
+            done.stdout,
+            done.stderr,
+        )
+    text = folder / "text.txt"
+    text.write_bytes((ROOT / "keel_common.h").read_bytes()[:700])
+    flags = ["-L", "4", "-a", "64", "-C", "16", "-H", "2", "-t", "8", "-d", "64", "-b", "2"]
+    done = run(torch_python(), "dev/bench_gpu_torch.py", "-i", text, *flags, "--device", "cpu", "--warm")
+    assert (
+        done.returncode == 0 and re.search(r"^warm, .+: [\d.]+ s$", done.stdout, re.M) and "step" not in done.stdout
+    ), (done.stdout + done.stderr)
+
+
 TINY = {"tiny": predict.Row("keel", 4, 16, 2, 16, 64, 256), "other": predict.Row("pre", 2, 16, 2, 16, 32, 256)}
 
 
@@ -189,36 +384,154 @@ def bench(*arguments):
     return status, out.getvalue()
 
 
-def read_rows(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+def with_card(**replaced):
+    """The benchmark's view of the card, for a while: nvidia_smi's answers by query, FORMS, FOLDER."""
+    stack = contextlib.ExitStack()
+    answers = replaced.pop("smi", {})
+    for module in (bench_gpu, results):
+        stack.enter_context(unittest.mock.patch.object(module, "nvidia_smi", lambda query: answers.get(query, "")))
+    for name, value in replaced.items():
+        stack.enter_context(unittest.mock.patch.object(results if name == "FOLDER" else bench_gpu, name, value))
+    return stack
+
+
+H100 = {"memory.total": "81559", "name": "NVIDIA H100 80GB HBM3", "driver_version": "1.2"}
 
 
 def test_bench_adds_rows(folder):
-    """The benchmark prints both sides and adds rows with its columns; what is in the file stays."""
+    """The benchmark prints both sides and adds rows as measured, and with --keep whole ones to the card's file; what is
+    in a file stays."""
     table = folder / "table.csv"
     status, out = bench("--csv", table, "--torch-python", torch_python())
-    assert not status and "PyTorch's best: eager, micro-batch 4" in out, out
-    before, rows = table.read_text(), read_rows(table)
+    assert not status and "PyTorch eager, micro-batch 4: " in out and "\n  PyTorch: eager, micro-batch 4;" in out, out
+    before, rows = table.read_text(), results.read(table)
     assert [r["metric"] for r in rows] == [f"{name}/{what}" for name in TINY for what in ("mfu", "vs_torch", "first_step", "matrix_rate")], rows
     for row in rows:
         if row["peer_value"]:
             near(float(row["value"]) / float(row["peer_value"]), float(row["ratio"]), 0.05)  # of figures that are rounded
-        assert list(row) == bench_gpu.COLUMNS and row["date"] and row["commit"] and row["command"].startswith("dev/bench_gpu.sh"), row
-    status, out = bench("--csv", table, "--rows", "other")  # and without PyTorch
-    assert not status and "PyTorch    NOT MEASURED" in out, out
-    assert table.read_text().startswith(before) and [r["peer_value"] for r in read_rows(table)[8:]] == [""] * 4, table.read_text()
+        assert list(row) == results.MEASURED, row
+    with with_card(smi=H100, FOLDER=folder):
+        status, out = bench("--csv", table, "--rows", "other", "--keep")  # and without PyTorch
+    assert not status and "PyTorch    NOT MEASURED" in out and "NVIDIA H100 80GB HBM3, 80 GiB, driver 1.2" in out, out
+    assert (
+        table.read_text().startswith(before) and [r["peer_value"] for r in results.read(table)[8:]] == [""] * 4
+    ), table.read_text()
+    kept = results.read(folder / "h100.csv")
+    assert [list(r.values())[:5] for r in kept] == [list(r.values()) for r in results.read(table)[8:]], kept
+    assert all(
+        list(r) == results.COLUMNS
+        and r["date"]
+        and r["commit"]
+        and r["command"] == "dev/bench_gpu.sh --rows other --repeats 1 --steps 5 --modes eager"
+        for r in kept
+    ), kept
+
+
+def test_baseline_takes_turns(folder):
+    """An older build runs beside ours, its tokens/s are the peer of a row, and one that trains another model is
+    refused."""
+    table, old = folder / "table.csv", folder / "old"
+    old.write_text(f'#!/bin/sh\nexec {CPU} "$@" $MORE\n')
+    old.chmod(0o755)
+    status, out = bench("--csv", table, "--model", "mine=pre,2,16,2,16,32,256", "--rows", "mine", "--baseline", old)
+    assert not status and "mine/vs_baseline" in table.read_text(), out
+    status, out = bench("--csv", table, "--rows", "tiny", "--baseline", old)
+    rows = {r["metric"]: r for r in results.read(table)}
+    assert (
+        not status
+        and "  baseline: " in out
+        and rows["tiny/vs_baseline"]["unit"] == "tokens/s"
+        and float(rows["tiny/vs_baseline"]["ratio"]) > 0
+    ), out
+    assert rows["tiny/vs_baseline"]["value"] == rows["tiny/vs_torch"]["value"], rows
+    before = table.read_text()
+    status, out = bench(
+        "--rows", "tiny", "--baseline", "/none", "--torch-python", torch_python()
+    )  # the other peer still has its turn
+    assert not status and "baseline: NOT MEASURED" in out and "PyTorch eager, micro-batch 4" in out, out
+    old.write_text(old.read_text().replace("$MORE", "-a 2"))
+    status, out = bench("--csv", table, "--rows", "tiny", "--baseline", old)
+    assert status and "THE MODELS DIFFER" in out and "baseline's is" in out and table.read_text() == before, out
+
+
+def test_forms_follow_the_card(folder):
+    """PyTorch's form, ours and the states are those that the card's memory has room for, and what cannot fit is not
+    tried."""
+    for gib in (79.6, 139.8):
+        for name, row in predict.ROWS.items():
+            form = bench_gpu.named_form(name, gib)
+            if not form:
+                assert bench_gpu.TORCH_STATES * predict.parameters(row.L, row.C, row.V, row.T) > gib * 2**30, (
+                    name,
+                    gib,
+                )
+                continue
+            kept = row.L / 2 * (4 * row.C if form.checkpoint else 38 * row.C) + 8 * row.V
+            states = (16 if form.checkpoint else 18) * predict.parameters(row.L, row.C, row.V, row.T)
+            assert row.total_batch // row.T % form.B == 0 and states + kept * form.B * row.T <= 0.95 * gib * 2**30, (
+                name,
+                gib,
+                form,
+            )
+    assert bench_gpu.named_form("pre_L24_C768", 40) is None and bench_gpu.named_form("pre_L24_C768", None) is None
+    flags = lambda name, gib, more="": bench_gpu.states_flags(
+        predict.ROWS[name], argparse.Namespace(keel_flags=more), gib
+    )
+    assert (
+        flags("keel_L1024_C1024", 79.6) == ["--moments", "bf16", "--grads", "bf16"]
+        and flags("keel_L1024_C1024", 79.6, "--moments bf16") == []
+    )
+    assert flags("keel_L1024_C1024", 139.8) == flags("keel_L512_C1024", 79.6) == flags("keel_L1024_C1024", None) == []
+
+    python, said = folder / "python", folder / "said"
+    python.write_text(f'#!/bin/sh\necho "$@" >>{said}\nexit {bench_gpu.OUT_OF_MEMORY}\n')
+    python.chmod(0o755)
+    forms = {"tiny": {75: bench_gpu.Form("graphs", True, 2)}}
+    with with_card(smi=H100, FORMS=forms):
+        status, out = bench("--rows", "tiny", "--torch-python", python)
+        assert (
+            not status and "PyTorch graphs, blocks computed again, micro-batch 2: NOT MEASURED: out of memory" in out
+        ), out
+        assert (
+            len(said.read_text().splitlines()) == 1
+            and "--mode graphs --checkpoint -b 2 --or-less --device cpu" in said.read_text()
+        ), said.read_text()
+        said.unlink()
+        bench("--rows", "tiny", "--torch-python", python, "--search")
+        assert [line.split("--mode ")[1] for line in said.read_text().splitlines()] == [
+            "eager --device cpu"
+        ], said.read_text()
+        said.unlink()
+        status, out = bench("--rows", "tiny,other", "--torch-python", python, "--warm")
+        assert (
+            "-L 4 " in said.read_text()
+            and "-a 4 --warm" in said.read_text()
+            and said.read_text().endswith("--warm\n")
+        ), said.read_text()
+        assert "other: no form of PyTorch is known" in out and len(said.read_text().splitlines()) == 1, out
+        said.unlink()
+    with with_card(smi={"memory.total": "1"}, TORCH_STATES=10**6):
+        status, out = bench("--rows", "tiny", "--torch-python", python)
+        assert "PyTorch: out of memory, not tried" in out and not said.exists(), out
 
 
 def test_bench_refuses(folder):
-    """Models that differ, rows that are unknown, files of other columns and steps that do not suffice are refused, and nothing is written."""
+    """Models that differ, rows that are unknown, files of other columns and steps that do not suffice are refused, and
+    nothing is written."""
     table = folder / "table.csv"
     status, out = bench("--csv", table, "--rows", "tiny", "--torch-python", torch_python(), "--keel-flags=-a 2")
     assert status and "THE MODELS DIFFER" in out and not table.exists(), out
     status, out = bench("--csv", table, "--rows", "tiny", "--keel-flags=-b 3")  # the trainer's own error
-    assert status and "NOT MEASURED: train_keel: " in out and "-d: expected a multiple" in out and not table.exists(), out
+    assert (
+        status and "NOT MEASURED: train_keel_cpu: " in out and "-d: expected a multiple" in out and not table.exists()
+    ), out
     table.write_text("metric,value\n")
-    for arguments, words in ((("--csv", table), "expected the columns"), (("--rows", "tiny,none"), "found none"), (("--steps", "3"), "more than 3")):
+    for arguments, words in (
+        (("--csv", table), "expected the columns"),
+        (("--rows", "tiny,none"), "found none"),
+        (("--steps", "3"), "more than 3"),
+        (("--model", "a=keel,4"), "expected NAME=NORM,L,C"),
+    ):
         try:
             bench(*arguments)
         except bench_gpu.Failed as why:
@@ -229,34 +542,67 @@ def test_bench_refuses(folder):
 
 
 def test_out_of_memory_is_a_row(folder):
-    """Where PyTorch's best try runs out of memory, that is its row; where its last form does not start, the reason is printed."""
+    """Where PyTorch's best try runs out of memory, that is its row; where its last form does not start, the reason is
+    printed."""
     table, python = folder / "table.csv", folder / "python"
     python.write_text(f"#!/bin/sh\nexit {bench_gpu.OUT_OF_MEMORY}\n")
     python.chmod(0o755)
     status, out = bench("--csv", table, "--rows", "tiny", "--torch-python", python)
-    assert not status and "PyTorch: out of memory at its best try" in out and [r["peer_value"] for r in read_rows(table)] == ["out of memory"] * 3 + [""], out
+    assert (
+        not status
+        and "PyTorch: out of memory" in out
+        and [r["peer_value"] for r in results.read(table)] == ["out of memory"] * 3 + [""]
+    ), out
     python.write_text("#!/bin/sh\necho some reason >&2\nexit 1\n")
     status, out = bench("--rows", "tiny", "--torch-python", python)
     assert not status and "PyTorch eager: NOT MEASURED: some reason" in out, out
 
 
+def test_steps_before_the_time_was_up_count(folder):
+    """Where PyTorch's time is up after enough steps, those are its figure."""
+    python = folder / "python"
+    python.write_text("#!/bin/sh\necho 'attention A 1.00 ms, B 2.00 ms: A'\necho 'batch 2, ready 1 s'\n"
+                      "for i in 1 2 3 4 5; do echo \"step $i loss 2.5 norm 1.5 ms ${i}0\"; done\nsleep 60\n")
+    python.chmod(0o755)
+    a = argparse.Namespace(torch_python=python, data=DATA, device="cpu")
+    turn = bench_gpu.torch_turn(TINY["tiny"], a, bench_gpu.Form("eager", False), 9, bench_gpu.time.monotonic() + 1)
+    assert (turn.ms, turn.loss, turn.B, turn.attention) == (45, 2.5, 2, "attention A 1.00 ms, B 2.00 ms: A"), vars(turn)
+
+
 def test_time_that_is_up(folder):
-    """A program that outlasts its time is ended with all that it started, and told apart from one that failed."""
+    """A program that outlasts its time, or the benchmark that is told to end, ends all that it started."""
     done = bench_gpu.Process(["sh", "-c", "echo begun; sleep 60 & sleep 60"], bench_gpu.time.monotonic() + 1)
     assert done.timed_out and done.error == "its time was up" and done.lines[0][1] == "begun", vars(done)
+    trainer, pid = folder / "trainer", folder / "pid"
+    trainer.write_text(f"#!/bin/sh\nsleep 60 &\necho $! >{pid}\nwait\n")
+    trainer.chmod(0o755)
+    child = subprocess.Popen(
+        [sys.executable, "dev/bench_gpu.py", "--rows", "keel_L1024_C256"],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "TRAINER": str(trainer)},
+    )
+    while not (pid.exists() and pid.read_text().endswith("\n")) and child.poll() is None:
+        bench_gpu.time.sleep(0.02)
+    child.terminate()
+    assert child.wait(20) == 143, child.returncode
+    bench_gpu.time.sleep(0.1)
+    state = run("ps", "-o", "stat=", "-p", pid.read_text().strip()).stdout.strip()
+    assert state in ("", "Z"), state  # gone, or dead and not yet waited for
 
 
 def test_operations_are_the_trainers(folder):
     """MFU counts the operations that the trainer's own log counts."""
     done = run(CPU, "-i", ROOT / "keel_common.h", "-L", "8", "-C", "32", "-t", "32", "-b", "4", "-x", "3", "-v", "0", "-n", "0", "-s", "0", "-o", folder / "run")
     rate = float(re.search(r"(\d+) GFLOP/s", done.stdout)[1]) * 1e9
-    for row in read_rows(folder / "run" / "log.csv"):
+    for row in results.read(folder / "run" / "log.csv"):
         mfu = predict.counted_operations(8, 32, 256, 32) * float(row["tokens_per_second"]) / rate
         assert abs(mfu - float(row["mfu"])) <= 0.5e-4 + 0.5e9 / rate * mfu, (mfu, row)  # what rounding of both leaves open
 
 
 def test_predictions_are_the_documents(folder):
-    """The kernels' operations and bytes add up to speed.md's, recomputation's to the plan's, and its tables are what predict.py prints."""
+    """The kernels' operations and bytes add up to speed.md's, recomputation's to the plan's, and its tables are what
+    predict.py prints."""
     total = lambda kernels, name: sum(getattr(k, name) for k in kernels)
     assert (total(predict.FORWARD, "bytes"), total(predict.BACKWARD, "bytes")) == (80, 146)
     assert (total(predict.FORWARD, "CC"), total(predict.BACKWARD, "CC"), total(predict.FORWARD, "TC"), total(predict.BACKWARD, "TC")) == (24, 48, 2, 7)
@@ -281,8 +627,8 @@ def test_no_gpu_is_said(folder):
     """Without a GPU the commands say so in one line and exit 1."""
     if run("dev/cuda.sh", "trainer").stdout.strip() == "train_keel":
         raise Skip("what the tools say without a GPU: there is one")
-    for command in ("dev/idle.sh", "dev/bench_gpu.sh", "dev/bench_kernels.sh", "dev/bench_products.sh"):
-        done = run(command)
+    for command in ("dev/idle.sh", "dev/bench_gpu.sh"):
+        done = run(command, TRAINER="")
         assert done.returncode == 1 and "GPU" in done.stderr.splitlines()[-1] and not done.stdout, (command, done.stdout, done.stderr)
 
 
