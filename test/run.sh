@@ -38,12 +38,12 @@ fi
 if any_python=$(dev/find_python.sh json 2>/dev/null); then
     suite "$any_python" test/test_data.py
 else
-    echo "SKIPPED: the data scripts and the GPU's benchmarks: no Python"
-    skipped=$((skipped + 2))
+    echo "SKIPPED: the data scripts, the GPU's benchmarks and the rehearsal of dev/card.sh: no Python"
+    skipped=$((skipped + 3))
 fi
 # Suites that use little more than one core run beside the others, and are told and counted after them.
 beside=(build/test_gpu_bf16_sanitized build/test_gpu_fp32_on_cpu build/test_cuda_on_cpu)
-[ "$any_python" ] && beside+=("$any_python test/test_bench_gpu.py")
+[ "$any_python" ] && beside+=("$any_python test/test_bench_gpu.py" "$any_python test/test_card.py")
 if dev/cuda.sh nvcc >/dev/null 2>&1; then
     beside+=("dev/ptxas.sh --test")
 else

@@ -82,6 +82,7 @@ def main():
     parser.add_argument("--binary", help="the trainer [./train_keel_cpu; with --gpu ./train_keel]")
     parser.add_argument("--list", action="store_true", help="only print the commands that are known before anything has run")
     parser.add_argument("--draw", action="store_true", help="only draw the figures again, from the tables in --results")
+    parser.add_argument("--tables", action="store_true", help="no figures: no matplotlib is needed; --draw draws them elsewhere")
     o = parser.parse_args()
     names = list(EXPERIMENTS) if "all" in o.names else o.names
     for name in names:
@@ -114,8 +115,9 @@ def main():
     for name in names:
         EXPERIMENTS[name].collect(c.of(name))
         write_runs(c, name, [run for stage in EXPERIMENTS[name].runs(c.of(name)) for run in stage])  # asked anew, so in one order however they came to be
-        EXPERIMENTS[name].draw(c.of(name))
-        print(f"wrote {relative(str(c.results / name))}.csv, .png and _runs.csv", flush=True)
+        if not o.tables:
+            EXPERIMENTS[name].draw(c.of(name))
+        print(f"wrote {relative(str(c.results / name))}.csv, {'' if o.tables else '.png '}and _runs.csv", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,211 @@
+"""dev/card.sh rehearsed without a GPU: the real programs on the CPU headers (make rehearsal), stand-ins of nvidia-smi, compute-sanitizer and PyTorch
+on CUDA (test/card), in a copy of the tree without .git, and with apt-get, git and sudo absent. Ends with `N passed, N failed`."""
+
+import csv
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+ABSENT = {"apt-get", "apt", "git", "sudo"}
+
+
+class Skip(Exception):
+    """What is not here."""
+
+
+def tree():
+    """A copy of the tree as a card's machine gets it, and the PATH of that machine."""
+    folder = Path(tempfile.mkdtemp(prefix="card_test_"))
+    copy, bin = folder / "tree", folder / "bin"
+    shutil.copytree(ROOT, copy, ignore=lambda at, names: [n for n in names if n in (".git", "build", "__pycache__")])
+    shutil.copytree(ROOT / "build" / "rehearsal", copy / "build" / "rehearsal")  # what its links name
+    bin.mkdir()
+    for place in reversed(os.environ["PATH"].split(":")):
+        for program in Path(place).glob("*") if place else []:
+            if program.name not in ABSENT:
+                (bin / program.name).unlink(missing_ok=True)
+                (bin / program.name).symlink_to(program)
+    return folder, copy, bin
+
+
+FOLDER, TREE, BIN = tree()
+
+
+def card(*arguments, out, **environment):
+    begin = time.monotonic()
+    done = subprocess.run(["dev/card.sh", *map(str, arguments)], cwd=TREE, capture_output=True, text=True, stdin=subprocess.DEVNULL,
+                          env={**os.environ, "PATH": str(BIN), "OUT": str(out), "OMP_NUM_THREADS": "2", **environment})
+    print(f"   dev/card.sh {' '.join(map(str, arguments))}: {time.monotonic() - begin:.0f} s", flush=True)
+    return done
+
+
+def rows(out):
+    with open(out / "gpu.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def values(out, metric):
+    return [float(row["value"]) for row in rows(out) if row["metric"] == metric]
+
+
+def logs(out):
+    with tarfile.open(out / "logs.tar.gz") as tar:
+        return {m.name: tar.extractfile(m).read().decode(errors="replace") for m in tar.getmembers()}
+
+
+def replaced(name, script):
+    """Puts a script where a program is. Returns the program."""
+    path = TREE / "build" / "rehearsal" / name
+    saved = path.with_suffix(".saved")
+    path.rename(saved)
+    path.write_text("#!/bin/bash\n[[ $1 == -h || $1 == --version ]] && exit 0\n" + script)
+    path.chmod(0o755)
+    return saved
+
+
+def restore(saved):
+    saved.rename(saved.with_suffix(""))
+
+
+def test_every_stage(folder):
+    """The whole call, without arguments: every stage passes and prints its rows, the table is short and last; what was kept is not run again."""
+    out = folder / "out"
+    done = card("--rehearse", "--seconds", "900", out=out)
+    assert done.returncode == 0, done.stdout + done.stderr
+    print(done.stdout[done.stdout.rindex("CUDA on CPU, driver"):], end="")
+    lines = (out / "table.txt").read_text().splitlines()
+    assert len(lines) <= 25 and done.stdout.rstrip().endswith(lines[-1]) and lines[-1].endswith("0 failed"), lines
+    found = {row["metric"] for row in rows(out)}
+    stages = re.findall(r"^== (\w+), at most", done.stdout, re.M)
+    assert len(stages) == 10, stages
+    expected = ["right/smoke", "right/bf16", "right/fp32", "right/compare", "right/bf16_memory", "right/fp32_memory", "main/tokens_per_second", "main/mfu",
+                "main/first_step", "main/memory", "main/same_bits", "tiny/mfu", "tiny/vs_torch", "other/vs_torch", "kernels/kernels", "products/products",
+                "safe/memcheck_train_keel", "safe/kill_and_resume", "safe/curve_bf16", "safe/curve_fp32", "safe/curve_bf16_states", "lesson/max_lr",
+                "lesson/hops", "lesson/long", "deep/mfu"] + [f"stage/{name}" for name in stages]
+    assert not set(expected) - found, set(expected) - found
+    for row in rows(out):
+        assert row["unit"] != "ok" or row["value"] == "1", row
+        assert row["gpu"] == "CUDA on CPU" and row["kernels"] == "rehearsal" and row["date"] and row["command"], row
+        assert str(FOLDER) not in row["command"] and "/tmp/" not in row["command"], row
+    assert len(found) > 100, found  # kernels and products print a row each
+    assert len(list(out.iterdir())) <= 8 and all(path.is_file() and path.stat().st_size < 16 << 20 for path in out.iterdir()), list(out.iterdir())
+    assert {"right-bf16.log", "main-run1.log", "safe-resume.log"} <= set(logs(out)), list(logs(out))
+    again = card("--rehearse", out=out)  # the same folder of results: nothing is left to do
+    assert again.returncode == 0 and again.stdout.count("dev/results has it of these kernels") == 10, again.stdout + again.stderr
+    kept = card("--keep", out, out=out)
+    assert kept.returncode == 0 and f"{len(rows(out))} rows added" in kept.stdout, kept.stdout + kept.stderr
+    again = card("--rehearse", out=folder / "other")  # and another call knows what was kept
+    assert again.returncode == 0 and "right: dev/results has it" in again.stdout, again.stdout + again.stderr
+    (TREE / "dev" / "results" / "gpu.csv").unlink()
+
+
+def test_hang_fail_die(folder):
+    """A stage that hangs, with a child that left its session and is deaf to SIGTERM, one that fails and one that dies are cut off and named; the
+    others' rows come back, and nothing that they started lives on."""
+    out, mark = folder / "out", str(61000 + os.getpid() % 999) + ".25"
+    saved = [replaced("bench_kernels", f"trap '' TERM\nsetsid bash -c \"trap '' TERM; sleep {mark}\" &\nsleep {mark}\n"),
+             replaced("bench_products", "echo a product is wrong >&2\nexit 3\n")]
+    worker = TREE / "build" / "rehearsal" / "train_keel_fp32"
+    saved.append(replaced(worker.name, "kill -9 $PPID\nsleep 5\n"))
+    try:
+        done = card("--rehearse", "--limit", 15, "kernels", "products", "safe", "deep", out=out)
+    finally:
+        for path in saved:
+            restore(path)
+    assert done.returncode == 1, done.stdout + done.stderr
+    for line in (r"kernels +(CUT OFF|NOT OK) .*", r"products +NOT OK .*a product is wrong", r"safe +DIED .*SIGKILL", r"deep +ok"):
+        assert re.search("^" + line, done.stdout, re.M), (line, done.stdout)
+    assert values(out, "stage/kernels") == values(out, "stage/products") == values(out, "stage/safe") == [0] and values(out, "stage/deep") == [1]
+    assert values(out, "deep/mfu"), rows(out)
+    left = subprocess.run(["pgrep", "-f", f"sleep {mark}"], capture_output=True, text=True).stdout.split()
+    assert not left, left
+
+
+def test_failing_cases_are_named(folder):
+    """Where a suite fails, the cases are named and tried again: alone, without overlapping launches, under memcheck. The fault is real: a device
+    with too little memory."""
+    out = folder / "out"
+    done = card("--rehearse", "right", out=out, CUDA_ON_CPU_MEMORY="40")
+    assert done.returncode == 1 and re.search(r"^right +NOT OK", done.stdout, re.M), done.stdout + done.stderr
+    named = re.search(r"^  bf16\w*: failing: (.+)$", done.stdout, re.M)
+    assert named and named[1] != "no case by name", done.stdout
+    assert re.search(r"alone in a process wrong too", done.stdout) and re.search(r"without overlapping launches wrong too; memcheck: exit status 9", done.stdout), done.stdout
+    assert any(name.endswith("-memcheck.log") for name in logs(out)), list(logs(out))
+
+
+def test_a_call_that_is_cut_off(folder):
+    """A call that is ended from outside leaves its rows, logs and table."""
+    out = folder / "out"
+    child = subprocess.Popen(["dev/card.sh", "--rehearse", "main", "safe"], cwd=TREE, stdout=subprocess.PIPE, text=True,
+                             env={**os.environ, "PATH": str(BIN), "OUT": str(out)})
+    while not (out / "gpu.csv").exists() or not values(out, "stage/main"):
+        assert child.poll() is None
+        time.sleep(0.1)
+    child.terminate()
+    said = child.communicate(timeout=30)[0]
+    assert child.returncode == 124 and "main" in (out / "table.txt").read_text() and values(out, "main/mfu") and logs(out), said
+
+
+def test_what_is_refused(folder):
+    """Unknown stages, no GPU, no programs, and a folder without results are refused in a line."""
+    for arguments, words in ((["--rehearse", "left"], "found left"), (["right"], "expected"), (["--keep", folder], "expected a csv")):
+        done = card(*arguments, out=folder / "out")
+        assert done.returncode == 1 and words in done.stderr and len(done.stderr.splitlines()) == 1, (arguments, done.stderr)
+
+
+def test_make_card(folder):
+    """make card builds everything for sm_90 without a warning, under 55 MiB; the kernels' hash is that of the machine code."""
+    done = subprocess.run(["dev/cuda.sh", "nvcc"], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise Skip("make card: no nvcc (the CUDA Toolkit)")
+    nvcc = done.stdout.strip()
+    done = subprocess.run(["make", "--no-print-directory", "card"], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "MAKEFLAGS": ""})
+    assert done.returncode == 0 and "warning" not in done.stdout + done.stderr, done.stdout + done.stderr
+    print("\n".join(line for line in done.stdout.splitlines() if "MiB" in line))
+    files = {str(path.relative_to(ROOT / "build/card")) for path in (ROOT / "build/card").rglob("*")}
+    sys.path[:0] = [str(ROOT / "dev")]
+    import card as module
+    assert set(module.PROGRAMS) | {"text.txt", "pieces_train_000001.bin", "commit", "kernels"} <= files, files
+    code = "__global__ void k(float* x) {{ x[threadIdx.x] {} 2; }}\n{}int main() {{ k<<<1, 1>>>(nullptr); }}\n"
+    hashes = []
+    for i, (sign, comment) in enumerate((("+=", ""), ("+=", "// a comment\nint host() { return 1; }\n"), ("*=", ""))):
+        source = folder / f"s{i}.cu"
+        source.write_text(code.format(sign, comment))
+        subprocess.run([nvcc, "-gencode", "arch=compute_90,code=sm_90", "--no-compress", "-o", folder / "program", source], check=True)
+        hashes.append(module.machine_code(folder / "program"))
+    assert hashes[0] == hashes[1] != hashes[2], hashes
+
+
+def main():
+    passed = failed = skipped = 0
+    try:
+        for name, test in list(globals().items()):
+            if not name.startswith("test_"):
+                continue
+            with tempfile.TemporaryDirectory() as folder:
+                try:
+                    test(Path(folder))
+                    passed += 1
+                except Skip as why:
+                    skipped += 1
+                    print(f"SKIPPED: {why}")
+                except Exception:
+                    failed += 1
+                    print(f"FAILED: {test.__doc__}")
+                    traceback.print_exc(file=sys.stdout)
+    finally:
+        shutil.rmtree(FOLDER, ignore_errors=True)
+    print(f"{passed} passed, {failed} failed" + (f", {skipped} skipped" if skipped else ""))
+    return failed > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
