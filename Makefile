@@ -51,6 +51,7 @@ CARD_PROGRAMS = $(addprefix $(CARD)/,train_keel train_keel_fp32 train_keel_cpu t
                                      bench_kernels bench_products)
 $(CARD)/%: MARCH = x86-64-v3
 $(CARD)/%: NVCCFLAGS = --no-compress
+$(CARD)/%: CUDA_LIBRARIES += -Xlinker -rpath,/usr/local/cuda/lib64
 $(CARD)/%: export MPI = 0
 $(CARD)/%: export NCCL = 0
 $(CARD)/%: export ARCH = 90

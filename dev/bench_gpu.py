@@ -48,16 +48,14 @@ from results import Failed, nvidia_smi
 
 class Form(NamedTuple):
     """How PyTorch runs a model."""
-    mode: str         # of dev/bench_gpu_torch.py
+
+    mode: str  # of dev/bench_gpu_torch.py
     checkpoint: bool  # each block's forward pass again in the backward pass
-    B: int = None     # sequences in a micro-batch; None: the largest that fits
+    B: int = None  # sequences in a micro-batch; None: the largest that fits
 
     def __str__(self):
-        return (
-            self.mode
-            + (", blocks computed again" if self.checkpoint else "")
-            + (f", micro-batch {self.B}" if self.B else "")
-        )
+        return (self.mode + (", blocks computed again" if self.checkpoint else "") +
+                (f", micro-batch {self.B}" if self.B else ""))
 
     def flags(self):
         micro_batch = ["-b", self.B, "--or-less"] if self.B else []
@@ -75,10 +73,9 @@ class Form(NamedTuple):
 #                     micro-step, which costs 2 sequences as much as a third more arithmetic costs 16.
 #   keel_L1024_C1024  with checkpoint 104 and 2.6 a sequence: 8 take 125, 16 take 146.
 FORMS = {
-    "pre_L24_C768": {75: Form("graphs", False, 64), 135: Form("graphs", False, 64)},
-    "keel_L1024_C256": {75: Form("graphs", False, 8), 135: Form("graphs", False, 16)},
-    "keel_L512_C1024": {75: Form("graphs", True, 16), 135: Form("graphs", False, 4)},
-    "keel_L1024_C1024": {135: Form("graphs", True, 8)},
+    "pre_L24_C768": {75: Form("graphs", False, 64), 135: Form("graphs", False, 64)}, "keel_L1024_C256":
+    {75: Form("graphs", False, 8), 135: Form("graphs", False, 16)}, "keel_L512_C1024":
+    {75: Form("graphs", True, 16), 135: Form("graphs", False, 4)}, "keel_L1024_C1024": {135: Form("graphs", True, 8)}
 }
 SEARCHED = [Form("graphs", False), Form("graphs", True), Form("compile", False), Form("eager", False)]
 TORCH_STATES = 16  # bytes a parameter: FP32 parameters, gradients and two moments
@@ -91,9 +88,9 @@ TOLERANCE = {"cuda": (1e-2, 5e-2), "cpu": (1e-4, 1e-4)}  # of the first loss and
 WARM = 3  # steps that do not count: single launches, recording, first replay
 OUT_OF_MEMORY = 3  # dev/bench_gpu_torch.py's exit status
 
-
 # ---------------------------------------------------------------------------------------------------------
 # Processes
+
 
 class Process:
     """A program that ran: what it printed with the seconds since its start, its exit status, and how much GPU memory
@@ -114,14 +111,8 @@ class Process:
 
         begin = time.monotonic()
         try:
-            child = subprocess.Popen(
-                [str(word) for word in command],
-                cwd=ROOT,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                start_new_session=True,
-            )
+            child = subprocess.Popen([str(word) for word in command], cwd=ROOT, stdout=subprocess.PIPE,
+                                     stderr=subprocess.PIPE, text=True, start_new_session=True)
         except OSError as error:
             raise Failed(f"{command[0]}: {error.strerror}") from None
         errors = []
@@ -144,14 +135,16 @@ class Process:
             end_all()
         for thread in threads:
             thread.join()
-        self.error = "its time was up" if self.timed_out else errors[-1].strip() if errors else f"exit status {self.status}"
+        self.error = ("its time was up"
+                      if self.timed_out else errors[-1].strip() if errors else f"exit status {self.status}")
 
     def find(self, pattern):
         """(seconds, match) of the first line that has the pattern."""
         for seconds, line in self.lines:
             if match := re.search(pattern, line):
                 return seconds, match
-        raise Failed(f"expected a line with {pattern!r}, found none; the last: {self.lines[-1][1] if self.lines else 'nothing'}")
+        raise Failed(
+            f"expected a line with {pattern!r}, found none; the last: {self.lines[-1][1] if self.lines else 'nothing'}")
 
 
 class Turn:
@@ -176,7 +169,8 @@ def keel_turn(program, row, a, extra, deadline):
         if done.status:
             raise Failed(f"{Path(program).name}: {done.error}")
         log = results.read(folder + "/run/log.csv")
-    turn = Turn([float(r["ms"]) for r in log], float(log[0]["loss"]), float(log[0]["grad_norm"]), done.find(r"^step 1/")[0], done.peak)
+    turn = Turn([float(r["ms"]) for r in log], float(log[0]["loss"]), float(log[0]["grad_norm"]),
+                done.find(r"^step 1/")[0], done.peak)
     plan = done.find(r"^memory .*micro-batch (\d+), recompute (\w+)")[1]
     turn.plan = int(plan[1]), plan[2]
     turn.matrix_rate = float(done.find(r"^machine .* (\d+) GFLOP/s in matrix products")[1][1]) * 1e9
@@ -198,7 +192,8 @@ def torch_turn(row, a, form, steps, deadline):
     steps_done = [[float(x) for x in m.groups()] for m in steps_done if m]
     if done.status and not (done.timed_out and len(steps_done) > WARM):
         raise Failed(done.error)
-    in_vain = max((seconds for seconds, line in done.lines if "does not fit" in line), default=0)  # larger micro-batches
+    in_vain = max((seconds for seconds, line in done.lines if "does not fit" in line),
+                  default=0)  # larger micro-batches
     turn = Turn([ms for _, _, ms in steps_done], *steps_done[0][:2], done.find("^step 1 ")[0] - in_vain, done.peak)
     turn.B = int(done.find(r"^batch (\d+), ready")[1][1])
     turn.attention = ([line for _, line in done.lines if line.startswith("attention ")] or [""])[-1]
@@ -214,6 +209,7 @@ def warm(row, a, form, deadline):
 
 # ---------------------------------------------------------------------------------------------------------
 # Data
+
 
 def data_file(V, folder):
     """Python's library as text, or its pieces as a shard; made where it is not there."""
@@ -235,17 +231,17 @@ def data_file(V, folder):
 # ---------------------------------------------------------------------------------------------------------
 # A model's row
 
+
 class Differ(Failed):
     """Two sides that do not train the same model: none of their figures counts."""
 
 
 def check_agreement(ours, theirs, whose, tolerance):
-    for what, a, b, most in (("loss", ours.loss, theirs.loss, tolerance[0]), ("gradient norm", ours.norm, theirs.norm, tolerance[1])):
+    for what, a, b, most in (("loss", ours.loss, theirs.loss, tolerance[0]), ("gradient norm", ours.norm, theirs.norm,
+                                                                              tolerance[1])):
         if not abs(a - b) <= most * abs(b):
-            raise Differ(
-                f"THE MODELS DIFFER: the first {what} is {a:.6g} and {whose} is {b:.6g}, "
-                f"expected them within {most:g}: no figure is kept"
-            )
+            raise Differ(f"THE MODELS DIFFER: the first {what} is {a:.6g} and {whose} is {b:.6g}, "
+                         f"expected them within {most:g}: no figure is kept")
 
 
 def middle(turns, name):
@@ -265,7 +261,8 @@ class Result:
         self.floor = self.predicted = None
         self.their_matrix_rate, self.copy_rate = rates
         if self.copy_rate:
-            seconds = predict.step_seconds(row.L, row.C, row.V, row.T, row.total_batch, *self.plan, self.matrix_rate, self.copy_rate)
+            seconds = predict.step_seconds(row.L, row.C, row.V, row.T, row.total_batch, *self.plan, self.matrix_rate,
+                                           self.copy_rate)
             self.floor, self.predicted = (1e3 * s for s in seconds)
 
     def rate(self, ms):
@@ -284,7 +281,8 @@ class Result:
         for what, unit in (("first_step", "s"), ("memory", "GiB")):
             if (value := middle(self.ours, what)) is not None:
                 out.append((what, value, unit, middle(self.theirs, what)))
-        out.append(("matrix_rate", self.matrix_rate / 1e12, "TFLOP/s", self.their_matrix_rate / 1e12 if self.their_matrix_rate else None))
+        out.append(("matrix_rate", self.matrix_rate / 1e12, "TFLOP/s",
+                    self.their_matrix_rate / 1e12 if self.their_matrix_rate else None))
         if self.copy_rate:
             out.append(("copy_rate", self.copy_rate / 1e9, "GB/s", None))
         out = [(what, value, unit, peer, value / peer if peer else None) for what, value, unit, peer in out]
@@ -295,34 +293,26 @@ class Result:
     def rows(self):
         """Of dev/results.py's columns MEASURED."""
         for what, value, unit, peer, ratio in self.metrics():
-            no_peer = (
-                "out of memory" if self.out_of_memory and what in ("mfu", "vs_torch", "first_step", "memory") else ""
-            )
+            no_peer = ("out of memory"
+                       if self.out_of_memory and what in ("mfu", "vs_torch", "first_step", "memory") else "")
             ratio_text = f"{ratio:.3f}" if ratio else ""
             yield [f"{self.name}/{what}", f"{value:.2f}", unit, f"{peer:.2f}" if peer else no_peer, ratio_text]
 
     def print(self):
-        print(f"\n{self.name}: {self.row.total_batch} tokens a step, micro-batch {self.plan[0]}, recompute {self.plan[1]}")
+        print(
+            f"\n{self.name}: {self.row.total_batch} tokens a step, micro-batch {self.plan[0]}, recompute {self.plan[1]}"
+        )
         print(f"  {'':26}{'train_keel':>12}{'its peer':>12}{'ratio':>8}")
         for what, value, unit, peer, ratio in self.metrics():
             label = {
-                "mfu": "MFU, %",
-                "vs_torch": "tokens/s, PyTorch's",
-                "vs_baseline": "tokens/s, the baseline's",
-                "first_step": "process start to step 1, s",
-                "memory": "memory in use, GiB",
-                "matrix_rate": "matrix product, TFLOP/s",
-                "copy_rate": "copy, GB/s",
-                "floor": "a step and its floor, ms",
+                "mfu": "MFU, %", "vs_torch": "tokens/s, PyTorch's", "vs_baseline": "tokens/s, the baseline's",
+                "first_step": "process start to step 1, s", "memory": "memory in use, GiB", "matrix_rate":
+                "matrix product, TFLOP/s", "copy_rate": "copy, GB/s", "floor": "a step and its floor, ms"
             }[what]
             more = f"  predicted {self.predicted:.1f} ms" if what == "floor" else ""
             goal = results.said(f"{self.name}/{what}", value, ratio)
-            print(
-                f"  {label:26}{value:12.1f}"
-                + (f"{peer:12.1f}{ratio:8.2f}" if peer else f"{'-':>12}{'':8}")
-                + more
-                + (f"  {goal}" if goal else "")
-            )
+            print(f"  {label:26}{value:12.1f}" + (f"{peer:12.1f}{ratio:8.2f}" if peer else f"{'-':>12}{'':8}") + more
+                  + (f"  {goal}" if goal else ""))
         if self.out_of_memory:
             print("  PyTorch: out of memory")
         if self.theirs:
@@ -364,10 +354,8 @@ def search(row, a, deadline):
         except Failed as why:
             print(f"  PyTorch {form}: NOT MEASURED: {why}", flush=True)
             continue
-        print(
-            f"  PyTorch {form}: " + (f"{turn.ms:.1f} ms a step, micro-batch {turn.B}" if turn else "out of memory"),
-            flush=True,
-        )
+        print(f"  PyTorch {form}: " + (f"{turn.ms:.1f} ms a step, micro-batch {turn.B}" if turn else "out of memory"),
+              flush=True)
         short = short or turn is None
         if turn and (best is None or turn.ms < best_ms):
             best, best_ms = form._replace(B=turn.B), turn.ms
@@ -380,10 +368,8 @@ def choose_form(name, row, a, gib, deadline):
         return None, False
     states = TORCH_STATES * predict.parameters(row.L, row.C, row.V, row.T) / 2**30
     if gib and states > gib:
-        print(
-            f"  PyTorch: out of memory, not tried: its states alone take {states:.0f} GiB, the card has {gib:.0f}",
-            flush=True,
-        )
+        print(f"  PyTorch: out of memory, not tried: its states alone take {states:.0f} GiB, the card has {gib:.0f}",
+              flush=True)
         return None, True
     if not a.search and (form := named_form(name, gib)):
         return form, False
@@ -458,20 +444,16 @@ def print_header(a, command, gib):
     """The run's, with PyTorch's yardsticks, which it returns."""
     now = datetime.datetime.now(datetime.timezone.utc)
     commit, _, gpu, driver, *_ = results.about(command)
-    print(
-        f"date       {now:%Y-%m-%d %H:%M} UTC, commit {commit}\nGPU        {gpu}"
-        + (f", {gib:.0f} GiB, driver {driver}" if gib else "")
-    )
+    print(f"date       {now:%Y-%m-%d %H:%M} UTC, commit {commit}\nGPU        {gpu}"
+          + (f", {gib:.0f} GiB, driver {driver}" if gib else ""))
     print(f"command    {command}", flush=True)
     if not a.torch_python:
         print("PyTorch    NOT MEASURED: no Python with PyTorch 2 and CUDA found; set PYTHON")
     elif a.device == "cuda":
         try:
             rates = yardsticks(a.torch_python, time.monotonic() + a.seconds)
-            print(
-                f"PyTorch    its matrix product {rates[0] / 1e12:.1f} TFLOP/s, its copy {rates[1] / 1e9:.0f} GB/s",
-                flush=True,
-            )
+            print(f"PyTorch    its matrix product {rates[0] / 1e12:.1f} TFLOP/s, its copy {rates[1] / 1e9:.0f} GB/s",
+                  flush=True)
             return rates
         except Failed as why:
             print(f"PyTorch    its yardsticks: NOT MEASURED: {why}")
@@ -482,37 +464,20 @@ def main(arguments, rows=predict.ROWS):
     parser = argparse.ArgumentParser(prog="dev/bench_gpu.sh", description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("--rows", default=",".join(rows), metavar="NAME,...", help="models [%(default)s]")
-    add(
-        "--model",
-        action="append",
-        default=[],
-        metavar="NAME=NORM,L,C,H,T,TOKENS,V",
-        help="a further model, of so many tokens a step, for --rows",
-    )
+    add("--model", action="append", default=[], metavar="NAME=NORM,L,C,H,T,TOKENS,V",
+        help="a further model, of so many tokens a step, for --rows")
     add("--quick", action="store_true", help="one turn of 6 steps")
     add("--repeats", type=int, default=3, help="turns each [%(default)s]")
     add("--steps", type=int, default=10, help=f"steps a turn, of which the first {WARM} do not count [%(default)s]")
-    add(
-        "--search",
-        action="store_true",
-        help="find PyTorch's fastest form instead of taking the one known for this card",
-    )
+    add("--search", action="store_true",
+        help="find PyTorch's fastest form instead of taking the one known for this card")
     add("--modes", default="graphs,compile,eager", help="PyTorch's forms to search among [%(default)s]")
     add("--keel-flags", default="", metavar="FLAGS", help="further flags of train_keel, such as '--tune FILE'")
     add("--baseline", metavar="PROGRAM", help="an older train_keel, which takes turns too")
-    add(
-        "--seconds",
-        type=float,
-        default=570,
-        help="when they are over no further turn begins and the one that runs is ended [%(default)s]",
-    )
-    add(
-        "--data",
-        type=Path,
-        default=ROOT / "build" / "bench_gpu",
-        metavar="FOLDER",
-        help="of text.txt and pieces_train_000001.bin",
-    )
+    add("--seconds", type=float, default=570,
+        help="when they are over no further turn begins and the one that runs is ended [%(default)s]")
+    add("--data", type=Path, default=ROOT / "build" / "bench_gpu", metavar="FOLDER",
+        help="of text.txt and pieces_train_000001.bin")
     add("--csv", type=Path, help="add the figures to this file")
     add("--keep", action="store_true", help="add them to dev/results/<GPU>.csv, with commit, date and machine")
     add("--torch-python", default="", help="a Python with PyTorch and CUDA")
@@ -527,7 +492,8 @@ def main(arguments, rows=predict.ROWS):
     if unknown:
         raise Failed(f"--rows: expected some of {', '.join(rows)}, found {unknown[0]}")
     if a.steps <= WARM or a.repeats < 1:
-        raise Failed(f"expected --steps of more than {WARM} and --repeats of 1 or more, found {a.steps} and {a.repeats}")
+        raise Failed(
+            f"expected --steps of more than {WARM} and --repeats of 1 or more, found {a.steps} and {a.repeats}")
     if a.csv:
         results.check_header(a.csv, results.MEASURED)
     if a.keep:
@@ -540,11 +506,8 @@ def main(arguments, rows=predict.ROWS):
         turns = ["--quick"] if a.quick else ["--repeats", str(a.repeats), "--steps", str(a.steps)]
         said = ["dev/bench_gpu.sh", "--rows", name, *turns]
         said += ["--search"] * a.search
-        for flag, value in (
-            ("--modes", a.modes),
-            ("--keel-flags", " ".join([*more, a.keel_flags]).strip()),
-            ("--baseline", a.baseline),
-        ):
+        for flag, value in (("--modes", a.modes), ("--keel-flags", " ".join([*more, a.keel_flags]).strip()),
+                            ("--baseline", a.baseline)):
             if value and value != parser.get_default(flag[2:].replace("-", "_")):
                 said += [flag, shlex.quote(value)]
         return " ".join(said)
@@ -557,10 +520,8 @@ def main(arguments, rows=predict.ROWS):
             done = warm(rows[name], a, form, deadline)
             failed = failed or done.status != 0
             print(
-                "\n".join(f"{name}: {line}" for _, line in done.lines)
-                + (f"\n{name}: {done.error}" if done.status else ""),
-                flush=True,
-            )
+                "\n".join(f"{name}: {line}" for _, line in done.lines) +
+                (f"\n{name}: {done.error}" if done.status else ""), flush=True)
         return failed
 
     rates = print_header(a, command_of(a.rows), gib)
@@ -572,9 +533,8 @@ def main(arguments, rows=predict.ROWS):
         print(f"\n{name}", flush=True)
         states = states_flags(rows[name], a, gib)
         if states:
-            print(
-                f"  train_keel: with FP32 states this model does not fit {gib:.0f} GiB: {' '.join(states)}", flush=True
-            )
+            print(f"  train_keel: with FP32 states this model does not fit {gib:.0f} GiB: {' '.join(states)}",
+                  flush=True)
         try:
             share = (deadline - time.monotonic()) / (len(names) - i)  # of the time that is left
             result = measure(name, rows[name], a, states, gib, time.monotonic() + share, rates)
@@ -587,9 +547,8 @@ def main(arguments, rows=predict.ROWS):
         if a.csv:
             results.append(a.csv, result.rows())
         if a.keep:
-            results.append(
-                results.kept_file(nvidia_smi("name")), result.rows(), results.about(command_of(name, states))
-            )
+            results.append(results.kept_file(nvidia_smi("name")), result.rows(), results.about(command_of(name,
+                                                                                                          states)))
     return failed
 
 

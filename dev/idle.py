@@ -51,13 +51,20 @@ def read_trace(path):
                         _, at, kind, name = line.rstrip("\n").split(" ", 3)
                         names[int(at)] = (kind, name)
                 except ValueError:
-                    raise TraceError(f"{path}: line {number}: expected id,start,end or '# id kind name', found {line.strip()[:60]!r}; record it again") from None
+                    raise TraceError(
+                        f"{path}: line {number}: expected id,start,end or '# id kind name', found {line.strip()[:60]!r}; record it again"
+                    ) from None
     except OSError as error:
-        raise TraceError(f"{path}: expected a trace of dev/cupti_idle.cpp, found: {error.strerror}; did the recording library start?") from None
+        raise TraceError(
+            f"{path}: expected a trace of dev/cupti_idle.cpp, found: {error.strerror}; did the recording library start?"
+        ) from None
     if dropped is None:
-        raise TraceError(f"{path}: expected '# dropped N' at its end, found none: the program did not end by itself; record it again")
+        raise TraceError(
+            f"{path}: expected '# dropped N' at its end, found none: the program did not end by itself; record it again"
+        )
     if dropped:
-        raise TraceError(f"{path}: {dropped} activities were not recorded, so no sum would be right; record fewer steps")
+        raise TraceError(
+            f"{path}: {dropped} activities were not recorded, so no sum would be right; record fewer steps")
     unknown = {i for _, _, i in activities} - set(names)
     if unknown:
         raise TraceError(f"{path}: expected a name for each id, found none for {sorted(unknown)[:3]}; record it again")
@@ -83,7 +90,9 @@ def cut_into_steps(names, activities, steps):
     """The last `steps` steps: each a list of activities from just after one adamw_kernel to the next, that one included, and its start."""
     ends = [i for i, (_, _, name) in enumerate(activities) if LAST_OF_A_STEP in names[name][1]]
     if len(ends) < 2:
-        raise TraceError(f"expected two or more steps, each ended by one {LAST_OF_A_STEP}, found {len(ends)} launches of it; record more steps")
+        raise TraceError(
+            f"expected two or more steps, each ended by one {LAST_OF_A_STEP}, found {len(ends)} launches of it; record more steps"
+        )
     cuts = list(zip(ends, ends[1:]))[-steps:]
     return [(activities[a][1], activities[a + 1:b + 1]) for a, b in cuts]
 
@@ -112,17 +121,15 @@ def analyse(names, activities, steps):
     cut = cut_into_steps(names, activities, steps)
     measured = [measure_step(start, part, names) for start, part in cut]
     out = {
-        "steps": len(cut),
-        "step": median(m["length"] for m in measured) / 1e3,
-        "kernels": median(m["kernels"] for m in measured) / 1e3,
-        "activities": median(len(part) for _, part in cut),
-        "idle": 1 - sum(m["busy"] for m in measured) / sum(m["length"] for m in measured),
-        "boundary": median(m["boundary"] for m in measured) / 1e3,
-        "boundary_most": max(m["boundary"] for m in measured) / 1e3,
+        "steps": len(cut), "step": median(m["length"] for m in measured) / 1e3, "kernels":
+        median(m["kernels"] for m in measured) / 1e3, "activities": median(len(part) for _, part in cut), "idle":
+        1 - sum(m["busy"] for m in measured) / sum(m["length"] for m in measured), "boundary":
+        median(m["boundary"] for m in measured) / 1e3, "boundary_most": max(m["boundary"] for m in measured) / 1e3
     }
 
     inside = [g for m in measured for g in m["gaps"] if g[1] is not None]
-    out["longest"] = [(length / 1e3, short(names[a][1]), short(names[b][1])) for length, a, b in sorted(inside, key=lambda g: g[0], reverse=True)[:3]]
+    out["longest"] = [(length / 1e3, short(names[a][1]), short(names[b][1]))
+                      for length, a, b in sorted(inside, key=lambda g: g[0], reverse=True)[:3]]
     out["gaps"], least = [], 0
     for most in GAPS:
         lengths = [g[0] / 1e3 for m in measured for g in m["gaps"] if least <= g[0] / 1e3 < most]
@@ -140,8 +147,8 @@ def analyse(names, activities, steps):
         key = (names[i][0], short(names[i][1]))
         had = rows.get(key, (0, 0))
         rows[key] = (had[0] + count, had[1] + time)
-    out["rows"] = sorted(((kind, name, count / len(cut), time / count / 1e3, time / len(cut) / 1e3 / out["step"]) for (kind, name), (count, time) in rows.items()),
-                         key=lambda row: -row[4])
+    out["rows"] = sorted(((kind, name, count / len(cut), time / count / 1e3, time / len(cut) / 1e3 / out["step"])
+                          for (kind, name), (count, time) in rows.items()), key=lambda row: -row[4])
     return out
 
 
@@ -160,22 +167,21 @@ def step_milliseconds(path, steps):
 def print_figures(f, logged_ms, metric):
     print(f"{'share':>7} {'a step':>9} {'us each':>10}  kernel, copy or fill")
     for kind, name, count, each, share in f["rows"]:
-        print(f"{100 * share:6.2f}% {count:9.1f} {each:10.2f}  {name[:110]}{'' if kind == 'kernel' else ' (no kernel)'}")
+        print(
+            f"{100 * share:6.2f}% {count:9.1f} {each:10.2f}  {name[:110]}{'' if kind == 'kernel' else ' (no kernel)'}")
     print(f"\ngaps of a step, mean of {f['steps']} steps:")
     for least, most, count, total in f["gaps"]:
-        print(f"  {f'{least} to {most} us' if most != float('inf') else f'{least} us and more':>15}  {count:9.1f}  {total:10.1f} us in all")
+        print(
+            f"  {f'{least} to {most} us' if most != float('inf') else f'{least} us and more':>15}  {count:9.1f}  {total:10.1f} us in all"
+        )
     for length, before, after in f["longest"]:
         print(f"  longest inside a step  {length:8.2f} us, between {before[:60]} and {after[:60]}")
-    print(
-        f"  step boundary          {f['boundary']:8.2f} us idle, at most {f['boundary_most']:.2f}: "
-        f"from the end of {LAST_OF_A_STEP} to the next step's first kernel"
-    )
+    print(f"  step boundary          {f['boundary']:8.2f} us idle, at most {f['boundary_most']:.2f}: "
+          f"from the end of {LAST_OF_A_STEP} to the next step's first kernel")
     print(f"  waits for the host     {f['waits']:8d} gaps of {HOST_WAIT} us or more in {f['steps']} steps\n")
-    print(
-        f"step         {f['step'] / 1e3:.3f} ms while recorded"
-        + (f", {logged_ms:.3f} ms without" if logged_ms else "")
-        + f"; {f['activities']:.0f} activities, {f['kernels'] / 1e3:.3f} ms in the sum of kernels"
-    )
+    print(f"step         {f['step'] / 1e3:.3f} ms while recorded"
+          + (f", {logged_ms:.3f} ms without" if logged_ms else "")
+          + f"; {f['activities']:.0f} activities, {f['kernels'] / 1e3:.3f} ms in the sum of kernels")
     goal = results.said(metric, 100 * f["idle"], None)
     print(f"idle         {100 * f['idle']:.2f} % over {f['steps']} steps" + (f" ({goal})" if goal else ""))
 
@@ -194,9 +200,8 @@ def main():
     parser.add_argument("--log", metavar="LOG.CSV", help="the log of a run without recording")
     parser.add_argument("--steps", type=int, default=100, help="the last steps, which count [%(default)s]")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="add the figures to this file")
-    parser.add_argument(
-        "--model", default="model", metavar="NAME", help="what the rows' metrics end in, such as L1024_C256"
-    )
+    parser.add_argument("--model", default="model", metavar="NAME",
+                        help="what the rows' metrics end in, such as L1024_C256")
     a = parser.parse_args()
     figures = analyse(*read_trace(a.trace), a.steps)
     logged_ms = step_milliseconds(a.log, a.steps) if a.log else None

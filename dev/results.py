@@ -8,6 +8,7 @@ host's code changed ("" where it is not known). Rows are added, none is changed.
 
 import csv
 import datetime
+import functools
 import os
 import re
 import subprocess
@@ -16,9 +17,8 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "dev" / "results"
-CARD = (
-    ROOT / "build" / "card"
-)  # programs built for a machine that has no git and no compiler, with the commit and the hash of their kernels
+CARD = (ROOT / "build" / "card"
+        )  # programs built for a machine that has no git and no compiler, with the commit and the hash of their kernels
 MEASURED = ["metric", "value", "unit", "peer_value", "ratio"]
 ABOUT = ["commit", "date", "gpu", "driver", "command", "kernels"]
 COLUMNS = MEASURED + ABOUT
@@ -31,15 +31,12 @@ class Failed(Exception):
 # ---------------------------------------------------------------------------------------------------------
 # The machine
 
+
 def nvidia_smi(query):
     """The first GPU's answer to a query, or ""."""
     try:
-        done = subprocess.run(
-            ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"],
-            capture_output=True,
-            text=True,
-            timeout=20,
-        )
+        done = subprocess.run(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"],
+                              capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout else ""
@@ -63,29 +60,40 @@ def git_commit():
     return done.stdout.strip() or "unknown"
 
 
+@functools.cache
+def machine():
+    """Name and driver of the first GPU; asking takes a good part of a second."""
+    return nvidia_smi("name") or "none", nvidia_smi("driver_version")
+
+
 def about(command, commit=None, kernels=None):
     """The columns of ABOUT for rows that the command printed on this machine. Of the paths in it only those below the
     repository stay whole."""
+
     def word_of(name):
         return (CARD / name).read_text().strip() if (CARD / name).exists() else ""
 
     command = re.sub(r"(?<![\w.-])/[^\s'\"=,]*/", "", command.replace(f"{ROOT}/", ""))
     return [
-        commit or word_of("commit") or git_commit(),
-        f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}",
+        commit or word_of("commit") or git_commit(), f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}",
         nvidia_smi("name") or "none",
-        nvidia_smi("driver_version"),
-        command,
-        word_of("kernels") if kernels is None else kernels,
+        nvidia_smi("driver_version"), command,
+        word_of("kernels") if kernels is None else kernels
     ]
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Rows
 
+
 def check_header(path, columns):
     if path.exists() and (found := path.read_text().split("\n", 1)[0]) != ",".join(columns):
         raise Failed(f"{path}: expected the columns {','.join(columns)}, found {found[:80]!r}; give another file")
+
+
+def measured(metric, value, unit, peer=None):
+    """A measured row, its ratio where there is a peer."""
+    return [metric, f"{value:.6g}", unit, *(["", ""] if peer is None else [f"{peer:.6g}", f"{value / peer:.6g}"])]
 
 
 def append(path, rows, about=None):
@@ -110,11 +118,12 @@ def read(path):
 # ---------------------------------------------------------------------------------------------------------
 # Goals
 
+
 class Goal(NamedTuple):
     column: str  # value or ratio
-    sense: str   # least or most
+    sense: str  # least or most
     goal: float
-    what: str    # its unit, and of what
+    what: str  # its unit, and of what
 
 
 def goals(path=ROOT / "dev" / "goals.csv"):

@@ -1,5 +1,6 @@
 """dev/card.sh rehearsed without a GPU: the real programs on the CPU headers (make rehearsal), stand-ins of nvidia-smi, compute-sanitizer and PyTorch
-on CUDA (test/card), in a copy of the tree without .git, and with apt-get, git and sudo absent. Ends with `N passed, N failed`."""
+on CUDA (test/card), in a copy of the tree without .git, and with apt-get, git and sudo absent. Ends with `N passed, N failed`.
+"""
 
 import csv
 import os
@@ -41,7 +42,8 @@ FOLDER, TREE, BIN = tree()
 
 def card(*arguments, out, **environment):
     begin = time.monotonic()
-    done = subprocess.run(["dev/card.sh", *map(str, arguments)], cwd=TREE, capture_output=True, text=True, stdin=subprocess.DEVNULL,
+    done = subprocess.run(["dev/card.sh", *map(str, arguments)], cwd=TREE, capture_output=True, text=True,
+                          stdin=subprocess.DEVNULL,
                           env={**os.environ, "PATH": str(BIN), "OUT": str(out), "OMP_NUM_THREADS": "2", **environment})
     print(f"   dev/card.sh {' '.join(map(str, arguments))}: {time.monotonic() - begin:.0f} s", flush=True)
     return done
@@ -86,20 +88,25 @@ def test_every_stage(folder):
     found = {row["metric"] for row in rows(out)}
     stages = re.findall(r"^== (\w+), at most", done.stdout, re.M)
     assert len(stages) == 10, stages
-    expected = ["right/smoke", "right/bf16", "right/fp32", "right/compare", "right/bf16_memory", "right/fp32_memory", "main/tokens_per_second", "main/mfu",
-                "main/first_step", "main/memory", "main/same_bits", "tiny/mfu", "tiny/vs_torch", "other/vs_torch", "kernels/kernels", "products/products",
-                "safe/memcheck_train_keel", "safe/kill_and_resume", "safe/curve_bf16", "safe/curve_fp32", "safe/curve_bf16_states", "lesson/max_lr",
-                "lesson/hops", "lesson/long", "deep/mfu"] + [f"stage/{name}" for name in stages]
+    expected = [
+        "right/smoke", "right/bf16", "right/fp32", "right/compare", "right/bf16_memory", "right/fp32_memory",
+        "main/tokens_per_second", "main/mfu", "main/first_step", "main/memory", "main/same_bits", "tiny/mfu",
+        "tiny/vs_torch", "other/vs_torch", "kernels/kernels", "products/products", "safe/memcheck_train_keel",
+        "safe/kill_and_resume", "safe/curve_bf16", "safe/curve_fp32", "safe/curve_bf16_states", "max_lr/rows",
+        "hops/rows", "long/rows", "deep/mfu"
+    ] + [f"stage/{name}" for name in stages]
     assert not set(expected) - found, set(expected) - found
     for row in rows(out):
         assert row["unit"] != "ok" or row["value"] == "1", row
         assert row["gpu"] == "CUDA on CPU" and row["kernels"] == "rehearsal" and row["date"] and row["command"], row
         assert str(FOLDER) not in row["command"] and "/tmp/" not in row["command"], row
     assert len(found) > 100, found  # kernels and products print a row each
-    assert len(list(out.iterdir())) <= 8 and all(path.is_file() and path.stat().st_size < 16 << 20 for path in out.iterdir()), list(out.iterdir())
+    assert len(list(out.iterdir())) <= 8 and all(path.is_file() and path.stat().st_size < 16 << 20
+                                                 for path in out.iterdir()), list(out.iterdir())
     assert {"right-bf16.log", "main-run1.log", "safe-resume.log"} <= set(logs(out)), list(logs(out))
     again = card("--rehearse", out=out)  # the same folder of results: nothing is left to do
-    assert again.returncode == 0 and again.stdout.count("dev/results has it of these kernels") == 10, again.stdout + again.stderr
+    assert again.returncode == 0 and again.stdout.count("dev/results has it of these kernels") == 10, (again.stdout
+                                                                                                       + again.stderr)
     kept = card("--keep", out, out=out)
     assert kept.returncode == 0 and f"{len(rows(out))} rows added" in kept.stdout, kept.stdout + kept.stderr
     again = card("--rehearse", out=folder / "other")  # and another call knows what was kept
@@ -111,8 +118,10 @@ def test_hang_fail_die(folder):
     """A stage that hangs, with a child that left its session and is deaf to SIGTERM, one that fails and one that dies are cut off and named; the
     others' rows come back, and nothing that they started lives on."""
     out, mark = folder / "out", str(61000 + os.getpid() % 999) + ".25"
-    saved = [replaced("bench_kernels", f"trap '' TERM\nsetsid bash -c \"trap '' TERM; sleep {mark}\" &\nsleep {mark}\n"),
-             replaced("bench_products", "echo a product is wrong >&2\nexit 3\n")]
+    saved = [
+        replaced("bench_kernels", f"trap '' TERM\nsetsid bash -c \"trap '' TERM; sleep {mark}\" &\nsleep {mark}\n"),
+        replaced("bench_products", "echo a product is wrong >&2\nexit 3\n")
+    ]
     worker = TREE / "build" / "rehearsal" / "train_keel_fp32"
     saved.append(replaced(worker.name, "kill -9 $PPID\nsleep 5\n"))
     try:
@@ -121,9 +130,11 @@ def test_hang_fail_die(folder):
         for path in saved:
             restore(path)
     assert done.returncode == 1, done.stdout + done.stderr
-    for line in (r"kernels +(CUT OFF|NOT OK) .*", r"products +NOT OK .*a product is wrong", r"safe +DIED .*SIGKILL", r"deep +ok"):
+    for line in (r"kernels +(CUT OFF|NOT OK) .*", r"products +NOT OK .*a product is wrong", r"safe +DIED .*SIGKILL",
+                 r"deep +ok"):
         assert re.search("^" + line, done.stdout, re.M), (line, done.stdout)
-    assert values(out, "stage/kernels") == values(out, "stage/products") == values(out, "stage/safe") == [0] and values(out, "stage/deep") == [1]
+    assert values(out, "stage/kernels") == values(out, "stage/products") == values(out, "stage/safe") == [0] and values(
+        out, "stage/deep") == [1]
     assert values(out, "deep/mfu"), rows(out)
     left = subprocess.run(["pgrep", "-f", f"sleep {mark}"], capture_output=True, text=True).stdout.split()
     assert not left, left
@@ -137,7 +148,8 @@ def test_failing_cases_are_named(folder):
     assert done.returncode == 1 and re.search(r"^right +NOT OK", done.stdout, re.M), done.stdout + done.stderr
     named = re.search(r"^  bf16\w*: failing: (.+)$", done.stdout, re.M)
     assert named and named[1] != "no case by name", done.stdout
-    assert re.search(r"alone in a process wrong too", done.stdout) and re.search(r"without overlapping launches wrong too; memcheck: exit status 9", done.stdout), done.stdout
+    assert re.search(r"alone in a process wrong too", done.stdout) and re.search(
+        r"without overlapping launches wrong too; memcheck: exit status 9", done.stdout), done.stdout
     assert any(name.endswith("-memcheck.log") for name in logs(out)), list(logs(out))
 
 
@@ -151,14 +163,17 @@ def test_a_call_that_is_cut_off(folder):
         time.sleep(0.1)
     child.terminate()
     said = child.communicate(timeout=30)[0]
-    assert child.returncode == 124 and "main" in (out / "table.txt").read_text() and values(out, "main/mfu") and logs(out), said
+    assert (child.returncode == 124 and "main" in (out / "table.txt").read_text() and values(out, "main/mfu")
+            and logs(out)), said
 
 
 def test_what_is_refused(folder):
     """Unknown stages, no GPU, no programs, and a folder without results are refused in a line."""
-    for arguments, words in ((["--rehearse", "left"], "found left"), (["right"], "expected"), (["--keep", folder], "expected a csv")):
+    for arguments, words in ((["--rehearse",
+                               "left"], "found left"), (["right"], "expected"), (["--keep", folder], "expected a csv")):
         done = card(*arguments, out=folder / "out")
-        assert done.returncode == 1 and words in done.stderr and len(done.stderr.splitlines()) == 1, (arguments, done.stderr)
+        assert done.returncode == 1 and words in done.stderr and len(done.stderr.splitlines()) == 1, (arguments,
+                                                                                                      done.stderr)
 
 
 def test_make_card(folder):
@@ -167,19 +182,23 @@ def test_make_card(folder):
     if done.returncode:
         raise Skip("make card: no nvcc (the CUDA Toolkit)")
     nvcc = done.stdout.strip()
-    done = subprocess.run(["make", "--no-print-directory", "card"], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "MAKEFLAGS": ""})
+    done = subprocess.run(["make", "--no-print-directory", "card"], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "MAKEFLAGS": ""})
     assert done.returncode == 0 and "warning" not in done.stdout + done.stderr, done.stdout + done.stderr
     print("\n".join(line for line in done.stdout.splitlines() if "MiB" in line))
     files = {str(path.relative_to(ROOT / "build/card")) for path in (ROOT / "build/card").rglob("*")}
     sys.path[:0] = [str(ROOT / "dev")]
     import card as module
+
     assert set(module.PROGRAMS) | {"text.txt", "pieces_train_000001.bin", "commit", "kernels"} <= files, files
     code = "__global__ void k(float* x) {{ x[threadIdx.x] {} 2; }}\n{}int main() {{ k<<<1, 1>>>(nullptr); }}\n"
     hashes = []
     for i, (sign, comment) in enumerate((("+=", ""), ("+=", "// a comment\nint host() { return 1; }\n"), ("*=", ""))):
         source = folder / f"s{i}.cu"
         source.write_text(code.format(sign, comment))
-        subprocess.run([nvcc, "-gencode", "arch=compute_90,code=sm_90", "--no-compress", "-o", folder / "program", source], check=True)
+        subprocess.run(
+            [nvcc, "-gencode", "arch=compute_90,code=sm_90", "--no-compress", "-o", folder / "program", source],
+            check=True)
         hashes.append(module.machine_code(folder / "program"))
     assert hashes[0] == hashes[1] != hashes[2], hashes
 
