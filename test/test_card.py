@@ -103,7 +103,7 @@ def test_every_stage(folder):
     assert len(found) > 100, found  # kernels and products print a row each
     assert len(list(out.iterdir())) <= 8 and all(path.is_file() and path.stat().st_size < 16 << 20
                                                  for path in out.iterdir()), list(out.iterdir())
-    assert {"right-bf16.log", "main-run1.log", "safe-resume.log"} <= set(logs(out)), list(logs(out))
+    assert {"right-bf16-layers.log", "main-run1.log", "safe-resume.log"} <= set(logs(out)), list(logs(out))
     again = card("--rehearse", out=out)  # the same folder of results: nothing is left to do
     assert again.returncode == 0 and again.stdout.count("dev/results has it of these kernels") == 10, (again.stdout
                                                                                                        + again.stderr)
@@ -115,27 +115,26 @@ def test_every_stage(folder):
 
 
 def test_hang_fail_die(folder):
-    """A stage that hangs, with a child that left its session and is deaf to SIGTERM, one that fails and one that dies are cut off and named; the
-    others' rows come back, and nothing that they started lives on."""
-    out, mark = folder / "out", str(61000 + os.getpid() % 999) + ".25"
-    saved = [
-        replaced("bench_kernels", f"trap '' TERM\nsetsid bash -c \"trap '' TERM; sleep {mark}\" &\nsleep {mark}\n"),
-        replaced("bench_products", "echo a product is wrong >&2\nexit 3\n")
-    ]
-    worker = TREE / "build" / "rehearsal" / "train_keel_fp32"
-    saved.append(replaced(worker.name, "kill -9 $PPID\nsleep 5\n"))
+    """A stage that hangs (it is stopped, and has a child that left its session and is deaf to SIGTERM), one whose program
+    hangs, one that fails and one that dies are cut off and named; the others' rows come back, and nothing lives on."""
+    out, mark = folder / "out", f"{61000 + os.getpid() % 999}.25"
+    sleeps = f"trap '' TERM\nsetsid bash -c \"trap '' TERM; sleep {mark}\" &\n"
+    saved = [replaced("bench_kernels", f"{sleeps}kill -STOP $PPID\nsleep {mark}\n"),
+             replaced("bench_products", f"{sleeps}sleep {mark}\n"),
+             replaced("test_gpu_fp32", "echo a test is wrong >&2\nexit 3\n"),
+             replaced("train_keel_fp32", "kill -9 $PPID\nsleep 5\n")]
     try:
-        done = card("--rehearse", "--limit", 15, "kernels", "products", "safe", "deep", out=out)
+        done = card("--rehearse", "--limit", 15, "kernels", "products", "right", "safe", "deep", out=out)
     finally:
         for path in saved:
             restore(path)
     assert done.returncode == 1, done.stdout + done.stderr
-    for line in (r"kernels +(CUT OFF|NOT OK) .*", r"products +NOT OK .*a product is wrong", r"safe +DIED .*SIGKILL",
-                 r"deep +ok"):
+    for line in ("kernels +CUT OFF +1[56] s  its 15 s were over", "products +(NOT OK|CUT OFF) ", "right +NOT OK .*a test is wrong",
+                 "safe +DIED .*SIGKILL", "deep +ok"):
         assert re.search("^" + line, done.stdout, re.M), (line, done.stdout)
-    assert values(out, "stage/kernels") == values(out, "stage/products") == values(out, "stage/safe") == [0] and values(
-        out, "stage/deep") == [1]
-    assert values(out, "deep/mfu"), rows(out)
+    stages = {name: values(out, f"stage/{name}") for name in ("kernels", "products", "right", "safe", "deep")}
+    assert stages == {"kernels": [0], "products": [0], "right": [0], "safe": [0], "deep": [1]}, stages
+    assert values(out, "deep/mfu") and values(out, "right/bf16") == [1], rows(out)
     left = subprocess.run(["pgrep", "-f", f"sleep {mark}"], capture_output=True, text=True).stdout.split()
     assert not left, left
 
@@ -146,7 +145,7 @@ def test_failing_cases_are_named(folder):
     out = folder / "out"
     done = card("--rehearse", "right", out=out, CUDA_ON_CPU_MEMORY="40")
     assert done.returncode == 1 and re.search(r"^right +NOT OK", done.stdout, re.M), done.stdout + done.stderr
-    named = re.search(r"^  bf16\w*: failing: (.+)$", done.stdout, re.M)
+    named = re.search(r"^  bf16, [\w ]+: failing: (.+)$", done.stdout, re.M)
     assert named and named[1] != "no case by name", done.stdout
     assert re.search(r"alone in a process wrong too", done.stdout) and re.search(
         r"without overlapping launches wrong too; memcheck: exit status 9", done.stdout), done.stdout
