@@ -1,17 +1,28 @@
 #!/bin/bash
 # ptxas.sh [--test]: compiles train_keel.cu, BF16 and FP32, for sm_80, sm_90 and sm_100 and prints for each kernel its registers, stack and spills
 # (bytes a thread), and the threads and shared memory (bytes) of a block as the trainer launches it at C = 1024, which the CUDA-on-CPU
-# headers tell (- where those runs do not launch it). Exit 1 for a warning or a spill.  --test prints only what is wrong and a line that counts.
+# headers tell (- where those runs do not launch it). Exit 1 for a warning, a spill, or for Hopper a kernel that touches global memory before it waits
+# for the one before.  --test prints only what is wrong and a line that counts.
 cd "$(dirname "$0")/.." || exit 1
 nvcc=$(dev/cuda.sh nvcc) || exit 1
 logs=$(mktemp -d)
 trap 'rm -rf "$logs"' EXIT
 archs="80 90 100"
 compile() {  # arch, build
+    mkdir "$logs/$1-$2"
     "$nvcc" -std=c++20 -O3 --expt-relaxed-constexpr -Xcompiler -Wall,-Wextra -Xptxas -v,-warn-spills -gencode arch=compute_$1,code=sm_$1 -DKEEL_"$2" $ranks -cubin \
-        -o "$logs/$1-$2.cubin" train_keel.cu >"$logs/$1-$2.log" 2>&1 || echo "error: nvcc failed" >>"$logs/$1-$2.log"
+        --keep --keep-dir "$logs/$1-$2" -o "$logs/$1-$2.cubin" train_keel.cu >"$logs/$1-$2.log" 2>&1 || echo "error: nvcc failed" >>"$logs/$1-$2.log"
+    [ "$1" -lt 90 ] || waits "$logs/$1-$2"/*.ptx >>"$logs/$1-$2.log"
 }
-export -f compile
+# Launches overlap, and the CPU headers see no access before the wait: here each kernel's code is read.
+waits() {
+    awk '/\.entry/ { if (name && !started) print "error: " name ": no wait, or no launch_dependents behind it"; name = $0; waited = started = 0 }
+         /griddepcontrol\.wait/ { waited = 1 }
+         /griddepcontrol\.launch_dependents/ { started = waited }
+         /(^|[ \t])(ld|st|atom|red|cp\.async)\./ && !/\.(param|shared|local|const)/ && name && !waited { print "error: " name ": " $0 " before it waits"; waited = 1 }
+         END { if (!started) print "error: " name ": no wait, or no launch_dependents behind it" }' "$1"
+}
+export -f compile waits
 ranks=$(dev/cuda.sh nccl compile)  # with the kernels of several ranks
 [ "$ranks" ] && ranks="$ranks $(dev/mpi.sh compile nvcc)"
 export nvcc logs ranks
