@@ -65,8 +65,10 @@ class Session:
 
     def __init__(self, sizes, rehearsal):
         self.sizes, self.rehearsal, self.programs = sizes, rehearsal, ROOT / sizes.programs
-        self.gpu, self.driver = results.nvidia_smi("name"), results.nvidia_smi("driver_version")
-        if not self.gpu:
+        with contextlib.suppress(OSError):
+            self.device = open("/dev/nvidia0")  # which keeps the driver up, as a server's persistence daemon does
+        self.gpu, self.driver = results.machine()
+        if self.gpu == "none":
             raise Failed("expected an NVIDIA GPU that nvidia-smi names, found none; dev/card.sh --rehearse needs none")
         self.out = Path(os.environ.get("OUT") or f"{self.programs}_out")
         self.out.mkdir(parents=True, exist_ok=True)
@@ -74,41 +76,52 @@ class Session:
         self.file = self.out / f"{self.card}.csv"
         self.commit, self.kernels = ((self.programs / name).read_text().strip() for name in ("commit", "kernels"))
         self.scratch = Path(tempfile.mkdtemp(prefix="card_"))
-        self.logs, self.cache = self.scratch / "logs", self.scratch / "torch_cache"
-        self.logs.mkdir(), self.cache.mkdir()
-        self.environment = {"TORCHINDUCTOR_CACHE_DIR": f"{self.cache}/inductor", "TRITON_CACHE_DIR": f"{self.cache}/triton",
-                            "PYTHONUNBUFFERED": "1"}
+        self.logs = self.scratch / "logs"
+        # PyTorch's caches name files by their whole path: the same folder in every call.
+        self.cache = (self.scratch if rehearsal else Path(tempfile.gettempdir())) / "keel_torch_cache"
+        self.logs.mkdir(), self.cache.mkdir(exist_ok=True)
+        for program in PROGRAMS:
+            with contextlib.suppress(OSError):
+                (self.programs / program).chmod(0o755)
+        self.environment = {"TORCHINDUCTOR_CACHE_DIR": f"{self.cache}/inductor", "TRITON_CACHE_DIR": f"{self.cache}/triton"}
+        self.environment["PYTHONUNBUFFERED"] = "1"
         if (self.programs / CACHE).exists():
             unpack(self.programs / CACHE, self.cache)
 
-    @property
-    def torch(self):
-        """A Python whose PyTorch can use the GPU, or "". Starting PyTorch takes seconds, so it is looked for once."""
+    def find_torch(self, stop=None):
+        """A Python whose PyTorch can use the GPU, or "". From a cold disk PyTorch may take a minute to start, so it is
+        looked for once."""
         if "TORCH_PYTHON" in os.environ:
             return os.environ["TORCH_PYTHON"]
-        found, name = self.scratch / "torch_python", ""
-        if not found.exists():
-            code = "import numpy, torch; assert torch.cuda.is_available() and hasattr(torch, 'compile')"
-            for python in (os.environ.get("PYTHON") or "python3", "python3", "/usr/bin/python3"):
-                with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-                    if not name and subprocess.run([python, "-c", code], capture_output=True, timeout=60).returncode == 0:
-                        name = python
-            found.write_text(name)
-        return found.read_text()
+        code = "import numpy, torch; assert torch.cuda.is_available() and hasattr(torch, 'compile')"
+        found = self.scratch / "torch_python"
+        if found.exists():
+            return found.read_text()
+        for python in dict.fromkeys([os.environ.get("PYTHON") or "python3", "/usr/bin/python3"]):
+            with contextlib.suppress(OSError), subprocess.Popen([python, "-c", code], stderr=subprocess.DEVNULL) as child:
+                end = time.monotonic() + 120
+                while child.poll() is None and time.monotonic() < end and not (stop and stop.is_set()):
+                    time.sleep(0.1)
+                child.kill()
+                if child.wait() == 0:
+                    found.write_text(python)
+                    return python
+        return ""
 
     def add_rows(self, rows, command):
         results.append(self.file, rows, results.about(command, self.commit, self.kernels))
 
     def have(self, metric):
-        """Whether dev/results or this folder has it of this GPU and these kernels; of a stage, that it was right."""
+        """Whether dev/results or this folder has it of this GPU and these kernels: of a stage, that it was right, of a
+        figure, with its peer."""
         rows = [row for path in (results.kept_file(self.gpu), self.file) if path.exists() for row in results.read(path)]
-        return any(row["metric"] == metric and row["kernels"] == self.kernels and (row["unit"] != "ok" or row["value"] == "1")
-                   for row in rows)
+        rows = [row for row in rows if row["metric"] == metric and row["kernels"] == self.kernels]
+        return any(row["value"] == "1" if row["unit"] == "ok" else row["ratio"] for row in rows)
 
     def save(self, name, folder, wanted=lambda path: True):
         """A folder as a tar among the results, whole or not at all."""
         temporary = self.out / f"{name}.tmp"
-        with tarfile.open(temporary, "w:gz") as tar:
+        with tarfile.open(temporary, "w:gz", compresslevel=1) as tar:
             for path in sorted(folder.rglob("*")):
                 if path.is_file() and wanted(path):
                     tar.add(path, path.relative_to(folder))
@@ -148,8 +161,10 @@ class Session:
                                       env={**os.environ, **self.environment})
             except (OSError, subprocess.TimeoutExpired) as error:
                 return str(error)
-            if done.returncode == 0 or command is not load and 0 < done.returncode < 126:  # benchmarks know no -h
+            if done.returncode == 0:
                 return ""
+            if name.startswith("bench") and 0 < done.returncode < 126 and "GLIBC" not in done.stderr:
+                return ""  # they know no -h
             return (done.stderr.strip().splitlines() or [ended(done.returncode)])[-1]
 
         def those_that_do_not(names):
@@ -158,9 +173,9 @@ class Session:
 
         bad = those_that_do_not(PROGRAMS + [RECORDER] * (self.programs / RECORDER).exists())
         if bad and not self.rehearsal:
-            libraries = [path.parent for base in ("/usr/local", "/opt") for name in ("cublasLt", "cupti")
-                         for path in Path(base).glob(f"**/lib{name}.so.1*")]
-            self.environment["LD_LIBRARY_PATH"] = ":".join(dict.fromkeys(map(str, libraries)))
+            places = ("usr/local/cuda*/lib64", "usr/local/cuda*/extras/CUPTI/lib64", "opt/*/.venv/lib/python3*/*/nvidia/*/lib")
+            libraries = [str(path) for place in places for path in Path("/").glob(place)]
+            self.environment["LD_LIBRARY_PATH"] = ":".join(filter(None, [os.environ.get("LD_LIBRARY_PATH"), *libraries]))
             bad = those_that_do_not(bad)
         if bad and not self.rehearsal:
             for name, why in bad.items():
@@ -168,7 +183,8 @@ class Session:
                 (self.programs / name).unlink(missing_ok=True)
             make = ["make", f"-j{os.cpu_count()}", *(f"{self.sizes.programs}/{name}" for name in bad)]
             with contextlib.suppress(OSError, subprocess.TimeoutExpired), open(self.logs / "build.log", "w") as log:
-                subprocess.run(make, cwd=ROOT, stdout=log, stderr=log, timeout=120, env={**os.environ, "CPATH": self.sizes.programs})
+                environment = {**os.environ, "CPATH": self.sizes.programs}  # has doctest
+                subprocess.run(make, cwd=ROOT, stdout=log, stderr=log, timeout=120, env=environment)
             bad = those_that_do_not(bad)
         return bad
 
@@ -184,9 +200,11 @@ class Session:
             done, code = os.waitpid(pid, os.WNOHANG)
             status = os.waitstatus_to_exitcode(code) if done else None
         end_tree(os.getpid())
-        with contextlib.suppress(ChildProcessError):  # the stage itself, if it was cut off, and orphans
-            while True:
-                os.waitpid(-1, 0)
+        end = time.monotonic() + 5
+        with contextlib.suppress(ChildProcessError):  # the stage itself and orphans, but for what the driver still holds
+            while time.monotonic() < end:
+                os.waitpid(-1, os.WNOHANG)
+                time.sleep(0.01)
         took, said = time.monotonic() - begin, note.read_text() if note.exists() else ""
         outcome = {0: "ok", 1: "NOT OK", None: "CUT OFF"}.get(status, "DIED")
         if outcome in ("CUT OFF", "DIED"):
@@ -238,7 +256,7 @@ def call(a, sizes):
     session, outcomes = Session(sizes, a.rehearse), {}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(124))  # a call that is cut off leaves what it has
     named = [part for name in a.stages for part in TOGETHER.get(name, [name])]
-    seconds = a.seconds or (sum(STAGES[name].limit for name in named) + 45 if named else 470)
+    seconds = a.seconds or (sum(STAGES[name].limit for name in named) + 25 if named else 470)
     try:
         missing = session.start_programs()
         print(f"{session.gpu}, driver {session.driver}; results in {session.out}", flush=True)
@@ -252,6 +270,8 @@ def call(a, sizes):
             if left < min(stage.least, a.limit or stage.limit):
                 outcomes[name] = "not begun", 0, f"{max(0, left):.0f} s are left, it wants {stage.least}"
                 continue
+            if not named and name not in ("right", "safe") and not session.have("stage/right"):
+                continue  # no rate counts before that
             outcomes[name] = session.run_stage(name, min(a.limit or stage.limit, left), not named)
         if not session.have("stage/right"):
             print("\nright has not passed on this GPU with these kernels: until it has, no rate counts", flush=True)
@@ -370,10 +390,10 @@ def keep(folder):
 def main():
     stages = "\n".join(f"  {name:9} {stage.limit:4} s  {stage.function.__doc__}" for name, stage in STAGES.items())
     parser = argparse.ArgumentParser(prog="dev/card.sh", formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__,
-                                     epilog=f"stages, in order of worth:\n{stages}\n  lesson           {', '.join(TOGETHER['lesson'])}")
+                                     epilog=f"stages, in order of worth:\n{stages}\n  lesson: {', '.join(TOGETHER['lesson'])}")
     add = parser.add_argument
     add("stages", nargs="*", metavar="STAGE", help="without: those that dev/results does not have of this GPU and these kernels")
-    add("--seconds", type=float, help="of the whole call, after which no stage runs on [470; with STAGEs their limits and 45]")
+    add("--seconds", type=float, help="of the whole call, after which no stage runs on [470; with STAGEs their limits and 25]")
     add("--limit", type=float, help="of each stage, seconds, instead of its own")
     add("--rehearse", action="store_true", help="all of it without a GPU: the programs of make rehearsal, small models")
     add("--keep", metavar="FOLDER", type=Path, help="take the results in FOLDER into dev/results")

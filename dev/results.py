@@ -36,7 +36,7 @@ def nvidia_smi(query):
     """The first GPU's answer to a query, or ""."""
     try:
         done = subprocess.run(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"],
-                              capture_output=True, text=True, timeout=20)
+                              capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout else ""
@@ -74,12 +74,8 @@ def about(command, commit=None, kernels=None):
         return (CARD / name).read_text().strip() if (CARD / name).exists() else ""
 
     command = re.sub(r"(?<![\w.-])/[^\s'\"=,]*/", "", command.replace(f"{ROOT}/", ""))
-    return [
-        commit or word_of("commit") or git_commit(), f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}",
-        nvidia_smi("name") or "none",
-        nvidia_smi("driver_version"), command,
-        word_of("kernels") if kernels is None else kernels
-    ]
+    return [commit or word_of("commit") or git_commit(), f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}",
+        *machine(), command, word_of("kernels") if kernels is None else kernels]
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -27,7 +27,9 @@ import results
 ROOT = Path(__file__).resolve().parents[1]
 DOWN = 5  # seconds between SIGTERM and SIGKILL
 RECORDER = "cupti_idle.so"
-THREADS = {"OMP_NUM_THREADS": str(max(1, min(4, os.cpu_count() // 4)))}  # of a program that runs beside others
+# Of a program that runs beside others: a thread that waits must not spin, or it takes the cores from them.
+BESIDE = {"OMP_NUM_BESIDE": str(max(1, min(4, os.cpu_count() // 4))), "OMP_WAIT_POLICY": "passive"}
+SANITIZE = {**BESIDE, "KEEL_SANITIZE": "1"}  # train_keel: a buffer an allocation, no large product
 
 # Models and numbers of steps: on a card ...
 CARD = SimpleNamespace(
@@ -39,15 +41,15 @@ CARD = SimpleNamespace(
     models="pre_L24_C768 keel_L1024_C256 keel_L512_C1024",
     beside="--steps 6 --repeats 1",
     bench="",
-    idle="--steps 10 -L 1024 -C 256 -t 1024 -b 32",
+    idle="--steps 10 -L 1024",
     recorded={},
     killed="-L 16 -C 64 -t 64 -b 16 -x 400 -n 50",
     curve="-L 16 -C 64 -H 2 -t 64 -b 16 -x 300",
     sanitizers="memcheck racecheck initcheck synccheck",
     lesson="train_keel",
-    max_lr="--gpu --set B=16 seeds=1",
+    max_lr="--gpu --set B=16 seeds=1 steps=4000",
     hops="--gpu --set L=[8,16,32,64] B=64 steps=4000 lrs=[2e-3] start=[2e-3]",
-    long="--gpu --set L=[512] equal=[] steps=320 warmup=80 lrs=[3e-3,6e-3] start=[3e-3,6e-3] pre_start=[3e-3,6e-3]",
+    long="--gpu --set L=[512] equal=[] steps=200 warmup=50 lrs=[3e-3,6e-3] start=[3e-3,6e-3] pre_start=[3e-3,6e-3]",
     deep="-L 1024 -C 1024 -t 1024 -d 16384 -x 10")
 # ... and in the rehearsal, with the kernels on the CPU.
 _TINY = "-L 4 -C 64 -H 2 -t 32 -b 2"
@@ -200,16 +202,15 @@ class Work:
         return ok
 
     def benchmark(self, name, command, least, limit=math.inf, env=None):
-        """Runs what writes measured rows to --csv FILE, `least` at least, and takes them in as they come."""
-        path, seen, stop = self.scratch / f"{name}.csv", 0, threading.Event()
+        """Runs what writes measured rows to --csv FILE, `least` at least, and takes them in as they come. Returns them."""
+        path, taken, stop = self.scratch / f"{name}.csv", [], threading.Event()
 
         def take():
-            nonlocal seen
             text = path.read_text() if path.exists() else ""
             rows = list(csv.reader(text[:text.rfind("\n") + 1].splitlines()))[1:]  # whole ones, without the header
-            if rows[seen:]:
-                self.rows(rows[seen:], shlex.join(words(command)))
-            seen = len(rows)
+            if rows[len(taken):]:
+                self.rows(rows[len(taken):], shlex.join(words(command)))
+                taken.extend(rows[len(taken):])
 
         def watch():
             while not stop.wait(0.5):
@@ -220,7 +221,8 @@ class Work:
         done = self.run(name, [*words(command), "--csv", path], limit, env)
         stop.set(), watcher.join()
         take()
-        self.check(name, done.ok and seen >= least, f"{done.why()}; {seen} rows")
+        self.check(name, done.ok and len(taken) >= least, f"{done.why()}; {len(taken)} rows")
+        return taken
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -230,11 +232,23 @@ def sanitizer(tool):
     return f"{shutil.which('compute-sanitizer') or '/usr/local/cuda/bin/compute-sanitizer'} --tool {tool} --error-exitcode 9"
 
 
+def sanitize(w, tool, build):
+    """A tool's verdict on a short run. What it says of the libraries' kernels alone is told, and is no fault of ours."""
+    command = f"{sanitizer(tool)} {w.program(build)} {w.s.small} {w.text} -x 3 -s 2 -g 4 -v 0"
+    done = w.run(f"{tool}-{build}", command, env=SANITIZE)
+    named = set(re.findall(r"^=========\s+at (?:void )?([\w:]+).*\+0x", done.text, re.M))
+    ours = set(re.findall(r"(\w+)\(", " ".join(re.findall(r"^__global__ void .*", (ROOT / "train_keel.cu").read_text(), re.M))))
+    theirs = bool(named) and not named & ours
+    if theirs:
+        print(f"  {tool}, {build}: reports in kernels of libraries alone: {', '.join(sorted(named))[:200]}", flush=True)
+    w.check(f"{tool}_{build}", done.ok and done.find("SUMMARY: 0") or theirs and done.status == 9, done.why())
+
+
 def diagnose(w, name, command):
     """What failed once more: without overlapping launches, and under memcheck. The logs say what each found."""
     again, checked = w.together([
         lambda: w.run(f"{name}-no-overlap", command, 40, {"KEEL_OVERLAP": "0"}),
-        lambda: w.run(f"{name}-memcheck", [*words(sanitizer("memcheck")), *words(command)], 60)])
+        lambda: w.run(f"{name}-memcheck", [*words(sanitizer("memcheck")), *words(command)], 60, SANITIZE)])
     print(f"    {name}: without overlapping launches {'right' if again.ok else 'wrong too'}; "
           f"memcheck: {'nothing' if checked.ok else checked.why()}", flush=True)
 
@@ -263,7 +277,7 @@ def suites(w, build, names, limit, what):
     program = w.program(f"test_gpu_{build}")
     commands = [[program, f"-ts={name}", *words(w.s.doctest)] for name in names]
     logs = [f"{what}-{name.replace(' ', '-')}" for name in names]
-    ran = w.together([lambda log=log, command=command: w.run(log, [*command, "-d=true"], limit, THREADS)
+    ran = w.together([lambda log=log, command=command: w.run(log, [*command, "-d=true"], limit, BESIDE)
                       for log, command in zip(logs, commands)])
     counts = [done.find(r"test cases:\s*(\d+) \|\s*(\d+) passed \|\s*(\d+) failed") for done in ran]
     passed, failed = (sum(int(count[i]) for count in counts if count) for i in (2, 3))
@@ -279,7 +293,7 @@ def suites(w, build, names, limit, what):
         print(f"  {what}, {names[i]}: failing: {'; '.join(cases) or 'no case by name'}", flush=True)
         # A comma would part two names, as a star or a question mark stands for others.
         tries = [(f"{logs[i]}-case{j}", [program, "-tc=" + case.replace(",", "?")]) for j, case in enumerate(cases[:6])]
-        alone = w.together([lambda log=log, command=command: w.run(log, command, 30, THREADS) for log, command in tries])
+        alone = w.together([lambda log=log, command=command: w.run(log, command, 30, BESIDE) for log, command in tries])
         for case, one in zip(cases, alone):
             print(f"    alone in a process {'right' if one.ok else 'wrong too'}: {case}", flush=True)
         for log, command in [at for at, one in zip(tries, alone) if not one.ok][:2]:
@@ -288,7 +302,8 @@ def suites(w, build, names, limit, what):
 
 def compare(w):
     command = ["dev/compare.sh", "--brief", "--programs", w.s.programs, "--jobs", max(2, os.cpu_count() // 4)]
-    done = w.run("compare", command + (["--norms", w.s.norms] if w.s.norms else []), 90, THREADS)
+    command = ["bash", *command, *(["--norms", w.s.norms] if w.s.norms else [])]
+    done = w.run("compare", command, w.left() - 35, BESIDE)
     count = done.find(r"^(\d+) passed, (\d+) failed")
     if count:
         w.row("right/compare_models", int(count[1]), "comparisons passed", int(count[1]) + int(count[2]))
@@ -301,34 +316,36 @@ def compare(w):
 
 def warm_torch(w, stop):
     """PyTorch's compilation into its cache, for as long as nothing beside it is timed or counts memory."""
-    if not w.session.torch or stop.is_set():
+    torch = w.session.find_torch(stop)
+    if not torch or stop.is_set():
         return
+    models = ",".join(reversed(w.s.models.split()))  # whose stage has least time to spare comes first
     with open(w.session.logs / f"{w.stage}-warm.log", "w") as log:
-        child = w.start([sys.executable, "dev/bench_gpu.py", "--warm", "--rows", w.s.models.replace(" ", ","), *words(w.s.beside),
-                         "--data", w.s.programs, "--torch-python", w.session.torch], log)
+        child = w.start(["nice", "-n", 19, sys.executable, "dev/bench_gpu.py", "--warm", "--rows", models, *words(w.s.beside), "--data",
+                         w.s.programs, "--torch-python", torch], log, {"TORCHINDUCTOR_COMPILE_THREADS": "6"})
         while child.poll() is None and not stop.wait(0.2):
             pass
-        send(signal.SIGKILL, [child.pid, *descendants(child.pid)])
-        child.wait()
-    w.session.save_cache()
 
 
 def right(w):
     """A short run; the GPU suites in BF16 and FP32, CPU against GPU both ways; the tests of memory alone"""
     smoke = f"{w.train_keel} {w.s.small} {w.text} -x 3 -s 2 -g 4 -v 0"
-    done = w.run("smoke", smoke, 30)
+    done = w.run("smoke", smoke, 60)
     losses = re.findall(r"^step \d+/3 \| loss (\S+)", done.text, re.M)
     if not w.check("smoke", done.ok and len(losses) == 3 and all(math.isfinite(float(loss)) for loss in losses), done.why()):
         diagnose(w, "smoke", smoke)
     stop = threading.Event()
     warm = threading.Thread(target=warm_torch, args=(w, stop))
     warm.start()
-    beside = [name for name in listed(w, "suites", [w.program("test_gpu_bf16"), "-lts"]) if name != "alone"]
-    w.together([lambda: suites(w, "bf16", beside, 90, "bf16"), lambda: suites(w, "fp32", beside, 90, "fp32"), lambda: compare(w)])
-    stop.set()  # the tests of memory read what is free on the whole device
+    beside, limit = [name for name in listed(w, "suites", [w.program("test_gpu_bf16"), "-lts"]) if name != "alone"], w.left() - 35
+    w.together([lambda: suites(w, "bf16", beside, limit, "bf16"), lambda: suites(w, "fp32", beside, limit, "fp32"), lambda: compare(w),
+                lambda: sanitize(w, "memcheck", "train_keel"), lambda: sanitize(w, "memcheck", "train_keel_fp32")])
+    stop.set()
     warm.join()
+    end_tree(os.getpid())  # PyTorch's: the tests of memory read what is free on the whole device
     for build in ("bf16", "fp32"):
         suites(w, build, ["alone"], 40, f"{build}_memory")
+    w.session.save_cache()
     w.note = "BF16, FP32, CPU against GPU, memory"
 
 
@@ -359,7 +376,7 @@ def timed_run(w, name, command):
     for what, value, unit, peer in (("tokens_per_second", rate, "tokens/s", None),
                                     ("mfu", 100 * median(float(row["mfu"]) for row in counted), "%", None),
                                     ("first_step", float(done.find(r"^start-up +([\d.]+) s to")[1]), "s", None),
-                                    ("matrix_rate", float(machine[1]) / 1e3, "TFLOP/s", None), ("memory", needs, "GiB", of)):
+                                    ("matrix_rate", float(machine[1]) / 1e3, "TFLOP/s", None), ("planned_memory", needs, "GiB", of)):
         w.row(f"{w.stage}/{what}", value, unit, peer, command)
     print(re.sub(r"^(step|note).*\n", "", done.text, flags=re.M), flush=True)  # the memory table
     return done, folder, rate
@@ -383,28 +400,31 @@ def deep(w):
 
 def beside(w):
     """Whole steps beside PyTorch's at its best: GPT-2's shape, L = 1024 C = 256, L = 512 C = 1024"""
+    torch, baseline = w.session.find_torch(), Path(w.program("baseline")) / "train_keel"
+    w.check("pytorch", torch or w.session.rehearsal, "no Python with PyTorch and CUDA was found")
     models = [name for name in w.s.models.split() if not (w.resume and w.session.have(f"{name}/vs_torch"))]
-    baseline = Path(w.program("baseline")) / "train_keel"
     for i, name in enumerate(models):
         share = (w.left() - 2) / (len(models) - i) - DOWN
         command = [sys.executable, "dev/bench_gpu.py", "--rows", name, *words(w.s.beside), "--data", w.s.programs, "--seconds",
-                   int(share), "--torch-python", w.session.torch, *(["--baseline", baseline] if baseline.exists() else [])]
-        w.benchmark(name, command, 4, share + DOWN, {"TRAINER": w.train_keel})
+                   int(share), "--torch-python", torch, *(["--baseline", baseline] if baseline.exists() else [])]
+        rows = w.benchmark(name, command, 4, share + DOWN, {"TRAINER": w.train_keel})
+        if torch:
+            w.check(f"{name}_peer", any(row[0] == f"{name}/vs_torch" and row[4] for row in rows), "PyTorch was not measured")
         w.session.save_cache()
     w.note = ", ".join(models)
 
 
 def kernels(w):
     """Each kernel beside a copy, a product and PyTorch's attention; how long the GPU waits at 1024 sub-layers"""
-    peers = []
-    if w.session.torch:
-        done, table = w.run("sdpa", [w.session.torch, "dev/bench_sdpa.py"], 40), w.scratch / "sdpa.csv"
+    peers, torch = [], w.session.find_torch()
+    if torch:
+        done, table = w.run("sdpa", [torch, "dev/bench_sdpa.py"], 40), w.scratch / "sdpa.csv"
         table.write_text("".join(line + "\n" for line in done.text.splitlines() if re.fullmatch(r"attention_\w+,[\d.]+", line)))
         if w.check("sdpa", done.ok and table.stat().st_size > 0, done.why()):
             peers = ["--sdpa", table]
     w.benchmark("kernels", [w.program("bench_kernels"), *words(w.s.bench), *peers], 20)
     if (ROOT / w.program(RECORDER)).exists():
-        w.benchmark("idle", f"dev/idle.sh {w.s.idle} {w.text}", 1,
+        w.benchmark("idle", f"bash dev/idle.sh {w.s.idle} {w.text}", 1,
                     env={"TRAINER": w.train_keel, "CUPTI_IDLE": w.program(RECORDER), **w.s.recorded})
     else:
         print("  idle: NOT MEASURED: there was no CUPTI where the programs were built", flush=True)
@@ -443,20 +463,16 @@ def safe(w):
     curves = {"cpu": "train_keel_cpu", "bf16": "train_keel", "fp32": "train_keel_fp32",
               "bf16_states": "train_keel --moments bf16 --grads bf16"}
 
-    def sanitize(tool, build):
-        done = w.run(f"{tool}-{build}", f"{sanitizer(tool)} {w.program(build)} {w.s.small} {w.text} -x 3 -s 2 -g 4 -v 0")
-        w.check(f"{tool}_{build}", done.ok and done.find("SUMMARY: 0"), done.why())
-
     def curve(name):
         """The mean of the last tenth of its losses, or None."""
         done = w.run(f"curve-{name}", f"{w.program(curves[name])} {w.s.curve} {w.text} -s 0 -n 0 -v 0 -o {w.scratch / name}",
-                     env=THREADS)
+                     env=BESIDE)
         if w.check(f"curve_{name}_runs", done.ok, done.why()):
             losses = [float(loss) for loss, _ in bits(w.scratch / name)]
             return sum(losses[-(len(losses) // 10):]) / (len(losses) // 10)
 
     jobs = [lambda name=name: curve(name) for name in curves] + [lambda: kill_and_resume(w)]
-    jobs += [lambda tool=tool, build=build: sanitize(tool, build)
+    jobs += [lambda tool=tool, build=build: sanitize(w, tool, build)
              for tool in w.s.sanitizers.split() for build in ("train_keel", "train_keel_fp32")]
     cpu, *gpu = w.together(jobs, 6)[:len(curves)]
     for name, mean in zip(list(curves)[1:], gpu):
@@ -506,7 +522,7 @@ class Stage:
 
 
 STAGES = {  # in order of worth
-    "right": Stage(right, 150, 60), "main": Stage(main_run, 40, 25), "beside": Stage(beside, 300, 60),
-    "kernels": Stage(kernels, 90, 40), "products": Stage(products, 60, 30), "safe": Stage(safe, 120, 50),
-    "max_lr": Stage(max_lr, 200, 45), "hops": Stage(hops, 180, 45), "long": Stage(long, 280, 60), "deep": Stage(deep, 100, 50)}
+    "right": Stage(right, 150, 60), "main": Stage(main_run, 60, 25), "beside": Stage(beside, 300, 60),
+    "kernels": Stage(kernels, 120, 40), "products": Stage(products, 60, 30), "safe": Stage(safe, 150, 50),
+    "max_lr": Stage(max_lr, 260, 45), "hops": Stage(hops, 180, 45), "long": Stage(long, 280, 60), "deep": Stage(deep, 100, 50)}
 TOGETHER = {"lesson": ["max_lr", "hops", "long"]}

@@ -90,7 +90,7 @@ def test_every_stage(folder):
     assert len(stages) == 10, stages
     expected = [
         "right/smoke", "right/bf16", "right/fp32", "right/compare", "right/bf16_memory", "right/fp32_memory",
-        "main/tokens_per_second", "main/mfu", "main/first_step", "main/memory", "main/same_bits", "tiny/mfu",
+        "main/tokens_per_second", "main/mfu", "main/first_step", "main/planned_memory", "main/same_bits", "tiny/mfu",
         "tiny/vs_torch", "other/vs_torch", "kernels/kernels", "products/products", "safe/memcheck_train_keel",
         "safe/kill_and_resume", "safe/curve_bf16", "safe/curve_fp32", "safe/curve_bf16_states", "max_lr/rows",
         "hops/rows", "long/rows", "deep/mfu"
