@@ -461,10 +461,7 @@ public:
         check(cublasLtCreate(&handle), "cublasLtCreate");
     }
     ~Device() {
-        for (auto& [key, plan] : plans) {
-            cublasLtMatmulDescDestroy(plan.operation);
-            for (auto layout : {plan.a, plan.b, plan.d}) cublasLtMatrixLayoutDestroy(layout);
-        }
+        for (auto& [key, plan] : plans) destroy(plan);
         cublasLtDestroy(handle);
         cudaStreamDestroy(stream);
     }
@@ -559,9 +556,19 @@ private:
             fail("cuBLASLt has no algorithm for a product of %zu x %zu x %zu (%s); use another -C or the FP32 build", m, n, k, cublasLtGetStatusString(status));
         plan.algorithm = results[0].algo;
         const cublasLtMatmulAlgo_t* tuned = tuning ? tuning->find(key) : nullptr;
-        if (tuned && usable(plan, *tuned)) plan.algorithm = *tuned;
-        else if (measuring) plan.algorithm = fastest(plan, key, {results, size_t(found)});
+        try {
+            if (tuned && usable(plan, *tuned)) plan.algorithm = *tuned;
+            else if (measuring) plan.algorithm = fastest(plan, key, {results, size_t(found)});
+        } catch (...) {  // no memory for its scratch, or no room for its table
+            destroy(plan);
+            throw;
+        }
         return plans[key] = plan;
+    }
+
+    static void destroy(const GemmPlan& plan) {
+        cublasLtMatmulDescDestroy(plan.operation);
+        for (auto layout : {plan.a, plan.b, plan.d}) cublasLtMatrixLayoutDestroy(layout);
     }
 
     bool usable(const GemmPlan& plan, const cublasLtMatmulAlgo_t& algorithm) {
