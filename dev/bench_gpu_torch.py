@@ -8,6 +8,7 @@ FP32 parameters, gradients, moments and highway; branches and head in BF16 (the 
 fused attention, cuDNN's or FlashAttention's, whichever is quicker at the model's shape; vocabulary rows padded; fused
 AdamW; the gradients of micro-batches added up in FP32.
 --mode    eager; compile: torch.compile of each block, of the embedding and of the head; graphs: these, and a micro-step as one CUDA graph
+--budget  of a compiled block's activations: what is cheapest is computed again in the backward pass (torch.compile's own choice)
 --checkpoint    each block's forward pass again in the backward pass (torch.utils.checkpoint), so that only x is kept between blocks
 --warm    no training: compiles what a run of --mode with this -b and --checkpoint compiles, for either attention, into
           the caches of TORCHINDUCTOR_CACHE_DIR and TRITON_CACHE_DIR, and ends. Depth does not matter but for alpha:
@@ -162,27 +163,61 @@ def split_heads(qkv, H):
     return [i.view(B, T, H, C // H).transpose(1, 2) for i in qkv.split(C, dim=-1)]
 
 
+def graph_of(run, times=1):
+    """A CUDA graph of so many runs, after two that let libraries take what they take once."""
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.empty_cache()  # for the graph's own pool
+    with torch.cuda.graph(graph, stream=side):
+        for _ in range(times):
+            run()
+    return graph
+
+
+def seconds_of(run, repeats=15):
+    """The median of its times, after 0.2 s in which the clocks rise."""
+    until, times = time.perf_counter() + 0.2, []
+    while time.perf_counter() < until:
+        run()
+        torch.cuda.synchronize()
+    for _ in range(repeats):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1e-3)
+    return statistics.median(times)
+
+
 def attention_milliseconds(attention, B, H, T, D, launches=10):
-    """Of a forward and a backward pass in BF16 over q, k, v that lie in memory as the model's; None where the backend
-    refuses them."""
+    """Of a forward and a backward pass in BF16 over q, k, v that lie in memory as the model's, in a graph, as launching
+    them takes longer than small ones run; None where the backend refuses them."""
     q, k, v = (
         i.detach().requires_grad_()
         for i in split_heads(torch.randn(B, T, 3 * H * D, device="cuda", dtype=torch.bfloat16), H)
     )
     gradient = torch.randn(B, T, H, D, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     try:
-        for i in range(launches + 3):
-            if i == 3:  # those before warm up
-                begin.record()
-            torch.autograd.grad(attention(q, k, v), (q, k, v), gradient)
-        end.record()
-        end.synchronize()
+        graph = graph_of(lambda: torch.autograd.grad(attention(q, k, v), (q, k, v), gradient), launches)
+        return 1e3 * seconds_of(graph.replay, 5) / launches
     except RuntimeError as error:
-        if "out of memory" in str(error):
+        if short_of_memory(error):
             raise
         return None
-    return begin.elapsed_time(end) / launches
+
+
+def short_of_memory(error):
+    """In a graph's recording too little memory shows as a recording that failed, on its way from the first error."""
+    while error is not None:
+        if "out of memory" in str(error):
+            return True
+        error = error.__context__
+    return False
 
 
 def fastest_attention(B, H, T, D):
@@ -285,22 +320,20 @@ class MicroStep:
         self.total = torch.zeros((), device=device)
         for p in model.params.values():  # in place from here on: a graph adds where it was told to
             p.grad = torch.zeros_like(p)
+        # All gradients at once are added in a few launches; where they are a good part of the memory, each when it is there.
+        params = list(model.params.values())
+        at_once = device.type == "cuda" and 4 * sum(p.numel() for p in params) < 0.1 * torch.cuda.mem_get_info()[1]
+        self.params = params if at_once else None
         if graph:
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(2):  # compiles, and lets libraries take what they take once
-                    self.run()
-            torch.cuda.current_stream().wait_stream(side)
-            torch.cuda.empty_cache()  # for the graph's own pool
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, stream=side):  # for which the libraries have their handles by now
-                self.run()
+            self.graph = graph_of(self.run)
             self.reset()
 
     def run(self):
         loss = self.model.loss(self.tokens, self.targets) * self.scale
-        loss.backward()
+        if self.params:
+            torch._foreach_add_([p.grad for p in self.params], torch.autograd.grad(loss, self.params))
+        else:
+            loss.backward()
         self.total += loss.detach()
 
     def reset(self):
@@ -343,6 +376,9 @@ def train(a, B, device, branch):
     groups = [{"params": [p for p in params.values() if p.dim() == 2], "weight_decay": 0.01},  # the trainer's defaults
               {"params": [p for p in params.values() if p.dim() == 1], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=a.lr, betas=(0.9, 0.95), eps=1e-12, **({"fused": True} if on_gpu else {}))
+    if on_gpu:  # now, so that a micro-batch that leaves no room for them is found before its compilation
+        for p in params.values():
+            optimizer.state[p] = {"step": torch.zeros((), device=device), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     batches = Batches(a.train, a.seq_len, a.seed)
     host = batches.batch(0, a.steps * sequences)
     if on_gpu:
@@ -364,25 +400,14 @@ def train(a, B, device, branch):
 
 
 def yardsticks():
-    """The rates of a large product and of a copy over buffers that pass the L2 cache, medians of 15."""
-    def seconds(run):
-        times = []
-        for _ in range(16):
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            run()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end) * 1e-3)
-        return statistics.median(times[1:])
-
+    """The rates of a large product and of a copy over buffers that pass the L2 cache."""
     n = 8192
     a, b = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     out = torch.empty_like(a)
-    print(f"matrix_rate {2 * n ** 3 / seconds(lambda: torch.mm(a, b.T, out=out)):.6g}")
+    print(f"matrix_rate {2 * n ** 3 / seconds_of(lambda: torch.mm(a, b.T, out=out)):.6g}")
     source = torch.randn(1 << 28, device="cuda")  # 1 GiB
     to = torch.empty_like(source)
-    print(f"copy_rate {2 * 4 * source.numel() / seconds(lambda: to.copy_(source)):.6g}")
+    print(f"copy_rate {2 * 4 * source.numel() / seconds_of(lambda: to.copy_(source)):.6g}")
 
 
 def main():
@@ -406,6 +431,7 @@ def main():
     add("--seed", type=int, default=1337)
     add("--mode", choices=["eager", "compile", "graphs"], default="eager")
     add("--checkpoint", action="store_true")
+    add("--budget", type=float, default=1.0, help="share of a block's activations that is kept; the rest is recomputed")
     add("--device", default="cuda", help="cpu: in FP32, for comparing [%(default)s]")
     a = parser.parse_args()
     if a.device == "cuda" and not torch.cuda.is_available():
@@ -414,6 +440,9 @@ def main():
         sys.exit(f"bench_gpu_torch: --mode {a.mode}: expected PyTorch 2.0 or later, found {torch.__version__}; use --mode eager")
     if a.mode == "graphs" and a.device == "cpu":
         sys.exit("bench_gpu_torch: --mode graphs: expected a GPU, found --device cpu; use --mode compile")
+    if a.budget < 1:
+        from torch._functorch import config as functorch
+        functorch.activation_memory_budget = a.budget
     print(f"PyTorch {torch.__version__}", flush=True)
     if a.yardsticks:
         return yardsticks()
@@ -428,8 +457,8 @@ def main():
     for B in tries:
         try:
             return train(a, B, device, branch)
-        except RuntimeError as error:  # inside a graph's recording too little memory shows as a recording that failed
-            if a.device == "cpu" or not any(words in str(error) for words in ("out of memory", "captur")):
+        except RuntimeError as error:
+            if a.device == "cpu" or not short_of_memory(error):
                 raise
             print(f"batch {B} does not fit: {str(error).splitlines()[0]}", flush=True)
         gc.collect()
