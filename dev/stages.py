@@ -60,7 +60,7 @@ REHEARSAL = SimpleNamespace(
     norms="keel",
     main=f"{_TINY} -x 5",
     models="tiny other",
-    beside="--steps 5 --repeats 1 --model tiny=keel,4,64,2,32,128,256 --model other=pre,2,64,1,16,16,50257",
+    beside="--steps 5 --repeats 1 --modes eager --model tiny=keel,4,64,2,32,128,256 --model other=pre,2,64,1,16,16,50257",
     bench="--small",
     idle=f"--steps 2 {_TINY}",
     recorded={"LD_PRELOAD": str(ROOT / "build/rehearsal/fake_cupti.so")},
@@ -236,7 +236,7 @@ def sanitize(w, tool, build):
     """A tool's verdict on a short run. What it says of the libraries' kernels alone is told, and is no fault of ours."""
     command = f"{sanitizer(tool)} {w.program(build)} {w.s.small} {w.text} -x 3 -s 2 -g 4 -v 0"
     done = w.run(f"{tool}-{build}", command, env=SANITIZE)
-    named = set(re.findall(r"^=========\s+at (?:void )?([\w:]+).*\+0x", done.text, re.M))
+    named = set(re.findall(r"^=========.*?\bat (?:void )?([\w:]+)[<(].*\+0x", done.text, re.M))
     ours = set(re.findall(r"(\w+)\(", " ".join(re.findall(r"^__global__ void .*", (ROOT / "train_keel.cu").read_text(), re.M))))
     theirs = bool(named) and not named & ours
     if theirs:
@@ -321,8 +321,9 @@ def warm_torch(w, stop):
         return
     models = ",".join(reversed(w.s.models.split()))  # whose stage has least time to spare comes first
     with open(w.session.logs / f"{w.stage}-warm.log", "w") as log:
-        child = w.start(["nice", "-n", 19, sys.executable, "dev/bench_gpu.py", "--warm", "--rows", models, *words(w.s.beside), "--data",
-                         w.s.programs, "--torch-python", torch], log, {"TORCHINDUCTOR_COMPILE_THREADS": "6"})
+        command = ["nice", "-n", 19, sys.executable, "dev/bench_gpu.py", "--warm", "--rows", models, *words(w.s.beside),
+                   "--data", w.s.programs, "--torch-python", torch]
+        child = w.start(command, log, {"TORCHINDUCTOR_COMPILE_THREADS": "6"})
         while child.poll() is None and not stop.wait(0.2):
             pass
 
