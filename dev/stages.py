@@ -300,10 +300,10 @@ def suites(w, build, names, limit, what):
             diagnose(w, log, command)
 
 
-def compare(w):
+def compare(w, limit):
     command = ["dev/compare.sh", "--brief", "--programs", w.s.programs, "--jobs", max(2, os.cpu_count() // 4)]
     command = ["bash", *command, *(["--norms", w.s.norms] if w.s.norms else [])]
-    done = w.run("compare", command, w.left() - 35, BESIDE)
+    done = w.run("compare", command, limit, BESIDE)
     count = done.find(r"^(\d+) passed, (\d+) failed")
     if count:
         w.row("right/compare_models", int(count[1]), "comparisons passed", int(count[1]) + int(count[2]))
@@ -338,8 +338,9 @@ def right(w):
     stop = threading.Event()
     warm = threading.Thread(target=warm_torch, args=(w, stop))
     warm.start()
-    beside, limit = [name for name in listed(w, "suites", [w.program("test_gpu_bf16"), "-lts"]) if name != "alone"], w.left() - 35
-    w.together([lambda: suites(w, "bf16", beside, limit, "bf16"), lambda: suites(w, "fp32", beside, limit, "fp32"), lambda: compare(w),
+    beside = [name for name in listed(w, "suites", [w.program("test_gpu_bf16"), "-lts"]) if name != "alone"]
+    limit = max(w.left() - 35, w.left() / 2)  # what is left is for cases that fail, and for the tests of memory
+    w.together([lambda: suites(w, "bf16", beside, limit, "bf16"), lambda: suites(w, "fp32", beside, limit, "fp32"), lambda: compare(w, limit),
                 lambda: sanitize(w, "memcheck", "train_keel"), lambda: sanitize(w, "memcheck", "train_keel_fp32")])
     stop.set()
     warm.join()
