@@ -2348,8 +2348,9 @@ struct Model {
                         Device::tuning_bytes(C, size_t(c.Vp()), head_rows(c, rows), true));
     }
 
-    // All buffers are parts of one allocation. Not const: the tests give each its own, with guards on the CPU headers that catch a stray index; and
-    // so does KEEL_SANITIZE in the environment, for compute-sanitizer, which sees no overrun from one part into the next.
+    // All buffers are parts of one allocation. Not const: the tests give each its own, with guards on the CPU headers that
+    // catch a stray index; and so does KEEL_SANITIZE in the environment, for compute-sanitizer, which sees no overrun from
+    // one part into the next.
     static inline bool one_allocation = !getenv("KEEL_SANITIZE");
 
     Model(const ModelConfig& config, int B, int T, Recompute recompute, StateTypes types = {}, Sharing sharing = {}, Communicator* communicator = nullptr)
@@ -3263,7 +3264,8 @@ struct Trainer {
         DeviceArray<branch_t> a = device.random_matrix(n * n), b = device.random_matrix(n * n), out(n * n);
         std::vector<float> times(15);  // milliseconds
         Stopwatch watch(device.stream);
-        for (int i = 0; i < 32; i++) matmul_forward(device, out.data(), a.data(), b.data(), n, n, n);  // 50 ms, in which the clocks rise
+        for (int i = 0; i < 32; i++)  // 50 ms on a large GPU, in which the clocks rise
+            matmul_forward(device, out.data(), a.data(), b.data(), n, n, n);
         for (float& ms : times) {
             watch.start();
             matmul_forward(device, out.data(), a.data(), b.data(), n, n, n);

@@ -9,8 +9,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
-import traceback
 import unittest.mock
 from pathlib import Path
 
@@ -21,14 +19,11 @@ import bench_gpu
 import idle
 import predict
 import results
+import suite
 
 CPU = str(ROOT / "train_keel_cpu")
 DATA = ROOT / "build" / "bench_gpu"
 os.environ["OMP_NUM_THREADS"] = "1"  # other suites run beside
-
-
-class Skip(Exception):
-    """What is not here."""
 
 
 def run(*command, **environment):
@@ -45,7 +40,7 @@ def near(found, expected, tolerance=1e-9):
 def cupti_flags():
     done = run("dev/cuda.sh", "cupti")
     if done.returncode:
-        raise Skip("the recording library: no CUPTI (the CUDA Toolkit)")
+        raise suite.Skip("the recording library: no CUPTI (the CUDA Toolkit)")
     return done.stdout.split()
 
 
@@ -258,7 +253,7 @@ def test_goals_name_what_tools_print(folder):
 def torch_python():
     done = run("dev/find_python.sh", "torch", "numpy")
     if done.returncode:
-        raise Skip("whole steps beside PyTorch's: no Python with torch and numpy (Debian: python3-torch)")
+        raise suite.Skip("whole steps beside PyTorch's: no Python with torch and numpy (Debian: python3-torch)")
     return done.stdout.strip()
 
 
@@ -628,31 +623,11 @@ def test_predictions_are_the_documents(folder):
 def test_no_gpu_is_said(folder):
     """Without a GPU the commands say so in one line and exit 1."""
     if run("dev/cuda.sh", "trainer").stdout.strip() == "train_keel":
-        raise Skip("what the tools say without a GPU: there is one")
+        raise suite.Skip("what the tools say without a GPU: there is one")
     for command in ("dev/idle.sh", "dev/bench_gpu.sh"):
         done = run(command, TRAINER="")
         assert done.returncode == 1 and "GPU" in done.stderr.splitlines()[-1] and not done.stdout, (command, done.stdout, done.stderr)
 
 
-def main():
-    passed = failed = skipped = 0
-    for name, test in list(globals().items()):
-        if not name.startswith("test_"):
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                test(Path(folder))
-                passed += 1
-            except Skip as why:
-                skipped += 1
-                print(f"SKIPPED: {why}")
-            except Exception:
-                failed += 1
-                print(f"FAILED: {test.__doc__}")
-                traceback.print_exc()
-    print(f"{passed} passed, {failed} failed" + (f", {skipped} skipped" if skipped else ""))
-    return failed > 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(suite.main(sys.modules[__name__]))

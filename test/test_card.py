@@ -11,15 +11,12 @@ import sys
 import tarfile
 import tempfile
 import time
-import traceback
 from pathlib import Path
+
+import suite
 
 ROOT = Path(__file__).resolve().parents[1]
 ABSENT = {"apt-get", "apt", "git", "sudo"}
-
-
-class Skip(Exception):
-    """What is not here."""
 
 
 def tree():
@@ -181,7 +178,7 @@ def test_make_card(folder):
     """make card builds everything for sm_90 without a warning, under 55 MiB; the kernels' hash is that of the machine code."""
     done = subprocess.run(["dev/cuda.sh", "nvcc"], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
-        raise Skip("make card: no nvcc (the CUDA Toolkit)")
+        raise suite.Skip("make card: no nvcc (the CUDA Toolkit)")
     nvcc = done.stdout.strip()
     done = subprocess.run(["make", "--no-print-directory", "card"], cwd=ROOT, capture_output=True, text=True,
                           env={**os.environ, "MAKEFLAGS": ""})
@@ -204,28 +201,8 @@ def test_make_card(folder):
     assert hashes[0] == hashes[1] != hashes[2], hashes
 
 
-def main():
-    passed = failed = skipped = 0
+if __name__ == "__main__":
     try:
-        for name, test in list(globals().items()):
-            if not name.startswith("test_"):
-                continue
-            with tempfile.TemporaryDirectory() as folder:
-                try:
-                    test(Path(folder))
-                    passed += 1
-                except Skip as why:
-                    skipped += 1
-                    print(f"SKIPPED: {why}")
-                except Exception:
-                    failed += 1
-                    print(f"FAILED: {test.__doc__}")
-                    traceback.print_exc(file=sys.stdout)
+        sys.exit(suite.main(sys.modules[__name__]))
     finally:
         shutil.rmtree(FOLDER, ignore_errors=True)
-    print(f"{passed} passed, {failed} failed" + (f", {skipped} skipped" if skipped else ""))
-    return failed > 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

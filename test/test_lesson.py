@@ -10,9 +10,7 @@ import math
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,14 +20,11 @@ import chromium
 import lesson
 import report
 import shared
+import suite
 
 RUN = [sys.executable, str(ROOT / "dev/experiments/run.py")]
 COMMITTED = ROOT / "dev" / "results" / "lesson"
 TEXT = str(ROOT / "keel_common.h")
-
-
-class Skip(Exception):
-    pass
 
 
 def has(module):
@@ -120,7 +115,7 @@ def test_interruption(folder):
 def test_interruption_in_pytorch(folder):
     """The same of a run of the PyTorch reference."""
     if not has("torch"):
-        raise Skip("no PyTorch (Debian: python3-torch)")
+        raise suite.Skip("no PyTorch (Debian: python3-torch)")
 
     def command(out):
         return [sys.executable, "dev/experiments/road_train.py", "--form", "attempt2", "-i", TEXT, "-L", "2", "-C", "16", "-t", "16", "-b", "2", "-x", "100", "-P", "50", "-m", "2", "-n", "30", "-y", "-o", str(out)]
@@ -312,9 +307,9 @@ def check_controls(page):
 
 def needs_browser():
     if not chromium.find_chromium():
-        raise Skip("no Chromium (Debian: chromium)")
+        raise suite.Skip("no Chromium (Debian: chromium)")
     if not has("plotly"):
-        raise Skip("no plotly (Debian: python3-plotly)")
+        raise suite.Skip("no plotly (Debian: python3-plotly)")
 
 
 def test_page(folder):
@@ -360,27 +355,5 @@ def test_figures_are_of_the_tables(folder):
     check_tables(folder, TABLES)
 
 
-def main():
-    passed = failed = skipped = 0
-    for name, test in list(globals().items()):
-        if not name.startswith("test_") or (len(sys.argv) > 1 and name not in sys.argv[1:]):
-            continue
-        start = time.time()
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                test(Path(folder))
-                passed += 1
-                print(f"passed   {name[5:].replace('_', ' ')}, {time.time() - start:.1f} s", flush=True)
-            except Skip as e:
-                skipped += 1
-                print(f"SKIPPED: {name[5:].replace('_', ' ')}: {e}", flush=True)
-            except Exception:
-                failed += 1
-                print(f"FAILED: {test.__doc__}", flush=True)
-                traceback.print_exc()
-    print(f"{passed} passed, {failed} failed" + (f", {skipped} skipped" if skipped else ""))
-    return failed > 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(suite.main(sys.modules[__name__]))

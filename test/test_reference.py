@@ -2,8 +2,6 @@
 
 import subprocess
 import sys
-import tempfile
-import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -14,6 +12,7 @@ import torch
 
 import keel
 import keel_file
+import suite
 
 CPU, FP64 = str(ROOT / "train_keel_cpu"), str(ROOT / "train_keel_cpu_fp64")
 SMALL = ["-L", "6", "-C", "12", "-H", "3", "-t", "8", "-b", "2", "-r", "none"]
@@ -87,22 +86,5 @@ def test_damage_is_refused(folder):
     assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1, done.stderr
 
 
-def main():
-    passed = failed = 0
-    for name, test in list(globals().items()):
-        if not name.startswith("test_"):
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                test(Path(folder))
-                passed += 1
-            except Exception:
-                failed += 1
-                print(f"FAILED: {test.__doc__}")
-                traceback.print_exc()
-    print(f"{passed} passed, {failed} failed")
-    return failed > 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(suite.main(sys.modules[__name__]))
