@@ -120,12 +120,10 @@ def analyse(names, activities, steps):
     """A dict of figures in microseconds."""
     cut = cut_into_steps(names, activities, steps)
     measured = [measure_step(start, part, names) for start, part in cut]
-    out = {
-        "steps": len(cut), "step": median(m["length"] for m in measured) / 1e3, "kernels":
-        median(m["kernels"] for m in measured) / 1e3, "activities": median(len(part) for _, part in cut), "idle":
-        1 - sum(m["busy"] for m in measured) / sum(m["length"] for m in measured), "boundary":
-        median(m["boundary"] for m in measured) / 1e3, "boundary_most": max(m["boundary"] for m in measured) / 1e3
-    }
+    middle = lambda what: median(m[what] for m in measured) / 1e3
+    out = {"steps": len(cut), "step": middle("length"), "kernels": middle("kernels"), "boundary": middle("boundary"),
+           "boundary_most": max(m["boundary"] for m in measured) / 1e3, "activities": median(len(part) for _, part in cut),
+           "idle": 1 - sum(m["busy"] for m in measured) / sum(m["length"] for m in measured)}
 
     inside = [g for m in measured for g in m["gaps"] if g[1] is not None]
     out["longest"] = [(length / 1e3, short(names[a][1]), short(names[b][1]))
