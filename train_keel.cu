@@ -1,15 +1,17 @@
-// train_keel.cu: trains a GPT of KEEL highway blocks on a GPU (arXiv 2601.19895), as explicit forward and backward kernels; built with NCCL
+// train_keel.cu: trains a GPT of KEEL highway blocks on a GPU (arXiv 2601.19895), as explicit forward and backward
+// kernels; built with NCCL
 // (-DKEEL_NCCL), on as many GPUs as there are, each a process.
 //
-// It reads in the order data flows: numbers and the device's primitives, memory and launches, matrix products, the layers (each
-// forward beside its backward), the optimizer, the sub-layer, the model, sampling, the step. train_keel_cpu.cpp does the same passes
-// as plain loops and is the reference for each of them; keel_common.h holds what both share.
+// It reads in the order data flows: numbers and the device's primitives, memory and launches, matrix products, the
+// layers (each forward beside its backward), the optimizer, the sub-layer, the model, sampling, the step.
+// train_keel_cpu.cpp does the same passes as plain loops and is the reference for each of them; keel_common.h holds
+// what both share.
 //
-// The highway (x, z, their gradients and norms) is FP32 always. The branches compute in BF16 on tensor cores, or in FP32 with
-// -DKEEL_FP32, the build for comparisons. Weights are FP32, with a BF16 copy for the matrix products.
+// The highway (x, z, their gradients and norms) is FP32 always. The branches compute in BF16 on tensor cores, or in
+// FP32 with -DKEEL_FP32, the build for comparisons. Weights are FP32, with a BF16 copy for the matrix products.
 //
-// Every result has the same bits in every run on one kind of GPU with one cuBLAS: the order of each sum depends on shapes and the card
-// alone, and no float is added atomically.
+// Every result has the same bits in every run on one kind of GPU with one cuBLAS: the order of each sum depends on
+// shapes and the card alone, and no float is added atomically.
 //
 // Conventions, which let a plain C++ compiler build and run this file on machines without a GPU (test/cuda_on_cpu):
 // kernels start through launch(); shared memory is dynamic and reached through shared<T>(); PTX stands in one room.
@@ -54,40 +56,49 @@ __device__ __forceinline__ T& shared() {
 
 // p as a pointer to whole vectors, to which it must be aligned.
 template <class Vector, class T>
-__device__ __forceinline__ Vector* as_vector(T* p) { return reinterpret_cast<Vector*>(p); }
+__device__ __forceinline__ Vector* as_vector(T* p) {
+    return reinterpret_cast<Vector*>(p);
+}
 
-// d (16,8) += a (16,16) b (16,8), a warp's tile on the tensor cores: BF16 in, FP32 out. With g = lane / 4, t = lane % 4 a lane holds
+// d (16,8) += a (16,16) b (16,8), a warp's tile on the tensor cores: BF16 in, FP32 out. With g = lane / 4, t = lane % 4
+// a lane holds
 //     d[0..1] = d(g, 2t..2t+1)     d[2..3] = d(g+8, 2t..2t+1)
 //     a[0] = a(g, 2t..2t+1)   a[1] = a(g+8, 2t..2t+1)   a[2] = a(g, 2t+8..2t+9)   a[3] = a(g+8, 2t+8..2t+9)
 //     b0 = b(2t..2t+1, g)     b1 = b(2t+8..2t+9, g)
 __device__ __forceinline__ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Four 8x8 matrices of BF16 from shared memory. Lane i gives the address of row i % 8 of matrix i / 8 and gets, in r[j], elements
-// 2t and 2t+1 of row g of matrix j; transposed, elements (2t, g) and (2t+1, g).
+// Four 8x8 matrices of BF16 from shared memory. Lane i gives the address of row i % 8 of matrix i / 8 and gets, in
+// r[j], elements 2t and 2t+1 of row g of matrix j; transposed, elements (2t, g) and (2t+1, g).
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const __nv_bfloat16* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(uint32_t(__cvta_generic_to_shared(row))) : "memory");
+                 : "r"(uint32_t(__cvta_generic_to_shared(row)))
+                 : "memory");
 }
 __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const __nv_bfloat16* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(uint32_t(__cvta_generic_to_shared(row))) : "memory");
+                 : "r"(uint32_t(__cvta_generic_to_shared(row)))
+                 : "memory");
 }
 
-// 16 bytes from global to shared memory behind the thread's back, zeros where not valid; they are there after the wait, and for other
-// threads after a barrier too. wait<N> lets the N groups committed last go on.
+// 16 bytes from global to shared memory behind the thread's back, zeros where not valid; they are there after the wait,
+// and for other threads after a barrier too. wait<N> lets the N groups committed last go on.
 __device__ __forceinline__ void cp_async_16(void* to, const void* from, bool valid) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                 :: "r"(uint32_t(__cvta_generic_to_shared(to))), "l"(from), "r"(valid ? 16 : 0) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(uint32_t(__cvta_generic_to_shared(to))),
+                 "l"(from), "r"(valid ? 16 : 0)
+                 : "memory");
 }
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N>
-__device__ __forceinline__ void cp_async_wait() { asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory"); }
+__device__ __forceinline__ void cp_async_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
 
 // Programmatic dependent launch, in code built for Hopper and later; elsewhere kernels start one after another. wait:
 // until the kernel before has ended and its writes are visible. start: once every block of this kernel has come here or
@@ -128,12 +139,17 @@ struct alignas(sizeof(T) * N) Pack {
     __device__ const T& operator[](int i) const { return v[i]; }
 };
 template <int N, class T>
-__device__ __forceinline__ Pack<T, N> load(const T* p) { return *as_vector<const Pack<T, N>>(p); }
+__device__ __forceinline__ Pack<T, N> load(const T* p) {
+    return *as_vector<const Pack<T, N>>(p);
+}
 template <int N, class T>
-__device__ __forceinline__ void store(T* p, const Pack<T, N>& values) { *as_vector<Pack<T, N>>(p) = values; }
+__device__ __forceinline__ void store(T* p, const Pack<T, N>& values) {
+    *as_vector<Pack<T, N>>(p) = values;
+}
 
-// Calls use(c, load(c)) for c = first, first + step, ... below end. IN_FLIGHT loads are on their way before the first of them is used: a
-// store in use() would hold up the loads after it, as the compiler cannot know that the two never meet.
+// Calls use(c, load(c)) for c = first, first + step, ... below end. IN_FLIGHT loads are on their way before the first
+// of them is used: a store in use() would hold up the loads after it, as the compiler cannot know that the two never
+// meet.
 constexpr int IN_FLIGHT = 4;
 template <class Load, class Use>
 __device__ __forceinline__ void each_in_flight(int first, int end, int step, Load load, Use use) {
@@ -155,11 +171,13 @@ __device__ T warp_sum(T value) {
     return value;
 }
 __device__ inline float warp_max(float value) {
-    for (int distance = WARP / 2; distance > 0; distance /= 2) value = fmaxf(value, __shfl_xor_sync(ALL_LANES, value, distance));
+    for (int distance = WARP / 2; distance > 0; distance /= 2)
+        value = fmaxf(value, __shfl_xor_sync(ALL_LANES, value, distance));
     return value;
 }
 
-// True in all threads of the block that comes last of `blocks` to this point; what the others wrote before is visible to it.
+// True in all threads of the block that comes last of `blocks` to this point; what the others wrote before is visible
+// to it.
 __device__ inline bool last_to_arrive(unsigned* arrived, unsigned blocks) {
     __syncthreads();
     bool last = false;
@@ -173,9 +191,10 @@ __device__ inline bool last_to_arrive(unsigned* arrived, unsigned blocks) {
     return true;
 }
 
-// Sums over all blocks in an order that the grid's size alone decides, within the kernel that makes them. Each block has written
-// its row of partial (blocks,n), which is overwritten. The last block of every FAN_IN adds up their rows in order, the last of those adds up the results, and
-// calls out(i, sum) for each column. arrived: 1 + blocks / FAN_IN rounded up counters, zero before and after.
+// Sums over all blocks in an order that the grid's size alone decides, within the kernel that makes them. Each block
+// has written its row of partial (blocks,n), which is overwritten. The last block of every FAN_IN adds up their rows in
+// order, the last of those adds up the results, and calls out(i, sum) for each column. arrived: 1 + blocks / FAN_IN
+// rounded up counters, zero before and after.
 constexpr unsigned FAN_IN = 16, MAX_PARTIAL_BLOCKS = 1024, ARRIVAL_COUNTERS = 1 + MAX_PARTIAL_BLOCKS / FAN_IN;
 
 template <class T, class Out>
@@ -198,7 +217,9 @@ __device__ void add_partials(T* partial, int n, unsigned* arrived, Out out) {
 // Memory and launches
 
 inline void check(cudaError_t error, const char* what) {
-    if (error != cudaSuccess) fail("%s: %s (%s); see the driver's log (dmesg), or use train_keel_cpu", what, cudaGetErrorString(error), cudaGetErrorName(error));
+    if (error != cudaSuccess)
+        fail("%s: %s (%s); see the driver's log (dmesg), or use train_keel_cpu", what, cudaGetErrorString(error),
+             cudaGetErrorName(error));
 }
 #define CUDA(call) check(call, #call)
 
@@ -215,16 +236,19 @@ class DeviceArray {
 public:
     DeviceArray() = default;
     // The next n elements of an allocation: `free` is where it goes on.
-    DeviceArray(char*& free, size_t n) : pointer(as_elements(free)), n(n), part(true) { free += round_up(n * sizeof(T), ALIGNMENT); }
+    DeviceArray(char*& free, size_t n) : pointer(as_elements(free)), n(n), part(true) {
+        free += round_up(n * sizeof(T), ALIGNMENT);
+    }
     explicit DeviceArray(size_t n) : n(n) {
         if (n == 0) return;
         if (cudaError_t error = cudaMalloc(&pointer, n * sizeof(T)); error != cudaSuccess) {
             cudaGetLastError();
-            fail("GPU memory: expected %s more, found less (%s); use a smaller -b, -t, -C or -L, or -r layer", bytes_text(double(n * sizeof(T))).c_str(),
-                 cudaGetErrorString(error));
+            fail("GPU memory: expected %s more, found less (%s); use a smaller -b, -t, -C or -L, or -r layer",
+                 bytes_text(double(n * sizeof(T))).c_str(), cudaGetErrorString(error));
         }
     }
-    DeviceArray(DeviceArray&& a) noexcept : pointer(std::exchange(a.pointer, nullptr)), n(std::exchange(a.n, 0)), part(a.part) {}
+    DeviceArray(DeviceArray&& a) noexcept
+        : pointer(std::exchange(a.pointer, nullptr)), n(std::exchange(a.n, 0)), part(a.part) {}
     DeviceArray& operator=(DeviceArray&& a) noexcept {
         std::swap(pointer, a.pointer), std::swap(n, a.n), std::swap(part, a.part);
         return *this;
@@ -280,14 +304,17 @@ inline bool launches_overlap(const void* first_kernel) {
 // kernel<<<grid, block, shared_bytes, stream>>>(arguments...), and its error. The kernel calls begin_kernel() before it
 // touches global memory.
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), size_t grid, unsigned block, size_t shared_bytes, cudaStream_t stream, Arguments... arguments) {
+void launch(void (*kernel)(Parameters...), size_t grid, unsigned block, size_t shared_bytes, cudaStream_t stream,
+            Arguments... arguments) {
     if (grid > size_t(INT_MAX)) fail("a kernel needs %zu blocks, more than a grid has; use a smaller -b", grid);
     if (shared_bytes > 48 << 10)  // beyond what a kernel may use unasked
         CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)));
     cudaLaunchConfig_t config{};
-    config.gridDim = dim3(unsigned(grid)), config.blockDim = dim3(block), config.dynamicSmemBytes = shared_bytes, config.stream = stream;
+    config.gridDim = dim3(unsigned(grid)), config.blockDim = dim3(block), config.dynamicSmemBytes = shared_bytes,
+    config.stream = stream;
     cudaLaunchAttribute overlap{};
-    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization, overlap.val.programmaticStreamSerializationAllowed = 1;
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization,
+    overlap.val.programmaticStreamSerializationAllowed = 1;
     config.attrs = &overlap, config.numAttrs = launches_overlap(reinterpret_cast<const void*>(kernel)) ? 1 : 0;
     CUDA(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
 }
@@ -311,16 +338,17 @@ struct GemmPlan {
     cublasLtMatrixLayout_t a, b, d;
     cublasLtMatmulAlgo_t algorithm;
 };
-using GemmKey = std::tuple<bool, bool, size_t, size_t, size_t, bool, bool>;  // a, b transposed; m, n, k; FP32 result; added to it
+using GemmKey =
+    std::tuple<bool, bool, size_t, size_t, size_t, bool, bool>;  // a, b transposed; m, n, k; FP32 result; added to it
 
 // All that changes from step to step is read from the device's memory, so that a graph of launches serves every step.
-struct StepSettings {   // comes from the host
+struct StepSettings {  // comes from the host
     double lr, weight_decay;
-    double max_norm;    // of the gradient; 0: no clipping
-    uint64_t seed;      // of stochastic rounding
+    double max_norm;  // of the gradient; 0: no clipping
+    uint64_t seed;    // of stochastic rounding
 };
-struct StepState {      // goes to the host
-    double loss_sum;    // over the step's targets
+struct StepState {              // goes to the host
+    double loss_sum;            // over the step's targets
     double grad_squares, norm;  // of all gradients, before clipping
     float clip;                 // the factor of every gradient
     int finite;                 // 0: the step updates nothing
@@ -363,11 +391,12 @@ inline float median(std::vector<float>& values) {
     return values[values.size() / 2];
 }
 
-// --tune FILE: the fastest of cuBLASLt's algorithms for each shape of product, as measured on this GPU with this cuBLASLt. Rows of others
-// stay in the file.
+// --tune FILE: the fastest of cuBLASLt's algorithms for each shape of product, as measured on this GPU with this
+// cuBLASLt. Rows of others stay in the file.
 class TuningTable {
 public:
-    static constexpr const char* COLUMNS = "gpu,cublaslt,a_transposed,b_transposed,m,n,k,inputs,result,beta,first_us,best_us,algorithm";
+    static constexpr const char* COLUMNS =
+        "gpu,cublaslt,a_transposed,b_transposed,m,n,k,inputs,result,beta,first_us,best_us,algorithm";
     static constexpr int KEY_COLUMNS = 10;
 
     TuningTable(const std::string& path, std::string gpu, size_t version) : path(path) {
@@ -383,7 +412,9 @@ public:
         }
         std::string text;
         FILE* file = fs::is_regular_file(path, error) ? fopen(path.c_str(), "re") : nullptr;
-        if (!file) fail("--tune: %s cannot be read (%s); give another file", path.c_str(), fs::is_regular_file(path, error) ? errno_text().c_str() : "it is no file");
+        if (!file)
+            fail("--tune: %s cannot be read (%s); give another file", path.c_str(),
+                 fs::is_regular_file(path, error) ? errno_text().c_str() : "it is no file");
         for (int c; (c = getc(file)) != EOF && text.size() < (size_t(64) << 20);) text += char(c);
         fclose(file);
         int line_number = 0;
@@ -391,10 +422,13 @@ public:
             size_t end = std::min(text.find('\n', at), text.size());
             std::string line = text.substr(at, end - at);
             at = end + 1;
-            if (++line_number == 1 && line != COLUMNS) fail("--tune: %s: expected the columns %s in its first line, found others; give another file", path.c_str(), COLUMNS);
+            if (++line_number == 1 && line != COLUMNS)
+                fail("--tune: %s: expected the columns %s in its first line, found others; give another file",
+                     path.c_str(), COLUMNS);
             if (line_number > 1) parse(line, line_number);
         }
-        if (line_number == 0) fail("--tune: %s: expected a table of an earlier run, found an empty file; remove it", path.c_str());
+        if (line_number == 0)
+            fail("--tune: %s: expected a table of an earlier run, found an empty file; remove it", path.c_str());
     }
 
     // The algorithm of a shape, or null.
@@ -425,7 +459,8 @@ private:
 
     std::string key(const GemmKey& shape) const {
         auto [ta, tb, m, n, k, fp32_out, accumulate] = shape;
-        return format("%s,%d,%d,%zu,%zu,%zu,%s,%s,%d", machine.c_str(), ta, tb, m, n, k, BRANCH_BF16 ? "bf16" : "fp32", fp32_out ? "fp32" : "bf16", accumulate);
+        return format("%s,%d,%d,%zu,%zu,%zu,%s,%s,%d", machine.c_str(), ta, tb, m, n, k, BRANCH_BF16 ? "bf16" : "fp32",
+                      fp32_out ? "fp32" : "bf16", accumulate);
     }
 
     void parse(const std::string& line, int number) {
@@ -435,10 +470,13 @@ private:
         Row row{};
         bool good = commas.size() == KEY_COLUMNS + 2;
         std::string digits = good ? line.substr(commas.back() + 1) : "";
-        good = good && digits.size() == 2 * sizeof row.algorithm && digits.find_first_not_of("0123456789abcdef") == std::string::npos;
+        good = good && digits.size() == 2 * sizeof row.algorithm &&
+               digits.find_first_not_of("0123456789abcdef") == std::string::npos;
         if (!good)
-            fail("--tune: %s, line %d: expected %d columns, the last of %zu hexadecimal digits, found others; remove the line or the file", path.c_str(), number,
-                 KEY_COLUMNS + 3, 2 * sizeof row.algorithm);
+            fail(
+                "--tune: %s, line %d: expected %d columns, the last of %zu hexadecimal digits, found others; remove "
+                "the line or the file",
+                path.c_str(), number, KEY_COLUMNS + 3, 2 * sizeof row.algorithm);
         for (size_t i = 0; i < 8; i++) row.algorithm.data[i] = strtoull(digits.substr(16 * i, 16).c_str(), nullptr, 16);
         row.times = line.substr(commas[KEY_COLUMNS - 1] + 1, commas.back() - commas[KEY_COLUMNS - 1] - 1);
         rows[line.substr(0, commas[KEY_COLUMNS - 1])] = row;
@@ -449,11 +487,12 @@ private:
 class Device {
 public:
     cudaStream_t stream = nullptr;
-    DeviceArray<char> workspace;             // cuBLASLt's
-    DeviceArray<unsigned> arrived;           // counters of add_partials
-    DeviceArray<double> partial_doubles;     // (MAX_PARTIAL_BLOCKS), of add_sum
+    DeviceArray<char> workspace;          // cuBLASLt's
+    DeviceArray<unsigned> arrived;        // counters of add_partials
+    DeviceArray<double> partial_doubles;  // (MAX_PARTIAL_BLOCKS), of add_sum
 
-    static constexpr size_t BYTES = GEMM_WORKSPACE + ARRIVAL_COUNTERS * sizeof(unsigned) + MAX_PARTIAL_BLOCKS * sizeof(double);
+    static constexpr size_t BYTES =
+        GEMM_WORKSPACE + ARRIVAL_COUNTERS * sizeof(unsigned) + MAX_PARTIAL_BLOCKS * sizeof(double);
 
     Device() : workspace(GEMM_WORKSPACE), arrived(ARRIVAL_COUNTERS), partial_doubles(MAX_PARTIAL_BLOCKS) {
         CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
@@ -476,10 +515,12 @@ public:
     // n numbers in [-1, 1) to time a product on: zeros take less power, and run faster
     DeviceArray<branch_t> random_matrix(size_t n);
     template <class T>
-    void copy(T* to, const T* from, size_t n) { CUDA(cudaMemcpyAsync(to, from, n * sizeof(T), cudaMemcpyDefault, stream)); }
+    void copy(T* to, const T* from, size_t n) {
+        CUDA(cudaMemcpyAsync(to, from, n * sizeof(T), cudaMemcpyDefault, stream));
+    }
 
-    int product_multiprocessors = 0;         // of the GPU, that products may use; 0: all
-    std::unique_ptr<TuningTable> tuning;     // of --tune; null without
+    int product_multiprocessors = 0;      // of the GPU, that products may use; 0: all
+    std::unique_ptr<TuningTable> tuning;  // of --tune; null without
 
     // While one lives, with `on`, a product of a shape that the table does not have is measured.
     struct Tuning {
@@ -495,13 +536,16 @@ public:
     }
 
     // ----- Matrix products, all by cuBLASLt, whose matrices are column-major: d (m,n) = a (m,k) b (k,n), or d += a b.
-    // The same memory read row-major is the transposed matrix, so that out (rows,N) = in W^T is out^T (N,rows) = W in^T.
+    // The same memory read row-major is the transposed matrix, so that out (rows,N) = in W^T is out^T (N,rows) = W
+    // in^T.
     template <class Out>
-    void product(Out* d, const branch_t* a, bool a_transposed, const branch_t* b, bool b_transposed, size_t m, size_t n, size_t k, bool accumulate) {
+    void product(Out* d, const branch_t* a, bool a_transposed, const branch_t* b, bool b_transposed, size_t m, size_t n,
+                 size_t k, bool accumulate) {
         const GemmPlan& plan = gemm_plan({a_transposed, b_transposed, m, n, k, sizeof(Out) == 4, accumulate});
         float one = 1, beta = accumulate ? 1 : 0;
-        check(cublasLtMatmul(handle, plan.operation, &one, a, plan.a, b, plan.b, &beta, d, plan.d, d, plan.d, &plan.algorithm, workspace.data(),
-                             workspace.size(), stream), "cublasLtMatmul");
+        check(cublasLtMatmul(handle, plan.operation, &one, a, plan.a, b, plan.b, &beta, d, plan.d, d, plan.d,
+                             &plan.algorithm, workspace.data(), workspace.size(), stream),
+              "cublasLtMatmul");
     }
 
 private:
@@ -516,7 +560,8 @@ private:
         return 2 * size_t(bytes);
     }
 
-    // A shape's algorithm is the first that cuBLASLt's heuristic names: the same on every run. With --tune it is the table's.
+    // A shape's algorithm is the first that cuBLASLt's heuristic names: the same on every run. With --tune it is the
+    // table's.
     const GemmPlan& gemm_plan(const GemmKey& key) {
         if (auto found = plans.find(key); found != plans.end()) return found->second;
         auto [ta, tb, m, n, k, fp32_out, accumulate] = key;
@@ -524,11 +569,15 @@ private:
         GemmPlan plan{};
         cublasOperation_t op_a = ta ? CUBLAS_OP_T : CUBLAS_OP_N, op_b = tb ? CUBLAS_OP_T : CUBLAS_OP_N;
         check(cublasLtMatmulDescCreate(&plan.operation, CUBLAS_COMPUTE_32F, CUDA_R_32F), "cublasLtMatmulDescCreate");
-        check(cublasLtMatmulDescSetAttribute(plan.operation, CUBLASLT_MATMUL_DESC_TRANSA, &op_a, sizeof op_a), "CUBLASLT_MATMUL_DESC_TRANSA");
-        check(cublasLtMatmulDescSetAttribute(plan.operation, CUBLASLT_MATMUL_DESC_TRANSB, &op_b, sizeof op_b), "CUBLASLT_MATMUL_DESC_TRANSB");
+        check(cublasLtMatmulDescSetAttribute(plan.operation, CUBLASLT_MATMUL_DESC_TRANSA, &op_a, sizeof op_a),
+              "CUBLASLT_MATMUL_DESC_TRANSA");
+        check(cublasLtMatmulDescSetAttribute(plan.operation, CUBLASLT_MATMUL_DESC_TRANSB, &op_b, sizeof op_b),
+              "CUBLASLT_MATMUL_DESC_TRANSB");
         int32_t multiprocessors = product_multiprocessors;
         if (multiprocessors > 0)
-            check(cublasLtMatmulDescSetAttribute(plan.operation, CUBLASLT_MATMUL_DESC_SM_COUNT_TARGET, &multiprocessors, sizeof multiprocessors), "CUBLASLT_MATMUL_DESC_SM_COUNT_TARGET");
+            check(cublasLtMatmulDescSetAttribute(plan.operation, CUBLASLT_MATMUL_DESC_SM_COUNT_TARGET, &multiprocessors,
+                                                 sizeof multiprocessors),
+                  "CUBLASLT_MATMUL_DESC_SM_COUNT_TARGET");
         auto layout = [](cublasLtMatrixLayout_t* l, cudaDataType type, size_t rows, size_t cols) {
             check(cublasLtMatrixLayoutCreate(l, type, rows, cols, int64_t(rows)), "cublasLtMatrixLayoutCreate");
         };
@@ -538,11 +587,16 @@ private:
         cublasLtMatmulPreference_t preference;
         check(cublasLtMatmulPreferenceCreate(&preference), "cublasLtMatmulPreferenceCreate");
         size_t bytes = GEMM_WORKSPACE;
-        check(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &bytes, sizeof bytes), "workspace");
+        check(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &bytes,
+                                                   sizeof bytes),
+              "workspace");
         // A product that is split along k adds its parts in FP32, never in BF16.
         uint32_t schemes = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
-        check(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &schemes, sizeof schemes), "reduction");
-        // In bytes. A tensor starts where the one before it ends: every size is a multiple of 8 elements in BF16, of one in FP32.
+        check(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &schemes,
+                                                   sizeof schemes),
+              "reduction");
+        // In bytes. A tensor starts where the one before it ends: every size is a multiple of 8 elements in BF16, of
+        // one in FP32.
         uint32_t alignment = BRANCH_BF16 ? 16 : 4;
         for (auto which : {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
                            CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
@@ -550,10 +604,12 @@ private:
         cublasLtMatmulHeuristicResult_t results[MOST_CANDIDATES] = {};
         int found = 0;
         cublasStatus_t status =
-            cublasLtMatmulAlgoGetHeuristic(handle, plan.operation, plan.a, plan.b, plan.d, plan.d, preference, measuring ? MOST_CANDIDATES : 1, results, &found);
+            cublasLtMatmulAlgoGetHeuristic(handle, plan.operation, plan.a, plan.b, plan.d, plan.d, preference,
+                                           measuring ? MOST_CANDIDATES : 1, results, &found);
         cublasLtMatmulPreferenceDestroy(preference);
         if (status != CUBLAS_STATUS_SUCCESS || found == 0)
-            fail("cuBLASLt has no algorithm for a product of %zu x %zu x %zu (%s); use another -C or the FP32 build", m, n, k, cublasLtGetStatusString(status));
+            fail("cuBLASLt has no algorithm for a product of %zu x %zu x %zu (%s); use another -C or the FP32 build", m,
+                 n, k, cublasLtGetStatusString(status));
         plan.algorithm = results[0].algo;
         const cublasLtMatmulAlgo_t* tuned = tuning ? tuning->find(key) : nullptr;
         try {
@@ -573,14 +629,17 @@ private:
 
     bool usable(const GemmPlan& plan, const cublasLtMatmulAlgo_t& algorithm) {
         cublasLtMatmulHeuristicResult_t result{};
-        return cublasLtMatmulAlgoCheck(handle, plan.operation, plan.a, plan.b, plan.d, plan.d, &algorithm, &result) == CUBLAS_STATUS_SUCCESS &&
+        return cublasLtMatmulAlgoCheck(handle, plan.operation, plan.a, plan.b, plan.d, plan.d, &algorithm, &result) ==
+                   CUBLAS_STATUS_SUCCESS &&
                result.workspaceSize <= GEMM_WORKSPACE;
     }
 
-    // The algorithm of least median time, in rounds over all of them, on scratch matrices of random numbers with the product's own beta; before each
-    // product the L2 is filled with something else. The heuristic's first stays unless another takes 2 % less: that much is noise.
+    // The algorithm of least median time, in rounds over all of them, on scratch matrices of random numbers with the
+    // product's own beta; before each product the L2 is filled with something else. The heuristic's first stays unless
+    // another takes 2 % less: that much is noise.
     static constexpr int MOST_CANDIDATES = 16, ROUNDS = 7;
-    cublasLtMatmulAlgo_t fastest(const GemmPlan& plan, const GemmKey& key, std::span<const cublasLtMatmulHeuristicResult_t> results) {
+    cublasLtMatmulAlgo_t fastest(const GemmPlan& plan, const GemmKey& key,
+                                 std::span<const cublasLtMatmulHeuristicResult_t> results) {
         auto [ta, tb, m, n, k, fp32_out, accumulate] = key;
         DeviceArray<branch_t> a = random_matrix(m * k), b = random_matrix(k * n);
         DeviceArray<char> d(m * n * (fp32_out ? 4 : 2)), other(twice_l2());
@@ -592,8 +651,10 @@ private:
             for (size_t i = 0; i < results.size(); i++) {
                 zero(other);
                 watch.start();
-                check(cublasLtMatmul(handle, plan.operation, &one, a.data(), plan.a, b.data(), plan.b, &beta, d.data(), plan.d, d.data(), plan.d, &results[i].algo,
-                                     workspace.data(), workspace.size(), stream), "cublasLtMatmul");
+                check(cublasLtMatmul(handle, plan.operation, &one, a.data(), plan.a, b.data(), plan.b, &beta, d.data(),
+                                     plan.d, d.data(), plan.d, &results[i].algo, workspace.data(), workspace.size(),
+                                     stream),
+                      "cublasLtMatmul");
                 float ms = watch.stop();
                 if (round >= 0) times[i].push_back(ms);
             }
@@ -603,8 +664,9 @@ private:
         for (size_t i = 1; i < medians.size(); i++)
             if (medians[i] < medians[best]) best = i;
         if (medians[best] > 0.98f * medians[0]) best = 0;
-        printf("tuned      %5zu x %6zu x %6zu%s%s, %s%s: %.1f us, the first of %zu algorithms %.1f us (%.1f %% less)\n", m, n, k, ta ? ", a^T" : "", tb ? ", b^T" : "",
-               fp32_out ? "into FP32" : "into BF16", accumulate ? ", added" : "", medians[best] * 1e3, results.size(), medians[0] * 1e3,
+        printf("tuned      %5zu x %6zu x %6zu%s%s, %s%s: %.1f us, the first of %zu algorithms %.1f us (%.1f %% less)\n",
+               m, n, k, ta ? ", a^T" : "", tb ? ", b^T" : "", fp32_out ? "into FP32" : "into BF16",
+               accumulate ? ", added" : "", medians[best] * 1e3, results.size(), medians[0] * 1e3,
                100 * (1 - medians[best] / medians[0]));
         tuning->add(key, results[best].algo, medians[0] * 1e3, medians[best] * 1e3);
         return results[best].algo;
@@ -620,7 +682,8 @@ void matmul_forward(Device& device, Out* out, const branch_t* in, const branch_t
     device.product(out, w, true, in, false, N, rows, K, false);  // out^T (N,rows) = W in^T
 }
 
-// x in BF16, up or down at random (16 random bits) so that the mean is x: they are added below BF16's last bit, whose carry rounds up.
+// x in BF16, up or down at random (16 random bits) so that the mean is x: they are added below BF16's last bit, whose
+// carry rounds up.
 __device__ __forceinline__ __nv_bfloat16 round_stochastic(float x, uint32_t random) {
     uint32_t bits = __float_as_uint(x);
     if ((bits & 0x7F800000u) != 0x7F800000u) bits += random & 0xFFFFu;  // infinity and NaN stay
@@ -634,48 +697,55 @@ struct RoundingState {
     const int* micro_batch;        // in its step
 };
 
-// The gradient of a matrix (N,K). In FP32 products add to it. With --grads bf16 a product makes its addend in `scratch`, and a kernel
-// adds that with stochastic rounding: rounded to nearest, addends below 2^-9 of the sum would be lost one and all.
+// The gradient of a matrix (N,K). In FP32 products add to it. With --grads bf16 a product makes its addend in
+// `scratch`, and a kernel adds that with stochastic rounding: rounded to nearest, addends below 2^-9 of the sum would
+// be lost one and all.
 struct MatrixGradient {
-    float* fp32;             // null with bf16
+    float* fp32;  // null with bf16
     __nv_bfloat16* bf16;
-    float* scratch;          // (N,K), of one matrix at a time
-    size_t first;            // where the matrix starts in the parameter order
+    float* scratch;  // (N,K), of one matrix at a time
+    size_t first;    // where the matrix starts in the parameter order
     RoundingState rounding;
 };
 
 // g += addend, N numbers a thread.  8 bytes an element
 template <int N>
-__global__ void add_rounded_kernel(__nv_bfloat16* g, const float* addend, size_t n, size_t first, RoundingState rounding) {
+__global__ void add_rounded_kernel(__nv_bfloat16* g, const float* addend, size_t n, size_t first,
+                                   RoundingState rounding) {
     begin_kernel();
     size_t at = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * N;
     if (at >= n) return;
     size_t block = (first + at) / 4;
-    Philox draw = philox(rounding.settings->seed, uint32_t(block), uint32_t(block >> 32) | uint32_t(*rounding.micro_batch) << 8, uint32_t(rounding.counts->updates),
-                         STREAM_GRADIENTS);
+    Philox draw =
+        philox(rounding.settings->seed, uint32_t(block), uint32_t(block >> 32) | uint32_t(*rounding.micro_batch) << 8,
+               uint32_t(rounding.counts->updates), STREAM_GRADIENTS);
     auto sum = load<N>(g + at);
     auto add = load<N>(addend + at);
-    for (int i = 0; i < N; i++) sum[i] = round_stochastic(float(sum[i]) + add[i], draw.word[N == 4 ? size_t(i) : (first + at) % 4]);
+    for (int i = 0; i < N; i++)
+        sum[i] = round_stochastic(float(sum[i]) + add[i], draw.word[N == 4 ? size_t(i) : (first + at) % 4]);
     store<N>(g + at, sum);
 }
 
 // din (rows,K) = dout W,  dW (N,K) += dout^T in.  4 rows N K operations; dW adds in FP32
-void matmul_backward(Device& device, branch_t* din, const MatrixGradient& dw, const branch_t* dout, const branch_t* in, const branch_t* w, size_t rows, size_t K,
-                     size_t N) {
-    device.product(dw.bf16 ? dw.scratch : dw.fp32, in, false, dout, true, K, N, rows, !dw.bf16);  // dW^T (K,N) += in^T dout
+void matmul_backward(Device& device, branch_t* din, const MatrixGradient& dw, const branch_t* dout, const branch_t* in,
+                     const branch_t* w, size_t rows, size_t K, size_t N) {
+    device.product(dw.bf16 ? dw.scratch : dw.fp32, in, false, dout, true, K, N, rows,
+                   !dw.bf16);  // dW^T (K,N) += in^T dout
     if (dw.bf16) {
         bool fours = N * K % 4 == 0 && dw.first % 4 == 0 && reinterpret_cast<size_t>(dw.bf16) % 8 == 0;
-        launch(fours ? add_rounded_kernel<4> : add_rounded_kernel<1>, ceil_div(N * K / (fours ? 4 : 1), THREADS), THREADS, 0, device.stream, dw.bf16, dw.scratch, N * K,
-               dw.first, dw.rounding);
+        launch(fours ? add_rounded_kernel<4> : add_rounded_kernel<1>, ceil_div(N * K / (fours ? 4 : 1), THREADS),
+               THREADS, 0, device.stream, dw.bf16, dw.scratch, N * K, dw.first, dw.rounding);
     }
-    device.product(din, w, false, dout, false, K, rows, N, false);                                // din^T (K,rows) = W^T dout^T
+    device.product(din, w, false, dout, false, K, rows, N, false);  // din^T (K,rows) = W^T dout^T
 }
 
 // ----- Embedding
 
-// x_0 (B,T,C) = sqrt(C) * (wte[token] + wpe[position]), positions from `first` on.  12 bytes an element, 4 of them of wpe mostly cached
+// x_0 (B,T,C) = sqrt(C) * (wte[token] + wpe[position]), positions from `first` on.  12 bytes an element, 4 of them of
+// wpe mostly cached
 template <int N>
-__global__ void embedding_forward_kernel(float* x, const int* tokens, const float* wte, const float* wpe, int rows, int T, int C, int first) {
+__global__ void embedding_forward_kernel(float* x, const int* tokens, const float* wte, const float* wpe, int rows,
+                                         int T, int C, int first) {
     begin_kernel();
     size_t at = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * N;
     if (at >= size_t(rows) * C) return;
@@ -687,15 +757,17 @@ __global__ void embedding_forward_kernel(float* x, const int* tokens, const floa
     store<N>(x + at, out);
 }
 
-// One batch as the device gets it: tokens and targets (rows), and the rows sorted by their token, so that each token's gradient is one
-// block's sum in the order of the rows. bucket k has the rows order[start[k]] .. order[start[k + 1] - 1].
+// One batch as the device gets it: tokens and targets (rows), and the rows sorted by their token, so that each token's
+// gradient is one block's sum in the order of the rows. bucket k has the rows order[start[k]] .. order[start[k + 1] -
+// 1].
 struct TokenBatch {
     int *tokens, *targets, *order;  // (rows)
     int* start;                     // (rows + 1), of which buckets + 1 are used
     int* buckets;                   // (1) how many different tokens occur
     int* number;                    // (1) of the micro-batch in its step, from 0
     TokenBatch(int* base, size_t rows)
-        : tokens(base), targets(base + rows), order(base + 2 * rows), start(base + 3 * rows), buckets(base + 4 * rows + 1), number(buckets + 1) {}
+        : tokens(base), targets(base + rows), order(base + 2 * rows), start(base + 3 * rows),
+          buckets(base + 4 * rows + 1), number(buckets + 1) {}
     static size_t size(size_t rows) { return 4 * rows + 3; }
 
     // On the host, from tokens (rows): a counting sort, stable. count: scratch (V+1)
@@ -713,8 +785,10 @@ struct TokenBatch {
     }
 };
 
-// dwte[token] += sqrt(C) * sum of dx (rows,C) over the token's rows; a block a token.  4 bytes an element, 8 for each of dwte that occurs
-__global__ void embedding_backward_kernel(float* dwte, const float* dx, const int* tokens, const int* order, const int* start, const int* buckets, int C) {
+// dwte[token] += sqrt(C) * sum of dx (rows,C) over the token's rows; a block a token.  4 bytes an element, 8 for each
+// of dwte that occurs
+__global__ void embedding_backward_kernel(float* dwte, const float* dx, const int* tokens, const int* order,
+                                          const int* start, const int* buckets, int C) {
     begin_kernel();
     int bucket = blockIdx.x;
     if (bucket >= *buckets) return;
@@ -738,17 +812,22 @@ __global__ void position_backward_kernel(float* dwpe, const float* dx, int B, in
     dwpe[at] += sqrtf(float(C)) * sum;
 }
 
-void embedding_forward(Device& device, float* x, const int* tokens, const float* wte, const float* wpe, int B, int T, int C, int first) {
+void embedding_forward(Device& device, float* x, const int* tokens, const float* wte, const float* wpe, int B, int T,
+                       int C, int first) {
     int rows = B * T;
     auto* kernel = C % 4 == 0 ? embedding_forward_kernel<4> : embedding_forward_kernel<1>;
-    launch(kernel, ceil_div(size_t(rows) * size_t(C) / (C % 4 == 0 ? 4 : 1), THREADS), THREADS, 0, device.stream, x, tokens, wte, wpe, rows, T, C, first);
+    launch(kernel, ceil_div(size_t(rows) * size_t(C) / (C % 4 == 0 ? 4 : 1), THREADS), THREADS, 0, device.stream, x,
+           tokens, wte, wpe, rows, T, C, first);
 }
 
-void embedding_backward(Device& device, float* dwte, float* dwpe, const float* dx, const TokenBatch& batch, int B, int T, int C, int V) {
+void embedding_backward(Device& device, float* dwte, float* dwpe, const float* dx, const TokenBatch& batch, int B,
+                        int T, int C, int V) {
     size_t most_buckets = std::min(size_t(B) * size_t(T), size_t(V));
     unsigned threads = unsigned(std::min<size_t>(1024, round_up(size_t(C), WARP)));
-    launch(embedding_backward_kernel, most_buckets, threads, 0, device.stream, dwte, dx, batch.tokens, batch.order, batch.start, batch.buckets, C);
-    launch(position_backward_kernel, ceil_div(size_t(T) * size_t(C), THREADS), THREADS, 0, device.stream, dwpe, dx, B, T, C);
+    launch(embedding_backward_kernel, most_buckets, threads, 0, device.stream, dwte, dx, batch.tokens, batch.order,
+           batch.start, batch.buckets, C);
+    launch(position_backward_kernel, ceil_div(size_t(T) * size_t(C), THREADS), THREADS, 0, device.stream, dwpe, dx, B,
+           T, C);
 }
 
 // ----- The highway
@@ -756,8 +835,9 @@ void embedding_backward(Device& device, float* dwte, float* dwpe, const float* d
 // It is stored once, as z. At point l, between sub-layers l-1 and l (0: after the embedding, L: before the head),
 //     x_l = norm_out of sub-layer l-1 ? gamma_out z r_out : z,   r_out = 1 / rms(z),    z = z_{l-1}; x_0 at point 0
 //     u_l = norm_in of sub-layer l    ? gamma_in x_l r_in : x_l, r_in = 1 / rms(x_l),   u_L: what the head reads
-// so that with the two numbers r a row, whoever needs x or u has it from z again with the same bits. alpha, norm_in and norm_out of each
-// sub-layer are rows of the table `placements` in keel_common.h (KEEL's first two sub-layers are exceptions, the paper's section 3.1).
+// so that with the two numbers r a row, whoever needs x or u has it from z again with the same bits. alpha, norm_in and
+// norm_out of each sub-layer are rows of the table `placements` in keel_common.h (KEEL's first two sub-layers are
+// exceptions, the paper's section 3.1).
 struct HighwayPoint {
     float* z;                // (rows,C)
     float *r_out, *r_in;     // (rows)
@@ -772,10 +852,12 @@ struct Both {
     Pack<A, N> a;
     Pack<B, N> b;
 };
-// A warp has a row, and a lane the same columns of it in every pass, so that the warp's stretch of shared memory needs no barrier.
-// each_in_flight over the lane's columns, N numbers at a time.
+// A warp has a row, and a lane the same columns of it in every pass, so that the warp's stretch of shared memory needs
+// no barrier. each_in_flight over the lane's columns, N numbers at a time.
 template <int N, class Load, class Use>
-__device__ __forceinline__ void each_column(int C, int lane, Load load, Use use) { each_in_flight(lane * N, C, WARP * N, load, use); }
+__device__ __forceinline__ void each_column(int C, int lane, Load load, Use use) {
+    each_in_flight(lane * N, C, WARP * N, load, use);
+}
 
 template <int N>
 __device__ float row_rms_reciprocal(const float* x, int C, int lane) {
@@ -830,23 +912,25 @@ __device__ void restore_u(const HighwayPoint& p, int row, int C, int lane) {
                    [&](int c, const Pack<float, N>& z) { store_u<N>(p, x_of_z<N>(p, z, r_out, c), r_in, c, at + c); });
 }
 
-// z_l = alpha x_l + f, from point l to point l+1, whose norms it makes too.  In BF16 12 bytes an element: z 4 and f 2 in, z 4 and u 2 out.
-// Shared: C floats a warp.  to.z may be from.z.
+// z_l = alpha x_l + f, from point l to point l+1, whose norms it makes too.  In BF16 12 bytes an element: z 4 and f 2
+// in, z 4 and u 2 out. Shared: C floats a warp.  to.z may be from.z.
 template <int N>
-__global__ void highway_forward_kernel(HighwayPoint to, HighwayPoint from, const branch_t* f, float alpha, int rows, int C) {
+__global__ void highway_forward_kernel(HighwayPoint to, HighwayPoint from, const branch_t* f, float alpha, int rows,
+                                       int C) {
     begin_kernel();
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
     float* z = &shared<float>() + size_t(warp) * C;
     for (int row = blockIdx.x * warps + warp; row < rows; row += gridDim.x * warps) {
         float r = from.gamma_out ? from.r_out[row] : 1;
         size_t at = size_t(row) * C;
-        each_column<N>(C, lane, [&](int c) { return Both<float, branch_t, N>{load<N>(from.z + at + c), load<N>(f + at + c)}; },
-                       [&](int c, const Both<float, branch_t, N>& in) {
-                           auto out = x_of_z<N>(from, in.a, r, c);
-                           for (int i = 0; i < N; i++) out[i] = alpha * out[i] + float(in.b[i]);
-                           store<N>(z + c, out);
-                           store<N>(to.z + at + c, out);
-                       });
+        each_column<N>(C, lane, [&](int c) {
+            return Both<float, branch_t, N>{load<N>(from.z + at + c), load<N>(f + at + c)};
+        }, [&](int c, const Both<float, branch_t, N>& in) {
+            auto out = x_of_z<N>(from, in.a, r, c);
+            for (int i = 0; i < N; i++) out[i] = alpha * out[i] + float(in.b[i]);
+            store<N>(z + c, out);
+            store<N>(to.z + at + c, out);
+        });
         row_norms<N>(to, z, row, C, lane);
     }
 }
@@ -858,9 +942,8 @@ __global__ void highway_norms_kernel(HighwayPoint p, int rows, int C) {
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
     float* x = &shared<float>() + size_t(warp) * C;
     for (int row = blockIdx.x * warps + warp; row < rows; row += gridDim.x * warps) {
-        each_column<N>(C, lane, [&](int c) { return load<N>(p.z + size_t(row) * C + c); }, [&](int c, const Pack<float, N>& z) {
-            store<N>(x + c, z);
-        });
+        each_column<N>(C, lane, [&](int c) { return load<N>(p.z + size_t(row) * C + c); },
+                       [&](int c, const Pack<float, N>& z) { store<N>(x + c, z); });
         row_norms<N>(p, x, row, C, lane);
     }
 }
@@ -876,30 +959,33 @@ __global__ void highway_x_kernel(float* x, HighwayPoint p, int rows, int C) {
 }
 
 struct HighwayGradients {
-    float* dz;                        // (rows,C) comes as dz_l, goes as dz_{l-1}; at point L nothing comes
-    const branch_t* du;               // (rows,C) du_l
-    branch_t* df;                     // (rows,C) dF_{l-1} = dz_{l-1} for the branch before; null: not wanted
-    float* dx;                        // (rows,C) dx_l; null: not wanted
-    float *dgamma_out, *dgamma_in;    // (C), added to; null as the gains are
+    float* dz;                      // (rows,C) comes as dz_l, goes as dz_{l-1}; at point L nothing comes
+    const branch_t* du;             // (rows,C) du_l
+    branch_t* df;                   // (rows,C) dF_{l-1} = dz_{l-1} for the branch before; null: not wanted
+    float* dx;                      // (rows,C) dx_l; null: not wanted
+    float *dgamma_out, *dgamma_in;  // (C), added to; null as the gains are
 };
 
-// From point l to point l-1: the last line of sub-layer l's backward and the first two of sub-layer l-1's, as a point meets them:
+// From point l to point l-1: the last line of sub-layer l's backward and the first two of sub-layer l-1's, as a point
+// meets them:
 //     dx_l     = alpha_l dz_l + (norm_in ? RMSNorm_backward(du_l, x_l) : du_l)
 //     dz_{l-1} = norm_out ? RMSNorm_backward(dx_l, z_{l-1}) : dx_l
 //     dF_{l-1} = dz_{l-1}
 //     RMSNorm_backward(dy, x): xh = x r;  dg += sum_rows dy xh;  dx = r (g dy - xh mean(g dy xh))
-// The second line is where Post-LN dies: it divides by rms(z), about sqrt(2) where x and F(x) are of one size, L times over:
-// 2^(-L/2) (the paper's eq. 14-15). KEEL's alpha = L makes rms(z) about sqrt(alpha^2 + 1), and the first line's alpha takes back what the second
-// took: (alpha / sqrt(alpha^2 + 1))^L -> 1 (eq. 18-19).
+// The second line is where Post-LN dies: it divides by rms(z), about sqrt(2) where x and F(x) are of one size, L times
+// over: 2^(-L/2) (the paper's eq. 14-15). KEEL's alpha = L makes rms(z) about sqrt(alpha^2 + 1), and the first line's
+// alpha takes back what the second took: (alpha / sqrt(alpha^2 + 1))^L -> 1 (eq. 18-19).
 //
-// In BF16 16 bytes an element: du 2, dz 4, z 4 in, dz 4, df 2 out; 6 more where u of the point before is made again (before.u not null),
-// 4 more where dx is wanted. Shared: HIGHWAY_FLOATS * C floats a warp: z, a gradient, the sums over rows for the two gains.  partial (blocks,2,C)
+// In BF16 16 bytes an element: du 2, dz 4, z 4 in, dz 4, df 2 out; 6 more where u of the point before is made again
+// (before.u not null), 4 more where dx is wanted. Shared: HIGHWAY_FLOATS * C floats a warp: z, a gradient, the sums
+// over rows for the two gains.  partial (blocks,2,C)
 constexpr int HIGHWAY_FLOATS = 4;
 template <int N>
-__global__ void highway_backward_kernel(HighwayPoint p, HighwayPoint before, HighwayGradients g, float alpha, bool last_point, int rows, int C,
-                                        float* partial, unsigned* arrived) {
+__global__ void highway_backward_kernel(HighwayPoint p, HighwayPoint before, HighwayGradients g, float alpha,
+                                        bool last_point, int rows, int C, float* partial, unsigned* arrived) {
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
-    float *z = &shared<float>() + size_t(warp) * HIGHWAY_FLOATS * C, *d = z + C, *sum_out = d + C, *sum_in = sum_out + C;
+    float *z = &shared<float>() + size_t(warp) * HIGHWAY_FLOATS * C, *d = z + C, *sum_out = d + C,
+          *sum_in = sum_out + C;
     bool norm_out = p.gamma_out, norm_in = p.gamma_in;
     for (int c = lane * N; c < C; c += WARP * N)
         for (int i = 0; i < N; i++) sum_out[c + i] = sum_in[c + i] = 0;
@@ -908,22 +994,24 @@ __global__ void highway_backward_kernel(HighwayPoint p, HighwayPoint before, Hig
     for (int row = blockIdx.x * warps + warp; row < rows; row += gridDim.x * warps) {
         float r_out = norm_out ? p.r_out[row] : 1, r_in = norm_in ? p.r_in[row] : 1, mean_in = 0, mean_out = 0;
         size_t at = size_t(row) * C;
-        each_column<N>(C, lane, [&](int c) { return Both<float, branch_t, N>{load<N>(p.z + at + c), load<N>(g.du + at + c)}; },
-                       [&](int c, const Both<float, branch_t, N>& in) {
-                           Pack<float, N> gamma_out{}, gamma_in{};
-                           if (norm_out) gamma_out = load<N>(p.gamma_out + c);
-                           if (norm_in) gamma_in = load<N>(p.gamma_in + c);
-                           Pack<float, N> ds, sums = load<N>(sum_in + c);
-                           for (int i = 0; i < N; i++) {
-                               float zi = in.a[i], du = float(in.b[i]), x = norm_out ? gamma_out[i] * (zi * r_out) : zi, xh = x * r_in;
-                               ds[i] = norm_in ? gamma_in[i] * du : du;
-                               if (norm_in) sums[i] += du * xh, mean_in += ds[i] * xh;
-                           }
-                           store<N>(z + c, in.a), store<N>(d + c, ds);
-                           if (norm_in) store<N>(sum_in + c, sums);
-                       });
+        each_column<N>(C, lane, [&](int c) {
+            return Both<float, branch_t, N>{load<N>(p.z + at + c), load<N>(g.du + at + c)};
+        }, [&](int c, const Both<float, branch_t, N>& in) {
+            Pack<float, N> gamma_out{}, gamma_in{};
+            if (norm_out) gamma_out = load<N>(p.gamma_out + c);
+            if (norm_in) gamma_in = load<N>(p.gamma_in + c);
+            Pack<float, N> ds, sums = load<N>(sum_in + c);
+            for (int i = 0; i < N; i++) {
+                float zi = in.a[i], du = float(in.b[i]), x = norm_out ? gamma_out[i] * (zi * r_out) : zi, xh = x * r_in;
+                ds[i] = norm_in ? gamma_in[i] * du : du;
+                if (norm_in) sums[i] += du * xh, mean_in += ds[i] * xh;
+            }
+            store<N>(z + c, in.a), store<N>(d + c, ds);
+            if (norm_in) store<N>(sum_in + c, sums);
+        });
         if (norm_in) mean_in = warp_sum(mean_in) / C;
-        each_column<N>(C, lane, [&](int c) { return last_point ? Pack<float, N>{} : load<N>(g.dz + at + c); }, [&](int c, const Pack<float, N>& dz) {
+        each_column<N>(C, lane, [&](int c) { return last_point ? Pack<float, N>{} : load<N>(g.dz + at + c); },
+                       [&](int c, const Pack<float, N>& dz) {
             Pack<float, N> gamma_out{}, dx, zs = load<N>(z + c), ds = load<N>(d + c), sums = load<N>(sum_out + c);
             if (norm_out) gamma_out = load<N>(p.gamma_out + c);
             for (int i = 0; i < N; i++) {
@@ -963,27 +1051,36 @@ __global__ void highway_backward_kernel(HighwayPoint p, HighwayPoint before, Hig
     });
 }
 
-// Warps of a block whose rows need so many floats a column of shared memory each: 8, or fewer where two blocks would not fit into a
-// multiprocessor of Hopper.
-// highway_backward needs most.
+// Warps of a block whose rows need so many floats a column of shared memory each: 8, or fewer where two blocks would
+// not fit into a multiprocessor of Hopper. highway_backward needs most.
 inline int most_channels() { return shared_limit() / (HIGHWAY_FLOATS * 4); }  // a block of one warp: 14528 on Hopper
-inline unsigned row_warps(int C, int floats) { return unsigned(std::clamp(std::min(112 << 10, shared_limit()) / (floats * 4 * C), 1, 8)); }
-// Blocks of a kernel that sums over rows: 2^18 / C, so that partial sums stay near 3 MiB, but at least two for each of the 132 multiprocessors of
-// a large GPU.
-inline size_t most_gain_blocks(int C) { return std::clamp<size_t>((size_t(1) << 18) / size_t(C), 264, MAX_PARTIAL_BLOCKS); }
-inline size_t gain_blocks(size_t rows, unsigned warps, int C) { return std::min(ceil_div(rows, warps), most_gain_blocks(C)); }
-
-// Whether a row can be read four numbers at a time: it is whole fours, and the gains start at whole fours (after HybridNorm's gains of D numbers
-// a tensor may start anywhere in the FP32 build).
-inline bool in_fours(int C, std::initializer_list<HighwayPoint> points) {
-    auto aligned = [](const float* gain) { return reinterpret_cast<size_t>(gain) % 16 == 0; };
-    return C % 4 == 0 && std::all_of(points.begin(), points.end(), [&](const HighwayPoint& p) { return aligned(p.gamma_out) && aligned(p.gamma_in); });
+inline unsigned row_warps(int C, int floats) {
+    return unsigned(std::clamp(std::min(112 << 10, shared_limit()) / (floats * 4 * C), 1, 8));
+}
+// Blocks of a kernel that sums over rows: 2^18 / C, so that partial sums stay near 3 MiB, but at least two for each of
+// the 132 multiprocessors of a large GPU.
+inline size_t most_gain_blocks(int C) {
+    return std::clamp<size_t>((size_t(1) << 18) / size_t(C), 264, MAX_PARTIAL_BLOCKS);
+}
+inline size_t gain_blocks(size_t rows, unsigned warps, int C) {
+    return std::min(ceil_div(rows, warps), most_gain_blocks(C));
 }
 
-void highway_forward(Device& device, const HighwayPoint& to, const HighwayPoint& from, const branch_t* f, float alpha, size_t rows, int C) {
+// Whether a row can be read four numbers at a time: it is whole fours, and the gains start at whole fours (after
+// HybridNorm's gains of D numbers a tensor may start anywhere in the FP32 build).
+inline bool in_fours(int C, std::initializer_list<HighwayPoint> points) {
+    auto aligned = [](const float* gain) { return reinterpret_cast<size_t>(gain) % 16 == 0; };
+    return C % 4 == 0 && std::all_of(points.begin(), points.end(), [&](const HighwayPoint& p) {
+        return aligned(p.gamma_out) && aligned(p.gamma_in);
+    });
+}
+
+void highway_forward(Device& device, const HighwayPoint& to, const HighwayPoint& from, const branch_t* f, float alpha,
+                     size_t rows, int C) {
     unsigned warps = row_warps(C, 1);
     auto* kernel = in_fours(C, {to, from}) ? highway_forward_kernel<4> : highway_forward_kernel<1>;
-    launch(kernel, ceil_div(rows, warps), warps * WARP, warps * size_t(C) * 4, device.stream, to, from, f, alpha, int(rows), C);
+    launch(kernel, ceil_div(rows, warps), warps * WARP, warps * size_t(C) * 4, device.stream, to, from, f, alpha,
+           int(rows), C);
 }
 void highway_norms(Device& device, const HighwayPoint& p, size_t rows, int C) {
     unsigned warps = row_warps(C, 1);
@@ -993,14 +1090,15 @@ void highway_norms(Device& device, const HighwayPoint& p, size_t rows, int C) {
 void highway_x(Device& device, float* x, const HighwayPoint& p, size_t rows, int C) {
     bool fours = in_fours(C, {p});
     auto* kernel = fours ? highway_x_kernel<4> : highway_x_kernel<1>;
-    launch(kernel, ceil_div(rows * size_t(C) / (fours ? 4 : 1), THREADS), THREADS, 0, device.stream, x, p, int(rows), C);
+    launch(kernel, ceil_div(rows * size_t(C) / (fours ? 4 : 1), THREADS), THREADS, 0, device.stream, x, p, int(rows),
+           C);
 }
-void highway_backward(Device& device, const HighwayPoint& p, const HighwayPoint& before, const HighwayGradients& g, float alpha, bool last_point, size_t rows,
-                      int C, float* partial) {
+void highway_backward(Device& device, const HighwayPoint& p, const HighwayPoint& before, const HighwayGradients& g,
+                      float alpha, bool last_point, size_t rows, int C, float* partial) {
     unsigned warps = row_warps(C, HIGHWAY_FLOATS);
     auto* kernel = in_fours(C, {p, before}) ? highway_backward_kernel<4> : highway_backward_kernel<1>;
-    launch(kernel, gain_blocks(rows, warps, C), warps * WARP, warps * size_t(C) * HIGHWAY_FLOATS * 4, device.stream, p, before, g, alpha, last_point, int(rows), C,
-           partial, device.arrived.data());
+    launch(kernel, gain_blocks(rows, warps, C), warps * WARP, warps * size_t(C) * HIGHWAY_FLOATS * 4, device.stream, p,
+           before, g, alpha, last_point, int(rows), C, partial, device.arrived.data());
 }
 
 // ----- HybridNorm's RMSNorm of every head's q, k and v: qkv (rows,3,H,D), a gain (D) for each of the three
@@ -1023,10 +1121,10 @@ __global__ void qkv_norm_forward_kernel(branch_t* out, const branch_t* qkv, QkvG
     for (int d = lane; d < D; d += WARP) out[head * D + d] = branch_t(g.gamma[part][d] * (float(x[d]) * r));
 }
 
-// RMSNorm_backward as in the highway, x being a head's D numbers. In place: dqkv comes as the gradient of the normed q, k, v. A warp a row,
-// all heads. Shared: 3 D floats a warp. partial (blocks,3,D).
-// 6 bytes an element in BF16
-__global__ void qkv_norm_backward_kernel(branch_t* dqkv, const branch_t* qkv, QkvGains g, int rows, int H, int D, float* partial, unsigned* arrived) {
+// RMSNorm_backward as in the highway, x being a head's D numbers. In place: dqkv comes as the gradient of the normed q,
+// k, v. A warp a row, all heads. Shared: 3 D floats a warp. partial (blocks,3,D). 6 bytes an element in BF16
+__global__ void qkv_norm_backward_kernel(branch_t* dqkv, const branch_t* qkv, QkvGains g, int rows, int H, int D,
+                                         float* partial, unsigned* arrived) {
     begin_kernel();
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
     float* dgamma = &shared<float>() + size_t(warp) * 3 * D;
@@ -1059,37 +1157,43 @@ __global__ void qkv_norm_backward_kernel(branch_t* dqkv, const branch_t* qkv, Qk
     add_partials(partial, 3 * D, arrived, [&](int i, float sum) { g.dgamma[i / D][i % D] += sum; });
 }
 
-void qkv_norm_forward(Device& device, branch_t* out, const branch_t* qkv, const QkvGains& g, size_t rows, int H, int D) {
-    launch(qkv_norm_forward_kernel, ceil_div(rows * 3 * size_t(H), THREADS / WARP), THREADS, 0, device.stream, out, qkv, g, int(rows), H, D);
+void qkv_norm_forward(Device& device, branch_t* out, const branch_t* qkv, const QkvGains& g, size_t rows, int H,
+                      int D) {
+    launch(qkv_norm_forward_kernel, ceil_div(rows * 3 * size_t(H), THREADS / WARP), THREADS, 0, device.stream, out, qkv,
+           g, int(rows), H, D);
 }
-void qkv_norm_backward(Device& device, branch_t* dqkv, const branch_t* qkv, const QkvGains& g, size_t rows, int H, int D, float* partial) {
+void qkv_norm_backward(Device& device, branch_t* dqkv, const branch_t* qkv, const QkvGains& g, size_t rows, int H,
+                       int D, float* partial) {
     unsigned warps = row_warps(D, 3);
-    launch(qkv_norm_backward_kernel, gain_blocks(rows, warps, H * D), warps * WARP, warps * size_t(D) * 3 * 4, device.stream, dqkv, qkv, g, int(rows), H, D, partial,
-           device.arrived.data());
+    launch(qkv_norm_backward_kernel, gain_blocks(rows, warps, H * D), warps * WARP, warps * size_t(D) * 3 * 4,
+           device.stream, dqkv, qkv, g, int(rows), H, D, partial, device.arrived.data());
 }
 
 // ----- Attention
 //
-// Causal, y = softmax(q k^T / sqrt(D)) v for every head: y (B,Tq,C), lse (B,H,Tq), qkv (B,T,3C). Queries are the last Tq = T - first
-// positions of each sequence, keys and values all T (with a KV cache only the new positions ask).
+// Causal, y = softmax(q k^T / sqrt(D)) v for every head: y (B,Tq,C), lse (B,H,Tq), qkv (B,T,3C). Queries are the last
+// Tq = T - first positions of each sequence, keys and values all T (with a KV cache only the new positions ask).
 //
-// Tiles of scores, never (T,T): a row's largest score m and the sum of exp(s - m) are kept while the tiles of keys pass, and what was
-// summed under an older, smaller m is scaled down (Milakov and Gimelshein 2018; Dao et al. 2022). lse = m + log(sum) is all that the
-// backward needs to have the probabilities again: p = exp(s - lse). With s = q k^T / sqrt(D):
+// Tiles of scores, never (T,T): a row's largest score m and the sum of exp(s - m) are kept while the tiles of keys
+// pass, and what was summed under an older, smaller m is scaled down (Milakov and Gimelshein 2018; Dao et al. 2022).
+// lse = m + log(sum) is all that the backward needs to have the probabilities again: p = exp(s - lse). With s = q k^T /
+// sqrt(D):
 //     dv = p^T dy,   dp = dy v^T,   ds = p (dp - sum_j p dp),   dq = ds k / sqrt(D),   dk = ds^T q / sqrt(D)
-// and sum_j p_ij dp_ij = dy_i . y_i = delta_i. dk and dv are sums over queries and dq one over keys: a kernel for each, so that no sum
-// crosses blocks (the scores are made twice: 7 products of tiles instead of 5, and the same bits always).
-// Operations of a head: forward 4 T^2 D / 2 (half of the scores are masked), backward 14 T^2 D / 2.
+// and sum_j p_ij dp_ij = dy_i . y_i = delta_i. dk and dv are sums over queries and dq one over keys: a kernel for each,
+// so that no sum crosses blocks (the scores are made twice: 7 products of tiles instead of 5, and the same bits
+// always). Operations of a head: forward 4 T^2 D / 2 (half of the scores are masked), backward 14 T^2 D / 2.
 
-// In either build attention_forward makes y (B,Tq,C) and lse (B,H,Tq) from qkv (B,T,3C), and attention_backward dqkv (B,T,3C) from dy, y (B,T,C),
-// qkv and lse (B,H,T); delta (B,H,T) is scratch. D = C / H. (The CPU trainer's lse is (rows,H).) In the kernels `head` is b * H + h.
+// In either build attention_forward makes y (B,Tq,C) and lse (B,H,Tq) from qkv (B,T,3C), and attention_backward dqkv
+// (B,T,3C) from dy, y (B,T,C), qkv and lse (B,H,T); delta (B,H,T) is scratch. D = C / H. (The CPU trainer's lse is
+// (rows,H).) In the kernels `head` is b * H + h.
 struct AttentionShape {
     int T, C, H, first;
     __host__ __device__ int queries() const { return T - first; }
 };
 
 // delta (B,H,T) = sum_d dy y; a warp a row and head.  4 bytes an element in BF16
-__global__ void attention_delta_kernel(float* delta, const branch_t* dy, const branch_t* y, int B, int T, int H, int D) {
+__global__ void attention_delta_kernel(float* delta, const branch_t* dy, const branch_t* y, int B, int T, int H,
+                                       int D) {
     begin_kernel();
     size_t head = size_t(blockIdx.x) * (blockDim.x / WARP) + threadIdx.x / WARP;
     int lane = threadIdx.x % WARP;
@@ -1102,23 +1206,26 @@ __global__ void attention_delta_kernel(float* delta, const branch_t* dy, const b
 }
 
 #ifdef KEEL_FP32
-// Without tensor cores, for any D: a block has 8 rows, a warp each, and meets 32 rows of the other side at a time, a lane each.
+// Without tensor cores, for any D: a block has 8 rows, a warp each, and meets 32 rows of the other side at a time, a
+// lane each.
 constexpr int PLAIN_WARPS = 8;
 struct PlainShared {
-    float row[PLAIN_WARPS][WARP];     // 32 channels of each warp's row
-    float tile[WARP][WARP + 1];       // and of each lane's; one more keeps lanes on banks of their own
+    float row[PLAIN_WARPS][WARP];  // 32 channels of each warp's row
+    float tile[WARP][WARP + 1];    // and of each lane's; one more keeps lanes on banks of their own
     float p[PLAIN_WARPS][WARP], ds[PLAIN_WARPS][WARP];  // ds times 1 / sqrt(D)
 };
 
 // a[a0 + warp] . b[b0 + lane] over D, rows from a_end or b_end on being zero. All threads of the block come.
-__device__ float tile_dot(PlainShared& s, const float* a, size_t a_stride, int a0, int a_end, const float* b, size_t b_stride, int b0, int b_end, int D) {
+__device__ float tile_dot(PlainShared& s, const float* a, size_t a_stride, int a0, int a_end, const float* b,
+                          size_t b_stride, int b0, int b_end, int D) {
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     float sum = 0;
     for (int d0 = 0; d0 < D; d0 += WARP) {
         bool column = d0 + lane < D;
         __syncthreads();
         s.row[warp][lane] = column && a0 + warp < a_end ? a[size_t(a0 + warp) * a_stride + d0 + lane] : 0;
-        for (int i = warp; i < WARP; i += PLAIN_WARPS) s.tile[i][lane] = column && b0 + i < b_end ? b[size_t(b0 + i) * b_stride + d0 + lane] : 0;
+        for (int i = warp; i < WARP; i += PLAIN_WARPS)
+            s.tile[i][lane] = column && b0 + i < b_end ? b[size_t(b0 + i) * b_stride + d0 + lane] : 0;
         __syncthreads();
         for (int d = 0; d < WARP; d++) sum += s.row[warp][d] * s.tile[lane][d];
     }
@@ -1126,7 +1233,8 @@ __device__ float tile_dot(PlainShared& s, const float* a, size_t a_stride, int a
 }
 
 // out (D) = shrink * out + sum_i weight[i] rows[i], the first `count` of 32 rows; the first time out holds nothing.
-__device__ void add_weighted(float* out, float shrink, bool first_time, const float* weight, const float* rows, size_t stride, int count, int D) {
+__device__ void add_weighted(float* out, float shrink, bool first_time, const float* weight, const float* rows,
+                             size_t stride, int count, int D) {
     for (int d = threadIdx.x % WARP; d < D; d += WARP) {
         float sum = first_time ? 0 : shrink * out[d];
         for (int i = 0; i < count; i++) sum += weight[i] * rows[size_t(i) * stride + d];
@@ -1137,8 +1245,10 @@ __device__ void add_weighted(float* out, float shrink, bool first_time, const fl
 __global__ void attention_forward_kernel(float* y, float* lse, const float* qkv, AttentionShape shape) {
     begin_kernel();
     auto& s = shared<PlainShared>();
-    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, T = shape.T, C = shape.C, H = shape.H, D = C / H, Tq = shape.queries();
-    int tiles = (Tq + PLAIN_WARPS - 1) / PLAIN_WARPS, q0 = shape.first + int(blockIdx.x % tiles) * PLAIN_WARPS, query = q0 + warp;
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, T = shape.T, C = shape.C, H = shape.H, D = C / H,
+        Tq = shape.queries();
+    int tiles = (Tq + PLAIN_WARPS - 1) / PLAIN_WARPS, q0 = shape.first + int(blockIdx.x % tiles) * PLAIN_WARPS,
+        query = q0 + warp;
     size_t head = blockIdx.x / tiles, b = head / H, stride = 3 * size_t(C);
     const float *q = qkv + b * T * stride + head % H * D, *k = q + C, *v = k + C;
     float* out = y + (b * Tq + (query - shape.first)) * C + head % H * D;
@@ -1152,7 +1262,8 @@ __global__ void attention_forward_kernel(float* y, float* lse, const float* qkv,
         sum = sum * shrink + warp_sum(p);
         s.p[warp][lane] = p;
         __syncwarp();
-        if (query < T) add_weighted(out, shrink, k0 == 0, s.p[warp], v + size_t(k0) * stride, stride, min(WARP, T - k0), D);
+        if (query < T)
+            add_weighted(out, shrink, k0 == 0, s.p[warp], v + size_t(k0) * stride, stride, min(WARP, T - k0), D);
         __syncwarp();
     }
     if (query >= T) return;
@@ -1161,7 +1272,8 @@ __global__ void attention_forward_kernel(float* y, float* lse, const float* qkv,
 }
 
 // dk and dv: a warp a key.
-__global__ void attention_backward_kv_kernel(float* dqkv, const float* dy, const float* qkv, const float* lse, const float* delta, AttentionShape shape) {
+__global__ void attention_backward_kv_kernel(float* dqkv, const float* dy, const float* qkv, const float* lse,
+                                             const float* delta, AttentionShape shape) {
     begin_kernel();
     auto& s = shared<PlainShared>();
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, T = shape.T, C = shape.C, H = shape.H, D = C / H;
@@ -1187,7 +1299,8 @@ __global__ void attention_backward_kv_kernel(float* dqkv, const float* dy, const
 }
 
 // dq: a warp a query.
-__global__ void attention_backward_q_kernel(float* dqkv, const float* dy, const float* qkv, const float* lse, const float* delta, AttentionShape shape) {
+__global__ void attention_backward_q_kernel(float* dqkv, const float* dy, const float* qkv, const float* lse,
+                                            const float* delta, AttentionShape shape) {
     begin_kernel();
     auto& s = shared<PlainShared>();
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, T = shape.T, C = shape.C, H = shape.H, D = C / H;
@@ -1208,40 +1321,46 @@ __global__ void attention_backward_q_kernel(float* dqkv, const float* dy, const 
 }
 
 void attention_forward(Device& device, float* y, float* lse, const float* qkv, int B, int T, int C, int H, int first) {
-    launch(attention_forward_kernel, ceil_div(size_t(T - first), PLAIN_WARPS) * B * H, PLAIN_WARPS * WARP, sizeof(PlainShared), device.stream, y, lse, qkv,
-           AttentionShape{T, C, H, first});
+    launch(attention_forward_kernel, ceil_div(size_t(T - first), PLAIN_WARPS) * B * H, PLAIN_WARPS * WARP,
+           sizeof(PlainShared), device.stream, y, lse, qkv, AttentionShape{T, C, H, first});
 }
 
-void attention_backward(Device& device, float* dqkv, float* delta, const float* dy, const float* qkv, const float* y, const float* lse, int B, int T, int C, int H) {
+void attention_backward(Device& device, float* dqkv, float* delta, const float* dy, const float* qkv, const float* y,
+                        const float* lse, int B, int T, int C, int H) {
     AttentionShape shape{T, C, H, 0};
     size_t blocks = ceil_div(size_t(T), PLAIN_WARPS) * B * H;
-    launch(attention_delta_kernel, ceil_div(size_t(B) * T * H, THREADS / WARP), THREADS, 0, device.stream, delta, dy, y, B, T, H, C / H);
-    launch(attention_backward_kv_kernel, blocks, PLAIN_WARPS * WARP, sizeof(PlainShared), device.stream, dqkv, dy, qkv, lse, delta, shape);
-    launch(attention_backward_q_kernel, blocks, PLAIN_WARPS * WARP, sizeof(PlainShared), device.stream, dqkv, dy, qkv, lse, delta, shape);
+    launch(attention_delta_kernel, ceil_div(size_t(B) * T * H, THREADS / WARP), THREADS, 0, device.stream, delta, dy, y,
+           B, T, H, C / H);
+    launch(attention_backward_kv_kernel, blocks, PLAIN_WARPS * WARP, sizeof(PlainShared), device.stream, dqkv, dy, qkv,
+           lse, delta, shape);
+    launch(attention_backward_q_kernel, blocks, PLAIN_WARPS * WARP, sizeof(PlainShared), device.stream, dqkv, dy, qkv,
+           lse, delta, shape);
 }
 #else
-// On tensor cores. A warp has M tiles of 16 rows, a block 4 warps, and walks over N rows of the other side at a time, the next of them
-// on their way (cp.async) while these are at work. Scores stay in registers: as d of one product they are a of the next.
-// M = 2: what a warp reads from shared memory serves two products, or shared memory would be the bound. Where a warp's sums and scores
-// would not fit into 255 registers, M and N are less.
+// On tensor cores. A warp has M tiles of 16 rows, a block 4 warps, and walks over N rows of the other side at a time,
+// the next of them on their way (cp.async) while these are at work. Scores stay in registers: as d of one product they
+// are a of the next. M = 2: what a warp reads from shared memory serves two products, or shared memory would be the
+// bound. Where a warp's sums and scores would not fit into 255 registers, M and N are less.
 constexpr int ATT_WARPS = 4;
 template <int D>
 struct AttentionTiles {
     static constexpr int FORWARD_M = 2, FORWARD_N = D == 128 ? 32 : 64;
-    static constexpr int KV_M = D == 128 ? 1 : 2, KV_N = D == 64 ? 16 : 32, KV_STAGE = D == 128 ? 32 : 64;  // a stage: what is copied at a time
+    static constexpr int KV_M = D == 128 ? 1 : 2, KV_N = D == 64 ? 16 : 32,
+                         KV_STAGE = D == 128 ? 32 : 64;  // a stage: what is copied at a time
     static constexpr int Q_M = D == 128 ? 1 : 2, Q_N = D == 64 ? 32 : 64;
 };
 constexpr int att_rows(int M) { return 16 * M * ATT_WARPS; }  // of a block
 
-// A tile (rows,D) in shared memory: where the 8 numbers of `chunk` in `row` are. Within a row chunks change places, so that the 8
-// rows that ldmatrix reads at once lie in different banks: 8 chunks of 16 bytes pass over all 32 banks.
+// A tile (rows,D) in shared memory: where the 8 numbers of `chunk` in `row` are. Within a row chunks change places, so
+// that the 8 rows that ldmatrix reads at once lie in different banks: 8 chunks of 16 bytes pass over all 32 banks.
 template <int D>
 __device__ __forceinline__ int tile_at(int row, int chunk) {
     constexpr int chunks = D / 8 < 8 ? D / 8 : 8, rows_a_pass = 8 / chunks;
     return row * D + (chunk ^ (row / rows_a_pass % chunks)) * 8;
 }
 
-// Starts the copy of rows [first, first + ROWS) to a tile; rows from `end` on are zero. Threads of the block: ATT_WARPS warps.
+// Starts the copy of rows [first, first + ROWS) to a tile; rows from `end` on are zero. Threads of the block: ATT_WARPS
+// warps.
 template <int ROWS, int D>
 __device__ __forceinline__ void load_tile(branch_t* tile, const branch_t* from, size_t stride, int first, int end) {
     for (int i = threadIdx.x; i < ROWS * (D / 8); i += ATT_WARPS * WARP) {
@@ -1251,8 +1370,9 @@ __device__ __forceinline__ void load_tile(branch_t* tile, const branch_t* from, 
     }
 }
 
-// Operands of mma_16x8x16 from a tile. a: rows [row, row+16), channels [16k, 16k+16) of it. b of two products side by side:
-// b[0], b[1] for n = 0..7 and b[2], b[3] for n = 8..15. rows: n runs over the tile's rows, k over its channels; columns: the other way.
+// Operands of mma_16x8x16 from a tile. a: rows [row, row+16), channels [16k, 16k+16) of it. b of two products side by
+// side: b[0], b[1] for n = 0..7 and b[2], b[3] for n = 8..15. rows: n runs over the tile's rows, k over its channels;
+// columns: the other way.
 template <int D>
 __device__ __forceinline__ void load_a(uint32_t (&a)[4], const branch_t* tile, int row, int k, int lane) {
     ldmatrix_x4(a, tile + tile_at<D>(row + lane % 16, 2 * k + lane / 16));
@@ -1271,8 +1391,8 @@ __device__ __forceinline__ uint32_t pack_pair(float low, float high) {
     return *reinterpret_cast<uint32_t*>(&pair);
 }
 
-// A warp's numbers (16 M, columns) as mma_16x8x16 leaves them: [m][n] is the tile of rows 16m and columns 8n; of it a lane holds, with
-// g = lane / 4 and t = lane % 4, [0..1] = (g, 2t..2t+1) and [2..3] = (g+8, 2t..2t+1).
+// A warp's numbers (16 M, columns) as mma_16x8x16 leaves them: [m][n] is the tile of rows 16m and columns 8n; of it a
+// lane holds, with g = lane / 4 and t = lane % 4, [0..1] = (g, 2t..2t+1) and [2..3] = (g+8, 2t..2t+1).
 template <int M, int COLUMNS>
 struct WarpTile {
     float v[M][COLUMNS / 8][4];
@@ -1296,7 +1416,8 @@ struct WarpTile {
 
 // d (16 M, N) = a_tile[row .. row + 16 M) (16 M, D) b_tile[0..N) (N,D)^T
 template <int M, int N, int D>
-__device__ __forceinline__ void tile_product(WarpTile<M, N>& d, const branch_t* a_tile, int row, const branch_t* b_tile, int lane) {
+__device__ __forceinline__ void tile_product(WarpTile<M, N>& d, const branch_t* a_tile, int row, const branch_t* b_tile,
+                                             int lane) {
     d.zero();
 #pragma unroll
     for (int k = 0; k < D / 16; k++) {
@@ -1318,7 +1439,8 @@ __device__ __forceinline__ void tile_product(WarpTile<M, N>& d, const branch_t* 
 
 // sum (16 M, D) += s (16 M, N) tile[0..N) (N,D), s as a product left it
 template <int M, int N, int D>
-__device__ __forceinline__ void add_tile_product(WarpTile<M, D>& sum, const WarpTile<M, N>& s, const branch_t* tile, int lane) {
+__device__ __forceinline__ void add_tile_product(WarpTile<M, D>& sum, const WarpTile<M, N>& s, const branch_t* tile,
+                                                 int lane) {
 #pragma unroll
     for (int k = 0; k < N / 16; k++) {
         uint32_t a[M][4];
@@ -1343,7 +1465,8 @@ __device__ __forceinline__ void add_tile_product(WarpTile<M, D>& sum, const Warp
 
 // A warp's rows from `row` on, times a factor each, to memory; rows from `end` on are left out.
 template <int M, int D, class Factor>
-__device__ __forceinline__ void store_rows(branch_t* out, size_t stride, int row, int end, const WarpTile<M, D>& d, int lane, Factor factor) {
+__device__ __forceinline__ void store_rows(branch_t* out, size_t stride, int row, int end, const WarpTile<M, D>& d,
+                                           int lane, Factor factor) {
 #pragma unroll
     for (int m = 0; m < M; m++)
 #pragma unroll
@@ -1365,13 +1488,16 @@ struct AttentionForwardShared {
 };
 
 template <int D, int M, int N>
-__global__ void __launch_bounds__(ATT_WARPS * WARP) attention_forward_kernel(branch_t* y, float* lse, const branch_t* qkv, AttentionShape shape) {
+__global__ void __launch_bounds__(ATT_WARPS* WARP)
+    attention_forward_kernel(branch_t* y, float* lse, const branch_t* qkv, AttentionShape shape) {
     begin_kernel();
     constexpr int ROWS = att_rows(M);
     auto& s = shared<AttentionForwardShared<D, ROWS, N>>();
-    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, T = shape.T, C = shape.C, H = shape.H, Tq = shape.queries();
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, T = shape.T, C = shape.C, H = shape.H,
+        Tq = shape.queries();
     int tiles = (Tq + ROWS - 1) / ROWS;
-    int q0 = shape.first + (tiles - 1 - int(blockIdx.x % tiles)) * ROWS, warp_q0 = q0 + warp * 16 * M;  // the longest rows first
+    int q0 = shape.first + (tiles - 1 - int(blockIdx.x % tiles)) * ROWS,
+        warp_q0 = q0 + warp * 16 * M;  // the longest rows first
     size_t head = blockIdx.x / tiles, b = head / H, stride = 3 * size_t(C);
     const branch_t *q = qkv + b * T * stride + head % H * D, *k = q + C, *v = k + C;
     int end = min(q0 + ROWS, T);             // of the keys that any query here sees
@@ -1383,7 +1509,9 @@ __global__ void __launch_bounds__(ATT_WARPS * WARP) attention_forward_kernel(bra
     cp_async_commit();
     WarpTile<M, D> out;
     out.zero();
-    float largest[M][2], sum[M][2];  // of rows 16 m + 8 half + g; sum: of this lane's columns, the row's other three lanes join at the end
+    float largest[M][2],
+        sum[M]
+           [2];  // of rows 16 m + 8 half + g; sum: of this lane's columns, the row's other three lanes join at the end
 #pragma unroll
     for (int m = 0; m < M; m++) largest[m][0] = largest[m][1] = -INFINITY, sum[m][0] = sum[m][1] = 0;
     for (int k0 = 0; k0 < end; k0 += N) {
@@ -1408,18 +1536,22 @@ __global__ void __launch_bounds__(ATT_WARPS * WARP) attention_forward_kernel(bra
                 for (int half = 0; half < 2; half++) {
                     float most = largest[m][half], added = 0;
 #pragma unroll
-                    for (int n = 0; n < N / 8; n++) most = fmaxf(most, fmaxf(p.v[m][n][2 * half], p.v[m][n][2 * half + 1]));
+                    for (int n = 0; n < N / 8; n++)
+                        most = fmaxf(most, fmaxf(p.v[m][n][2 * half], p.v[m][n][2 * half + 1]));
                     most = fmaxf(most, __shfl_xor_sync(ALL_LANES, most, 1));  // the four lanes of a row
                     most = fmaxf(most, __shfl_xor_sync(ALL_LANES, most, 2));
-                    float shift = scale * most, shrink = fast_exp2(scale * (largest[m][half] - most));  // exactly 1 where the largest stays
+                    float shift = scale * most,
+                          shrink = fast_exp2(scale * (largest[m][half] - most));  // exactly 1 where the largest stays
                     largest[m][half] = most;
 #pragma unroll
                     for (int n = 0; n < N / 8; n++)
 #pragma unroll
-                        for (int i = 2 * half; i < 2 * half + 2; i++) added += p.v[m][n][i] = fast_exp2(scale * p.v[m][n][i] - shift);
+                        for (int i = 2 * half; i < 2 * half + 2; i++)
+                            added += p.v[m][n][i] = fast_exp2(scale * p.v[m][n][i] - shift);
                     sum[m][half] = sum[m][half] * shrink + added;
 #pragma unroll
-                    for (int n = 0; n < D / 8; n++) out.v[m][n][2 * half] *= shrink, out.v[m][n][2 * half + 1] *= shrink;
+                    for (int n = 0; n < D / 8; n++)
+                        out.v[m][n][2 * half] *= shrink, out.v[m][n][2 * half + 1] *= shrink;
                 }
             add_tile_product<M, N, D>(out, p, s.v[now], lane);
         }
@@ -1433,9 +1565,11 @@ __global__ void __launch_bounds__(ATT_WARPS * WARP) attention_forward_kernel(bra
             sum[m][half] += __shfl_xor_sync(ALL_LANES, sum[m][half], 1);
             sum[m][half] += __shfl_xor_sync(ALL_LANES, sum[m][half], 2);
             int query = warp_q0 + 16 * m + 8 * half + lane / 4;
-            if (lane % 4 == 0 && query < T) lse[head * Tq + query - shape.first] = LN_2 * (scale * largest[m][half]) + logf(sum[m][half]);
+            if (lane % 4 == 0 && query < T)
+                lse[head * Tq + query - shape.first] = LN_2 * (scale * largest[m][half]) + logf(sum[m][half]);
         }
-    store_rows(y + b * Tq * C + head % H * D, C, warp_q0 - shape.first, Tq, out, lane, [&](int m, int half) { return 1 / sum[m][half]; });
+    store_rows(y + b * Tq * C + head % H * D, C, warp_q0 - shape.first, Tq, out, lane,
+               [&](int m, int half) { return 1 / sum[m][half]; });
 }
 
 template <int D, int ROWS, int STAGE>
@@ -1446,8 +1580,9 @@ struct AttentionKvShared {
 
 // dk and dv: a warp has keys, and meets the queries from them on. Scores are made transposed, (keys, queries).
 template <int D, int M, int N, int STAGE>
-__global__ void __launch_bounds__(ATT_WARPS * WARP) attention_backward_kv_kernel(branch_t* dqkv, const branch_t* dy, const branch_t* qkv, const float* lse,
-                                                                                 const float* delta, AttentionShape shape) {
+__global__ void __launch_bounds__(ATT_WARPS* WARP)
+    attention_backward_kv_kernel(branch_t* dqkv, const branch_t* dy, const branch_t* qkv, const float* lse,
+                                 const float* delta, AttentionShape shape) {
     begin_kernel();
     constexpr int ROWS = att_rows(M);
     auto& s = shared<AttentionKvShared<D, ROWS, STAGE>>();
@@ -1480,7 +1615,8 @@ __global__ void __launch_bounds__(ATT_WARPS * WARP) attention_backward_kv_kernel
 #pragma unroll 1
         for (int first = 0; first < STAGE; first += N) {
             int q0 = stage + first;
-            if (q0 + N <= warp_k0 || q0 >= T || warp_k0 >= T) continue;  // none of these queries sees a key of this warp
+            if (q0 + N <= warp_k0 || q0 >= T || warp_k0 >= T)
+                continue;  // none of these queries sees a key of this warp
             bool masked = q0 < warp_k0 + 16 * M || q0 + N > T;
             const branch_t *q_tile = s.q[now] + first * D, *dy_tile = s.dy[now] + first * D;
             WarpTile<M, N> p, ds;
@@ -1496,7 +1632,9 @@ __global__ void __launch_bounds__(ATT_WARPS * WARP) attention_backward_kv_kernel
 #pragma unroll
                 for (int n = 0; n < N / 8; n++)
 #pragma unroll
-                    for (int i = 0; i < 4; i++) ds.v[m][n][i] = p.v[m][n][i] * (ds.v[m][n][i] - s.delta[now][first + n * 8 + lane % 4 * 2 + i % 2]);
+                    for (int i = 0; i < 4; i++)
+                        ds.v[m][n][i] =
+                            p.v[m][n][i] * (ds.v[m][n][i] - s.delta[now][first + n * 8 + lane % 4 * 2 + i % 2]);
             add_tile_product<M, N, D>(dk, ds, q_tile, lane);
         }
         __syncthreads();
@@ -1513,13 +1651,15 @@ struct AttentionQShared {
 
 // dq: a warp has queries, and meets the keys up to them.
 template <int D, int M, int N>
-__global__ void __launch_bounds__(ATT_WARPS * WARP) attention_backward_q_kernel(branch_t* dqkv, const branch_t* dy, const branch_t* qkv, const float* lse,
-                                                                                const float* delta, AttentionShape shape) {
+__global__ void __launch_bounds__(ATT_WARPS* WARP)
+    attention_backward_q_kernel(branch_t* dqkv, const branch_t* dy, const branch_t* qkv, const float* lse,
+                                const float* delta, AttentionShape shape) {
     begin_kernel();
     constexpr int ROWS = att_rows(M);
     auto& s = shared<AttentionQShared<D, ROWS, N>>();
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, T = shape.T, C = shape.C, H = shape.H;
-    int tiles = (T + ROWS - 1) / ROWS, q0 = (tiles - 1 - int(blockIdx.x % tiles)) * ROWS, end = min(q0 + ROWS, T), warp_q0 = q0 + warp * 16 * M;
+    int tiles = (T + ROWS - 1) / ROWS, q0 = (tiles - 1 - int(blockIdx.x % tiles)) * ROWS, end = min(q0 + ROWS, T),
+        warp_q0 = q0 + warp * 16 * M;
     size_t head = blockIdx.x / tiles, b = head / H, stride = 3 * size_t(C), at = b * T * stride + head % H * D;
     const branch_t *q = qkv + at, *k = q + C, *v = k + C, *dout = dy + b * T * C + head % H * D;
     float scale = LOG2_E / sqrtf(float(D)), row_lse[M][2], row_delta[M][2];
@@ -1561,7 +1701,8 @@ __global__ void __launch_bounds__(ATT_WARPS * WARP) attention_backward_q_kernel(
                     for (int i = 0; i < 4; i++) {
                         int column = n * 8 + lane % 4 * 2 + i % 2, query = warp_q0 + 16 * m + i / 2 * 8 + lane / 4;
                         float probability = fast_exp2(scale * p.v[m][n][i] - row_lse[m][i / 2]);
-                        ds.v[m][n][i] = masked && k0 + column > query ? 0 : probability * (ds.v[m][n][i] - row_delta[m][i / 2]);
+                        ds.v[m][n][i] =
+                            masked && k0 + column > query ? 0 : probability * (ds.v[m][n][i] - row_delta[m][i / 2]);
                     }
             add_tile_product<M, N, D>(dq, ds, s.k[now], lane);
         }
@@ -1581,26 +1722,30 @@ void by_head_size(int D, Action action) {
     else fail("-H: expected heads of 16, 32, 64 or 128 channels, found %d", D);
 }
 
-void attention_forward(Device& device, branch_t* y, float* lse, const branch_t* qkv, int B, int T, int C, int H, int first) {
+void attention_forward(Device& device, branch_t* y, float* lse, const branch_t* qkv, int B, int T, int C, int H,
+                       int first) {
     by_head_size(C / H, [&](auto size) {
         constexpr int D = size, M = AttentionTiles<D>::FORWARD_M, N = AttentionTiles<D>::FORWARD_N, ROWS = att_rows(M);
-        launch(attention_forward_kernel<D, M, N>, ceil_div(size_t(T - first), ROWS) * B * H, ATT_WARPS * WARP, sizeof(AttentionForwardShared<D, ROWS, N>),
-               device.stream, y, lse, qkv, AttentionShape{T, C, H, first});
+        launch(attention_forward_kernel<D, M, N>, ceil_div(size_t(T - first), ROWS) * B * H, ATT_WARPS * WARP,
+               sizeof(AttentionForwardShared<D, ROWS, N>), device.stream, y, lse, qkv, AttentionShape{T, C, H, first});
     });
 }
 
-void attention_backward(Device& device, branch_t* dqkv, float* delta, const branch_t* dy, const branch_t* qkv, const branch_t* y, const float* lse, int B, int T,
-                        int C, int H) {
+void attention_backward(Device& device, branch_t* dqkv, float* delta, const branch_t* dy, const branch_t* qkv,
+                        const branch_t* y, const float* lse, int B, int T, int C, int H) {
     AttentionShape shape{T, C, H, 0};
-    launch(attention_delta_kernel, ceil_div(size_t(B) * T * H, THREADS / WARP), THREADS, 0, device.stream, delta, dy, y, B, T, H, C / H);
+    launch(attention_delta_kernel, ceil_div(size_t(B) * T * H, THREADS / WARP), THREADS, 0, device.stream, delta, dy, y,
+           B, T, H, C / H);
     by_head_size(C / H, [&](auto size) {
         constexpr int D = size;
         using Tiles = AttentionTiles<D>;
         constexpr int KV_ROWS = att_rows(Tiles::KV_M), Q_ROWS = att_rows(Tiles::Q_M);
-        launch(attention_backward_kv_kernel<D, Tiles::KV_M, Tiles::KV_N, Tiles::KV_STAGE>, ceil_div(size_t(T), KV_ROWS) * B * H, ATT_WARPS * WARP,
+        launch(attention_backward_kv_kernel<D, Tiles::KV_M, Tiles::KV_N, Tiles::KV_STAGE>,
+               ceil_div(size_t(T), KV_ROWS) * B * H, ATT_WARPS * WARP,
                sizeof(AttentionKvShared<D, KV_ROWS, Tiles::KV_STAGE>), device.stream, dqkv, dy, qkv, lse, delta, shape);
-        launch(attention_backward_q_kernel<D, Tiles::Q_M, Tiles::Q_N>, ceil_div(size_t(T), Q_ROWS) * B * H, ATT_WARPS * WARP,
-               sizeof(AttentionQShared<D, Q_ROWS, Tiles::Q_N>), device.stream, dqkv, dy, qkv, lse, delta, shape);
+        launch(attention_backward_q_kernel<D, Tiles::Q_M, Tiles::Q_N>, ceil_div(size_t(T), Q_ROWS) * B * H,
+               ATT_WARPS * WARP, sizeof(AttentionQShared<D, Q_ROWS, Tiles::Q_N>), device.stream, dqkv, dy, qkv, lse,
+               delta, shape);
     });
 }
 #endif
@@ -1611,7 +1756,9 @@ void attention_backward(Device& device, branch_t* dqkv, float* delta, const bran
 // As (1 + tanh(w))/2 = sigmoid(2w), one exponential does it, without cancellation for h far below zero.
 constexpr float GELU_SCALE = float(2 * 0.79788456080286535588) /* 2 sqrt(2/pi) */, GELU_CUBIC = 0.044715f;
 
-__device__ __forceinline__ float gelu_sigmoid(float h) { return 1 / (1 + expf(-GELU_SCALE * (h + GELU_CUBIC * h * h * h))); }
+__device__ __forceinline__ float gelu_sigmoid(float h) {
+    return 1 / (1 + expf(-GELU_SCALE * (h + GELU_CUBIC * h * h * h)));
+}
 
 // 4 bytes an element in BF16
 __global__ void gelu_forward_kernel(branch_t* out, const branch_t* h, size_t n) {
@@ -1623,7 +1770,8 @@ __global__ void gelu_forward_kernel(branch_t* out, const branch_t* h, size_t n) 
     store<WIDE>(out + at, x);
 }
 
-// d gelu/dh = sigmoid(2w) + h sigmoid(2w) (1 - sigmoid(2w)) 2 dw/dh.  dh comes as the gradient of gelu's output.  6 bytes an element in BF16
+// d gelu/dh = sigmoid(2w) + h sigmoid(2w) (1 - sigmoid(2w)) 2 dw/dh.  dh comes as the gradient of gelu's output.  6
+// bytes an element in BF16
 __global__ void gelu_backward_kernel(branch_t* dh, const branch_t* h, size_t n) {
     begin_kernel();
     size_t at = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * WIDE;
@@ -1647,16 +1795,16 @@ void gelu_backward(Device& device, branch_t* dh, const branch_t* h, size_t n) {
 
 // ----- Cross entropy
 //
-// loss (rows) = lse - logit[target],  lse = log sum_j exp(logit_j) over the V real tokens,  dlogits = scale (softmax - onehot(target)),
-// in place of logits (rows,Vp) if `backward`; padded columns get zeros. A block a row.  In BF16 4 bytes an element, without backward 2;
-// the row waits in shared memory for its second pass, unless it is so long that a multiprocessor would not hold two: then 6.
+// loss (rows) = lse - logit[target],  lse = log sum_j exp(logit_j) over the V real tokens,  dlogits = scale (softmax -
+// onehot(target)), in place of logits (rows,Vp) if `backward`; padded columns get zeros. A block a row.  In BF16 4
+// bytes an element, without backward 2; the row waits in shared memory for its second pass, unless it is so long that a
+// multiprocessor would not hold two: then 6.
 constexpr int MAX_CROSS_ENTROPY_WARPS = 16, MAX_STASH = 110 << 10;  // bytes
-struct CrossEntropyShared {
-    float largest[MAX_CROSS_ENTROPY_WARPS], sum[MAX_CROSS_ENTROPY_WARPS];
-};
+struct CrossEntropyShared { float largest[MAX_CROSS_ENTROPY_WARPS], sum[MAX_CROSS_ENTROPY_WARPS]; };
 
 template <bool backward>
-__global__ void cross_entropy_kernel(float* loss, branch_t* logits, const int* targets, int V, int Vp, float scale, bool stashed) {
+__global__ void cross_entropy_kernel(float* loss, branch_t* logits, const int* targets, int V, int Vp, float scale,
+                                     bool stashed) {
     begin_kernel();
     auto& s = shared<CrossEntropyShared>();
     branch_t* stash = reinterpret_cast<branch_t*>(&s + 1);  // (Vp), each thread's own stretches
@@ -1664,7 +1812,8 @@ __global__ void cross_entropy_kernel(float* loss, branch_t* logits, const int* t
     branch_t* row = logits + size_t(blockIdx.x) * Vp;
     int target = targets[blockIdx.x];
     float target_logit = float(row[target]), largest = -INFINITY, sum = 0;
-    each_in_flight(threadIdx.x * WIDE, V, blockDim.x * WIDE, [&](int v0) { return load<WIDE>(row + v0); }, [&](int v0, const Pack<branch_t, WIDE>& x) {
+    each_in_flight(threadIdx.x * WIDE, V, blockDim.x * WIDE, [&](int v0) { return load<WIDE>(row + v0); },
+                   [&](int v0, const Pack<branch_t, WIDE>& x) {
         if (backward && stashed) store<WIDE>(stash + v0, x);
         float before = largest;
         for (int i = 0; i < WIDE; i++)
@@ -1694,15 +1843,19 @@ __global__ void cross_entropy_kernel(float* loss, branch_t* logits, const int* t
         }
 }
 
-void cross_entropy(Device& device, float* loss, branch_t* logits, const int* targets, size_t rows, int V, int Vp, bool backward, float scale) {
-    unsigned threads = unsigned(std::clamp<size_t>(round_up(size_t(Vp) / WIDE, WARP), WARP, MAX_CROSS_ENTROPY_WARPS * WARP));
+void cross_entropy(Device& device, float* loss, branch_t* logits, const int* targets, size_t rows, int V, int Vp,
+                   bool backward, float scale) {
+    unsigned threads =
+        unsigned(std::clamp<size_t>(round_up(size_t(Vp) / WIDE, WARP), WARP, MAX_CROSS_ENTROPY_WARPS * WARP));
     size_t stash = size_t(Vp) * sizeof(branch_t);
     bool stashed = backward && stash + sizeof(CrossEntropyShared) <= size_t(std::min(MAX_STASH, shared_limit()));
-    launch(backward ? cross_entropy_kernel<true> : cross_entropy_kernel<false>, rows, threads, sizeof(CrossEntropyShared) + (stashed ? stash : 0), device.stream,
-           loss, logits, targets, V, Vp, scale, stashed);
+    launch(backward ? cross_entropy_kernel<true> : cross_entropy_kernel<false>, rows, threads,
+           sizeof(CrossEntropyShared) + (stashed ? stash : 0), device.stream, loss, logits, targets, V, Vp, scale,
+           stashed);
 }
 
-// predictions (rows) = the likeliest token of each row of logits (rows,Vp), of equals the lower.  A warp a row; 4 or 2 bytes an element
+// predictions (rows) = the likeliest token of each row of logits (rows,Vp), of equals the lower.  A warp a row; 4 or 2
+// bytes an element
 __global__ void predict_kernel(int* predictions, const branch_t* logits, int rows, int V, int Vp) {
     begin_kernel();
     int row = int(blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP), lane = threadIdx.x % WARP;
@@ -1717,16 +1870,15 @@ __global__ void predict_kernel(int* predictions, const branch_t* logits, int row
 }
 
 void predict(Device& device, int* predictions, const branch_t* logits, size_t rows, int V, int Vp) {
-    launch(predict_kernel, ceil_div(rows, THREADS / WARP), THREADS, 0, device.stream, predictions, logits, int(rows), V, Vp);
+    launch(predict_kernel, ceil_div(rows, THREADS / WARP), THREADS, 0, device.stream, predictions, logits, int(rows), V,
+           Vp);
 }
 
 // ----- Sums
 
 // out += the sum of values, or of their squares, in double.  4 or 2 bytes an element
 constexpr int SUM_THREADS = 256, SUM_UNROLL = 4;
-struct SumShared {
-    double warp[SUM_THREADS / WARP];
-};
+struct SumShared { double warp[SUM_THREADS / WARP]; };
 
 // The sum over a block of SUM_THREADS, in each thread, in the order of lanes and warps.
 __device__ inline double block_sum(SumShared& s, double value) {
@@ -1745,7 +1897,8 @@ __global__ void sum_kernel(double* out, const T* values, size_t n, double* parti
     bool aligned = reinterpret_cast<size_t>(values) % sizeof(Pack<T, SUM_UNROLL>) == 0;  // a tensor may start anywhere
     double sum = 0;
     // A thread adds 4 numbers in FP32 before they go to double: the same elements whatever the grid's order.
-    for (size_t at = (size_t(blockIdx.x) * SUM_THREADS + threadIdx.x) * SUM_UNROLL; at < n; at += size_t(gridDim.x) * SUM_THREADS * SUM_UNROLL) {
+    for (size_t at = (size_t(blockIdx.x) * SUM_THREADS + threadIdx.x) * SUM_UNROLL; at < n;
+         at += size_t(gridDim.x) * SUM_THREADS * SUM_UNROLL) {
         float four = 0;
         Pack<T, SUM_UNROLL> value;
         if (aligned && at + SUM_UNROLL <= n) value = load<SUM_UNROLL>(values + at);
@@ -1762,16 +1915,19 @@ __global__ void sum_kernel(double* out, const T* values, size_t n, double* parti
 template <bool squares, class T>
 void add_sum(Device& device, double* out, const T* values, size_t n) {
     size_t blocks = std::clamp<size_t>(ceil_div(n, SUM_THREADS * SUM_UNROLL), 1, MAX_PARTIAL_BLOCKS);
-    launch(sum_kernel<T, squares>, blocks, SUM_THREADS, sizeof(SumShared), device.stream, out, values, n, device.partial_doubles.data(), device.arrived.data());
+    launch(sum_kernel<T, squares>, blocks, SUM_THREADS, sizeof(SumShared), device.stream, out, values, n,
+           device.partial_doubles.data(), device.arrived.data());
 }
 
 // ----------------------------------------------------------------------------------------------------
 // The parameters: AdamW (Loshchilov and Hutter 2019), initial values, the branch's copy
 
-// clip = min(1, max_norm / norm), and whether norm and loss are finite: x * 0 is 0 for a finite x alone. Then the step counts, and AdamW's
-// numbers follow from the count n of steps that did: a skipped one leaves no trace. Of several ranks (shares), loss and norm are what they add up
-// to, in rank order; where one's data were lost, neither this step nor a later one that is under way updates anything.
-__global__ void prepare_update_kernel(StepState* state, const StepSettings* settings, UpdateCounts* counts, const StepShare* shares, int ranks) {
+// clip = min(1, max_norm / norm), and whether norm and loss are finite: x * 0 is 0 for a finite x alone. Then the step
+// counts, and AdamW's numbers follow from the count n of steps that did: a skipped one leaves no trace. Of several
+// ranks (shares), loss and norm are what they add up to, in rank order; where one's data were lost, neither this step
+// nor a later one that is under way updates anything.
+__global__ void prepare_update_kernel(StepState* state, const StepSettings* settings, UpdateCounts* counts,
+                                      const StepShare* shares, int ranks) {
     begin_kernel();
     if (ranks > 0) {
         double loss_sum = 0, squares = 0;
@@ -1803,7 +1959,8 @@ __global__ void share_kernel(StepShare* share, const StepState* state, const uin
 // sum += part.  12 bytes an element
 __global__ void accumulate_kernel(float* sum, const float* part, size_t n) {
     begin_kernel();
-    size_t at = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * 4;  // both start at whole fours, and a rank's part is a multiple of 128
+    size_t at = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) *
+                4;  // both start at whole fours, and a rank's part is a multiple of 128
     if (at >= n) return;
     auto a = load<4>(sum + at), b = load<4>(part + at);
     for (int i = 0; i < 4; i++) a[i] += b[i];
@@ -1812,31 +1969,35 @@ __global__ void accumulate_kernel(float* sum, const float* part, size_t n) {
 
 // A stretch of one tensor, a block's work: all tensors in one launch, each with its own decay.
 struct UpdateChunk {
-    size_t first;              // in the parameter order: what its random numbers are drawn by
-    size_t parameter, copy;    // where it starts in the parameters (or masters), and in their copy
-    size_t gradient, moment;   // the same in grads or grads_bf16, and in the moments
+    size_t first;             // in the parameter order: what its random numbers are drawn by
+    size_t parameter, copy;   // where it starts in the parameters (or masters), and in their copy
+    size_t gradient, moment;  // the same in grads or grads_bf16, and in the moments
     int count;
-    bool decayed, bf16;        // bf16: the gradient is
-    bool master;               // its FP32 weights are in masters
+    bool decayed, bf16;  // bf16: the gradient is
+    bool master;         // its FP32 weights are in masters
 };
 constexpr int UPDATE_CHUNK = 8192;  // elements
 
 // With the clipped gradient g:  m = b1 m + (1-b1) g,  v = b2 v + (1-b2) g^2,
 //     p -= lr wd p,   p -= lr mhat / (sqrt(vhat) + eps),   mhat = m / (1 - b1^n), vhat = v / (1 - b2^n)
-// and g = 0 for the next step. branch_copy: p in BF16. With --moments bf16 the update takes m and v before they are rounded, and what is
-// stored is rounded stochastically: to nearest, v would stop where (1-b2) g^2 falls below 2^-9 of it. counter: n, of the random numbers.
-// 34 bytes an element in BF16: p, g, m, v in, the same and the copy out; 4 less with BF16 gradients, 8 with BF16 moments.
+// and g = 0 for the next step. branch_copy: p in BF16. With --moments bf16 the update takes m and v before they are
+// rounded, and what is stored is rounded stochastically: to nearest, v would stop where (1-b2) g^2 falls below 2^-9 of
+// it. counter: n, of the random numbers. 34 bytes an element in BF16: p, g, m, v in, the same and the copy out; 4 less
+// with BF16 gradients, 8 with BF16 moments.
 template <int N, class Gradient, class Moment>
-__device__ void adamw(float* p, branch_t* branch_copy, Gradient* g, Moment* m, Moment* v, size_t at, float decay, const StepState& s, uint64_t seed, uint32_t counter) {
+__device__ void adamw(float* p, branch_t* branch_copy, Gradient* g, Moment* m, Moment* v, size_t at, float decay,
+                      const StepState& s, uint64_t seed, uint32_t counter) {
     constexpr float b1 = float(BETA1), b2 = float(BETA2), epsilon = float(ADAM_EPSILON);
     auto ps = load<N>(p);
     auto gs = load<N>(g);
     auto ms = load<N>(m), vs = load<N>(v);
     Pack<branch_t, N> copy;
     Philox draw{};
-    if constexpr (sizeof(Moment) == 2) draw = philox(seed, uint32_t(at / 4), uint32_t(at / 4 >> 32), counter, STREAM_MOMENTS);
+    if constexpr (sizeof(Moment) == 2)
+        draw = philox(seed, uint32_t(at / 4), uint32_t(at / 4 >> 32), counter, STREAM_MOMENTS);
     for (int i = 0; i < N; i++) {
-        float gi = s.clip * float(gs[i]), mi = b1 * float(ms[i]) + (1 - b1) * gi, vi = b2 * float(vs[i]) + (1 - b2) * gi * gi;
+        float gi = s.clip * float(gs[i]), mi = b1 * float(ms[i]) + (1 - b1) * gi,
+              vi = b2 * float(vs[i]) + (1 - b2) * gi * gi;
         ps[i] -= decay * ps[i];
         ps[i] -= s.step_size * mi / (sqrtf(vi * s.v_scale) + epsilon);
         gs[i] = Gradient(0.0f);
@@ -1853,23 +2014,27 @@ __device__ void adamw(float* p, branch_t* branch_copy, Gradient* g, Moment* m, M
 }
 
 template <class Gradient, class Moment>
-__device__ void update_chunk(float* p, branch_t* branch_copy, Gradient* g, Moment* m, Moment* v, const UpdateChunk& chunk, const StepState& s, uint64_t seed,
-                             uint32_t counter) {
+__device__ void update_chunk(float* p, branch_t* branch_copy, Gradient* g, Moment* m, Moment* v,
+                             const UpdateChunk& chunk, const StepState& s, uint64_t seed, uint32_t counter) {
     float decay = chunk.decayed ? s.decay : 0;
     p += chunk.parameter, g += chunk.gradient, m += chunk.moment, v += chunk.moment;
     if (branch_copy) branch_copy += chunk.copy;
     // Fours where the stretch starts at multiples of four; what is left over, one by one.
-    int in_fours = (chunk.first | chunk.parameter | chunk.copy | chunk.gradient | chunk.moment) % 4 == 0 ? chunk.count / 4 * 4 : 0;
+    int in_fours =
+        (chunk.first | chunk.parameter | chunk.copy | chunk.gradient | chunk.moment) % 4 == 0 ? chunk.count / 4 * 4 : 0;
     for (int i = threadIdx.x * 4; i < in_fours; i += blockDim.x * 4)
-        adamw<4>(p + i, branch_copy ? branch_copy + i : nullptr, g + i, m + i, v + i, chunk.first + i, decay, s, seed, counter);
+        adamw<4>(p + i, branch_copy ? branch_copy + i : nullptr, g + i, m + i, v + i, chunk.first + i, decay, s, seed,
+                 counter);
     for (int i = in_fours + threadIdx.x; i < chunk.count; i += blockDim.x)
-        adamw<1>(p + i, branch_copy ? branch_copy + i : nullptr, g + i, m + i, v + i, chunk.first + i, decay, s, seed, counter);
+        adamw<1>(p + i, branch_copy ? branch_copy + i : nullptr, g + i, m + i, v + i, chunk.first + i, decay, s, seed,
+                 counter);
 }
 
 // Where the step is not finite, parameters and moments stay, and the gradients become zero as after any step.
 template <class Moment>
-__global__ void adamw_kernel(float* params, float* masters, branch_t* branch_copy, float* g, __nv_bfloat16* g_bf16, Moment* m, Moment* v, const UpdateChunk* chunks,
-                             const StepSettings* settings, const StepState* state, const UpdateCounts* counts) {
+__global__ void adamw_kernel(float* params, float* masters, branch_t* branch_copy, float* g, __nv_bfloat16* g_bf16,
+                             Moment* m, Moment* v, const UpdateChunk* chunks, const StepSettings* settings,
+                             const StepState* state, const UpdateCounts* counts) {
     begin_kernel();
     UpdateChunk chunk = chunks[blockIdx.x];
     StepState s = *state;
@@ -1886,14 +2051,15 @@ __global__ void adamw_kernel(float* params, float* masters, branch_t* branch_cop
     else update_chunk(p, branch_copy, g, m, v, chunk, s, seed, counter);
 }
 
-// Where each tensor's gradient is. With --grads bf16 the matrices of the blocks are in BF16; embeddings, to which a batch adds many times, and
-// gains, which are few, stay in FP32.
+// Where each tensor's gradient is. With --grads bf16 the matrices of the blocks are in BF16; embeddings, to which a
+// batch adds many times, and gains, which are few, stay in FP32.
 struct GradientLayout {
     std::vector<std::array<size_t, NUM_TENSORS>> at;  // [layer + 1][tensor], in grads or in grads_bf16
     size_t fp32 = 0, bf16 = 0, largest = 0;           // elements of the two; of the largest matrix in BF16
     static bool is_block_matrix(Tensor t) { return t == QKVW || t == ATTPROJW || t == FCW || t == FCPROJW; }
 
-    GradientLayout(const ParameterLayout& layout, int L, bool matrices_bf16, Sharing sharing = {}) : at(size_t(L) + 1), matrices_bf16(matrices_bf16) {
+    GradientLayout(const ParameterLayout& layout, int L, bool matrices_bf16, Sharing sharing = {})
+        : at(size_t(L) + 1), matrices_bf16(matrices_bf16) {
         for (auto& row : at) row.fill(ParameterLayout::absent);
         if (sharing.ranks > 0) {  // as they are reduced
             ParameterLayout places = sharing.grad_layout(layout);
@@ -1916,20 +2082,23 @@ private:
 };
 
 // Of all parameters, or from -z 1 on of what the rank owns.
-std::vector<UpdateChunk> update_chunks(const ParameterLayout& layout, const GradientLayout& gradients, Sharing sharing = {}) {
+std::vector<UpdateChunk> update_chunks(const ParameterLayout& layout, const GradientLayout& gradients,
+                                       Sharing sharing = {}) {
     std::vector<UpdateChunk> chunks;
     auto add = [&](const Stretch& s) {
         const TensorInfo& t = layout.tensors[s.tensor];
         bool sharded = sharing.states(), master = sharded && BRANCH_BF16 && layout.unit_of(t) > 0;
         for (size_t at = 0; at < s.count; at += UPDATE_CHUNK)
-            chunks.push_back({t.file_offset + s.first + at, (master ? s.shard - layout.units[0].shard : s.memory) + at, s.memory + at,
-                              (sharded ? s.shard : gradients.of(t)) + at, (sharded ? s.shard : s.memory) + at, int(std::min(s.count - at, size_t(UPDATE_CHUNK))), t.decay,
-                              gradients.in_bf16(t.id), master});
+            chunks.push_back({t.file_offset + s.first + at, (master ? s.shard - layout.units[0].shard : s.memory) + at,
+                              s.memory + at, (sharded ? s.shard : gradients.of(t)) + at,
+                              (sharded ? s.shard : s.memory) + at, int(std::min(s.count - at, size_t(UPDATE_CHUNK))),
+                              t.decay, gradients.in_bf16(t.id), master});
     };
     if (sharing.states())
         for (const Stretch& s : layout.stretches(sharing.rank)) add(s);
     else
-        for (size_t i = 0; i < layout.tensors.size(); i++) add({i, 0, layout.tensors[i].size(), layout.tensors[i].offset, layout.tensors[i].offset});
+        for (size_t i = 0; i < layout.tensors.size(); i++)
+            add({i, 0, layout.tensors[i].size(), layout.tensors[i].offset, layout.tensors[i].offset});
     return chunks;
 }
 
@@ -1956,7 +2125,8 @@ __global__ void initialise_kernel(Out* out, TensorStart t, uint64_t seed) {
 
 DeviceArray<branch_t> Device::random_matrix(size_t n) {
     DeviceArray<branch_t> matrix(n);
-    launch(initialise_kernel<branch_t>, ceil_div(ceil_div(n, 4), THREADS), THREADS, 0, stream, matrix.data(), TensorStart{1, n, 1, 1, 1, 1, 0}, uint64_t(1));
+    launch(initialise_kernel<branch_t>, ceil_div(ceil_div(n, 4), THREADS), THREADS, 0, stream, matrix.data(),
+           TensorStart{1, n, 1, 1, 1, 1, 0}, uint64_t(1));
     return matrix;
 }
 
@@ -1980,15 +2150,17 @@ struct SquaresOf {
     const __nv_bfloat16* grads_bf16;
 };
 
-// squares (chunks) = the sum of squares of each chunk: the norms of all tensors in one launch.  4 bytes an element, 8 with before, 2 of a BF16 gradient
+// squares (chunks) = the sum of squares of each chunk: the norms of all tensors in one launch.  4 bytes an element, 8
+// with before, 2 of a BF16 gradient
 __global__ void chunk_squares_kernel(double* squares, SquaresOf of, const UpdateChunk* chunks) {
     begin_kernel();
     auto& s = shared<SumShared>();
     UpdateChunk chunk = chunks[blockIdx.x];
     double sum = 0;
     for (int i = threadIdx.x; i < chunk.count; i += SUM_THREADS) {
-        float value = !of.grads ? of.values[chunk.first + i] - (of.before ? of.before[chunk.first + i] : 0.0f)
-                      : chunk.bf16 ? float(of.grads_bf16[chunk.gradient + i]) : of.grads[chunk.gradient + i];
+        float value = !of.grads    ? of.values[chunk.first + i] - (of.before ? of.before[chunk.first + i] : 0.0f)
+                      : chunk.bf16 ? float(of.grads_bf16[chunk.gradient + i])
+                                   : of.grads[chunk.gradient + i];
         sum += double(value) * double(value);
     }
     sum = block_sum(s, sum);
@@ -2043,15 +2215,17 @@ struct BranchActivations {
     branch_t* gelu;        // (rows,4C)
 };
 
-// f (rows,C) = attention(u (rows,C)), rows = B * (T - first). f may be null: then only the activations are made. first > 0, with a KV cache,
-// wants B = 1: the new rows are one stretch of qkv.
-void attention_branch_forward(Device& device, branch_t* f, const BranchActivations& a, const SublayerTensors<branch_t>& w, const SublayerTensors<float>& gains,
+// f (rows,C) = attention(u (rows,C)), rows = B * (T - first). f may be null: then only the activations are made. first
+// > 0, with a KV cache, wants B = 1: the new rows are one stretch of qkv.
+void attention_branch_forward(Device& device, branch_t* f, const BranchActivations& a,
+                              const SublayerTensors<branch_t>& w, const SublayerTensors<float>& gains,
                               const ModelConfig& c, int B, int T, int first) {
     size_t rows = size_t(B) * size_t(T - first), C = size_t(c.C), start = size_t(first) * 3 * C;
     matmul_forward(device, a.qkv + start, a.u, w[QKVW], rows, C, 3 * C);
     const branch_t* qkv = a.qkv;
     if (gains[GAMMA_Q]) {
-        qkv_norm_forward(device, a.qkv_normed + start, a.qkv + start, {{gains[GAMMA_Q], gains[GAMMA_K], gains[GAMMA_V]}, {}}, rows, c.H, c.D());
+        qkv_norm_forward(device, a.qkv_normed + start, a.qkv + start,
+                         {{gains[GAMMA_Q], gains[GAMMA_K], gains[GAMMA_V]}, {}}, rows, c.H, c.D());
         qkv = a.qkv_normed;
     }
     attention_forward(device, a.y, a.lse, qkv, B, T, c.C, c.H, first);
@@ -2060,18 +2234,21 @@ void attention_branch_forward(Device& device, branch_t* f, const BranchActivatio
 
 // Scratch that the backward passes of all branches share.
 struct BranchScratch {
-    branch_t* dbranch;   // (rows,4C) dqkv or dh
-    float* delta;        // (B,H,T)
-    float* partial;      // (blocks,2C) or (blocks,3D) of the gains
+    branch_t* dbranch;  // (rows,4C) dqkv or dh
+    float* delta;       // (B,H,T)
+    float* partial;     // (blocks,2C) or (blocks,3D) of the gains
 };
 
 // du (rows,C) from df (rows,C); du serves as dy's on the way.
-void attention_branch_backward(Device& device, branch_t* du, const branch_t* df, const BranchActivations& a, const SublayerTensors<branch_t>& w,
-                               const SublayerTensors<float>& gains, const SublayerGradients& dw, const ModelConfig& c, int B, int T, const BranchScratch& s) {
+void attention_branch_backward(Device& device, branch_t* du, const branch_t* df, const BranchActivations& a,
+                               const SublayerTensors<branch_t>& w, const SublayerTensors<float>& gains,
+                               const SublayerGradients& dw, const ModelConfig& c, int B, int T,
+                               const BranchScratch& s) {
     size_t rows = size_t(B) * size_t(T), C = size_t(c.C);
     matmul_backward(device, du, dw.matrix(ATTPROJW), df, a.y, w[ATTPROJW], rows, C, C);
     if (gains[GAMMA_Q]) {
-        QkvGains g{{gains[GAMMA_Q], gains[GAMMA_K], gains[GAMMA_V]}, {dw.gain(GAMMA_Q), dw.gain(GAMMA_K), dw.gain(GAMMA_V)}};
+        QkvGains g{{gains[GAMMA_Q], gains[GAMMA_K], gains[GAMMA_V]},
+                   {dw.gain(GAMMA_Q), dw.gain(GAMMA_K), dw.gain(GAMMA_V)}};
         qkv_norm_forward(device, a.qkv_normed, a.qkv, g, rows, c.H, c.D());  // one buffer serves all sub-layers
         attention_backward(device, s.dbranch, s.delta, du, a.qkv_normed, a.y, a.lse, B, T, c.C, c.H);
         qkv_norm_backward(device, s.dbranch, a.qkv, g, rows, c.H, c.D(), s.partial);
@@ -2082,7 +2259,8 @@ void attention_branch_backward(Device& device, branch_t* du, const branch_t* df,
 }
 
 // f (rows,C) = gelu(u fcw^T) fcprojw^T. f may be null.
-void feed_forward_branch_forward(Device& device, branch_t* f, const BranchActivations& a, const SublayerTensors<branch_t>& w, const ModelConfig& c, size_t rows) {
+void feed_forward_branch_forward(Device& device, branch_t* f, const BranchActivations& a,
+                                 const SublayerTensors<branch_t>& w, const ModelConfig& c, size_t rows) {
     size_t C = size_t(c.C);
     matmul_forward(device, a.h, a.u, w[FCW], rows, C, 4 * C);
     gelu_forward(device, a.gelu, a.h, rows * 4 * C);
@@ -2090,8 +2268,9 @@ void feed_forward_branch_forward(Device& device, branch_t* f, const BranchActiva
 }
 
 // du (rows,C) from df (rows,C).
-void feed_forward_branch_backward(Device& device, branch_t* du, const branch_t* df, const BranchActivations& a, const SublayerTensors<branch_t>& w,
-                                  const SublayerGradients& dw, const ModelConfig& c, size_t rows, const BranchScratch& s) {
+void feed_forward_branch_backward(Device& device, branch_t* du, const branch_t* df, const BranchActivations& a,
+                                  const SublayerTensors<branch_t>& w, const SublayerGradients& dw, const ModelConfig& c,
+                                  size_t rows, const BranchScratch& s) {
     size_t C = size_t(c.C);
     matmul_backward(device, s.dbranch, dw.matrix(FCPROJW), df, a.gelu, w[FCPROJW], rows, 4 * C, C);
     gelu_backward(device, s.dbranch, a.h, rows * 4 * C);
@@ -2101,8 +2280,9 @@ void feed_forward_branch_backward(Device& device, branch_t* du, const branch_t* 
 // ----------------------------------------------------------------------------------------------------
 // Ranks: what travels between GPUs, by NCCL
 //
-// One communicator and one stream of its own, beside the stream that computes; events fork and join them, in a graph as outside one. All ranks make
-// the same calls in the same order. NCCL's sums depend on the number of ranks and the network's shape alone, so each run of a machine has the same bits.
+// One communicator and one stream of its own, beside the stream that computes; events fork and join them, in a graph as
+// outside one. All ranks make the same calls in the same order. NCCL's sums depend on the number of ranks and the
+// network's shape alone, so each run of a machine has the same bits.
 
 #ifdef KEEL_NCCL
 inline void check(ncclResult_t result, const char* what) {
@@ -2123,17 +2303,20 @@ public:
 
     const size_t rank, ranks;
     cudaStream_t stream = nullptr;
-    size_t bytes_sent = 0;  // by this rank, as a ring sends them, of what has been asked for so far: a graph's launches are not counted
+    size_t bytes_sent =
+        0;  // by this rank, as a ring sends them, of what has been asked for so far: a graph's launches are not counted
 
     Communicator(const Launch& launch, const Gift& gift) : rank(size_t(launch.rank)), ranks(size_t(launch.ranks)) {
         int devices = 0;
         CUDA(cudaGetDeviceCount(&devices));
         CUDA(cudaSetDevice(launch.local_rank % devices));  // a launcher may also show each process its own GPU alone
-        setenv("NCCL_ALGO", "Ring", 0);  // every collective alike, whatever its size: the order of its sums is the ring's
+        setenv("NCCL_ALGO", "Ring",
+               0);  // every collective alike, whatever its size: the order of its sums is the ring's
         ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
         config.maxCTAs = MULTIPROCESSORS;
         NCCL(ncclCommInitRankConfig(&comm, launch.ranks, gift.id, launch.rank, &config));
-        CUDA(cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, -5));  // the highest there is: what it waits for is the network
+        CUDA(cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking,
+                                          -5));  // the highest there is: what it waits for is the network
         for (cudaEvent_t* event : {&forked, &joined}) CUDA(cudaEventCreateWithFlags(event, cudaEventDisableTiming));
     }
     ~Communicator() {
@@ -2187,7 +2370,8 @@ public:
 
     // all (ranks, bytes) on the host from mine (bytes) of each rank
     void gather(const void* mine, void* all, size_t bytes) {
-        if (host.size() < ranks * bytes) host = PinnedArray<char>(ranks * bytes), memory = DeviceArray<char>(ranks * bytes);
+        if (host.size() < ranks * bytes)
+            host = PinnedArray<char>(ranks * bytes), memory = DeviceArray<char>(ranks * bytes);
         memcpy(host.data(), mine, bytes);
         CUDA(cudaMemcpyAsync(memory.data() + rank * bytes, host.data(), bytes, cudaMemcpyDefault, stream));
         NCCL(ncclAllGather(memory.data() + rank * bytes, memory.data(), bytes, ncclInt8, comm, stream));
@@ -2211,9 +2395,7 @@ using Communicator = NoCommunicator;
 // The model: its memory, its forward and its backward
 
 // A sub-layer's sums for --probe, on the device.
-struct ProbeSums {
-    double x, f, z, dx, df;
-};
+struct ProbeSums { double x, f, z, dx, df; };
 
 struct Model {
     ModelConfig config;
@@ -2222,65 +2404,79 @@ struct Model {
     Recompute recompute;
     StateTypes types;
     Sharing sharing;
-    ParameterLayout grad_layout;             // of several ranks: of grads
+    ParameterLayout grad_layout;  // of several ranks: of grads
     GradientLayout gradient_layout;
     Device device;
-    Communicator* communicator;              // null: alone
-    std::vector<cudaEvent_t> unit_events;    // of several ranks: the unit's weights are whole; in the backward pass, its gradients have gone
+    Communicator* communicator;  // null: alone
+    std::vector<cudaEvent_t>
+        unit_events;  // of several ranks: the unit's weights are whole; in the backward pass, its gradients have gone
 
     DeviceArray<char> memory;                // what the buffers below are parts of
     DeviceArray<float> params, grads, m, v;  // in parameter order; m, v: AdamW's moments
-    DeviceArray<__nv_bfloat16> grads_bf16, m_bf16, v_bf16;  // instead of those in FP32 with --grads bf16 and --moments bf16
-    DeviceArray<float> grad_scratch;         // with --grads bf16: one matrix's gradient
-    DeviceArray<branch_t> branch_copy;       // params in BF16, which the matrix products read; the FP32 build reads params
-    // Of several ranks: FP32 weights of the blocks, in the BF16 build from -z 1 on, of what this one owns, params then holding unit 0 alone; the step's gradients of
-    // what it owns, all ranks' added up; what a reduce-scatter brings; the step's numbers of each rank; this one's RankFlags.
+    DeviceArray<__nv_bfloat16> grads_bf16, m_bf16,
+        v_bf16;                         // instead of those in FP32 with --grads bf16 and --moments bf16
+    DeviceArray<float> grad_scratch;    // with --grads bf16: one matrix's gradient
+    DeviceArray<branch_t> branch_copy;  // params in BF16, which the matrix products read; the FP32 build reads params
+    // Of several ranks: FP32 weights of the blocks, in the BF16 build from -z 1 on, of what this one owns, params then
+    // holding unit 0 alone; the step's gradients of what it owns, all ranks' added up; what a reduce-scatter brings;
+    // the step's numbers of each rank; this one's RankFlags.
     DeviceArray<float> masters, shard_grads, incoming;
     DeviceArray<StepShare> shares;
     DeviceArray<uint64_t> rank_flags;
 
-    // The highway is stored once, as z: kept holds x_0 = "z_{-1}", z_0, ..., z_{L-1}, or with -r K every K-th of them and the
-    // last, the others of one segment being in segment. r_out, r_in (L+1, rows): the norms' two numbers a row.
+    // The highway is stored once, as z: kept holds x_0 = "z_{-1}", z_0, ..., z_{L-1}, or with -r K every K-th of them
+    // and the last, the others of one segment being in segment. r_out, r_in (L+1, rows): the norms' two numbers a row.
     DeviceArray<float> kept, segment, r_out, r_in;
-    DeviceArray<branch_t> u, qkv, qkv_normed, y, h, gelu;  // the branches' activations, a slot for each sub-layer that keeps them
+    DeviceArray<branch_t> u, qkv, qkv_normed, y, h,
+        gelu;  // the branches' activations, a slot for each sub-layer that keeps them
     DeviceArray<float> lse;
-    DeviceArray<branch_t> head_in, f, df, du, dbranch;     // (B,T,C), dbranch (B,T,4C), of the sub-layer at work
-    DeviceArray<float> dz, delta;                          // (B,T,C) the highway's gradient; (B,H,T)
-    DeviceArray<branch_t> logits;                          // a chunk of rows of (.,Vp)
-    DeviceArray<float> losses, gain_partial;               // (B,T); the gains' gradients before their last sum, (blocks,2C) or (blocks,3D)
-    DeviceArray<int> batch;                                // a TokenBatch
+    DeviceArray<branch_t> head_in, f, df, du, dbranch;  // (B,T,C), dbranch (B,T,4C), of the sub-layer at work
+    DeviceArray<float> dz, delta;                       // (B,T,C) the highway's gradient; (B,H,T)
+    DeviceArray<branch_t> logits;                       // a chunk of rows of (.,Vp)
+    DeviceArray<float> losses,
+        gain_partial;        // (B,T); the gains' gradients before their last sum, (blocks,2C) or (blocks,3D)
+    DeviceArray<int> batch;  // a TokenBatch
     DeviceArray<StepState> state;
     DeviceArray<StepSettings> settings;
     DeviceArray<UpdateCounts> updates;
     DeviceArray<UpdateChunk> chunks;
-    size_t update_blocks = 0;                              // chunks in use, the blocks of adamw_kernel
+    size_t update_blocks = 0;  // chunks in use, the blocks of adamw_kernel
 
-    DeviceArray<ProbeSums> probe;                          // (L), of size 0 but for --probe
+    DeviceArray<ProbeSums> probe;  // (L), of size 0 but for --probe
     bool probing = false;
-    int ablated = -1;                                      // the sub-layer whose branch evaluate leaves out; -1: none
+    int ablated = -1;  // the sub-layer whose branch evaluate leaves out; -1: none
 
     // Logits of so many rows at a time that 64 M elements hold them, whatever V is: 128 MiB in BF16.
     // Not const: a test makes it smaller.
     static inline size_t head_elements = size_t(1) << 26;
-    static size_t head_rows(const ModelConfig& c, size_t rows) { return std::min(rows, std::max<size_t>(16, head_elements / size_t(c.Vp()))); }
+    static size_t head_rows(const ModelConfig& c, size_t rows) {
+        return std::min(rows, std::max<size_t>(16, head_elements / size_t(c.Vp())));
+    }
 
     // What the parameters' buffers hold, in elements.
     struct Counts {
-        size_t parameters, branch_copy, masters, grads, grads_bf16, grad_scratch, shard_grads, incoming, moments, moments_bf16, ranks, chunks;
+        size_t parameters, branch_copy, masters, grads, grads_bf16, grad_scratch, shard_grads, incoming, moments,
+            moments_bf16, ranks, chunks;
         Counts(const ParameterLayout& layout, const GradientLayout& g, StateTypes types, Sharing s, int L)
-            : parameters(layout.size), branch_copy(BRANCH_BF16 ? layout.size : 0), masters(0), grads(g.fp32), grads_bf16(g.bf16), grad_scratch(g.largest), shard_grads(0),
-              incoming(0), moments(s.states() ? layout.shard_size : layout.size), moments_bf16(0), ranks(size_t(s.ranks)),
+            : parameters(layout.size), branch_copy(BRANCH_BF16 ? layout.size : 0), masters(0), grads(g.fp32),
+              grads_bf16(g.bf16), grad_scratch(g.largest), shard_grads(0), incoming(0),
+              moments(s.states() ? layout.shard_size : layout.size), moments_bf16(0), ranks(size_t(s.ranks)),
               chunks(layout.count / UPDATE_CHUNK + size_t(NUM_TENSORS) * size_t(L)) {
             if (types.moments_bf16) std::swap(moments, moments_bf16);
-            if (masters_apart(s)) parameters = layout.units[0].shard * ranks, masters = layout.shard_size - layout.units[0].shard;
-            if (ranks > 0) shard_grads = layout.shard_size, incoming = std::max(layout.units[0].shard, layout.units[1].shard);
+            if (masters_apart(s))
+                parameters = layout.units[0].shard * ranks, masters = layout.shard_size - layout.units[0].shard;
+            if (ranks > 0)
+                shard_grads = layout.shard_size, incoming = std::max(layout.units[0].shard, layout.units[1].shard);
         }
-        Counts(const ModelConfig& c, StateTypes types, Sharing s = {}) : Counts(ParameterLayout(c, s.ranks), types, s, c.L) {}
+        Counts(const ModelConfig& c, StateTypes types, Sharing s = {})
+            : Counts(ParameterLayout(c, s.ranks), types, s, c.L) {}
 
     private:
-        Counts(const ParameterLayout& layout, StateTypes types, Sharing s, int L) : Counts(layout, GradientLayout(layout, L, types.grads_bf16, s), types, s, L) {}
+        Counts(const ParameterLayout& layout, StateTypes types, Sharing s, int L)
+            : Counts(layout, GradientLayout(layout, L, types.grads_bf16, s), types, s, L) {}
     };
-    // Whether the FP32 weights of the blocks are of what the rank owns alone: products read the BF16 copy, which all have.
+    // Whether the FP32 weights of the blocks are of what the rank owns alone: products read the BF16 copy, which all
+    // have.
     static bool masters_apart(Sharing s) { return BRANCH_BF16 && s.states(); }
 
     // One row a buffer: what it is called in the table at the start, where it lives, its elements.
@@ -2288,7 +2484,7 @@ struct Model {
     static void each_buffer(const ModelConfig& c, const Counts& counts, int B, int T, Recompute r, Visit visit) {
         size_t rows = size_t(B) * size_t(T), C = size_t(c.C), L = size_t(c.L), K = size_t(std::max(1, r.level));
         size_t full = r.segments() ? std::min(K, L) : r.level == 1 ? 2 : L;  // sub-layers that have a slot of their own
-        bool cheap_kept = r.keeps_cheap();                                   // so do u and GELU's output; else one serves all
+        bool cheap_kept = r.keeps_cheap();  // so do u and GELU's output; else one serves all
         visit(counts.masters ? "parameters outside the blocks" : "parameters", &Model::params, counts.parameters);
         visit("parameters of this rank's part", &Model::masters, counts.masters);
         visit("gradients", &Model::grads, counts.grads);
@@ -2348,18 +2544,22 @@ struct Model {
                         Device::tuning_bytes(C, size_t(c.Vp()), head_rows(c, rows), true));
     }
 
-    // All buffers are parts of one allocation. Not const: the tests give each its own, with guards on the CPU headers that
-    // catch a stray index; and so does KEEL_SANITIZE in the environment, for compute-sanitizer, which sees no overrun from
-    // one part into the next.
+    // All buffers are parts of one allocation. Not const: the tests give each its own, with guards on the CPU headers
+    // that catch a stray index; and so does KEEL_SANITIZE in the environment, for compute-sanitizer, which sees no
+    // overrun from one part into the next.
     static inline bool one_allocation = !getenv("KEEL_SANITIZE");
 
-    Model(const ModelConfig& config, int B, int T, Recompute recompute, StateTypes types = {}, Sharing sharing = {}, Communicator* communicator = nullptr)
-        : config(config), layout(config, sharing.ranks), B(B), T(T), recompute(recompute), types(types), sharing(sharing), grad_layout(sharing.grad_layout(layout)),
+    Model(const ModelConfig& config, int B, int T, Recompute recompute, StateTypes types = {}, Sharing sharing = {},
+          Communicator* communicator = nullptr)
+        : config(config), layout(config, sharing.ranks), B(B), T(T), recompute(recompute), types(types),
+          sharing(sharing), grad_layout(sharing.grad_layout(layout)),
           gradient_layout(layout, config.L, types.grads_bf16, sharing), communicator(communicator) {
         Counts counts(layout, gradient_layout, types, sharing, config.L);
-        if (one_allocation) memory = DeviceArray<char>(total_bytes(plan(config, counts, B, T, recompute)) - Device::BYTES);
+        if (one_allocation)
+            memory = DeviceArray<char>(total_bytes(plan(config, counts, B, T, recompute)) - Device::BYTES);
         char* free = memory.data();
-        each_buffer(config, counts, B, T, recompute, [&]<class T_>(const char*, DeviceArray<T_> Model::* buffer, size_t elements) {
+        each_buffer(config, counts, B, T, recompute,
+                    [&]<class T_>(const char*, DeviceArray<T_> Model::* buffer, size_t elements) {
             this->*buffer = one_allocation && elements ? DeviceArray<T_>(free, elements) : DeviceArray<T_>(elements);
         });
         std::vector<UpdateChunk> work = update_chunks(layout, gradient_layout, sharing);
@@ -2385,8 +2585,12 @@ struct Model {
     }
     SublayerTensors<branch_t> weights(int l) { return {branch_params(), layout, l}; }
     SublayerTensors<float> gains(int l) { return {params.data(), layout, l}; }
-    SublayerGradients gradients(int l) { return {grads.data(), grads_bf16.data(), grad_scratch.data(), gradient_layout, layout, rounding(), l}; }
-    RoundingState rounding() { return {settings.data(), updates.data(), TokenBatch(batch.data(), size_t(B) * size_t(T)).number}; }
+    SublayerGradients gradients(int l) {
+        return {grads.data(), grads_bf16.data(), grad_scratch.data(), gradient_layout, layout, rounding(), l};
+    }
+    RoundingState rounding() {
+        return {settings.data(), updates.data(), TokenBatch(batch.data(), size_t(B) * size_t(T)).number};
+    }
     float* parameter(Tensor id, int l = -1) {
         size_t at = layout.offset(id, l);
         return at == ParameterLayout::absent ? nullptr : params.data() + at;
@@ -2396,23 +2600,29 @@ struct Model {
     void initialise(uint64_t seed) {
         for (size_t i = 0; i < layout.tensors.size(); i++) {
             const TensorInfo& t = layout.tensors[i];
-            launch(initialise_kernel<float>, ceil_div(ceil_div(t.size(), 4), THREADS), THREADS, 0, device.stream, place_of(t),
+            launch(initialise_kernel<float>, ceil_div(ceil_div(t.size(), 4), THREADS), THREADS, 0, device.stream,
+                   place_of(t),
                    TensorStart{t.rows, t.cols, t.used_rows, t.tail_row, t.bound, t.bound_tail, uint32_t(i)}, seed);
             placed(t);
         }
         parameters_changed();
     }
 
-    // Where a whole tensor is to be written in FP32, from outside; placed() follows. Where the rank has room for a part of it alone, that is where
-    // its gradients will be.
-    float* place_of(const TensorInfo& t) { return masters_apart(sharing) && layout.unit_of(t) > 0 ? grads.data() + gradient_layout.of(t) : params.data() + t.offset; }
+    // Where a whole tensor is to be written in FP32, from outside; placed() follows. Where the rank has room for a part
+    // of it alone, that is where its gradients will be.
+    float* place_of(const TensorInfo& t) {
+        return masters_apart(sharing) && layout.unit_of(t) > 0 ? grads.data() + gradient_layout.of(t)
+                                                               : params.data() + t.offset;
+    }
     void placed(const TensorInfo& t) {
         if (!masters_apart(sharing) || layout.unit_of(t) == 0) return;
         const Unit& unit = layout.units[layout.unit_of(t)];
-        size_t begin = unit.first + size_t(sharing.rank) * unit.shard, from = std::max(begin, t.offset), to = std::min(begin + unit.shard, t.offset + t.size());
+        size_t begin = unit.first + size_t(sharing.rank) * unit.shard, from = std::max(begin, t.offset),
+               to = std::min(begin + unit.shard, t.offset + t.size());
         float* whole = place_of(t);
         if (from < to) device.copy(master(unit) + (from - begin), whole + (from - t.offset), to - from);
-        launch(round_kernel, ceil_div(t.size(), THREADS), THREADS, 0, device.stream, branch_params() + t.offset, static_cast<const float*>(whole), t.size());
+        launch(round_kernel, ceil_div(t.size(), THREADS), THREADS, 0, device.stream, branch_params() + t.offset,
+               static_cast<const float*>(whole), t.size());
         CUDA(cudaMemsetAsync(whole, 0, t.size() * sizeof(float), device.stream));
     }
     // This rank's part of a unit of the blocks, where masters are apart.
@@ -2424,20 +2634,22 @@ struct Model {
         device.synchronize();
     }
     void round_params(cudaStream_t on = nullptr) {
-        launch(round_kernel, ceil_div(params.size(), THREADS), THREADS, 0, on ? on : device.stream, branch_params(), static_cast<const float*>(params.data()), params.size());
+        launch(round_kernel, ceil_div(params.size(), THREADS), THREADS, 0, on ? on : device.stream, branch_params(),
+               static_cast<const float*>(params.data()), params.size());
     }
 
-    // ----- Several ranks. What travels is on the communicator's stream, in the order of the calls; events hold the two streams together.
+    // ----- Several ranks. What travels is on the communicator's stream, in the order of the calls; events hold the two
+    // streams together.
 #ifdef KEEL_NCCL
-    // In the backward pass, when all gradients of unit u are there: this rank's part of them, added up over the ranks, goes to shard_grads, while the
-    // next block's backward computes. Their memory is zero when unit_events[u] comes.
+    // In the backward pass, when all gradients of unit u are there: this rank's part of them, added up over the ranks,
+    // goes to shard_grads, while the next block's backward computes. Their memory is zero when unit_events[u] comes.
     void reduce_unit(size_t u) {
         const Unit& unit = grad_layout.units[u];
         float* of_unit = grads.data() + unit.first;
         communicator->fork(device.stream);
         communicator->reduce_scatter(incoming.data(), of_unit, unit.shard);
-        launch(accumulate_kernel, ceil_div(unit.shard / 4, THREADS), THREADS, 0, communicator->stream, shard_grads.data() + unit.shard_first,
-               static_cast<const float*>(incoming.data()), unit.shard);
+        launch(accumulate_kernel, ceil_div(unit.shard / 4, THREADS), THREADS, 0, communicator->stream,
+               shard_grads.data() + unit.shard_first, static_cast<const float*>(incoming.data()), unit.shard);
         CUDA(cudaMemsetAsync(of_unit, 0, unit.shard * communicator->ranks * sizeof(float), communicator->stream));
         CUDA(cudaEventRecord(unit_events[u], communicator->stream));
     }
@@ -2463,7 +2675,8 @@ struct Model {
     // The step's loss and gradient norm: each rank adds up its own, then all have them all.
     void share_numbers() {
         add_sum<true>(device, &state.data()->grad_squares, shard_grads.data(), shard_grads.size());
-        launch(share_kernel, 1, 1, 0, device.stream, shares.data() + communicator->rank, static_cast<const StepState*>(state.data()), static_cast<const uint64_t*>(rank_flags.data()));
+        launch(share_kernel, 1, 1, 0, device.stream, shares.data() + communicator->rank,
+               static_cast<const StepState*>(state.data()), static_cast<const uint64_t*>(rank_flags.data()));
         communicator->fork(device.stream);
         communicator->all_gather(shares.data(), 1);
         communicator->join(device.stream);
@@ -2471,7 +2684,8 @@ struct Model {
     // -z 0: every rank updates everything.
     void gather_gradients() {
         for (const Unit& unit : layout.units)
-            device.copy(grads.data() + unit.first + communicator->rank * unit.shard, shard_grads.data() + unit.shard_first, unit.shard);
+            device.copy(grads.data() + unit.first + communicator->rank * unit.shard,
+                        shard_grads.data() + unit.shard_first, unit.shard);
         gather_units(grads);
         device.zero(shard_grads);
     }
@@ -2480,7 +2694,8 @@ struct Model {
         if (masters_apart(sharing))
             for (size_t u = 1; u < layout.units.size(); u++) {
                 const Unit& unit = layout.units[u];
-                launch(round_kernel, ceil_div(unit.shard, THREADS), THREADS, 0, device.stream, branch_params() + unit.first + communicator->rank * unit.shard,
+                launch(round_kernel, ceil_div(unit.shard, THREADS), THREADS, 0, device.stream,
+                       branch_params() + unit.first + communicator->rank * unit.shard,
                        static_cast<const float*>(master(unit)), unit.shard);
             }
         if (sharing.states()) {
@@ -2493,7 +2708,8 @@ struct Model {
         }
         device.synchronize();
     }
-    // The whole of a unit's FP32 weights, where masters are apart, in the memory of its gradients, which is to be zeroed after.
+    // The whole of a unit's FP32 weights, where masters are apart, in the memory of its gradients, which is to be
+    // zeroed after.
     float* gather_masters(size_t u) {
         const Unit& unit = layout.units[u];
         float* whole = grads.data() + grad_layout.units[u].first;
@@ -2515,7 +2731,8 @@ struct Model {
 
     // Where z_{i-1} is, i = 0..L (x_0 for i = 0).
     float* z(int i) {
-        size_t size = size_t(B) * size_t(T) * size_t(config.C), K = size_t(std::max(1, recompute.level)), at = size_t(i);
+        size_t size = size_t(B) * size_t(T) * size_t(config.C), K = size_t(std::max(1, recompute.level)),
+               at = size_t(i);
         if (at % K == 0 || i == config.L) return kept.data() + (at + K - 1) / K * size;
         return segment.data() + (at % K - 1) * size;
     }
@@ -2545,7 +2762,8 @@ struct Model {
     // F_l(u_l) in out, or only the branch's activations where out is null.
     void branch_forward(int l, int b, branch_t* out) {
         if (l == ablated) device.zero(f);
-        else if (is_attention(l)) attention_branch_forward(device, out, activations(l), weights(l), gains(l), config, b, T, 0);
+        else if (is_attention(l))
+            attention_branch_forward(device, out, activations(l), weights(l), gains(l), config, b, T, 0);
         else feed_forward_branch_forward(device, out, activations(l), weights(l), config, size_t(b) * size_t(T));
     }
 
@@ -2555,31 +2773,45 @@ struct Model {
         BranchScratch scratch{dbranch.data(), delta.data(), gain_partial.data()};
         size_t rows = size_t(b) * size_t(T);
         if (recompute.level == 1) branch_forward(l, b, nullptr);
-        else if (recompute.level == -1 && !is_attention(l)) gelu_forward(device, a.gelu, a.h, rows * 4 * size_t(config.C));
-        if (is_attention(l)) attention_branch_backward(device, du.data(), df.data(), a, weights(l), gains(l), gradients(l), config, b, T, scratch);
-        else feed_forward_branch_backward(device, du.data(), df.data(), a, weights(l), gradients(l), config, rows, scratch);
+        else if (recompute.level == -1 && !is_attention(l))
+            gelu_forward(device, a.gelu, a.h, rows * 4 * size_t(config.C));
+        if (is_attention(l))
+            attention_branch_backward(device, du.data(), df.data(), a, weights(l), gains(l), gradients(l), config, b, T,
+                                      scratch);
+        else
+            feed_forward_branch_backward(device, du.data(), df.data(), a, weights(l), gradients(l), config, rows,
+                                         scratch);
     }
 
     // From point l to point l + 1: z_l = alpha_l x_l + F_l(u_l).
     void sublayer_forward(int l, int b) {
         branch_forward(l, b, f.data());
-        highway_forward(device, point(l + 1), point(l), f.data(), config.sublayer(l).alpha, size_t(b) * size_t(T), config.C);
+        highway_forward(device, point(l + 1), point(l), f.data(), config.sublayer(l).alpha, size_t(b) * size_t(T),
+                        config.C);
     }
 
-    // From dz_l in dz (at point L: from the head's du_L) to dz_{l-1} in dz and dF_{l-1} in df; x and u as point l has them.
+    // From dz_l in dz (at point L: from the head's du_L) to dz_{l-1} in dz and dF_{l-1} in df; x and u as point l has
+    // them.
     void point_backward(int l, int b, float* dx) {
         HighwayPoint before = l > 0 ? point(l - 1) : HighwayPoint{};
         if (recompute.keeps_cheap()) before.u = nullptr;  // it was kept
-        HighwayGradients g{dz.data(), du.data(), l > 0 ? df.data() : nullptr, dx, l > 0 ? gradient(GAMMA_OUT, l - 1) : nullptr,
+        HighwayGradients g{dz.data(),
+                           du.data(),
+                           l > 0 ? df.data() : nullptr,
+                           dx,
+                           l > 0 ? gradient(GAMMA_OUT, l - 1) : nullptr,
                            l < config.L ? gradient(GAMMA_IN, l) : gradient(GAMMA_FINAL)};
-        highway_backward(device, point(l), before, g, l < config.L ? config.sublayer(l).alpha : 0, l == config.L, size_t(b) * size_t(T), config.C, gain_partial.data());
+        highway_backward(device, point(l), before, g, l < config.L ? config.sublayer(l).alpha : 0, l == config.L,
+                         size_t(b) * size_t(T), config.C, gain_partial.data());
     }
 
-    // logits = u_L wte^T, a chunk of rows at a time. With backward, du = dlogits wte and dwte += dlogits^T u_L as well, so that logits
-    // and their gradients never exist for more than a chunk. targets: on the device. logits_out, if given, on the host (rows,V).
-    // predictions, if given, on the device (rows).
-    void head(const int* targets, size_t rows, bool backward, float scale, float* logits_out, int* predictions = nullptr) {
-        size_t C = size_t(config.C), V = size_t(config.V), Vp = size_t(config.Vp()), chunk = head_rows(config, size_t(B) * size_t(T));
+    // logits = u_L wte^T, a chunk of rows at a time. With backward, du = dlogits wte and dwte += dlogits^T u_L as well,
+    // so that logits and their gradients never exist for more than a chunk. targets: on the device. logits_out, if
+    // given, on the host (rows,V). predictions, if given, on the device (rows).
+    void head(const int* targets, size_t rows, bool backward, float scale, float* logits_out,
+              int* predictions = nullptr) {
+        size_t C = size_t(config.C), V = size_t(config.V), Vp = size_t(config.Vp()),
+               chunk = head_rows(config, size_t(B) * size_t(T));
         const branch_t* wte = branch_params() + layout.offset(WTE);
         for (size_t i = 0; i < rows; i += chunk) {
             size_t n = std::min(chunk, rows - i);
@@ -2587,8 +2819,10 @@ struct Model {
             matmul_forward(device, logits.data(), in, wte, n, C, Vp);
             if (logits_out) copy_logits(logits_out + i * V, logits.data(), n, V, Vp);
             if (predictions) predict(device, predictions + i, logits.data(), n, config.V, config.Vp());
-            cross_entropy(device, losses.data() + i, logits.data(), targets + i, n, config.V, config.Vp(), backward, scale);
-            if (backward) matmul_backward(device, du.data() + i * C, gradients(-1).matrix(WTE), logits.data(), in, wte, n, C, Vp);
+            cross_entropy(device, losses.data() + i, logits.data(), targets + i, n, config.V, config.Vp(), backward,
+                          scale);
+            if (backward)
+                matmul_backward(device, du.data() + i * C, gradients(-1).matrix(WTE), logits.data(), in, wte, n, C, Vp);
         }
         add_sum<false>(device, &state.data()->loss_sum, losses.data(), rows);
     }
@@ -2601,7 +2835,8 @@ struct Model {
             for (size_t j = 0; j < V; j++) out[r * V + j] = float(host[r * Vp + j]);
     }
 
-    // From tokens (b,T) on the device to u_L in head_in. gather: the weights that other ranks have updated come meanwhile, a unit at a time.
+    // From tokens (b,T) on the device to u_L in head_in. gather: the weights that other ranks have updated come
+    // meanwhile, a unit at a time.
     void forward(const int* tokens, int b, bool gather = false) {
         size_t rows = size_t(b) * size_t(T), n = rows * size_t(config.C);
         if (gather) gather_updates(), await_unit(0);
@@ -2628,13 +2863,16 @@ struct Model {
         head(targets, size_t(b) * size_t(T), false, 0, nullptr, predictions);
     }
 
-    // Forward and backward of the b sequences of the TokenBatch in `batch`: adds the sum of their losses to state.loss_sum, and the gradients of
-    // scale * sum to grads, or of several ranks to shard_grads. debug, if given, gets logits (rows,V), x and dx (L+1,rows,C).
+    // Forward and backward of the b sequences of the TokenBatch in `batch`: adds the sum of their losses to
+    // state.loss_sum, and the gradients of scale * sum to grads, or of several ranks to shard_grads. debug, if given,
+    // gets logits (rows,V), x and dx (L+1,rows,C).
     void forward_backward(int b, float scale, DebugState<float>* debug = nullptr, bool gather = false) {
         size_t rows = size_t(b) * size_t(T), n = rows * size_t(config.C);
         TokenBatch tokens(batch.data(), rows);
         forward(tokens.tokens, b, gather);
-        if (debug) debug->logits.resize(rows * size_t(config.V)), debug->x.resize((size_t(config.L) + 1) * n), debug->dx.resize(debug->x.size());
+        if (debug)
+            debug->logits.resize(rows * size_t(config.V)), debug->x.resize((size_t(config.L) + 1) * n),
+                debug->dx.resize(debug->x.size());
         head(tokens.targets, rows, true, scale, debug ? debug->logits.data() : nullptr);
 
         auto to_point = [&](int l) {
@@ -2652,11 +2890,12 @@ struct Model {
         to_point(config.L);
         int K = recompute.segments() ? recompute.level : config.L;
         for (int end = config.L; end > 0;) {
-            int begin = (end - 1) / K * K;              // the segment's first sub-layer
+            int begin = (end - 1) / K * K;                     // the segment's first sub-layer
             if (end < config.L) forward_again(begin, end, b);  // the last segment's activations are still there
             for (int l = end - 1; l >= begin; l--) {
                 size_t unit = 1 + size_t(l) / 2;  // of several ranks
-                if (sharing.gradients() && !is_attention(l) && unit + 2 < layout.units.size()) await_unit(unit + 2);  // its gradients were where this block's come
+                if (sharing.gradients() && !is_attention(l) && unit + 2 < layout.units.size())
+                    await_unit(unit + 2);  // its gradients were where this block's come
                 branch_backward(l, b);
                 if (communicator && is_attention(l)) reduce_unit(unit);
                 to_point(l);
@@ -2674,19 +2913,24 @@ struct Model {
         branch_forward(end - 1, b, nullptr);
     }
 
-    // Norm, clip and AdamW, in place; the gradients are zero afterwards. A step that is not finite changes nothing else.
+    // Norm, clip and AdamW, in place; the gradients are zero afterwards. A step that is not finite changes nothing
+    // else.
     void update() {
         if (communicator) {
             share_numbers();
         } else {
             add_sum<true>(device, &state.data()->grad_squares, grads.data(), grads.size());
-            if (grads_bf16.size()) add_sum<true>(device, &state.data()->grad_squares, grads_bf16.data(), grads_bf16.size());
+            if (grads_bf16.size())
+                add_sum<true>(device, &state.data()->grad_squares, grads_bf16.data(), grads_bf16.size());
         }
-        launch(prepare_update_kernel, 1, 1, 0, device.stream, state.data(), settings.data(), updates.data(), shares.data(), sharing.ranks);
+        launch(prepare_update_kernel, 1, 1, 0, device.stream, state.data(), settings.data(), updates.data(),
+               shares.data(), sharing.ranks);
         if (communicator && !sharing.states()) gather_gradients();
         auto adamw = [&](auto* first, auto* second) {
-            launch(adamw_kernel<std::remove_pointer_t<decltype(first)>>, update_blocks, THREADS, 0, device.stream, params.data(), masters.data(),
-                   BRANCH_BF16 ? branch_params() : nullptr, sharing.states() ? shard_grads.data() : grads.data(), grads_bf16.data(), first, second, chunks.data(), settings.data(), state.data(), updates.data());
+            launch(adamw_kernel<std::remove_pointer_t<decltype(first)>>, update_blocks, THREADS, 0, device.stream,
+                   params.data(), masters.data(), BRANCH_BF16 ? branch_params() : nullptr,
+                   sharing.states() ? shard_grads.data() : grads.data(), grads_bf16.data(), first, second,
+                   chunks.data(), settings.data(), state.data(), updates.data());
         };
         if (types.moments_bf16) adamw(m_bf16.data(), v_bf16.data());
         else adamw(m.data(), v.data());
@@ -2709,9 +2953,10 @@ struct Model {
     }
 };
 
-// Seconds of a micro-step of B sequences: a rough model of one large GPU, which need only put the choices in their order. Matrix products at
-// the rate that their tiles fill the multiprocessors, the kernels' bytes, and a floor for each of the graph's nodes. The rates are those of an H100
-// or H200, a quarter off for what is not at its peak; bytes and nodes a block are counted in dev/doc/speed.md.
+// Seconds of a micro-step of B sequences: a rough model of one large GPU, which need only put the choices in their
+// order. Matrix products at the rate that their tiles fill the multiprocessors, the kernels' bytes, and a floor for
+// each of the graph's nodes. The rates are those of an H100 or H200, a quarter off for what is not at its peak; bytes
+// and nodes a block are counted in dev/doc/speed.md.
 inline double predicted_seconds(const ModelConfig& c, int B, int T, Recompute r, StateTypes types = {}) {
     constexpr double matrix_rate = 600e12, memory_rate = 3e12, node_seconds = 2e-6, multiprocessors = 132;
     double rows = double(B) * T, blocks = c.L / 2;
@@ -2720,7 +2965,8 @@ inline double predicted_seconds(const ModelConfig& c, int B, int T, Recompute r,
     double filled = std::min(1.0, std::ceil(rows / 128) * std::ceil(c.C / 128.0) / multiprocessors);
     double bytes = rows * blocks * c.C * (226 + (r.level == -1 ? 28 : r.level == 1 ? 54 : r.segments() ? 80 : 0));
     double weights = 12.0 * c.C * c.C * blocks + double(c.Vp()) * c.C;
-    bytes += weights * (2 * (again ? 3 : 2) + (types.grads_bf16 ? 12 : 8));  // a micro-batch reads them, and adds to their gradients
+    bytes += weights * (2 * (again ? 3 : 2) +
+                        (types.grads_bf16 ? 12 : 8));  // a micro-batch reads them, and adds to their gradients
     double nodes = blocks * (22 + (r.level == -1 ? 1 : again ? 6 : 0) + (types.grads_bf16 ? 4 : 0));
     return operations / (matrix_rate * filled) + bytes / memory_rate + nodes * node_seconds;
 }
@@ -2728,19 +2974,21 @@ inline double predicted_seconds(const ModelConfig& c, int B, int T, Recompute r,
 // ----------------------------------------------------------------------------------------------------
 // Sampling
 
-// Feeds tokens through the model a few at a time, keeping q, k and v of every block and position (the KV cache), so that a
-// new token costs one row through each layer. The layers are those of training, on rows instead of batches.
+// Feeds tokens through the model a few at a time, keeping q, k and v of every block and position (the KV cache), so
+// that a new token costs one row through each layer. The layers are those of training, on rows instead of batches.
 class TokenGenerator {
 public:
     TokenGenerator(Model& model, int window)
         : model(model), window(window), C(size_t(model.config.C)), cache(size_t(model.config.L / 2) * window * 3 * C),
-          normed_cache(model.config.norm == HYBRIDNORM ? cache.size() : 0), u(window * C), f(window * C), y(window * C), h(window * 4 * C), gelu(window * 4 * C),
-          logits(size_t(model.config.Vp())), z(window * C), r(2 * size_t(window)), lse(size_t(window) * size_t(model.config.H)), tokens(size_t(window)),
+          normed_cache(model.config.norm == HYBRIDNORM ? cache.size() : 0), u(window * C), f(window * C), y(window * C),
+          h(window * 4 * C), gelu(window * 4 * C), logits(size_t(model.config.Vp())), z(window * C),
+          r(2 * size_t(window)), lse(size_t(window) * size_t(model.config.H)), tokens(size_t(window)),
           host_logits(logits.size()), result(size_t(model.config.V)) {}
 
     static size_t bytes(const ModelConfig& c, int window) {
         size_t caches = (c.norm == HYBRIDNORM ? 2 : 1) * size_t(c.L / 2) * 3 * size_t(c.C);
-        return (size_t(window) * (caches + 11 * size_t(c.C)) + size_t(c.Vp())) * sizeof(branch_t) + size_t(window) * (size_t(c.C) + size_t(c.H) + 3) * 4;
+        return (size_t(window) * (caches + 11 * size_t(c.C)) + size_t(c.Vp())) * sizeof(branch_t) +
+               size_t(window) * (size_t(c.C) + size_t(c.H) + 3) * 4;
     }
 
     // Appends n tokens; returns the logits (V) that follow the last. At most `window` tokens fit.
@@ -2750,17 +2998,23 @@ public:
         int end = length + n;
         size_t rows = size_t(n);
         device.copy(tokens.data(), new_tokens, rows);
-        embedding_forward(device, z.data(), tokens.data(), model.parameter(WTE), model.parameter(WPE), 1, n, c.C, length);
+        embedding_forward(device, z.data(), tokens.data(), model.parameter(WTE), model.parameter(WPE), 1, n, c.C,
+                          length);
         highway_norms(device, point(0), rows, c.C);
         for (int l = 0; l < c.L; l++) {
             size_t block = size_t(l / 2) * size_t(window) * 3 * C;
-            BranchActivations a{u.data(), cache.data() + block, normed_cache.size() ? normed_cache.data() + block : nullptr, y.data(), lse.data(), h.data(), gelu.data()};
-            if (is_attention(l)) attention_branch_forward(device, f.data(), a, model.weights(l), model.gains(l), c, 1, end, length);
+            BranchActivations a{
+                u.data(),   cache.data() + block, normed_cache.size() ? normed_cache.data() + block : nullptr,
+                y.data(),   lse.data(),           h.data(),
+                gelu.data()};
+            if (is_attention(l))
+                attention_branch_forward(device, f.data(), a, model.weights(l), model.gains(l), c, 1, end, length);
             else feed_forward_branch_forward(device, f.data(), a, model.weights(l), c, rows);
             highway_forward(device, point(l + 1), point(l), f.data(), c.sublayer(l).alpha, rows, c.C);
         }
         length = end;
-        matmul_forward(device, logits.data(), u.data() + (rows - 1) * C, model.branch_params() + model.layout.offset(WTE), 1, C, size_t(c.Vp()));
+        matmul_forward(device, logits.data(), u.data() + (rows - 1) * C,
+                       model.branch_params() + model.layout.offset(WTE), 1, C, size_t(c.Vp()));
         device.copy(host_logits.data(), logits.data(), host_logits.size());
         device.synchronize();
         for (size_t v = 0; v < result.size(); v++) result[v] = float(host_logits[v]);
@@ -2840,29 +3094,35 @@ struct Trainer {
 
     RunConfig run;
     Model model;
-    PinnedArray<int> staging[2];      // batches on their way to the device, by turns
-    cudaEvent_t staged[2] = {};       // the device has the batch
-    uint64_t batches = 0;             // staged so far
-    PinnedArray<StepSettings> settings;  // one for each step under way
-    PinnedArray<StepState> state;        // and one more, of evaluate and debug_pass
+    PinnedArray<int> staging[2];              // batches on their way to the device, by turns
+    cudaEvent_t staged[2] = {};               // the device has the batch
+    uint64_t batches = 0;                     // staged so far
+    PinnedArray<StepSettings> settings;       // one for each step under way
+    PinnedArray<StepState> state;             // and one more, of evaluate and debug_pass
     cudaEvent_t ended[steps_in_flight] = {};  // the step's state is on the host
-    uint64_t started = 0, finished = 0;  // steps
-    std::vector<int> token_counts;    // scratch of TokenBatch::sort
-    // Recorded at the start of the second step, when every kernel has been loaded. first_micro_step: where ranks own the states, the step's first
-    // one, in which weights are gathered too.
+    uint64_t started = 0, finished = 0;       // steps
+    std::vector<int> token_counts;            // scratch of TokenBatch::sort
+    // Recorded at the start of the second step, when every kernel has been loaded. first_micro_step: where ranks own
+    // the states, the step's first one, in which weights are gathered too.
     Graph first_micro_step, micro_step, update;
     bool use_graphs = true;
-    Communicator* communicator;          // null: alone
-    PinnedArray<uint64_t> rank_flags;    // of several ranks, for each step under way: its RankFlags
-    std::string lost[steps_in_flight];   // and why its data could not be read
+    Communicator* communicator;         // null: alone
+    PinnedArray<uint64_t> rank_flags;   // of several ranks, for each step under way: its RankFlags
+    std::string lost[steps_in_flight];  // and why its data could not be read
     size_t step_bytes = 0;
 
     explicit Trainer(const RunConfig& run, Communicator* communicator = nullptr)
-        : run(run), model(run.model, run.B, run.T, run.recompute, run.types, Sharing(run), run.ranks > 0 ? communicator : nullptr), settings(steps_in_flight),
-          state(steps_in_flight + 1), communicator(model.communicator), rank_flags(steps_in_flight) {
-        if (model.communicator && run.types.grads_bf16) fail("--grads: expected fp32 with several ranks, found bf16; use -z 2, which divides the gradients among them");
+        : run(run), model(run.model, run.B, run.T, run.recompute, run.types, Sharing(run),
+                          run.ranks > 0 ? communicator : nullptr),
+          settings(steps_in_flight), state(steps_in_flight + 1), communicator(model.communicator),
+          rank_flags(steps_in_flight) {
+        if (model.communicator && run.types.grads_bf16)
+            fail(
+                "--grads: expected fp32 with several ranks, found bf16; use -z 2, which divides the gradients among "
+                "them");
         leave_multiprocessors();
-        if (!run.tune.empty()) model.device.tuning = std::make_unique<TuningTable>(run.tune, tuned_gpu(), cublasLtGetVersion());
+        if (!run.tune.empty())
+            model.device.tuning = std::make_unique<TuningTable>(run.tune, tuned_gpu(), cublasLtGetVersion());
         for (int i = 0; i < 2; i++) {
             staging[i] = PinnedArray<int>(TokenBatch::size(rows()));
             CUDA(cudaEventCreateWithFlags(&staged[i], cudaEventDisableTiming));
@@ -2880,9 +3140,9 @@ struct Trainer {
 
     size_t rows() const { return size_t(run.B) * size_t(run.T); }
 
-    // One optimizer step: the gradient of the mean loss over run.total_batch tokens, a micro-batch at a time, then AdamW. start() only gives the
-    // device its work; finish() waits for the oldest step that was started. With two under way the device goes from one into the next while
-    // the host prints, logs and reads data.
+    // One optimizer step: the gradient of the mean loss over run.total_batch tokens, a micro-batch at a time, then
+    // AdamW. start() only gives the device its work; finish() waits for the oldest step that was started. With two
+    // under way the device goes from one into the next while the host prints, logs and reads data.
     void start(const Loader& data, int64_t step, ProbeLog* log, unsigned flags = 0) {
         Device& device = model.device;
         if (started == 0) upload_updates(step - 1 - run.skipped);
@@ -2900,7 +3160,8 @@ struct Trainer {
                 stage_batch(data, run.sequence(step, micro), micro);
             } catch (const DataError& e) {
                 if (!communicator) throw;
-                lost[slot] = e.what(), flags |= DATA_LOST;  // the others wait for this one: it goes on with the tokens it has
+                lost[slot] = e.what(),
+                flags |= DATA_LOST;  // the others wait for this one: it goes on with the tokens it has
             }
             bool gather = micro == 0 && model.sharing.states();
             if (replay) CUDA(cudaGraphLaunch((gather ? first_micro_step : micro_step).launches, device.stream));
@@ -2942,10 +3203,12 @@ struct Trainer {
     void give_up() {
         if (communicator) communicator->abort();
     }
-    // While gradients travel NCCL's kernels are at work too, and a product over all multiprocessors would wait for theirs.
+    // While gradients travel NCCL's kernels are at work too, and a product over all multiprocessors would wait for
+    // theirs.
     void leave_multiprocessors() {
         int all = properties().multiProcessorCount;
-        if (communicator && communicator->ranks > 1 && all >= 4 * Communicator::MULTIPROCESSORS) model.device.product_multiprocessors = all - Communicator::MULTIPROCESSORS;
+        if (communicator && communicator->ranks > 1 && all >= 4 * Communicator::MULTIPROCESSORS)
+            model.device.product_multiprocessors = all - Communicator::MULTIPROCESSORS;
     }
 #else
     size_t bytes_sent() const { return 0; }
@@ -2969,18 +3232,26 @@ struct Trainer {
         const std::vector<Stretch> owned = model.layout.stretches(run.rank);
         for (const Stretch& s : owned) device.copy(out, owned_place(s), s.count), out += s.count;
         for (auto [fp32, bf16] : moments())
-            for (const Stretch& s : owned) copy_moment(out, *fp32, *bf16, model.sharing.states() ? s.shard : s.memory, s.count), out += s.count;
+            for (const Stretch& s : owned)
+                copy_moment(out, *fp32, *bf16, model.sharing.states() ? s.shard : s.memory, s.count), out += s.count;
         // The model: rank 0 has it, all take part.
         size_t gathered = 0;
         const float* unit = nullptr;
         auto clear = [&] {
-            if (gathered) CUDA(cudaMemsetAsync(model.grads.data() + model.grad_layout.units[gathered].first, 0, model.layout.units[gathered].shard * size_t(run.ranks) * sizeof(float), device.stream));
+            if (gathered)
+                CUDA(cudaMemsetAsync(model.grads.data() + model.grad_layout.units[gathered].first, 0,
+                                     model.layout.units[gathered].shard * size_t(run.ranks) * sizeof(float),
+                                     device.stream));
         };
         for (const TensorInfo& t : model.layout.tensors) {
             size_t u = model.layout.unit_of(t);
             bool apart = Model::masters_apart(model.sharing) && u > 0;
             if (apart && u != gathered) clear(), unit = model.gather_masters(gathered = u);
-            if (run.rank == 0) device.copy(out, apart ? unit + (t.offset - model.layout.units[u].first) : model.params.data() + t.offset, t.size()), out += t.size();
+            if (run.rank == 0)
+                device.copy(out,
+                            apart ? unit + (t.offset - model.layout.units[u].first) : model.params.data() + t.offset,
+                            t.size()),
+                    out += t.size();
         }
         clear();
         device.synchronize();
@@ -2993,7 +3264,8 @@ struct Trainer {
             model.device.copy(fp32->data() + at, values, n);
         } else {
             std::vector<__nv_bfloat16> rounded(n);
-            for (size_t i = 0; i < n; i++) rounded[i] = __nv_bfloat16(values[i]);  // exact where --moments bf16 wrote it
+            for (size_t i = 0; i < n; i++)
+                rounded[i] = __nv_bfloat16(values[i]);  // exact where --moments bf16 wrote it
             model.device.copy(bf16->data() + at, rounded.data(), n);
         }
         model.device.synchronize();
@@ -3040,7 +3312,9 @@ struct Trainer {
         CUDA(cudaEventRecord(staged[slot], model.device.stream));
     }
 
-    void micro_batch(bool gather = false) { model.forward_backward(run.B, float(1.0 / double(run.total_batch)), nullptr, gather); }
+    void micro_batch(bool gather = false) {
+        model.forward_backward(run.B, float(1.0 / double(run.total_batch)), nullptr, gather);
+    }
 
     void record_graphs() {
         double start = seconds();
@@ -3048,7 +3322,8 @@ struct Trainer {
         if (gather) first_micro_step.record(model.device.stream, [&] { micro_batch(true); });
         if (!gather || run.accumulation() > 1) micro_step.record(model.device.stream, [&] { micro_batch(false); });
         update.record(model.device.stream, [&] { model.update(); });
-        printf("graphs     micro-step %zu nodes, update %zu nodes, %s, made in %.2f s beside the first step\n", std::max(micro_step.nodes, first_micro_step.nodes), update.nodes,
+        printf("graphs     micro-step %zu nodes, update %zu nodes, %s, made in %.2f s beside the first step\n",
+               std::max(micro_step.nodes, first_micro_step.nodes), update.nodes,
                bytes_text(double(first_micro_step.bytes + micro_step.bytes + update.bytes)).c_str(), seconds() - start);
     }
 
@@ -3059,7 +3334,8 @@ struct Trainer {
         device.copy(batch.tokens, tokens, n), device.copy(batch.targets, targets, n);
         device.zero(model.state);
         Device::Tuning tuning(device, true);
-        model.evaluate(batch.tokens, batch.targets, b, predictions ? batch.order : nullptr);  // order serves only the backward pass
+        model.evaluate(batch.tokens, batch.targets, b,
+                       predictions ? batch.order : nullptr);  // order serves only the backward pass
         device.copy(&state[steps_in_flight], model.state.data(), 1);
         if (predictions) device.copy(predictions, batch.order, n);
         device.synchronize();
@@ -3075,7 +3351,8 @@ struct Trainer {
         s.params.resize(model.layout.count), s.grads.resize(model.layout.count);
         std::vector<int> host(TokenBatch::size(rows()));
         TokenBatch batch(host.data(), rows());
-        std::copy(s.tokens.begin(), s.tokens.end(), batch.tokens), std::copy(s.targets.begin(), s.targets.end(), batch.targets);
+        std::copy(s.tokens.begin(), s.tokens.end(), batch.tokens),
+            std::copy(s.targets.begin(), s.targets.end(), batch.targets);
         batch.sort(rows(), run.model.V, token_counts);
         *batch.number = 0;
         device.copy(model.batch.data(), host.data(), host.size());
@@ -3089,7 +3366,7 @@ struct Trainer {
     }
 
     // ----- --probe: the step's kernels one by one, with sums between them
-    DeviceArray<double> chunk_squares;    // a sum for each of the model's chunks
+    DeviceArray<double> chunk_squares;  // a sum for each of the model's chunks
     DeviceArray<float> params_before;
 
     void begin_probe() {
@@ -3105,7 +3382,8 @@ struct Trainer {
     // Sums of squares, one a tensor.
     std::vector<double> tensor_squares(const SquaresOf& of) {
         std::vector<double> chunks(model.update_blocks), squares;
-        launch(chunk_squares_kernel, model.update_blocks, SUM_THREADS, sizeof(SumShared), model.device.stream, chunk_squares.data(), of, model.chunks.data());
+        launch(chunk_squares_kernel, model.update_blocks, SUM_THREADS, sizeof(SumShared), model.device.stream,
+               chunk_squares.data(), of, model.chunks.data());
         model.device.copy(chunks.data(), chunk_squares.data(), chunks.size());
         model.device.synchronize();
         const double* chunk = chunks.data();
@@ -3130,7 +3408,9 @@ struct Trainer {
         std::vector<ProbeSums> sums(size_t(run.model.L));
         std::vector<float> gains(size_t(run.model.L) * size_t(run.model.C));  // gamma_out (L,C), where it exists
         device.copy(sums.data(), model.probe.data(), sums.size());
-        auto gain = [&](int l) { return model.parameter(GAMMA_OUT, l) ? gains.data() + size_t(l) * size_t(run.model.C) : nullptr; };
+        auto gain = [&](int l) {
+            return model.parameter(GAMMA_OUT, l) ? gains.data() + size_t(l) * size_t(run.model.C) : nullptr;
+        };
         for (int l = 0; l < run.model.L; l++)
             if (gain(l)) device.copy(gain(l), model.parameter(GAMMA_OUT, l), size_t(run.model.C));
         device.copy(params_before.data(), model.params.data(), model.layout.count);
@@ -3152,7 +3432,8 @@ struct Trainer {
 
     void read_parameters(FileReader& in) {
         if (!communicator) read(in, model.params.data(), model.params.size());
-        for (const TensorInfo& t : communicator ? model.layout.tensors : std::vector<TensorInfo>()) read(in, model.place_of(t), t.size()), model.placed(t);
+        for (const TensorInfo& t : communicator ? model.layout.tensors : std::vector<TensorInfo>())
+            read(in, model.place_of(t), t.size()), model.placed(t);
         model.parameters_changed();
     }
     void read_moments(FileReader& in) {
@@ -3167,20 +3448,26 @@ struct Trainer {
         write(out, [&](float* to, size_t at, size_t n) { model.device.copy(to, model.params.data() + at, n); });
     }
     void write_moments(FileWriter& out) {
-        for (auto& moment : moments()) write(out, [&](float* to, size_t at, size_t n) { copy_moment(to, *moment.first, *moment.second, at, n); });
+        for (auto& moment : moments())
+            write(out, [&](float* to, size_t at, size_t n) { copy_moment(to, *moment.first, *moment.second, at, n); });
     }
 
-    // First and second moment, each with its buffer in FP32 and in BF16, one of which is empty. Files have them in FP32.
-    std::array<std::pair<DeviceArray<float>*, DeviceArray<__nv_bfloat16>*>, 2> moments() { return {{{&model.m, &model.m_bf16}, {&model.v, &model.v_bf16}}}; }
+    // First and second moment, each with its buffer in FP32 and in BF16, one of which is empty. Files have them in
+    // FP32.
+    std::array<std::pair<DeviceArray<float>*, DeviceArray<__nv_bfloat16>*>, 2> moments() {
+        return {{{&model.m, &model.m_bf16}, {&model.v, &model.v_bf16}}};
+    }
 
     // Elements [at, at + n) to the host, by way of the memory for logits where they have to be widened.
-    void copy_moment(float* out, const DeviceArray<float>& fp32, const DeviceArray<__nv_bfloat16>& bf16, size_t at, size_t n) {
+    void copy_moment(float* out, const DeviceArray<float>& fp32, const DeviceArray<__nv_bfloat16>& bf16, size_t at,
+                     size_t n) {
         if (fp32.size()) return model.device.copy(out, fp32.data() + at, n);
         float* wide = static_cast<float*>(static_cast<void*>(model.logits.data()));
         size_t most = model.logits.size() * sizeof(branch_t) / sizeof(float);
         for (size_t done = 0; done < n; done += most) {
             size_t m = std::min(most, n - done);
-            launch(widen_kernel, ceil_div(m, THREADS), THREADS, 0, model.device.stream, wide, bf16.data() + at + done, m);
+            launch(widen_kernel, ceil_div(m, THREADS), THREADS, 0, model.device.stream, wide, bf16.data() + at + done,
+                   m);
             model.device.copy(out + done, wide, m);
         }
     }
@@ -3194,7 +3481,8 @@ struct Trainer {
             size_t n = std::min(chunk.size(), size - at);
             in.read_reals(chunk.data(), n);
             if (to) model.device.copy(to + at, chunk.data(), n);
-            for (size_t i = 0; i < std::min(n, rounded.size()); i++) rounded[i] = __nv_bfloat16(chunk[i]);  // exact where --moments bf16 wrote it
+            for (size_t i = 0; i < std::min(n, rounded.size()); i++)
+                rounded[i] = __nv_bfloat16(chunk[i]);  // exact where --moments bf16 wrote it
             if (!to) model.device.copy(to_bf16 + at, rounded.data(), n);
             model.device.synchronize();
         }
@@ -3229,21 +3517,35 @@ struct Trainer {
         cudaError_t error = cudaGetDeviceCount(&devices);
         cudaDriverGetVersion(&driver), cudaRuntimeGetVersion(&runtime);
         if (error == cudaErrorInsufficientDriver && driver > 0)
-            fail("expected an NVIDIA driver for CUDA %d.%d, found one for %d.%d; update it, or use train_keel_cpu", runtime / 1000, runtime % 1000 / 10, driver / 1000,
-                 driver % 1000 / 10);
+            fail("expected an NVIDIA driver for CUDA %d.%d, found one for %d.%d; update it, or use train_keel_cpu",
+                 runtime / 1000, runtime % 1000 / 10, driver / 1000, driver % 1000 / 10);
         if (error != cudaSuccess || devices == 0)
-            fail("expected an NVIDIA GPU, found none (%s); use train_keel_cpu", error == cudaSuccess ? "no device" : driver == 0 ? "no driver" : cudaGetErrorString(error));
+            fail("expected an NVIDIA GPU, found none (%s); use train_keel_cpu", error == cudaSuccess ? "no device"
+                                                                                : driver == 0
+                                                                                    ? "no driver"
+                                                                                    : cudaGetErrorString(error));
         CUDA(cudaFree(nullptr));  // the driver's start, a good part of a second
         cudaDeviceProp p = properties();
-        if (p.major < 8) fail("expected a GPU of compute capability 8.0 or later, found %s with %d.%d; use train_keel_cpu", p.name, p.major, p.minor);
+        if (p.major < 8)
+            fail("expected a GPU of compute capability 8.0 or later, found %s with %d.%d; use train_keel_cpu", p.name,
+                 p.major, p.minor);
     }
 
     static void check_model(const ModelConfig& c) {
-        if (c.C > most_channels()) fail("-C: expected at most %d channels on this GPU, found %d; use a smaller -C, or train_keel_cpu", most_channels(), c.C);
+        if (c.C > most_channels())
+            fail("-C: expected at most %d channels on this GPU, found %d; use a smaller -C, or train_keel_cpu",
+                 most_channels(), c.C);
         if (!BRANCH_BF16) return;
-        if (c.C % 64) fail("-C: expected a multiple of 64 in this build, found %d; use another -C, or train_keel_fp32 or train_keel_cpu", c.C);
+        if (c.C % 64)
+            fail(
+                "-C: expected a multiple of 64 in this build, found %d; use another -C, or train_keel_fp32 or "
+                "train_keel_cpu",
+                c.C);
         if (c.D() != 16 && c.D() != 32 && c.D() != 64 && c.D() != 128)
-            fail("-H: expected heads of 16, 32, 64 or 128 channels (C / H) in this build, found %d; use another -H, train_keel_fp32 or train_keel_cpu", c.D());
+            fail(
+                "-H: expected heads of 16, 32, 64 or 128 channels (C / H) in this build, found %d; use another -H, "
+                "train_keel_fp32 or train_keel_cpu",
+                c.D());
     }
 
     static std::string machine_name() {
@@ -3251,8 +3553,9 @@ struct Trainer {
         return format("%s, %d multiprocessors", p.name, p.multiProcessorCount);
     }
 
-    // Operations a second of a large product in the branch's type, what every rate is compared with: the median of a few. The matrices hold
-    // random numbers, as zeros take less power and run faster; they are as large as the machine and the memory that is left.
+    // Operations a second of a large product in the branch's type, what every rate is compared with: the median of a
+    // few. The matrices hold random numbers, as zeros take less power and run faster; they are as large as the machine
+    // and the memory that is left.
     double matrix_rate() {
         Device& device = model.device;
         size_t n = 256;
@@ -3292,9 +3595,14 @@ struct Trainer {
     }
 
     static MemoryRow memory_beside(const RunConfig& run, const Options& o) {
-        size_t bytes = o.check.empty() && o.dump.empty() && o.sample_every > 0 ? TokenGenerator::bytes(run.model, run.T) : 0;
+        size_t bytes =
+            o.check.empty() && o.dump.empty() && o.sample_every > 0 ? TokenGenerator::bytes(run.model, run.T) : 0;
         ParameterLayout layout(run.model);
-        if (o.probe > 0) bytes += layout.count * sizeof(float) + update_chunks(layout, GradientLayout(layout, run.model.L, run.types.grads_bf16)).size() * sizeof(double) + size_t(run.model.L) * sizeof(ProbeSums);
+        if (o.probe > 0)
+            bytes += layout.count * sizeof(float) +
+                     update_chunks(layout, GradientLayout(layout, run.model.L, run.types.grads_bf16)).size() *
+                         sizeof(double) +
+                     size_t(run.model.L) * sizeof(ProbeSums);
         return {"samples, probe", bytes};
     }
 
@@ -3302,8 +3610,8 @@ struct Trainer {
         return total_bytes(Model::plan(c, Model::Counts(c, {}), 1, 1, {1})) + TokenGenerator::bytes(c, window);
     }
 
-    // The micro-batch and the level of recomputation that B = 0 and `auto` leave open: of those that fit into the memory, the one with the
-    // least predicted time a token.
+    // The micro-batch and the level of recomputation that B = 0 and `auto` leave open: of those that fit into the
+    // memory, the one with the least predicted time a token.
     static constexpr int64_t MAX_ROWS = int64_t(1) << 30;  // kernels count rows in int
     static void choose_memory_plan(RunConfig& run, size_t available) {
         const ModelConfig& c = run.model;
@@ -3319,7 +3627,8 @@ struct Trainer {
             if (sequences % B == 0 && B * run.T < MAX_ROWS) batches.push_back(int(B));
         if (run.B) batches = {run.B};
         if (int64_t(run.B) * run.T >= MAX_ROWS)
-            fail("-b: expected fewer than 2^30 tokens (B*T) at a time, found %lld; use a smaller -b", (long long)run.B * run.T);
+            fail("-b: expected fewer than 2^30 tokens (B*T) at a time, found %lld; use a smaller -b",
+                 (long long)run.B * run.T);
         RunConfig chosen = run;
         double best = INFINITY;
         for (int B : batches)
@@ -3331,7 +3640,9 @@ struct Trainer {
                 best = seconds, chosen.B = B, chosen.recompute = level;
             }
         if (best == INFINITY) {
-            const char* turn = run.B > 1 ? "a smaller -b" : run.recompute_chosen && run.recompute.level != root ? "-r auto" : "a smaller -C, -L or -t";
+            const char* turn = run.B > 1                                             ? "a smaller -b"
+                               : run.recompute_chosen && run.recompute.level != root ? "-r auto"
+                                                                                     : "a smaller -C, -L or -t";
             require_memory(least, available, turn);
         }
         run = chosen;

@@ -4,8 +4,8 @@
 // product, the layers (each forward beside its backward), the sub-layer, the model, the optimizer, sampling, the step.
 // The same source builds in FP32 and, with -DKEEL_FP64, in FP64: the yardstick.
 //
-// Built with MPI (-DKEEL_MPI), it also runs as many ranks, of which each has a part of the batch: the Communicator, and the rank's step, are what
-// that adds.
+// Built with MPI (-DKEEL_MPI), it also runs as many ranks, of which each has a part of the batch: the Communicator, and
+// the rank's step, are what that adds.
 //
 // Every result has the same bits for any number of threads: the order of each sum depends on shapes alone, threads
 // share out whole outputs, and there are no atomics.
@@ -31,7 +31,7 @@ using index_t = std::ptrdiff_t;  // OpenMP loops want it signed; L*B*T*C overflo
 #if defined(__AVX512F__)
 constexpr int VECTOR_BYTES = 64, REGISTER_ROWS = 12;  // 32 registers: 12 x 2 sums, 2 of B, 1 of A
 #elif defined(__AVX__)
-constexpr int VECTOR_BYTES = 32, REGISTER_ROWS = 6;   // 16 registers: 6 x 2 sums, 2 of B, 1 of A
+constexpr int VECTOR_BYTES = 32, REGISTER_ROWS = 6;  // 16 registers: 6 x 2 sums, 2 of B, 1 of A
 #else
 constexpr int VECTOR_BYTES = 16, REGISTER_ROWS = 6;
 #endif
@@ -47,7 +47,9 @@ public:
         if (n == 0) return;
         size_t bytes = round_up(n * sizeof(T), 64);
         data_ = static_cast<T*>(aligned_alloc(64, bytes));
-        if (!data_) fail("expected %s of memory, found less; use a smaller -b, -t, -C or -L, or -r layer", bytes_text(double(bytes)).c_str());
+        if (!data_)
+            fail("expected %s of memory, found less; use a smaller -b, -t, -C or -L, or -r layer",
+                 bytes_text(double(bytes)).c_str());
     }
     Buffer(Buffer&& b) noexcept : data_(std::exchange(b.data_, nullptr)), n(std::exchange(b.n, 0)) {}
     Buffer& operator=(Buffer&& b) noexcept {
@@ -102,9 +104,9 @@ inline real exponential(real x) {
 //     C(M,N) = A(M,K) B(K,N)   or   C += A B      A[i][k] = a[i*a_row + k*a_col], B alike, C row-major
 //
 // The one algorithm that every fast CPU library uses (Goto and van de Geijn 2008): copy blocks of A and B into
-// panels that the innermost loop reads in order, and keep REGISTER_ROWS x 2 vectors of C in registers. As the strides are
-// free, the same code serves x W^T, dy W and dy^T x. A sum over k runs in order within a block of DEPTH and over the
-// blocks, whatever the tile: so no bit of C depends on M, on N or on the threads.
+// panels that the innermost loop reads in order, and keep REGISTER_ROWS x 2 vectors of C in registers. As the strides
+// are free, the same code serves x W^T, dy W and dy^T x. A sum over k runs in order within a block of DEPTH and over
+// the blocks, whatever the tile: so no bit of C depends on M, on N or on the threads.
 
 constexpr int TILE_M = REGISTER_ROWS, TILE_N = 2 * LANES;  // of C in registers
 constexpr int DEPTH = 256;                                 // k of a block: a TILE_N panel of B stays in the L1 cache
@@ -157,7 +159,8 @@ inline void pack_panel(const Matrix& m, int rows, int K, real* panel) {
     }
 }
 
-// C block (M,N) from packed A (M,K) and packed B (K,N). Tiles that overhang go through a scratch tile and the same kernel.
+// C block (M,N) from packed A (M,K) and packed B (K,N). Tiles that overhang go through a scratch tile and the same
+// kernel.
 inline void multiply_block(int M, int N, int K, const real* a, const real* b, real* c, size_t c_row, bool first) {
     for (int j = 0; j < N; j += TILE_N)
         for (int i = 0; i < M; i += TILE_M) {
@@ -211,8 +214,12 @@ void product(size_t M, size_t N, size_t K, Matrix a, Matrix b, real* c, size_t c
 #ifdef KEEL_CBLAS
     auto order = [](const Matrix& m) { return m.col == 1 ? CblasNoTrans : CblasTrans; };
     auto stride = [](const Matrix& m) { return int(m.col == 1 ? m.row : m.col); };
-    auto* gemm = [] { if constexpr (sizeof(real) == 8) return cblas_dgemm; else return cblas_sgemm; }();
-    gemm(CblasRowMajor, order(a), order(b), int(M), int(N), int(K), 1, a.data, stride(a), b.data, stride(b), accumulate, c, int(c_row));
+    auto* gemm = [] {
+        if constexpr (sizeof(real) == 8) return cblas_dgemm;
+        else return cblas_sgemm;
+    }();
+    gemm(CblasRowMajor, order(a), order(b), int(M), int(N), int(K), 1, a.data, stride(a), b.data, stride(b), accumulate,
+         c, int(c_row));
 #else
     size_t threads = size_t(omp_get_max_threads());
     // Row blocks of equal height, as many as fill the threads; where the rows are too few, columns are shared out too.
@@ -229,7 +236,8 @@ void product(size_t M, size_t N, size_t K, Matrix a, Matrix b, real* c, size_t c
             int depth = int(std::min(size_t(DEPTH), K - k));
             #pragma omp for schedule(static)
             for (size_t j = 0; j < width; j += TILE_N)
-                pack_panel<TILE_N>(b.at(k, j0 + j).transposed(), int(std::min(size_t(TILE_N), width - j)), depth, packed + j * depth);
+                pack_panel<TILE_N>(b.at(k, j0 + j).transposed(), int(std::min(size_t(TILE_N), width - j)), depth,
+                                   packed + j * depth);
             #pragma omp for collapse(2) schedule(static)
             for (size_t ib = 0; ib < row_blocks; ib++)
                 for (size_t jb = 0; jb < column_blocks; jb++) {
@@ -239,7 +247,8 @@ void product(size_t M, size_t N, size_t K, Matrix a, Matrix b, real* c, size_t c
                     real* ap = thread_panels().a.data();
                     for (int y = 0; y < m; y += TILE_M)
                         pack_panel<TILE_M>(a.at(i + y, k), std::min(TILE_M, m - y), depth, ap + size_t(y) * depth);
-                    multiply_block(m, n, depth, ap, packed + j * depth, c + i * c_row + j0 + j, c_row, !accumulate && k == 0);
+                    multiply_block(m, n, depth, ap, packed + j * depth, c + i * c_row + j0 + j, c_row,
+                                   !accumulate && k == 0);
                 }
         }
     }
@@ -322,7 +331,8 @@ inline void add_gain_blocks(real* dg, const real* partial, size_t blocks, size_t
         for (int c = 0; c < C; c++) dg[c] += partial[k * stride + c];
 }
 
-void rmsnorm_backward(real* dx, real* dg, const real* dy, const real* x, const real* g, size_t rows, int C, real* partial) {
+void rmsnorm_backward(real* dx, real* dg, const real* dy, const real* x, const real* g, size_t rows, int C,
+                      real* partial) {
     index_t blocks = index_t(gain_blocks(rows));
     #pragma omp parallel for schedule(static)
     for (index_t k = 0; k < blocks; k++) {
@@ -346,7 +356,8 @@ void qkv_norm_forward(real* out, const real* qkv, const real* const g[3], size_t
 }
 
 // In place: dqkv comes in as the gradient of the normed q, k, v. partial: (blocks,3,D)
-void qkv_norm_backward(real* dqkv, real* const dg[3], const real* qkv, const real* const g[3], size_t rows, int H, int D, real* partial) {
+void qkv_norm_backward(real* dqkv, real* const dg[3], const real* qkv, const real* const g[3], size_t rows, int H,
+                       int D, real* partial) {
     index_t blocks = index_t(gain_blocks(rows));
     #pragma omp parallel for schedule(static)
     for (index_t k = 0; k < blocks; k++) {
@@ -359,7 +370,8 @@ void qkv_norm_backward(real* dqkv, real* const dg[3], const real* qkv, const rea
                     rmsnorm_row_backward(dqkv + at, sum + part * D, dqkv + at, qkv + at, g[part], D);
                 }
     }
-    for (int part = 0; part < 3; part++) add_gain_blocks(dg[part], partial + part * D, size_t(blocks), 3 * size_t(D), D);
+    for (int part = 0; part < 3; part++)
+        add_gain_blocks(dg[part], partial + part * D, size_t(blocks), 3 * size_t(D), D);
 }
 
 // out (rows,N) = in (rows,K) W^T, W (N,K)
@@ -373,12 +385,13 @@ void matmul_backward(real* din, real* dw, const real* dout, const real* in, cons
     product(N, K, rows, row_major(dout, N).transposed(), row_major(in, K), dw, K, true);
 }
 
-// Causal attention, y = softmax(q k^T / sqrt(D)) v for every head: y (B,Tq,C), lse (B,Tq,H), qkv (B,T,3C). Queries are the last
-// Tq = T - first positions of each sequence, keys and values all T (with a KV cache only the new positions ask).
+// Causal attention, y = softmax(q k^T / sqrt(D)) v for every head: y (B,Tq,C), lse (B,Tq,H), qkv (B,T,3C). Queries are
+// the last Tq = T - first positions of each sequence, keys and values all T (with a KV cache only the new positions
+// ask).
 //
 // Tiles of ATT x ATT scores, never (T,T): a row's largest score m and the sum of exp(s - m) are kept while the tiles of
-// keys pass, and what was summed under an older, smaller m is scaled down (Milakov and Gimelshein 2018; Dao et al. 2022).
-// lse = m + log(sum) is all that the backward needs to have the probabilities again: p = exp(s - lse).
+// keys pass, and what was summed under an older, smaller m is scaled down (Milakov and Gimelshein 2018; Dao et al.
+// 2022). lse = m + log(sum) is all that the backward needs to have the probabilities again: p = exp(s - lse).
 constexpr int ATT = 64;
 
 void attention_forward(real* y, real* lse, const real* qkv, int B, int T, int C, int H, int first) {
@@ -425,8 +438,10 @@ void attention_forward(real* y, real* lse, const real* qkv, int B, int T, int C,
 
 // With p the probabilities and s = q k^T / sqrt(D):
 //     dv = p^T dy,   dp = dy v^T,   ds = p (dp - sum_j p dp),   dq = ds k / sqrt(D),   dk = ds^T q / sqrt(D)
-// and sum_j p_ij dp_ij = dy_i . y_i, which needs no (T,T) matrix either. dqkv, qkv (B,T,3C); dy, y (B,T,C); lse (B,T,H).
-void attention_backward(real* dqkv, const real* dy, const real* qkv, const real* y, const real* lse, int B, int T, int C, int H) {
+// and sum_j p_ij dp_ij = dy_i . y_i, which needs no (T,T) matrix either. dqkv, qkv (B,T,3C); dy, y (B,T,C); lse
+// (B,T,H).
+void attention_backward(real* dqkv, const real* dy, const real* qkv, const real* y, const real* lse, int B, int T,
+                        int C, int H) {
     int D = C / H;
     size_t stride = 3 * size_t(C);
     real scale = 1 / std::sqrt(real(D));
@@ -437,14 +452,17 @@ void attention_backward(real* dqkv, const real* dy, const real* qkv, const real*
             for (int k0 = 0; k0 < T; k0 += ATT)
                 for (int q0 = k0; q0 < T; q0 += ATT) {
                     int nk = std::min(ATT, T - k0), nq = std::min(ATT, T - q0);
-                    size_t at_q = start + q0 * stride, at_k = start + C + k0 * stride, at_v = at_k + C, at_y = out + size_t(q0) * C;
-                    Matrix q = row_major(qkv + at_q, stride), k = row_major(qkv + at_k, stride), v = row_major(qkv + at_v, stride);
+                    size_t at_q = start + q0 * stride, at_k = start + C + k0 * stride, at_v = at_k + C,
+                           at_y = out + size_t(q0) * C;
+                    Matrix q = row_major(qkv + at_q, stride), k = row_major(qkv + at_k, stride),
+                           v = row_major(qkv + at_v, stride);
                     Matrix dout = row_major(dy + at_y, C);
                     real p[ATT * ATT], ds[ATT * ATT];
                     small_product(nq, nk, D, q, k.transposed(), p, ATT, false);
                     small_product(nq, nk, D, dout, v.transposed(), ds, ATT, false);
                     for (int i = 0; i < nq; i++) {
-                        real *pi = p + i * ATT, *dsi = ds + i * ATT, row_lse = lse[(size_t(b) * T + q0 + i) * H + h], delta = 0;
+                        real *pi = p + i * ATT, *dsi = ds + i * ATT, row_lse = lse[(size_t(b) * T + q0 + i) * H + h],
+                             delta = 0;
                         const real *dyi = dy + at_y + size_t(i) * C, *yi = y + at_y + size_t(i) * C;
                         #pragma omp simd reduction(+ : delta)
                         for (int d = 0; d < D; d++) delta += dyi[d] * yi[d];
@@ -536,8 +554,8 @@ struct BranchActivations {
 };
 
 // f (rows,C) = attention(u (rows,C)), rows = B * (T - first). f may be null: then only the activations are made.
-void attention_branch_forward(real* f, const BranchActivations& a, const real* u, const SublayerTensors& w, const ModelConfig& c,
-                              int B, int T, int first) {
+void attention_branch_forward(real* f, const BranchActivations& a, const real* u, const SublayerTensors& w,
+                              const ModelConfig& c, int B, int T, int first) {
     size_t rows = size_t(B) * size_t(T - first), start = size_t(first) * 3 * size_t(c.C);
     matmul_forward(a.qkv + start, u, w[QKVW], rows, c.C, 3 * c.C);
     const real* qkv = a.qkv;
@@ -552,7 +570,8 @@ void attention_branch_forward(real* f, const BranchActivations& a, const real* u
 
 // du (rows,C) from df (rows,C). dqkv (B,T,3C) is scratch; du serves as dy's on the way.
 void attention_branch_backward(real* du, const real* df, real* dqkv, const BranchActivations& a, const real* u,
-                               const SublayerTensors& w, const SublayerTensors& dw, const ModelConfig& c, int B, int T, real* partial) {
+                               const SublayerTensors& w, const SublayerTensors& dw, const ModelConfig& c, int B, int T,
+                               real* partial) {
     size_t rows = size_t(B) * size_t(T);
     matmul_backward(du, dw[ATTPROJW], df, a.y, w[ATTPROJW], rows, c.C, c.C);
     if (w[GAMMA_Q]) {
@@ -568,7 +587,8 @@ void attention_branch_backward(real* du, const real* df, real* dqkv, const Branc
 }
 
 // f (rows,C) = gelu(u fcw^T) fcprojw^T. f may be null.
-void feed_forward_branch_forward(real* f, const BranchActivations& a, const real* u, const SublayerTensors& w, const ModelConfig& c, size_t rows) {
+void feed_forward_branch_forward(real* f, const BranchActivations& a, const real* u, const SublayerTensors& w,
+                                 const ModelConfig& c, size_t rows) {
     matmul_forward(a.h, u, w[FCW], rows, c.C, 4 * c.C);
     if (!f) return;
     gelu_forward(a.gelu, a.h, rows * 4 * size_t(c.C));
@@ -577,7 +597,8 @@ void feed_forward_branch_forward(real* f, const BranchActivations& a, const real
 
 // du (rows,C) from df (rows,C). dh (rows,4C) is scratch.
 void feed_forward_branch_backward(real* du, const real* df, real* dh, const BranchActivations& a, const real* u,
-                                  const SublayerTensors& w, const SublayerTensors& dw, const ModelConfig& c, size_t rows) {
+                                  const SublayerTensors& w, const SublayerTensors& dw, const ModelConfig& c,
+                                  size_t rows) {
     matmul_backward(dh, dw[FCPROJW], df, a.gelu, w[FCPROJW], rows, 4 * c.C, c.C);
     gelu_backward(dh, a.h, rows * 4 * size_t(c.C));
     matmul_backward(du, dw[FCW], dh, u, w[FCW], rows, c.C, 4 * c.C);
@@ -623,27 +644,31 @@ double sum_of_squares(const real* values, size_t n) {
 struct Model {
     ModelConfig config;
     ParameterLayout layout, grad_layout;  // of params; of grads, which differs at -z 2 alone
-    int B, T;  // the largest micro-batch, and the sequence length
+    int B, T;                             // the largest micro-batch, and the sequence length
     Recompute recompute;
     Sharing sharing;
 
-    Buffer<real> params, grads, m, v;  // as layout and grad_layout have them; m, v: AdamW's moments, from -z 1 on of what the rank owns alone
-    Buffer<real> shard_grads;          // of several ranks: the step's gradients of what this one owns, all ranks' added up
-    std::vector<Stretch> update_work;  // AdamW's: all parameters, or from -z 1 on what the rank owns, whose gradients and moments are in arrays of their own
-    std::function<void(size_t unit)> unit_done;  // of several ranks: called in the backward pass when a unit's gradients are whole
+    Buffer<real> params, grads, m,
+        v;  // as layout and grad_layout have them; m, v: AdamW's moments, from -z 1 on of what the rank owns alone
+    Buffer<real> shard_grads;  // of several ranks: the step's gradients of what this one owns, all ranks' added up
+    std::vector<Stretch> update_work;  // AdamW's: all parameters, or from -z 1 on what the rank owns, whose gradients
+                                       // and moments are in arrays of their own
+    std::function<void(size_t unit)>
+        unit_done;  // of several ranks: called in the backward pass when a unit's gradients are whole
 
-    // The highway is stored once, as z: kept holds x_0 = "z_{-1}", z_0, ..., z_{L-1}, or with -r K every K-th of them and the
-    // last, the others of one segment being in segment. x and u are made from it again.
+    // The highway is stored once, as z: kept holds x_0 = "z_{-1}", z_0, ..., z_{L-1}, or with -r K every K-th of them
+    // and the last, the others of one segment being in segment. x and u are made from it again.
     Buffer<real> kept, segment;
-    Buffer<real> u, qkv, qkv_normed, y, lse, h, gelu;  // the branches' activations, a slot for each sub-layer that keeps them
-    Buffer<real> x, f;                                 // (B,T,C) the highway and the branch's output, of the sub-layer at work
-    Buffer<real> dx, du, dbranch;                      // (B,T,C), (B,T,C), (B,T,4C)
-    Buffer<real> logits, row_lse, losses;              // a chunk of rows of (.,Vp), its log-sum-exp; (B,T)
-    Buffer<real> gain_partial;                         // the gains' gradients before their last sum
+    Buffer<real> u, qkv, qkv_normed, y, lse, h,
+        gelu;                              // the branches' activations, a slot for each sub-layer that keeps them
+    Buffer<real> x, f;                     // (B,T,C) the highway and the branch's output, of the sub-layer at work
+    Buffer<real> dx, du, dbranch;          // (B,T,C), (B,T,C), (B,T,4C)
+    Buffer<real> logits, row_lse, losses;  // a chunk of rows of (.,Vp), its log-sum-exp; (B,T)
+    Buffer<real> gain_partial;             // the gains' gradients before their last sum
 
-    StepProbe* probe = nullptr;        // what --probe writes; null while nothing is probed
-    std::vector<real> probed_r;        // (L,rows) 1 / rms(z_l) of the micro-batch, while probed
-    int ablated = -1;                  // the sub-layer whose branch evaluate leaves out; -1: none
+    StepProbe* probe = nullptr;  // what --probe writes; null while nothing is probed
+    std::vector<real> probed_r;  // (L,rows) 1 / rms(z_l) of the micro-batch, while probed
+    int ablated = -1;            // the sub-layer whose branch evaluate leaves out; -1: none
 
     // One row a buffer: what it is called in the table at the start, its elements, where it lives.
     struct BufferRow {
@@ -697,8 +722,10 @@ struct Model {
     }
 
     Model(const ModelConfig& config, int B, int T, Recompute recompute, Sharing sharing = {})
-        : config(config), layout(config, sharing.ranks), grad_layout(sharing.grad_layout(layout)), B(B), T(T), recompute(recompute), sharing(sharing) {
-        for (const BufferRow& row : plan(config, B, T, recompute, sharing)) this->*row.buffer = Buffer<real>(row.elements);
+        : config(config), layout(config, sharing.ranks), grad_layout(sharing.grad_layout(layout)), B(B), T(T),
+          recompute(recompute), sharing(sharing) {
+        for (const BufferRow& row : plan(config, B, T, recompute, sharing))
+            this->*row.buffer = Buffer<real>(row.elements);
         grads.zero(), shard_grads.zero(), m.zero(), v.zero();
         if (sharing.ranks > 0) params.zero();  // the padding
         update_work = sharing.states() ? layout.stretches(sharing.rank) : ParameterLayout(config).stretches(0);
@@ -722,7 +749,8 @@ struct Model {
 
     // Where z_{i-1} is, i = 0..L (x_0 for i = 0): what sub-layer i reads.
     real* z(int i) {
-        size_t size = size_t(B) * size_t(T) * size_t(config.C), K = size_t(std::max(1, recompute.level)), at = size_t(i);
+        size_t size = size_t(B) * size_t(T) * size_t(config.C), K = size_t(std::max(1, recompute.level)),
+               at = size_t(i);
         if (at % K == 0 || i == config.L) return kept.data() + (at + K - 1) / K * size;
         return segment.data() + (at % K - 1) * size;
     }
@@ -769,16 +797,18 @@ struct Model {
     //     dz   = norm_out ? RMSNorm_backward(dx_{l+1}, z_l) : dx_{l+1}
     //     dF   = dz                          -> branch backward -> du_l
     //     dx_l = alpha_l * dz + (norm_in ? RMSNorm_backward(du_l, x_l) : du_l)
-    // The first line is where Post-LN dies: it divides the shortcut by rms(z_l), about sqrt(2) where x and F(x) are of one size,
-    // L times over: 2^(-L/2) (the paper's eq. 14-15). KEEL's alpha = L makes rms(z_l) = sqrt(alpha^2 + 1), and the third line's
-    // alpha takes back what the first took: (alpha/sqrt(alpha^2 + 1))^L -> 1 (eq. 18-19).
+    // The first line is where Post-LN dies: it divides the shortcut by rms(z_l), about sqrt(2) where x and F(x) are of
+    // one size, L times over: 2^(-L/2) (the paper's eq. 14-15). KEEL's alpha = L makes rms(z_l) = sqrt(alpha^2 + 1),
+    // and the third line's alpha takes back what the first took: (alpha/sqrt(alpha^2 + 1))^L -> 1 (eq. 18-19).
     void sublayer_backward(int l, int b) {
         SublayerNorm norm = config.sublayer(l);
         SublayerTensors w = weights(l), dw = gradients(l);
         BranchActivations a = activations(l);
         size_t rows = size_t(b) * size_t(T);
 
-        if (norm.norm_out) rmsnorm_backward(dx.data(), dw[GAMMA_OUT], dx.data(), z(l + 1), w[GAMMA_OUT], rows, config.C, gain_partial.data());
+        if (norm.norm_out)
+            rmsnorm_backward(dx.data(), dw[GAMMA_OUT], dx.data(), z(l + 1), w[GAMMA_OUT], rows, config.C,
+                             gain_partial.data());
         if (probe) probe->sublayers[size_t(l)].df += sum_of_squares(dx.data(), rows * size_t(config.C));
 
         restore_x(l, rows);
@@ -787,13 +817,16 @@ struct Model {
         if (norm.norm_in && drop_cheap) rmsnorm_forward(a.u, x.data(), w[GAMMA_IN], rows, config.C);
         if (is_attention(l)) {
             if (drop_all) attention_branch_forward(nullptr, a, input, w, config, b, T, 0);
-            attention_branch_backward(du.data(), dx.data(), dbranch.data(), a, input, w, dw, config, b, T, gain_partial.data());
+            attention_branch_backward(du.data(), dx.data(), dbranch.data(), a, input, w, dw, config, b, T,
+                                      gain_partial.data());
         } else {
             if (drop_all) feed_forward_branch_forward(nullptr, a, input, w, config, rows);
             if (drop_cheap) gelu_forward(a.gelu, a.h, rows * 4 * size_t(config.C));
             feed_forward_branch_backward(du.data(), dx.data(), dbranch.data(), a, input, w, dw, config, rows);
         }
-        if (norm.norm_in) rmsnorm_backward(du.data(), dw[GAMMA_IN], du.data(), x.data(), w[GAMMA_IN], rows, config.C, gain_partial.data());
+        if (norm.norm_in)
+            rmsnorm_backward(du.data(), dw[GAMMA_IN], du.data(), x.data(), w[GAMMA_IN], rows, config.C,
+                             gain_partial.data());
         highway_backward(dx.data(), du.data(), real(norm.alpha), rows * size_t(config.C));
         if (probe) probe->sublayers[size_t(l)].dx += sum_of_squares(dx.data(), rows * size_t(config.C));
     }
@@ -801,16 +834,21 @@ struct Model {
     // logits = x wte^T, a chunk of rows at a time; returns the sum of the losses. With backward, dx = dlogits wte and
     // dwte += dlogits^T x as well, so that logits and their gradients never exist for more than a chunk.
     // logits_out (rows,V) and predictions (rows), the likeliest tokens, are filled where given.
-    double head(const real* in, const int* targets, size_t rows, bool backward, real scale, real* logits_out, int* predictions = nullptr) {
-        size_t C = size_t(config.C), V = size_t(config.V), Vp = size_t(config.Vp()), chunk = head_rows(config, size_t(B) * size_t(T));
+    double head(const real* in, const int* targets, size_t rows, bool backward, real scale, real* logits_out,
+                int* predictions = nullptr) {
+        size_t C = size_t(config.C), V = size_t(config.V), Vp = size_t(config.Vp()),
+               chunk = head_rows(config, size_t(B) * size_t(T));
         real *wte = tensor(params, WTE), *dwte = tensor(grads, WTE);
         for (size_t i = 0; i < rows; i += chunk) {
             size_t n = std::min(chunk, rows - i);
             const real* xi = in + i * C;
             product(n, V, C, row_major(xi, C), row_major(wte, C).transposed(), logits.data(), Vp, false);
-            for (size_t r = 0; logits_out && r < n; r++) memcpy(logits_out + (i + r) * V, &logits[r * Vp], V * sizeof(real));
-            for (size_t r = 0; predictions && r < n; r++) predictions[i + r] = int(std::max_element(&logits[r * Vp], &logits[r * Vp] + V) - &logits[r * Vp]);
-            cross_entropy_forward(losses.data() + i, row_lse.data(), logits.data(), targets + i, n, config.V, config.Vp());
+            for (size_t r = 0; logits_out && r < n; r++)
+                memcpy(logits_out + (i + r) * V, &logits[r * Vp], V * sizeof(real));
+            for (size_t r = 0; predictions && r < n; r++)
+                predictions[i + r] = int(std::max_element(&logits[r * Vp], &logits[r * Vp] + V) - &logits[r * Vp]);
+            cross_entropy_forward(losses.data() + i, row_lse.data(), logits.data(), targets + i, n, config.V,
+                                  config.Vp());
             if (!backward) continue;
             cross_entropy_backward(logits.data(), row_lse.data(), targets + i, n, config.V, config.Vp(), scale);
             product(n, C, V, row_major(logits.data(), Vp), row_major(wte, C), dx.data() + i * C, C, false);
@@ -846,17 +884,22 @@ struct Model {
     }
 
     // Sum of the losses; adds to the gradients those of scale * sum. debug, if given, gets logits, x and dx.
-    double forward_backward(const int* tokens, const int* targets, int b, real scale, DebugState<real>* debug = nullptr) {
+    double forward_backward(const int* tokens, const int* targets, int b, real scale,
+                            DebugState<real>* debug = nullptr) {
         size_t rows = size_t(b) * size_t(T), stream = rows * size_t(config.C);
         forward(tokens, b);
-        if (debug) debug->logits.resize(rows * size_t(config.V)), debug->x.resize((size_t(config.L) + 1) * stream), debug->dx.resize(debug->x.size());
+        if (debug)
+            debug->logits.resize(rows * size_t(config.V)), debug->x.resize((size_t(config.L) + 1) * stream),
+                debug->dx.resize(debug->x.size());
         auto record = [&](std::vector<real> DebugState<real>::* list, int l, const Buffer<real>& from) {
             if (debug) std::copy(from.data(), from.data() + stream, (debug->*list).data() + size_t(l) * stream);
         };
         record(&DebugState<real>::x, config.L, x);
-        double loss = head(final_norm_forward(rows), targets, rows, true, scale, debug ? debug->logits.data() : nullptr);
+        double loss =
+            head(final_norm_forward(rows), targets, rows, true, scale, debug ? debug->logits.data() : nullptr);
         if (real* gamma = tensor(params, GAMMA_FINAL))
-            rmsnorm_backward(dx.data(), tensor(grads, GAMMA_FINAL), dx.data(), x.data(), gamma, rows, config.C, gain_partial.data());
+            rmsnorm_backward(dx.data(), tensor(grads, GAMMA_FINAL), dx.data(), x.data(), gamma, rows, config.C,
+                             gain_partial.data());
         record(&DebugState<real>::dx, config.L, dx);
         int K = recompute.segments() ? recompute.level : config.L;
         for (int end = config.L; end > 0;) {
@@ -893,7 +936,8 @@ struct Model {
     // Sums of squares, one a tensor, of values in parameter order.
     std::vector<double> tensor_squares(const Buffer<real>& values) const {
         std::vector<double> squares;
-        for (const TensorInfo& t : layout.tensors) squares.push_back(sum_of_squares(values.data() + t.offset, t.size()));
+        for (const TensorInfo& t : layout.tensors)
+            squares.push_back(sum_of_squares(values.data() + t.offset, t.size()));
         return squares;
     }
 
@@ -902,7 +946,8 @@ struct Model {
         probe->weights = tensor_squares(params);
         if (sharing.ranks > 0) {
             probe->gradients.assign(layout.tensors.size(), 0);
-            for (const Stretch& s : layout.stretches(rank)) probe->gradients[s.tensor] = sum_of_squares(shard_grads.data() + s.shard, s.count);
+            for (const Stretch& s : layout.stretches(rank))
+                probe->gradients[s.tensor] = sum_of_squares(shard_grads.data() + s.shard, s.count);
         } else {
             probe->gradients = tensor_squares(grads);
         }
@@ -915,8 +960,8 @@ struct Model {
 
 // With the clipped gradient g:  m = b1 m + (1-b1) g,  v = b2 v + (1-b2) g^2,
 //     p -= lr wd p,   p -= lr mhat / (sqrt(vhat) + eps),   mhat = m / (1 - b1^s), vhat = v / (1 - b2^s)
-// at update s = 1, 2, ... (steps that were skipped are not counted); gains are not decayed. Leaves the gradients at zero for the next step.
-// Where the model is probed, notes the sum of squares of each tensor's update.
+// at update s = 1, 2, ... (steps that were skipped are not counted); gains are not decayed. Leaves the gradients at
+// zero for the next step. Where the model is probed, notes the sum of squares of each tensor's update.
 void adamw_update(Model& model, const RunConfig& run, int64_t step, double norm) {
     double lr = learning_rate(run, step);
     real clip = real(run.clip > 0 ? std::min(1.0, run.clip / norm) : 1.0);
@@ -931,7 +976,8 @@ void adamw_update(Model& model, const RunConfig& run, int64_t step, double norm)
         const TensorInfo& t = model.layout.tensors[part.tensor];
         real decay = real(t.decay ? lr * run.weight_decay : 0);
         size_t at = sharded ? part.shard : t.offset;
-        real *p = model.params.data() + t.offset + part.first, *g = (sharded ? model.shard_grads : model.grads).data() + at;
+        real *p = model.params.data() + t.offset + part.first,
+             *g = (sharded ? model.shard_grads : model.grads).data() + at;
         real *m = model.m.data() + at, *v = model.v.data() + at;
         #pragma omp for simd schedule(static) nowait
         for (index_t i = 0; i < index_t(part.count); i++) {
@@ -964,9 +1010,10 @@ double gradient_norm(const Model& model) {
 // ----------------------------------------------------------------------------------------------------
 // Ranks: what travels between them, by MPI
 //
-// Each rank sends each other one its part, and what it gets is added in rank order: the same bits in every run, whatever the network does. A rank
-// sends (N-1)/N of a unit's bytes, as a ring does. MPI is asked again and again, not waited for, so that a process is not deaf in a call that a
-// dead rank leaves hanging; that one has died, the lifeline (keel_common.h) tells.
+// Each rank sends each other one its part, and what it gets is added in rank order: the same bits in every run,
+// whatever the network does. A rank sends (N-1)/N of a unit's bytes, as a ring does. MPI is asked again and again, not
+// waited for, so that a process is not deaf in a call that a dead rank leaves hanging; that one has died, the lifeline
+// (keel_common.h) tells.
 
 #ifdef KEEL_MPI
 class Communicator {
@@ -980,7 +1027,8 @@ public:
     void gather(const void* mine, void* all, size_t bytes) {
         char* to = static_cast<char*>(all);
         if (mine != to + rank * bytes) memcpy(to + rank * bytes, mine, bytes);
-        exchange([&](size_t) { return static_cast<const char*>(mine); }, [&](size_t r) { return to + r * bytes; }, bytes);
+        exchange([&](size_t) { return static_cast<const char*>(mine); }, [&](size_t r) { return to + r * bytes; },
+                 bytes);
     }
 
     // unit (ranks, shard): every rank's part to all
@@ -994,7 +1042,8 @@ public:
         #pragma omp parallel for simd schedule(static)
         for (index_t i = 0; i < index_t(shard); i++) {
             real total = 0;
-            for (size_t r = 0; r < ranks; r++) total += r == rank ? unit[rank * shard + size_t(i)] : received[r * shard + size_t(i)];
+            for (size_t r = 0; r < ranks; r++)
+                total += r == rank ? unit[rank * shard + size_t(i)] : received[r * shard + size_t(i)];
             sum[i] += total;
         }
     }
@@ -1021,8 +1070,12 @@ private:
             size_t next = (rank + distance) % ranks, before = (rank + ranks - distance) % ranks;
             for (size_t at = 0; at < bytes; at += most) {
                 int n = int(std::min(most, bytes - at));
-                requests.push_back({}), check_mpi(MPI_Irecv(to(before) + at, n, MPI_BYTE, int(before), 0, MPI_COMM_WORLD, &requests.back()), "MPI_Irecv");
-                requests.push_back({}), check_mpi(MPI_Isend(from(next) + at, n, MPI_BYTE, int(next), 0, MPI_COMM_WORLD, &requests.back()), "MPI_Isend");
+                requests.push_back({}),
+                    check_mpi(MPI_Irecv(to(before) + at, n, MPI_BYTE, int(before), 0, MPI_COMM_WORLD, &requests.back()),
+                              "MPI_Irecv");
+                requests.push_back({}),
+                    check_mpi(MPI_Isend(from(next) + at, n, MPI_BYTE, int(next), 0, MPI_COMM_WORLD, &requests.back()),
+                              "MPI_Isend");
             }
             sent += bytes;
         }
@@ -1037,15 +1090,16 @@ private:
 // ----------------------------------------------------------------------------------------------------
 // Sampling
 
-// Feeds tokens through the model a few at a time, keeping q, k and v of every block and position (the KV cache), so that a
-// new token costs one row through each layer. The layers are those of training, on rows instead of batches.
+// Feeds tokens through the model a few at a time, keeping q, k and v of every block and position (the KV cache), so
+// that a new token costs one row through each layer. The layers are those of training, on rows instead of batches.
 class TokenGenerator {
 public:
     TokenGenerator(Model& model, int window)
         : model(model), window(window), length(0), C(size_t(model.config.C)),
-          cache(size_t(model.config.L / 2) * window * 3 * C), normed_cache(model.config.norm == HYBRIDNORM ? cache.size() : 0),
-          x(window * C), u(window * C), f(window * C), z(window * C), y(window * C), lse(size_t(window) * size_t(model.config.H)),
-          h(window * 4 * C), gelu(window * 4 * C), logits(size_t(model.config.Vp())) {}
+          cache(size_t(model.config.L / 2) * window * 3 * C),
+          normed_cache(model.config.norm == HYBRIDNORM ? cache.size() : 0), x(window * C), u(window * C), f(window * C),
+          z(window * C), y(window * C), lse(size_t(window) * size_t(model.config.H)), h(window * 4 * C),
+          gelu(window * 4 * C), logits(size_t(model.config.Vp())) {}
 
     static size_t bytes(const ModelConfig& c, int window) {
         size_t caches = (c.norm == HYBRIDNORM ? 2 : 1) * size_t(c.L / 2) * 3 * size_t(c.C);
@@ -1057,13 +1111,16 @@ public:
         const ModelConfig& c = model.config;
         int end = length + n;
         size_t rows = size_t(n);
-        embedding_forward(x.data(), tokens, model.tensor(model.params, WTE), model.tensor(model.params, WPE), 1, n, c.C, length);
+        embedding_forward(x.data(), tokens, model.tensor(model.params, WTE), model.tensor(model.params, WPE), 1, n, c.C,
+                          length);
         for (int l = 0; l < c.L; l++) {
             SublayerNorm norm = c.sublayer(l);
             SublayerTensors w = model.weights(l);
             size_t block = size_t(l / 2) * size_t(window) * 3 * C;
-            BranchActivations a{u.data(), cache.data() + block, normed_cache.size() ? normed_cache.data() + block : nullptr,
-                                y.data(), lse.data(), h.data(), gelu.data()};
+            BranchActivations a{
+                u.data(),   cache.data() + block, normed_cache.size() ? normed_cache.data() + block : nullptr,
+                y.data(),   lse.data(),           h.data(),
+                gelu.data()};
             const real* input = x.data();
             if (norm.norm_in) {
                 rmsnorm_forward(a.u, x.data(), w[GAMMA_IN], rows, c.C);
@@ -1076,7 +1133,8 @@ public:
         length = end;
         real* last = x.data() + (rows - 1) * C;
         if (real* gamma = model.tensor(model.params, GAMMA_FINAL)) rmsnorm_forward(last, last, gamma, 1, c.C);
-        product(1, size_t(c.V), C, row_major(last, C), row_major(model.tensor(model.params, WTE), C).transposed(), logits.data(), size_t(c.Vp()), false);
+        product(1, size_t(c.V), C, row_major(last, C), row_major(model.tensor(model.params, WTE), C).transposed(),
+                logits.data(), size_t(c.Vp()), false);
         return logits.data();
     }
     void clear() { length = 0; }
@@ -1115,7 +1173,8 @@ struct Trainer {
     size_t step_bytes = 0;             // of several ranks: sent by this one in its first step
 
     explicit Trainer(const RunConfig& run, Communicator* communicator = nullptr)
-        : run(run), model(run.model, run.B, run.T, run.recompute, Sharing(run)), communicator(communicator), tokens(size_t(run.B) * size_t(run.T)), targets(tokens.size()) {
+        : run(run), model(run.model, run.B, run.T, run.recompute, Sharing(run)), communicator(communicator),
+          tokens(size_t(run.B) * size_t(run.T)), targets(tokens.size()) {
 #ifdef KEEL_MPI
         if (run.ranks > 0) model.unit_done = [this](size_t u) { reduce_unit(u); };
 #endif
@@ -1123,7 +1182,8 @@ struct Trainer {
     Trainer(const Trainer&) = delete;
     Trainer& operator=(const Trainer&) = delete;
 
-    // One optimizer step: the gradient of the mean loss over run.total_batch tokens, a micro-batch at a time, then AdamW.
+    // One optimizer step: the gradient of the mean loss over run.total_batch tokens, a micro-batch at a time, then
+    // AdamW.
     StepResult step(const Loader& data, int64_t step, ProbeLog* log, unsigned flags = 0) {
         StepProbe probe(run.model);
         model.probe = log ? &probe : nullptr;
@@ -1139,13 +1199,17 @@ struct Trainer {
             }
             loss += model.forward_backward(tokens.data(), targets.data(), run.B, real(1.0 / double(run.total_batch)));
         }
-        StepResult result = run.ranks > 0 ? share_step(loss, flags, lost) : StepResult{loss / double(run.total_batch), gradient_norm(model)};
+        StepResult result = run.ranks > 0 ? share_step(loss, flags, lost)
+                                          : StepResult{loss / double(run.total_batch), gradient_norm(model)};
         if (log) model.probe_parameters(run.rank);
         if (std::isfinite(result.loss) && std::isfinite(result.norm)) {
             adamw_update(model, run, step, result.norm);
             if (run.ranks > 0) finish_update();
             if (step_bytes == 0) step_bytes = bytes_sent() - sent_before;
-            if (log && run.ranks > 0) probe.add_ranks(run.ranks, [&](const void* mine, void* all, size_t bytes) { communicator->gather(mine, all, bytes); });
+            if (log && run.ranks > 0)
+                probe.add_ranks(run.ranks, [&](const void* mine, void* all, size_t bytes) {
+                    communicator->gather(mine, all, bytes);
+                });
             if (log) write_probe(*log, run, model.layout, step, probe);
         } else {
             model.grads.zero(), model.shard_grads.zero();  // as the update leaves them
@@ -1155,14 +1219,16 @@ struct Trainer {
     }
 
     // ----- Several ranks
-    // In the backward pass, when all gradients of unit u are there: this rank's part of them, added up over the ranks, goes to shard_grads.
+    // In the backward pass, when all gradients of unit u are there: this rank's part of them, added up over the ranks,
+    // goes to shard_grads.
 #ifdef KEEL_MPI
     void reduce_unit(size_t u) {
         const Unit& unit = model.grad_layout.units[u];
         real* grads = model.grads.data() + unit.first;
         communicator->reduce_scatter(model.shard_grads.data() + unit.shard_first, grads, unit.shard);
         #pragma omp parallel for simd schedule(static)
-        for (index_t i = 0; i < index_t(unit.shard * size_t(run.ranks)); i++) grads[i] = 0;  // for the next micro-batch, or at -z 2 the next block but one
+        for (index_t i = 0; i < index_t(unit.shard * size_t(run.ranks)); i++)
+            grads[i] = 0;  // for the next micro-batch, or at -z 2 the next block but one
     }
     void gather_units(Buffer<real>& of) {
         for (const Unit& unit : model.layout.units) communicator->all_gather(of.data() + unit.first, unit.shard);
@@ -1192,7 +1258,8 @@ struct Trainer {
         }
         if (run.zero == 0) {  // every rank updates everything
             for (const Unit& unit : model.layout.units)
-                std::copy_n(model.shard_grads.data() + unit.shard_first, unit.shard, model.grads.data() + unit.first + size_t(run.rank) * unit.shard);
+                std::copy_n(model.shard_grads.data() + unit.shard_first, unit.shard,
+                            model.grads.data() + unit.first + size_t(run.rank) * unit.shard);
             gather_units(model.grads);
         }
         return result;
@@ -1206,9 +1273,11 @@ struct Trainer {
         const std::vector<Stretch> owned = model.layout.stretches(run.rank);
         for (const Stretch& s : owned) out = std::copy_n(model.params.data() + s.memory, s.count, out);
         for (Buffer<real>* moment : {&model.m, &model.v})
-            for (const Stretch& s : owned) out = std::copy_n(moment->data() + (run.zero > 0 ? s.shard : s.memory), s.count, out);
+            for (const Stretch& s : owned)
+                out = std::copy_n(moment->data() + (run.zero > 0 ? s.shard : s.memory), s.count, out);
         if (run.rank > 0) return;
-        for (const TensorInfo& t : model.layout.tensors) out = std::copy_n(model.params.data() + t.offset, t.size(), out);
+        for (const TensorInfo& t : model.layout.tensors)
+            out = std::copy_n(model.params.data() + t.offset, t.size(), out);
     }
     void store(int section, const Stretch& s, size_t first, size_t n, const real* values) {
         size_t at = section > 0 && model.sharing.states() ? s.shard : s.memory;
@@ -1220,10 +1289,14 @@ struct Trainer {
         if (run.zero == 0) gather_units(model.m), gather_units(model.v);
     }
 
-    void start(const Loader& data, int64_t number, ProbeLog* log, unsigned flags = 0) { result = step(data, number, log, flags); }
+    void start(const Loader& data, int64_t number, ProbeLog* log, unsigned flags = 0) {
+        result = step(data, number, log, flags);
+    }
     StepResult finish() const { return result; }
 
-    double evaluate(const int* tokens, const int* targets, int b, int* predictions = nullptr) { return model.evaluate(tokens, targets, b, predictions); }
+    double evaluate(const int* tokens, const int* targets, int b, int* predictions = nullptr) {
+        return model.evaluate(tokens, targets, b, predictions);
+    }
     void ablate(int l) { model.ablated = l; }
 
     // One forward and backward on the parameters in the model and the tokens in the state; fills the rest of the state.
@@ -1255,7 +1328,8 @@ struct Trainer {
     }
     void write_parameters(FileWriter& out) const { out.write(model.params.data(), model.params.size() * sizeof(real)); }
     void write_moments(FileWriter& out) const {
-        for (const Buffer<real>* moment : {&model.m, &model.v}) out.write(moment->data(), moment->size() * sizeof(real));
+        for (const Buffer<real>* moment : {&model.m, &model.v})
+            out.write(moment->data(), moment->size() * sizeof(real));
     }
 
     struct Generator : TokenGenerator {
@@ -1266,7 +1340,8 @@ struct Trainer {
     static void check_model(const ModelConfig&) {}  // any shape that config_fault lets pass
     static std::string machine_name() { return format("%d threads", omp_get_max_threads()); }
 
-    // Operations a second of our own matrix product on this machine, what every rate is compared with: the median of a few.
+    // Operations a second of our own matrix product on this machine, what every rate is compared with: the median of a
+    // few.
     static double matrix_rate() {
         constexpr size_t M = 1024, N = 768, K = 256;
         Buffer<real> a(M * K), b(N * K), c(M * N);
@@ -1288,7 +1363,9 @@ struct Trainer {
         for (const Model::BufferRow& row : Model::plan(run.model, run.B, run.T, run.recompute, Sharing(run)))
             if (row.elements) rows.push_back({row.name, row.elements * sizeof(real)});
 #ifdef KEEL_MPI
-        if (run.ranks > 1) rows.push_back({"gradients from the other ranks", Communicator::bytes(ParameterLayout(run.model, run.ranks))});
+        if (run.ranks > 1)
+            rows.push_back({"gradients from the other ranks",
+                            Communicator::bytes(ParameterLayout(run.model, run.ranks))});
 #endif
         return rows;
     }
@@ -1298,16 +1375,21 @@ struct Trainer {
         if (!o.check.empty()) return {"debug states", 2 * debug_state};
         size_t bytes = !o.dump.empty() ? debug_state : o.sample_every > 0 ? TokenGenerator::bytes(run.model, run.T) : 0;
         if (o.probe > 0)  // the parameters before their update; 1 / rms(z) of all rows
-            bytes += sizeof(real) * (ParameterLayout(run.model).count + size_t(run.model.L) * size_t(run.B ? run.B : run.batch_sequences()) * size_t(run.T));
-        bytes += size_t(omp_get_max_threads()) * ((size_t(8) << 20) + size_t(BLOCK_M + BLOCK_N) * DEPTH * sizeof(real));  // stacks, panels
+            bytes +=
+                sizeof(real) * (ParameterLayout(run.model).count +
+                                size_t(run.model.L) * size_t(run.B ? run.B : run.batch_sequences()) * size_t(run.T));
+        bytes += size_t(omp_get_max_threads()) *
+                 ((size_t(8) << 20) + size_t(BLOCK_M + BLOCK_N) * DEPTH * sizeof(real));  // stacks, panels
         return {o.dump.empty() ? "samples, probe, threads" : "debug state, threads", bytes};
     }
 
-    static size_t sampling_bytes(const ModelConfig& c, int window) { return Model::bytes(c, 1, 1, {1}) + TokenGenerator::bytes(c, window); }
+    static size_t sampling_bytes(const ModelConfig& c, int window) {
+        return Model::bytes(c, 1, 1, {1}) + TokenGenerator::bytes(c, window);
+    }
 
-    // The micro-batch and the level of recomputation that B = 0 and `auto` leave open: of those that fit into the memory, the one with
-    // the least predicted time a token. On a CPU that is the least recomputation, then the largest micro-batch of at most
-    // 8192 tokens, from where on a larger one is no faster.
+    // The micro-batch and the level of recomputation that B = 0 and `auto` leave open: of those that fit into the
+    // memory, the one with the least predicted time a token. On a CPU that is the least recomputation, then the largest
+    // micro-batch of at most 8192 tokens, from where on a larger one is no faster.
     static void choose_memory_plan(RunConfig& run, size_t available) {
         std::vector<Recompute> levels = {{0}, {-1}, {1}};
         int root = 2;  // K + L/K is least at the square root
@@ -1328,15 +1410,18 @@ struct Trainer {
                 run.B = B, run.recompute = level;
                 return;
             }
-        const char* turn = run.B > 1 ? "a smaller -b" : run.recompute_chosen && run.recompute.level != root ? "-r auto" : "a smaller -C, -L or -t";
+        const char* turn = run.B > 1                                             ? "a smaller -b"
+                           : run.recompute_chosen && run.recompute.level != root ? "-r auto"
+                                                                                 : "a smaller -C, -L or -t";
         require_memory(least, available, turn);
     }
 };
 
 #ifndef KEEL_NO_MAIN  // the tests have a main of their own
-// A thread that waits for the others spins, by GCC's OpenMP for about a millisecond before it sleeps. On a core that another program
-// wants too, that millisecond is taken from the very thread that is waited for: a step then takes not twice but a hundred times as
-// long. The limit is read when the runtime is loaded, so it is set in the environment of a fresh start of the program.
+// A thread that waits for the others spins, by GCC's OpenMP for about a millisecond before it sleeps. On a core that
+// another program wants too, that millisecond is taken from the very thread that is waited for: a step then takes not
+// twice but a hundred times as long. The limit is read when the runtime is loaded, so it is set in the environment of a
+// fresh start of the program.
 void limit_spinning(char** argv) {
     if (getenv("GOMP_SPINCOUNT") || getenv("OMP_WAIT_POLICY")) return;
     setenv("GOMP_SPINCOUNT", "1000", 1);

@@ -1,5 +1,5 @@
-// What bench_kernels and bench_products share: their flags, buffers that together pass the L2 cache, comparisons of results, rows of a table of results.
-// Included after train_keel.cu.
+// What bench_kernels and bench_products share: their flags, buffers that together pass the L2 cache, comparisons of
+// results, rows of a table of results. Included after train_keel.cu.
 #pragma once
 
 #include <fstream>
@@ -54,7 +54,8 @@ struct Ring {
 template <class T>
 void fill(Device& device, const Ring<T>& ring, float bound, uint32_t seed) {
     size_t n = ring.all.size();
-    launch(initialise_kernel<T>, ceil_div(ceil_div(n, 4), THREADS), THREADS, 0, device.stream, ring.all.data(), TensorStart{1, n, 1, 1, bound, bound, seed}, uint64_t(seed));
+    launch(initialise_kernel<T>, ceil_div(ceil_div(n, 4), THREADS), THREADS, 0, device.stream, ring.all.data(),
+           TensorStart{1, n, 1, 1, bound, bound, seed}, uint64_t(seed));
 }
 template <class T>
 std::vector<float> host(Device& device, const T* from, size_t n) {

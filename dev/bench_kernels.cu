@@ -1,10 +1,12 @@
-// bench_kernels: how fast each kernel of train_keel.cu runs, beside what the memory or the tensor cores of this GPU do in the same run.
+// bench_kernels: how fast each kernel of train_keel.cu runs, beside what the memory or the tensor cores of this GPU do
+// in the same run.
 //
-// Each kernel is first checked against the CPU trainer's function, then timed at B*T = 16384 over buffers that together pass the L2 cache,
-// and compared with a copy of the same bytes (bandwidth-bound kernels), a kernel that only reads them (the gradient's norm), or a large
-// matrix product (attention; dev/bench_sdpa.py has PyTorch's beside it). Medians of REPEATS timings of a row of launches.
-// Prints a table, and with --csv FILE appends rows metric,value,unit,peer_value,ratio. --sdpa FILE: lines name,TFLOP/s
-// of PyTorch's attention in this run, from dev/bench_sdpa.py. --small: shapes for a dry run, also on the CPU headers.
+// Each kernel is first checked against the CPU trainer's function, then timed at B*T = 16384 over buffers that together
+// pass the L2 cache, and compared with a copy of the same bytes (bandwidth-bound kernels), a kernel that only reads
+// them (the gradient's norm), or a large matrix product (attention; dev/bench_sdpa.py has PyTorch's beside it). Medians
+// of REPEATS timings of a row of launches. Prints a table, and with --csv FILE appends rows
+// metric,value,unit,peer_value,ratio. --sdpa FILE: lines name,TFLOP/s of PyTorch's attention in this run, from
+// dev/bench_sdpa.py. --small: shapes for a dry run, also on the CPU headers.
 #include <omp.h>
 
 #include "keel_common.h"
@@ -71,9 +73,11 @@ void check(const char* what, const std::vector<float>& expected, const std::vect
 }
 constexpr double TOLERANCE = BRANCH_BF16 ? 5e-3 : 1e-5;  // BF16 rounds to 2^-9
 
-void report(const std::string& name, double seconds, double amount, const char* unit, double peer, const char* peer_name) {
+void report(const std::string& name, double seconds, double amount, const char* unit, double peer,
+            const char* peer_name) {
     double scale = unit[0] == 'G' ? 1e9 : 1e12, value = amount / seconds / scale;
-    printf("%-34s %10.1f us %10.1f %-8s %10.1f %-18s ratio %.2f\n", name.c_str(), seconds * 1e6, value, unit, peer, peer_name, value / peer);
+    printf("%-34s %10.1f us %10.1f %-8s %10.1f %-18s ratio %.2f\n", name.c_str(), seconds * 1e6, value, unit, peer,
+           peer_name, value / peer);
     fflush(stdout);
     bench.add_row(name, value, unit, peer);
 }
@@ -83,7 +87,9 @@ double copy_rate(Device& device, size_t bytes) {
     size_t n = bytes / 32;
     Ring<float4> to(n, bench.sets_for(bytes)), from(n, bench.sets_for(bytes));
     CUDA(cudaMemsetAsync(from.all.data(), 0, from.all.size() * 16, device.stream));
-    return double(n) * 32 / 1e9 / median_seconds(device, [&](int i) { launch(copy_kernel, ceil_div(n, 256), 256, 0, device.stream, to(i), from(i), n); });
+    return double(n) * 32 / 1e9 / median_seconds(device, [&](int i) {
+        launch(copy_kernel, ceil_div(n, 256), 256, 0, device.stream, to(i), from(i), n);
+    });
 }
 
 void bandwidth(Device& device, const std::string& name, double bytes, const std::function<void(int)>& run) {
@@ -93,9 +99,11 @@ void bandwidth(Device& device, const std::string& name, double bytes, const std:
 
 void bench_highway(Device& device, int rows, int C) {
     size_t n = size_t(rows) * size_t(C);
-    double forward_bytes = double(n) * (8 + 2 * sizeof(branch_t)), backward_bytes = double(n) * (12 + 2 * sizeof(branch_t)), u_bytes = double(n) * (4 + sizeof(branch_t));
+    double forward_bytes = double(n) * (8 + 2 * sizeof(branch_t)),
+           backward_bytes = double(n) * (12 + 2 * sizeof(branch_t)), u_bytes = double(n) * (4 + sizeof(branch_t));
     size_t sets = bench.sets_for(size_t(forward_bytes));
-    Ring<float> z0(n, sets), z1(n, sets), dz(n, sets), numbers(size_t(rows) * 4, sets), gains(size_t(C) * 4, 1), dgains(size_t(C) * 2, 1);
+    Ring<float> z0(n, sets), z1(n, sets), dz(n, sets), numbers(size_t(rows) * 4, sets), gains(size_t(C) * 4, 1),
+        dgains(size_t(C) * 2, 1);
     Ring<branch_t> f(n, sets), u0(n, sets), u1(n, sets), df(n, sets);
     DeviceArray<float> partial(most_gain_blocks(C) * 2 * size_t(C));
     fill(device, z0, 1, 1), fill(device, f, 1, 2), fill(device, dz, 1, 3), fill(device, gains, 1, 4);
@@ -111,32 +119,40 @@ void bench_highway(Device& device, int rows, int C) {
     auto backward = [&](int i, bool restore) {
         HighwayPoint before = point(0, i);
         if (!restore) before.u = nullptr;
-        highway_backward(device, point(1, i), before, {dz(i), u1(i), df(i), nullptr, dgains(0), dgains(0) + C}, alpha, false, size_t(rows), C, partial.data());
+        highway_backward(device, point(1, i), before, {dz(i), u1(i), df(i), nullptr, dgains(0), dgains(0) + C}, alpha,
+                         false, size_t(rows), C, partial.data());
     };
 
-    {   // beside the CPU: z, u, dz and the gains' gradients
-        auto z = host(device, z0(0), n), fs = host(device, f(0), n), dzs = host(device, dz(0), n), g = host(device, gains(0), size_t(C) * 4);
-        std::vector<float> x(n), zo(n), u(n), du(n), dx(n), dg(size_t(C) * 2), blocks(cpu::gain_blocks(size_t(rows)) * size_t(C));
+    {  // beside the CPU: z, u, dz and the gains' gradients
+        auto z = host(device, z0(0), n), fs = host(device, f(0), n), dzs = host(device, dz(0), n),
+             g = host(device, gains(0), size_t(C) * 4);
+        std::vector<float> x(n), zo(n), u(n), du(n), dx(n), dg(size_t(C) * 2),
+            blocks(cpu::gain_blocks(size_t(rows)) * size_t(C));
         cpu::rmsnorm_forward(x.data(), z.data(), g.data(), size_t(rows), C);
-        cpu::highway_forward(x.data(), zo.data(), fs.data(), g.data() + 2 * C, alpha, size_t(rows), C);  // x is x_{l+1} now
+        cpu::highway_forward(x.data(), zo.data(), fs.data(), g.data() + 2 * C, alpha, size_t(rows),
+                             C);  // x is x_{l+1} now
         cpu::rmsnorm_forward(u.data(), x.data(), g.data() + 3 * C, size_t(rows), C);
         for (size_t i = 0; i < sets; i++) forward(int(i));
         check("highway_forward z", zo, host(device, z1(0), n), 1e-5);
         auto found_u = host(device, u1(0), n);
         check("highway_forward u", u, found_u, TOLERANCE);
         du = found_u;  // u serves as du
-        cpu::rmsnorm_backward(du.data(), dg.data() + C, du.data(), x.data(), g.data() + 3 * C, size_t(rows), C, blocks.data());
+        cpu::rmsnorm_backward(du.data(), dg.data() + C, du.data(), x.data(), g.data() + 3 * C, size_t(rows), C,
+                              blocks.data());
         dx = dzs;
         cpu::highway_backward(dx.data(), du.data(), alpha, n);
-        cpu::rmsnorm_backward(dx.data(), dg.data(), dx.data(), zo.data(), g.data() + 2 * C, size_t(rows), C, blocks.data());
+        cpu::rmsnorm_backward(dx.data(), dg.data(), dx.data(), zo.data(), g.data() + 2 * C, size_t(rows), C,
+                              blocks.data());
         backward(0, true);
         check("highway_backward dz", dx, host(device, dz(0), n), 1e-5);
         check("highway_backward gains", dg, host(device, dgains(0), size_t(C) * 2), 1e-4);
     }
     bandwidth(device, format("highway_forward_C%d", C), forward_bytes, forward);
     bandwidth(device, format("highway_backward_C%d", C), backward_bytes, [&](int i) { backward(i, false); });
-    bandwidth(device, format("highway_backward_and_u_C%d", C), backward_bytes + u_bytes, [&](int i) { backward(i, true); });
-    bandwidth(device, format("highway_norms_C%d", C), u_bytes, [&](int i) { highway_norms(device, point(0, i), size_t(rows), C); });
+    bandwidth(device, format("highway_backward_and_u_C%d", C), backward_bytes + u_bytes,
+              [&](int i) { backward(i, true); });
+    bandwidth(device, format("highway_norms_C%d", C), u_bytes,
+              [&](int i) { highway_norms(device, point(0, i), size_t(rows), C); });
 }
 
 void bench_gelu(Device& device, int rows, int C) {
@@ -151,8 +167,10 @@ void bench_gelu(Device& device, int rows, int C) {
     cpu::gelu_forward(expected.data(), hs.data(), n);
     gelu_forward(device, out(0), h(0), n);
     check("gelu_forward", expected, host(device, out(0), n), TOLERANCE);
-    bandwidth(device, format("gelu_forward_C%d", C), double(n) * 2 * sizeof(branch_t), [&](int i) { gelu_forward(device, out(i), h(i), n); });
-    bandwidth(device, format("gelu_backward_C%d", C), double(n) * 3 * sizeof(branch_t), [&](int i) { gelu_backward(device, out(i), h(i), n); });
+    bandwidth(device, format("gelu_forward_C%d", C), double(n) * 2 * sizeof(branch_t),
+              [&](int i) { gelu_forward(device, out(i), h(i), n); });
+    bandwidth(device, format("gelu_backward_C%d", C), double(n) * 3 * sizeof(branch_t),
+              [&](int i) { gelu_backward(device, out(i), h(i), n); });
 }
 
 void bench_classifier(Device& device, int rows, int V) {
@@ -173,10 +191,12 @@ void bench_classifier(Device& device, int rows, int V) {
     cross_entropy(device, losses(0), logits(0), targets(0), size_t(rows), V, int(Vp), true, scale);
     check("cross_entropy losses", loss, host(device, losses(0), size_t(rows)), 1e-5);
     check("cross_entropy dlogits", expected, host(device, logits(0), n), TOLERANCE);
-    bandwidth(device, format("classifier_V%d", V), double(n) * 2 * sizeof(branch_t),
-              [&](int i) { cross_entropy(device, losses(0), logits(i), targets(0), size_t(rows), V, int(Vp), true, scale); });
-    bandwidth(device, format("classifier_loss_V%d", V), double(n) * sizeof(branch_t),
-              [&](int i) { cross_entropy(device, losses(0), logits(i), targets(0), size_t(rows), V, int(Vp), false, scale); });
+    bandwidth(device, format("classifier_V%d", V), double(n) * 2 * sizeof(branch_t), [&](int i) {
+        cross_entropy(device, losses(0), logits(i), targets(0), size_t(rows), V, int(Vp), true, scale);
+    });
+    bandwidth(device, format("classifier_loss_V%d", V), double(n) * sizeof(branch_t), [&](int i) {
+        cross_entropy(device, losses(0), logits(i), targets(0), size_t(rows), V, int(Vp), false, scale);
+    });
 }
 
 // The optimizer on a real model's tensors.
@@ -204,20 +224,24 @@ void bench_optimizer(Device& device, const ModelConfig& c) {
     check("gradient norm", {float(std::sqrt(cpu::sum_of_squares(gs.data(), n)))}, {float(found.norm)}, 1e-6);
     branch_t* copy = BRANCH_BF16 ? matrices(0) : nullptr;
     auto update = [&](int) {
-        launch(adamw_kernel<float>, work.size(), THREADS, 0, device.stream, p(0), nullptr, copy, g(0), nullptr, m(0), v(0), chunks.data(), settings.data(), state.data(), updates.data());
+        launch(adamw_kernel<float>, work.size(), THREADS, 0, device.stream, p(0), nullptr, copy, g(0), nullptr, m(0),
+               v(0), chunks.data(), settings.data(), state.data(), updates.data());
     };
     bandwidth(device, "adamw", double(n) * (32 + (BRANCH_BF16 ? 2 : 0)), update);
 
     double norm = median_seconds(device, [&](int) { add_sum<true>(device, &state.data()->grad_squares, g(0), n); });
     size_t fours = n / 4;
     unsigned blocks = unsigned(std::min<size_t>(ceil_div(fours, 1024), 4096));
-    double read = median_seconds(device, [&](int) { launch(read_kernel, blocks, 256, 0, device.stream, m(0), reinterpret_cast<const float4*>(g(0)), fours); });
+    double read = median_seconds(device, [&](int) {
+        launch(read_kernel, blocks, 256, 0, device.stream, m(0), reinterpret_cast<const float4*>(g(0)), fours);
+    });
     report("gradient_norm", norm, double(n) * 4, "GB/s", double(fours) * 16 / read / 1e9, "read only, GB/s");
 }
 
 void bench_embedding(Device& device, int B, int T, int C, int V) {
     size_t rows = size_t(B) * size_t(T), n = rows * size_t(C), sets = bench.sets_for(n * 12);
-    Ring<float> x(n, sets), wte(size_t(V) * size_t(C), 1), wpe(size_t(T) * size_t(C), 1), dwte(wte.n, 1), dwpe(wpe.n, 1);
+    Ring<float> x(n, sets), wte(size_t(V) * size_t(C), 1), wpe(size_t(T) * size_t(C), 1), dwte(wte.n, 1),
+        dwpe(wpe.n, 1);
     fill(device, x, 1, 1), fill(device, wte, 1, 2), fill(device, wpe, 1, 3);
     std::vector<int> batch_host(TokenBatch::size(rows)), count;
     TokenBatch on_host(batch_host.data(), rows);
@@ -239,19 +263,22 @@ void bench_embedding(Device& device, int B, int T, int C, int V) {
     check("embedding_backward wte", dte, host(device, dwte(0), dte.size()), 1e-5);
     check("embedding_backward wpe", dpe, host(device, dwpe(0), dpe.size()), 1e-5);
     cpu::embedding_forward(expected.data(), on_host.tokens, te.data(), pe.data(), B, T, C, 0);
-    bandwidth(device, format("embedding_backward_C%d_V%d", C, V), double(n) * 8, [&](int i) { embedding_backward(device, dwte(0), dwpe(0), x(i), batch, B, T, C, V); });
-    bandwidth(device, format("embedding_forward_C%d_V%d", C, V), double(n) * 8, [&](int i) { embedding_forward(device, x(i), batch.tokens, wte(0), wpe(0), B, T, C, 0); });
+    bandwidth(device, format("embedding_backward_C%d_V%d", C, V), double(n) * 8,
+              [&](int i) { embedding_backward(device, dwte(0), dwpe(0), x(i), batch, B, T, C, V); });
+    bandwidth(device, format("embedding_forward_C%d_V%d", C, V), double(n) * 8,
+              [&](int i) { embedding_forward(device, x(i), batch.tokens, wte(0), wpe(0), B, T, C, 0); });
     embedding_forward(device, x(0), batch.tokens, wte(0), wpe(0), B, T, C, 0);
     check("embedding_forward", expected, host(device, x(0), n), 1e-6);
 }
 
 void bench_attention(Device& device, int B, int T, int C, int D, double matrix_rate) {
     int H = C / D;
-    size_t n = size_t(B) * size_t(T) * size_t(C), numbers = size_t(B) * size_t(T) * size_t(H), sets = bench.sets_for(n * 8 * sizeof(branch_t));
+    size_t n = size_t(B) * size_t(T) * size_t(C), numbers = size_t(B) * size_t(T) * size_t(H),
+           sets = bench.sets_for(n * 8 * sizeof(branch_t));
     Ring<branch_t> qkv(3 * n, sets), dqkv(3 * n, sets), y(n, sets), dy(n, sets);
     Ring<float> lse(numbers, sets), delta(numbers, 1);
     fill(device, qkv, 2, 1), fill(device, dy, 1, 2);
-    {   // one sequence beside the CPU
+    {  // one sequence beside the CPU
         size_t one = size_t(T) * size_t(C);
         auto q = host(device, qkv(0), 3 * one), d = host(device, dy(0), one);
         std::vector<float> ys(one), ls(size_t(T) * size_t(H)), dq(3 * one);
@@ -260,33 +287,45 @@ void bench_attention(Device& device, int B, int T, int C, int D, double matrix_r
         attention_forward(device, y(0), lse(0), qkv(0), 1, T, C, H, 0);
         attention_backward(device, dqkv(0), delta(0), dy(0), qkv(0), y(0), lse(0), 1, T, C, H);
         check("attention_forward", ys, host(device, y(0), one), TOLERANCE);
-        check("attention_backward", dq, host(device, dqkv(0), 3 * one), 2 * TOLERANCE);  // p and ds are rounded on the way
+        check("attention_backward", dq, host(device, dqkv(0), 3 * one),
+              2 * TOLERANCE);  // p and ds are rounded on the way
     }
     // Beside PyTorch's flash attention where it has run, else, under a name of its own, beside the large product.
     auto report_attention = [&](const std::string& name, double seconds, double flops) {
-        if (auto peer = sdpa.find(name); peer != sdpa.end()) report(name, seconds, flops, "TFLOP/s", peer->second, "SDPA, TFLOP/s");
+        if (auto peer = sdpa.find(name); peer != sdpa.end())
+            report(name, seconds, flops, "TFLOP/s", peer->second, "SDPA, TFLOP/s");
         else report(name + "_of_matrix", seconds, flops, "TFLOP/s", matrix_rate / 1e12, "matrix, TFLOP/s");
     };
     double flops = 2.0 * B * T * double(T) * C;  // forward: two products, half of the scores
     for (size_t i = 0; i < sets; i++) attention_forward(device, y(int(i)), lse(int(i)), qkv(int(i)), B, T, C, H, 0);
     std::string shape = format("_T%d_D%d", T, D);
-    double forward = median_seconds(device, [&](int i) { attention_forward(device, y(i), lse(i), qkv(i), B, T, C, H, 0); });
+    double forward =
+        median_seconds(device, [&](int i) { attention_forward(device, y(i), lse(i), qkv(i), B, T, C, H, 0); });
     report_attention("attention_forward" + shape, forward, flops);
-    double backward = median_seconds(device, [&](int i) { attention_backward(device, dqkv(i), delta(0), dy(i), qkv(i), y(i), lse(i), B, T, C, H); });
+    double backward = median_seconds(device, [&](int i) {
+        attention_backward(device, dqkv(i), delta(0), dy(i), qkv(i), y(i), lse(i), B, T, C, H);
+    });
     report_attention("attention_backward" + shape, backward, 2.5 * flops);  // five products, as flash attention counts
 }
 
 void bench_products(Device& device, int rows, int C, double matrix_rate) {
-    for (auto [name, K, N] : {std::tuple<const char*, int, int>{"qkv", C, 3 * C}, {"attproj", C, C}, {"fc", C, 4 * C}, {"fcproj", 4 * C, C}}) {
+    for (auto [name, K, N] : {std::tuple<const char*, int, int>{"qkv", C, 3 * C},
+                              {"attproj", C, C},
+                              {"fc", C, 4 * C},
+                              {"fcproj", 4 * C, C}}) {
         size_t k = size_t(K), n = size_t(N), r = size_t(rows), sets = bench.sets_for((k + n) * r * sizeof(branch_t));
         Ring<branch_t> in(r * k, sets), out(r * n, sets), w(k * n, 1);
         Ring<float> dw(k * n, 1);
         fill(device, in, 1, 1), fill(device, w, 1, 2), fill(device, out, 1, 3);
         double operations = 2.0 * double(r) * double(k) * double(n);
         double forward = median_seconds(device, [&](int i) { matmul_forward(device, out(i), in(i), w(0), r, k, n); });
-        report(format("product_%s_C%d", name, C), forward, operations, "TFLOP/s", matrix_rate / 1e12, "matrix, TFLOP/s");
-        double backward = median_seconds(device, [&](int i) { matmul_backward(device, in(i), {dw(0), nullptr, nullptr, 0, {}}, out(i), in(i), w(0), r, k, n); });
-        report(format("product_%s_backward_C%d", name, C), backward, 2 * operations, "TFLOP/s", matrix_rate / 1e12, "matrix, TFLOP/s");
+        report(format("product_%s_C%d", name, C), forward, operations, "TFLOP/s", matrix_rate / 1e12,
+               "matrix, TFLOP/s");
+        double backward = median_seconds(device, [&](int i) {
+            matmul_backward(device, in(i), {dw(0), nullptr, nullptr, 0, {}}, out(i), in(i), w(0), r, k, n);
+        });
+        report(format("product_%s_backward_C%d", name, C), backward, 2 * operations, "TFLOP/s", matrix_rate / 1e12,
+               "matrix, TFLOP/s");
     }
 }
 
@@ -294,7 +333,8 @@ void bench_products(Device& device, int rows, int C, double matrix_rate) {
 void read_sdpa(const std::string& path) {
     std::ifstream in(path);
     for (std::string line; std::getline(in, line);)
-        if (size_t comma = line.find(','); comma != std::string::npos) sdpa[line.substr(0, comma)] = std::atof(line.c_str() + comma + 1);
+        if (size_t comma = line.find(','); comma != std::string::npos)
+            sdpa[line.substr(0, comma)] = std::atof(line.c_str() + comma + 1);
     if (sdpa.empty()) fail("--sdpa: expected lines of name,TFLOP/s in %s, found none", path.c_str());
 }
 
@@ -313,7 +353,8 @@ int run(int argc, char** argv) {
     cudaDeviceProp p = Trainer::properties();
     bool small = bench.small;
     double rate = trainer.matrix_rate();
-    printf("%s; L2 %.0f MiB; %s build; matrix products %.1f TFLOP/s\n", p.name, double(p.l2CacheSize) / (1 << 20), BRANCH_BF16 ? "BF16" : "FP32", rate / 1e12);
+    printf("%s; L2 %.0f MiB; %s build; matrix products %.1f TFLOP/s\n", p.name, double(p.l2CacheSize) / (1 << 20),
+           BRANCH_BF16 ? "BF16" : "FP32", rate / 1e12);
     int rows = small ? 192 : 16384;
     for (int C : {1024, 256}) {
         int channels = small ? C / 4 : C;
@@ -322,13 +363,17 @@ int run(int argc, char** argv) {
     }
     bench_classifier(device, small ? 24 : 4096, small ? 1000 : 50257);
     ModelConfig c;
-    c.L = small ? 4 : 24, c.C = small ? 64 : 1024, c.H = c.C / 64, c.V = small ? 256 : 50257, c.max_seq_len = small ? 64 : 1024, c.alpha = float(c.L);
+    c.L = small ? 4 : 24, c.C = small ? 64 : 1024, c.H = c.C / 64, c.V = small ? 256 : 50257,
+    c.max_seq_len = small ? 64 : 1024, c.alpha = float(c.L);
     bench_optimizer(device, c);
-    for (int V : {256, 50257}) bench_embedding(device, small ? 3 : 16, small ? 64 : 1024, small ? 64 : 1024, small ? V / 50 + 7 : V);
+    for (int V : {256, 50257})
+        bench_embedding(device, small ? 3 : 16, small ? 64 : 1024, small ? 64 : 1024, small ? V / 50 + 7 : V);
     for (int T : {1024, 4096})
-        for (int D : {64, 128}) bench_attention(device, small ? 1 : 16384 / T, small ? T / 16 : T, small ? 128 : 1024, D, rate);
+        for (int D : {64, 128})
+            bench_attention(device, small ? 1 : 16384 / T, small ? T / 16 : T, small ? 128 : 1024, D, rate);
     for (int C : {1024, 256}) bench_products(device, rows, small ? C / 4 : C, rate);
-    printf("%s\n", bench.bad ? format("%d results differ from the CPU's", bench.bad).c_str() : "every result agrees with the CPU's");
+    printf("%s\n", bench.bad ? format("%d results differ from the CPU's", bench.bad).c_str()
+                             : "every result agrees with the CPU's");
     return bench.bad ? 1 : 0;
 }
 

@@ -1,4 +1,5 @@
-// bench_matmul.cpp: GFLOP/s of the trainer's matrix product, or of OpenBLAS's sgemm, on the products of the training step.
+// bench_matmul.cpp: GFLOP/s of the trainer's matrix product, or of OpenBLAS's sgemm, on the products of the training
+// step.
 //
 //     build/bench_matmul ours|openblas
 //
@@ -13,7 +14,8 @@
 namespace {
 
 constexpr size_t M = 1024;  // rows of x: B*T tokens
-constexpr size_t SHAPES[][2] = {{256, 256}, {768, 256}, {1024, 256}, {256, 1024}, {768, 1024}, {1024, 1024}};  // W (N,K)
+constexpr size_t SHAPES[][2] = {{256, 256},  {768, 256},  {1024, 256},
+                                {256, 1024}, {768, 1024}, {1024, 1024}};  // W (N,K)
 constexpr double SECONDS_A_PRODUCT = 0.04;
 
 // The three products of a layer y = x W^T with x (M,K), W (N,K), y (M,N)
@@ -36,31 +38,33 @@ OpenBlas load_openblas(int threads) {
     if (!library) fail("expected libopenblas.so, found none; install it (Debian: libopenblas-dev)");
     auto find = [&](const char* symbol) {
         void* address = dlsym(library, symbol);
-        if (!address) fail("libopenblas.so: expected the symbol %s, found none; install another build of OpenBLAS", symbol);
+        if (!address)
+            fail("libopenblas.so: expected the symbol %s, found none; install another build of OpenBLAS", symbol);
         return address;
     };
     reinterpret_cast<void (*)(int)>(find("openblas_set_num_threads"))(threads);
     auto text = [&](const char* symbol) { return std::string(reinterpret_cast<const char* (*)()>(find(symbol))()); };
     std::string config = text("openblas_get_config");  // "OpenBLAS 0.3.21 NO_LAPACKE ..."
     size_t version_end = config.find(' ', config.find(' ') + 1);
-    return {reinterpret_cast<Sgemm>(find("cblas_sgemm")), config.substr(0, version_end) + " " + text("openblas_get_corename")};
+    return {reinterpret_cast<Sgemm>(find("cblas_sgemm")),
+            config.substr(0, version_end) + " " + text("openblas_get_corename")};
 }
 
 void multiply(Sgemm sgemm, Form form, size_t N, size_t K, const float* x, const float* w, const float* y, float* c) {
     int m = int(M), n = int(N), k = int(K);
     switch (form) {
-    case FORWARD:
-        if (sgemm) sgemm(ROW_MAJOR, AS_IS, TRANSPOSED, m, n, k, 1, x, k, w, k, 0, c, n);
-        else product(M, N, K, row_major(x, K), row_major(w, K).transposed(), c, N, false);
-        break;
-    case BACKWARD_X:
-        if (sgemm) sgemm(ROW_MAJOR, AS_IS, AS_IS, m, k, n, 1, y, n, w, k, 0, c, k);
-        else product(M, K, N, row_major(y, N), row_major(w, K), c, K, false);
-        break;
-    case BACKWARD_W:
-        if (sgemm) sgemm(ROW_MAJOR, TRANSPOSED, AS_IS, n, k, m, 1, y, n, x, k, 1, c, k);
-        else product(N, K, M, row_major(y, N).transposed(), row_major(x, K), c, K, true);
-        break;
+        case FORWARD:
+            if (sgemm) sgemm(ROW_MAJOR, AS_IS, TRANSPOSED, m, n, k, 1, x, k, w, k, 0, c, n);
+            else product(M, N, K, row_major(x, K), row_major(w, K).transposed(), c, N, false);
+            break;
+        case BACKWARD_X:
+            if (sgemm) sgemm(ROW_MAJOR, AS_IS, AS_IS, m, k, n, 1, y, n, w, k, 0, c, k);
+            else product(M, K, N, row_major(y, N), row_major(w, K), c, K, false);
+            break;
+        case BACKWARD_W:
+            if (sgemm) sgemm(ROW_MAJOR, TRANSPOSED, AS_IS, n, k, m, 1, y, n, x, k, 1, c, k);
+            else product(N, K, M, row_major(y, N).transposed(), row_major(x, K), c, K, true);
+            break;
     }
 }
 

@@ -1,15 +1,18 @@
-// bench_products: which way of doing the matrix products of a sub-layer is the fastest, and what each would win of a training step.
+// bench_products: which way of doing the matrix products of a sub-layer is the fastest, and what each would win of a
+// training step.
 //
 // Per shape (C, rows = B*T), each way beside the one that the trainer takes:
-//     --tune's algorithm and the heuristic's first; GELU in cuBLASLt's epilogues and in kernels; dW added by the product (beta = 1), by a kernel, or not at
-//     all; FP8 alone and with the kernels that make its operands; where C is small, dW in slices of rows, q, k and v apart, and two products on two streams.
-// A way's numbers are first held against the trainer's (relative L2 error of a sample), then all are timed by turns, each as a graph of launches over
-// buffers that together pass the L2 cache; medians of REPEATS. From the second part on, every product has the fastest of cuBLASLt's CANDIDATES
-// algorithms, so that no way wins by a luckier heuristic. Rates count the product's operations, whatever else the way does. A way that cuBLASLt
-// refuses is printed as "not offered" with its status. Shares of a step are of the time of a block (attention and feed-forward) in a micro-step of the
-// trainer, measured here too: what a model of many blocks does almost all of the time.
-// Prints tables, and with --csv FILE appends rows metric,value,unit,peer_value,ratio; a gain's ratio is tokens/s with it
-// over tokens/s without. --small: shapes for a dry run, also on the CPU headers.
+//     --tune's algorithm and the heuristic's first; GELU in cuBLASLt's epilogues and in kernels; dW added by the
+//     product (beta = 1), by a kernel, or not at all; FP8 alone and with the kernels that make its operands; where C is
+//     small, dW in slices of rows, q, k and v apart, and two products on two streams.
+// A way's numbers are first held against the trainer's (relative L2 error of a sample), then all are timed by turns,
+// each as a graph of launches over buffers that together pass the L2 cache; medians of REPEATS. From the second part
+// on, every product has the fastest of cuBLASLt's CANDIDATES algorithms, so that no way wins by a luckier heuristic.
+// Rates count the product's operations, whatever else the way does. A way that cuBLASLt refuses is printed as "not
+// offered" with its status. Shares of a step are of the time of a block (attention and feed-forward) in a micro-step of
+// the trainer, measured here too: what a model of many blocks does almost all of the time. Prints tables, and with
+// --csv FILE appends rows metric,value,unit,peer_value,ratio; a gain's ratio is tokens/s with it over tokens/s without.
+// --small: shapes for a dry run, also on the CPU headers.
 #include <cuda_fp8.h>
 
 #include "keel_common.h"
@@ -21,24 +24,24 @@ namespace {
 
 static_assert(BRANCH_BF16, "the FP32 build has no choice of products");
 constexpr int REPEATS = 9, CANDIDATES = 16;
-constexpr double BF16_TOLERANCE = 1e-2, FP8_TOLERANCE = 6e-2;  // BF16 rounds to 2^-9; e4m3 to 2^-4, e5m2 to 2^-3, of random signs
-constexpr double NOISE = 2;  // per cent; below it nothing is said to win
+constexpr double BF16_TOLERANCE = 1e-2,
+                 FP8_TOLERANCE = 6e-2;  // BF16 rounds to 2^-9; e4m3 to 2^-4, e5m2 to 2^-3, of random signs
+constexpr double NOISE = 2;             // per cent; below it nothing is said to win
 Bench bench{"bench_products"};
 
 // ----- Kernels that FP8 and sliced products would need
 
-struct AmaxShared {
-    float warp[THREADS / WARP];
-};
+struct AmaxShared { float warp[THREADS / WARP]; };
 
-// amax = max(amax, |x|) of n numbers, as a float's bits, which for numbers that are not negative are in the numbers' order.  2 bytes a number
+// amax = max(amax, |x|) of n numbers, as a float's bits, which for numbers that are not negative are in the numbers'
+// order.  2 bytes a number
 __global__ void amax_kernel(unsigned* amax, const branch_t* x, size_t n) {
     begin_kernel();
     float largest = 0;
-    each_in_flight(int(blockIdx.x * blockDim.x + threadIdx.x), int(n / WIDE), int(gridDim.x * blockDim.x), [&](int i) { return load<WIDE>(x + size_t(i) * WIDE); },
-                   [&](int, const Pack<branch_t, WIDE>& v) {
-                       for (int i = 0; i < WIDE; i++) largest = fmaxf(largest, fabsf(float(v[i])));
-                   });
+    each_in_flight(int(blockIdx.x * blockDim.x + threadIdx.x), int(n / WIDE), int(gridDim.x * blockDim.x),
+                   [&](int i) { return load<WIDE>(x + size_t(i) * WIDE); }, [&](int, const Pack<branch_t, WIDE>& v) {
+        for (int i = 0; i < WIDE; i++) largest = fmaxf(largest, fabsf(float(v[i])));
+    });
     AmaxShared& s = shared<AmaxShared>();
     largest = warp_max(largest);
     if (threadIdx.x % WARP == 0) s.warp[threadIdx.x / WARP] = largest;
@@ -55,14 +58,16 @@ struct CastShared {
 template <class F8>
 constexpr float LARGEST_FP8 = std::is_same_v<F8, __nv_fp8_e4m3> ? 448 : 57344;
 
-// x (rows,columns) in FP8, scaled so that amax becomes the largest number there is, and the same transposed (columns,rows). scale: what takes the
-// products back.  4 bytes an element
+// x (rows,columns) in FP8, scaled so that amax becomes the largest number there is, and the same transposed
+// (columns,rows). scale: what takes the products back.  4 bytes an element
 template <class F8>
-__global__ void cast_transpose_kernel(F8* out, F8* transposed, float* scale, const branch_t* x, const unsigned* amax, int rows, int columns) {
+__global__ void cast_transpose_kernel(F8* out, F8* transposed, float* scale, const branch_t* x, const unsigned* amax,
+                                      int rows, int columns) {
     begin_kernel();
     float largest = __uint_as_float(*amax), factor = largest > 0 ? LARGEST_FP8<F8> / largest : 1;
     if (blockIdx.x == 0 && threadIdx.x == 0) *scale = 1 / factor;
-    int first_row = int(blockIdx.x) / (columns / CAST_COLUMNS) * CAST_ROWS, first_column = int(blockIdx.x) % (columns / CAST_COLUMNS) * CAST_COLUMNS;
+    int first_row = int(blockIdx.x) / (columns / CAST_COLUMNS) * CAST_ROWS,
+        first_column = int(blockIdx.x) % (columns / CAST_COLUMNS) * CAST_COLUMNS;
     int group = int(threadIdx.x) / 8, column = int(threadIdx.x) % 8 * 8;
     size_t at = size_t(first_row + group * 4) * columns + first_column + column;
     Pack<branch_t, WIDE> v[4];
@@ -84,7 +89,8 @@ __global__ void cast_transpose_kernel(F8* out, F8* transposed, float* scale, con
     for (int i = 0; i < 8; i++) s.words[column + i][group] = words[i];
     __syncthreads();
     for (int c = int(threadIdx.x) / WARP; c < CAST_COLUMNS; c += THREADS / WARP)
-        as_vector<uint32_t>(transposed + size_t(first_column + c) * rows + first_row)[threadIdx.x % WARP] = s.words[c][threadIdx.x % WARP];
+        as_vector<uint32_t>(transposed + size_t(first_column + c) * rows + first_row)[threadIdx.x % WARP] =
+            s.words[c][threadIdx.x % WARP];
 }
 
 // g += the sum of parts (slices,n), in order.  4 (slices + 2) bytes an element
@@ -180,13 +186,15 @@ struct Variant {
     std::function<void(int)> run;
     std::function<std::vector<float>()> result;  // of run(0)
     double tolerance = BF16_TOLERANCE;
-    std::string refused = {};      // why there is no such way here
-    bool may_be_inexact = false;   // out of tolerance it is refused, but nothing is wrong
-    cudaStream_t stream = nullptr; // null: the lab's
+    std::string refused = {};       // why there is no such way here
+    bool may_be_inexact = false;    // out of tolerance it is refused, but nothing is wrong
+    cudaStream_t stream = nullptr;  // null: the lab's
 };
 std::string joined(std::string words) {
     std::replace(words.begin(), words.end(), ' ', '_');
-    words.erase(std::remove_if(words.begin(), words.end(), [](char c) { return c == ',' || c == '\'' || c == '(' || c == ')'; }), words.end());
+    words.erase(std::remove_if(words.begin(), words.end(),
+                               [](char c) { return c == ',' || c == '\'' || c == '(' || c == ')'; }),
+                words.end());
     return words;
 }
 
@@ -200,7 +208,8 @@ std::vector<double> compare(Lab& lab, const std::string& name, double operations
         if (v.refused.empty() && &v != &variants[0]) {
             error = relative_error(expected, v.result());
             if (!(error <= v.tolerance)) {
-                v.refused = format("%s: relative L2 error %.3g, expected at most %.3g", v.may_be_inexact ? "too inexact" : "WRONG", error, v.tolerance);
+                v.refused = format("%s: relative L2 error %.3g, expected at most %.3g",
+                                   v.may_be_inexact ? "too inexact" : "WRONG", error, v.tolerance);
                 bench.bad += !v.may_be_inexact;
             }
         }
@@ -256,7 +265,8 @@ std::vector<float> sample(Device& device, const T* from, size_t n) {
     return values;
 }
 
-// ----- Products by cuBLASLt's own interface, column-major as it has them: d (m,n) = op(a) (m,k) op(b) (k,n), or added to d
+// ----- Products by cuBLASLt's own interface, column-major as it has them: d (m,n) = op(a) (m,k) op(b) (k,n), or added
+// to d
 
 struct Problem {
     bool a_transposed, b_transposed;
@@ -265,23 +275,24 @@ struct Problem {
     bool accumulate = false;
     cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_DEFAULT;
     cudaDataType a_type = CUDA_R_16BF, b_type = CUDA_R_16BF;
-    bool fast_accumulation = false;                  // FP8
-    size_t d_ld = 0;                                 // 0: m
+    bool fast_accumulation = false;  // FP8
+    size_t d_ld = 0;                 // 0: m
     int batch = 1;
-    size_t a_stride = 0, b_stride = 0, d_stride = 0; // elements from one of the batch to the next
+    size_t a_stride = 0, b_stride = 0, d_stride = 0;  // elements from one of the batch to the next
 };
 struct Operands {
     void* d;
     const void *a, *b;
-    void* aux = nullptr;                                  // h (n,m), the epilogue's
-    const float *a_scale = nullptr, *b_scale = nullptr;   // of FP8
+    void* aux = nullptr;                                 // h (n,m), the epilogue's
+    const float *a_scale = nullptr, *b_scale = nullptr;  // of FP8
 };
 
 class Product {
 public:
     std::string refused;  // cuBLASLt's status where it does not offer this
 
-    Product(Lab& lab, const Problem& p, std::function<Operands(int)> operands) : lab(lab), problem(p), operands(std::move(operands)) {
+    Product(Lab& lab, const Problem& p, std::function<Operands(int)> operands)
+        : lab(lab), problem(p), operands(std::move(operands)) {
         set("cublasLtMatmulDescCreate", cublasLtMatmulDescCreate(&operation, CUBLAS_COMPUTE_32F, CUDA_R_32F));
         attribute(CUBLASLT_MATMUL_DESC_TRANSA, p.a_transposed ? CUBLAS_OP_T : CUBLAS_OP_N, "transpose");
         attribute(CUBLASLT_MATMUL_DESC_TRANSB, p.b_transposed ? CUBLAS_OP_T : CUBLAS_OP_N, "transpose");
@@ -289,7 +300,8 @@ public:
             attribute(CUBLASLT_MATMUL_DESC_EPILOGUE, uint32_t(p.epilogue), "epilogue");
             attribute(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, int64_t(p.m), "epilogue's leading dimension");
         }
-        if (p.a_type != CUDA_R_16BF) attribute(CUBLASLT_MATMUL_DESC_FAST_ACCUM, int8_t(p.fast_accumulation), "fast accumulation");
+        if (p.a_type != CUDA_R_16BF)
+            attribute(CUBLASLT_MATMUL_DESC_FAST_ACCUM, int8_t(p.fast_accumulation), "fast accumulation");
         point_to(this->operands(0));
         layout(&a, p.a_type, p.a_transposed ? p.k : p.m, p.a_transposed ? p.m : p.k, 0, p.a_stride);
         layout(&b, p.b_type, p.b_transposed ? p.n : p.k, p.b_transposed ? p.k : p.n, 0, p.b_stride);
@@ -316,7 +328,8 @@ private:
     cublasLtMatmulAlgo_t algorithm{};
 
     void set(const char* what, cublasStatus_t status) {
-        if (status != CUBLAS_STATUS_SUCCESS && refused.empty()) refused = format("not offered (%s: %s)", what, cublasLtGetStatusString(status));
+        if (status != CUBLAS_STATUS_SUCCESS && refused.empty())
+            refused = format("not offered (%s: %s)", what, cublasLtGetStatusString(status));
     }
     template <class T>
     void attribute(cublasLtMatmulDescAttributes_t which, T value, const char* what) {
@@ -328,10 +341,12 @@ private:
         int32_t batch = problem.batch;
         int64_t offset = int64_t(stride);
         set("batch", cublasLtMatrixLayoutSetAttribute(*l, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &batch, sizeof batch));
-        set("stride", cublasLtMatrixLayoutSetAttribute(*l, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &offset, sizeof offset));
+        set("stride",
+            cublasLtMatrixLayoutSetAttribute(*l, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &offset, sizeof offset));
     }
     void point_to(const Operands& o) {
-        if (problem.epilogue != CUBLASLT_EPILOGUE_DEFAULT) attribute(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, o.aux, "epilogue's matrix");
+        if (problem.epilogue != CUBLASLT_EPILOGUE_DEFAULT)
+            attribute(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, o.aux, "epilogue's matrix");
         if (problem.a_type == CUDA_R_16BF) return;
         attribute(CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, o.a_scale, "a's scale");
         attribute(CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, o.b_scale, "b's scale");
@@ -340,24 +355,31 @@ private:
         Operands o = operands(i);
         float one = 1, beta = problem.accumulate ? 1 : 0;
         point_to(o);
-        return cublasLtMatmul(lab.handle, operation, &one, o.a, a, o.b, b, &beta, o.d, d, o.d, d, &with, lane.workspace, GEMM_WORKSPACE, lane.stream);
+        return cublasLtMatmul(lab.handle, operation, &one, o.a, a, o.b, b, &beta, o.d, d, o.d, d, &with, lane.workspace,
+                              GEMM_WORKSPACE, lane.stream);
     }
 
-    // The fastest of the heuristic's candidates, within the trainer's limits: its workspace, its alignment, sums of split products in FP32.
+    // The fastest of the heuristic's candidates, within the trainer's limits: its workspace, its alignment, sums of
+    // split products in FP32.
     void choose() {
         cublasLtMatmulPreference_t preference;
         check(cublasLtMatmulPreferenceCreate(&preference), "cublasLtMatmulPreferenceCreate");
         size_t bytes = GEMM_WORKSPACE;
         uint32_t schemes = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
-        check(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &bytes, sizeof bytes), "workspace");
-        check(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &schemes, sizeof schemes), "reduction");
+        check(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &bytes,
+                                                   sizeof bytes),
+              "workspace");
+        check(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &schemes,
+                                                   sizeof schemes),
+              "reduction");
         uint32_t alignment = 16;  // bytes
         for (auto which : {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
                            CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
             check(cublasLtMatmulPreferenceSetAttribute(preference, which, &alignment, sizeof alignment), "alignment");
         cublasLtMatmulHeuristicResult_t results[CANDIDATES] = {};
         int found = 0;
-        cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(lab.handle, operation, a, b, d, d, preference, CANDIDATES, results, &found);
+        cublasStatus_t status =
+            cublasLtMatmulAlgoGetHeuristic(lab.handle, operation, a, b, d, d, preference, CANDIDATES, results, &found);
         cublasLtMatmulPreferenceDestroy(preference);
         if (status == CUBLAS_STATUS_SUCCESS && found == 0) status = CUBLAS_STATUS_NOT_SUPPORTED;
         set("cublasLtMatmulAlgoGetHeuristic", status);
@@ -370,7 +392,8 @@ private:
             std::vector<float> times(bench.small ? 1 : 5);
             for (float& ms : times) {
                 watch.start();
-                for (int i = 0; i < (bench.small ? 1 : 4); i++) check(launch(i, lab.lane(), results[c].algo), "cublasLtMatmul");
+                for (int i = 0; i < (bench.small ? 1 : 4); i++)
+                    check(launch(i, lab.lane(), results[c].algo), "cublasLtMatmul");
                 ms = watch.stop();
             }
             if (float ms = median(times); ms < least) least = ms, algorithm = results[c].algo;
@@ -396,8 +419,9 @@ struct Buffers {
     Ring<branch_t> in, out, w, dout, din;
     Ring<float> dw;
     Buffers(Lab& lab, const Layer& l)
-        : sets(bench.sets_for((l.K + l.N) * l.rows * sizeof(branch_t))), in(l.rows * l.K, sets), out(l.rows * l.N, sets), w(l.K * l.N, sets), dout(l.rows * l.N, sets),
-          din(l.rows * l.K, sets), dw(l.K * l.N, sets) {
+        : sets(bench.sets_for((l.K + l.N) * l.rows * sizeof(branch_t))), in(l.rows * l.K, sets),
+          out(l.rows * l.N, sets), w(l.K * l.N, sets), dout(l.rows * l.N, sets), din(l.rows * l.K, sets),
+          dw(l.K * l.N, sets) {
         fill(lab.device, in, 1, 1), fill(lab.device, w, std::sqrt(3.0f / float(l.K)), 2), fill(lab.device, dout, 1, 3);
         lab.device.zero(dw.all);
     }
@@ -405,9 +429,11 @@ struct Buffers {
     Operands to_din(int i) const { return {din(i), w(i), dout(i)}; }
     Operands to_dw(int i) const { return {dw(i), in(i), dout(i)}; }
 };
-Problem forward_problem(const Layer& l) { return {true, false, l.N, l.rows, l.K}; }                                 // out^T (N,rows) = W in^T
-Problem din_problem(const Layer& l) { return {false, false, l.K, l.rows, l.N}; }                                    // din^T (K,rows) = W^T dout^T
-Problem dw_problem(const Layer& l, bool accumulate) { return {false, true, l.K, l.N, l.rows, CUDA_R_32F, accumulate}; }  // dW^T (K,N) = in^T dout
+Problem forward_problem(const Layer& l) { return {true, false, l.N, l.rows, l.K}; }  // out^T (N,rows) = W in^T
+Problem din_problem(const Layer& l) { return {false, false, l.K, l.rows, l.N}; }     // din^T (K,rows) = W^T dout^T
+Problem dw_problem(const Layer& l, bool accumulate) {
+    return {false, true, l.K, l.N, l.rows, CUDA_R_32F, accumulate};
+}  // dW^T (K,N) = in^T dout
 
 // dW after run(0) on zeros.
 std::vector<float> dw_result(Lab& lab, const Buffers& x, const Layer& l, const std::function<void(int)>& run) {
@@ -420,7 +446,8 @@ std::vector<float> dw_result(Lab& lab, const Buffers& x, const Layer& l, const s
 // ----- The measurements; each returns what it would win of a block, in seconds
 
 // The trainer's own products, with --tune and without.
-double bench_tuning(Lab& lab, Device& tuned, const std::string& shape, const std::vector<Layer>& layers, size_t layers_of_block) {
+double bench_tuning(Lab& lab, Device& tuned, const std::string& shape, const std::vector<Layer>& layers,
+                    size_t layers_of_block) {
     double won = 0;
     for (size_t at = 0; at < layers.size(); at++) {
         const Layer& l = layers[at];
@@ -428,31 +455,40 @@ double bench_tuning(Lab& lab, Device& tuned, const std::string& shape, const std
         auto measure = [&](const char* part, auto run, auto result) {
             auto variant = [&](const char* name, Device& device) {
                 auto launch_on = [&device, run](int i) { run(device, i); };
-                return Variant{name, launch_on, [&device, launch_on, result] { return result(device, launch_on); }, BF16_TOLERANCE, {}, false, device.stream};
+                return Variant{
+                    name,           launch_on, [&device, launch_on, result] { return result(device, launch_on); },
+                    BF16_TOLERANCE, {},        false,
+                    device.stream};
             };
             {
                 Device::Tuning measuring(tuned, true);
                 run(tuned, 0);
                 tuned.synchronize();
             }
-            std::vector<double> seconds = compare(lab, format("tune %s %s %s %s", l.name, part, shape.c_str(), l.shape().c_str()), l.operations(),
-                                                  {variant("first of the heuristic", lab.device), variant("tuned", tuned)});
+            std::vector<double> seconds =
+                compare(lab, format("tune %s %s %s %s", l.name, part, shape.c_str(), l.shape().c_str()), l.operations(),
+                        {variant("first of the heuristic", lab.device), variant("tuned", tuned)});
             if (at < layers_of_block) won += seconds[0] - seconds[1];
         };
         auto of = [&](auto* from, size_t n) {
-            return [from, n](Device& device, const std::function<void(int)>& run) { return run(0), sample(device, from, n); };
+            return [from, n](Device& device, const std::function<void(int)>& run) {
+                return run(0), sample(device, from, n);
+            };
         };
-        measure("forward", [&](Device& device, int i) { matmul_forward(device, x.out(i), x.in(i), x.w(i), l.rows, l.K, l.N); }, of(x.out(0), l.rows * l.N));
-        measure("dW", [&](Device& device, int i) { device.product(x.dw(i), x.in(i), false, x.dout(i), true, l.K, l.N, l.rows, true); },
-                [&](Device&, const std::function<void(int)>& run) { return dw_result(lab, x, l, run); });
-        measure("din", [&](Device& device, int i) { device.product(x.din(i), x.w(i), false, x.dout(i), false, l.K, l.rows, l.N, false); }, of(x.din(0), l.rows * l.K));
+        measure("forward", [&](Device& device, int i) {
+            matmul_forward(device, x.out(i), x.in(i), x.w(i), l.rows, l.K, l.N);
+        }, of(x.out(0), l.rows * l.N));
+        measure("dW", [&](Device& device, int i) {
+            device.product(x.dw(i), x.in(i), false, x.dout(i), true, l.K, l.N, l.rows, true);
+        }, [&](Device&, const std::function<void(int)>& run) { return dw_result(lab, x, l, run); });
+        measure("din", [&](Device& device, int i) {
+            device.product(x.din(i), x.w(i), false, x.dout(i), false, l.K, l.rows, l.N, false);
+        }, of(x.din(0), l.rows * l.K));
     }
     return won;
 }
 
-struct GeluGains {
-    double forward, backward;
-};
+struct GeluGains { double forward, backward; };
 // GELU on the product's FP32 sums as they leave the tensor cores, and in a kernel that reads the rounded product.
 GeluGains bench_gelu(Lab& lab, const std::string& shape, const std::vector<Layer>& layers) {
     const Layer &fc = layers[2], &fcproj = layers[3];
@@ -472,9 +508,11 @@ GeluGains bench_gelu(Lab& lab, const std::string& shape, const std::vector<Layer
             h.insert(h.end(), g.begin(), g.end());
             return h;
         };
-        std::vector<double> seconds = compare(lab, format("GELU fc forward %s %s", shape.c_str(), fc.shape().c_str()), fc.operations(),
-                                              {{"product, gelu_forward", with_kernel, [&] { return both(with_kernel); }},
-                                               {"GELU_AUX epilogue", std::ref(epilogue), [&] { return both(std::ref(epilogue)); }, BF16_TOLERANCE, epilogue.refused}});
+        std::vector<double> seconds =
+            compare(lab, format("GELU fc forward %s %s", shape.c_str(), fc.shape().c_str()), fc.operations(),
+                    {{"product, gelu_forward", with_kernel, [&] { return both(with_kernel); }},
+                     {"GELU_AUX epilogue", std::ref(epilogue), [&] { return both(std::ref(epilogue)); }, BF16_TOLERANCE,
+                      epilogue.refused}});
         won.forward = seconds[0] - seconds[1];
     }
     Buffers x(lab, fcproj);  // din is dh
@@ -486,9 +524,11 @@ GeluGains bench_gelu(Lab& lab, const std::string& shape, const std::vector<Layer
     Product epilogue(lab, p, [&](int i) { return Operands{x.din(i), x.w(i), x.dout(i), h(i)}; });
     auto with_kernel = [&](int i) { plain(i), gelu_backward(lab.device, x.din(i), h(i), hidden); };
     auto dh = [&](const std::function<void(int)>& run) { return run(0), sample(lab.device, x.din(0), hidden); };
-    std::vector<double> seconds = compare(lab, format("GELU fcproj din %s %s", shape.c_str(), fcproj.shape().c_str()), fcproj.operations(),
-                                          {{"product, gelu_backward", with_kernel, [&] { return dh(with_kernel); }},
-                                           {"DGELU epilogue", std::ref(epilogue), [&] { return dh(std::ref(epilogue)); }, BF16_TOLERANCE, epilogue.refused}});
+    std::vector<double> seconds =
+        compare(lab, format("GELU fcproj din %s %s", shape.c_str(), fcproj.shape().c_str()), fcproj.operations(),
+                {{"product, gelu_backward", with_kernel, [&] { return dh(with_kernel); }},
+                 {"DGELU epilogue", std::ref(epilogue), [&] { return dh(std::ref(epilogue)); }, BF16_TOLERANCE,
+                  epilogue.refused}});
     won.backward = seconds[0] - seconds[1];
     return won;
 }
@@ -496,7 +536,8 @@ GeluGains bench_gelu(Lab& lab, const std::string& shape, const std::vector<Layer
 struct AccumulationGains {
     double bf16 = 0, none = 0;  // of --grads bf16, and if nothing had to be added
 };
-AccumulationGains bench_accumulation(Lab& lab, const std::string& shape, const std::vector<Layer>& layers, size_t layers_of_block) {
+AccumulationGains bench_accumulation(Lab& lab, const std::string& shape, const std::vector<Layer>& layers,
+                                     size_t layers_of_block) {
     AccumulationGains won;
     DeviceArray<StepSettings> settings(1);
     DeviceArray<UpdateCounts> updates(1);
@@ -511,17 +552,18 @@ AccumulationGains bench_accumulation(Lab& lab, const std::string& shape, const s
         Product set(lab, dw_problem(l, false), [&](int i) { return x.to_dw(i); });
         auto rounded = [&](int i) {
             set(i);
-            launch(add_rounded_kernel<4>, ceil_div(n / 4, THREADS), THREADS, 0, lab.device.stream, g(i), x.dw(i), n, 0, RoundingState{settings.data(), updates.data(), micro_batch.data()});
+            launch(add_rounded_kernel<4>, ceil_div(n / 4, THREADS), THREADS, 0, lab.device.stream, g(i), x.dw(i), n, 0,
+                   RoundingState{settings.data(), updates.data(), micro_batch.data()});
         };
         std::vector<double> seconds =
             compare(lab, format("accumulate %s dW %s %s", l.name, shape.c_str(), l.shape().c_str()), l.operations(),
                     {{"beta 1, FP32", std::ref(added), [&] { return dw_result(lab, x, l, std::ref(added)); }},
                      {"beta 0, add_rounded to BF16", rounded,
                       [&] {
-                          lab.device.zero(g.all);
-                          rounded(0);
-                          return sample(lab.device, g(0), n);
-                      }},
+            lab.device.zero(g.all);
+            rounded(0);
+            return sample(lab.device, g(0), n);
+        }},
                      {"beta 0, nothing added", std::ref(set), [&] { return dw_result(lab, x, l, std::ref(set)); }}});
         if (at < layers_of_block) won.bf16 += seconds[0] - seconds[1], won.none += seconds[0] - seconds[2];
     }
@@ -529,7 +571,8 @@ AccumulationGains bench_accumulation(Lab& lab, const std::string& shape, const s
 }
 
 struct Fp8Gains {
-    double alone = 0, cast = 0, quantised = 0;  // products alone; with casts by an earlier step's amax; with amax of the same numbers
+    double alone = 0, cast = 0,
+           quantised = 0;  // products alone; with casts by an earlier step's amax; with amax of the same numbers
 };
 Fp8Gains bench_fp8(Lab& lab, const std::string& shape, const std::vector<Layer>& layers) {
     using Weight = __nv_fp8_e4m3;  // and activations
@@ -548,38 +591,49 @@ Fp8Gains bench_fp8(Lab& lab, const std::string& shape, const std::vector<Layer>&
         DeviceArray<unsigned> amax(MATRICES);
         DeviceArray<float> scale(MATRICES);
         auto find_amax = [&](int which, const branch_t* from, size_t n) {
-            launch(amax_kernel, std::min<size_t>(ceil_div(n / WIDE, THREADS * IN_FLIGHT), 1056), THREADS, sizeof(AmaxShared), lab.device.stream, amax.data() + which, from, n);
+            launch(amax_kernel, std::min<size_t>(ceil_div(n / WIDE, THREADS * IN_FLIGHT), 1056), THREADS,
+                   sizeof(AmaxShared), lab.device.stream, amax.data() + which, from, n);
         };
         auto cast = [&](int which, auto* to, auto* to_t, const branch_t* from, size_t rows, size_t columns) {
-            launch(cast_transpose_kernel<std::remove_pointer_t<decltype(to)>>, rows / CAST_ROWS * (columns / CAST_COLUMNS), THREADS, sizeof(CastShared), lab.device.stream, to,
+            launch(cast_transpose_kernel<std::remove_pointer_t<decltype(to)>>,
+                   rows / CAST_ROWS * (columns / CAST_COLUMNS), THREADS, sizeof(CastShared), lab.device.stream, to,
                    to_t, scale.data() + which, from, amax.data() + which, int(rows), int(columns));
         };
         auto find_all = [&](int i) {
             lab.device.zero(amax);
-            find_amax(IN, x.in(i), l.rows * l.K), find_amax(W, x.w(i), l.N * l.K), find_amax(DOUT, x.dout(i), l.rows * l.N);
+            find_amax(IN, x.in(i), l.rows * l.K), find_amax(W, x.w(i), l.N * l.K),
+                find_amax(DOUT, x.dout(i), l.rows * l.N);
         };
         auto cast_all = [&](int i) {
-            cast(IN, in(i), in_t(i), x.in(i), l.rows, l.K), cast(W, w(i), w_t(i), x.w(i), l.N, l.K), cast(DOUT, dout(i), dout_t(i), x.dout(i), l.rows, l.N);
+            cast(IN, in(i), in_t(i), x.in(i), l.rows, l.K), cast(W, w(i), w_t(i), x.w(i), l.N, l.K),
+                cast(DOUT, dout(i), dout_t(i), x.dout(i), l.rows, l.N);
         };
         for (size_t i = 0; i < x.sets; i++) find_all(int(i)), cast_all(int(i));
 
         // What no one may ask for here is not asked for.
-        std::string unable = lab.capability >= 89 ? "" : format("not offered (compute capability %d.%d, FP8 needs 8.9)", lab.capability / 10, lab.capability % 10);
+        std::string unable = lab.capability >= 89 ? ""
+                                                  : format("not offered (compute capability %d.%d, FP8 needs 8.9)",
+                                                           lab.capability / 10, lab.capability % 10);
         auto problem = [&](size_t m, size_t n, size_t k, bool gradient, bool into_dw, bool fast) {
             Problem p{true, false, m, n, k, into_dw ? CUDA_R_32F : CUDA_R_16BF, into_dw};
-            p.a_type = CUDA_R_8F_E4M3, p.b_type = gradient ? CUDA_R_8F_E5M2 : CUDA_R_8F_E4M3, p.fast_accumulation = fast;
+            p.a_type = CUDA_R_8F_E4M3, p.b_type = gradient ? CUDA_R_8F_E5M2 : CUDA_R_8F_E4M3,
+            p.fast_accumulation = fast;
             return p;
         };
-        auto measure = [&](const char* part, Product& plain, auto make, const std::function<std::vector<float>(const std::function<void(int)>&)>& result) {
+        auto measure = [&](const char* part, Product& plain, auto make,
+                           const std::function<std::vector<float>(const std::function<void(int)>&)>& result) {
             std::unique_ptr<Product> ways[2];
             std::vector<Variant> variants = {{"BF16", std::ref(plain), [&] { return result(std::ref(plain)); }}};
             for (bool fast : {false, true}) {
                 auto& way = ways[fast];
                 if (unable.empty()) way = make(fast);
-                variants.push_back({fast ? "FP8, fast accumulation" : "FP8", [&way](int i) { (*way)(i); }, [&] { return result(std::ref(*way)); }, FP8_TOLERANCE,
-                                    way ? way->refused : unable, fast});
+                variants.push_back({fast ? "FP8, fast accumulation" : "FP8", [&way](int i) { (*way)(i); }, [&] {
+                    return result(std::ref(*way));
+                }, FP8_TOLERANCE, way ? way->refused : unable, fast});
             }
-            std::vector<double> seconds = compare(lab, format("FP8 %s %s %s %s", l.name, part, shape.c_str(), l.shape().c_str()), l.operations(), std::move(variants));
+            std::vector<double> seconds =
+                compare(lab, format("FP8 %s %s %s %s", l.name, part, shape.c_str(), l.shape().c_str()), l.operations(),
+                        std::move(variants));
             bool fast = seconds[2] < seconds[1];
             won.alone += seconds[0] - seconds[fast ? 2 : 1];
             return std::isfinite(seconds[fast ? 2 : 1]) ? std::move(ways[fast]) : nullptr;
@@ -588,16 +642,19 @@ Fp8Gains bench_fp8(Lab& lab, const std::string& shape, const std::vector<Layer>&
             return [&lab, from, n](const std::function<void(int)>& run) { return run(0), sample(lab.device, from, n); };
         };
         auto forward8 = measure("forward", forward, [&](bool fast) {
-            return std::make_unique<Product>(lab, problem(l.N, l.rows, l.K, false, false, fast),
-                                             [&](int i) { return Operands{x.out(i), w(i), in(i), nullptr, scale.data() + W, scale.data() + IN}; });
+            return std::make_unique<Product>(lab, problem(l.N, l.rows, l.K, false, false, fast), [&](int i) {
+                return Operands{x.out(i), w(i), in(i), nullptr, scale.data() + W, scale.data() + IN};
+            });
         }, out_of(x.out(0), l.rows * l.N));
         auto din8 = measure("din", din, [&](bool fast) {
-            return std::make_unique<Product>(lab, problem(l.K, l.rows, l.N, true, false, fast),
-                                             [&](int i) { return Operands{x.din(i), w_t(i), dout(i), nullptr, scale.data() + W, scale.data() + DOUT}; });
+            return std::make_unique<Product>(lab, problem(l.K, l.rows, l.N, true, false, fast), [&](int i) {
+                return Operands{x.din(i), w_t(i), dout(i), nullptr, scale.data() + W, scale.data() + DOUT};
+            });
         }, out_of(x.din(0), l.rows * l.K));
         auto dw8 = measure("dW", dw, [&](bool fast) {
-            return std::make_unique<Product>(lab, problem(l.K, l.N, l.rows, true, true, fast),
-                                             [&](int i) { return Operands{x.dw(i), in_t(i), dout_t(i), nullptr, scale.data() + IN, scale.data() + DOUT}; });
+            return std::make_unique<Product>(lab, problem(l.K, l.N, l.rows, true, true, fast), [&](int i) {
+                return Operands{x.dw(i), in_t(i), dout_t(i), nullptr, scale.data() + IN, scale.data() + DOUT};
+            });
         }, [&](const std::function<void(int)>& run) { return dw_result(lab, x, l, run); });
 
         // All three, with what makes their operands.
@@ -606,7 +663,8 @@ Fp8Gains bench_fp8(Lab& lab, const std::string& shape, const std::vector<Layer>&
         auto quantised_run = [&](int i) { find_all(i), cast_run(i); };
         auto all = [&](const std::function<void(int)>& run) {
             std::vector<float> values = dw_result(lab, x, l, run);
-            double rms[] = {std::sqrt(double(l.rows)) / 3, std::sqrt(1.0 / 3), std::sqrt(double(l.N) / (3 * double(l.K)))};  // of random factors
+            double rms[] = {std::sqrt(double(l.rows)) / 3, std::sqrt(1.0 / 3),
+                            std::sqrt(double(l.N) / (3 * double(l.K)))};  // of random factors
             for (float& v : values) v /= float(rms[0]);
             int part = 1;
             for (auto [from, n] : {std::pair{x.out(0), l.rows * l.N}, {x.din(0), l.rows * l.K}}) {
@@ -615,36 +673,47 @@ Fp8Gains bench_fp8(Lab& lab, const std::string& shape, const std::vector<Layer>&
             }
             return values;
         };
-        std::string missing = unable.empty() && !(forward8 && din8 && dw8) ? "not offered (one of its products is not)" : unable;
-        std::vector<double> seconds = compare(lab, format("FP8 %s with its casts %s %s", l.name, shape.c_str(), l.shape().c_str()), 3 * l.operations(),
-                                              {{"BF16", bf16_run, [&] { return all(bf16_run); }},
-                                               {"FP8, cast and transposed", cast_run, [&] { return all(cast_run); }, FP8_TOLERANCE, missing},
-                                               {"FP8, amax, cast and transposed", quantised_run, [&] { return all(quantised_run); }, FP8_TOLERANCE, missing}});
+        std::string missing =
+            unable.empty() && !(forward8 && din8 && dw8) ? "not offered (one of its products is not)" : unable;
+        std::vector<double> seconds =
+            compare(lab, format("FP8 %s with its casts %s %s", l.name, shape.c_str(), l.shape().c_str()),
+                    3 * l.operations(),
+                    {{"BF16", bf16_run, [&] { return all(bf16_run); }},
+                     {"FP8, cast and transposed", cast_run, [&] { return all(cast_run); }, FP8_TOLERANCE, missing},
+                     {"FP8, amax, cast and transposed", quantised_run, [&] { return all(quantised_run); },
+                      FP8_TOLERANCE, missing}});
         won.cast += seconds[0] - seconds[1], won.quantised += seconds[0] - seconds[2];
 
         // Are the kernels themselves as fast as they can be? Beside a copy of as many bytes.
         double amax_bytes = 2.0 * double(l.rows * l.N), cast_bytes = 2 * amax_bytes;
         size_t copied = l.rows * l.N * 2;
-        std::vector<double> kernels = side_by_side({{[&](int i) { find_amax(DOUT, x.dout(i), l.rows * l.N); }, lab.device.stream},
-                                                    {[&](int i) { cast(DOUT, dout(i), dout_t(i), x.dout(i), l.rows, l.N); }, lab.device.stream},
-                                                    {[&](int i) { CUDA(cudaMemcpyAsync(x.out(i), x.dout(i), copied, cudaMemcpyDeviceToDevice, lab.device.stream)); }, lab.device.stream}},
-                                                   usual_launches());
+        std::vector<double> kernels =
+            side_by_side({{[&](int i) { find_amax(DOUT, x.dout(i), l.rows * l.N); }, lab.device.stream},
+                          {[&](int i) { cast(DOUT, dout(i), dout_t(i), x.dout(i), l.rows, l.N); }, lab.device.stream},
+                          {[&](int i) {
+            CUDA(cudaMemcpyAsync(x.out(i), x.dout(i), copied, cudaMemcpyDeviceToDevice, lab.device.stream));
+        }, lab.device.stream}},
+                         usual_launches());
         double copy_rate = 2 * double(copied) / kernels[2];
-        for (auto [name, bytes, seconds_of] : {std::tuple{"amax", amax_bytes, kernels[0]}, {"cast and transpose", cast_bytes, kernels[1]}}) {
-            printf("    %-44s %9.1f us %8.1f GB/s, a copy %.1f, ratio %.2f\n", name, seconds_of * 1e6, bytes / seconds_of / 1e9, copy_rate / 1e9, bytes / seconds_of / copy_rate);
-            bench.add_row(joined(format("FP8 %s %s %s %s", l.name, name, shape.c_str(), l.shape().c_str())), bytes / seconds_of / 1e9, "GB/s", copy_rate / 1e9);
+        for (auto [name, bytes, seconds_of] :
+             {std::tuple{"amax", amax_bytes, kernels[0]}, {"cast and transpose", cast_bytes, kernels[1]}}) {
+            printf("    %-44s %9.1f us %8.1f GB/s, a copy %.1f, ratio %.2f\n", name, seconds_of * 1e6,
+                   bytes / seconds_of / 1e9, copy_rate / 1e9, bytes / seconds_of / copy_rate);
+            bench.add_row(joined(format("FP8 %s %s %s %s", l.name, name, shape.c_str(), l.shape().c_str())),
+                          bytes / seconds_of / 1e9, "GB/s", copy_rate / 1e9);
         }
     }
     return won;
 }
 
-struct SmallGains {
-    double slices = 0, chunks = 0, qkv = 0, beside = 0, pairs = 0;
-};
-// What may win where a product's result has too few tiles for all multiprocessors, and its operands are most of its time.
+struct SmallGains { double slices = 0, chunks = 0, qkv = 0, beside = 0, pairs = 0; };
+// What may win where a product's result has too few tiles for all multiprocessors, and its operands are most of its
+// time.
 SmallGains bench_small(Lab& lab, const std::string& shape, const std::vector<Layer>& layers) {
     SmallGains won;
-    auto best_of = [](const std::vector<double>& seconds) { return seconds[0] - *std::min_element(seconds.begin(), seconds.end()); };
+    auto best_of = [](const std::vector<double>& seconds) {
+        return seconds[0] - *std::min_element(seconds.begin(), seconds.end());
+    };
     std::vector<std::unique_ptr<Buffers>> buffers;
     std::vector<std::unique_ptr<Product>> dws;
     for (const Layer& l : layers) {
@@ -657,37 +726,52 @@ SmallGains bench_small(Lab& lab, const std::string& shape, const std::vector<Lay
         constexpr size_t MOST_SLICES = 32;
         DeviceArray<float> parts(MOST_SLICES * n);
         std::vector<std::unique_ptr<Product>> sliced;
-        std::vector<Variant> variants = {{"one product, split as cuBLASLt likes", std::ref(dw), [&] { return dw_result(lab, x, l, std::ref(dw)); }}};
+        std::vector<Variant> variants = {
+            {"one product, split as cuBLASLt likes", std::ref(dw), [&] { return dw_result(lab, x, l, std::ref(dw)); }}};
         for (size_t slices : {size_t(4), size_t(8), size_t(16), MOST_SLICES}) {
             Problem p{false, true, l.K, l.N, l.rows / slices, CUDA_R_32F};
-            p.batch = int(slices), p.a_stride = l.rows / slices * l.K, p.b_stride = l.rows / slices * l.N, p.d_stride = n;
-            sliced.push_back(std::make_unique<Product>(lab, p, [&](int i) { return Operands{parts.data(), x.in(i), x.dout(i)}; }));
+            p.batch = int(slices), p.a_stride = l.rows / slices * l.K, p.b_stride = l.rows / slices * l.N,
+            p.d_stride = n;
+            sliced.push_back(std::make_unique<Product>(lab, p, [&](int i) {
+                return Operands{parts.data(), x.in(i), x.dout(i)};
+            }));
             Product& batch = *sliced.back();
             auto run = [&, slices](int i) {
                 batch(i);
-                launch(add_slices_kernel, ceil_div(n / 4, THREADS), THREADS, 0, lab.device.stream, x.dw(i), parts.data(), n, int(slices));
+                launch(add_slices_kernel, ceil_div(n / 4, THREADS), THREADS, 0, lab.device.stream, x.dw(i),
+                       parts.data(), n, int(slices));
             };
-            variants.push_back({format("%zu slices of rows, then their sum", slices), run, [&, run] { return dw_result(lab, x, l, run); }, BF16_TOLERANCE, batch.refused});
+            variants.push_back({format("%zu slices of rows, then their sum", slices), run,
+                                [&, run] { return dw_result(lab, x, l, run); }, BF16_TOLERANCE, batch.refused});
         }
-        won.slices += best_of(compare(lab, format("small %s dW %s %s", l.name, shape.c_str(), l.shape().c_str()), l.operations(), std::move(variants)));
+        won.slices += best_of(compare(lab, format("small %s dW %s %s", l.name, shape.c_str(), l.shape().c_str()),
+                                      l.operations(), std::move(variants)));
 
-        // dW and din read the same dout. By chunks of rows the second finds it in the L2 cache; at once they share the multiprocessors.
+        // dW and din read the same dout. By chunks of rows the second finds it in the L2 cache; at once they share the
+        // multiprocessors.
         auto backward = [&](int i) { dw(i), din(i); };
-        auto at_once = [&](int i) { lab.at_once([&](const Lane& lane) { dw.run(i, lane); }, [&](const Lane& lane) { din.run(i, lane); }); };
+        auto at_once = [&](int i) {
+            lab.at_once([&](const Lane& lane) { dw.run(i, lane); }, [&](const Lane& lane) { din.run(i, lane); });
+        };
         auto result = [&](const std::function<void(int)>& run) {
             std::vector<float> values = dw_result(lab, x, l, run);
             for (float& v : values) v /= std::sqrt(float(l.rows)) / 3;
-            for (float v : sample(lab.device, x.din(0), l.rows * l.K)) values.push_back(v / std::sqrt(float(l.N) / (3 * float(l.K))));
+            for (float v : sample(lab.device, x.din(0), l.rows * l.K))
+                values.push_back(v / std::sqrt(float(l.N) / (3 * float(l.K))));
             return values;
         };
-        variants = {{"dW, then din", backward, [&] { return result(backward); }}, {"dW beside din, two streams", at_once, [&] { return result(at_once); }}};
+        variants = {{"dW, then din", backward, [&] { return result(backward); }},
+                    {"dW beside din, two streams", at_once, [&] { return result(at_once); }}};
         std::vector<std::unique_ptr<Product>> chunked;
         for (size_t chunks : {size_t(2), size_t(4), size_t(8)}) {
             Layer part = l;
             part.rows = l.rows / chunks;
             // Operands of chunk c of set i: number i * chunks + c.
-            auto rows_of = [&x, part, chunks](int i, size_t columns) { return size_t(i) % chunks * part.rows * columns; };
-            chunked.push_back(std::make_unique<Product>(lab, dw_problem(part, true), [&x, rows_of, part, chunks](int i) {
+            auto rows_of = [&x, part, chunks](int i, size_t columns) {
+                return size_t(i) % chunks * part.rows * columns;
+            };
+            chunked.push_back(std::make_unique<Product>(lab, dw_problem(part, true),
+                                                        [&x, rows_of, part, chunks](int i) {
                 int set = i / int(chunks);
                 return Operands{x.dw(set), x.in(set) + rows_of(i, part.K), x.dout(set) + rows_of(i, part.N)};
             }));
@@ -700,22 +784,27 @@ SmallGains bench_small(Lab& lab, const std::string& shape, const std::vector<Lay
             auto run = [&, chunks](int i) {
                 for (int c = 0; c < int(chunks); c++) dw_part(i * int(chunks) + c), din_part(i * int(chunks) + c);
             };
-            variants.push_back({format("%zu chunks of rows, dW then din of each", chunks), run, [&, run] { return result(run); }, BF16_TOLERANCE,
-                                dw_part.refused.empty() ? din_part.refused : dw_part.refused});
+            variants.push_back({format("%zu chunks of rows, dW then din of each", chunks), run, [&, run] {
+                return result(run);
+            }, BF16_TOLERANCE, dw_part.refused.empty() ? din_part.refused : dw_part.refused});
         }
-        std::vector<double> seconds = compare(lab, format("small %s backward %s %s", l.name, shape.c_str(), l.shape().c_str()), 2 * l.operations(), std::move(variants));
+        std::vector<double> seconds =
+            compare(lab, format("small %s backward %s %s", l.name, shape.c_str(), l.shape().c_str()),
+                    2 * l.operations(), std::move(variants));
         won.beside += seconds[0] - std::min(seconds[0], seconds[1]);
         won.chunks += seconds[0] - std::min(seconds[0], *std::min_element(seconds.begin() + 2, seconds.end()));
     }
 
-    {   // q, k and v: rows of one matrix, columns of one result
+    {  // q, k and v: rows of one matrix, columns of one result
         const Layer& l = layers[0];
         const Buffers& x = *buffers[0];
         size_t C = l.K;
         Product whole(lab, forward_problem(l), [&](int i) { return x.forward(i); });
         Problem p{true, false, C, l.rows, C};
         p.d_ld = 3 * C;
-        Product third(lab, p, [&](int i) { return Operands{x.out(i / 3) + size_t(i % 3) * C, x.w(i / 3) + size_t(i % 3) * C * C, x.in(i / 3)}; });
+        Product third(lab, p, [&](int i) {
+            return Operands{x.out(i / 3) + size_t(i % 3) * C, x.w(i / 3) + size_t(i % 3) * C * C, x.in(i / 3)};
+        });
         p.batch = 3, p.a_stride = C * C, p.d_stride = C;
         Product batch(lab, p, [&](int i) { return x.forward(i); });
         auto three = [&](int i) {
@@ -725,30 +814,40 @@ SmallGains bench_small(Lab& lab, const std::string& shape, const std::vector<Lay
             CUDA(cudaMemsetAsync(x.out(0), 0, l.rows * l.N * sizeof(branch_t), lab.device.stream));
             return run(0), sample(lab.device, x.out(0), l.rows * l.N);
         };
-        won.qkv = best_of(compare(lab, format("small qkv forward %s %s", shape.c_str(), l.shape().c_str()), l.operations(),
-                                  {{"one product of 3 C", std::ref(whole), [&] { return out(std::ref(whole)); }},
-                                   {"three of C", three, [&] { return out(three); }, BF16_TOLERANCE, third.refused},
-                                   {"a batch of three", std::ref(batch), [&] { return out(std::ref(batch)); }, BF16_TOLERANCE, batch.refused}}));
+        won.qkv =
+            best_of(compare(lab, format("small qkv forward %s %s", shape.c_str(), l.shape().c_str()), l.operations(),
+                            {{"one product of 3 C", std::ref(whole), [&] { return out(std::ref(whole)); }},
+                             {"three of C", three, [&] { return out(three); }, BF16_TOLERANCE, third.refused},
+                             {"a batch of three", std::ref(batch), [&] { return out(std::ref(batch)); }, BF16_TOLERANCE,
+                              batch.refused}}));
     }
 
     for (size_t at : {size_t(0), size_t(2)}) {  // the two dW of a sub-layer
         const Layer &l = layers[at], &other = layers[at + 1];
         Product &a = *dws[at], &b = *dws[at + 1];
         auto in_turn = [&](int i) { a(i), b(i); };
-        auto at_once = [&](int i) { lab.at_once([&](const Lane& lane) { a.run(i, lane); }, [&](const Lane& lane) { b.run(i, lane); }); };
+        auto at_once = [&](int i) {
+            lab.at_once([&](const Lane& lane) { a.run(i, lane); }, [&](const Lane& lane) { b.run(i, lane); });
+        };
         auto result = [&](const std::function<void(int)>& run) {
             lab.device.zero(buffers[at + 1]->dw.all);
-            std::vector<float> values = dw_result(lab, *buffers[at], l, run), second = sample(lab.device, buffers[at + 1]->dw(0), other.K * other.N);
+            std::vector<float> values = dw_result(lab, *buffers[at], l, run),
+                               second = sample(lab.device, buffers[at + 1]->dw(0), other.K * other.N);
             values.insert(values.end(), second.begin(), second.end());
             return values;
         };
-        won.pairs += best_of(compare(lab, format("small %s and %s dW %s %s", l.name, other.name, shape.c_str(), l.shape().c_str()), l.operations() + other.operations(),
-                                     {{"one after another", in_turn, [&] { return result(in_turn); }}, {"on two streams", at_once, [&] { return result(at_once); }}}));
+        won.pairs +=
+            best_of(compare(lab,
+                            format("small %s and %s dW %s %s", l.name, other.name, shape.c_str(), l.shape().c_str()),
+                            l.operations() + other.operations(),
+                            {{"one after another", in_turn, [&] { return result(in_turn); }},
+                             {"on two streams", at_once, [&] { return result(at_once); }}}));
     }
     return won;
 }
 
-// Seconds of a block in the trainer's micro-step, as one graph: the difference between models of three blocks and of one.
+// Seconds of a block in the trainer's micro-step, as one graph: the difference between models of three blocks and of
+// one.
 double block_seconds(int C, size_t rows) {
     ModelConfig c;
     int T = bench.small ? 64 : 1024;
@@ -760,7 +859,8 @@ double block_seconds(int C, size_t rows) {
         models[i] = std::make_unique<Model>(c, int(rows) / T, T, Recompute{0});
         Model& model = *models[i];
         model.initialise(1);
-        ways.push_back({[&model, rows, T](int) { model.forward_backward(int(rows) / T, 1 / float(rows)); }, model.device.stream});
+        ways.push_back({[&model, rows, T](int) { model.forward_backward(int(rows) / T, 1 / float(rows)); },
+                        model.device.stream});
     }
     std::vector<double> seconds = side_by_side(ways, 1);
     return (seconds[1] - seconds[0]) / 2;
@@ -778,7 +878,9 @@ int run(int argc, char** argv) {
     struct Folder {  // of a table that nobody reads later
         char path[64] = "/tmp/bench_products_XXXXXX";
         Folder() {
-            if (!mkdtemp(path)) fail("expected to make a folder in /tmp, found that it cannot be (%s); free some space there", errno_text().c_str());
+            if (!mkdtemp(path))
+                fail("expected to make a folder in /tmp, found that it cannot be (%s); free some space there",
+                     errno_text().c_str());
         }
         ~Folder() {
             std::error_code error;
@@ -824,7 +926,8 @@ int run(int argc, char** argv) {
         report_gain("gain the two dW of a sub-layer at once " + at, few.pairs, block);
         report_gain("gain q k v apart " + at, few.qkv, block);
     }
-    printf("\n%s\n", bench.bad ? format("%d results differ from the trainer's", bench.bad).c_str() : "every result agrees with the trainer's");
+    printf("\n%s\n", bench.bad ? format("%d results differ from the trainer's", bench.bad).c_str()
+                               : "every result agrees with the trainer's");
     return bench.bad ? 1 : 0;
 }
 

@@ -1,9 +1,11 @@
-// cupti_idle: a library that the CUDA driver loads into a program (CUDA_INJECTION64_PATH) and that writes down when each kernel, copy and fill
-// ran on the GPU, those inside CUDA graphs too. dev/idle.sh builds it, loads it into train_keel and reads what it wrote with dev/idle.py.
+// cupti_idle: a library that the CUDA driver loads into a program (CUDA_INJECTION64_PATH) and that writes down when
+// each kernel, copy and fill ran on the GPU, those inside CUDA graphs too. dev/idle.sh builds it, loads it into
+// train_keel and reads what it wrote with dev/idle.py.
 //
-// KEEL_TRACE names the file: a line "# ID KIND NAME" for each name when it is first seen, lines ID,START,END in nanoseconds, and at the end
-// "# dropped N", the records that CUPTI had no room for. CUPTI hands over records buffer by buffer, not in the order of time.
-// Recording slows launches down, not kernels: a step's time comes from a run without it.
+// KEEL_TRACE names the file: a line "# ID KIND NAME" for each name when it is first seen, lines ID,START,END in
+// nanoseconds, and at the end
+// "# dropped N", the records that CUPTI had no room for. CUPTI hands over records buffer by buffer, not in the order of
+// time. Recording slows launches down, not kernels: a step's time comes from a run without it.
 #include <cupti.h>
 #include <cxxabi.h>
 
@@ -64,10 +66,14 @@ void record(const char* kind, const char* symbol, unsigned long long start, unsi
 
 const char* copy_name(unsigned kind) {
     switch (kind) {
-        case CUPTI_ACTIVITY_MEMCPY_KIND_HTOD: return "copy to the device";
-        case CUPTI_ACTIVITY_MEMCPY_KIND_DTOH: return "copy to the host";
-        case CUPTI_ACTIVITY_MEMCPY_KIND_DTOD: return "copy on the device";
-        default: return "copy";
+        case CUPTI_ACTIVITY_MEMCPY_KIND_HTOD:
+            return "copy to the device";
+        case CUPTI_ACTIVITY_MEMCPY_KIND_DTOH:
+            return "copy to the host";
+        case CUPTI_ACTIVITY_MEMCPY_KIND_DTOD:
+            return "copy on the device";
+        default:
+            return "copy";
     }
 }
 
@@ -112,11 +118,14 @@ extern "C" __attribute__((visibility("default"))) int InitializeInjection() {
     const char* path = getenv("KEEL_TRACE");
     if (trace) return 1;
     if (!path || !(trace = fopen(path, "w"))) {
-        fprintf(stderr, "cupti_idle: expected KEEL_TRACE to name a file that can be written, found %s; nothing is recorded\n", path ? path : "none");
+        fprintf(stderr,
+                "cupti_idle: expected KEEL_TRACE to name a file that can be written, found %s; nothing is recorded\n",
+                path ? path : "none");
         return 1;
     }
     bool ready = worked(cuptiActivityRegisterCallbacks(want_buffer, take_buffer), "CUPTI");
-    for (CUpti_ActivityKind kind : {CUPTI_ACTIVITY_KIND_CONCURRENT_KERNEL, CUPTI_ACTIVITY_KIND_MEMCPY, CUPTI_ACTIVITY_KIND_MEMSET})
+    for (CUpti_ActivityKind kind :
+         {CUPTI_ACTIVITY_KIND_CONCURRENT_KERNEL, CUPTI_ACTIVITY_KIND_MEMCPY, CUPTI_ACTIVITY_KIND_MEMSET})
         ready = ready && worked(cuptiActivityEnable(kind), "CUPTI's record of activities");
     if (ready) {
         atexit(finish);

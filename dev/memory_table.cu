@@ -1,5 +1,5 @@
-// What a model takes of a GPU's memory at each level of recomputation and each type of the optimizer's numbers: the trainer's own plan, without a
-// GPU. `make memory_table` runs it for the paper's largest run.
+// What a model takes of a GPU's memory at each level of recomputation and each type of the optimizer's numbers: the
+// trainer's own plan, without a GPU. `make memory_table` runs it for the paper's largest run.
 #include "train_keel.cu"
 
 namespace {
@@ -11,27 +11,34 @@ int memory_table(const Options& o, double memory_gib) {
     const ModelConfig& c = run.model;
     size_t available = size_t(memory_gib * double(size_t(1) << 30));
     ParameterLayout layout(c);
-    printf("%s, L %d, C %d, H %d, T %d, V %d: %zu parameters; %.0f GiB for everything\n\n", placements[c.norm].name, c.L, c.C, c.H, run.T, c.V, layout.count, memory_gib);
-    printf("| gradients | moments | parameters and states, GiB | -r | KiB a token | largest B*T | us a token there, predicted |\n|---|---|---|---|---|---|---|\n");
+    printf("%s, L %d, C %d, H %d, T %d, V %d: %zu parameters; %.0f GiB for everything\n\n", placements[c.norm].name,
+           c.L, c.C, c.H, run.T, c.V, layout.count, memory_gib);
+    printf(
+        "| gradients | moments | parameters and states, GiB | -r | KiB a token | largest B*T | us a token there, "
+        "predicted |\n|---|---|---|---|---|---|---|\n");
     for (StateTypes types : {StateTypes{}, StateTypes{false, true}, StateTypes{true, false}, StateTypes{true, true}}) {
         Model::Counts counts(c, types);
         size_t states = 0;
-        Model::each_buffer(c, counts, 1, 1, {0}, [&]<class T>(const char*, DeviceArray<T> Model::* buffer, size_t elements) {
+        Model::each_buffer(c, counts, 1, 1, {0},
+                           [&]<class T>(const char*, DeviceArray<T> Model::* buffer, size_t elements) {
             using Member = DeviceArray<T> Model::*;
             auto is = [&](auto member) {
                 if constexpr (std::is_same_v<decltype(member), Member>) return buffer == member;
                 else return false;
             };
-            bool state = is(&Model::params) || is(&Model::grads) || is(&Model::m) || is(&Model::v) || is(&Model::branch_copy) || is(&Model::grads_bf16) ||
-                         is(&Model::m_bf16) || is(&Model::v_bf16) || is(&Model::grad_scratch);
+            bool state = is(&Model::params) || is(&Model::grads) || is(&Model::m) || is(&Model::v) ||
+                         is(&Model::branch_copy) || is(&Model::grads_bf16) || is(&Model::m_bf16) ||
+                         is(&Model::v_bf16) || is(&Model::grad_scratch);
             if (state) states += elements * sizeof(T);
         });
         for (Recompute level : {Recompute{0}, Recompute{-1}, Recompute{1}, Recompute{32}}) {
             auto bytes = [&](int B) { return total_bytes(Model::plan(c, counts, B, run.T, level)); };
             int B = 0;
             while (B < 4096 && bytes(B + 1) <= available) B++;
-            std::string time = B ? format("%.1f", 1e6 * predicted_seconds(c, B, run.T, level, types) / (double(B) * run.T)) : "-";
-            printf("| %s | %s | %.0f | %s | %.1f | %d | %s |\n", types.grads_bf16 ? "BF16" : "FP32", types.moments_bf16 ? "BF16" : "FP32", gib(states), level.name().c_str(),
+            std::string time =
+                B ? format("%.1f", 1e6 * predicted_seconds(c, B, run.T, level, types) / (double(B) * run.T)) : "-";
+            printf("| %s | %s | %.0f | %s | %.1f | %d | %s |\n", types.grads_bf16 ? "BF16" : "FP32",
+                   types.moments_bf16 ? "BF16" : "FP32", gib(states), level.name().c_str(),
                    double(bytes(9) - bytes(8)) / run.T / 1024, B * run.T, time.c_str());
         }
     }

@@ -1,5 +1,5 @@
-// crash_shim.cpp: preloaded into a trainer, it notes after each fsync what is now certain to be on the disk. CRASH_FOLDER is the folder
-// that is watched, CRASH_RECORD where the notes go.
+// crash_shim.cpp: preloaded into a trainer, it notes after each fsync what is now certain to be on the disk.
+// CRASH_FOLDER is the folder that is watched, CRASH_RECORD where the notes go.
 #include <dlfcn.h>
 
 #include "crash_disk.h"

@@ -19,7 +19,9 @@ inline std::string slurp(const std::string& path) {
     std::ifstream in(path, std::ios::binary);
     return std::string((std::istreambuf_iterator<char>(in)), {});
 }
-inline void spill(const std::string& path, const std::string& content) { std::ofstream(path, std::ios::binary) << content; }
+inline void spill(const std::string& path, const std::string& content) {
+    std::ofstream(path, std::ios::binary) << content;
+}
 
 // log.csv without what depends on the clock: step, loss, val_loss, lr, grad_norm
 inline std::string log_without_times(const std::string& path) {

@@ -1,5 +1,5 @@
-// What the suites of both trainers share: random numbers, errors between arrays, a folder that goes away, the text of an Error.
-// Included after doctest and keel_common.h.
+// What the suites of both trainers share: random numbers, errors between arrays, a folder that goes away, the text of
+// an Error. Included after doctest and keel_common.h.
 #pragma once
 
 #include <fstream>
@@ -9,7 +9,8 @@
 template <class Real>
 std::vector<Real> random_numbers(size_t n, uint32_t seed, double scale = 1) {
     std::vector<Real> values(n);
-    for (size_t i = 0; i < n; i++) values[i] = Real(scale * (2.0 * philox(seed, uint32_t(i), 0, 0, 77).word[0] * 0x1p-32 - 1));
+    for (size_t i = 0; i < n; i++)
+        values[i] = Real(scale * (2.0 * philox(seed, uint32_t(i), 0, 0, 77).word[0] * 0x1p-32 - 1));
     return values;
 }
 inline std::vector<int> random_tokens(size_t n, int V, uint32_t seed) {

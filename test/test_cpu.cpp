@@ -15,7 +15,9 @@ namespace {
 
 constexpr bool fp64 = sizeof(real) == 8;
 
-std::vector<real> random_reals(size_t n, uint32_t seed, double scale = 1) { return random_numbers<real>(n, seed, scale); }
+std::vector<real> random_reals(size_t n, uint32_t seed, double scale = 1) {
+    return random_numbers<real>(n, seed, scale);
+}
 double dot(const std::vector<real>& a, const std::vector<real>& b) {
     double sum = 0;
     for (size_t i = 0; i < a.size(); i++) sum += double(a[i]) * double(b[i]);
@@ -71,12 +73,16 @@ void initialise_for_test(Model& model, uint64_t seed) {
     model.initialise(seed);
     for (const TensorInfo& t : model.layout.tensors)
         if (!t.decay)
-            for (size_t i = 0; i < t.size(); i++) model.params[t.offset + i] = real(0.5 + uniform24(philox(seed, uint32_t(t.offset + i), 1, 0, 79).word[0]));
+            for (size_t i = 0; i < t.size(); i++)
+                model.params[t.offset + i] =
+                    real(0.5 + uniform24(philox(seed, uint32_t(t.offset + i), 1, 0, 79).word[0]));
 }
 
-// Central differences with h = 1e-4 along the gradient and along one random direction, relative to ||g||. The five-point form:
-// the three-point one's truncation error, h^2 f'''/6, alone reaches 1.6e-6 in a small model of many Post-LN sub-layers.
-void check_gradient(const std::string& what, real* x, const std::vector<real>& gradient, const std::function<double()>& loss) {
+// Central differences with h = 1e-4 along the gradient and along one random direction, relative to ||g||. The
+// five-point form: the three-point one's truncation error, h^2 f'''/6, alone reaches 1.6e-6 in a small model of many
+// Post-LN sub-layers.
+void check_gradient(const std::string& what, real* x, const std::vector<real>& gradient,
+                    const std::function<double()>& loss) {
     if (!fp64) return;
     double norm = std::sqrt(dot(gradient, gradient));
     REQUIRE_MESSAGE(norm > 0, what);
@@ -90,10 +96,12 @@ void check_gradient(const std::string& what, real* x, const std::vector<real>& g
             for (size_t i = 0; i < start.size(); i++) x[i] = start[i] + real(by) * direction[i];
             return loss();
         };
-        double measured = (8 * (moved(h) - moved(-h)) - (moved(2 * h) - moved(-2 * h))) / (12 * h), computed = dot(gradient, direction);
+        double measured = (8 * (moved(h) - moved(-h)) - (moved(2 * h) - moved(-2 * h))) / (12 * h),
+               computed = dot(gradient, direction);
         std::copy(start.begin(), start.end(), x);
         double error = std::fabs(measured - computed) / norm;
-        CHECK_MESSAGE(error <= 1e-6, what << ": error " << error << ", measured " << measured << ", computed " << computed);
+        CHECK_MESSAGE(error <= 1e-6,
+                      what << ": error " << error << ", measured " << measured << ", computed " << computed);
     }
 }
 
@@ -102,10 +110,16 @@ void check_gradient(const std::string& what, real* x, const std::vector<real>& g
 // ----------------------------------------------------------------------------------------------------
 TEST_SUITE("tools") {
     TEST_CASE("Philox4x32-10 gives the published vectors of Random123") {
-        struct { uint32_t counter[4]; uint64_t key; uint32_t expected[4]; } vectors[] = {
+        struct {
+            uint32_t counter[4];
+            uint64_t key;
+            uint32_t expected[4];
+        } vectors[] = {
             {{0, 0, 0, 0}, 0, {0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8}},
             {{~0u, ~0u, ~0u, ~0u}, ~uint64_t(0), {0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd}},
-            {{0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344}, 0x299f31d0a4093822, {0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1}},
+            {{0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344},
+             0x299f31d0a4093822,
+             {0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1}},
         };
         for (const auto& v : vectors) {
             Philox p = philox(v.key, v.counter[0], v.counter[1], v.counter[2], v.counter[3]);
@@ -118,7 +132,8 @@ TEST_SUITE("tools") {
         std::string text(1000, 'x');
         for (size_t i = 0; i < text.size(); i++) text[i] = char(i * 37);
         uint32_t whole = crc32(text.data(), text.size());
-        for (size_t cut : {1, 7, 8, 9, 333, 999}) CHECK(crc32(text.data() + cut, text.size() - cut, crc32(text.data(), cut)) == whole);
+        for (size_t cut : {1, 7, 8, 9, 333, 999})
+            CHECK(crc32(text.data() + cut, text.size() - cut, crc32(text.data(), cut)) == whole);
     }
 
     TEST_CASE("The exponential is right to 1.5 units in the last place, and at its ends") {
@@ -153,7 +168,8 @@ TEST_SUITE("tables") {
     TEST_CASE("Each norm placement's rows are those of the definition") {
         auto row = [](NormPlacement norm, int L, int l) {
             SublayerNorm s = small_config(norm, L).sublayer(l);
-            return format("%g%s%s%s", double(s.alpha), s.norm_in ? " in" : "", s.norm_out ? " out" : "", s.norm_qkv ? " qkv" : "");
+            return format("%g%s%s%s", double(s.alpha), s.norm_in ? " in" : "", s.norm_out ? " out" : "",
+                          s.norm_qkv ? " qkv" : "");
         };
         CHECK(row(KEEL, 64, 0) == "1 in");
         CHECK(row(KEEL, 64, 1) == "1 in out");
@@ -184,16 +200,23 @@ TEST_SUITE("tables") {
             for (const TensorInfo& t : ParameterLayout(small_config(norm, 4)).tensors) all += t.name + " ";
             return all;
         };
-        CHECK(names(KEEL) == "wte wpe gamma_in[0] qkvw[0] attprojw[0] gamma_in[1] fcw[1] fcprojw[1] gamma_out[1] gamma_in[2] qkvw[2] attprojw[2] "
-                             "gamma_out[2] gamma_in[3] fcw[3] fcprojw[3] gamma_out[3] ");
-        CHECK(names(HYBRIDNORM) == "wte wpe qkvw[0] gamma_q[0] gamma_k[0] gamma_v[0] attprojw[0] gamma_out[0] fcw[1] fcprojw[1] qkvw[2] gamma_q[2] "
-                                   "gamma_k[2] gamma_v[2] attprojw[2] gamma_out[2] fcw[3] fcprojw[3] gamma_final ");
-        CHECK(names(POST) == "wte wpe qkvw[0] attprojw[0] gamma_out[0] fcw[1] fcprojw[1] gamma_out[1] qkvw[2] attprojw[2] gamma_out[2] fcw[3] fcprojw[3] gamma_out[3] ");
+        CHECK(names(KEEL) ==
+              "wte wpe gamma_in[0] qkvw[0] attprojw[0] gamma_in[1] fcw[1] fcprojw[1] gamma_out[1] gamma_in[2] qkvw[2] "
+              "attprojw[2] "
+              "gamma_out[2] gamma_in[3] fcw[3] fcprojw[3] gamma_out[3] ");
+        CHECK(names(HYBRIDNORM) ==
+              "wte wpe qkvw[0] gamma_q[0] gamma_k[0] gamma_v[0] attprojw[0] gamma_out[0] fcw[1] fcprojw[1] qkvw[2] "
+              "gamma_q[2] "
+              "gamma_k[2] gamma_v[2] attprojw[2] gamma_out[2] fcw[3] fcprojw[3] gamma_final ");
+        CHECK(names(POST) ==
+              "wte wpe qkvw[0] attprojw[0] gamma_out[0] fcw[1] fcprojw[1] gamma_out[1] qkvw[2] attprojw[2] "
+              "gamma_out[2] fcw[3] fcprojw[3] gamma_out[3] ");
     }
 
     TEST_CASE("Initial weights have the bits of the reference's, in every build") {
         for (auto& row : read_csv("test/dumps/init.csv")) {
-            ModelConfig c = small_config(placement_by_name(row["norm"]), std::stoi(row["L"]), std::stoi(row["C"]), std::stoi(row["H"]), std::stoi(row["V"]), std::stoi(row["max_T"]));
+            ModelConfig c = small_config(placement_by_name(row["norm"]), std::stoi(row["L"]), std::stoi(row["C"]),
+                                         std::stoi(row["H"]), std::stoi(row["V"]), std::stoi(row["max_T"]));
             c.alpha = std::stof(row["alpha"]);
             ParameterLayout layout(c);
             bool found = false;
@@ -203,7 +226,8 @@ TEST_SUITE("tables") {
                 std::vector<real> values(t.size());
                 initialise_tensor(values.data(), t, i, std::stoull(row["seed"]), 0, t.rows);
                 std::vector<float> floats(values.begin(), values.end());
-                CHECK_MESSAGE(format("%08x", crc32(floats.data(), floats.size() * 4)) == row["crc32"], row["norm"] << " " << t.name);
+                CHECK_MESSAGE(format("%08x", crc32(floats.data(), floats.size() * 4)) == row["crc32"],
+                              row["norm"] << " " << t.name);
                 found = true;
             }
             CHECK_MESSAGE(found, row["tensor"]);
@@ -217,8 +241,10 @@ TEST_SUITE("tables") {
         for (const TensorInfo& t : model.layout.tensors) {
             if (!t.decay) continue;
             double largest = 0;
-            for (size_t i = 0; i < t.tail_row * t.cols; i++) largest = std::max(largest, std::fabs(double(model.params[t.offset + i])));
-            double variance = sum_of_squares(model.params.data() + t.offset, t.tail_row * t.cols) / double(t.tail_row * t.cols);
+            for (size_t i = 0; i < t.tail_row * t.cols; i++)
+                largest = std::max(largest, std::fabs(double(model.params[t.offset + i])));
+            double variance =
+                sum_of_squares(model.params.data() + t.offset, t.tail_row * t.cols) / double(t.tail_row * t.cols);
             CHECK(largest <= t.bound);
             // the variance of n uniform numbers scatters by sqrt(0.8/n), here under 1.5 %
             CHECK_MESSAGE(variance * 3 / (t.bound * t.bound) == doctest::Approx(1).epsilon(0.06), t.name);
@@ -250,13 +276,18 @@ TEST_SUITE("tables") {
 // ----------------------------------------------------------------------------------------------------
 TEST_SUITE("matrix product") {
     TEST_CASE("All three forms agree with the definition at odd and at blocked shapes") {
-        struct { int M, N, K; } shapes[] = {{1, 1, 1}, {7, 5, 3}, {13, 33, 257}, {145, 65, 300}, {64, 2100, 20}, {300, 64, 513}};
+        struct {
+            int M, N, K;
+        } shapes[] = {{1, 1, 1}, {7, 5, 3}, {13, 33, 257}, {145, 65, 300}, {64, 2100, 20}, {300, 64, 513}};
         for (auto [m_, n_, k_] : shapes) {  // copies: clang 14 lets no lambda, as of CHECK, hold a binding
             auto M = m_, N = n_, K = k_;
-            auto a = random_reals(size_t(M * K), 1), b = random_reals(size_t(K * N), 2), start = random_reals(size_t(M * N), 3);
+            auto a = random_reals(size_t(M * K), 1), b = random_reals(size_t(K * N), 2),
+                 start = random_reals(size_t(M * N), 3);
             std::vector<real> at(a.size()), bt(b.size());
-            for (int i = 0; i < M; i++) for (int k = 0; k < K; k++) at[size_t(k * M + i)] = a[size_t(i * K + k)];
-            for (int k = 0; k < K; k++) for (int j = 0; j < N; j++) bt[size_t(j * K + k)] = b[size_t(k * N + j)];
+            for (int i = 0; i < M; i++)
+                for (int k = 0; k < K; k++) at[size_t(k * M + i)] = a[size_t(i * K + k)];
+            for (int k = 0; k < K; k++)
+                for (int j = 0; j < N; j++) bt[size_t(j * K + k)] = b[size_t(k * N + j)];
             Matrix forms_a[] = {row_major(a.data(), size_t(K)), row_major(at.data(), size_t(M)).transposed()};
             Matrix forms_b[] = {row_major(b.data(), size_t(N)), row_major(bt.data(), size_t(K)).transposed()};
             for (bool accumulate : {false, true}) {
@@ -274,7 +305,8 @@ TEST_SUITE("matrix product") {
                         double error = relative_error(expected, c);
                         CHECK_MESSAGE(error < (fp64 ? 1e-14 : 2e-6), M << "x" << N << "x" << K << " error " << error);
                         small_product(M, N, K, fa, fb, small.data(), size_t(N), accumulate);
-                        CHECK_MESSAGE(same_bits(small.data(), c.data(), c.size()), "one thread against all: " << M << "x" << N << "x" << K);
+                        CHECK_MESSAGE(same_bits(small.data(), c.data(), c.size()),
+                                      "one thread against all: " << M << "x" << N << "x" << K);
                     }
             }
         }
@@ -284,14 +316,17 @@ TEST_SUITE("matrix product") {
         int M = 200, N = 150, K = 600, before = omp_get_max_threads();
         auto a = random_reals(size_t(M * K), 1), b = random_reals(size_t(K * N), 2);
         std::vector<real> c(size_t(M * N)), again(c.size());
-        product(size_t(M), size_t(N), size_t(K), row_major(a.data(), size_t(K)), row_major(b.data(), size_t(N)), c.data(), size_t(N), false);
+        product(size_t(M), size_t(N), size_t(K), row_major(a.data(), size_t(K)), row_major(b.data(), size_t(N)),
+                c.data(), size_t(N), false);
         for (int threads : {1, 2, 3, 7, 16}) {
             omp_set_num_threads(threads);
-            product(size_t(M), size_t(N), size_t(K), row_major(a.data(), size_t(K)), row_major(b.data(), size_t(N)), again.data(), size_t(N), false);
+            product(size_t(M), size_t(N), size_t(K), row_major(a.data(), size_t(K)), row_major(b.data(), size_t(N)),
+                    again.data(), size_t(N), false);
             CHECK_MESSAGE(same_bits(c.data(), again.data(), c.size()), threads << " threads");
         }
         omp_set_num_threads(before);
-        product(1, size_t(N), size_t(K), row_major(&a[size_t(57 * K)], size_t(K)), row_major(b.data(), size_t(N)), again.data(), size_t(N), false);
+        product(1, size_t(N), size_t(K), row_major(&a[size_t(57 * K)], size_t(K)), row_major(b.data(), size_t(N)),
+                again.data(), size_t(N), false);
         CHECK(same_bits(&c[size_t(57 * N)], again.data(), size_t(N)));
     }
 }
@@ -300,12 +335,17 @@ TEST_SUITE("matrix product") {
 TEST_SUITE("layers") {
     TEST_CASE("Embedding: central differences, and tokens that occur twice") {
         int B = 2, T = 5, C = 6, V = 7;
-        auto wte = random_reals(size_t(V * C), 1), wpe = random_reals(size_t(T * C), 2), w = random_reals(size_t(B * T * C), 3);
+        auto wte = random_reals(size_t(V * C), 1), wpe = random_reals(size_t(T * C), 2),
+             w = random_reals(size_t(B * T * C), 3);
         std::vector<int> tokens = {1, 1, 3, 6, 1, 0, 3, 3, 5, 1};
         std::vector<real> x(w.size()), dwte(wte.size()), dwpe(wpe.size());
-        auto loss = [&] { embedding_forward(x.data(), tokens.data(), wte.data(), wpe.data(), B, T, C, 0); return dot(x, w); };
+        auto loss = [&] {
+            embedding_forward(x.data(), tokens.data(), wte.data(), wpe.data(), B, T, C, 0);
+            return dot(x, w);
+        };
         loss();
-        CHECK(x[size_t(C) + 2] == doctest::Approx(double(std::sqrt(real(C)) * (wte[size_t(C) + 2] + wpe[size_t(C) + 2]))));
+        CHECK(x[size_t(C) + 2] ==
+              doctest::Approx(double(std::sqrt(real(C)) * (wte[size_t(C) + 2] + wpe[size_t(C) + 2]))));
         embedding_backward(dwte.data(), dwpe.data(), w.data(), tokens.data(), B, T, C);
         check_gradient("wte", wte.data(), dwte, loss);
         check_gradient("wpe", wpe.data(), dwpe, loss);
@@ -316,8 +356,12 @@ TEST_SUITE("layers") {
             auto rows = rows_;
             auto C = C_;
             auto x = random_reals(rows * size_t(C), 1), g = random_reals(size_t(C), 2), w = random_reals(x.size(), 3);
-            std::vector<real> y(x.size()), dx(x.size()), dg(g.size()), partial(gain_blocks(rows) * size_t(C), real(NAN));
-            auto loss = [&] { rmsnorm_forward(y.data(), x.data(), g.data(), rows, C); return dot(y, w); };
+            std::vector<real> y(x.size()), dx(x.size()), dg(g.size()),
+                partial(gain_blocks(rows) * size_t(C), real(NAN));
+            auto loss = [&] {
+                rmsnorm_forward(y.data(), x.data(), g.data(), rows, C);
+                return dot(y, w);
+            };
             loss();
             rmsnorm_backward(dx.data(), dg.data(), w.data(), x.data(), g.data(), rows, C, partial.data());
             if (C > 1) check_gradient("x", x.data(), dx, loss);  // of one channel the norm keeps the sign alone
@@ -332,11 +376,15 @@ TEST_SUITE("layers") {
     TEST_CASE("HybridNorm's per-head norms of q, k and v: central differences") {
         size_t rows = 37;
         int H = 2, D = 5;
-        auto x = random_reals(rows * 30, 1), w = random_reals(x.size(), 3), gq = random_reals(5, 4), gk = random_reals(5, 5), gv = random_reals(5, 6);
+        auto x = random_reals(rows * 30, 1), w = random_reals(x.size(), 3), gq = random_reals(5, 4),
+             gk = random_reals(5, 5), gv = random_reals(5, 6);
         const real* const g[] = {gq.data(), gk.data(), gv.data()};
         std::vector<real> y(x.size()), dq(5), dk(5), dv(5), partial(gain_blocks(rows) * 15, real(NAN));
         real* const dg[] = {dq.data(), dk.data(), dv.data()};
-        auto loss = [&] { qkv_norm_forward(y.data(), x.data(), g, rows, H, D); return dot(y, w); };
+        auto loss = [&] {
+            qkv_norm_forward(y.data(), x.data(), g, rows, H, D);
+            return dot(y, w);
+        };
         loss();
         auto dx = w;
         qkv_norm_backward(dx.data(), dg, x.data(), g, rows, H, D, partial.data());
@@ -349,9 +397,13 @@ TEST_SUITE("layers") {
     TEST_CASE("Matmul: central differences, and a gradient that adds to what is there") {
         size_t rows = 19;
         int K = 7, N = 35;
-        auto x = random_reals(rows * size_t(K), 1), w = random_reals(size_t(N * K), 2), weight = random_reals(rows * size_t(N), 3);
+        auto x = random_reals(rows * size_t(K), 1), w = random_reals(size_t(N * K), 2),
+             weight = random_reals(rows * size_t(N), 3);
         std::vector<real> y(weight.size()), dx(x.size()), dw(w.size());
-        auto loss = [&] { matmul_forward(y.data(), x.data(), w.data(), rows, K, N); return dot(y, weight); };
+        auto loss = [&] {
+            matmul_forward(y.data(), x.data(), w.data(), rows, K, N);
+            return dot(y, weight);
+        };
         matmul_backward(dx.data(), dw.data(), weight.data(), x.data(), w.data(), rows, K, N);
         check_gradient("input", x.data(), dx, loss);
         check_gradient("weight", w.data(), dw, loss);
@@ -362,29 +414,36 @@ TEST_SUITE("layers") {
     }
 
     TEST_CASE("Attention agrees with softmax(q k^T / sqrt(D)) v written out, across tiles and for one channel a head") {
-        struct { int B, T, C, H; } shapes[] = {{2, 5, 6, 2}, {1, 64, 8, 1}, {1, 65, 6, 3}, {2, 150, 6, 6}, {1, 1, 4, 1}};
+        struct {
+            int B, T, C, H;
+        } shapes[] = {{2, 5, 6, 2}, {1, 64, 8, 1}, {1, 65, 6, 3}, {2, 150, 6, 6}, {1, 1, 4, 1}};
         for (auto [b_, t_, c_, h_] : shapes) {
             auto B = b_, T = t_, C = c_, H = h_;
             int D = C / H;
             auto qkv = random_reals(size_t(B * T * 3 * C), 1, 3);
             std::vector<real> y(size_t(B * T * C)), lse(size_t(B * T * H)), expected(y.size());
             attention_forward(y.data(), lse.data(), qkv.data(), B, T, C, H, 0);
-            for (int b = 0; b < B; b++) for (int h = 0; h < H; h++) for (int t = 0; t < T; t++) {
-                auto at = [&](int part, int time, int d) { return double(qkv[size_t(((b * T + time) * 3 + part) * C + h * D + d)]); };
-                std::vector<double> p;
-                double sum = 0;
-                for (int j = 0; j <= t; j++) {
-                    double s = 0;
-                    for (int d = 0; d < D; d++) s += at(0, t, d) * at(1, j, d);
-                    p.push_back(std::exp(s / std::sqrt(double(D)))), sum += p.back();
-                }
-                for (int d = 0; d < D; d++) {
-                    double value = 0;
-                    for (int j = 0; j <= t; j++) value += p[size_t(j)] / sum * at(2, j, d);
-                    expected[size_t((b * T + t) * C + h * D + d)] = real(value);
-                }
-                CHECK(double(lse[size_t((b * T + t) * H + h)]) == doctest::Approx(std::log(sum)).epsilon(fp64 ? 1e-12 : 1e-5));
-            }
+            for (int b = 0; b < B; b++)
+                for (int h = 0; h < H; h++)
+                    for (int t = 0; t < T; t++) {
+                        auto at = [&](int part, int time, int d) {
+                            return double(qkv[size_t(((b * T + time) * 3 + part) * C + h * D + d)]);
+                        };
+                        std::vector<double> p;
+                        double sum = 0;
+                        for (int j = 0; j <= t; j++) {
+                            double s = 0;
+                            for (int d = 0; d < D; d++) s += at(0, t, d) * at(1, j, d);
+                            p.push_back(std::exp(s / std::sqrt(double(D)))), sum += p.back();
+                        }
+                        for (int d = 0; d < D; d++) {
+                            double value = 0;
+                            for (int j = 0; j <= t; j++) value += p[size_t(j)] / sum * at(2, j, d);
+                            expected[size_t((b * T + t) * C + h * D + d)] = real(value);
+                        }
+                        CHECK(double(lse[size_t((b * T + t) * H + h)]) ==
+                              doctest::Approx(std::log(sum)).epsilon(fp64 ? 1e-12 : 1e-5));
+                    }
             double error = relative_error(expected, y);
             CHECK_MESSAGE(error < (fp64 ? 1e-14 : 2e-6), "T " << T << " error " << error);
         }
@@ -396,17 +455,24 @@ TEST_SUITE("layers") {
             auto B = b_, T = t_, C = c_, H = h_;
             auto qkv = random_reals(size_t(B * T * 3 * C), 1), w = random_reals(size_t(B * T * C), 2);
             std::vector<real> y(w.size()), lse(size_t(B * T * H)), dqkv(qkv.size(), real(NAN));
-            auto loss = [&] { attention_forward(y.data(), lse.data(), qkv.data(), B, T, C, H, 0); return dot(y, w); };
+            auto loss = [&] {
+                attention_forward(y.data(), lse.data(), qkv.data(), B, T, C, H, 0);
+                return dot(y, w);
+            };
             loss();
             attention_backward(dqkv.data(), w.data(), qkv.data(), y.data(), lse.data(), B, T, C, H);
             check_gradient("qkv", qkv.data(), dqkv, loss);
             // q alone, as its gradient is smaller than v's
             std::vector<real> q_only = dqkv;
-            for (size_t i = 0; i < q_only.size(); i++) if (i % size_t(3 * C) >= size_t(2 * C)) q_only[i] = 0;
+            for (size_t i = 0; i < q_only.size(); i++)
+                if (i % size_t(3 * C) >= size_t(2 * C)) q_only[i] = 0;
             if (fp64 && T > 1) {
                 double norm = std::sqrt(dot(q_only, q_only));
                 auto start = qkv;
-                auto moved = [&](double by) { for (size_t i = 0; i < qkv.size(); i++) qkv[i] = start[i] + real(by / norm) * q_only[i]; return loss(); };
+                auto moved = [&](double by) {
+                    for (size_t i = 0; i < qkv.size(); i++) qkv[i] = start[i] + real(by / norm) * q_only[i];
+                    return loss();
+                };
                 double measured = (moved(1e-4) - moved(-1e-4)) / 2e-4;
                 CHECK(std::fabs(measured - norm) / norm < 1e-6);
             }
@@ -416,10 +482,14 @@ TEST_SUITE("layers") {
     TEST_CASE("GELU: central differences, and the tanh form's values") {
         auto h = random_reals(101, 1, 6), w = random_reals(101, 2);
         std::vector<real> y(101);
-        auto loss = [&] { gelu_forward(y.data(), h.data(), 101); return dot(y, w); };
+        auto loss = [&] {
+            gelu_forward(y.data(), h.data(), 101);
+            return dot(y, w);
+        };
         loss();
         for (size_t i = 0; i < 101; i++) {
-            double v = double(h[i]), exact = 0.5 * v * (1 + std::tanh(std::sqrt(2 / M_PI) * (v + 0.044715 * v * v * v)));
+            double v = double(h[i]),
+                   exact = 0.5 * v * (1 + std::tanh(std::sqrt(2 / M_PI) * (v + 0.044715 * v * v * v)));
             CHECK(double(y[i]) == doctest::Approx(exact).epsilon(fp64 ? 1e-12 : 1e-5));
         }
         auto dh = w;
@@ -438,7 +508,10 @@ TEST_SUITE("layers") {
         for (size_t i = 0; i < rows; i++) std::fill(&logits[i * 128 + 11], &logits[i * 128] + 128, real(NAN));
         std::vector<int> targets = {0, 10, 3, 3, 7};
         std::vector<real> losses(rows), lse(rows);
-        auto loss = [&] { cross_entropy_forward(losses.data(), lse.data(), logits.data(), targets.data(), rows, V, Vp); return 0.25 * std::accumulate(losses.begin(), losses.end(), 0.0); };
+        auto loss = [&] {
+            cross_entropy_forward(losses.data(), lse.data(), logits.data(), targets.data(), rows, V, Vp);
+            return 0.25 * std::accumulate(losses.begin(), losses.end(), 0.0);
+        };
         loss();
         auto dlogits = logits;
         cross_entropy_backward(dlogits.data(), lse.data(), targets.data(), rows, V, Vp, real(0.25));
@@ -455,7 +528,11 @@ TEST_SUITE("layers") {
         int C = 6;
         auto x0 = random_reals(24, 1), f = random_reals(24, 2), g = random_reals(6, 3), w = random_reals(24, 4);
         std::vector<real> z(24), x(24), dg(6), partial(6);
-        auto loss = [&] { x = x0; highway_forward(x.data(), z.data(), f.data(), g.data(), real(2.5), rows, C); return dot(x, w); };
+        auto loss = [&] {
+            x = x0;
+            highway_forward(x.data(), z.data(), f.data(), g.data(), real(2.5), rows, C);
+            return dot(x, w);
+        };
         loss();
         auto dz = w;
         rmsnorm_backward(dz.data(), dg.data(), dz.data(), z.data(), g.data(), rows, C, partial.data());
@@ -499,7 +576,8 @@ TEST_SUITE("model") {
             ours.tokens = file.tokens, ours.targets = file.targets;
             trainer.debug_pass(ours, B, T);
             for (const CheckRow& row : compare_debug_states(file, ours)) {
-                CHECK_MESSAGE(row.ok(), path << " " << row.name << ": error " << row.error << ", allowed " << row.tolerance);
+                CHECK_MESSAGE(row.ok(),
+                              path << " " << row.name << ": error " << row.error << ", allowed " << row.tolerance);
                 // what a right computation stays under, well inside the tolerance
                 CHECK_MESSAGE(row.error <= (fp64 ? 1e-12 : 1e-5), path << " " << row.name << ": error " << row.error);
             }
@@ -517,26 +595,34 @@ TEST_SUITE("model") {
             if (row["dump"] != current) {
                 current = row["dump"];
                 state = DebugState<real>::read("test/dumps/" + current + ".bin");
-                model = std::make_unique<Model>(state.header.model(), state.header.word[H_B], state.header.word[H_T], Recompute{0});
+                model = std::make_unique<Model>(state.header.model(), state.header.word[H_B], state.header.word[H_T],
+                                                Recompute{0});
                 std::copy(state.params.begin(), state.params.end(), model->params.data());
             }
             RunConfig run;
-            run.lr = std::stod(row["peak_lr"]), run.warmup = std::stoll(row["warmup"]), run.steps = std::stoll(row["steps"]);
+            run.lr = std::stod(row["peak_lr"]), run.warmup = std::stoll(row["warmup"]),
+            run.steps = std::stoll(row["steps"]);
             run.weight_decay = std::stod(row["weight_decay"]), run.clip = std::stod(row["clip"]);
             double tokens = double(state.tokens.size());
-            double loss = model->forward_backward(state.tokens.data(), state.targets.data(), model->B, real(1 / tokens)) / tokens;
+            double loss =
+                model->forward_backward(state.tokens.data(), state.targets.data(), model->B, real(1 / tokens)) / tokens;
             double norm = gradient_norm(*model);
             adamw_update(*model, run, std::stoll(row["step"]), norm);
             CHECK(learning_rate(run, std::stoll(row["step"])) == doctest::Approx(std::stod(row["lr"])).epsilon(1e-13));
-            double error = std::max(std::fabs(loss / std::stod(row["loss"]) - 1), std::fabs(norm / std::stod(row["grad_norm"]) - 1) / 10);
+            double error = std::max(std::fabs(loss / std::stod(row["loss"]) - 1),
+                                    std::fabs(norm / std::stod(row["grad_norm"]) - 1) / 10);
             worst = std::max(worst, error), rows_seen++;
-            CHECK_MESSAGE(error <= (fp64 ? 1e-10 : 1e-5), current << " step " << row["step"] << ": loss " << loss << " for " << row["loss"] << ", norm " << norm << " for " << row["grad_norm"]);
+            CHECK_MESSAGE(error <= (fp64 ? 1e-10 : 1e-5), current << " step " << row["step"] << ": loss " << loss
+                                                                  << " for " << row["loss"] << ", norm " << norm
+                                                                  << " for " << row["grad_norm"]);
         }
         CHECK(rows_seen == 40);
         MESSAGE("largest relative error of a loss: " << worst);
     }
 
-    TEST_CASE("The probe's figures are PyTorch's: rms, the shortcut's gains, gradients of x and F, and norms of every tensor, in two steps of AdamW") {
+    TEST_CASE(
+        "The probe's figures are PyTorch's: rms, the shortcut's gains, gradients of x and F, and norms of every "
+        "tensor, in two steps of AdamW") {
         std::unique_ptr<Model> model;
         DebugState<real> state;
         std::unique_ptr<StepProbe> probe;
@@ -549,40 +635,52 @@ TEST_SUITE("model") {
                     if (row["step"] == "1") {
                         state = DebugState<real>::read("test/dumps/" + row["dump"] + ".bin");
                         // A level that runs the forward pass again: it must not be probed twice.
-                        model = std::make_unique<Model>(state.header.model(), state.header.word[H_B], state.header.word[H_T], Recompute{2});
+                        model = std::make_unique<Model>(state.header.model(), state.header.word[H_B],
+                                                        state.header.word[H_T], Recompute{2});
                         std::copy(state.params.begin(), state.params.end(), model->params.data());
                     }
                     current = at;
                     RunConfig run;
-                    run.lr = std::stod(row["peak_lr"]), run.warmup = 0, run.steps = 10, run.weight_decay = 0.01, run.clip = 2;
+                    run.lr = std::stod(row["peak_lr"]), run.warmup = 0, run.steps = 10, run.weight_decay = 0.01,
+                    run.clip = 2;
                     probe = std::make_unique<StepProbe>(model->config);
                     model->probe = probe.get();
-                    model->forward_backward(state.tokens.data(), state.targets.data(), model->B, real(1.0 / double(state.tokens.size())));
+                    model->forward_backward(state.tokens.data(), state.targets.data(), model->B,
+                                            real(1.0 / double(state.tokens.size())));
                     model->probe_parameters(0);
                     adamw_update(*model, run, std::stoll(row["step"]), gradient_norm(*model));
                 }
                 auto compare = [&](const char* column, double found) {
                     double error = std::fabs(found / std::stod(row[column]) - 1);
                     worst = std::max(worst, error);
-                    // PyTorch's figures have 17 digits. Adam divides by the root of the second moment: an element whose gradient is as small as its
-                    // rounding moves by the same as any other.
-                    CHECK_MESSAGE(error <= (fp64 ? 1e-9 : std::string(column) == "update_norm" ? 1e-3 : 1e-4),
-                                  file << " " << row["dump"] << " step " << row["step"] << " sub-layer " << row["sublayer"] << " " << row["tensor"] << " " << column << ": " << found << " for " << row[column]);
+                    // PyTorch's figures have 17 digits. Adam divides by the root of the second moment: an element whose
+                    // gradient is as small as its rounding moves by the same as any other.
+                    CHECK_MESSAGE(error <= (fp64                                   ? 1e-9
+                                            : std::string(column) == "update_norm" ? 1e-3
+                                                                                   : 1e-4),
+                                  file << " " << row["dump"] << " step " << row["step"] << " sub-layer "
+                                       << row["sublayer"] << " " << row["tensor"] << " " << column << ": " << found
+                                       << " for " << row[column]);
                 };
                 rows_seen++;
                 double rows = double(state.tokens.size()), elements = rows * model->config.C;
                 if (std::string(file) == "probe.csv") {
                     size_t l = size_t(std::stoi(row["sublayer"]));
                     const SublayerProbe& p = probe->sublayers[l];
-                    compare("rms_x", std::sqrt(p.x / elements)), compare("rms_f", std::sqrt(p.f / elements)), compare("rms_z", std::sqrt(p.z / elements));
-                    compare("shortcut_gain", probe->gamma[l] * p.shortcut / rows), compare("shortcut_gain_to_top", probe->gamma_to_top[l] * p.shortcut_to_top / rows);
+                    compare("rms_x", std::sqrt(p.x / elements)), compare("rms_f", std::sqrt(p.f / elements)),
+                        compare("rms_z", std::sqrt(p.z / elements));
+                    compare("shortcut_gain", probe->gamma[l] * p.shortcut / rows),
+                        compare("shortcut_gain_to_top", probe->gamma_to_top[l] * p.shortcut_to_top / rows);
                     compare("dx_norm", std::sqrt(p.dx)), compare("df_norm", std::sqrt(p.df));
                 } else {
                     const auto& tensors = model->layout.tensors;
-                    auto found = std::find_if(tensors.begin(), tensors.end(), [&](const TensorInfo& t) { return t.name == row["tensor"]; });
+                    auto found = std::find_if(tensors.begin(), tensors.end(),
+                                              [&](const TensorInfo& t) { return t.name == row["tensor"]; });
                     REQUIRE(found != tensors.end());
                     size_t i = size_t(found - tensors.begin());
-                    compare("weight_norm", std::sqrt(probe->weights[i])), compare("grad_norm", std::sqrt(probe->gradients[i])), compare("update_norm", std::sqrt(probe->updates[i]));
+                    compare("weight_norm", std::sqrt(probe->weights[i])),
+                        compare("grad_norm", std::sqrt(probe->gradients[i])),
+                        compare("update_norm", std::sqrt(probe->updates[i]));
                 }
             }
         CHECK(rows_seen > 100);
@@ -594,7 +692,8 @@ TEST_SUITE("model") {
             ModelConfig c = small_config(NormPlacement(p), 10, 16, 2);
             auto tokens = random_tokens(18, c.V, 1), targets = random_tokens(18, c.V, 2);
             std::vector<real> expected;
-            for (Recompute level : {Recompute{0}, Recompute{-1}, Recompute{1}, Recompute{2}, Recompute{4}, Recompute{6}, Recompute{10}, Recompute{64}}) {
+            for (Recompute level : {Recompute{0}, Recompute{-1}, Recompute{1}, Recompute{2}, Recompute{4}, Recompute{6},
+                                    Recompute{10}, Recompute{64}}) {
                 Model model(c, 2, 9, level);
                 // poisoned, so that a buffer that is read before it is written shows
                 for (const auto& row : Model::plan(c, 2, 9, level))
@@ -603,7 +702,8 @@ TEST_SUITE("model") {
                 initialise_for_test(model, 3);
                 model.forward_backward(tokens.data(), targets.data(), 2, real(1.0 / 18));
                 if (expected.empty()) expected.assign(model.grads.data(), model.grads.data() + model.grads.size());
-                CHECK_MESSAGE(same_bits(expected.data(), model.grads.data(), expected.size()), placements[p].name << " -r " << level.name());
+                CHECK_MESSAGE(same_bits(expected.data(), model.grads.data(), expected.size()),
+                              placements[p].name << " -r " << level.name());
             }
         }
     }
@@ -635,9 +735,11 @@ TEST_SUITE("model") {
         Model whole(c, 4, 9, {0}), parts(c, 3, 9, {0});
         initialise_for_test(whole, 3), initialise_for_test(parts, 3);
         double one = whole.forward_backward(tokens.data(), targets.data(), 4, real(1.0 / 36));
-        double two = parts.forward_backward(tokens.data(), targets.data(), 3, real(1.0 / 36)) + parts.forward_backward(tokens.data() + 27, targets.data() + 27, 1, real(1.0 / 36));
+        double two = parts.forward_backward(tokens.data(), targets.data(), 3, real(1.0 / 36)) +
+                     parts.forward_backward(tokens.data() + 27, targets.data() + 27, 1, real(1.0 / 36));
         CHECK(one == doctest::Approx(two).epsilon(1e-14));
-        std::vector<real> a(whole.grads.data(), whole.grads.data() + whole.grads.size()), b(parts.grads.data(), parts.grads.data() + parts.grads.size());
+        std::vector<real> a(whole.grads.data(), whole.grads.data() + whole.grads.size()),
+            b(parts.grads.data(), parts.grads.data() + parts.grads.size());
         CHECK(relative_error(a, b) < (fp64 ? 1e-14 : 1e-5));
     }
 
@@ -668,7 +770,9 @@ TEST_SUITE("model") {
         CHECK(gradient_norm(model) > 0);
     }
 
-    TEST_CASE("Post-LN's shortcut shrinks as 2^(-L/2) in all, KEEL's keeps its size: the paper's eq. 14-19, measured at initialisation") {
+    TEST_CASE(
+        "Post-LN's shortcut shrinks as 2^(-L/2) in all, KEEL's keeps its size: the paper's eq. 14-19, measured at "
+        "initialisation") {
         auto measure = [](NormPlacement norm, int L, int from) {
             ModelConfig c = small_config(norm, L, 64, 2, 256, 64);
             Model model(c, 4, 64, {0});
@@ -679,20 +783,25 @@ TEST_SUITE("model") {
             model.forward_backward(tokens.data(), targets.data(), 4, real(1.0 / 256));
             return probe.sublayers[size_t(from)].shortcut_to_top / 256;  // gains are 1
         };
-        // C = 64, on text, in the design's measurement: 2.8e-2 at L = 16, 1.9e-7 at L = 64; keel 0.996. Other tokens, same order.
-        double post16 = measure(POST, 16, 0), post64 = measure(POST, 64, 0), keel64 = measure(KEEL, 64, 2), keel256 = measure(KEEL, 256, 2);
-        INFO("post L=16 " << post16 << ", post L=64 " << post64 << ", keel L=64 " << keel64 << ", keel L=256 " << keel256);
+        // C = 64, on text, in the design's measurement: 2.8e-2 at L = 16, 1.9e-7 at L = 64; keel 0.996. Other tokens,
+        // same order.
+        double post16 = measure(POST, 16, 0), post64 = measure(POST, 64, 0), keel64 = measure(KEEL, 64, 2),
+               keel256 = measure(KEEL, 256, 2);
+        INFO("post L=16 " << post16 << ", post L=64 " << post64 << ", keel L=64 " << keel64 << ", keel L=256 "
+                          << keel256);
         CHECK(post16 < 1e-1);
         CHECK(post64 < 1e-5);
         CHECK(std::fabs(keel64 - 1) < 0.01);
         CHECK(std::fabs(keel256 - 1) < 0.01);
-        MESSAGE("product of the shortcut's gains: post L=16 " << post16 << ", post L=64 " << post64 << ", keel L=64 " << keel64 << ", keel L=256 " << keel256);
+        MESSAGE("product of the shortcut's gains: post L=16 " << post16 << ", post L=64 " << post64 << ", keel L=64 "
+                                                              << keel64 << ", keel L=256 " << keel256);
     }
 }
 
 // ----------------------------------------------------------------------------------------------------
 TEST_SUITE("sampling") {
-    TEST_CASE("The KV cache gives the logits of the full forward pass bit for bit, fed in any pieces, in all placements") {
+    TEST_CASE(
+        "The KV cache gives the logits of the full forward pass bit for bit, fed in any pieces, in all placements") {
         for (int p = 0; p < NUM_PLACEMENTS; p++) {
             int T = 75;  // more than one tile of keys
             ModelConfig c = small_config(NormPlacement(p), 6, 12, 3, 13, T);
@@ -706,13 +815,15 @@ TEST_SUITE("sampling") {
             for (int piece : {1, 1, 7, 1, 60, 1, 1, 3}) {
                 const real* logits = generator.feed(tokens.data() + at, piece);
                 at += piece;
-                CHECK_MESSAGE(same_bits(logits, &full.logits[size_t((at - 1) * c.V)], size_t(c.V)), placements[p].name << " after " << at << " tokens");
+                CHECK_MESSAGE(same_bits(logits, &full.logits[size_t((at - 1) * c.V)], size_t(c.V)),
+                              placements[p].name << " after " << at << " tokens");
             }
             REQUIRE(at == T);
         }
     }
 
-    TEST_CASE("Temperature 0 takes the likeliest token, top-k none but the k likeliest, and the rest follows the softmax") {
+    TEST_CASE(
+        "Temperature 0 takes the likeliest token, top-k none but the k likeliest, and the rest follows the softmax") {
         std::vector<real> logits = {real(0.5), 2, real(-1), 2, 1};
         CHECK(sample_token(logits.data(), 5, 0, 0, 0.99) == 1);
         std::map<int, int> counts;
@@ -745,7 +856,8 @@ TEST_SUITE("sampling") {
 TEST_SUITE("data") {
     std::string numbered_text(size_t n) {  // position i can be told from its four bytes
         std::string text;
-        for (size_t i = 0; text.size() < n; i++) text += format("%c%c%c", char(i), char(i >> 7 & 127), char(200 + i % 50));
+        for (size_t i = 0; text.size() < n; i++)
+            text += format("%c%c%c", char(i), char(i >> 7 & 127), char(200 + i % 50));
         return text.substr(0, n);
     }
 
@@ -782,7 +894,8 @@ TEST_SUITE("data") {
         TemporaryFolder folder;
         std::string text = numbered_text(5000);
         TokenSource source({folder.write("text", text)}, "-i");
-        Loader a(source, 0, 4500, 16, 256, 1, true), b(source, 0, 4500, 16, 256, 1, true), other(source, 0, 4500, 16, 256, 2, true);
+        Loader a(source, 0, 4500, 16, 256, 1, true), b(source, 0, 4500, 16, 256, 1, true),
+            other(source, 0, 4500, 16, 256, 2, true);
         std::vector<int> tokens(64), targets(64), again(64), ignored(64);
         for (uint64_t s : {uint64_t(0), uint64_t(1000), uint64_t(3), uint64_t(1) << 40}) {
             a.batch(s, 4, tokens.data(), targets.data());
@@ -798,7 +911,8 @@ TEST_SUITE("data") {
         }
     }
 
-    // An interpreter of the programs of hops:K that shares nothing with what makes them. Returns the lookups of each query, by the position of its answer.
+    // An interpreter of the programs of hops:K that shares nothing with what makes them. Returns the lookups of each
+    // query, by the position of its answer.
     std::map<size_t, int> interpret(const std::string& text, int K) {
         std::map<size_t, int> lookups;
         std::map<char, char> value;
@@ -839,7 +953,9 @@ TEST_SUITE("data") {
         return lookups;
     }
 
-    TEST_CASE("Programs of hops:K answer their queries right, by as many lookups as they say and no fewer, each number of lookups as often as any other") {
+    TEST_CASE(
+        "Programs of hops:K answer their queries right, by as many lookups as they say and no fewer, each number of "
+        "lookups as often as any other") {
         for (int K : {1, 3, 8, HopPrograms::MAX_HOPS}) {
             HopPrograms programs{K};
             std::map<int, int> count;
@@ -859,10 +975,12 @@ TEST_SUITE("data") {
                         auto found = lookups.find(size_t(answer.position + 1));
                         REQUIRE(found != lookups.end());
                         REQUIRE(found->second == answer.hops);
-                        REQUIRE(text[size_t(answer.position - 3)] == text[size_t(answer.position - 5)]);  // an assignment is before it
+                        REQUIRE(text[size_t(answer.position - 3)] ==
+                                text[size_t(answer.position - 5)]);  // an assignment is before it
                         count[answer.hops]++, total++;
                     }
-                    for (int v = 0; v < programs.variables(); v++) {  // what the first program's assignments name is assigned later
+                    for (int v = 0; v < programs.variables();
+                         v++) {  // what the first program's assignments name is assigned later
                         size_t at = size_t(4 * v), named = text.find(text.substr(at + 1, 1));
                         while (named % 4 != 0) named = text.find(text.substr(at + 1, 1), named + 1);
                         forward += named > at, assignments++;
@@ -870,15 +988,20 @@ TEST_SUITE("data") {
                 }
             }
             for (int h = 1; h <= K; h++)  // five standard deviations
-                CHECK_MESSAGE(std::fabs(count[h] - double(total) / K) < 5 * std::sqrt(double(total) / K) + 1e-9, "hops:" << K << ", " << h << " lookups: " << count[h] << " of " << total);
-            CHECK_MESSAGE(std::fabs(forward - assignments / 2.0) <= 5 * std::sqrt(assignments / 4.0), "hops:" << K << ": " << forward << " of " << assignments << " name a variable that is assigned later");
+                CHECK_MESSAGE(std::fabs(count[h] - double(total) / K) < 5 * std::sqrt(double(total) / K) + 1e-9,
+                              "hops:" << K << ", " << h << " lookups: " << count[h] << " of " << total);
+            CHECK_MESSAGE(std::fabs(forward - assignments / 2.0) <= 5 * std::sqrt(assignments / 4.0),
+                          "hops:" << K << ": " << forward << " of " << assignments
+                                  << " name a variable that is assigned later");
         }
     }
 
-    TEST_CASE("A sequence of programs is a function of seed and number alone; no program of validation is one of training") {
+    TEST_CASE(
+        "A sequence of programs is a function of seed and number alone; no program of validation is one of training") {
         HopPrograms programs{3};
         int T = programs.length() - 1;
-        Loader a(programs, T, 1, true), b(programs, T, 1, true), other(programs, T, 2, true), val(programs, T, 1, false);
+        Loader a(programs, T, 1, true), b(programs, T, 1, true), other(programs, T, 2, true),
+            val(programs, T, 1, false);
         CHECK(a.sequences_per_epoch() == SIZE_MAX);
         std::set<std::vector<int>> seen;
         size_t size = size_t(2 * T), drawn = 0;
@@ -895,11 +1018,15 @@ TEST_SUITE("data") {
             }
         }
         for (uint64_t s = 10; s < 2000; s++)
-            for (Loader* loader : {&a, &val}) loader->batch(s, 1, again.data(), ignored.data()), seen.insert({again.begin(), again.begin() + T}), drawn++;
+            for (Loader* loader : {&a, &val})
+                loader->batch(s, 1, again.data(), ignored.data()), seen.insert({again.begin(), again.begin() + T}),
+                    drawn++;
         CHECK(seen.size() == drawn);
     }
 
-    TEST_CASE("Ablating a sub-layer gives bit for bit the loss of a model whose branch ends in a matrix of zeros, and predictions are those of the logits") {
+    TEST_CASE(
+        "Ablating a sub-layer gives bit for bit the loss of a model whose branch ends in a matrix of zeros, and "
+        "predictions are those of the logits") {
         for (int p = 0; p < NUM_PLACEMENTS; p++) {
             ModelConfig c = small_config(NormPlacement(p), 6, 12, 3);
             auto tokens = random_tokens(18, c.V, 1), targets = random_tokens(18, c.V, 2);
@@ -912,8 +1039,10 @@ TEST_SUITE("data") {
                 double ablated = model.evaluate(tokens.data(), targets.data(), 2);
                 model.ablated = -1;
                 SublayerTensors w = model.weights(l);
-                std::fill_n(w[is_attention(l) ? ATTPROJW : FCPROJW], size_t(c.C) * size_t(c.C) * (is_attention(l) ? 1 : 4), real(0));
-                CHECK_MESSAGE(model.evaluate(tokens.data(), targets.data(), 2) == ablated, placements[p].name << " sub-layer " << l);
+                std::fill_n(w[is_attention(l) ? ATTPROJW : FCPROJW],
+                            size_t(c.C) * size_t(c.C) * (is_attention(l) ? 1 : 4), real(0));
+                CHECK_MESSAGE(model.evaluate(tokens.data(), targets.data(), 2) == ablated,
+                              placements[p].name << " sub-layer " << l);
                 CHECK(whole != ablated);
             }
             Model model(c, 2, 9, {0});
@@ -927,7 +1056,8 @@ TEST_SUITE("data") {
         }
     }
 
-    TEST_CASE("Files of a glob are one row of tokens in the order of their names; shards are read as llm.c writes them") {
+    TEST_CASE(
+        "Files of a glob are one row of tokens in the order of their names; shards are read as llm.c writes them") {
         TemporaryFolder folder;
         folder.write("b.txt", "world"), folder.write("a.txt", "hello "), folder.write("c.txt", "!");
         TokenSource source({folder.path + "/*.txt"}, "-i");
@@ -950,12 +1080,20 @@ TEST_SUITE("data") {
         std::vector<int> ids(5);
         shards.read(0, 5, 65536, ids.data());
         CHECK(ids == std::vector<int>{1, 50256, 300, 7, 65535});
-        CHECK(error_of([&] { shards.read(0, 5, 50257, ids.data()); }).find("below the model's V = 50257, found 65535 at token 1") != std::string::npos);
-        CHECK(error_of([&] { TokenSource s({shard("bad.bin", {1, 2}, 1)}, "-i"); }).find("expected a token shard") != std::string::npos);
-        CHECK(error_of([&] { TokenSource s({shard("short.bin", {1, 2}, 20240520, 3)}, "-i"); }).find("expected 3 tokens") != std::string::npos);
-        CHECK(error_of([&] { TokenSource s({folder.path + "/none*"}, "-i"); }).find("matches no file") != std::string::npos);
-        CHECK(error_of([&] { TokenSource s({folder.path + "/missing"}, "-i"); }).find("cannot be read") != std::string::npos);
-        CHECK(error_of([&] { TokenSource s({folder.path + "/*"}, "-i"); }).find("train on one kind") != std::string::npos);
+        CHECK(error_of([&] {
+            shards.read(0, 5, 50257, ids.data());
+        }).find("below the model's V = 50257, found 65535 at token 1") != std::string::npos);
+        CHECK(error_of([&] { TokenSource s({shard("bad.bin", {1, 2}, 1)}, "-i"); }).find("expected a token shard") !=
+              std::string::npos);
+        CHECK(error_of([&] {
+            TokenSource s({shard("short.bin", {1, 2}, 20240520, 3)}, "-i");
+        }).find("expected 3 tokens") != std::string::npos);
+        CHECK(error_of([&] { TokenSource s({folder.path + "/none*"}, "-i"); }).find("matches no file") !=
+              std::string::npos);
+        CHECK(error_of([&] { TokenSource s({folder.path + "/missing"}, "-i"); }).find("cannot be read") !=
+              std::string::npos);
+        CHECK(error_of([&] { TokenSource s({folder.path + "/*"}, "-i"); }).find("train on one kind") !=
+              std::string::npos);
     }
 
     TEST_CASE("A file that is cut during the run is an error, not a crash") {
@@ -984,7 +1122,11 @@ TEST_SUITE("files") {
         CHECK(bytes.substr(0, 4) == "KEEL");
         int32_t word[256];
         memcpy(word, bytes.data(), 1024);
-        std::vector<int32_t> expected = {word[0], 1, 1, fp64 ? 2 : 0, 9, 13, 128, 4, 3, 12, 3, std::bit_cast<int32_t>(float(std::pow(4.0, 0.25))), 0, 0, 5, 2, 0};
+        std::vector<int32_t> expected = {word[0], 1,  1,   fp64 ? 2 : 0,
+                                         9,       13, 128, 4,
+                                         3,       12, 3,   std::bit_cast<int32_t>(float(std::pow(4.0, 0.25))),
+                                         0,       0,  5,   2,
+                                         0};
         CHECK(std::vector<int32_t>(word, word + 17) == expected);
         for (int i = 17; i < 256; i++) CHECK(word[i] == 0);
         CHECK(memcmp(bytes.data() + 1024, model.params.data(), model.params.size() * sizeof(real)) == 0);
@@ -1010,7 +1152,11 @@ TEST_SUITE("files") {
         std::string bytes((std::istreambuf_iterator<char>(in)), {});
         auto load = [&](const std::string& content) {
             std::string bad = folder.write("bad.bin", content);
-            return error_of([&] { FileReader reader(bad, FILE_MODEL); Trainer t(small_run(reader.header.model(), 1, 1)); t.read_parameters(reader), reader.finish(); });
+            return error_of([&] {
+                FileReader reader(bad, FILE_MODEL);
+                Trainer t(small_run(reader.header.model(), 1, 1));
+                t.read_parameters(reader), reader.finish();
+            });
         };
         CHECK(load(bytes) == "");
         for (size_t at = 0; at < bytes.size(); at += at < 80 ? 1 : 61) {
@@ -1018,7 +1164,8 @@ TEST_SUITE("files") {
             bad[at] = char(bad[at] ^ (1 << at % 8));
             CHECK_MESSAGE(load(bad) != "", "byte " << at);
         }
-        for (size_t size : {size_t(0), size_t(3), size_t(1023), size_t(1027), size_t(1028), bytes.size() - 1}) CHECK(load(bytes.substr(0, size)) != "");
+        for (size_t size : {size_t(0), size_t(3), size_t(1023), size_t(1027), size_t(1028), bytes.size() - 1})
+            CHECK(load(bytes.substr(0, size)) != "");
         CHECK(load(bytes + "x") != "");
     }
 
@@ -1035,7 +1182,10 @@ TEST_SUITE("files") {
                 float value = float(i % 128) * 0.5f;  // exact in BF16
                 double wide = value;
                 uint16_t half = uint16_t(std::bit_cast<uint32_t>(value) >> 16);
-                out.write(type == REAL_FP32 ? (void*)&value : type == REAL_FP64 ? (void*)&wide : (void*)&half, real_size(type));
+                out.write(type == REAL_FP32   ? (void*)&value
+                          : type == REAL_FP64 ? (void*)&wide
+                                              : (void*)&half,
+                          real_size(type));
             }
             out.commit();
             FileReader in(path, FILE_MODEL);

@@ -1,5 +1,6 @@
-// Tests of what a run does when its numbers, its files or its folder go wrong, on the CPU trainer's own code: steps that are not finite, the
-// detector of divergence on recorded curves, locks, checkpoints in the background, headers that lie. Built plainly and under the sanitizers.
+// Tests of what a run does when its numbers, its files or its folder go wrong, on the CPU trainer's own code: steps
+// that are not finite, the detector of divergence on recorded curves, locks, checkpoints in the background, headers
+// that lie. Built plainly and under the sanitizers.
 #define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 #include <sys/wait.h>
@@ -15,8 +16,8 @@ namespace {
 
 namespace fs = std::filesystem;
 
-// The CPU trainer with faults: in the steps of KEEL_TEST_BAD, a list such as "3,4,9", a weight is not a number while the step is computed.
-// From step KEEL_TEST_BROKEN on it stays so, as after an update that went too far.
+// The CPU trainer with faults: in the steps of KEEL_TEST_BAD, a list such as "3,4,9", a weight is not a number while
+// the step is computed. From step KEEL_TEST_BROKEN on it stays so, as after an update that went too far.
 struct FaultyTrainer : Trainer {
     using Trainer::Trainer;
     void start(const Loader& data, int64_t step, ProbeLog* probe, unsigned flags = 0) {
@@ -48,7 +49,8 @@ struct Place {
     ~Place() { fs::remove_all(path); }
     std::string operator/(const std::string& name) const { return path + "/" + name; }
     Words tiny(const Words& more = {}) const {
-        Words words = {"train", "-i", text, "-L", "4", "-C", "8", "-H", "2", "-t", "8", "-b", "2", "-x", "24", "-n", "2", "-v", "0", "-s", "0", "--keep", "0", "-o", path + "/run"};
+        Words words = {"train", "-i", text, "-L", "4",  "-C", "8",  "-H", "2",      "-t", "8",  "-b",         "2",
+                       "-x",    "24", "-n", "2",  "-v", "0",  "-s", "0",  "--keep", "0",  "-o", path + "/run"};
         words.insert(words.end(), more.begin(), more.end());
         return words;
     }
@@ -107,7 +109,8 @@ std::vector<std::pair<std::string, int64_t>> found_on(const std::string& name, i
     DivergenceDetector detector(int64_t(curve.size()), warmup, 3.160);  // the unigram entropy of these runs' text
     std::vector<std::pair<std::string, int64_t>> found;
     for (size_t i = 0; i < curve.size(); i++)
-        if (std::string text = detector.add(int64_t(i) + 1, curve[i]); !text.empty()) found.push_back({text.substr(0, text.find(':')), int64_t(i) + 1});
+        if (std::string text = detector.add(int64_t(i) + 1, curve[i]); !text.empty())
+            found.push_back({text.substr(0, text.find(':')), int64_t(i) + 1});
     return found;
 }
 
@@ -115,27 +118,34 @@ std::vector<std::pair<std::string, int64_t>> found_on(const std::string& name, i
 
 TEST_CASE("CRC-32: pieces combined are the CRC of the whole, by one thread and by many") {
     std::vector<unsigned char> bytes(size_t(23) << 20);
-    for (size_t i = 0; i < bytes.size(); i++) bytes[i] = (unsigned char)(philox(1, uint32_t(i / 16), 0, 0, 90).word[i / 4 % 4] >> 8 * (i % 4));
+    for (size_t i = 0; i < bytes.size(); i++)
+        bytes[i] = (unsigned char)(philox(1, uint32_t(i / 16), 0, 0, 90).word[i / 4 % 4] >> 8 * (i % 4));
     CHECK(crc32("123456789", 9) == 0xCBF43926u);  // the check value of the CRC catalogues
     uint32_t whole = crc32(bytes.data(), bytes.size());
     for (size_t cut : {size_t(0), size_t(1), size_t(7), size_t(4096), bytes.size() / 3, bytes.size() - 1, bytes.size()})
-        CHECK(crc32_combine(crc32(bytes.data(), cut), crc32(bytes.data() + cut, bytes.size() - cut), bytes.size() - cut) == whole);
+        CHECK(crc32_combine(crc32(bytes.data(), cut), crc32(bytes.data() + cut, bytes.size() - cut),
+                            bytes.size() - cut) == whole);
     CHECK(crc32_parallel(bytes.data(), bytes.size()) == whole);
     CHECK(crc32_parallel(bytes.data() + 5, bytes.size() - 5, crc32(bytes.data(), 5)) == whole);
 }
 
-TEST_CASE("A step that is not finite updates nothing and is counted; a run that is resumed among such steps ends with the same bits") {
+TEST_CASE(
+    "A step that is not finite updates nothing and is counted; a run that is resumed among such steps ends with the "
+    "same bits") {
     Place p;
     const std::map<std::string, std::string> bad = {{"KEEL_TEST_BAD", "1,5,6,7,12,13,20"}};
     Result whole = run(p.tiny({"--max-skips", "4"}), bad);
     REQUIRE_MESSAGE(whole.code == 0, whole.err);
-    CHECK(whole.out.find("skipped    step 7, whose loss or gradient is not finite: nothing is updated; 3 in a row, 4 in all") != std::string::npos);
+    CHECK(whole.out.find(
+              "skipped    step 7, whose loss or gradient is not finite: nothing is updated; 3 in a row, 4 in all") !=
+          std::string::npos);
     CHECK(whole.out.find("skipped    7 of 24 steps") != std::string::npos);
     CHECK(slurp(p / "run/log.csv").find("\n6,nan,,") != std::string::npos);
     fs::rename(p / "run", p / "whole");
     for (int64_t from : {2, 4, 8, 10, 14}) {  // a checkpoint is not written in a skipped step
         fs::create_directory(p / "run");
-        fs::copy(p / "whole/log.csv", p / "run/log.csv"), fs::copy(state_path(p / "whole", from), state_path(p / "run", from));
+        fs::copy(p / "whole/log.csv", p / "run/log.csv"),
+            fs::copy(state_path(p / "whole", from), state_path(p / "run", from));
         Result r = run({"train", "-y", "-i", p.text, "-o", p / "run", "-s", "0", "-n", "2", "--keep", "0"}, bad);
         CHECK_MESSAGE(r.code == 0, r.err);
         CHECK_MESSAGE(slurp(state_path(p / "run", 24)) == slurp(state_path(p / "whole", 24)), from);
@@ -161,8 +171,8 @@ TEST_CASE("AdamW's bias corrections count updates, not steps: after a skipped fi
     memcpy(&header, state.data(), sizeof header);
     CHECK(header.get<int64_t>(H_SKIPPED) == 1);
     CHECK(header.get<int64_t>(H_SKIPPED_IN_ROW) == 0);
-    // One update from zero moments moves each weight by lr g / (|g| + eps) and its decay, whatever the step is called: a correction for
-    // step 2 would move it by 0.73 of that.
+    // One update from zero moments moves each weight by lr g / (|g| + eps) and its decay, whatever the step is called:
+    // a correction for step 2 would move it by 0.73 of that.
     ModelConfig c = header.model();
     ParameterLayout layout(c);
     const float* after = reinterpret_cast<const float*>(state.data() + sizeof header);
@@ -186,7 +196,9 @@ TEST_CASE("--max-skips: the run stops and names the last checkpoint from which a
     Result r = run(p.tiny({"--max-skips", "3"}), {{"KEEL_TEST_BAD", "8,9,10,11"}});
     CHECK(r.code == 1);
     CHECK(std::count(r.err.begin(), r.err.end(), '\n') == 1);
-    for (const char* words : {"step 10: expected a finite loss", "3 skipped in a row (--max-skips)", "last good checkpoint is", "state_00000006_00000.bin", "-y"}) CHECK_MESSAGE(r.err.find(words) != std::string::npos, r.err);
+    for (const char* words : {"step 10: expected a finite loss", "3 skipped in a row (--max-skips)",
+                              "last good checkpoint is", "state_00000006_00000.bin", "-y"})
+        CHECK_MESSAGE(r.err.find(words) != std::string::npos, r.err);
     fs::remove_all(p / "run");
     // The update of step 8 went wrong: its checkpoint holds what cannot be trained, and the one before is named.
     r = run(p.tiny({"--max-skips", "3"}), {{"KEEL_TEST_BROKEN", "9"}});
@@ -194,7 +206,9 @@ TEST_CASE("--max-skips: the run stops and names the last checkpoint from which a
     CHECK_MESSAGE(r.err.find("state_00000006_00000.bin: remove the newer ones") != std::string::npos, r.err);
     FileReader(state_path(p / "run", 6), FILE_STATE).finish();
     fs::remove_all(p / "run");
-    r = run({"train", "-i", p.text, "-L", "4", "-C", "8", "-H", "2", "-t", "8", "-b", "2", "-n", "0", "--max-skips", "1"}, {{"KEEL_TEST_BAD", "3"}});
+    r = run({"train", "-i", p.text, "-L", "4", "-C", "8", "-H", "2", "-t", "8", "-b", "2", "-n", "0", "--max-skips",
+             "1"},
+            {{"KEEL_TEST_BAD", "3"}});
     CHECK_MESSAGE(r.err.find("there is no checkpoint") != std::string::npos, r.err);
 }
 
@@ -205,17 +219,21 @@ TEST_CASE("Divergence: healthy recorded curves raise no alarm") {
 }
 
 TEST_CASE("Divergence: each of the paper's three kinds is found on recorded curves, while the run is not yet over") {
-    struct { const char *curve, *kind; int64_t warmup, latest; } wanted[] = {
-        {"post_64_layers", "stagnation", 100, 250},  // Post-LN at 64 layers, peak 3e-3: no gradient reaches the first layers
-        {"post_ramp", "stagnation", 600, 400},       // the paper's protocol: the rate rises through the whole run
-        {"keel_hot", "stagnation", 40, 250},         // peak 0.3, thirty times too much
-        {"pre_hot", "stagnation", 40, 250},
-        {"pre_ramp", "instability", 600, 600},       // from a rate of 0.1 on the loss climbs, and does not return
-        {"keel_slow", "degradation", 100, 400}};     // peak 1e-5, a thousandth of what it should be
+    struct {
+        const char *curve, *kind;
+        int64_t warmup, latest;
+    } wanted[] = {{"post_64_layers", "stagnation", 100,
+                   250},  // Post-LN at 64 layers, peak 3e-3: no gradient reaches the first layers
+                  {"post_ramp", "stagnation", 600, 400},  // the paper's protocol: the rate rises through the whole run
+                  {"keel_hot", "stagnation", 40, 250},    // peak 0.3, thirty times too much
+                  {"pre_hot", "stagnation", 40, 250},
+                  {"pre_ramp", "instability", 600, 600},  // from a rate of 0.1 on the loss climbs, and does not return
+                  {"keel_slow", "degradation", 100, 400}};  // peak 1e-5, a thousandth of what it should be
     for (const auto& row : wanted) {
         auto found = found_on(row.curve, row.warmup);
         REQUIRE_MESSAGE(!found.empty(), row.curve);
-        CHECK_MESSAGE(found[0].first == row.kind, row.curve << ": " << found[0].first << " at step " << found[0].second);
+        CHECK_MESSAGE(found[0].first == row.kind,
+                      row.curve << ": " << found[0].first << " at step " << found[0].second);
         CHECK_MESSAGE(found[0].second <= row.latest, row.curve << ": at step " << found[0].second);
     }
 }
@@ -235,14 +253,17 @@ TEST_CASE("Divergence: a spike that comes down again is none, and one that does 
     CHECK_MESSAGE(alarm(false).starts_with("instability"), alarm(false));
 }
 
-TEST_CASE("Divergence in a run: a warning by default, a stop with --stop-on-divergence; a resume goes on watching where the log ends") {
+TEST_CASE(
+    "Divergence in a run: a warning by default, a stop with --stop-on-divergence; a resume goes on watching where the "
+    "log ends") {
     Place p;
     // Pure noise: nothing can be learned beyond how frequent each byte is, so the loss stays there.
     std::string noise;
     for (uint32_t i = 0; i < 40000; i++) noise += char('a' + philox(5, i, 0, 0, 92).word[0] % 16);
     spill(p.text, noise);
     auto words = [&](const Words& more) {
-        Words all = {"train", "-i", p.text, "-L", "2", "-C", "8", "-H", "2", "-t", "8", "-b", "16", "-u", "20", "-l", "0.02", "-x", "400", "-n", "100", "-v", "0", "-s", "0", "-o", p / "run"};
+        Words all = {"train", "-i", p.text, "-L", "2",   "-C", "8",   "-H", "2", "-t", "8", "-b", "16",     "-u",
+                     "20",    "-l", "0.02", "-x", "400", "-n", "100", "-v", "0", "-s", "0", "-o", p / "run"};
         all.insert(all.end(), more.begin(), more.end());
         return all;
     };
@@ -256,12 +277,15 @@ TEST_CASE("Divergence in a run: a warning by default, a stop with --stop-on-dive
     int64_t last = 0;
     read_csv_rows(p / "run/log.csv", INT64_MAX, [&](int64_t step, const std::string&) { last = step; });
     CHECK(last < 400);
-    Result again = run(words({"--stop-on-divergence", "-y"}));  // from step 100, before the alarm: it comes at the same step
+    Result again =
+        run(words({"--stop-on-divergence", "-y"}));  // from step 100, before the alarm: it comes at the same step
     CHECK(again.code == 1);
     CHECK(again.err == r.err);
 }
 
-TEST_CASE("--keep: the newest K states and models stay, 0 keeps all, and checkpoints later than the one a resume took are left alone") {
+TEST_CASE(
+    "--keep: the newest K states and models stay, 0 keeps all, and checkpoints later than the one a resume took are "
+    "left alone") {
     Place p;
     auto kept = [&](const Words& more) {
         fs::remove_all(p / "run");
@@ -287,7 +311,9 @@ TEST_CASE("--keep: the newest K states and models stay, 0 keeps all, and checkpo
     CHECK(files_by_step(p / "run", STATE_PATTERN).size() == 3);  // 23, 24 and what is not this run's
 }
 
-TEST_CASE("Checkpoints written in the background, from the snapshot, and while training waits have the same bytes; an error of the thread is thrown") {
+TEST_CASE(
+    "Checkpoints written in the background, from the snapshot, and while training waits have the same bytes; an error "
+    "of the thread is thrown") {
     Place p;
     REQUIRE(run(p.tiny()).code == 0);
     fs::rename(p / "run", p / "background");
@@ -332,7 +358,8 @@ TEST_CASE("The stall of a checkpoint of 1 GB is that of the copy") {
     double stall = seconds() - start;
     writer.wait();
     double whole = seconds() - start;
-    MESSAGE(format("a state of %.2f GB: training stalled for %.0f ms, written after %.2f s", double(bytes) * 1e-9, stall * 1e3, whole));
+    MESSAGE(format("a state of %.2f GB: training stalled for %.0f ms, written after %.2f s", double(bytes) * 1e-9,
+                   stall * 1e3, whole));
     CHECK(bytes > 1000000000);
     CHECK(stall < 0.5 * whole);
 }
@@ -345,7 +372,8 @@ TEST_CASE("The lock: a second run is refused and told who holds the folder; a de
             FolderLock second(p.path);
             FAIL("two locks");
         } catch (const Error& e) {
-            CHECK_MESSAGE(std::string(e.what()).find(format("in use by process %d on ", getpid())) != std::string::npos, e.what());
+            CHECK_MESSAGE(std::string(e.what()).find(format("in use by process %d on ", getpid())) != std::string::npos,
+                          e.what());
         }
         Words words = p.tiny();
         words.back() = p.path;
@@ -359,11 +387,14 @@ TEST_CASE("The lock: a second run is refused and told who holds the folder; a de
     CHECK(slurp(p / "lock").starts_with(format("process %d on ", getpid())));
 }
 
-TEST_CASE("A state whose numbers cannot be is refused although its CRC is right, and so is a debug state whose sizes overflow") {
+TEST_CASE(
+    "A state whose numbers cannot be is refused although its CRC is right, and so is a debug state whose sizes "
+    "overflow") {
     Place p;
     REQUIRE(run(p.tiny()).code == 0);
     std::string good = slurp(state_path(p / "run", 24));
-    auto refused = [&](FileKind kind, const std::string& from, const std::function<void(FileHeader&)>& change, const char* words) {
+    auto refused = [&](FileKind kind, const std::string& from, const std::function<void(FileHeader&)>& change,
+                       const char* words) {
         std::string bad = from;
         FileHeader header;
         memcpy(&header, bad.data(), sizeof header);
@@ -383,7 +414,9 @@ TEST_CASE("A state whose numbers cannot be is refused although its CRC is right,
     refused(FILE_STATE, good, [](FileHeader& h) { h.word[H_B] = -1; }, "B must be");
     refused(FILE_STATE, good, [](FileHeader& h) { h.word[H_RECOMPUTE] = 7; }, "recomputation");
     refused(FILE_STATE, good, [](FileHeader& h) { h.set(H_TOTAL_BATCH, int64_t(17)); }, "total batch");
-    refused(FILE_STATE, good, [](FileHeader& h) { h.set(H_TOTAL_BATCH, int64_t(1) << 36), h.word[H_B] = h.word[H_T] = 1; }, "total batch");  // the fuzzer's: 2^36 micro-batches
+    refused(FILE_STATE, good, [](FileHeader& h) {
+        h.set(H_TOTAL_BATCH, int64_t(1) << 36), h.word[H_B] = h.word[H_T] = 1;
+    }, "total batch");  // the fuzzer's: 2^36 micro-batches
     refused(FILE_STATE, good, [](FileHeader& h) { h.set(H_STEP, int64_t(-1)); }, "the step");
     refused(FILE_STATE, good, [](FileHeader& h) { h.set(H_STEPS, INT64_MIN); }, "number of steps");
     refused(FILE_STATE, good, [](FileHeader& h) { h.set(H_WARMUP, INT64_MAX); }, "warm-up");
@@ -395,9 +428,12 @@ TEST_CASE("A state whose numbers cannot be is refused although its CRC is right,
     refused(FILE_STATE, good, [](FileHeader& h) { h.word[H_RANK] = 1; }, "rank 1 of 1");
     refused(FILE_STATE, good, [](FileHeader& h) { h.word[H_RANKS] = 1 << 20; }, "of 1048576");
     refused(FILE_STATE, good, [](FileHeader& h) { h.word[H_RANKS] = 2, h.word[H_B] = 1; }, "bytes from its header");
-    refused(FILE_MODEL, slurp(model_path(p / "run", 24)), [](FileHeader& h) { h.set(H_STEP, int64_t(-1)); }, "step must be");
+    refused(FILE_MODEL, slurp(model_path(p / "run", 24)), [](FileHeader& h) { h.set(H_STEP, int64_t(-1)); },
+            "step must be");
     // B T V and (L+1) B T C beyond 2^64
-    refused(FILE_DEBUG, good, [](FileHeader& h) { h.word[H_KIND] = FILE_DEBUG, h.word[H_MAX_T] = h.word[H_T] = MAX_T, h.word[H_B] = MAX_B; }, "bytes from its header");
+    refused(FILE_DEBUG, good, [](FileHeader& h) {
+        h.word[H_KIND] = FILE_DEBUG, h.word[H_MAX_T] = h.word[H_T] = MAX_T, h.word[H_B] = MAX_B;
+    }, "bytes from its header");
 }
 
 TEST_CASE("A pipe where a file is expected is refused, not waited for") {
@@ -411,8 +447,10 @@ TEST_CASE("A pipe where a file is expected is refused, not waited for") {
 
 TEST_CASE("Rows of a log: half a line, zeros, words, steps that go back and steps after the checkpoint are dropped") {
     Place p;
-    spill(p / "log.csv", std::string("step,loss\n1,2.5\nnoise\n2,2.4\n1,9\n\n") + std::string(5, '\0') + "\n3,2.3\n4,2.2\n5,2");
+    spill(p / "log.csv",
+          std::string("step,loss\n1,2.5\nnoise\n2,2.4\n1,9\n\n") + std::string(5, '\0') + "\n3,2.3\n4,2.2\n5,2");
     std::string rows;
-    read_csv_rows(p / "log.csv", 3, [&](int64_t step, const std::string& line) { rows += format("%lld:", (long long)step) + line; });
+    read_csv_rows(p / "log.csv", 3,
+                  [&](int64_t step, const std::string& line) { rows += format("%lld:", (long long)step) + line; });
     CHECK(rows == "1:1,2.5\n2:2,2.4\n3:3,2.3\n");
 }

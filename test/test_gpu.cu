@@ -1,8 +1,9 @@
-// Tests of train_keel.cu against train_keel_cpu.cpp, built once in BF16 and once, with -DKEEL_FP32, in FP32. nvcc makes them a program
-// for a GPU; with test/cuda_on_cpu before the toolkit in the include path, g++ makes them one for machines without.
+// Tests of train_keel.cu against train_keel_cpu.cpp, built once in BF16 and once, with -DKEEL_FP32, in FP32. nvcc makes
+// them a program for a GPU; with test/cuda_on_cpu before the toolkit in the include path, g++ makes them one for
+// machines without.
 //
-// What a kernel must write is NaN before (all bits one), and so are 64 numbers behind it, which must still be NaN after. Inputs of a
-// branch are rounded to its type first, so that both sides compute from the same numbers.
+// What a kernel must write is NaN before (all bits one), and so are 64 numbers behind it, which must still be NaN
+// after. Inputs of a branch are rounded to its type first, so that both sides compute from the same numbers.
 #define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
@@ -27,13 +28,14 @@ namespace {
 
 constexpr bool bf16 = BRANCH_BF16;
 
-// FP32 results from the same inputs: both sides round each operation to 2^-24 = 6e-8 and add in other orders; measured 6e-7 at
-// most, and 5e-6 where 70001 exponentials are added.
+// FP32 results from the same inputs: both sides round each operation to 2^-24 = 6e-8 and add in other orders; measured
+// 6e-7 at most, and 5e-6 where 70001 exponentials are added.
 constexpr double FP32_TOLERANCE = 1e-5;
 // A BF16 number is rounded by at most 2^-8 = 3.9e-3 of itself, in the mean over a tensor by 1.7e-3.
 constexpr double BRANCH_TOLERANCE = bf16 ? 4e-3 : FP32_TOLERANCE;
 
-// The CPU's functions on one thread: the others would spin between calls, on the cores on which the GPU's threads run here.
+// The CPU's functions on one thread: the others would spin between calls, on the cores on which the GPU's threads run
+// here.
 [[maybe_unused]] const int one_thread = (omp_set_num_threads(1), 1);
 
 Device& device() {
@@ -41,7 +43,9 @@ Device& device() {
     return instance;
 }
 
-std::vector<float> random_floats(size_t n, uint32_t seed, double scale = 1) { return random_numbers<float>(n, seed, scale); }
+std::vector<float> random_floats(size_t n, uint32_t seed, double scale = 1) {
+    return random_numbers<float>(n, seed, scale);
+}
 float in_branch(float value) { return float(branch_t(value)); }
 std::vector<float> random_branch(size_t n, uint32_t seed, double scale = 1) {
     std::vector<float> values = random_floats(n, seed, scale);
@@ -50,7 +54,9 @@ std::vector<float> random_branch(size_t n, uint32_t seed, double scale = 1) {
 }
 
 template <class T>
-bool same_bits(const std::vector<T>& a, const std::vector<T>& b) { return a.size() == b.size() && memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0; }
+bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
+    return a.size() == b.size() && memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
+}
 
 // Relative L2 errors of a test case against one bound; the largest is told at the end.
 class Comparison {
@@ -141,7 +147,9 @@ ModelConfig test_config(NormPlacement norm, int L, int C, int H, int V, int max_
     return c;
 }
 // What either build can run, and odd where it can.
-ModelConfig small_config(NormPlacement norm, int L, int V, int max_T) { return test_config(norm, L, bf16 ? 64 : 36, bf16 ? 4 : 3, V, max_T); }
+ModelConfig small_config(NormPlacement norm, int L, int V, int max_T) {
+    return test_config(norm, L, bf16 ? 64 : 36, bf16 ? 4 : 3, V, max_T);
+}
 
 RunConfig test_run(const ModelConfig& c, int B, int T, int accumulation = 1, Recompute recompute = {0}) {
     RunConfig run;
@@ -156,11 +164,14 @@ std::vector<float> test_parameters(const ParameterLayout& layout, uint64_t seed)
     for (size_t i = 0; i < layout.tensors.size(); i++) {
         const TensorInfo& t = layout.tensors[i];
         initialise_tensor(params.data() + t.offset, t, i, seed, 0, t.rows);
-        for (size_t e = t.offset; !t.decay && e < t.offset + t.size(); e++) params[e] = 0.5f + uniform24(philox(seed, uint32_t(e), 1, 0, 79).word[0]);
+        for (size_t e = t.offset; !t.decay && e < t.offset + t.size(); e++)
+            params[e] = 0.5f + uniform24(philox(seed, uint32_t(e), 1, 0, 79).word[0]);
     }
     return params;
 }
-void set_parameters(cpu::Trainer& trainer, const std::vector<float>& params) { std::copy(params.begin(), params.end(), trainer.model.params.data()); }
+void set_parameters(cpu::Trainer& trainer, const std::vector<float>& params) {
+    std::copy(params.begin(), params.end(), trainer.model.params.data());
+}
 void set_parameters(Trainer& trainer, const std::vector<float>& params) {
     trainer.model.device.copy(trainer.model.params.data(), params.data(), params.size());
     trainer.model.parameters_changed();
@@ -173,14 +184,18 @@ void set_parameters(Trainer& trainer, const std::vector<float>& params) {
 // Fills all that a forward or a backward must write before it reads.
 void poison(Model& model) {
     Model::Counts counts(model.layout, model.gradient_layout, model.types, model.sharing, model.config.L);
-    Model::each_buffer(model.config, counts, model.B, model.T, model.recompute, [&]<class T>(const char*, DeviceArray<T> Model::* buffer, size_t) {
+    Model::each_buffer(model.config, counts, model.B, model.T, model.recompute,
+                       [&]<class T>(const char*, DeviceArray<T> Model::* buffer, size_t) {
         if constexpr (std::is_same_v<T, UpdateChunk> || std::is_same_v<T, UpdateCounts>) return;
         if constexpr (std::is_same_v<T, float>)
-            if (buffer == &Model::params || buffer == &Model::grads || buffer == &Model::m || buffer == &Model::v) return;
+            if (buffer == &Model::params || buffer == &Model::grads || buffer == &Model::m || buffer == &Model::v)
+                return;
         if constexpr (std::is_same_v<T, __nv_bfloat16>)
             if (buffer == &Model::grads_bf16 || buffer == &Model::m_bf16 || buffer == &Model::v_bf16) return;
         if (BRANCH_BF16 && (model.*buffer).data() == static_cast<void*>(model.branch_params())) return;
-        if ((model.*buffer).size()) CUDA(cudaMemsetAsync((model.*buffer).data(), 0xFF, (model.*buffer).size() * sizeof(T), model.device.stream));
+        if ((model.*buffer).size())
+            CUDA(cudaMemsetAsync((model.*buffer).data(), 0xFF, (model.*buffer).size() * sizeof(T),
+                                 model.device.stream));
     });
 }
 std::vector<float> host(const DeviceArray<float>& array) { return download(array.data(), array.size()); }
@@ -213,7 +228,9 @@ struct TestData {
 struct Outcome {
     std::vector<double> losses;
     std::vector<float> params, m, v;
-    bool operator==(const Outcome& o) const { return same_bits(losses, o.losses) && same_bits(params, o.params) && same_bits(m, o.m) && same_bits(v, o.v); }
+    bool operator==(const Outcome& o) const {
+        return same_bits(losses, o.losses) && same_bits(params, o.params) && same_bits(m, o.m) && same_bits(v, o.v);
+    }
 };
 Outcome run_steps(Trainer& trainer, const TestData& data, int64_t first, int64_t last) {
     Outcome outcome;
@@ -226,7 +243,8 @@ Outcome run_steps(Trainer& trainer, const TestData& data, int64_t first, int64_t
     std::vector<float> states(3 * outcome.params.size());
     trainer.snapshot(states.data());
     auto from = states.begin() + std::ptrdiff_t(outcome.params.size());
-    outcome.m.assign(from, from + std::ptrdiff_t(outcome.params.size())), outcome.v.assign(from + std::ptrdiff_t(outcome.params.size()), states.end());
+    outcome.m.assign(from, from + std::ptrdiff_t(outcome.params.size())),
+        outcome.v.assign(from + std::ptrdiff_t(outcome.params.size()), states.end());
     return outcome;
 }
 
@@ -234,26 +252,35 @@ Outcome run_steps(Trainer& trainer, const TestData& data, int64_t first, int64_t
 
 // ----------------------------------------------------------------------------------------------------
 TEST_SUITE("layers") {
-    TEST_CASE("Embedding: forward from any first position, backward with tokens that repeat and with one that fills the batch") {
+    TEST_CASE(
+        "Embedding: forward from any first position, backward with tokens that repeat and with one that fills the "
+        "batch") {
         Comparison compare("embedding", FP32_TOLERANCE);
-        struct { int B, T, C, V, first; } shapes[] = {{2, 5, 7, 9, 3}, {1, 1, 1, 1, 0}, {3, 65, 64, 300, 1}, {2, 200, 256, 5000, 0}};
+        struct {
+            int B, T, C, V, first;
+        } shapes[] = {{2, 5, 7, 9, 3}, {1, 1, 1, 1, 0}, {3, 65, 64, 300, 1}, {2, 200, 256, 5000, 0}};
         for (auto [B, T, C, V, first] : shapes) {
             size_t rows = size_t(B * T), n = rows * size_t(C);
-            auto wte = random_floats(size_t(V * C), 1), wpe = random_floats(size_t((first + T) * C), 2), dx = random_floats(n, 3);
-            auto dwte = random_floats(wte.size(), 4), dwpe = random_floats(size_t(T * C), 5);  // gradients add to what is there
-            for (const auto& tokens : {random_tokens(rows, V, 1), std::vector<int>(rows, V - 1), random_tokens(rows, std::min(V, 3), 2)}) {
+            auto wte = random_floats(size_t(V * C), 1), wpe = random_floats(size_t((first + T) * C), 2),
+                 dx = random_floats(n, 3);
+            auto dwte = random_floats(wte.size(), 4),
+                 dwpe = random_floats(size_t(T * C), 5);  // gradients add to what is there
+            for (const auto& tokens :
+                 {random_tokens(rows, V, 1), std::vector<int>(rows, V - 1), random_tokens(rows, std::min(V, 3), 2)}) {
                 std::string at = format("B %d T %d C %d V %d", B, T, C, V);
                 DeviceArray<int> batch = upload_batch(tokens, tokens, V);
                 std::vector<float> x(n);
                 Field<float> x_gpu(n);
                 cpu::embedding_forward(x.data(), tokens.data(), wte.data(), wpe.data(), B, T, C, first);
-                embedding_forward(device(), x_gpu.data(), batch.data(), Field<float>(wte).data(), Field<float>(wpe).data(), B, T, C, first);
+                embedding_forward(device(), x_gpu.data(), batch.data(), Field<float>(wte).data(),
+                                  Field<float>(wpe).data(), B, T, C, first);
                 compare("x, " + at, x, x_gpu.values());
 
                 auto expected_wte = dwte, expected_wpe = dwpe;
                 Field<float> dwte_gpu(dwte), dwpe_gpu(dwpe), dx_gpu(dx);
                 cpu::embedding_backward(expected_wte.data(), expected_wpe.data(), dx.data(), tokens.data(), B, T, C);
-                embedding_backward(device(), dwte_gpu.data(), dwpe_gpu.data(), dx_gpu.data(), TokenBatch(batch.data(), rows), B, T, C, V);
+                embedding_backward(device(), dwte_gpu.data(), dwpe_gpu.data(), dx_gpu.data(),
+                                   TokenBatch(batch.data(), rows), B, T, C, V);
                 compare("dwte, " + at, expected_wte, dwte_gpu.values());
                 compare("dwpe, " + at, expected_wpe, dwpe_gpu.values());
             }
@@ -270,11 +297,18 @@ TEST_SUITE("layers") {
         Field<branch_t> u;
 
         TestPoint(size_t rows, int C, bool norm_out, bool norm_in, uint32_t seed)
-            : rows(rows), C(C), norm_out(norm_out), norm_in(norm_in), z_host(random_floats(rows * size_t(C), seed, 3)), gamma_out_host(random_floats(size_t(C), seed + 1)),
-              gamma_in_host(random_floats(size_t(C), seed + 2)), z(z_host), gamma_out(gamma_out_host), gamma_in(gamma_in_host), r_out(rows), r_in(rows), u(z_host.size()) {}
+            : rows(rows), C(C), norm_out(norm_out), norm_in(norm_in), z_host(random_floats(rows * size_t(C), seed, 3)),
+              gamma_out_host(random_floats(size_t(C), seed + 1)), gamma_in_host(random_floats(size_t(C), seed + 2)),
+              z(z_host), gamma_out(gamma_out_host), gamma_in(gamma_in_host), r_out(rows), r_in(rows), u(z_host.size()) {
+        }
 
         HighwayPoint point() const {
-            return {z.data(), r_out.data(), r_in.data(), norm_out ? gamma_out.data() : nullptr, norm_in ? gamma_in.data() : nullptr, u.data()};
+            return {z.data(),
+                    r_out.data(),
+                    r_in.data(),
+                    norm_out ? gamma_out.data() : nullptr,
+                    norm_in ? gamma_in.data() : nullptr,
+                    u.data()};
         }
         std::vector<float> expected_x() const {
             std::vector<float> x = z_host;
@@ -291,7 +325,9 @@ TEST_SUITE("layers") {
             for (size_t i = 0; i < rows; i++) r.push_back(cpu::rms_reciprocal(&of[i * size_t(C)], C));
             return r;
         }
-        std::string name() const { return format("rows %zu C %d%s%s", rows, C, norm_out ? " out" : "", norm_in ? " in" : ""); }
+        std::string name() const {
+            return format("rows %zu C %d%s%s", rows, C, norm_out ? " out" : "", norm_in ? " in" : "");
+        }
 
         void check_norms(Comparison& compare, Comparison& compare_branch, const std::string& at) const {
             if (norm_out) compare("r_out, " + at, expected_r(z_host), r_out.values());
@@ -344,21 +380,28 @@ TEST_SUITE("layers") {
                 }
     }
 
-    // One call of highway_backward against the CPU's functions. before: -1, or the norms of the point before, whose u is wanted again.
-    void check_highway_backward(size_t rows, int C, bool norm_out, bool norm_in, bool last_point, int before_norms, Comparison& compare, Comparison& compare_branch) {
+    // One call of highway_backward against the CPU's functions. before: -1, or the norms of the point before, whose u
+    // is wanted again.
+    void check_highway_backward(size_t rows, int C, bool norm_out, bool norm_in, bool last_point, int before_norms,
+                                Comparison& compare, Comparison& compare_branch) {
         TestPoint p(rows, C, norm_out, norm_in, 1);
         highway_norms(device(), p.point(), rows, C);
         size_t n = p.z_host.size();
         float alpha = last_point ? 0 : 6;
-        auto du = random_branch(n, 10), dz = random_floats(n, 11), dgamma_out = random_floats(size_t(C), 12), dgamma_in = random_floats(size_t(C), 13);
+        auto du = random_branch(n, 10), dz = random_floats(n, 11), dgamma_out = random_floats(size_t(C), 12),
+             dgamma_in = random_floats(size_t(C), 13);
 
         // The CPU's order: the inner norm, the shortcut, the outer norm.
         auto dx = du, expected_in = dgamma_in, expected_out = dgamma_out, x = p.expected_x();
         std::vector<float> partial(cpu::gain_blocks(rows) * size_t(C));
-        if (norm_in) cpu::rmsnorm_backward(dx.data(), expected_in.data(), du.data(), x.data(), p.gamma_in_host.data(), rows, C, partial.data());
+        if (norm_in)
+            cpu::rmsnorm_backward(dx.data(), expected_in.data(), du.data(), x.data(), p.gamma_in_host.data(), rows, C,
+                                  partial.data());
         for (size_t i = 0; i < n && !last_point; i++) dx[i] += alpha * dz[i];
         auto dz_before = dx;
-        if (norm_out) cpu::rmsnorm_backward(dz_before.data(), expected_out.data(), dx.data(), p.z_host.data(), p.gamma_out_host.data(), rows, C, partial.data());
+        if (norm_out)
+            cpu::rmsnorm_backward(dz_before.data(), expected_out.data(), dx.data(), p.z_host.data(),
+                                  p.gamma_out_host.data(), rows, C, partial.data());
 
         // The point before comes out of a forward; its u is kept and then made again.
         TestPoint earlier(rows, C, false, false, 20), before(rows, C, before_norms & 1, before_norms & 2, 23);
@@ -367,10 +410,16 @@ TEST_SUITE("layers") {
         HighwayPoint restore = before.point();
         restore.u = before_norms < 0 ? nullptr : u_again.data();
 
-        Field<float> dz_gpu(n), dx_gpu(n), dgamma_out_gpu(dgamma_out), dgamma_in_gpu(dgamma_in), sums(std::min<size_t>(rows, MAX_PARTIAL_BLOCKS) * 3 * size_t(C));
+        Field<float> dz_gpu(n), dx_gpu(n), dgamma_out_gpu(dgamma_out), dgamma_in_gpu(dgamma_in),
+            sums(std::min<size_t>(rows, MAX_PARTIAL_BLOCKS) * 3 * size_t(C));
         if (!last_point) dz_gpu.set(dz);  // at the last point nothing may be read
         Field<branch_t> du_gpu(du);
-        HighwayGradients g{dz_gpu.data(), du_gpu.data(), df.data(), dx_gpu.data(), norm_out ? dgamma_out_gpu.data() : nullptr, norm_in ? dgamma_in_gpu.data() : nullptr};
+        HighwayGradients g{dz_gpu.data(),
+                           du_gpu.data(),
+                           df.data(),
+                           dx_gpu.data(),
+                           norm_out ? dgamma_out_gpu.data() : nullptr,
+                           norm_in ? dgamma_in_gpu.data() : nullptr};
         highway_backward(device(), p.point(), restore, g, alpha, last_point, rows, C, sums.data());
 
         std::string at = p.name() + (last_point ? ", the last point" : "");
@@ -380,7 +429,9 @@ TEST_SUITE("layers") {
         compare("dgamma_out, " + at, expected_out, dgamma_out_gpu.values());
         compare("dgamma_in, " + at, expected_in, dgamma_in_gpu.values());
         if (before_norms < 0) CHECK_MESSAGE(u_again.untouched(), at);
-        else CHECK_MESSAGE(same_bits(before.u.values(), u_again.values()), "u again, " << at << ", before: " << before.name());
+        else
+            CHECK_MESSAGE(same_bits(before.u.values(), u_again.values()),
+                          "u again, " << at << ", before: " << before.name());
         if (!norm_out && !norm_in) CHECK_MESSAGE(sums.untouched(), at);
 
         // Without dx and df, which a step does not always want, the rest has the same bits.
@@ -391,23 +442,32 @@ TEST_SUITE("layers") {
         CHECK_MESSAGE(same_bits(dz_gpu.values(), dz_alone.values()), "without dx and df, " << at);
     }
 
-    TEST_CASE("The highway's backward is the CPU's, with every combination of norms, and makes the u before again bit for bit") {
+    TEST_CASE(
+        "The highway's backward is the CPU's, with every combination of norms, and makes the u before again bit for "
+        "bit") {
         // 700 and 2100 rows: several groups of partial sums. 70 rows of 4096: more than the warps of all blocks.
         Comparison compare("dx, dz and gains", FP32_TOLERANCE), compare_branch("df", BRANCH_TOLERANCE);
-        for (auto [rows, C] : {std::pair<size_t, int>{5, 7}, {70, 64}, {700, 12}, {2100, 5}, {3, 2048}, {130, 256}, {70, 4096}})
+        for (auto [rows, C] :
+             {std::pair<size_t, int>{5, 7}, {70, 64}, {700, 12}, {2100, 5}, {3, 2048}, {130, 256}, {70, 4096}})
             for (int norms = 0; norms < 4; norms++)
                 for (bool last_point : {false, true})
                     for (int before : {-1, 0, 1, 2, 3})
-                        if (rows * size_t(C) < 5000 || before == 3) check_highway_backward(rows, C, norms & 1, norms & 2, last_point, before, compare, compare_branch);
+                        if (rows * size_t(C) < 5000 || before == 3)
+                            check_highway_backward(rows, C, norms & 1, norms & 2, last_point, before, compare,
+                                                   compare_branch);
         check_highway_backward(2, most_channels(), true, true, false, 3, compare, compare_branch);
     }
 
     TEST_CASE("HybridNorm's per-head norms of q, k and v are the CPU's, forward and backward") {
         Comparison compare("gains", FP32_TOLERANCE), compare_branch("q, k and v", BRANCH_TOLERANCE);
-        struct { size_t rows; int H, D; } shapes[] = {{5, 3, 5}, {1, 1, 1}, {37, 1, 128}, {48, 4, 16}, {700, 2, 33}, {2100, 1, 4}};
+        struct {
+            size_t rows;
+            int H, D;
+        } shapes[] = {{5, 3, 5}, {1, 1, 1}, {37, 1, 128}, {48, 4, 16}, {700, 2, 33}, {2100, 1, 4}};
         for (auto [rows, H, D] : shapes) {
             size_t n = rows * 3 * size_t(H) * size_t(D), d = size_t(D);
-            auto qkv = random_branch(n, 1), dout = random_branch(n, 2), gains = random_floats(3 * d, 3), dgains = random_floats(3 * d, 4);
+            auto qkv = random_branch(n, 1), dout = random_branch(n, 2), gains = random_floats(3 * d, 3),
+                 dgains = random_floats(3 * d, 4);
             const float* const gamma[] = {gains.data(), gains.data() + d, gains.data() + 2 * d};
             std::vector<float> out(n), expected = dgains, partial(cpu::gain_blocks(rows) * 3 * d);
             auto dqkv = dout;
@@ -431,10 +491,12 @@ TEST_SUITE("layers") {
 
     TEST_CASE("Matrix products are the CPU's, with results of both types, and weight gradients add to what is there") {
         Comparison compare("FP32 results", FP32_TOLERANCE), compare_branch("branch results", BRANCH_TOLERANCE);
-        std::vector<std::array<int, 3>> shapes = {{1, 64, 64}, {37, 64, 192}, {130, 256, 64}, {48, 128, 512}};  // rows, K, N
+        std::vector<std::array<int, 3>> shapes = {
+            {1, 64, 64}, {37, 64, 192}, {130, 256, 64}, {48, 128, 512}};  // rows, K, N
         if (!bf16) shapes.insert(shapes.end(), {{1, 1, 1}, {19, 7, 35}, {65, 33, 129}});
         for (auto [rows, K, N] : shapes) {
-            auto in = random_branch(size_t(rows * K), 1), w = random_branch(size_t(N * K), 2), dout = random_branch(size_t(rows * N), 3), dw = random_floats(w.size(), 4);
+            auto in = random_branch(size_t(rows * K), 1), w = random_branch(size_t(N * K), 2),
+                 dout = random_branch(size_t(rows * N), 3), dw = random_floats(w.size(), 4);
             std::vector<float> out(dout.size()), din(in.size());
             auto expected_dw = dw;
             cpu::matmul_forward(out.data(), in.data(), w.data(), size_t(rows), K, N);
@@ -444,7 +506,8 @@ TEST_SUITE("layers") {
             Field<float> wide_out(out.size()), dw_gpu(dw);
             matmul_forward(device(), out_gpu.data(), in_gpu.data(), w_gpu.data(), size_t(rows), size_t(K), size_t(N));
             matmul_forward(device(), wide_out.data(), in_gpu.data(), w_gpu.data(), size_t(rows), size_t(K), size_t(N));
-            matmul_backward(device(), din_gpu.data(), {dw_gpu.data(), nullptr, nullptr, 0, {}}, dout_gpu.data(), in_gpu.data(), w_gpu.data(), size_t(rows), size_t(K), size_t(N));
+            matmul_backward(device(), din_gpu.data(), {dw_gpu.data(), nullptr, nullptr, 0, {}}, dout_gpu.data(),
+                            in_gpu.data(), w_gpu.data(), size_t(rows), size_t(K), size_t(N));
             std::string at = format("rows %d K %d N %d", rows, K, N);
             compare_branch("out, " + at, out, out_gpu.values());
             compare("out in FP32, " + at, out, wide_out.values());
@@ -462,11 +525,12 @@ TEST_SUITE("layers") {
         return out;
     }
 
-    // In BF16 the probabilities and ds are rounded before their products with v, k, q and dy, as flash attention's are everywhere:
-    // twice the rounding of a result. Measured 2.8e-3 at most.
+    // In BF16 the probabilities and ds are rounded before their products with v, k, q and dy, as flash attention's are
+    // everywhere: twice the rounding of a result. Measured 2.8e-3 at most.
     constexpr double ATTENTION_GRADIENTS = bf16 ? 8e-3 : FP32_TOLERANCE;
 
-    void check_attention(int B, int T, int H, int D, Comparison& compare, Comparison& compare_y, Comparison& compare_gradients) {
+    void check_attention(int B, int T, int H, int D, Comparison& compare, Comparison& compare_y,
+                         Comparison& compare_gradients) {
         int C = H * D;
         std::string at = format("B %d T %d H %d D %d", B, T, H, D);
         auto qkv = random_branch(size_t(B * T * 3 * C), 1, 2), dy = random_branch(size_t(B * T * C), 2);
@@ -474,7 +538,8 @@ TEST_SUITE("layers") {
         Field<branch_t> qkv_gpu(qkv), dy_gpu(dy), y_gpu(y.size()), dqkv_gpu(qkv.size());
         Field<float> lse_gpu(lse.size()), delta(lse.size());
         attention_forward(device(), y_gpu.data(), lse_gpu.data(), qkv_gpu.data(), B, T, C, H, 0);
-        attention_backward(device(), dqkv_gpu.data(), delta.data(), dy_gpu.data(), qkv_gpu.data(), y_gpu.data(), lse_gpu.data(), B, T, C, H);
+        attention_backward(device(), dqkv_gpu.data(), delta.data(), dy_gpu.data(), qkv_gpu.data(), y_gpu.data(),
+                           lse_gpu.data(), B, T, C, H);
 
         auto found_y = y_gpu.values(), found_lse = heads_last(lse_gpu.values(), B, T, H), found = dqkv_gpu.values();
         cpu::attention_forward(y.data(), lse.data(), qkv.data(), B, T, C, H, 0);
@@ -487,14 +552,18 @@ TEST_SUITE("layers") {
             for (size_t i = 0; i < found.size(); i++)
                 if (int(i / size_t(C)) % 3 == part) expected_part.push_back(dqkv[i]), found_part.push_back(found[i]);
             if (T > 1 || part == 2) compare_gradients(format("d%c, ", "qkv"[part]) + at, expected_part, found_part);
-            else for (float value : found_part) CHECK(std::fabs(value) < 1e-2);  // one key has all the probability: rounding is left
+            else
+                for (float value : found_part)
+                    CHECK(std::fabs(value) < 1e-2);  // one key has all the probability: rounding is left
         }
     }
 
     TEST_CASE("Attention is the CPU's, forward and backward, for every head size, within and across tiles") {
-        Comparison compare("log-sum-exp", FP32_TOLERANCE), compare_y("y", BRANCH_TOLERANCE), compare_gradients("dq, dk, dv", ATTENTION_GRADIENTS);
+        Comparison compare("log-sum-exp", FP32_TOLERANCE), compare_y("y", BRANCH_TOLERANCE),
+            compare_gradients("dq, dk, dv", ATTENTION_GRADIENTS);
         for (int D : bf16 ? std::vector<int>{16, 32, 64, 128} : std::vector<int>{1, 5, 33, 64, 80})
-            for (int T : {1, 5, 63, 64, 65, 127, 128, 129, 200}) check_attention(T % 2 ? 2 : 1, T, T % 2 ? 1 : 3, D, compare, compare_y, compare_gradients);
+            for (int T : {1, 5, 63, 64, 65, 127, 128, 129, 200})
+                check_attention(T % 2 ? 2 : 1, T, T % 2 ? 1 : 3, D, compare, compare_y, compare_gradients);
         check_attention(1, 40, 64, 16, compare, compare_y, compare_gradients);
         check_attention(1, 1024, 1, 64, compare, compare_y, compare_gradients);
     }
@@ -502,20 +571,26 @@ TEST_SUITE("layers") {
     TEST_CASE("Attention of new positions alone gives their rows of the whole, bit for bit") {
         std::vector<int> sizes = bf16 ? std::vector<int>{16, 32, 64, 128} : std::vector<int>{1, 33, 80};
         for (int D : sizes)
-            for (auto [T, first] : {std::pair<int, int>{5, 4}, {65, 1}, {130, 64}, {129, 128}, {200, 77}, {200, 130}, {100, 50}}) {
+            for (auto [T, first] :
+                 {std::pair<int, int>{5, 4}, {65, 1}, {130, 64}, {129, 128}, {200, 77}, {200, 130}, {100, 50}}) {
                 int B = 2, H = 2, C = H * D, Tq = T - first;
-                Field<branch_t> qkv(random_branch(size_t(B * T * 3 * C), 1, 2)), y(size_t(B * T * C)), y_new(size_t(B * Tq * C));
+                Field<branch_t> qkv(random_branch(size_t(B * T * 3 * C), 1, 2)), y(size_t(B * T * C)),
+                    y_new(size_t(B * Tq * C));
                 Field<float> lse(size_t(B * T * H)), lse_new(size_t(B * Tq * H));
                 attention_forward(device(), y.data(), lse.data(), qkv.data(), B, T, C, H, 0);
                 attention_forward(device(), y_new.data(), lse_new.data(), qkv.data(), B, T, C, H, first);
                 auto whole = y.values(), part = y_new.values(), whole_lse = lse.values(), part_lse = lse_new.values();
                 bool same = true;
                 for (int b = 0; b < B; b++) {
-                    same = same && memcmp(&whole[size_t((b * T + first) * C)], &part[size_t(b * Tq * C)], size_t(Tq * C) * sizeof(float)) == 0;
+                    same = same && memcmp(&whole[size_t((b * T + first) * C)], &part[size_t(b * Tq * C)],
+                                          size_t(Tq * C) * sizeof(float)) == 0;
                     for (int h = 0; h < H; h++)
-                        same = same && memcmp(&whole_lse[size_t((b * H + h) * T + first)], &part_lse[size_t((b * H + h) * Tq)], size_t(Tq) * sizeof(float)) == 0;
+                        same = same && memcmp(&whole_lse[size_t((b * H + h) * T + first)],
+                                              &part_lse[size_t((b * H + h) * Tq)], size_t(Tq) * sizeof(float)) == 0;
                 }
-                CHECK_MESSAGE(same, "D " << D << " T " << T << " from " << first << ": y differs by " << relative_error<float>({whole.end() - C, whole.end()}, {part.end() - C, part.end()}));
+                CHECK_MESSAGE(same, "D " << D << " T " << T << " from " << first << ": y differs by "
+                                         << relative_error<float>({whole.end() - C, whole.end()},
+                                                                  {part.end() - C, part.end()}));
             }
     }
 
@@ -540,7 +615,11 @@ TEST_SUITE("layers") {
 
     TEST_CASE("Cross entropy is the CPU's; padded columns are not read, and their gradients are zero") {
         Comparison compare("losses", FP32_TOLERANCE), compare_branch("dlogits", BRANCH_TOLERANCE);
-        struct { size_t rows; int V; double scale; } shapes[] = {{5, 11, 5}, {1, 1, 1}, {70, 256, 5}, {9, 129, 30}, {4, 1000, 1000}, {3, 50257, 5}, {2, 70001, 5}};
+        struct {
+            size_t rows;
+            int V;
+            double scale;
+        } shapes[] = {{5, 11, 5}, {1, 1, 1}, {70, 256, 5}, {9, 129, 30}, {4, 1000, 1000}, {3, 50257, 5}, {2, 70001, 5}};
         for (auto [rows, V, scale] : shapes)
             for (float padding : {NAN, 1e30f}) {
                 size_t Vp = round_up(size_t(V), 128);
@@ -558,8 +637,10 @@ TEST_SUITE("layers") {
                 Field<branch_t> in(logits), in_place(logits);
                 Field<float> forward_losses(rows), backward_losses(rows);
                 DeviceArray<int> targets_gpu = upload(targets);
-                cross_entropy(device(), forward_losses.data(), in.data(), targets_gpu.data(), rows, V, int(Vp), false, 0.25f);
-                cross_entropy(device(), backward_losses.data(), in_place.data(), targets_gpu.data(), rows, V, int(Vp), true, 0.25f);
+                cross_entropy(device(), forward_losses.data(), in.data(), targets_gpu.data(), rows, V, int(Vp), false,
+                              0.25f);
+                cross_entropy(device(), backward_losses.data(), in_place.data(), targets_gpu.data(), rows, V, int(Vp),
+                              true, 0.25f);
                 std::string at = format("rows %zu V %d logits to %g", rows, V, scale);
                 compare(at, losses, forward_losses.values());
                 CHECK_MESSAGE(same_bits(forward_losses.values(), backward_losses.values()), at);
@@ -591,13 +672,17 @@ TEST_SUITE("layers") {
     }
 
     TEST_CASE("Predictions are the likeliest tokens, of equals the lower, as the CPU's, and padding is never one") {
-        struct { size_t rows; int V; } shapes[] = {{5, 11}, {1, 1}, {70, 256}, {9, 129}, {3, 50257}};
+        struct {
+            size_t rows;
+            int V;
+        } shapes[] = {{5, 11}, {1, 1}, {70, 256}, {9, 129}, {3, 50257}};
         for (auto [rows, V] : shapes) {
             size_t Vp = round_up(size_t(V), 128);
             auto logits = random_branch(rows * Vp, 1);
             for (size_t i = 0; i < logits.size(); i++)
                 if (i % Vp >= size_t(V)) logits[i] = 1e30f;
-            for (size_t v = 0; v < size_t(V); v++) logits[v] = in_branch(v % 7 == 3 || V < 7 ? 5 : -5);  // equals, the lowest of them 3
+            for (size_t v = 0; v < size_t(V); v++)
+                logits[v] = in_branch(v % 7 == 3 || V < 7 ? 5 : -5);  // equals, the lowest of them 3
             std::vector<int> guarded(rows + 8, -7);
             DeviceArray<int> found = upload(guarded);
             Field<branch_t> in(logits);
@@ -626,12 +711,16 @@ TEST_SUITE("layers") {
         add_sum<squares>(device(), sum.data(), values.data() + offset, n);
         double found = download(sum.data(), 1)[0];
         // of the terms' sizes, as the terms themselves cancel
-        compare.error(format("n %zu offset %zu %s of %zu bytes", n, offset, squares ? "squares" : "values", sizeof(T)), std::fabs(found - start - expected) / size);
+        compare.error(format("n %zu offset %zu %s of %zu bytes", n, offset, squares ? "squares" : "values", sizeof(T)),
+                      std::fabs(found - start - expected) / size);
     }
-    TEST_CASE("Sums and sums of squares add to what is there, from any start, in one block and in more blocks than the grid holds") {
+    TEST_CASE(
+        "Sums and sums of squares add to what is there, from any start, in one block and in more blocks than the grid "
+        "holds") {
         // four numbers at a time are added in FP32
         Comparison compare("sums", 1e-6);
-        for (size_t n : {size_t(1), size_t(3), size_t(5000), size_t(300000), size_t(MAX_PARTIAL_BLOCKS) * SUM_THREADS * SUM_UNROLL + 5})
+        for (size_t n : {size_t(1), size_t(3), size_t(5000), size_t(300000),
+                         size_t(MAX_PARTIAL_BLOCKS) * SUM_THREADS * SUM_UNROLL + 5})
             for (size_t offset : {0, 1, 2, 3}) {
                 if (n > 100000 && offset % 2 == 0 && offset > 0) continue;
                 check_sum<float, false>(n, offset, compare), check_sum<float, true>(n, offset, compare);
@@ -642,8 +731,12 @@ TEST_SUITE("layers") {
 
 // ----------------------------------------------------------------------------------------------------
 TEST_SUITE("optimizer") {
-    TEST_CASE("A step's numbers of several ranks: added up in rank order, flags of any and of all, nothing updated where data were lost") {
-        const StepShare parts[] = {{1e16, 1, STOP_ASKED | STATE_WRITTEN}, {1, 2, STATE_WRITTEN}, {-1e16, 6, STATE_WRITTEN}};  // another order gives another sum
+    TEST_CASE(
+        "A step's numbers of several ranks: added up in rank order, flags of any and of all, nothing updated where "
+        "data were lost") {
+        const StepShare parts[] = {{1e16, 1, STOP_ASKED | STATE_WRITTEN},
+                                   {1, 2, STATE_WRITTEN},
+                                   {-1e16, 6, STATE_WRITTEN}};  // another order gives another sum
         for (bool lost : {false, true}) {
             std::vector<StepShare> shares(parts, parts + 3);
             if (lost) shares[1].flags |= DATA_LOST;
@@ -651,7 +744,8 @@ TEST_SUITE("optimizer") {
             auto settings = upload(std::vector<StepSettings>{{1e-3, 0.01, 1, 0}});
             auto counts = upload(std::vector<UpdateCounts>{{41, 0}});
             auto state = upload(std::vector<StepState>(1));
-            launch(prepare_update_kernel, 1, 1, 0, device().stream, state.data(), settings.data(), counts.data(), all.data(), 3);
+            launch(prepare_update_kernel, 1, 1, 0, device().stream, state.data(), settings.data(), counts.data(),
+                   all.data(), 3);
             StepState s = download(state.data(), 1)[0];
             CHECK(s.loss_sum == (1e16 + 1) - 1e16);
             CHECK(s.norm == 3);
@@ -660,14 +754,16 @@ TEST_SUITE("optimizer") {
             CHECK(s.finite == !lost);
             CHECK(download(counts.data(), 1)[0].updates == (lost ? 41 : 42));
             auto flags = upload(std::vector<uint64_t>{5});
-            launch(share_kernel, 1, 1, 0, device().stream, one.data(), static_cast<const StepState*>(state.data()), static_cast<const uint64_t*>(flags.data()));
+            launch(share_kernel, 1, 1, 0, device().stream, one.data(), static_cast<const StepState*>(state.data()),
+                   static_cast<const uint64_t*>(flags.data()));
             StepShare mine = download(one.data(), 1)[0];
             CHECK(mine.loss_sum == s.loss_sum);
             CHECK(mine.grad_squares == 9);
             CHECK(mine.flags == 5);
             // a step that is under way behind one whose data were lost
             shares[1].flags = 0, all = upload(shares);
-            launch(prepare_update_kernel, 1, 1, 0, device().stream, state.data(), settings.data(), counts.data(), all.data(), 3);
+            launch(prepare_update_kernel, 1, 1, 0, device().stream, state.data(), settings.data(), counts.data(),
+                   all.data(), 3);
             CHECK(download(state.data(), 1)[0].finite == !lost);
         }
     }
@@ -675,7 +771,8 @@ TEST_SUITE("optimizer") {
     TEST_CASE("What a reduce-scatter brings is added to the rank's part, element by element") {
         std::vector<float> sum = random_floats(1408, 1), part = random_floats(1408, 2);
         auto a = upload(sum), b = upload(part);
-        launch(accumulate_kernel, ceil_div(part.size() / 4, THREADS), THREADS, 0, device().stream, a.data(), static_cast<const float*>(b.data()), part.size());
+        launch(accumulate_kernel, ceil_div(part.size() / 4, THREADS), THREADS, 0, device().stream, a.data(),
+               static_cast<const float*>(b.data()), part.size());
         for (size_t i = 0; i < sum.size(); i++) sum[i] += part[i];
         CHECK(same_bits(sum, host(a)));
     }
@@ -683,9 +780,13 @@ TEST_SUITE("optimizer") {
     // A model of tensors that start and end anywhere; one is longer than a block's stretch.
     ModelConfig odd_config() { return test_config(HYBRIDNORM, 4, 61, 1, 13, 3); }
 
-    TEST_CASE("AdamW is the CPU's, with and without clipping, for tensors that start anywhere, and leaves zero gradients") {
-        Comparison compare("parameters and moments", 1e-6);  // one update moves a parameter by a thousandth: 1e-6 here is 1e-3 of it at most
-        Comparison compare_update("what the step added", FP32_TOLERANCE * 10);  // the difference of two parameters, a thousand times as large as it
+    TEST_CASE(
+        "AdamW is the CPU's, with and without clipping, for tensors that start anywhere, and leaves zero gradients") {
+        Comparison compare("parameters and moments",
+                           1e-6);  // one update moves a parameter by a thousandth: 1e-6 here is 1e-3 of it at most
+        Comparison compare_update("what the step added",
+                                  FP32_TOLERANCE *
+                                      10);  // the difference of two parameters, a thousand times as large as it
         for (const ModelConfig& c : {odd_config(), test_config(KEEL, 4, 64, 1, 300, 5)})
             for (double clip : {0.0, 0.05, 1e6}) {
                 RunConfig run = test_run(c, 1, 3);
@@ -693,13 +794,16 @@ TEST_SUITE("optimizer") {
                 Trainer trainer(run);
                 cpu::Trainer expected(run);
                 size_t n = trainer.model.layout.count;
-                auto params = test_parameters(trainer.model.layout, 3), grads = random_floats(n, 4, 1e-3), m = random_floats(n, 5, 1e-3), v = random_floats(n, 6, 1e-6);
+                auto params = test_parameters(trainer.model.layout, 3), grads = random_floats(n, 4, 1e-3),
+                     m = random_floats(n, 5, 1e-3), v = random_floats(n, 6, 1e-6);
                 for (float& value : v) value = std::fabs(value);
                 set_parameters(trainer, params), set_parameters(expected, params);
                 Device& device = trainer.model.device;
-                device.copy(trainer.model.grads.data(), grads.data(), n), device.copy(trainer.model.m.data(), m.data(), n), device.copy(trainer.model.v.data(), v.data(), n);
+                device.copy(trainer.model.grads.data(), grads.data(), n),
+                    device.copy(trainer.model.m.data(), m.data(), n), device.copy(trainer.model.v.data(), v.data(), n);
                 std::copy(grads.begin(), grads.end(), expected.model.grads.data());
-                std::copy(m.begin(), m.end(), expected.model.m.data()), std::copy(v.begin(), v.end(), expected.model.v.data());
+                std::copy(m.begin(), m.end(), expected.model.m.data()),
+                    std::copy(v.begin(), v.end(), expected.model.v.data());
 
                 double norm = cpu::gradient_norm(expected.model);
                 REQUIRE((norm > 0.06 && norm < 10));  // of the three only 0.05 clips
@@ -728,12 +832,15 @@ TEST_SUITE("optimizer") {
             for (bool in_loss : {false, true}) {
                 Trainer trainer(test_run(odd_config(), 1, 3));
                 size_t n = trainer.model.layout.count;
-                auto params = test_parameters(trainer.model.layout, 3), grads = random_floats(n, 4), moment = random_floats(n, 5);
+                auto params = test_parameters(trainer.model.layout, 3), grads = random_floats(n, 4),
+                     moment = random_floats(n, 5);
                 if (!in_loss) grads[n / 2] = float(bad);
                 set_parameters(trainer, params);
                 trainer.begin_step(1, 0);
                 Device& device = trainer.model.device;
-                device.copy(trainer.model.grads.data(), grads.data(), n), device.copy(trainer.model.m.data(), moment.data(), n), device.copy(trainer.model.v.data(), moment.data(), n);
+                device.copy(trainer.model.grads.data(), grads.data(), n),
+                    device.copy(trainer.model.m.data(), moment.data(), n),
+                    device.copy(trainer.model.v.data(), moment.data(), n);
                 if (in_loss) device.copy(&trainer.model.state.data()->loss_sum, &bad, 1);
                 trainer.model.update();
                 CHECK(same_bits(params, host(trainer.model.params)));
@@ -756,9 +863,11 @@ TEST_SUITE("optimizer") {
         CHECK(same_bits(params, host(trainer.model.params)));
     }
 
-    TEST_CASE("Initial weights have the bits of the CPU's in all placements, and the matrix products read them rounded") {
+    TEST_CASE(
+        "Initial weights have the bits of the CPU's in all placements, and the matrix products read them rounded") {
         for (int p = 0; p < NUM_PLACEMENTS; p++)
-            for (const ModelConfig& c : {test_config(NormPlacement(p), 8, 6, 3, 13, 5), test_config(NormPlacement(p), 4, 64, 2, 300, 33)}) {
+            for (const ModelConfig& c :
+                 {test_config(NormPlacement(p), 8, 6, 3, 13, 5), test_config(NormPlacement(p), 4, 64, 2, 300, 33)}) {
                 Trainer trainer(test_run(c, 1, 1));
                 cpu::Trainer expected(test_run(c, 1, 1));
                 uint64_t seed = (uint64_t(1) << 40) + 7;
@@ -771,10 +880,13 @@ TEST_SUITE("optimizer") {
     }
 
     // What the kernels draw, from the words that their comments name.
-    float rounded_by(float x, uint32_t random) { return std::bit_cast<float>((std::bit_cast<uint32_t>(x) + (random & 0xFFFF)) & 0xFFFF0000u); }
+    float rounded_by(float x, uint32_t random) {
+        return std::bit_cast<float>((std::bit_cast<uint32_t>(x) + (random & 0xFFFF)) & 0xFFFF0000u);
+    }
     float nearest_bf16(float x) { return float(__nv_bfloat16(x)); }
 
-    TEST_CASE("Stochastic rounding adds what its counter draws, to the bit, and is right on average; infinity and NaN stay") {
+    TEST_CASE(
+        "Stochastic rounding adds what its counter draws, to the bit, and is right on average; infinity and NaN stay") {
         for (auto [n, first] : {std::pair{size_t(4096), size_t(8)}, {size_t(333), size_t(5)}}) {
             uint64_t seed = (uint64_t(3) << 33) + 1;
             auto g = random_floats(n, 1), addend = random_floats(n, 2, 1e-3);
@@ -790,8 +902,8 @@ TEST_SUITE("optimizer") {
             auto micro_batch = upload(std::vector<int>{6});
             RoundingState rounding{settings_gpu.data(), updates.data(), micro_batch.data()};
             bool fours = n % 4 == 0 && first % 4 == 0;
-            launch(fours ? add_rounded_kernel<4> : add_rounded_kernel<1>, ceil_div(n / (fours ? 4 : 1), THREADS), THREADS, 0, device().stream, g_gpu.data(), addend_gpu.data(), n,
-                   first, rounding);
+            launch(fours ? add_rounded_kernel<4> : add_rounded_kernel<1>, ceil_div(n / (fours ? 4 : 1), THREADS),
+                   THREADS, 0, device().stream, g_gpu.data(), addend_gpu.data(), n, first, rounding);
             auto found = download(g_gpu.data(), n);
             double error = 0, squares = 0;
             size_t up = 0;
@@ -802,15 +914,20 @@ TEST_SUITE("optimizer") {
                     continue;
                 }
                 size_t e = first + i;
-                REQUIRE(value == rounded_by(sum, philox(seed, uint32_t(e / 4), 6 << 8, 41, STREAM_GRADIENTS).word[e % 4]));
-                error += double(value) - double(sum), squares += std::pow(double(value) - double(sum), 2), up += std::fabs(value) > std::fabs(sum);
+                REQUIRE(value ==
+                        rounded_by(sum, philox(seed, uint32_t(e / 4), 6 << 8, 41, STREAM_GRADIENTS).word[e % 4]));
+                error += double(value) - double(sum), squares += std::pow(double(value) - double(sum), 2),
+                    up += std::fabs(value) > std::fabs(sum);
             }
-            CHECK_MESSAGE(std::fabs(error) < 4 * std::sqrt(squares), "mean error " << error / double(n) << " of " << std::sqrt(squares / double(n)) << " each");
+            CHECK_MESSAGE(std::fabs(error) < 4 * std::sqrt(squares),
+                          "mean error " << error / double(n) << " of " << std::sqrt(squares / double(n)) << " each");
             CHECK((up > n / 3 && up < 2 * n / 3));
         }
     }
 
-    TEST_CASE("With BF16 moments and gradients an update is FP32's, and what is stored is its moments rounded by their counter") {
+    TEST_CASE(
+        "With BF16 moments and gradients an update is FP32's, and what is stored is its moments rounded by their "
+        "counter") {
         for (const ModelConfig& c : {odd_config(), test_config(KEEL, 4, 64, 1, 300, 5)}) {
             RunConfig run = test_run(c, 1, 3), narrow = run;
             narrow.types = {true, true};
@@ -818,35 +935,47 @@ TEST_SUITE("optimizer") {
             Trainer wide_trainer(run), trainer(narrow);
             const ParameterLayout& layout = trainer.model.layout;
             size_t n = layout.count;
-            auto params = test_parameters(layout, 3), grads = random_floats(n, 4, 1e-3), m = random_floats(n, 5, 1e-3), v = random_floats(n, 6, 1e-6);
-            for (size_t i = 0; i < n; i++) grads[i] = nearest_bf16(grads[i]), m[i] = nearest_bf16(m[i]), v[i] = nearest_bf16(std::fabs(v[i]));
+            auto params = test_parameters(layout, 3), grads = random_floats(n, 4, 1e-3), m = random_floats(n, 5, 1e-3),
+                 v = random_floats(n, 6, 1e-6);
+            for (size_t i = 0; i < n; i++)
+                grads[i] = nearest_bf16(grads[i]), m[i] = nearest_bf16(m[i]), v[i] = nearest_bf16(std::fabs(v[i]));
             set_parameters(wide_trainer, params), set_parameters(trainer, params);
             Device &wide = wide_trainer.model.device, &device = trainer.model.device;
-            wide.copy(wide_trainer.model.grads.data(), grads.data(), n), wide.copy(wide_trainer.model.m.data(), m.data(), n), wide.copy(wide_trainer.model.v.data(), v.data(), n);
+            wide.copy(wide_trainer.model.grads.data(), grads.data(), n),
+                wide.copy(wide_trainer.model.m.data(), m.data(), n),
+                wide.copy(wide_trainer.model.v.data(), v.data(), n);
             std::vector<__nv_bfloat16> m_bf16(m.begin(), m.end()), v_bf16(v.begin(), v.end());
-            device.copy(trainer.model.m_bf16.data(), m_bf16.data(), n), device.copy(trainer.model.v_bf16.data(), v_bf16.data(), n);
+            device.copy(trainer.model.m_bf16.data(), m_bf16.data(), n),
+                device.copy(trainer.model.v_bf16.data(), v_bf16.data(), n);
             const GradientLayout& places = trainer.model.gradient_layout;
             for (const TensorInfo& t : layout.tensors) {
-                std::vector<__nv_bfloat16> half(grads.begin() + std::ptrdiff_t(t.offset), grads.begin() + std::ptrdiff_t(t.offset + t.size()));
-                if (places.in_bf16(t.id)) device.copy(trainer.model.grads_bf16.data() + places.of(t), half.data(), t.size());
+                std::vector<__nv_bfloat16> half(grads.begin() + std::ptrdiff_t(t.offset),
+                                                grads.begin() + std::ptrdiff_t(t.offset + t.size()));
+                if (places.in_bf16(t.id))
+                    device.copy(trainer.model.grads_bf16.data() + places.of(t), half.data(), t.size());
                 else device.copy(trainer.model.grads.data() + places.of(t), &grads[t.offset], t.size());
                 device.synchronize();
             }
             std::vector<float> gathered(n);
             trainer.model.copy_gradients(gathered.data());
             CHECK(same_bits(gathered, grads));
-            for (Trainer* each : {&wide_trainer, &trainer}) each->upload_updates(3), each->begin_step(4, 0), each->model.update(), each->model.device.synchronize();
-            StepState a = download(wide_trainer.model.state.data(), 1)[0], b = download(trainer.model.state.data(), 1)[0];
+            for (Trainer* each : {&wide_trainer, &trainer})
+                each->upload_updates(3), each->begin_step(4, 0), each->model.update(), each->model.device.synchronize();
+            StepState a = download(wide_trainer.model.state.data(), 1)[0],
+                      b = download(trainer.model.state.data(), 1)[0];
             CHECK(std::fabs(a.norm / b.norm - 1) < 1e-6);  // two sums instead of one
             CHECK((a.clip == 1 && b.clip == 1));
             std::vector<float> wanted(3 * n), found(3 * n);
             wide_trainer.snapshot(wanted.data()), trainer.snapshot(found.data());
-            // The two kernels may contract other multiplications and additions: a few last bits of their terms in FP32, which may decide a rounding.
+            // The two kernels may contract other multiplications and additions: a few last bits of their terms in FP32,
+            // which may decide a rounding.
             auto either = [](float value, float x, float terms, uint32_t random) {
                 float error = std::ldexp(terms, -22);
                 return rounded_by(x - error, random) <= value && value <= rounded_by(x + error, random);
             };
-            for (size_t i = 0; i < n; i++) REQUIRE(std::fabs(wanted[i] - found[i]) <= 1e-8f + 1e-6f * std::fabs(params[i]));  // an update is some 1e-3
+            for (size_t i = 0; i < n; i++)
+                REQUIRE(std::fabs(wanted[i] - found[i]) <=
+                        1e-8f + 1e-6f * std::fabs(params[i]));  // an update is some 1e-3
             for (size_t e = 0; e < n; e++) {
                 uint32_t word = philox(77, uint32_t(e / 4), 0, 4, STREAM_MOMENTS).word[e % 4];
                 REQUIRE(either(found[n + e], wanted[n + e], std::fabs(m[e]) + std::fabs(grads[e]), word));
@@ -868,7 +997,9 @@ TEST_SUITE("optimizer") {
         }
     }
 
-    TEST_CASE("The probe's sums of squares are those of each tensor's elements, or of their differences, wherever the tensor starts and ends") {
+    TEST_CASE(
+        "The probe's sums of squares are those of each tensor's elements, or of their differences, wherever the tensor "
+        "starts and ends") {
         Comparison compare("sums of squares", 1e-12);  // in double
         Trainer trainer(test_run(small_config(HYBRIDNORM, 4, 300, 9), 1, 9));
         const ParameterLayout& layout = trainer.model.layout;
@@ -877,7 +1008,8 @@ TEST_SUITE("optimizer") {
         Field<float> a_gpu(a), b_gpu(b);
         trainer.model.device.copy(trainer.model.params.data(), a.data(), a.size());
         for (bool difference : {false, true}) {
-            auto found = trainer.tensor_squares({trainer.model.params.data(), difference ? b_gpu.data() : nullptr, nullptr, nullptr});
+            auto found = trainer.tensor_squares({trainer.model.params.data(), difference ? b_gpu.data() : nullptr,
+                                                 nullptr, nullptr});
             REQUIRE(found.size() == layout.tensors.size());
             for (size_t i = 0; i < found.size(); i++) {
                 const TensorInfo& t = layout.tensors[i];
@@ -896,11 +1028,13 @@ TEST_SUITE("optimizer") {
 TEST_SUITE("model") {
     // Errors of debug states as parts of --check's tolerances, which check_tolerance in keel_common.h gives and argues.
     struct StateComparison {
-        Comparison x{"x, of its tolerance", 1}, dx{"dx, of its tolerance", 1}, rest{"logits, loss and gradients of parameters, of their tolerances", 1};
+        Comparison x{"x, of its tolerance", 1}, dx{"dx, of its tolerance", 1},
+            rest{"logits, loss and gradients of parameters, of their tolerances", 1};
         void operator()(const std::string& what, const DebugState<float>& expected, const DebugState<float>& found) {
             for (const CheckRow& row : compare_debug_states(expected, found)) {
                 Comparison& compare = row.name.starts_with("x[") ? x : row.name.starts_with("dx[") ? dx : rest;
-                compare.error(format("%s %s (error %.2e)", what.c_str(), row.name.c_str(), row.error), row.error / row.tolerance);
+                compare.error(format("%s %s (error %.2e)", what.c_str(), row.name.c_str(), row.error),
+                              row.error / row.tolerance);
             }
         }
     };
@@ -914,7 +1048,8 @@ TEST_SUITE("model") {
         auto params = test_parameters(trainer.model.layout, 3);
         set_parameters(expected, params), set_parameters(trainer, params);
         DebugState<float> file, ours;
-        ours.tokens = file.tokens = random_tokens(size_t(B * T), c.V, 1), ours.targets = file.targets = random_tokens(size_t(B * T), c.V, 2);
+        ours.tokens = file.tokens = random_tokens(size_t(B * T), c.V, 1),
+        ours.targets = file.targets = random_tokens(size_t(B * T), c.V, 2);
         expected.debug_pass(file, B, T);
         poison(trainer.model);
         trainer.debug_pass(ours, B, T);
@@ -922,22 +1057,27 @@ TEST_SUITE("model") {
         CHECK(same_bits(params, ours.params));
     }
 
-    TEST_CASE("All placements' losses, logits, x, dx and gradients are the CPU's, at 16 sub-layers and lengths that fill no tile") {
+    TEST_CASE(
+        "All placements' losses, logits, x, dx and gradients are the CPU's, at 16 sub-layers and lengths that fill no "
+        "tile") {
         StateComparison compare;
 #ifdef CUDA_ON_CPU
         constexpr int B = 4;
 #else
-        // Few tokens average little: of trials in which each product's sum is off by up to 2^-21, as in another order of
-        // adding than the headers', one in ten has a gain's gradient lose 3.6e-2 to BF16 over 252; over 504 it is 2.3e-2.
+        // Few tokens average little: of trials in which each product's sum is off by up to 2^-21, as in another order
+        // of adding than the headers', one in ten has a gain's gradient lose 3.6e-2 to BF16 over 252; over 504 it
+        // is 2.3e-2.
         constexpr int B = bf16 ? 8 : 4;
 #endif
         for (int p = 0; p < NUM_PLACEMENTS; p++)
             for (int H : {4, 2}) compare_with_cpu(test_config(NormPlacement(p), 16, 64, H, 300, 63), B, 63, compare);
     }
 
-    TEST_CASE("Keel, deepnorm and scaledpost keep 64 sub-layers to 5e-3 in x and 1e-2 in dx, which no BF16 highway does") {
+    TEST_CASE(
+        "Keel, deepnorm and scaledpost keep 64 sub-layers to 5e-3 in x and 1e-2 in dx, which no BF16 highway does") {
         StateComparison compare;
-        for (NormPlacement norm : {KEEL, DEEPNORM, SCALEDPOST}) compare_with_cpu(test_config(norm, 64, 64, 2, 256, 24), 2, 24, compare);
+        for (NormPlacement norm : {KEEL, DEEPNORM, SCALEDPOST})
+            compare_with_cpu(test_config(norm, 64, 64, 2, 256, 24), 2, 24, compare);
     }
 
     TEST_CASE("A wider model of several tiles of positions is the CPU's") {
@@ -949,7 +1089,8 @@ TEST_SUITE("model") {
 #ifdef KEEL_FP32  // the dumps' shapes are odd, which the other build does not allow
     TEST_CASE("HybridNorm's gains of D numbers may leave every later tensor at an address that is no whole four") {
         StateComparison compare;
-        for (int H : {8, 4}) compare_with_cpu(test_config(HYBRIDNORM, 4, 40, H, 256, 21), 2, 21, compare);  // D = 5 and 10
+        for (int H : {8, 4})
+            compare_with_cpu(test_config(HYBRIDNORM, 4, 40, H, 256, 21), 2, 21, compare);  // D = 5 and 10
     }
 
     TEST_CASE("Forward and backward agree with PyTorch's float64 autograd, tensor by tensor, in every dump") {
@@ -993,7 +1134,9 @@ TEST_SUITE("model") {
         for (const CheckRow& row : compare_debug_states(states[0], states[1])) compare.error(row.name, row.error);
     }
 
-    TEST_CASE("Ablating a sub-layer gives bit for bit the loss of a model whose branch ends in a matrix of zeros, and predictions are those of the logits") {
+    TEST_CASE(
+        "Ablating a sub-layer gives bit for bit the loss of a model whose branch ends in a matrix of zeros, and "
+        "predictions are those of the logits") {
         for (NormPlacement norm : {KEEL, PRE, POST, HYBRIDNORM})
             for (int level : {0, 1, 2}) {
                 RunConfig run = test_run(small_config(norm, 6, 300, 24), 2, 24, 1, {level});
@@ -1008,9 +1151,11 @@ TEST_SUITE("model") {
                     double whole = trainer.evaluate(tokens.data(), targets.data(), 2);
                     auto zeroed = params;
                     size_t at = trainer.model.layout.offset(is_attention(l) ? ATTPROJW : FCPROJW, l);
-                    std::fill_n(zeroed.begin() + std::ptrdiff_t(at), size_t(run.model.C) * size_t(run.model.C) * (is_attention(l) ? 1 : 4), 0.0f);
+                    std::fill_n(zeroed.begin() + std::ptrdiff_t(at),
+                                size_t(run.model.C) * size_t(run.model.C) * (is_attention(l) ? 1 : 4), 0.0f);
                     set_parameters(trainer, zeroed);
-                    CHECK_MESSAGE(trainer.evaluate(tokens.data(), targets.data(), 2) == ablated, placements[norm].name << " sub-layer " << l);
+                    CHECK_MESSAGE(trainer.evaluate(tokens.data(), targets.data(), 2) == ablated,
+                                  placements[norm].name << " sub-layer " << l);
                     CHECK(whole != ablated);
                 }
                 std::vector<int> predictions(48);
@@ -1037,14 +1182,18 @@ TEST_SUITE("model") {
             for (int b : {1, 2, 3}) {
                 auto tokens = random_tokens(size_t(b * 24), 300, 1), targets = random_tokens(size_t(b * 24), 300, 2);
                 double wanted = expected.evaluate(tokens.data(), targets.data(), b);
-                compare.error(format("%s, %d sequences", placements[norm].name, b), std::fabs(trainer.evaluate(tokens.data(), targets.data(), b) / wanted - 1));
+                compare.error(format("%s, %d sequences", placements[norm].name, b),
+                              std::fabs(trainer.evaluate(tokens.data(), targets.data(), b) / wanted - 1));
             }
         }
     }
 
-    TEST_CASE("The KV cache gives the CPU's logits, fed in any pieces, until its window is full and again after it is cleared") {
+    TEST_CASE(
+        "The KV cache gives the CPU's logits, fed in any pieces, until its window is full and again after it is "
+        "cleared") {
         // logits after up to 16 sub-layers: --check's tolerances
-        Comparison compare("against the CPU's", bf16 ? 3e-2 : 1e-4), compare_pieces("pieces against one feed", bf16 ? 3e-2 : FP32_TOLERANCE);
+        Comparison compare("against the CPU's", bf16 ? 3e-2 : 1e-4),
+            compare_pieces("pieces against one feed", bf16 ? 3e-2 : FP32_TOLERANCE);
         for (NormPlacement norm : {KEEL, HYBRIDNORM, PRE}) {
             int T = 75;  // more than one tile of keys
             RunConfig run = test_run(small_config(norm, 6, 300, T), 1, 1);
@@ -1085,13 +1234,14 @@ TEST_SUITE("model") {
             return sum;
         }
     };
-    Stream cpu_stream(cpu::Model& model, const std::vector<int>& tokens, int T, bool bf16_highway) {
+    Stream cpu_stream(cpu::Model & model, const std::vector<int>& tokens, int T, bool bf16_highway) {
         const ModelConfig& c = model.config;
         size_t rows = size_t(T), n = rows * size_t(c.C);
         auto keep = [&](float value) { return bf16_highway ? float(__nv_bfloat16(value)) : value; };
         std::vector<float> x(n), z(n), u(n), f(n);
         Stream stream;
-        cpu::embedding_forward(x.data(), tokens.data(), model.tensor(model.params, WTE), model.tensor(model.params, WPE), 1, T, c.C, 0);
+        cpu::embedding_forward(x.data(), tokens.data(), model.tensor(model.params, WTE),
+                               model.tensor(model.params, WPE), 1, T, c.C, 0);
         for (float& value : x) value = keep(value);
         for (int l = 0; l < c.L; l++) {
             if (l == 2) stream.start = x;
@@ -1109,20 +1259,25 @@ TEST_SUITE("model") {
     }
     double cosine(const std::vector<float>& a, const std::vector<float>& b) {
         double ab = 0, aa = 0, bb = 0;
-        for (size_t i = 0; i < a.size(); i++) ab += double(a[i]) * double(b[i]), aa += double(a[i]) * double(a[i]), bb += double(b[i]) * double(b[i]);
+        for (size_t i = 0; i < a.size(); i++)
+            ab += double(a[i]) * double(b[i]), aa += double(a[i]) * double(a[i]), bb += double(b[i]) * double(b[i]);
         return ab / std::sqrt(aa * bb);
     }
 
-    // The design's measurement in PyTorch: 57 % and cosine 0.84 at 256 sub-layers, 89 % and 0.49 at 1024; here, on other tokens, 77 % and
-    // 0.68. The BF16 branch alone costs 0.5 %: its roundings fall on F, not on the 512 times larger stream, and differ in sign.
-    TEST_CASE("At 512 sub-layers a BF16 highway loses most of what they add to the stream, and this trainer's FP32 highway keeps it") {
+    // The design's measurement in PyTorch: 57 % and cosine 0.84 at 256 sub-layers, 89 % and 0.49 at 1024; here, on
+    // other tokens, 77 % and 0.68. The BF16 branch alone costs 0.5 %: its roundings fall on F, not on the 512 times
+    // larger stream, and differ in sign.
+    TEST_CASE(
+        "At 512 sub-layers a BF16 highway loses most of what they add to the stream, and this trainer's FP32 highway "
+        "keeps it") {
         int L = 512, T = 16;
         RunConfig run = test_run(test_config(KEEL, L, 64, 1, 256, T), 1, T, 1, {0});
         cpu::Trainer reference(run);
         Trainer trainer(run);
         reference.initialise(1337), trainer.initialise(1337);
         auto tokens = random_tokens(size_t(T), 256, 1);
-        Stream fp32 = cpu_stream(reference.model, tokens, T, false), rounded = cpu_stream(reference.model, tokens, T, true), ours;
+        Stream fp32 = cpu_stream(reference.model, tokens, T, false),
+               rounded = cpu_stream(reference.model, tokens, T, true), ours;
 
         trainer.model.forward(upload(tokens).data(), 1);
         Field<float> x(fp32.end.size());
@@ -1131,9 +1286,12 @@ TEST_SUITE("model") {
             trainer.model.device.synchronize();
             (l == L ? ours.end : ours.start) = x.values();
         }
-        double lost = relative_error(fp32.added(), rounded.added()), ours_lost = relative_error(fp32.added(), ours.added());
-        std::string figures = format("what %d sub-layers add: off by %.3g %% (cosine %.3f) on a BF16 highway, by %.3g %% (cosine %.5f) on this trainer's", L, 100 * lost,
-                                     cosine(fp32.added(), rounded.added()), 100 * ours_lost, cosine(fp32.added(), ours.added()));
+        double lost = relative_error(fp32.added(), rounded.added()),
+               ours_lost = relative_error(fp32.added(), ours.added());
+        std::string figures = format(
+            "what %d sub-layers add: off by %.3g %% (cosine %.3f) on a BF16 highway, by %.3g %% (cosine %.5f) on this "
+            "trainer's",
+            L, 100 * lost, cosine(fp32.added(), rounded.added()), 100 * ours_lost, cosine(fp32.added(), ours.added()));
         CHECK_MESSAGE(lost > 0.4, figures);
         CHECK_MESSAGE(ours_lost < 0.02, figures);
         MESSAGE(figures);
@@ -1142,8 +1300,11 @@ TEST_SUITE("model") {
 
 // ----------------------------------------------------------------------------------------------------
 TEST_SUITE("training") {
-    TEST_CASE("Ten optimizer steps of two micro-batches, or of more than are staged at once, give the CPU's losses and gradient norms") {
-        // A BF16 branch changes a loss by some 1e-3; Adam's first steps, of one length whatever the gradient, keep the two runs that close.
+    TEST_CASE(
+        "Ten optimizer steps of two micro-batches, or of more than are staged at once, give the CPU's losses and "
+        "gradient norms") {
+        // A BF16 branch changes a loss by some 1e-3; Adam's first steps, of one length whatever the gradient, keep the
+        // two runs that close.
         Comparison compare("losses", bf16 ? 2e-2 : 1e-5), compare_norms("gradient norms", bf16 ? 5e-2 : 1e-4);
         TestData data;
         for (NormPlacement norm : {KEEL, PRE, HYBRIDNORM}) {
@@ -1155,8 +1316,10 @@ TEST_SUITE("training") {
             double first = 0, last = 0;
             for (int step = 1; step <= 10; step++) {
                 StepResult wanted = expected.step(loader, step, nullptr), found = trainer.step(loader, step, nullptr);
-                compare.error(format("%s step %d, loss %.4f", placements[norm].name, step, found.loss), std::fabs(found.loss / wanted.loss - 1));
-                compare_norms.error(format("%s step %d, norm %.4f", placements[norm].name, step, found.norm), std::fabs(found.norm / wanted.norm - 1));
+                compare.error(format("%s step %d, loss %.4f", placements[norm].name, step, found.loss),
+                              std::fabs(found.loss / wanted.loss - 1));
+                compare_norms.error(format("%s step %d, norm %.4f", placements[norm].name, step, found.norm),
+                                    std::fabs(found.norm / wanted.norm - 1));
                 (step == 1 ? first : last) = found.loss;
             }
             CHECK_MESSAGE(last < first, placements[norm].name << " learns nothing: " << first << " to " << last);
@@ -1175,11 +1338,14 @@ TEST_SUITE("training") {
             CHECK(eager.micro_step.launches == nullptr);
             CHECK(replayed.micro_step.launches != nullptr);
             CHECK(replayed.micro_step.nodes > size_t(10 * run.model.L));
-            CHECK_MESSAGE(expected == found, placements[norm].name << ": last loss " << expected.losses[8] << " and " << found.losses[8]);
+            CHECK_MESSAGE(expected == found,
+                          placements[norm].name << ": last loss " << expected.losses[8] << " and " << found.losses[8]);
         }
     }
 
-    TEST_CASE("A step whose gradients are not finite is skipped, eager or replayed, and the next ones are those of a run that never saw them") {
+    TEST_CASE(
+        "A step whose gradients are not finite is skipped, eager or replayed, and the next ones are those of a run "
+        "that never saw them") {
         TestData data;
         for (bool use_graphs : {false, true}) {
             RunConfig run = test_run(small_config(KEEL, 4, 256, 16), 2, 16, 2);
@@ -1195,7 +1361,8 @@ TEST_SUITE("training") {
             CHECK(same_bits(before.params, host(faulty.model.params)));
             CHECK(same_bits(before.m, host(faulty.model.m)));
             faulty.run.skipped = expected.run.skipped = 1;  // as the run counts it; the other has only the number
-            CHECK_MESSAGE(run_steps(expected, data, 4, 5) == run_steps(faulty, data, 4, 5), (use_graphs ? "replayed" : "eager"));
+            CHECK_MESSAGE(run_steps(expected, data, 4, 5) == run_steps(faulty, data, 4, 5),
+                          (use_graphs ? "replayed" : "eager"));
         }
     }
 
@@ -1220,15 +1387,19 @@ TEST_SUITE("training") {
                     trainer.model.device.zero(trainer.model.grads);
                     Outcome outcome = run_steps(trainer, data, 1, 2);
                     if (level == 0) expected_grads = grads, expected = outcome;
-                    std::string at = format("%s -r %s, %d micro-batches", placements[norm].name, Recompute{level}.name().c_str(), accumulation);
-                    CHECK_MESSAGE(same_bits(expected_grads, grads), at << ": gradients differ by " << relative_error(expected_grads, grads));
+                    std::string at = format("%s -r %s, %d micro-batches", placements[norm].name,
+                                            Recompute{level}.name().c_str(), accumulation);
+                    CHECK_MESSAGE(same_bits(expected_grads, grads),
+                                  at << ": gradients differ by " << relative_error(expected_grads, grads));
                     CHECK_MESSAGE(expected == outcome, at);
                 }
             }
     }
 
 #ifdef CUDA_ON_CPU  // a card shows the same at full width by its losses
-    TEST_CASE("At 1024 sub-layers every level of recomputation gives the gradients of none, bit for bit, and takes the memory of its plan") {
+    TEST_CASE(
+        "At 1024 sub-layers every level of recomputation gives the gradients of none, bit for bit, and takes the "
+        "memory of its plan") {
         TestData data;
         std::vector<float> expected;
         size_t last = SIZE_MAX;
@@ -1237,7 +1408,8 @@ TEST_SUITE("training") {
             size_t before = cuda_on_cpu::memory().used;
             Trainer trainer(run);
             size_t planned = total_bytes(Trainer::memory_rows(run)), taken = cuda_on_cpu::memory().used - before;
-            CHECK_MESSAGE((taken <= planned + 512 * 64 && planned <= taken + 512 * 64), "-r " << Recompute{level}.name() << ": planned " << planned << ", taken " << taken);
+            CHECK_MESSAGE((taken <= planned + 512 * 64 && planned <= taken + 512 * 64),
+                          "-r " << Recompute{level}.name() << ": planned " << planned << ", taken " << taken);
             CHECK(planned < last);
             last = planned;
             trainer.initialise(1);
@@ -1247,14 +1419,16 @@ TEST_SUITE("training") {
             trainer.micro_batch(false);
             auto grads = host(trainer.model.grads);
             if (level == 0) expected = grads;
-            CHECK_MESSAGE(same_bits(expected, grads), "-r " << Recompute{level}.name() << ": gradients differ by " << relative_error(expected, grads));
+            CHECK_MESSAGE(same_bits(expected, grads), "-r " << Recompute{level}.name() << ": gradients differ by "
+                                                            << relative_error(expected, grads));
         }
     }
 #endif
 
     TEST_CASE("A run that goes on from a training state has the bits of one that never stopped") {
         TestData data;
-        for (StateTypes types : {StateTypes{}, StateTypes{true, false}, StateTypes{false, true}, StateTypes{true, true}}) {
+        for (StateTypes types :
+             {StateTypes{}, StateTypes{true, false}, StateTypes{false, true}, StateTypes{true, true}}) {
             RunConfig run = test_run(small_config(KEEL, 4, 256, 16), 2, 16, 2, {2});
             run.types = types;
             Trainer whole(run);
@@ -1275,11 +1449,14 @@ TEST_SUITE("training") {
             file.finish();
             CHECK(file.header.get<int64_t>(H_STEP) == 3);
             CHECK(file.header.word[H_BRANCH_BF16] == bf16);
-            CHECK_MESSAGE(run_steps(resumed, data, 4, 6) == expected, "BF16 moments " << types.moments_bf16 << ", gradients " << types.grads_bf16);
+            CHECK_MESSAGE(run_steps(resumed, data, 4, 6) == expected,
+                          "BF16 moments " << types.moments_bf16 << ", gradients " << types.grads_bf16);
         }
     }
 
-    TEST_CASE("A step that is started while the one before is in flight has the bits of steps one at a time, a skipped one among them too") {
+    TEST_CASE(
+        "A step that is started while the one before is in flight has the bits of steps one at a time, a skipped one "
+        "among them too") {
         TestData data;
         for (int accumulation : {1, 3}) {
             RunConfig run = test_run(small_config(KEEL, 4, 256, 16), 2, 16, accumulation);
@@ -1312,7 +1489,8 @@ TEST_SUITE("training") {
     TEST_CASE("BF16 moments and gradients learn as FP32 ones do, and differ from them") {
         TestData data;
         double fp32_loss = 0;
-        for (StateTypes types : {StateTypes{}, StateTypes{true, false}, StateTypes{false, true}, StateTypes{true, true}}) {
+        for (StateTypes types :
+             {StateTypes{}, StateTypes{true, false}, StateTypes{false, true}, StateTypes{true, true}}) {
             RunConfig run = test_run(small_config(KEEL, 8, 256, 16), 2, 16, 4);
             run.types = types, run.steps = 40;
             Trainer trainer(run);
@@ -1322,7 +1500,9 @@ TEST_SUITE("training") {
             for (size_t i = 60; i < 80; i += 2) loss += outcome.losses[i] / 10;
             if (!types.moments_bf16 && !types.grads_bf16) fp32_loss = loss;
             else CHECK(loss != fp32_loss);
-            CHECK_MESSAGE(std::fabs(loss / fp32_loss - 1) < 0.02, "BF16 moments " << types.moments_bf16 << ", gradients " << types.grads_bf16 << ": loss " << loss << ", FP32's " << fp32_loss);
+            CHECK_MESSAGE(std::fabs(loss / fp32_loss - 1) < 0.02,
+                          "BF16 moments " << types.moments_bf16 << ", gradients " << types.grads_bf16 << ": loss "
+                                          << loss << ", FP32's " << fp32_loss);
         }
     }
 
@@ -1353,14 +1533,17 @@ TEST_SUITE("training") {
                 std::string cpu_path = data.folder.path + "/cpu", gpu_path = data.folder.path + "/gpu";
                 std::filesystem::create_directory(cpu_path), std::filesystem::create_directory(gpu_path);
                 ProbeLog cpu_log(cpu_path, -1), gpu_log(gpu_path, -1);
-                for (int step = 1; step <= 4; step++) {  // the third comes after the graphs are recorded, the fourth is replayed
+                for (int step = 1; step <= 4;
+                     step++) {  // the third comes after the graphs are recorded, the fourth is replayed
                     expected.step(loader, step, step % 2 ? &cpu_log : nullptr);
-                    StepResult probed = trainer.step(loader, step, step % 2 ? &gpu_log : nullptr), plain = unprobed.step(loader, step, nullptr);
+                    StepResult probed = trainer.step(loader, step, step % 2 ? &gpu_log : nullptr),
+                               plain = unprobed.step(loader, step, nullptr);
                     CHECK_MESSAGE(probed.loss == plain.loss, "step " << step);
                     CHECK_MESSAGE(same_bits(host(trainer.model.params), host(unprobed.model.params)), "step " << step);
                 }
                 CHECK(trainer.micro_step.nodes == unprobed.micro_step.nodes);
-                for (auto [file, rows] : {std::pair("/probe.csv", size_t(run.model.L)), std::pair("/probe_weights.csv", trainer.model.layout.tensors.size())}) {
+                for (auto [file, rows] : {std::pair("/probe.csv", size_t(run.model.L)),
+                                          std::pair("/probe_weights.csv", trainer.model.layout.tensors.size())}) {
                     auto wanted = read_csv(cpu_path + file), found = read_csv(gpu_path + file);
                     REQUIRE(wanted.size() == 1 + 2 * rows);
                     REQUIRE(found.size() == wanted.size());
@@ -1369,7 +1552,10 @@ TEST_SUITE("training") {
                         REQUIRE(found[row].size() == wanted[row].size());
                         for (size_t i = 0; i < wanted[row].size(); i++) {
                             if (i < 3) CHECK(found[row][i] == wanted[row][i]);
-                            else compare.error(format("%s -r %d, row %zu, %s", placements[norm].name, level, row, wanted[0][i].c_str()), std::fabs(std::stod(found[row][i]) / std::stod(wanted[row][i]) - 1));
+                            else
+                                compare.error(format("%s -r %d, row %zu, %s", placements[norm].name, level, row,
+                                                     wanted[0][i].c_str()),
+                                              std::fabs(std::stod(found[row][i]) / std::stod(wanted[row][i]) - 1));
                         }
                     }
                 }
@@ -1377,7 +1563,9 @@ TEST_SUITE("training") {
     }
 
 #ifdef CUDA_ON_CPU
-    TEST_CASE("Steps have the same bits whatever the order of threads, blocks and graph nodes, and whatever memory held before") {
+    TEST_CASE(
+        "Steps have the same bits whatever the order of threads, blocks and graph nodes, and whatever memory held "
+        "before") {
         auto before = cuda_on_cpu::settings();
         TestData data;
         for (NormPlacement norm : {KEEL, HYBRIDNORM}) {
@@ -1389,7 +1577,8 @@ TEST_SUITE("training") {
                     trainer.initialise(1);
                     Outcome outcome = run_steps(trainer, data, 1, 3);
                     if (expected.losses.empty()) expected = outcome;
-                    CHECK_MESSAGE(expected == outcome, placements[norm].name << ", poison " << int(poison) << ", order " << seed);
+                    CHECK_MESSAGE(expected == outcome,
+                                  placements[norm].name << ", poison " << int(poison) << ", order " << seed);
                 }
         }
         cuda_on_cpu::settings() = before;
@@ -1416,7 +1605,9 @@ TEST_SUITE("memory and machine") {
         CHECK(outcomes[0] == outcomes[1]);
     }
 
-    TEST_CASE("--tune measures each product of a step once, writes a table, and a later run takes its algorithms without measuring") {
+    TEST_CASE(
+        "--tune measures each product of a step once, writes a table, and a later run takes its algorithms without "
+        "measuring") {
         // Which algorithm is the fastest the clock decides, and each adds in an order of its own: runs by other tables
         // are as close as the CPU's steps.
         Comparison compare("losses beside the untuned", bf16 ? 2e-2 : 1e-5);
@@ -1455,16 +1646,21 @@ TEST_SUITE("memory and machine") {
         std::string text(std::istreambuf_iterator<char>(in), {});
         Outcome second = steps();
         std::ifstream again(path);
-        CHECK(text == std::string(std::istreambuf_iterator<char>(again), {}));  // measured anew, the times would be others
-        CHECK(first == second);  // by one table
+        CHECK(text ==
+              std::string(std::istreambuf_iterator<char>(again), {}));  // measured anew, the times would be others
+        CHECK(first == second);                                         // by one table
 
         // a row of another GPU stays, and a shape that is missing comes back
-        std::string other = text.substr(0, text.find('\n') + 1) + "Another GPU" + text.substr(text.find(',', text.find('\n')), text.find('\n', text.find('\n') + 1) - text.find(',', text.find('\n')) + 1);
+        std::string other = text.substr(0, text.find('\n') + 1) + "Another GPU" +
+                            text.substr(text.find(',', text.find('\n')),
+                                        text.find('\n', text.find('\n') + 1) - text.find(',', text.find('\n')) + 1);
         data.folder.write("tune.csv", other);
         agrees("measured again", steps());
         CHECK(read_csv(path).size() == rows.size() + 1);
 
-        for (auto [bad, wanted] : {std::pair<std::string, std::string>{"", "empty file"}, {"step,loss\n", "expected the columns"}, {text + "a,b\n", "expected 13 columns"},
+        for (auto [bad, wanted] : {std::pair<std::string, std::string>{"", "empty file"},
+                                   {"step,loss\n", "expected the columns"},
+                                   {text + "a,b\n", "expected 13 columns"},
                                    {text.substr(0, text.size() - 3) + "\n", "128 hexadecimal digits"}}) {
             data.folder.write("tune.csv", bad);
             std::string error = error_of([&] { Trainer trainer(run); });
@@ -1477,12 +1673,17 @@ TEST_SUITE("memory and machine") {
     }
 
     TEST_CASE("A shape that the build cannot run is refused with what to turn") {
-        auto refusal = [](int C, int H) { return error_of([&] { Trainer::check_model(test_config(KEEL, 4, C, H, 256, 8)); }); };
-        CHECK(refusal(most_channels() + 64, 1).find(format("at most %d channels", most_channels())) != std::string::npos);
+        auto refusal = [](int C, int H) {
+            return error_of([&] { Trainer::check_model(test_config(KEEL, 4, C, H, 256, 8)); });
+        };
+        CHECK(refusal(most_channels() + 64, 1).find(format("at most %d channels", most_channels())) !=
+              std::string::npos);
         for (int H : {1, 2, 4, 8}) CHECK(refusal(128, H) == "");
         if (bf16) {
             CHECK(refusal(72, 1).find("-C: expected a multiple of 64 in this build, found 72") != std::string::npos);
-            CHECK(refusal(64, 8).find("-H: expected heads of 16, 32, 64 or 128 channels (C / H) in this build, found 8") != std::string::npos);
+            CHECK(refusal(64, 8).find(
+                      "-H: expected heads of 16, 32, 64 or 128 channels (C / H) in this build, found 8") !=
+                  std::string::npos);
             CHECK(refusal(256, 1).find("found 256") != std::string::npos);
         } else {
             CHECK(refusal(72, 1) == "");
@@ -1501,7 +1702,8 @@ TEST_SUITE("memory and machine") {
             last_error = error_of([&] { Trainer::choose_memory_plan(run, available); });
             if (!last_error.empty()) break;
             size_t bytes = total_bytes(Trainer::memory_rows(run));
-            CHECK_MESSAGE((bytes <= available && bytes < last), "plan " << plans << ": " << bytes << " bytes of " << available);
+            CHECK_MESSAGE((bytes <= available && bytes < last),
+                          "plan " << plans << ": " << bytes << " bytes of " << available);
             CHECK(open.batch_sequences() % run.B == 0);
             last = bytes, available = bytes - 1;
         }
@@ -1518,7 +1720,8 @@ TEST_SUITE("memory and machine") {
         CHECK(turn(1, true, 4).find("use a smaller -C, -L or -t") != std::string::npos);
         RunConfig large = open;
         large.B = 1 << 20, large.T = 1 << 12;
-        CHECK(error_of([&] { Trainer::choose_memory_plan(large, SIZE_MAX); }).find("fewer than 2^30 tokens") != std::string::npos);
+        CHECK(error_of([&] { Trainer::choose_memory_plan(large, SIZE_MAX); }).find("fewer than 2^30 tokens") !=
+              std::string::npos);
     }
 
     TEST_CASE("With --tune the plan holds its scratch, and takes a smaller micro-batch where that alone is too much") {
@@ -1578,7 +1781,8 @@ TEST_SUITE("memory and machine") {
         std::vector<float> expected(rows * cols);
         initialise_tensor(expected.data(), info, 0, 1, 0, rows);
         Field<branch_t> found(expected.size());
-        launch(initialise_kernel<branch_t>, ceil_div(expected.size() / 4, THREADS), THREADS, 0, device().stream, found.data(), TensorStart{rows, cols, rows, rows, 1, 1, 0}, uint64_t(1));
+        launch(initialise_kernel<branch_t>, ceil_div(expected.size() / 4, THREADS), THREADS, 0, device().stream,
+               found.data(), TensorStart{rows, cols, rows, rows, 1, 1, 0}, uint64_t(1));
         auto values = found.values();
         for (size_t i = 0; i < expected.size(); i++) REQUIRE(values[i] == in_branch(expected[i]));
     }
@@ -1597,7 +1801,8 @@ TEST_SUITE("alone") {
 #ifdef CUDA_ON_CPU
         size_t rounding = 512 * allocations;
 #else
-        size_t rounding = (size_t(2) << 20) * allocations + (size_t(32) << 20);  // a driver takes memory in pieces of 2 MiB, and some for a stream
+        size_t rounding = (size_t(2) << 20) * allocations +
+                          (size_t(32) << 20);  // a driver takes memory in pieces of 2 MiB, and some for a stream
 #endif
         double taken = double(before) - double(after);
         bool close = std::fabs(taken - double(planned)) <= double(rounding);
@@ -1613,14 +1818,20 @@ TEST_SUITE("alone") {
                 run.types = {level == -1 || level == 4, level == 1 || level == 4};
                 std::unique_ptr<Trainer> trainer;
                 std::vector<MemoryRow> rows = Trainer::memory_rows(run);
-                check_taken(format("%s -r %d", placements[norm].name, level), total_bytes(rows), rows.size() + 2,
-                            [&] { trainer = std::make_unique<Trainer>(run); return 0; });
+                check_taken(format("%s -r %d", placements[norm].name, level), total_bytes(rows), rows.size() + 2, [&] {
+                    trainer = std::make_unique<Trainer>(run);
+                    return 0;
+                });
                 if (level) continue;
                 Options o;
                 o.sample_every = 0, o.probe = 1;
-                check_taken("probe", Trainer::memory_beside(run, o).bytes, 3, [&] { trainer->begin_probe(); return 0; });
+                check_taken("probe", Trainer::memory_beside(run, o).bytes, 3, [&] {
+                    trainer->begin_probe();
+                    return 0;
+                });
                 o.sample_every = 1, o.probe = 0;
-                check_taken("samples", Trainer::memory_beside(run, o).bytes, 13, [&] { return std::make_unique<Trainer::Generator>(*trainer, 128); });
+                check_taken("samples", Trainer::memory_beside(run, o).bytes, 13,
+                            [&] { return std::make_unique<Trainer::Generator>(*trainer, 128); });
             }
     }
 
@@ -1635,7 +1846,7 @@ TEST_SUITE("alone") {
     TEST_CASE("A tuned step and a validation take the scratch of the plan's row, no more and no less") {
         TestData data;
         size_t rounding = 4 * 512;  // of four allocations
-        for (int V : {256, 3000})  // a feed-forward layer's dW is the largest product, or the head's
+        for (int V : {256, 3000})   // a feed-forward layer's dW is the largest product, or the head's
             for (bool enough : {true, false}) {
                 RunConfig run = test_run(test_config(KEEL, 2, 256, 4, V, 32), 2, 32);
                 run.tune = data.folder.path + format("/%d-%d.csv", V, enough);
@@ -1692,13 +1903,16 @@ TEST_SUITE("coverage") {
         size_t kernels = 0;
         for (std::sregex_iterator at(source.begin(), source.end(), kernel), end; at != end; ++at, kernels++) {
             std::string name = (*at)[1];
-            if (launched.find(name + "\n") == std::string::npos && launched.find(name + "<") == std::string::npos) missing += name + " ";
+            if (launched.find(name + "\n") == std::string::npos && launched.find(name + "<") == std::string::npos)
+                missing += name + " ";
         }
         std::vector<std::string> instantiations;
         if (bf16)
-            for (const char* name : {"attention_forward_kernel", "attention_backward_kv_kernel", "attention_backward_q_kernel"})
+            for (const char* name :
+                 {"attention_forward_kernel", "attention_backward_kv_kernel", "attention_backward_q_kernel"})
                 for (int D : {16, 32, 64, 128}) instantiations.push_back(format("%s<%d,", name, D));  // and its tiles
-        for (const char* name : {"embedding_forward_kernel", "highway_forward_kernel", "highway_norms_kernel", "highway_x_kernel", "highway_backward_kernel"})
+        for (const char* name : {"embedding_forward_kernel", "highway_forward_kernel", "highway_norms_kernel",
+                                 "highway_x_kernel", "highway_backward_kernel"})
             for (int N : {1, 4}) instantiations.push_back(format("%s<%d>", name, N));
         for (const char* flag : {"false", "true"}) {
             instantiations.push_back(format("cross_entropy_kernel<%s>", flag));

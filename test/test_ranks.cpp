@@ -1,5 +1,5 @@
-// Several ranks: the real binaries under mpirun, the CPU trainer and train_keel.cu on the CPU, whose nccl.h runs over MPI; and the parts of keel_common.h
-// that hold ranks together.
+// Several ranks: the real binaries under mpirun, the CPU trainer and train_keel.cu on the CPU, whose nccl.h runs over
+// MPI; and the parts of keel_common.h that hold ranks together.
 #define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 #include <sys/wait.h>
@@ -26,7 +26,8 @@ struct Process {
         child = fork();
         if (child == 0) {
             for (const char* threads : {"OMP_NUM_THREADS", "CUDA_ON_CPU_THREADS"}) setenv(threads, "1", 1);
-            setenv("CUDA_ON_CPU_PROTECT", "0", 1);  // system calls for each time the device runs: the tests of what a rank sends have it on
+            setenv("CUDA_ON_CPU_PROTECT", "0",
+                   1);  // system calls for each time the device runs: the tests of what a rank sends have it on
             for (const auto& [name, value] : environment) setenv(name.c_str(), value.c_str(), 1);
             dup2(out_fd, 1), dup2(err_fd, 2);
             std::vector<char*> argv;
@@ -99,11 +100,14 @@ struct Build {
     bool bf16;
     int C;
 };
-const Build cpu = {"CPU", "./train_keel_cpu", false, 8}, gpu_fp32 = {"GPU, FP32", "build/train_keel_fp32_on_cpu", false, 8}, gpu_bf16 = {"GPU, BF16", "build/train_keel_on_cpu", true, 64};
+const Build cpu = {"CPU", "./train_keel_cpu", false, 8},
+            gpu_fp32 = {"GPU, FP32", "build/train_keel_fp32_on_cpu", false, 8},
+            gpu_bf16 = {"GPU, BF16", "build/train_keel_on_cpu", true, 64};
 const Build all_builds[] = {cpu, gpu_fp32, gpu_bf16};
 // The first `count` of them, or the one that KEEL_TEST_BUILD names by its number.
 std::vector<Build> builds(int count) {
-    if (const char* only = getenv("KEEL_TEST_BUILD")) return atoi(only) < count ? std::vector<Build>{all_builds[atoi(only)]} : std::vector<Build>{};
+    if (const char* only = getenv("KEEL_TEST_BUILD"))
+        return atoi(only) < count ? std::vector<Build>{all_builds[atoi(only)]} : std::vector<Build>{};
     return {all_builds, all_builds + count};
 }
 
@@ -120,11 +124,12 @@ struct Place {
     ~Place() { fs::remove_all(path); }
     std::string operator/(const std::string& name) const { return path + "/" + name; }
 
-    // 12 sequences of 8 tokens a step: 4 ranks of micro-batches of one take three micro-steps. Three blocks: at -z 2 the first one's gradients
-    // come where the third's were.
+    // 12 sequences of 8 tokens a step: 4 ranks of micro-batches of one take three micro-steps. Three blocks: at -z 2
+    // the first one's gradients come where the third's were.
     Words words(const Build& build, const std::string& out, const Words& more = {}) const {
-        Words all = {build.binary, "-i", text, "-L", "6", "-C", std::to_string(build.C), "-H", "2", "-t", "8", "-d", "96", "-l", "1e-2",
-                     "-v", "0", "-s", "0", "-o", path + "/" + out};
+        Words all = {build.binary, "-i", text, "-L", "6",  "-C", std::to_string(build.C),
+                     "-H",         "2",  "-t", "8",  "-d", "96", "-l",
+                     "1e-2",       "-v", "0",  "-s", "0",  "-o", path + "/" + out};
         all.insert(all.end(), more.begin(), more.end());
         return all;
     }
@@ -138,7 +143,9 @@ struct Place {
     }
     std::vector<double> losses(const std::string& out) const {
         std::vector<double> all;
-        read_csv_rows(path + "/" + out + "/log.csv", INT64_MAX, [&](int64_t, const std::string& line) { all.push_back(atof(line.c_str() + line.find(',') + 1)); });
+        read_csv_rows(path + "/" + out + "/log.csv", INT64_MAX, [&](int64_t, const std::string& line) {
+            all.push_back(atof(line.c_str() + line.find(',') + 1));
+        });
         return all;
     }
     std::string model(const std::string& out, int64_t step) const { return slurp(model_path(path + "/" + out, step)); }
@@ -183,7 +190,8 @@ TEST_SUITE("what ranks own and read") {
                 }
                 CHECK(sum == flat.count);
                 CHECK(std::count(owners.begin(), owners.end(), 1) == int64_t(flat.count));
-                for (size_t i = 0; i < flat.tensors.size(); i++) CHECK(layout.tensors[i].file_offset == flat.tensors[i].offset);
+                for (size_t i = 0; i < flat.tensors.size(); i++)
+                    CHECK(layout.tensors[i].file_offset == flat.tensors[i].offset);
             }
     }
 
@@ -219,8 +227,10 @@ TEST_SUITE("what ranks own and read") {
 }
 
 TEST_SUITE("the lifeline, without MPI") {
-    // Runs `act` in each of n processes that hold a lifeline, and gives back their exit codes and what each printed on stderr.
-    std::vector<Result> with_lifeline(int n, const std::map<std::string, std::string>& environment, const std::function<int(int, Lifeline&)>& act, double silence = 0) {
+    // Runs `act` in each of n processes that hold a lifeline, and gives back their exit codes and what each printed on
+    // stderr.
+    std::vector<Result> with_lifeline(int n, const std::map<std::string, std::string>& environment,
+                                      const std::function<int(int, Lifeline&)>& act, double silence = 0) {
         std::vector<pid_t> children;
         std::vector<std::string> names;
         for (int r = 0; r < n; r++) {
@@ -252,17 +262,22 @@ TEST_SUITE("the lifeline, without MPI") {
         for (int r = 0; r < n; r++) {
             int status = 0;
             waitpid(children[size_t(r)], &status, 0);
-            results.push_back({WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status), "", slurp(names[size_t(r)])});
+            results.push_back({WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status), "",
+                               slurp(names[size_t(r)])});
             unlink(names[size_t(r)].c_str());
         }
         return results;
     }
-    std::map<std::string, std::string> by_port() { return {{"MASTER_ADDR", "127.0.0.1"}, {"MASTER_PORT", std::to_string(21000 + getpid() % 9000)}}; }
+    std::map<std::string, std::string> by_port() {
+        return {{"MASTER_ADDR", "127.0.0.1"}, {"MASTER_PORT", std::to_string(21000 + getpid() % 9000)}};
+    }
 
     TEST_CASE("Ranks find each other by an address or by a shared file, and part in peace") {
         Place p;
-        for (const auto& environment : {by_port(), std::map<std::string, std::string>{{"KEEL_RENDEZVOUS", p / "rendezvous"}}})
-            for (const Result& r : with_lifeline(4, environment, [](int r, Lifeline&) { return usleep(unsigned(r) * 100000), 0; })) {
+        for (const auto& environment :
+             {by_port(), std::map<std::string, std::string>{{"KEEL_RENDEZVOUS", p / "rendezvous"}}})
+            for (const Result& r :
+                 with_lifeline(4, environment, [](int r, Lifeline&) { return usleep(unsigned(r) * 100000), 0; })) {
                 CHECK(r.code == 0);
                 CHECK(r.err == "");
             }
@@ -270,10 +285,14 @@ TEST_SUITE("the lifeline, without MPI") {
     }
 
     TEST_CASE("A rank that is killed, that fails, that is stopped: the others end and name it") {
-        struct { const char* what; int (*act)(Lifeline&); const char* words; bool named_by_all; } fates[] = {
-            {"killed", [](Lifeline&) { return raise(SIGKILL); }, "has died", true},
-            {"failing", [](Lifeline&) { return 3; }, "failure 3", false},
-            {"stopped", [](Lifeline&) { return raise(SIGSTOP); }, "no sign of life", true}};
+        struct {
+            const char* what;
+            int (*act)(Lifeline&);
+            const char* words;
+            bool named_by_all;
+        } fates[] = {{"killed", [](Lifeline&) { return raise(SIGKILL); }, "has died", true},
+                     {"failing", [](Lifeline&) { return 3; }, "failure 3", false},
+                     {"stopped", [](Lifeline&) { return raise(SIGSTOP); }, "no sign of life", true}};
         for (const auto& fate : fates)
             for (int victim : {0, 2}) {
                 double start = seconds();
@@ -281,11 +300,14 @@ TEST_SUITE("the lifeline, without MPI") {
                 std::thread wake([&] {  // what is stopped must go on to be waited for
                     if (strcmp(fate.what, "stopped") != 0) return;
                     usleep(3500000);
-                    for (const auto& entry : fs::directory_iterator("/proc", fs::directory_options::skip_permission_denied)) {
+                    for (const auto& entry :
+                         fs::directory_iterator("/proc", fs::directory_options::skip_permission_denied)) {
                         if (atoi(entry.path().filename().c_str()) == 0) continue;
                         std::string stat = slurp_proc(entry.path().string() + "/stat");
                         size_t name = stat.rfind(')');
-                        if (name != std::string::npos && stat.size() > name + 4 && stat[name + 2] == 'T' && atoi(stat.c_str() + name + 4) == parent) kill(atoi(stat.c_str()), SIGKILL);
+                        if (name != std::string::npos && stat.size() > name + 4 && stat[name + 2] == 'T' &&
+                            atoi(stat.c_str() + name + 4) == parent)
+                            kill(atoi(stat.c_str()), SIGKILL);
                     }
                 });
                 std::vector<Result> results = with_lifeline(4, by_port(), [&](int r, Lifeline& lifeline) {
@@ -299,8 +321,10 @@ TEST_SUITE("the lifeline, without MPI") {
                     INFO(fate.what << " " << victim << ", seen by " << r << ": " << results[size_t(r)].err);
                     if (r == victim) continue;
                     CHECK(results[size_t(r)].code == 1);
-                    if (fate.named_by_all || r == 0) CHECK(results[size_t(r)].err.find(fate.words) != std::string::npos);
-                    if (fate.named_by_all) CHECK(results[size_t(r)].err.find(format("rank %d (process", victim)) != std::string::npos);
+                    if (fate.named_by_all || r == 0)
+                        CHECK(results[size_t(r)].err.find(fate.words) != std::string::npos);
+                    if (fate.named_by_all)
+                        CHECK(results[size_t(r)].err.find(format("rank %d (process", victim)) != std::string::npos);
                     if (!fate.named_by_all && r > 0) CHECK(results[size_t(r)].err == "");
                 }
                 CHECK(seconds() - start < 10);
@@ -352,8 +376,11 @@ TEST_SUITE("training") {
             for (auto [n, zero] : {std::pair{1, 0}, {4, 0}, {4, 1}, {4, 2}}) {
                 if (build.binary == gpu_fp32.binary && zero < 2) continue;
                 Place p;
-                Result r = p.run(n, p.words(build, "run", {"-x", "2", "-b", "1", "-n", "0", "-z", std::to_string(zero)}), {{"CUDA_ON_CPU_TRACE", "1"}, {"CUDA_ON_CPU_PROTECT", "1"}});
-                std::string flags = format("-L 6 -C %d -H 2 -t 8 -b 1 -d 96 -V 256 --ranks %d -z %d --weights %s", build.C, n, zero, build.bf16 ? "bf16" : "fp32");
+                Result r =
+                    p.run(n, p.words(build, "run", {"-x", "2", "-b", "1", "-n", "0", "-z", std::to_string(zero)}),
+                          {{"CUDA_ON_CPU_TRACE", "1"}, {"CUDA_ON_CPU_PROTECT", "1"}});
+                std::string flags = format("-L 6 -C %d -H 2 -t 8 -b 1 -d 96 -V 256 --ranks %d -z %d --weights %s",
+                                           build.C, n, zero, build.bf16 ? "bf16" : "fp32");
                 INFO(build.name << ", " << n << " ranks, -z " << zero << "\n" << r.out);
                 int64_t predicted = scale("--bytes " + flags), told = 0;
                 CHECK((predicted > 0) == (n > 1));
@@ -368,10 +395,12 @@ TEST_SUITE("training") {
                 double memory = 0;
                 std::stringstream lines(r.out);
                 for (std::string line; std::getline(lines, line);)
-                    for (const char* name : {"  parameters", "  gradients from", "  gradients of this", "  gradients  ", "  AdamW"}) {
+                    for (const char* name :
+                         {"  parameters", "  gradients from", "  gradients of this", "  gradients  ", "  AdamW"}) {
                         double value;
                         char unit;
-                        if (line.starts_with(name) && line.size() > 40 && sscanf(line.c_str() + 40, "%lf %c", &value, &unit) == 2)
+                        if (line.starts_with(name) && line.size() > 40 &&
+                            sscanf(line.c_str() + 40, "%lf %c", &value, &unit) == 2)
                             memory += value * (unit == 'K' ? 1024 : unit == 'M' ? 1 << 20 : 1);
                     }
                 double expected = double(scale("--memory " + flags));
@@ -383,14 +412,19 @@ TEST_SUITE("training") {
     TEST_CASE("--probe and validation see all ranks' parts") {
         for (const Build& build : builds(1)) {
             Place p;
-            for (int n : {0, 4}) p.run(n, p.words(build, std::to_string(n), {"-x", "4", "-b", "1", "--probe", "2", "--norm", "hybridnorm"}));
+            for (int n : {0, 4})
+                p.run(n, p.words(build, std::to_string(n),
+                                 {"-x", "4", "-b", "1", "--probe", "2", "--norm", "hybridnorm"}));
             std::stringstream one(slurp(p / "0/probe.csv")), four(slurp(p / "4/probe.csv"));
             int lines = 0;
             for (std::string a, b; std::getline(one, a) && std::getline(four, b); lines++) {
                 std::stringstream cells_a(a), cells_b(b);
                 for (std::string x, y; std::getline(cells_a, x, ',') && std::getline(cells_b, y, ',');) {
                     if (x == y) continue;
-                    CHECK_MESSAGE(std::fabs(atof(x.c_str()) - atof(y.c_str())) <= 1e-3 * std::fabs(atof(x.c_str())), build.name << ":\n" << a << "\n" << b);
+                    CHECK_MESSAGE(std::fabs(atof(x.c_str()) - atof(y.c_str())) <= 1e-3 * std::fabs(atof(x.c_str())),
+                                  build.name << ":\n"
+                                             << a << "\n"
+                                             << b);
                 }
             }
             CHECK(lines == 1 + 2 * 6);
@@ -404,19 +438,27 @@ TEST_SUITE("checkpoints") {
             Place p;
             p.run(4, p.words(build, "whole", {"-x", "12", "-b", "1", "-n", "6", "-z", "2"}));
             p.run(0, p.words(build, "one", {"-x", "12", "-b", "1", "-n", "6"}));
-            struct { const char* from; int to; const char* zero; bool same_bits; } cases[] = {
-                {"whole", 4, "2", true}, {"whole", 4, "0", true}, {"whole", 0, "0", false}, {"whole", 3, "1", false}, {"one", 4, "1", false}, {"one", 4, "0", false}};
+            struct {
+                const char* from;
+                int to;
+                const char* zero;
+                bool same_bits;
+            } cases[] = {{"whole", 4, "2", true},  {"whole", 4, "0", true}, {"whole", 0, "0", false},
+                         {"whole", 3, "1", false}, {"one", 4, "1", false},  {"one", 4, "0", false}};
             for (const auto& c : cases) {
                 if (build.bf16 && *c.zero == '0' && c.to == 4) continue;  // -z 2 and 1 are what differs in BF16
                 fs::remove_all(p / "run");
                 fs::copy(p / c.from, p / "run");
-                for (const char* later : {"model_00000012.bin", "state_00000012_00000.bin", "state_00000012_00001.bin"}) fs::remove(p / "run/" + later);
+                for (const char* later : {"model_00000012.bin", "state_00000012_00000.bin", "state_00000012_00001.bin"})
+                    fs::remove(p / "run/" + later);
                 Result r = p.run(c.to, {build.binary, "-i", p.text, "-y", "-o", p / "run", "-s", "0", "-z", c.zero});
-                INFO(build.name << ": " << c.from << " to " << c.to << " ranks, -z " << c.zero << "\n" << r.out << r.err);
+                INFO(build.name << ": " << c.from << " to " << c.to << " ranks, -z " << c.zero << "\n"
+                                << r.out << r.err);
                 CHECK(r.out.find("state_00000006_00000.bin") != std::string::npos);
                 CHECK(apart(p.losses("run"), p.losses(c.from)) < (build.bf16 ? 1e-2 : 1e-5));
                 if (c.same_bits) CHECK(p.model("run", 12) == p.model(c.from, 12));
-                for (int rank = 0; rank < std::max(1, c.to); rank++) CHECK_NOTHROW(FileReader(state_path(p / "run", 12, rank), FILE_STATE).finish());
+                for (int rank = 0; rank < std::max(1, c.to); rank++)
+                    CHECK_NOTHROW(FileReader(state_path(p / "run", 12, rank), FILE_STATE).finish());
             }
         }
     }
@@ -456,13 +498,15 @@ TEST_SUITE("checkpoints") {
 }
 
 TEST_SUITE("ends") {
-    TEST_CASE("A rank that is killed takes the others with it, who name it; the run goes on from the last whole checkpoint") {
+    TEST_CASE(
+        "A rank that is killed takes the others with it, who name it; the run goes on from the last whole checkpoint") {
         for (const Build& build : builds(2))
             for (bool recovery : {false, true}) {
                 Place p;
                 Words words = p.words(build, "run", {"-x", "100000", "-u", "0", "-b", "1", "-n", "5", "-z", "2", "-y"});
                 // With recovery on, mpirun leaves the other ranks alone.
-                Process run(on_ranks(4, words, recovery ? Words{"--enable-recovery"} : Words{}), {{"KEEL_TEST_PLACE", p.path}});
+                Process run(on_ranks(4, words, recovery ? Words{"--enable-recovery"} : Words{}),
+                            {{"KEEL_TEST_PLACE", p.path}});
                 CHECK(run.prints("checkpoint |"));
                 std::map<int, pid_t> ranks = rank_processes(build.binary, p.path);
                 REQUIRE(ranks.size() == 4);
@@ -473,17 +517,23 @@ TEST_SUITE("ends") {
                 INFO(build.name << (recovery ? ", mpirun leaves them alone" : "") << ": " << took << " s\n" << r.err);
                 CHECK(took < 30);
                 CHECK(rank_processes(build.binary, p.path).empty());
-                for (int other : {0, 1, 3}) CHECK(r.err.find(format("rank %d: rank 2 (process %d on ", other, int(ranks[2]))) != std::string::npos);
+                for (int other : {0, 1, 3})
+                    CHECK(r.err.find(format("rank %d: rank 2 (process %d on ", other, int(ranks[2]))) !=
+                          std::string::npos);
                 if (recovery) continue;
                 StateFiles last = newest_states(p / "run", *std::make_unique<Ranks>());
                 REQUIRE(last);
                 std::string more = std::to_string(last.step + 3);
-                Result resumed = p.run(4, {build.binary, "-i", p.text, "-y", "-o", p / "run", "-s", "0", "-x", more, "-z", "2"});
-                CHECK(resumed.out.find(format("state_%08lld_00000.bin, of 4 ranks", (long long)last.step)) != std::string::npos);
+                Result resumed =
+                    p.run(4, {build.binary, "-i", p.text, "-y", "-o", p / "run", "-s", "0", "-x", more, "-z", "2"});
+                CHECK(resumed.out.find(format("state_%08lld_00000.bin, of 4 ranks", (long long)last.step)) !=
+                      std::string::npos);
             }
     }
 
-    TEST_CASE("A stop asked of one rank stops all at the same step, with a checkpoint, exit 0; the run ends as one that was never stopped") {
+    TEST_CASE(
+        "A stop asked of one rank stops all at the same step, with a checkpoint, exit 0; the run ends as one that was "
+        "never stopped") {
         for (const Build& build : builds(2)) {
             Place p;
             Words words = p.words(build, "run", {"-x", "30", "-b", "1", "-n", "1000", "-y"});
@@ -500,7 +550,8 @@ TEST_SUITE("ends") {
             REQUIRE(last);
             CHECK(last.step < 30);
             p.run(4, words);
-            words.back() = "--norm", words.push_back("keel"), *std::find(words.begin(), words.end(), p / "run") = p / "whole";
+            words.back() = "--norm", words.push_back("keel"),
+            *std::find(words.begin(), words.end(), p / "run") = p / "whole";
             p.run(4, words);
             CHECK(p.model("run", 30) == p.model("whole", 30));
             CHECK(log_without_times(p / "run/log.csv") == log_without_times(p / "whole/log.csv"));
@@ -509,7 +560,8 @@ TEST_SUITE("ends") {
 
     TEST_CASE("Data that one rank cannot read stop all, with a checkpoint of the last finished step") {
         Place p;
-        Process run(on_ranks(4, p.words(cpu, "run", {"-x", "100000", "-b", "1", "-n", "1000"})), {{"KEEL_TEST_PLACE", p.path}});
+        Process run(on_ranks(4, p.words(cpu, "run", {"-x", "100000", "-b", "1", "-n", "1000"})),
+                    {{"KEEL_TEST_PLACE", p.path}});
         CHECK(run.prints("step 3/"));
         fs::resize_file(p.text, 5000);
         Result r = run.wait();
@@ -522,14 +574,19 @@ TEST_SUITE("ends") {
 
     TEST_CASE("What cannot be is refused by all ranks, said once") {
         Place p;
-        struct { int ranks; Words words; const char* expected; } cases[] = {
-            {0, p.words(cpu, "run", {"-z", "1"}), "-z: expected 0, found 1; this run has one rank"},
-            {4, p.words(cpu, "run", {"-b", "5"}), "-d: expected a multiple of 160 tokens (B*T times the ranks), found 96"},
-            {2, p.words(cpu, "run", {"--dump", p / "dump"}), "expected one rank, found 2"},
-            {2, p.words(cpu, "run", {"-q"}), "unknown flag '-q'"},
-            {2, p.words(gpu_fp32, "run", {"--probe", "1"}), "--probe: expected a run started alone"},
-            {2, p.words(gpu_bf16, "run", {"--grads", "bf16"}), "--grads: expected fp32 with several ranks"},
-            {2, p.words({"", "build/train_keel_clang_on_cpu", false, 64}, "run"), "this build has one rank, found 2 started"}};
+        struct {
+            int ranks;
+            Words words;
+            const char* expected;
+        } cases[] = {{0, p.words(cpu, "run", {"-z", "1"}), "-z: expected 0, found 1; this run has one rank"},
+                     {4, p.words(cpu, "run", {"-b", "5"}),
+                      "-d: expected a multiple of 160 tokens (B*T times the ranks), found 96"},
+                     {2, p.words(cpu, "run", {"--dump", p / "dump"}), "expected one rank, found 2"},
+                     {2, p.words(cpu, "run", {"-q"}), "unknown flag '-q'"},
+                     {2, p.words(gpu_fp32, "run", {"--probe", "1"}), "--probe: expected a run started alone"},
+                     {2, p.words(gpu_bf16, "run", {"--grads", "bf16"}), "--grads: expected fp32 with several ranks"},
+                     {2, p.words({"", "build/train_keel_clang_on_cpu", false, 64}, "run"),
+                      "this build has one rank, found 2 started"}};
         for (const auto& c : cases) {
             Result r = Process(on_ranks(c.ranks, c.words)).wait();
             INFO(r.err);
@@ -540,7 +597,12 @@ TEST_SUITE("ends") {
             CHECK(!fs::exists(p / "run"));
         }
         // Each rank with a seed of its own
-        Result r = Process(on_ranks(2, {"sh", "-c", format("exec ./train_keel_cpu -i %s -L 4 -t 8 -x 2 --seed $OMPI_COMM_WORLD_RANK", p.text.c_str())})).wait();
-        CHECK(r.err.find("expected the same flags, files and data on all, found others on rank 1") != std::string::npos);
+        Result r =
+            Process(on_ranks(2, {"sh", "-c",
+                                 format("exec ./train_keel_cpu -i %s -L 4 -t 8 -x 2 --seed $OMPI_COMM_WORLD_RANK",
+                                        p.text.c_str())}))
+                .wait();
+        CHECK(r.err.find("expected the same flags, files and data on all, found others on rank 1") !=
+              std::string::npos);
     }
 }

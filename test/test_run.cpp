@@ -65,7 +65,8 @@ struct Place {
     // path -> content of everything in the folder
     std::map<std::string, std::string> contents() const {
         std::map<std::string, std::string> all;
-        for (const auto& entry : fs::recursive_directory_iterator(path)) all[entry.path().string()] = entry.is_regular_file() ? slurp(entry.path().string()) : "";
+        for (const auto& entry : fs::recursive_directory_iterator(path))
+            all[entry.path().string()] = entry.is_regular_file() ? slurp(entry.path().string()) : "";
         return all;
     }
     // The command must fail with one line on stderr that has these words, and leave every file as it was.
@@ -77,7 +78,8 @@ struct Place {
         INFO(command << "\nstderr: " << r.err);
         CHECK(r.code == 1);
         CHECK(std::count(r.err.begin(), r.err.end(), '\n') == 1);
-        for (const std::string& word : expected) CHECK_MESSAGE(r.err.find(word) != std::string::npos, "missing: " << word);
+        for (const std::string& word : expected)
+            CHECK_MESSAGE(r.err.find(word) != std::string::npos, "missing: " << word);
         CHECK(contents() == before);
     }
 };
@@ -127,35 +129,47 @@ TEST_SUITE("flags") {
         p.fails({"./train_keel_cpu", "-y=1"}, {"-y=1"});
         p.fails({"./train_keel_cpu", "-z", "1"}, {"-z", "one rank"});
         for (const char* flag : {"-L", "-C", "-b", "-x", "--seed", "-v", "--top-k"})
-            for (const char* value : {"12x", "", "nan", "1.5", "0x10", "-5", "99999999999999999999"}) p.fails({"./train_keel_cpu", flag, value}, {flag, "expected", "found"});
+            for (const char* value : {"12x", "", "nan", "1.5", "0x10", "-5", "99999999999999999999"})
+                p.fails({"./train_keel_cpu", flag, value}, {flag, "expected", "found"});
         for (const char* flag : {"-l", "-c", "--clip", "--temperature"})
-            for (const char* value : {"x", "", "nan", "inf", "1e999", "-1", "3,5"}) p.fails({"./train_keel_cpu", flag, value}, {flag, "expected", "found"});
+            for (const char* value : {"x", "", "nan", "inf", "1e999", "-1", "3,5"})
+                p.fails({"./train_keel_cpu", flag, value}, {flag, "expected", "found"});
     }
 }
 
 TEST_SUITE("bad input") {
-    TEST_CASE("Shapes that cannot be: odd L, H that does not divide C, T over the model's, totals that are no multiple") {
+    TEST_CASE(
+        "Shapes that cannot be: odd L, H that does not divide C, T over the model's, totals that are no multiple") {
         Place p;
         std::string o = p / "run";
         p.fails({"./train_keel_cpu", "-i", p.text, "-o", o, "-L", "5"}, {"-L", "expected an even", "found 5"});
-        p.fails({"./train_keel_cpu", "-i", p.text, "-o", o, "-C", "12", "-H", "5"}, {"-H", "expected a divisor", "found 5"});
+        p.fails({"./train_keel_cpu", "-i", p.text, "-o", o, "-C", "12", "-H", "5"},
+                {"-H", "expected a divisor", "found 5"});
         p.fails(p.tiny({"-o", o, "-d", "24"}), {"-d", "expected a multiple of 16", "found 24"});
-        p.fails({"./train_keel_cpu", "-i", p.text, "-o", o, "-t", "1", "-b", "1", "-d", "900000000000"}, {"-d", "at most 2147483647 sequences", "found 900000000000"});
+        p.fails({"./train_keel_cpu", "-i", p.text, "-o", o, "-t", "1", "-b", "1", "-d", "900000000000"},
+                {"-d", "at most 2147483647 sequences", "found 900000000000"});
         p.fails(p.tiny({"-o", o, "--norm", "batch"}), {"--norm", "keel, pre, post", "found 'batch'"});
         p.fails(p.tiny({"-o", o, "--norm", "pre", "-a", "3"}), {"-a", "no alpha"});
         p.fails(p.tiny({"-o", o, "-u", "7"}), {"-u", "expected at most the 6 steps", "found 7"});
         p.fails(p.tiny({"-o", o, "-r", "3"}), {"-r", "expected", "found '3'"});
         succeeds(p.tiny({"-o", p / "good"}));
         std::string model = p / "good/model_00000006.bin";
-        p.fails({"./train_keel_cpu", "-i", p.text, "-o", o, "-e", model, "-t", "9"}, {"-t", "expected at most 8", "found 9"});
-        p.fails({"./train_keel_cpu", "-i", p.text, "-o", o, "-e", model, "-L", "6"}, {"--layers", "expected 4", "found 6"});
-        p.fails({"./train_keel_cpu", "-i", p.text, "-o", o, "-e", model, "--norm", "pre"}, {"--norm", "expected keel", "found pre"});
+        p.fails({"./train_keel_cpu", "-i", p.text, "-o", o, "-e", model, "-t", "9"},
+                {"-t", "expected at most 8", "found 9"});
+        p.fails({"./train_keel_cpu", "-i", p.text, "-o", o, "-e", model, "-L", "6"},
+                {"--layers", "expected 4", "found 6"});
+        p.fails({"./train_keel_cpu", "-i", p.text, "-o", o, "-e", model, "--norm", "pre"},
+                {"--norm", "expected keel", "found pre"});
     }
 
-    TEST_CASE("Data that cannot be trained on: missing, empty, a folder, no match, too short, tokens past V, mixed kinds") {
+    TEST_CASE(
+        "Data that cannot be trained on: missing, empty, a folder, no match, too short, tokens past V, mixed kinds") {
         Place p;
         std::string o = p / "run";
-        auto with = [&](const std::string& data) { return Words{"./train_keel_cpu", "-i", data, "-o", o, "-L", "4", "-C", "8", "-H", "2", "-t", "8", "-b", "2"}; };
+        auto with = [&](const std::string& data) {
+            return Words{
+                "./train_keel_cpu", "-i", data, "-o", o, "-L", "4", "-C", "8", "-H", "2", "-t", "8", "-b", "2"};
+        };
         spill(p / "empty.txt", ""), spill(p / "short.txt", "abcdefgh");
         p.fails(with(p / "missing.txt"), {"missing.txt", "cannot be read", "expected"});
         p.fails(with(p / "empty.txt"), {"empty.txt", "is empty"});
@@ -174,7 +188,8 @@ TEST_SUITE("bad input") {
         p.fails(with(p / "other.bin"), {"expected a token shard", "found 7"});
         p.fails(with(p / "s*"), {"train on one kind"});
         succeeds(p.tiny({"-o", p / "good", "-n", "6"}));
-        p.fails({"./train_keel_cpu", "-i", p / "s.bin", "-o", o, "-e", p / "good/model_00000006.bin"}, {"expected tokens below the model's V = 256", "found 300"});
+        p.fails({"./train_keel_cpu", "-i", p / "s.bin", "-o", o, "-e", p / "good/model_00000006.bin"},
+                {"expected tokens below the model's V = 256", "found 300"});
         p.fails(p.tiny({"-o", o, "-j", p.text}), {"-j", "as well"});
         p.fails(p.tiny({"-o", o, "-j", p / "short.txt"}), {"-j", "expected at least T + 1 = 9", "found 8"});
         Words words = with(p / "s.bin");
@@ -196,7 +211,9 @@ TEST_SUITE("bad input") {
         Place p;
         succeeds(p.tiny({"-o", p / "good"})), succeeds(p.tiny({"--dump", p / "debug.bin"}));
         std::string good = slurp(p / "good/model_00000006.bin");
-        auto with = [&](const std::string& file) { return Words{"./train_keel_cpu", "-i", p.text, "-o", p / "run", "-e", file}; };
+        auto with = [&](const std::string& file) {
+            return Words{"./train_keel_cpu", "-i", p.text, "-o", p / "run", "-e", file};
+        };
         auto changed = [&](int word, int32_t value) {
             std::string bad = good;
             memcpy(&bad[size_t(word) * 4], &value, 4);
@@ -206,7 +223,8 @@ TEST_SUITE("bad input") {
         };
         p.fails(with(p / "missing.bin"), {"missing.bin", "cannot be read"});
         p.fails(with(p.text), {"expected", "KEEL"});
-        p.fails(with(p / "good/state_00000006_00000.bin"), {"expected a model (kind 1)", "found a training state (kind 2)"});
+        p.fails(with(p / "good/state_00000006_00000.bin"),
+                {"expected a model (kind 1)", "found a training state (kind 2)"});
         p.fails(with(p / "debug.bin"), {"expected a model (kind 1)", "found a debug state (kind 3)"});
         p.fails(with(changed(0, 1)), {"expected the bytes KEEL"});
         p.fails(with(changed(1, 2)), {"expected file version 1", "found 2"});
@@ -229,17 +247,25 @@ TEST_SUITE("bad input") {
     TEST_CASE("Too little memory is said before it is taken, with the flag to turn") {
         Place p;
         auto limited = [&](const std::string& flags) {
-            return Words{"bash", "-c", "ulimit -v 3000000; exec ./train_keel_cpu -i " + p.text + " -o " + (p / "run") + " -t 64 -d 128 " + flags};
+            return Words{"bash", "-c",
+                         "ulimit -v 3000000; exec ./train_keel_cpu -i " + p.text + " -o " + (p / "run") +
+                             " -t 64 -d 128 " + flags};
         };
         p.fails(limited("-L 1024 -C 1024 -H 8"), {"memory: expected at least", "found", "-C"});
         Result r;
-        for (int limit = 30000; limit < 110000; limit += 8000) {  // KiB, from too little for the program itself to enough
-            r = run({"bash", "-c", format("ulimit -v %d; exec ./train_keel_cpu -i %s -L 8 -C 128 -H 2 -t 128 -b 8 -x 1 -v 0 -s 0", limit, p.text.c_str())});
+        for (int limit = 30000; limit < 110000;
+             limit += 8000) {  // KiB, from too little for the program itself to enough
+            r = run({"bash", "-c",
+                     format("ulimit -v %d; exec ./train_keel_cpu -i %s -L 8 -C 128 -H 2 -t 128 -b 8 -x 1 -v 0 -s 0",
+                            limit, p.text.c_str())});
             INFO(limit << " KiB: " << r.err);
-            CHECK((r.code == 0 || r.err.find("memory: expected at least") != std::string::npos || r.err.find("error while loading shared libraries") != std::string::npos));
+            CHECK((r.code == 0 || r.err.find("memory: expected at least") != std::string::npos ||
+                   r.err.find("error while loading shared libraries") != std::string::npos));
         }
         // What fits only with recomputation is trained with it.
-        r = run({"bash", "-c", "ulimit -v 900000; OMP_NUM_THREADS=1 exec ./train_keel_cpu -i " + p.text + " -L 256 -C 64 -H 2 -t 256 -b 8 -x 1 -v 0 -s 0"});
+        r = run({"bash", "-c",
+                 "ulimit -v 900000; OMP_NUM_THREADS=1 exec ./train_keel_cpu -i " + p.text +
+                     " -L 256 -C 64 -H 2 -t 256 -b 8 -x 1 -v 0 -s 0"});
         INFO(r.out << r.err);
         CHECK(r.code == 0);
         CHECK(r.out.find("recompute none") == std::string::npos);
@@ -247,7 +273,9 @@ TEST_SUITE("bad input") {
 }
 
 TEST_SUITE("the run") {
-    TEST_CASE("log.csv has the documented columns and a row a step; 0 means never, the end validates and checkpoints otherwise") {
+    TEST_CASE(
+        "log.csv has the documented columns and a row a step; 0 means never, the end validates and checkpoints "
+        "otherwise") {
         Place p;
         succeeds(p.tiny({"-o", p / "a", "-v", "4", "-n", "4"}));
         std::string log = slurp(p / "a/log.csv");
@@ -261,7 +289,9 @@ TEST_SUITE("the run") {
             size_t second = line.find(',', line.find(',') + 1);
             CHECK((line[second + 1] == ',') == (step != 4 && step != 6));  // val_loss empty where not measured
         }
-        for (const char* name : {"model_00000004.bin", "model_00000006.bin", "state_00000004_00000.bin", "state_00000006_00000.bin"}) CHECK_MESSAGE(fs::exists(p / "a" + "/" + name), name);
+        for (const char* name :
+             {"model_00000004.bin", "model_00000006.bin", "state_00000004_00000.bin", "state_00000006_00000.bin"})
+            CHECK_MESSAGE(fs::exists(p / "a" + "/" + name), name);
         Result r = succeeds(p.tiny({"-o", p / "b", "-v", "0", "-n", "0"}));
         CHECK(r.out.find("validation |") == std::string::npos);
         CHECK(std::distance(fs::directory_iterator(p / "b"), {}) == 1);
@@ -281,7 +311,9 @@ TEST_SUITE("the run") {
             std::string first;
             for (const char* threads : {"1", "2", "3", "7"}) {
                 std::string out = p / threads;
-                succeeds({binary, "-i", p.text, "-L", "6", "-C", "24", "-H", "3", "-t", "70", "-b", "3", "-d", "420", "-x", "3", "-s", "0", "-o", out}, {{"OMP_NUM_THREADS", threads}});
+                succeeds({binary, "-i", p.text, "-L",  "6",  "-C", "24", "-H", "3",  "-t", "70",
+                          "-b",   "3",  "-d",   "420", "-x", "3",  "-s", "0",  "-o", out},
+                         {{"OMP_NUM_THREADS", threads}});
                 std::string model = slurp(out + "/model_00000003.bin");
                 if (first.empty()) first = model;
                 CHECK_MESSAGE(model == first, binary << " with " << threads << " threads");
@@ -290,7 +322,9 @@ TEST_SUITE("the run") {
         }
     }
 
-    TEST_CASE("A run that is killed anywhere and resumed ends with the bits and the log of one that never was, in all placements") {
+    TEST_CASE(
+        "A run that is killed anywhere and resumed ends with the bits and the log of one that never was, in all "
+        "placements") {
         for (const PlacementRow& placement : placements) {
             Place p;
             auto command = [&](const std::string& out) {
@@ -316,7 +350,9 @@ TEST_SUITE("the run") {
         }
     }
 
-    TEST_CASE("A resume needs the folder and the data alone, skips a damaged checkpoint, and refuses another model or other data") {
+    TEST_CASE(
+        "A resume needs the folder and the data alone, skips a damaged checkpoint, and refuses another model or other "
+        "data") {
         Place p;
         succeeds(p.tiny({"-o", p / "whole", "-n", "2", "-l", "0.02", "--seed", "9"}));
         fs::copy(p / "whole", p / "part");
@@ -325,7 +361,10 @@ TEST_SUITE("the run") {
         bytes[3000] = char(bytes[3000] ^ 1);
         spill(newest, bytes);
         Words resume = {"./train_keel_cpu", "-i", p.text, "-o", p / "part", "-y", "-s", "0", "-n", "2"};
-        for (auto [flag, value, name] : std::vector<std::array<const char*, 3>>{{"-L", "6", "--layers"}, {"-C", "16", "--channels"}, {"-H", "4", "--heads"}, {"--norm", "post", "--norm"}}) {
+        for (auto [flag, value, name] : std::vector<std::array<const char*, 3>>{{"-L", "6", "--layers"},
+                                                                                {"-C", "16", "--channels"},
+                                                                                {"-H", "4", "--heads"},
+                                                                                {"--norm", "post", "--norm"}}) {
             Words words = resume;
             words.push_back(flag), words.push_back(value);
             Result r = run(words);
@@ -343,7 +382,8 @@ TEST_SUITE("the run") {
         CHECK(log_without_times(p / "whole/log.csv") == log_without_times(p / "part/log.csv"));
         fs::create_directory(p / "models");
         fs::copy(p / "whole/model_00000006.bin", p / "models/model_00000006.bin");
-        p.fails({"./train_keel_cpu", "-i", p.text, "-o", p / "models", "-y"}, {"-y", "expected a training state", "found only models"});
+        p.fails({"./train_keel_cpu", "-i", p.text, "-o", p / "models", "-y"},
+                {"-y", "expected a training state", "found only models"});
         for (const char* step : {"2", "4", "6"}) spill(p / "part/state_0000000" + step + "_00000.bin", "KEEL");
         r = run(resume);
         CHECK(r.code == 1);
@@ -363,10 +403,12 @@ TEST_SUITE("the run") {
 
     TEST_CASE("-e goes on from a model, of either build") {
         Place p;
-        succeeds(p.tiny({"-o", p / "a", "-l", "0.02"})), succeeds(p.tiny({"-o", p / "b", "-l", "0.02"}, "./train_keel_cpu_fp64"));
+        succeeds(p.tiny({"-o", p / "a", "-l", "0.02"})),
+            succeeds(p.tiny({"-o", p / "b", "-l", "0.02"}, "./train_keel_cpu_fp64"));
         for (const char* binary : {"./train_keel_cpu", "./train_keel_cpu_fp64"})
             for (const char* from : {"a", "b"}) {
-                succeeds({binary, "-i", p.text, "-e", p / from + std::string("/model_00000006.bin"), "-x", "1", "-l", "0", "-b", "2", "-s", "0", "-o", p / "c"});
+                succeeds({binary, "-i", p.text, "-e", p / from + std::string("/model_00000006.bin"), "-x", "1", "-l",
+                          "0", "-b", "2", "-s", "0", "-o", p / "c"});
                 // no step at a learning rate of 0: the validation loss is that of the model it started from
                 auto last_val = [&](const std::string& folder) {
                     std::string log = slurp(p / folder + "/log.csv");
@@ -378,16 +420,22 @@ TEST_SUITE("the run") {
             }
     }
 
-    TEST_CASE("Where memory holds the run but no snapshot, checkpoints are written while training waits, which is said") {
+    TEST_CASE(
+        "Where memory holds the run but no snapshot, checkpoints are written while training waits, which is said") {
         Place p;
         bool said = false, silent = false;
         for (int limit = 40000; limit <= 120000 && !silent; limit += 5000) {  // KiB
             fs::remove_all(p / "run");
-            Result r = run({"bash", "-c", format("ulimit -v %d; exec ./train_keel_cpu -i %s -L 16 -C 128 -H 2 -t 64 -b 4 -r layer -x 1 -n 1 -v 0 -s 0 -o %s", limit, p.text.c_str(), (p / "run").c_str())}, {{"OMP_NUM_THREADS", "1"}});
+            Result r = run({"bash", "-c",
+                            format("ulimit -v %d; exec ./train_keel_cpu -i %s -L 16 -C 128 -H 2 -t 64 -b 4 -r layer -x "
+                                   "1 -n 1 -v 0 -s 0 -o %s",
+                                   limit, p.text.c_str(), (p / "run").c_str())},
+                           {{"OMP_NUM_THREADS", "1"}});
             if (r.code != 0) continue;
             bool note = r.out.find("does not fit into the") != std::string::npos;
             (note ? said : silent) = true;
-            CHECK(note == (r.out.find("snapshot for checkpoints") == std::string::npos));  // its row in the memory table
+            CHECK(note ==
+                  (r.out.find("snapshot for checkpoints") == std::string::npos));  // its row in the memory table
             CHECK(fs::exists(p / "run/state_00000001_00000.bin"));
         }
         CHECK(said);
@@ -410,11 +458,35 @@ TEST_SUITE("the run") {
         CHECK(csv.find("nan") == std::string::npos);
     }
 
-    TEST_CASE("hops:K trains without a file, reports the accuracy of each number of lookups at each validation, and resumes to the same folder") {
+    TEST_CASE(
+        "hops:K trains without a file, reports the accuracy of each number of lookups at each validation, and resumes "
+        "to the same folder") {
         Place p;
-        Words w = {"./train_keel_cpu", "-i", "hops:2", "-L", "4", "-C", "8", "-H", "2", "-b", "2", "-x", "6", "-s", "0", "-v", "2", "-m", "30", "-n", "3", "-o"};
+        Words w = {"./train_keel_cpu",
+                   "-i",
+                   "hops:2",
+                   "-L",
+                   "4",
+                   "-C",
+                   "8",
+                   "-H",
+                   "2",
+                   "-b",
+                   "2",
+                   "-x",
+                   "6",
+                   "-s",
+                   "0",
+                   "-v",
+                   "2",
+                   "-m",
+                   "30",
+                   "-n",
+                   "3",
+                   "-o"};
         Result r = succeeds(w + Words{p / "whole"});
-        CHECK(r.out.find("5 variables, 8 queries of 1 to 2 lookups; 1 whole ones of 52 characters a sequence") != std::string::npos);
+        CHECK(r.out.find("5 variables, 8 queries of 1 to 2 lookups; 1 whole ones of 52 characters a sequence") !=
+              std::string::npos);
         CHECK(r.out.find("of 60 | by chance 25.0 %") != std::string::npos);
         std::stringstream csv(slurp(p / "whole/hops.csv"));
         std::string line;
@@ -437,16 +509,21 @@ TEST_SUITE("the run") {
         fs::copy(p / "whole", p / "part");
         fs::remove(p / "part/model_00000006.bin"), fs::remove(p / "part/state_00000006_00000.bin");
         succeeds({"./train_keel_cpu", "-i", "hops:2", "-s", "0", "-y", "-o", p / "part"});
-        for (const char* file : {"model_00000006.bin", "state_00000006_00000.bin", "hops.csv"}) CHECK_MESSAGE(slurp(p / "whole/" + file) == slurp(p / "part/" + file), file);
-        p.fails({"./train_keel_cpu", "-i", "hops:3", "-y", "-o", p / "whole"}, {"-i", "expected hops:2", "found hops:3"});
+        for (const char* file : {"model_00000006.bin", "state_00000006_00000.bin", "hops.csv"})
+            CHECK_MESSAGE(slurp(p / "whole/" + file) == slurp(p / "part/" + file), file);
+        p.fails({"./train_keel_cpu", "-i", "hops:3", "-y", "-o", p / "whole"},
+                {"-i", "expected hops:2", "found hops:3"});
         p.fails({"./train_keel_cpu", "-i", p.text, "-y", "-o", p / "whole"}, {"-i", "expected hops:2", "found files"});
         succeeds(p.tiny({"-o", p / "text"}));
         p.fails({"./train_keel_cpu", "-i", "hops:2", "-y", "-o", p / "text"}, {"-i", "expected files", "found hops:2"});
     }
 
-    TEST_CASE("hops:K without a number from 1 to 9, with -j, or in sequences that hold no program is refused; a file of that name is a path") {
+    TEST_CASE(
+        "hops:K without a number from 1 to 9, with -j, or in sequences that hold no program is refused; a file of that "
+        "name is a path") {
         Place p;
-        for (const char* word : {"hops:0", "hops:10", "hops:", "hops:x", "hops:-1", "hops:+1", "hops:2.5", "hops:99999999999", "hops:3,4"})
+        for (const char* word :
+             {"hops:0", "hops:10", "hops:", "hops:x", "hops:-1", "hops:+1", "hops:2.5", "hops:99999999999", "hops:3,4"})
             p.fails({"./train_keel_cpu", "-i", word}, {"-i", "expected hops:K", "from 1 to 9", "found", word});
         p.fails({"./train_keel_cpu", "-i", "hops:2", "-j", p.text}, {"-j", "expected none", "hops:2", "found"});
         p.fails({"./train_keel_cpu", "-i", "hops:2", "-t", "50"}, {"-t", "expected at least 51", "found 50"});
@@ -454,12 +531,15 @@ TEST_SUITE("the run") {
         succeeds(p.tiny({"-j", p / "hops:2"}));
     }
 
-    TEST_CASE("--ablate prints and writes the loss without each sub-layer; the whole model's is that of its run's last validation") {
+    TEST_CASE(
+        "--ablate prints and writes the loss without each sub-layer; the whole model's is that of its run's last "
+        "validation") {
         Place p;
         succeeds(p.tiny({"-o", p / "run", "-l", "0.03"}));
         std::string model = p / "run/model_00000006.bin", before = slurp(model), log = slurp(p / "run/log.csv");
         Words w = {"./train_keel_cpu", "-i", p.text, "-e", model, "-b", "2", "--ablate"};
-        Result all = succeeds(w + Words{"all", "-o", p / "run"}), printed = succeeds(w + Words{"all"}), one = succeeds(w + Words{"2"});
+        Result all = succeeds(w + Words{"all", "-o", p / "run"}), printed = succeeds(w + Words{"all"}),
+               one = succeeds(w + Words{"2"});
         std::string csv = slurp(p / "run/ablate.csv");
         CHECK(all.out.ends_with(csv));
         CHECK(printed.out.ends_with(csv));
@@ -488,8 +568,10 @@ TEST_SUITE("the run") {
         std::string model = p / "run/model_00000006.bin";
         p.fails(p.tiny({"--ablate", "all"}), {"--ablate", "expected a model with -e", "found none"});
         Words w = {"./train_keel_cpu", "-i", p.text, "-e", model, "--ablate"};
-        for (const char* which : {"4", "-1", "x", "1.5", "All", "0,1"}) p.fails(w + Words{which}, {"--ablate", "expected", "found"});
-        for (const Words& more : {Words{"--probe", "1", "-o", p / "new"}, Words{"--dump", p / "d.bin"}, Words{"--check", p / "d.bin"}, Words{"--prompt", "a"}, Words{"-x", "3"}})
+        for (const char* which : {"4", "-1", "x", "1.5", "All", "0,1"})
+            p.fails(w + Words{which}, {"--ablate", "expected", "found"});
+        for (const Words& more : {Words{"--probe", "1", "-o", p / "new"}, Words{"--dump", p / "d.bin"},
+                                  Words{"--check", p / "d.bin"}, Words{"--prompt", "a"}, Words{"-x", "3"}})
             p.fails(w + Words{"all"} + more, {"--ablate", "give one of the two"});
         p.fails({"./train_keel_cpu", "-i", p.text, "-e", model, "-y", "-o", p / "run", "--ablate", "all"}, {"-y"});
         p.fails(w + Words{"all", "-j", p / "none"}, {"none"});
@@ -500,7 +582,8 @@ TEST_SUITE("dump and check") {
     TEST_CASE("A dump of either build passes the check of the other, in all placements and at L = 64") {
         Place p;
         auto both_ways = [&](const Words& words) {
-            for (auto [writer, reader] : {std::pair("./train_keel_cpu", "./train_keel_cpu_fp64"), std::pair("./train_keel_cpu_fp64", "./train_keel_cpu")}) {
+            for (auto [writer, reader] : {std::pair("./train_keel_cpu", "./train_keel_cpu_fp64"),
+                                          std::pair("./train_keel_cpu_fp64", "./train_keel_cpu")}) {
                 Words dump = words;
                 dump[0] = writer;
                 dump.push_back("--dump"), dump.push_back(p / "d.bin");
@@ -546,9 +629,15 @@ TEST_SUITE("dump and check") {
         ParameterLayout layout(c);
         size_t rows = 16, logits = 1024 + layout.count * 8 + 2 * rows * 4 + 8, x = logits + rows * 256 * 8;
         size_t grads = x + 5 * rows * 8 * 8, dx = grads + layout.count * 8;
-        struct { size_t at; const char* row; } moves[] = {
-            {logits + 77 * 8, "logits"}, {x + (2 * 128 + 5) * 8, "x[2]"}, {dx + (3 * 128 + 1) * 8, "dx[3]"},
-            {grads + (layout.offset(FCW, 3) + 9) * 8, "d fcw[3]"}, {grads + (layout.offset(GAMMA_OUT, 1) + 2) * 8, "d gamma_out[1]"}, {logits - 8, "loss"}};
+        struct {
+            size_t at;
+            const char* row;
+        } moves[] = {{logits + 77 * 8, "logits"},
+                     {x + (2 * 128 + 5) * 8, "x[2]"},
+                     {dx + (3 * 128 + 1) * 8, "dx[3]"},
+                     {grads + (layout.offset(FCW, 3) + 9) * 8, "d fcw[3]"},
+                     {grads + (layout.offset(GAMMA_OUT, 1) + 2) * 8, "d gamma_out[1]"},
+                     {logits - 8, "loss"}};
         for (auto [at, row] : moves) {
             std::string bad = good;
             double value;
@@ -631,17 +720,13 @@ TEST_SUITE("more bad input and faults") {
         CHECK(r.err.empty());
         Options used;
         for (const Flag& f : flags) {
-            if (!f.fallback[0])
-                continue;
+            if (!f.fallback[0]) continue;
             bool listed = r.out.find(std::string(f.help) + " [" + f.fallback + "]\n") != std::string::npos;
             CHECK_MESSAGE(listed, f.long_name);
-            if (!isdigit((unsigned char)f.fallback[0]))
-                continue;
+            if (!isdigit((unsigned char)f.fallback[0])) continue;
             double v = -1;
-            if (auto* m = std::get_if<int64_t Options::*>(&f.member))
-                v = double(used.**m);
-            if (auto* m = std::get_if<double Options::*>(&f.member))
-                v = used.**m;
+            if (auto* m = std::get_if<int64_t Options::*>(&f.member)) v = double(used.**m);
+            if (auto* m = std::get_if<double Options::*>(&f.member)) v = used.**m;
             CHECK_MESSAGE(v == atof(f.fallback), f.long_name << ": -h " << f.fallback << ", used " << v);
         }
     }
@@ -649,7 +734,8 @@ TEST_SUITE("more bad input and faults") {
     TEST_CASE("Every flag refuses what is no number, a missing or empty value, and a second time") {
         Place p;
         for (const Flag& f : flags) {
-            bool integer = std::holds_alternative<int64_t Options::*>(f.member), real = std::holds_alternative<double Options::*>(f.member);
+            bool integer = std::holds_alternative<int64_t Options::*>(f.member),
+                 real = std::holds_alternative<double Options::*>(f.member);
             if (std::holds_alternative<bool Options::*>(f.member)) {
                 p.fails({"./train_keel_cpu", f.long_name, f.long_name}, {"twice"});
                 continue;
@@ -658,13 +744,11 @@ TEST_SUITE("more bad input and faults") {
             p.fails({"./train_keel_cpu", f.long_name, ""}, {f.long_name, "expected", "found"});
             p.fails({"./train_keel_cpu", f.long_name, "2", f.long_name, "2"}, {"twice"});
             Words wrong;
-            if (integer || real)
-                wrong = {"12x", "nan", "1e9999", " 5", "--"};
-            if (integer)
-                wrong = wrong + Words{"0x10", "1.5", "1e3", "99999999999999999999", f.least > 0 ? "0" : "-5"};
-            if (real)
-                wrong.push_back("-5");
-            for (const std::string& w : wrong) p.fails({"./train_keel_cpu", f.long_name, w}, {f.long_name, "expected", "found"});
+            if (integer || real) wrong = {"12x", "nan", "1e9999", " 5", "--"};
+            if (integer) wrong = wrong + Words{"0x10", "1.5", "1e3", "99999999999999999999", f.least > 0 ? "0" : "-5"};
+            if (real) wrong.push_back("-5");
+            for (const std::string& w : wrong)
+                p.fails({"./train_keel_cpu", f.long_name, w}, {f.long_name, "expected", "found"});
         }
     }
 
@@ -694,19 +778,23 @@ TEST_SUITE("more bad input and faults") {
 
     TEST_CASE("A full disk is one line, leaves what was there, no .tmp, and the run goes on when there is space") {
         Place p;
-        Words base = {"-i", p.text, "-L", "4", "-C", "16", "-H", "2", "-t", "8", "-b", "2", "-s", "0", "-x", "8", "-n", "4", "-y", "-o"};
+        Words base = {"-i", p.text, "-L", "4", "-C", "16", "-H", "2", "-t", "8",
+                      "-b", "2",    "-s", "0", "-x", "8",  "-n", "4", "-y", "-o"};
         succeeds(Words{"./train_keel_cpu"} + base + Words{p / "whole"});
         fs::copy(p / "whole", p / "part");
         fs::remove(p / "part/model_00000008.bin"), fs::remove(p / "part/state_00000008_00000.bin");
         std::string old = slurp(p / "part/state_00000004_00000.bin");
         for (const char* kib : {"60", "20"}) {
-            Result r = run(Words{"bash", "-c", std::string("trap '' XFSZ; ulimit -f ") + kib + "; exec ./train_keel_cpu \"$@\"", "b"} +
-                           base + Words{p / "part"});
+            Result r =
+                run(Words{"bash", "-c",
+                          std::string("trap '' XFSZ; ulimit -f ") + kib + "; exec ./train_keel_cpu \"$@\"", "b"} +
+                    base + Words{p / "part"});
             CHECK_MESSAGE((r.code == 1 && std::count(r.err.begin(), r.err.end(), '\n') == 1 &&
                            r.err.find("could not be written") != std::string::npos),
                           kib << ": code " << r.code << " '" << r.err << "'");
             CHECK(slurp(p / "part/state_00000004_00000.bin") == old);
-            for (const auto& e : fs::directory_iterator(p / "part")) CHECK_MESSAGE(e.path().extension() != ".tmp", e.path().string());
+            for (const auto& e : fs::directory_iterator(p / "part"))
+                CHECK_MESSAGE(e.path().extension() != ".tmp", e.path().string());
         }
         succeeds(Words{"./train_keel_cpu"} + base + Words{p / "part"});
         same_folder(p / "whole", p / "part", "after space was freed");
@@ -717,14 +805,18 @@ TEST_SUITE("more bad input and faults") {
         Words base = {"-i", p.text, "-L", "4",  "-C", "16", "-H", "2", "-t",      "8", "-b", "2",     "-d", "32",
                       "-s", "0",    "-x", "12", "-n", "4",  "-v", "3", "--probe", "2", "-r", "layer", "-y", "-o"};
         succeeds(Words{"./train_keel_cpu"} + base + Words{p / "whole"});
-        size_t m = fs::file_size(p / "whole/model_00000012.bin"), s = fs::file_size(p / "whole/state_00000012_00000.bin");
+        size_t m = fs::file_size(p / "whole/model_00000012.bin"),
+               s = fs::file_size(p / "whole/state_00000012_00000.bin");
         for (size_t limit : {m / 2, (m + s) / 2}) {
             std::string out = p / std::to_string(limit);
             fs::copy(p / "whole", out);
             for (const char* step : {"08", "12"})
-                fs::remove(out + "/model_000000" + step + ".bin"), fs::remove(out + "/state_000000" + step + "_00000.bin");
+                fs::remove(out + "/model_000000" + step + ".bin"),
+                    fs::remove(out + "/state_000000" + step + "_00000.bin");
             Result r =
-                run(Words{"bash", "-c", "ulimit -c 0; ulimit -f " + std::to_string(limit / 1024) + "; exec ./train_keel_cpu \"$@\"", "b"} +
+                run(Words{"bash", "-c",
+                          "ulimit -c 0; ulimit -f " + std::to_string(limit / 1024) + "; exec ./train_keel_cpu \"$@\"",
+                          "b"} +
                     base + Words{out});
             CHECK_MESSAGE(r.code == -SIGXFSZ, "code " << r.code << " " << r.err);
             succeeds(Words{"./train_keel_cpu"} + base + Words{out});
@@ -732,11 +824,14 @@ TEST_SUITE("more bad input and faults") {
         }
     }
 
-    TEST_CASE("Every placement and the FP64 build resume to the same folder, probe included; what is not given comes from the state") {
+    TEST_CASE(
+        "Every placement and the FP64 build resume to the same folder, probe included; what is not given comes from "
+        "the state") {
         Place p;
         auto check = [&](const std::string& binary, const std::string& norm) {
-            Words w = p.tiny({"--norm", norm, "-n", "3",    "-v",     "2",   "--probe", "2",  "-d", "32",    "-l", "0.004",
-                              "-u",     "2",  "-c", "0.05", "--clip", "0.7", "--seed",  "99", "-r", "layer", "-o", p / "whole"},
+            Words w = p.tiny({"--norm", norm,  "-n",     "3",     "-v", "2",     "--probe", "2",
+                              "-d",     "32",  "-l",     "0.004", "-u", "2",     "-c",      "0.05",
+                              "--clip", "0.7", "--seed", "99",    "-r", "layer", "-o",      p / "whole"},
                              binary);
             succeeds(w);
             fs::copy(p / "whole", p / "part");
@@ -748,19 +843,22 @@ TEST_SUITE("more bad input and faults") {
         for (const PlacementRow& row : placements) check("./train_keel_cpu", row.name);
         check("./train_keel_cpu_fp64", "keel");
         succeeds(p.tiny({"-o", p / "run"}));
-        p.fails({"./train_keel_cpu_fp64", "-i", p.text, "-y", "-o", p / "run"}, {"-y", "expected", "found", "build", "-e"});
+        p.fails({"./train_keel_cpu_fp64", "-i", p.text, "-y", "-o", p / "run"},
+                {"-y", "expected", "found", "build", "-e"});
         // A state whose branch was in BF16 is another build's too. Word 16 of the header says so.
         std::string path = p / "run/state_00000006_00000.bin", good = slurp(path), bf16 = good;
         bf16[4 * H_BRANCH_BF16] = 1;
         mend_crc(bf16), spill(path, bf16);
-        p.fails({"./train_keel_cpu", "-i", p.text, "-y", "-o", p / "run"}, {"-y", "expected", "found", "BF16", "build", "-e"});
+        p.fails({"./train_keel_cpu", "-i", p.text, "-y", "-o", p / "run"},
+                {"-y", "expected", "found", "BF16", "build", "-e"});
         spill(path, good);
         auto before = p.contents();
         succeeds({"./train_keel_cpu", "-i", p.text, "-y", "-s", "0", "-o", p / "run"});
         CHECK(p.contents() == before);  // a finished run
     }
 
-    TEST_CASE("Shards: padding rows stay zero in training, ids as prompt, several shards are one, several texts are one") {
+    TEST_CASE(
+        "Shards: padding rows stay zero in training, ids as prompt, several shards are one, several texts are one") {
         Place p;
         spill(p / "all.bin", shard_of(700, 50257));
         std::string all = slurp(p / "all.bin");
@@ -782,12 +880,15 @@ TEST_SUITE("more bad input and faults") {
         // wte is the first tensor: 50257 rows of 8 floats, then 47 rows of padding
         size_t first = 1024 + size_t(50257) * 32;
         CHECK(f.substr(first, 47 * 32) == std::string(47 * 32, '\0'));
-        Result r = succeeds({"./train_keel_cpu", "-e", p / "one/model_00000006.bin", "--prompt", "15496,995", "-g", "3"});
+        Result r =
+            succeeds({"./train_keel_cpu", "-e", p / "one/model_00000006.bin", "--prompt", "15496,995", "-g", "3"});
         CHECK_MESSAGE(r.out.find("\n15496 995 ") != std::string::npos, r.out);
         for (const char* w : {"hello", "15496,", "50257", "1,,2", "-1"})
-            p.fails({"./train_keel_cpu", "-e", p / "one/model_00000006.bin", "-g", "3", "--prompt", w}, {"--prompt", "expected", "found"});
+            p.fails({"./train_keel_cpu", "-e", p / "one/model_00000006.bin", "-g", "3", "--prompt", w},
+                    {"--prompt", "expected", "found"});
         std::string text = slurp(p.text);
-        spill(p / "t_a.txt", text.substr(0, 1001)), spill(p / "t_b.txt", text.substr(1001, 7)), spill(p / "t_c.txt", text.substr(1008));
+        spill(p / "t_a.txt", text.substr(0, 1001)), spill(p / "t_b.txt", text.substr(1001, 7)),
+            spill(p / "t_c.txt", text.substr(1008));
         Words a = p.tiny({"-o", p / "ta"}), b = p.tiny({"-o", p / "tb"});
         b[2] = p / "t_*.txt";
         succeeds(a), succeeds(b);
@@ -801,7 +902,8 @@ TEST_SUITE("the GPU trainer") {
     const std::string gpu_fp32 = "build/train_keel_fp32_on_cpu", gpu_bf16 = "build/train_keel_on_cpu";
     // A model that the BF16 build takes too.
     Words wide(const Place& p, const std::string& binary, const char* steps, const Words& more) {
-        Words words = {binary, "-i", p.text, "-L", "6", "-C", "64", "-H", "2", "-t", "16", "-b", "2", "-d", "64", "-x", steps, "-s", "0", "-v", "4", "-l", "3e-3"};
+        Words words = {binary, "-i", p.text, "-L", "6",   "-C", "64", "-H", "2", "-t", "16",  "-b",
+                       "2",    "-d", "64",   "-x", steps, "-s", "0",  "-v", "4", "-l", "3e-3"};
         for (const std::string& word : more) words.push_back(word);
         return words;
     }
@@ -820,8 +922,12 @@ TEST_SUITE("the GPU trainer") {
         return values;
     }
 
-    TEST_CASE("It has the CPU trainer's flags, and trains the same losses, norms and validation losses with the same data") {
-        auto flags_of = [](const std::string& binary) { std::string out = succeeds({binary, "-h"}).out; return out.substr(out.find('\n')); };
+    TEST_CASE(
+        "It has the CPU trainer's flags, and trains the same losses, norms and validation losses with the same data") {
+        auto flags_of = [](const std::string& binary) {
+            std::string out = succeeds({binary, "-h"}).out;
+            return out.substr(out.find('\n'));
+        };
         CHECK(flags_of(gpu_fp32) == flags_of("./train_keel_cpu"));
         CHECK(flags_of(gpu_bf16) == flags_of("./train_keel_cpu"));
         for (const char* norm : {"keel", "hybridnorm", "pre"}) {
@@ -829,25 +935,33 @@ TEST_SUITE("the GPU trainer") {
             succeeds(wide(p, "./train_keel_cpu", "8", {"--norm", norm, "-o", p / "cpu"}));
             succeeds(wide(p, gpu_fp32, "8", {"--norm", norm, "-o", p / "fp32"}));
             succeeds(wide(p, gpu_bf16, "8", {"--norm", norm, "-o", p / "bf16"}));
-            for (auto [folder, tolerance] : {std::pair<const char*, double>{"fp32", 1e-4}, {"bf16", 2e-2}})  // AdamW's first steps enlarge rounding
+            for (auto [folder, tolerance] : {std::pair<const char*, double>{"fp32", 1e-4},
+                                             {"bf16", 2e-2}})  // AdamW's first steps enlarge rounding
                 for (int which : {1, 2, 4}) {
-                    auto cpu = column(p / "cpu/log.csv", which), gpu = column(p / (std::string(folder) + "/log.csv"), which);
+                    auto cpu = column(p / "cpu/log.csv", which),
+                         gpu = column(p / (std::string(folder) + "/log.csv"), which);
                     REQUIRE(cpu.size() == gpu.size());
                     double worst = 0;
                     for (size_t i = 0; i < cpu.size(); i++) worst = std::max(worst, std::fabs(gpu[i] / cpu[i] - 1));
-                    CHECK_MESSAGE(worst < tolerance, norm << " " << folder << " column " << which << ": worst relative difference " << worst);
+                    CHECK_MESSAGE(worst < tolerance, norm << " " << folder << " column " << which
+                                                          << ": worst relative difference " << worst);
                 }
         }
     }
 
-    TEST_CASE("It says its memory and its graphs, killed runs resume to the same bits and log, and a finished one is left alone") {
+    TEST_CASE(
+        "It says its memory and its graphs, killed runs resume to the same bits and log, and a finished one is left "
+        "alone") {
         for (const std::string& binary : {gpu_fp32, gpu_bf16}) {
             Place p;
             auto command = [&](const std::string& out) { return wide(p, binary, "24", {"-n", "2", "-o", out, "-y"}); };
             Result whole = succeeds(command(p / "whole"));
-            for (const char* words : {"memory     needs ", "highway z", "graphs     micro-step ", "step 24/24"}) CHECK_MESSAGE(whole.out.find(words) != std::string::npos, words);
+            for (const char* words : {"memory     needs ", "highway z", "graphs     micro-step ", "step 24/24"})
+                CHECK_MESSAGE(whole.out.find(words) != std::string::npos, words);
             int kills = 0;
-            for (uint32_t i = 0; i < 4; i++) kills += run(command(p / "killed"), {}, 0.05 + 0.3 * uniform24(philox(i, 1, 0, 0, 81).word[0])).code == -SIGKILL;
+            for (uint32_t i = 0; i < 4; i++)
+                kills += run(command(p / "killed"), {}, 0.05 + 0.3 * uniform24(philox(i, 1, 0, 0, 81).word[0])).code ==
+                         -SIGKILL;
             CHECK(kills > 0);
             succeeds(command(p / "killed"));
             CHECK(slurp(p / "whole/model_00000024.bin") == slurp(p / "killed/model_00000024.bin"));
@@ -861,8 +975,10 @@ TEST_SUITE("the GPU trainer") {
 
     TEST_CASE("It says where its start went, and takes --tune, --moments and --grads, which the CPU trainer refuses") {
         Place p;
-        Result r = succeeds(wide(p, gpu_bf16, "4", {"-o", p / "run", "--tune", p / "tune.csv", "--moments", "bf16", "--grads=bf16"}));
-        for (const char* words : {"start-up   ", " s to the end of the first step: program ", ", device ", ", weights ", ", first step ", "gradients in BF16", "AdamW's second moment in BF16", "tuned "})
+        Result r = succeeds(wide(p, gpu_bf16, "4",
+                                 {"-o", p / "run", "--tune", p / "tune.csv", "--moments", "bf16", "--grads=bf16"}));
+        for (const char* words : {"start-up   ", " s to the end of the first step: program ", ", device ", ", weights ",
+                                  ", first step ", "gradients in BF16", "AdamW's second moment in BF16", "tuned "})
             CHECK_MESSAGE(r.out.find(words) != std::string::npos, words);
         CHECK(slurp(p / "tune.csv").starts_with("gpu,cublaslt,"));
         Result again = succeeds(wide(p, gpu_bf16, "8", {"-o", p / "run", "--tune", p / "tune.csv", "-y"}));
@@ -876,18 +992,24 @@ TEST_SUITE("the GPU trainer") {
         p.fails(wide(p, "./train_keel_cpu", "8", {"-o", p / "fp32", "-y"}), {"-y", "FP32 moments", "train_keel_fp32"});
     }
 
-    TEST_CASE("Models go from one trainer to the other, and sample the same text; states stay with the build that wrote them") {
+    TEST_CASE(
+        "Models go from one trainer to the other, and sample the same text; states stay with the build that wrote "
+        "them") {
         Place p;
         succeeds(wide(p, "./train_keel_cpu", "8", {"-o", p / "cpu"}));
         succeeds(wide(p, gpu_bf16, "8", {"-o", p / "bf16"}));
         auto sample = [&](const std::string& binary, const std::string& model) {
-            std::string out = succeeds({binary, "-e", model, "--prompt", "line 1", "-g", "24", "--temperature", "0"}).out;
+            std::string out =
+                succeeds({binary, "-e", model, "--prompt", "line 1", "-g", "24", "--temperature", "0"}).out;
             return out.substr(out.find("---"));
         };
-        CHECK(sample("./train_keel_cpu", p / "cpu/model_00000008.bin") == sample(gpu_fp32, p / "cpu/model_00000008.bin"));
-        CHECK(sample("./train_keel_cpu", p / "bf16/model_00000008.bin") == sample(gpu_fp32, p / "bf16/model_00000008.bin"));
+        CHECK(sample("./train_keel_cpu", p / "cpu/model_00000008.bin") ==
+              sample(gpu_fp32, p / "cpu/model_00000008.bin"));
+        CHECK(sample("./train_keel_cpu", p / "bf16/model_00000008.bin") ==
+              sample(gpu_fp32, p / "bf16/model_00000008.bin"));
         CHECK(sample(gpu_bf16, p / "bf16/model_00000008.bin").find("line 1") != std::string::npos);
-        succeeds({gpu_bf16, "-i", p.text, "-e", p / "cpu/model_00000008.bin", "-t", "16", "-b", "2", "-x", "2", "-s", "0"});
+        succeeds({gpu_bf16, "-i", p.text, "-e", p / "cpu/model_00000008.bin", "-t", "16", "-b", "2", "-x", "2", "-s",
+                  "0"});
         p.fails({"./train_keel_cpu", "-i", p.text, "-y", "-o", p / "bf16"}, {"-y", "expected", "BF16", "build"});
         p.fails({gpu_bf16, "-i", p.text, "-y", "-o", p / "cpu"}, {"-y", "expected", "BF16", "build"});
     }
@@ -919,25 +1041,34 @@ TEST_SUITE("the GPU trainer") {
         check_rows(p / "figures.csv");
     }
 
-    TEST_CASE("The products' benchmark: every way agrees with the trainer's products at small shapes, none is left out, and each figure is a row") {
+    TEST_CASE(
+        "The products' benchmark: every way agrees with the trainer's products at small shapes, none is left out, and "
+        "each figure is a row") {
         Place p;
         Result r = succeeds({"build/bench_products_on_cpu", "--small", "--csv", p / "figures.csv"});
         CHECK_MESSAGE(r.out.find("every result agrees with the trainer's") != std::string::npos, r.out);
         CHECK_MESSAGE(r.out.find("not offered") == std::string::npos, r.out);  // the headers offer all of them
-        for (const char* part : {"tune head dW", "GELU fcproj din", "DGELU epilogue", "accumulate head dW", "FP8, fast accumulation", "FP8 fc with its casts",
-                                 "32 slices of rows", "small fc and fcproj dW", "gain FP8 with amax and casts"})
+        for (const char* part :
+             {"tune head dW", "GELU fcproj din", "DGELU epilogue", "accumulate head dW", "FP8, fast accumulation",
+              "FP8 fc with its casts", "32 slices of rows", "small fc and fcproj dW", "gain FP8 with amax and casts"})
             CHECK_MESSAGE(r.out.find(part) != std::string::npos, part, " in\n", r.out);
         check_rows(p / "figures.csv");
         p.fails({"build/bench_products_on_cpu", "--smal"}, {"expected --small", "'--smal'"});
     }
 
-    TEST_CASE("Shapes that the tensor cores' build cannot run are refused before anything is written, and name the builds that can") {
+    TEST_CASE(
+        "Shapes that the tensor cores' build cannot run are refused before anything is written, and name the builds "
+        "that can") {
         Place p;
-        p.fails({gpu_bf16, "-i", p.text, "-C", "72", "-o", p / "run"}, {"-C", "multiple of 64", "72", "train_keel_fp32"});
-        p.fails({gpu_bf16, "-i", p.text, "-C", "64", "-H", "8", "-o", p / "run"}, {"-H", "16, 32, 64 or 128", "8", "train_keel_fp32"});
-        p.fails({gpu_fp32, "-i", p.text, "-C", "16384", "-t", "8", "-b", "1", "-o", p / "run"}, {"-C", "at most 14528"});
+        p.fails({gpu_bf16, "-i", p.text, "-C", "72", "-o", p / "run"},
+                {"-C", "multiple of 64", "72", "train_keel_fp32"});
+        p.fails({gpu_bf16, "-i", p.text, "-C", "64", "-H", "8", "-o", p / "run"},
+                {"-H", "16, 32, 64 or 128", "8", "train_keel_fp32"});
+        p.fails({gpu_fp32, "-i", p.text, "-C", "16384", "-t", "8", "-b", "1", "-o", p / "run"},
+                {"-C", "at most 14528"});
         // a card of 1100 MiB, 1 GiB of which is set aside
-        Result r = run({gpu_bf16, "-i", p.text, "-L", "64", "-C", "256", "-t", "64", "-b", "1", "-o", p / "run"}, {{"CUDA_ON_CPU_MEMORY", "1100"}});
+        Result r = run({gpu_bf16, "-i", p.text, "-L", "64", "-C", "256", "-t", "64", "-b", "1", "-o", p / "run"},
+                       {{"CUDA_ON_CPU_MEMORY", "1100"}});
         CHECK(r.code == 1);
         CHECK_MESSAGE(r.err.find("memory: expected at least") != std::string::npos, r.err);
         CHECK(!fs::exists(p / "run"));

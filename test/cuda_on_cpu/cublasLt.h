@@ -16,10 +16,18 @@ enum cublasStatus_t {
     CUBLAS_STATUS_NOT_SUPPORTED = 15,
 };
 enum cublasOperation_t { CUBLAS_OP_N = 0, CUBLAS_OP_T = 1, CUBLAS_OP_C = 2 };
-enum cublasComputeType_t { CUBLAS_COMPUTE_32F = 68, CUBLAS_COMPUTE_32F_PEDANTIC = 69, CUBLAS_COMPUTE_32F_FAST_TF32 = 77 };
+enum cublasComputeType_t {
+    CUBLAS_COMPUTE_32F = 68,
+    CUBLAS_COMPUTE_32F_PEDANTIC = 69,
+    CUBLAS_COMPUTE_32F_FAST_TF32 = 77
+};
 enum cublasLtPointerMode_t { CUBLASLT_POINTER_MODE_HOST = 0, CUBLASLT_POINTER_MODE_DEVICE = 1 };
 // GELU_AUX: d = gelu(x), aux = x;  DGELU: d = x gelu'(aux), where x is the product in FP32.
-enum cublasLtEpilogue_t { CUBLASLT_EPILOGUE_DEFAULT = 1, CUBLASLT_EPILOGUE_GELU_AUX = 32 | 128, CUBLASLT_EPILOGUE_DGELU = 64 | 128 };
+enum cublasLtEpilogue_t {
+    CUBLASLT_EPILOGUE_DEFAULT = 1,
+    CUBLASLT_EPILOGUE_GELU_AUX = 32 | 128,
+    CUBLASLT_EPILOGUE_DGELU = 64 | 128
+};
 enum cublasLtMatmulDescAttributes_t {
     CUBLASLT_MATMUL_DESC_COMPUTE_TYPE = 0,
     CUBLASLT_MATMUL_DESC_SCALE_TYPE = 1,
@@ -80,9 +88,7 @@ struct cublasLtMatmulPreferenceOpaque_t {
     uint64_t max_workspace = 0;
     uint32_t alignment[4] = {256, 256, 256, 256};
 };
-struct cublasLtMatmulAlgo_t {
-    uint64_t data[8];
-};
+struct cublasLtMatmulAlgo_t { uint64_t data[8]; };
 using cublasLtHandle_t = cublasLtContext*;
 using cublasLtMatmulDesc_t = cublasLtMatmulDescOpaque_t*;
 using cublasLtMatrixLayout_t = cublasLtMatrixLayoutOpaque_t*;
@@ -97,15 +103,24 @@ struct cublasLtMatmulHeuristicResult_t {
 
 inline const char* cublasLtGetStatusName(cublasStatus_t status) {
     switch (status) {
-        case CUBLAS_STATUS_SUCCESS: return "CUBLAS_STATUS_SUCCESS";
-        case CUBLAS_STATUS_NOT_INITIALIZED: return "CUBLAS_STATUS_NOT_INITIALIZED";
-        case CUBLAS_STATUS_ALLOC_FAILED: return "CUBLAS_STATUS_ALLOC_FAILED";
-        case CUBLAS_STATUS_INVALID_VALUE: return "CUBLAS_STATUS_INVALID_VALUE";
-        case CUBLAS_STATUS_ARCH_MISMATCH: return "CUBLAS_STATUS_ARCH_MISMATCH";
-        case CUBLAS_STATUS_MAPPING_ERROR: return "CUBLAS_STATUS_MAPPING_ERROR";
-        case CUBLAS_STATUS_EXECUTION_FAILED: return "CUBLAS_STATUS_EXECUTION_FAILED";
-        case CUBLAS_STATUS_INTERNAL_ERROR: return "CUBLAS_STATUS_INTERNAL_ERROR";
-        case CUBLAS_STATUS_NOT_SUPPORTED: return "CUBLAS_STATUS_NOT_SUPPORTED";
+        case CUBLAS_STATUS_SUCCESS:
+            return "CUBLAS_STATUS_SUCCESS";
+        case CUBLAS_STATUS_NOT_INITIALIZED:
+            return "CUBLAS_STATUS_NOT_INITIALIZED";
+        case CUBLAS_STATUS_ALLOC_FAILED:
+            return "CUBLAS_STATUS_ALLOC_FAILED";
+        case CUBLAS_STATUS_INVALID_VALUE:
+            return "CUBLAS_STATUS_INVALID_VALUE";
+        case CUBLAS_STATUS_ARCH_MISMATCH:
+            return "CUBLAS_STATUS_ARCH_MISMATCH";
+        case CUBLAS_STATUS_MAPPING_ERROR:
+            return "CUBLAS_STATUS_MAPPING_ERROR";
+        case CUBLAS_STATUS_EXECUTION_FAILED:
+            return "CUBLAS_STATUS_EXECUTION_FAILED";
+        case CUBLAS_STATUS_INTERNAL_ERROR:
+            return "CUBLAS_STATUS_INTERNAL_ERROR";
+        case CUBLAS_STATUS_NOT_SUPPORTED:
+            return "CUBLAS_STATUS_NOT_SUPPORTED";
     }
     return "unknown cublasStatus_t";
 }
@@ -114,7 +129,9 @@ inline const char* cublasGetStatusString(cublasStatus_t status) { return cublasL
 inline const char* cublasGetStatusName(cublasStatus_t status) { return cublasLtGetStatusName(status); }
 inline size_t cublasLtGetVersion() { return 130100; }
 
-inline cublasStatus_t cublasLtCreate(cublasLtHandle_t* handle) { return *handle = new cublasLtContext, CUBLAS_STATUS_SUCCESS; }
+inline cublasStatus_t cublasLtCreate(cublasLtHandle_t* handle) {
+    return *handle = new cublasLtContext, CUBLAS_STATUS_SUCCESS;
+}
 inline cublasStatus_t cublasLtDestroy(cublasLtHandle_t handle) { return delete handle, CUBLAS_STATUS_SUCCESS; }
 
 namespace cuda_on_cpu {
@@ -133,66 +150,105 @@ inline cublasStatus_t expect_attribute(int32_t expected, const void* from, size_
 
 }  // namespace cuda_on_cpu
 
-inline cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t* desc, cublasComputeType_t compute, cudaDataType_t scale) {
+inline cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t* desc, cublasComputeType_t compute,
+                                               cudaDataType_t scale) {
     *desc = nullptr;
-    if (compute != CUBLAS_COMPUTE_32F && compute != CUBLAS_COMPUTE_32F_PEDANTIC && compute != CUBLAS_COMPUTE_32F_FAST_TF32) return CUBLAS_STATUS_NOT_SUPPORTED;
+    if (compute != CUBLAS_COMPUTE_32F && compute != CUBLAS_COMPUTE_32F_PEDANTIC &&
+        compute != CUBLAS_COMPUTE_32F_FAST_TF32)
+        return CUBLAS_STATUS_NOT_SUPPORTED;
     if (scale != CUDA_R_32F) return CUBLAS_STATUS_NOT_SUPPORTED;
     return *desc = new cublasLtMatmulDescOpaque_t, CUBLAS_STATUS_SUCCESS;
 }
-inline cublasStatus_t cublasLtMatmulDescDestroy(cublasLtMatmulDesc_t desc) { return delete desc, CUBLAS_STATUS_SUCCESS; }
-inline cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t desc, cublasLtMatmulDescAttributes_t attribute, const void* value, size_t bytes) {
+inline cublasStatus_t cublasLtMatmulDescDestroy(cublasLtMatmulDesc_t desc) {
+    return delete desc, CUBLAS_STATUS_SUCCESS;
+}
+inline cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t desc,
+                                                     cublasLtMatmulDescAttributes_t attribute, const void* value,
+                                                     size_t bytes) {
     switch (attribute) {
-        case CUBLASLT_MATMUL_DESC_TRANSA: return cuda_on_cpu::read_attribute(desc->trans_a, value, bytes);
-        case CUBLASLT_MATMUL_DESC_TRANSB: return cuda_on_cpu::read_attribute(desc->trans_b, value, bytes);
+        case CUBLASLT_MATMUL_DESC_TRANSA:
+            return cuda_on_cpu::read_attribute(desc->trans_a, value, bytes);
+        case CUBLASLT_MATMUL_DESC_TRANSB:
+            return cuda_on_cpu::read_attribute(desc->trans_b, value, bytes);
         case CUBLASLT_MATMUL_DESC_EPILOGUE: {
             uint32_t wanted;
             if (cublasStatus_t status = cuda_on_cpu::read_attribute(wanted, value, bytes)) return status;
-            if (wanted != CUBLASLT_EPILOGUE_DEFAULT && wanted != CUBLASLT_EPILOGUE_GELU_AUX && wanted != CUBLASLT_EPILOGUE_DGELU) return CUBLAS_STATUS_NOT_SUPPORTED;
+            if (wanted != CUBLASLT_EPILOGUE_DEFAULT && wanted != CUBLASLT_EPILOGUE_GELU_AUX &&
+                wanted != CUBLASLT_EPILOGUE_DGELU)
+                return CUBLAS_STATUS_NOT_SUPPORTED;
             return desc->epilogue = wanted, CUBLAS_STATUS_SUCCESS;
         }
-        case CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER: return cuda_on_cpu::read_attribute(desc->aux, value, bytes);
-        case CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD: return cuda_on_cpu::read_attribute(desc->aux_ld, value, bytes);
-        case CUBLASLT_MATMUL_DESC_A_SCALE_POINTER: return cuda_on_cpu::read_attribute(desc->a_scale, value, bytes);
-        case CUBLASLT_MATMUL_DESC_B_SCALE_POINTER: return cuda_on_cpu::read_attribute(desc->b_scale, value, bytes);
-        case CUBLASLT_MATMUL_DESC_FAST_ACCUM: return cuda_on_cpu::read_attribute(desc->fast_accumulation, value, bytes);  // sums here are in FP32 with either
-        case CUBLASLT_MATMUL_DESC_POINTER_MODE: return cuda_on_cpu::expect_attribute(CUBLASLT_POINTER_MODE_HOST, value, bytes);
-        case CUBLASLT_MATMUL_DESC_SM_COUNT_TARGET: return CUBLAS_STATUS_SUCCESS;
-        default: return CUBLAS_STATUS_INVALID_VALUE;
+        case CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER:
+            return cuda_on_cpu::read_attribute(desc->aux, value, bytes);
+        case CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD:
+            return cuda_on_cpu::read_attribute(desc->aux_ld, value, bytes);
+        case CUBLASLT_MATMUL_DESC_A_SCALE_POINTER:
+            return cuda_on_cpu::read_attribute(desc->a_scale, value, bytes);
+        case CUBLASLT_MATMUL_DESC_B_SCALE_POINTER:
+            return cuda_on_cpu::read_attribute(desc->b_scale, value, bytes);
+        case CUBLASLT_MATMUL_DESC_FAST_ACCUM:
+            return cuda_on_cpu::read_attribute(desc->fast_accumulation, value,
+                                               bytes);  // sums here are in FP32 with either
+        case CUBLASLT_MATMUL_DESC_POINTER_MODE:
+            return cuda_on_cpu::expect_attribute(CUBLASLT_POINTER_MODE_HOST, value, bytes);
+        case CUBLASLT_MATMUL_DESC_SM_COUNT_TARGET:
+            return CUBLAS_STATUS_SUCCESS;
+        default:
+            return CUBLAS_STATUS_INVALID_VALUE;
     }
 }
 
-inline cublasStatus_t cublasLtMatrixLayoutCreate(cublasLtMatrixLayout_t* layout, cudaDataType type, uint64_t rows, uint64_t cols, int64_t ld) {
+inline cublasStatus_t cublasLtMatrixLayoutCreate(cublasLtMatrixLayout_t* layout, cudaDataType type, uint64_t rows,
+                                                 uint64_t cols, int64_t ld) {
     return *layout = new cublasLtMatrixLayoutOpaque_t{type, rows, cols, ld}, CUBLAS_STATUS_SUCCESS;
 }
-inline cublasStatus_t cublasLtMatrixLayoutDestroy(cublasLtMatrixLayout_t layout) { return delete layout, CUBLAS_STATUS_SUCCESS; }
-inline cublasStatus_t cublasLtMatrixLayoutSetAttribute(cublasLtMatrixLayout_t layout, cublasLtMatrixLayoutAttribute_t attribute, const void* value, size_t bytes) {
+inline cublasStatus_t cublasLtMatrixLayoutDestroy(cublasLtMatrixLayout_t layout) {
+    return delete layout, CUBLAS_STATUS_SUCCESS;
+}
+inline cublasStatus_t cublasLtMatrixLayoutSetAttribute(cublasLtMatrixLayout_t layout,
+                                                       cublasLtMatrixLayoutAttribute_t attribute, const void* value,
+                                                       size_t bytes) {
     switch (attribute) {
-        case CUBLASLT_MATRIX_LAYOUT_TYPE: return cuda_on_cpu::read_attribute(layout->type, value, bytes);
-        case CUBLASLT_MATRIX_LAYOUT_ROWS: return cuda_on_cpu::read_attribute(layout->rows, value, bytes);
-        case CUBLASLT_MATRIX_LAYOUT_COLS: return cuda_on_cpu::read_attribute(layout->cols, value, bytes);
-        case CUBLASLT_MATRIX_LAYOUT_LD: return cuda_on_cpu::read_attribute(layout->ld, value, bytes);
-        case CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT: return cuda_on_cpu::read_attribute(layout->batch_count, value, bytes);
-        case CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET: return cuda_on_cpu::read_attribute(layout->batch_stride, value, bytes);
-        default: return CUBLAS_STATUS_INVALID_VALUE;
+        case CUBLASLT_MATRIX_LAYOUT_TYPE:
+            return cuda_on_cpu::read_attribute(layout->type, value, bytes);
+        case CUBLASLT_MATRIX_LAYOUT_ROWS:
+            return cuda_on_cpu::read_attribute(layout->rows, value, bytes);
+        case CUBLASLT_MATRIX_LAYOUT_COLS:
+            return cuda_on_cpu::read_attribute(layout->cols, value, bytes);
+        case CUBLASLT_MATRIX_LAYOUT_LD:
+            return cuda_on_cpu::read_attribute(layout->ld, value, bytes);
+        case CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT:
+            return cuda_on_cpu::read_attribute(layout->batch_count, value, bytes);
+        case CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET:
+            return cuda_on_cpu::read_attribute(layout->batch_stride, value, bytes);
+        default:
+            return CUBLAS_STATUS_INVALID_VALUE;
     }
 }
 
 inline cublasStatus_t cublasLtMatmulPreferenceCreate(cublasLtMatmulPreference_t* preference) {
     return *preference = new cublasLtMatmulPreferenceOpaque_t, CUBLAS_STATUS_SUCCESS;
 }
-inline cublasStatus_t cublasLtMatmulPreferenceDestroy(cublasLtMatmulPreference_t preference) { return delete preference, CUBLAS_STATUS_SUCCESS; }
-inline cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t preference, cublasLtMatmulPreferenceAttributes_t attribute,
+inline cublasStatus_t cublasLtMatmulPreferenceDestroy(cublasLtMatmulPreference_t preference) {
+    return delete preference, CUBLAS_STATUS_SUCCESS;
+}
+inline cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t preference,
+                                                           cublasLtMatmulPreferenceAttributes_t attribute,
                                                            const void* value, size_t bytes) {
     switch (attribute) {
-        case CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES: return cuda_on_cpu::read_attribute(preference->max_workspace, value, bytes);
+        case CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES:
+            return cuda_on_cpu::read_attribute(preference->max_workspace, value, bytes);
         case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES:
         case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES:
         case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES:
         case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES:
-            return cuda_on_cpu::read_attribute(preference->alignment[attribute - CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES], value, bytes);
+            return cuda_on_cpu::read_attribute(
+                preference->alignment[attribute - CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES], value, bytes);
         case CUBLASLT_MATMUL_PREF_SEARCH_MODE:
-        case CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK: return CUBLAS_STATUS_SUCCESS;  // one algorithm, which splits nothing
-        default: return CUBLAS_STATUS_INVALID_VALUE;
+        case CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK:
+            return CUBLAS_STATUS_SUCCESS;  // one algorithm, which splits nothing
+        default:
+            return CUBLAS_STATUS_INVALID_VALUE;
     }
 }
 
@@ -223,21 +279,26 @@ struct Product {
 };
 
 // What the library refuses before it looks at any pointer.
-inline cublasStatus_t check_layouts(const cublasLtMatmulDescOpaque_t* desc, const Layout* a, const Layout* b, const Layout* c, const Layout* d) {
+inline cublasStatus_t check_layouts(const cublasLtMatmulDescOpaque_t* desc, const Layout* a, const Layout* b,
+                                    const Layout* c, const Layout* d) {
     if (!desc || !a || !b || !c || !d) return CUBLAS_STATUS_INVALID_VALUE;
     for (const Layout* l : {a, b, c, d}) {
-        if (l->rows == 0 || l->cols == 0 || l->ld < int64_t(l->rows) || l->batch_count < 1) return CUBLAS_STATUS_INVALID_VALUE;
+        if (l->rows == 0 || l->cols == 0 || l->ld < int64_t(l->rows) || l->batch_count < 1)
+            return CUBLAS_STATUS_INVALID_VALUE;
         if (l->type != CUDA_R_32F && l->type != CUDA_R_16BF && !is_fp8(l->type)) return CUBLAS_STATUS_NOT_SUPPORTED;
         if (l->batch_count != a->batch_count) return CUBLAS_STATUS_INVALID_VALUE;
     }
     uint64_t m = desc->trans_a ? a->cols : a->rows, k = desc->trans_a ? a->rows : a->cols;
     uint64_t other_k = desc->trans_b ? b->cols : b->rows, n = desc->trans_b ? b->rows : b->cols;
-    if (k != other_k || d->rows != m || d->cols != n || c->rows != m || c->cols != n) return CUBLAS_STATUS_INVALID_VALUE;
+    if (k != other_k || d->rows != m || d->cols != n || c->rows != m || c->cols != n)
+        return CUBLAS_STATUS_INVALID_VALUE;
     bool fp8 = is_fp8(a->type);
     if (is_fp8(b->type) != fp8 || (!fp8 && a->type != b->type)) return CUBLAS_STATUS_NOT_SUPPORTED;
-    if (c->type != d->type || is_fp8(d->type) || (a->type == CUDA_R_32F && d->type != CUDA_R_32F)) return CUBLAS_STATUS_NOT_SUPPORTED;
+    if (c->type != d->type || is_fp8(d->type) || (a->type == CUDA_R_32F && d->type != CUDA_R_32F))
+        return CUBLAS_STATUS_NOT_SUPPORTED;
     // Hopper's FP8 products: a transposed, b not, at most one of them in e5m2.
-    if (fp8 && (!desc->trans_a || desc->trans_b || (a->type == CUDA_R_8F_E5M2 && b->type == CUDA_R_8F_E5M2))) return CUBLAS_STATUS_NOT_SUPPORTED;
+    if (fp8 && (!desc->trans_a || desc->trans_b || (a->type == CUDA_R_8F_E5M2 && b->type == CUDA_R_8F_E5M2)))
+        return CUBLAS_STATUS_NOT_SUPPORTED;
     if (!fp8 && (desc->a_scale || desc->b_scale || desc->fast_accumulation)) return CUBLAS_STATUS_INVALID_VALUE;
     // Other BF16 and FP8 matrices have no tensor-core kernel.
     for (const Layout* l : {a, b, c, d})
@@ -252,12 +313,13 @@ inline cublasStatus_t check_layouts(const cublasLtMatmulDescOpaque_t* desc, cons
 #ifdef __AVX__
 constexpr size_t tile_m = 16, tile_n = 6;  // 12 accumulators of 8 floats, of 16 registers
 #else
-constexpr size_t tile_m = 8, tile_n = 4;   // 8 accumulators of 4 floats, kept as pairs
+constexpr size_t tile_m = 8, tile_n = 4;  // 8 accumulators of 4 floats, kept as pairs
 #endif
 
-// Element (i, k) of op(X), where `along` is the distance between neighbours in i, `across` in k, for i < count; zeros after.
-// Panel layout: (k, width).
-inline void pack_panel(float* panel, const void* x, cudaDataType type, size_t along, size_t across, size_t count, size_t width, size_t K) {
+// Element (i, k) of op(X), where `along` is the distance between neighbours in i, `across` in k, for i < count; zeros
+// after. Panel layout: (k, width).
+inline void pack_panel(float* panel, const void* x, cudaDataType type, size_t along, size_t across, size_t count,
+                       size_t width, size_t K) {
     auto copy = [&](auto&& at) {
         if (along == 1) {
             for (size_t k = 0; k < K; k++) {
@@ -311,7 +373,9 @@ inline void run_product(const Product& p) {
     bool alone = p.m * p.n * p.k < 100000;
     size_t lda = size_t(p.a.ld), ldb = size_t(p.b.ld), ldc = size_t(p.c.ld), ldd = size_t(p.d.ld);
     float alpha = p.alpha * (p.desc.a_scale ? *p.desc.a_scale : 1) * (p.desc.b_scale ? *p.desc.b_scale : 1);
-    auto load = [&](const void* from, size_t i) { return p.d.type == CUDA_R_16BF ? bf16_value(((const unsigned short*)from)[i]) : ((const float*)from)[i]; };
+    auto load = [&](const void* from, size_t i) {
+        return p.d.type == CUDA_R_16BF ? bf16_value(((const unsigned short*)from)[i]) : ((const float*)from)[i];
+    };
     auto store = [&](void* to, size_t i, float value) {
         if (p.d.type == CUDA_R_16BF) ((unsigned short*)to)[i] = bf16_bits(value);
         else ((float*)to)[i] = value;
@@ -319,10 +383,12 @@ inline void run_product(const Product& p) {
     pool().run(panels_m + panels_n, [&](size_t i) {
         if (i < panels_m) {
             size_t first = i * tile_m, along = p.trans_a ? lda : 1, across = p.trans_a ? 1 : lda;
-            pack_panel(&a[first * p.k], (const char*)p.A + first * along * element_bytes(p.a.type), p.a.type, along, across, std::min(tile_m, p.m - first), tile_m, p.k);
+            pack_panel(&a[first * p.k], (const char*)p.A + first * along * element_bytes(p.a.type), p.a.type, along,
+                       across, std::min(tile_m, p.m - first), tile_m, p.k);
         } else {
             size_t first = (i - panels_m) * tile_n, along = p.trans_b ? 1 : ldb, across = p.trans_b ? ldb : 1;
-            pack_panel(&b[first * p.k], (const char*)p.B + first * along * element_bytes(p.b.type), p.b.type, along, across, std::min(tile_n, p.n - first), tile_n, p.k);
+            pack_panel(&b[first * p.k], (const char*)p.B + first * along * element_bytes(p.b.type), p.b.type, along,
+                       across, std::min(tile_n, p.n - first), tile_n, p.k);
         }
     }, alone);
     pool().run(panels_n, [&](size_t panel) {
@@ -335,7 +401,8 @@ inline void run_product(const Product& p) {
                     float value = alpha * sums[j][i];
                     if (p.beta != 0) value += p.beta * load(p.C, (column + j) * ldc + row + i);
                     size_t aux = (column + j) * size_t(p.desc.aux_ld) + row + i;
-                    if (p.desc.epilogue == CUBLASLT_EPILOGUE_GELU_AUX) store(p.desc.aux, aux, value), value = gelu(value);
+                    if (p.desc.epilogue == CUBLASLT_EPILOGUE_GELU_AUX)
+                        store(p.desc.aux, aux, value), value = gelu(value);
                     if (p.desc.epilogue == CUBLASLT_EPILOGUE_DGELU) value *= gelu_slope(load(p.desc.aux, aux));
                     store(p.D, (column + j) * ldd + row + i, value);
                 }
@@ -345,9 +412,12 @@ inline void run_product(const Product& p) {
 
 }  // namespace cuda_on_cpu
 
-// As many results as were asked for, up to three, which differ in the workspace that they need. All compute the same bits.
-inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc, cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b,
-                                                     cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t d, cublasLtMatmulPreference_t preference, int requested,
+// As many results as were asked for, up to three, which differ in the workspace that they need. All compute the same
+// bits.
+inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc,
+                                                     cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b,
+                                                     cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t d,
+                                                     cublasLtMatmulPreference_t preference, int requested,
                                                      cublasLtMatmulHeuristicResult_t results[], int* found) {
     *found = 0;
     if (!handle) return CUBLAS_STATUS_NOT_INITIALIZED;
@@ -355,7 +425,8 @@ inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cu
     if (cublasStatus_t status = cuda_on_cpu::check_layouts(desc, a, b, c, d)) return status;
     const cublasLtMatrixLayoutOpaque_t* layouts[] = {a, b, c, d};
     for (int i = 0; i < 4; i++)
-        if (preference->alignment[i] < cuda_on_cpu::alignment_bytes(layouts[i]->type)) return CUBLAS_STATUS_NOT_SUPPORTED;
+        if (preference->alignment[i] < cuda_on_cpu::alignment_bytes(layouts[i]->type))
+            return CUBLAS_STATUS_NOT_SUPPORTED;
     for (size_t workspace : {size_t(1) << 20, size_t(0), size_t(1) << 16}) {
         if (*found == requested) break;
         if (workspace > preference->max_workspace) continue;
@@ -367,21 +438,26 @@ inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cu
     return CUBLAS_STATUS_SUCCESS;
 }
 
-inline cublasStatus_t cublasLtMatmulAlgoCheck(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc, cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b,
-                                              cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t d, const cublasLtMatmulAlgo_t* algo,
+inline cublasStatus_t cublasLtMatmulAlgoCheck(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc,
+                                              cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b,
+                                              cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t d,
+                                              const cublasLtMatmulAlgo_t* algo,
                                               cublasLtMatmulHeuristicResult_t* result) {
     if (!handle) return CUBLAS_STATUS_NOT_INITIALIZED;
     if (!algo || !result) return CUBLAS_STATUS_INVALID_VALUE;
     if (cublasStatus_t status = cuda_on_cpu::check_layouts(desc, a, b, c, d)) return status;
     if (algo->data[0] != 0x6b63) return CUBLAS_STATUS_INVALID_VALUE;
     *result = {};
-    result->algo = *algo, result->workspaceSize = size_t(algo->data[1]), result->state = CUBLAS_STATUS_SUCCESS, result->wavesCount = 1;
+    result->algo = *algo, result->workspaceSize = size_t(algo->data[1]), result->state = CUBLAS_STATUS_SUCCESS,
+    result->wavesCount = 1;
     return CUBLAS_STATUS_SUCCESS;
 }
 
-inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc, const void* alpha, const void* A, cublasLtMatrixLayout_t a, const void* B,
-                                     cublasLtMatrixLayout_t b, const void* beta, const void* C, cublasLtMatrixLayout_t c, void* D, cublasLtMatrixLayout_t d,
-                                     const cublasLtMatmulAlgo_t* algo, void* workspace, size_t workspace_bytes, cudaStream_t stream) {
+inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc, const void* alpha,
+                                     const void* A, cublasLtMatrixLayout_t a, const void* B, cublasLtMatrixLayout_t b,
+                                     const void* beta, const void* C, cublasLtMatrixLayout_t c, void* D,
+                                     cublasLtMatrixLayout_t d, const cublasLtMatmulAlgo_t* algo, void* workspace,
+                                     size_t workspace_bytes, cudaStream_t stream) {
     using namespace cuda_on_cpu;
     if (!handle) return CUBLAS_STATUS_NOT_INITIALIZED;
     if (!alpha || !beta || !A || !B || !C || !D) return CUBLAS_STATUS_INVALID_VALUE;
@@ -398,21 +474,42 @@ inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc
     if (needed > workspace_bytes || (needed && !workspace)) return CUBLAS_STATUS_INVALID_VALUE;
     if (needed && reinterpret_cast<uintptr_t>(workspace) % 16) return CUBLAS_STATUS_INVALID_VALUE;
 
-    Product product{*a, *b, *c, *d, desc->trans_a != 0, desc->trans_b != 0, d->rows, d->cols, desc->trans_a ? a->rows : a->cols,
-                    *static_cast<const float*>(alpha), *static_cast<const float*>(beta), A, B, C, D, *desc};
+    Product product{*a,
+                    *b,
+                    *c,
+                    *d,
+                    desc->trans_a != 0,
+                    desc->trans_b != 0,
+                    d->rows,
+                    d->cols,
+                    desc->trans_a ? a->rows : a->cols,
+                    *static_cast<const float*>(alpha),
+                    *static_cast<const float*>(beta),
+                    A,
+                    B,
+                    C,
+                    D,
+                    *desc};
     cudaError_t error = api([&](Streams& s) {
         // The real library would fault later; here the call says which matrix it is.
         const char* names[] = {"A", "B", "C", "D"};
         for (int i = 0; i < 4; i++) {
             const Layout& l = *matrices[i].second;
             size_t elements = size_t(l.batch_count - 1) * size_t(l.batch_stride) + (l.cols - 1) * size_t(l.ld) + l.rows;
-            if ((i == 2 && product.beta == 0) || memory().contains(matrices[i].first, elements * element_bytes(l.type))) continue;
-            report_misuse(format("cublasLtMatmul: expected %s's %zu bytes inside one device allocation, found them outside", names[i], elements * element_bytes(l.type)), true);
+            if ((i == 2 && product.beta == 0) || memory().contains(matrices[i].first, elements * element_bytes(l.type)))
+                continue;
+            report_misuse(
+                format("cublasLtMatmul: expected %s's %zu bytes inside one device allocation, found them outside",
+                       names[i], elements * element_bytes(l.type)),
+                true);
             return cudaErrorInvalidValue;
         }
         size_t aux_bytes = ((d->cols - 1) * size_t(desc->aux_ld) + d->rows) * element_bytes(d->type);
         if (has_aux && !memory().contains(desc->aux, aux_bytes)) {
-            report_misuse(format("cublasLtMatmul: expected the epilogue's %zu auxiliary bytes inside one device allocation, found them outside", aux_bytes), true);
+            report_misuse(format("cublasLtMatmul: expected the epilogue's %zu auxiliary bytes inside one device "
+                                 "allocation, found them outside",
+                                 aux_bytes),
+                          true);
             return cudaErrorInvalidValue;
         }
         for (const float* scale : {desc->a_scale, desc->b_scale})
@@ -421,7 +518,11 @@ inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc
                 return cudaErrorInvalidValue;
             }
         if (needed && !memory().contains(workspace, needed)) {
-            report_misuse(format("cublasLtMatmul: expected a workspace of %zu bytes inside one device allocation, found it outside", needed), true);
+            report_misuse(
+                format(
+                    "cublasLtMatmul: expected a workspace of %zu bytes inside one device allocation, found it outside",
+                    needed),
+                true);
             return cudaErrorInvalidValue;
         }
         return s.enqueue(stream, cudaGraphNodeTypeKernel, [product, workspace, needed] {
@@ -429,7 +530,9 @@ inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc
             Product one = product;
             for (int i = 0; i < product.a.batch_count; i++) {
                 run_product(one);
-                auto advance = [](auto*& pointer, const Layout& l) { pointer = (char*)pointer + size_t(l.batch_stride) * element_bytes(l.type); };
+                auto advance = [](auto*& pointer, const Layout& l) {
+                    pointer = (char*)pointer + size_t(l.batch_stride) * element_bytes(l.type);
+                };
                 advance(one.A, one.a), advance(one.B, one.b), advance(one.C, one.c), advance(one.D, one.d);
             }
         });

@@ -5,9 +5,7 @@
 
 #include "types.h"
 
-struct __nv_bfloat16_raw {
-    unsigned short x;
-};
+struct __nv_bfloat16_raw { unsigned short x; };
 
 namespace cuda_on_cpu {
 

@@ -1,5 +1,5 @@
-// The CUDA runtime on the CPU: with this folder before the toolkit's in the include path, a C++ compiler builds a .cu file, and
-// its kernels run on the CPU under rules as loose as the hardware's. README.md beside this file says how.
+// The CUDA runtime on the CPU: with this folder before the toolkit's in the include path, a C++ compiler builds a .cu
+// file, and its kernels run on the CPU under rules as loose as the hardware's. README.md beside this file says how.
 #pragma once
 
 #include "device_functions.h"
@@ -7,14 +7,24 @@
 #include "streams.h"
 #include "types.h"
 
-enum cudaDataType { CUDA_R_32F = 0, CUDA_R_64F = 1, CUDA_R_16F = 2, CUDA_R_16BF = 14, CUDA_R_32I = 10, CUDA_R_8F_E4M3 = 28, CUDA_R_8F_E5M2 = 29 };
+enum cudaDataType {
+    CUDA_R_32F = 0,
+    CUDA_R_64F = 1,
+    CUDA_R_16F = 2,
+    CUDA_R_16BF = 14,
+    CUDA_R_32I = 10,
+    CUDA_R_8F_E4M3 = 28,
+    CUDA_R_8F_E5M2 = 29
+};
 using cudaDataType_t = cudaDataType;
 
 // ----- errors
 
 inline const char* cudaGetErrorName(cudaError_t error) {
     switch (error) {
-#define CUDA_ON_CPU_CASE(name, value, text) case name: return #name;
+#define CUDA_ON_CPU_CASE(name, value, text) \
+    case name:                              \
+        return #name;
         CUDA_ON_CPU_ERRORS(CUDA_ON_CPU_CASE)
 #undef CUDA_ON_CPU_CASE
     }
@@ -22,7 +32,9 @@ inline const char* cudaGetErrorName(cudaError_t error) {
 }
 inline const char* cudaGetErrorString(cudaError_t error) {
     switch (error) {
-#define CUDA_ON_CPU_CASE(name, value, text) case name: return text;
+#define CUDA_ON_CPU_CASE(name, value, text) \
+    case name:                              \
+        return text;
         CUDA_ON_CPU_ERRORS(CUDA_ON_CPU_CASE)
 #undef CUDA_ON_CPU_CASE
     }
@@ -73,7 +85,8 @@ inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int devic
         p.maxThreadsDim[0] = p.maxThreadsDim[1] = 1024, p.maxThreadsDim[2] = 64;
         p.maxGridSize[0] = 2147483647, p.maxGridSize[1] = p.maxGridSize[2] = 65535;
         p.major = 9, p.minor = 0, p.multiProcessorCount = 4;
-        p.memoryBusWidth = 128, p.l2CacheSize = 4 << 20, p.maxThreadsPerMultiProcessor = 2048, p.maxBlocksPerMultiProcessor = 32;
+        p.memoryBusWidth = 128, p.l2CacheSize = 4 << 20, p.maxThreadsPerMultiProcessor = 2048,
+        p.maxBlocksPerMultiProcessor = 32;
         p.asyncEngineCount = 1, p.concurrentKernels = 1, p.unifiedAddressing = 1, p.streamPrioritiesSupported = 1;
         *properties = p;
         return cudaSuccess;
@@ -83,20 +96,47 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
     cudaDeviceProp p;
     if (cudaError_t error = cudaGetDeviceProperties(&p, device)) return error;
     switch (attribute) {
-        case cudaDevAttrMaxThreadsPerBlock: *value = p.maxThreadsPerBlock; break;
-        case cudaDevAttrMaxSharedMemoryPerBlock: *value = int(p.sharedMemPerBlock); break;
-        case cudaDevAttrWarpSize: *value = p.warpSize; break;
-        case cudaDevAttrClockRate: *value = 1000000; break;        // kHz; made up
-        case cudaDevAttrMemoryClockRate: *value = 1000000; break;  // kHz; made up
-        case cudaDevAttrGlobalMemoryBusWidth: *value = p.memoryBusWidth; break;
-        case cudaDevAttrMultiProcessorCount: *value = p.multiProcessorCount; break;
-        case cudaDevAttrL2CacheSize: *value = p.l2CacheSize; break;
-        case cudaDevAttrMaxThreadsPerMultiProcessor: *value = p.maxThreadsPerMultiProcessor; break;
-        case cudaDevAttrComputeCapabilityMajor: *value = p.major; break;
-        case cudaDevAttrComputeCapabilityMinor: *value = p.minor; break;
-        case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = int(p.sharedMemPerMultiprocessor); break;
-        case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = int(p.sharedMemPerBlockOptin); break;
-        default: return cuda_on_cpu::last_error = cudaErrorInvalidValue;
+        case cudaDevAttrMaxThreadsPerBlock:
+            *value = p.maxThreadsPerBlock;
+            break;
+        case cudaDevAttrMaxSharedMemoryPerBlock:
+            *value = int(p.sharedMemPerBlock);
+            break;
+        case cudaDevAttrWarpSize:
+            *value = p.warpSize;
+            break;
+        case cudaDevAttrClockRate:
+            *value = 1000000;
+            break;  // kHz; made up
+        case cudaDevAttrMemoryClockRate:
+            *value = 1000000;
+            break;  // kHz; made up
+        case cudaDevAttrGlobalMemoryBusWidth:
+            *value = p.memoryBusWidth;
+            break;
+        case cudaDevAttrMultiProcessorCount:
+            *value = p.multiProcessorCount;
+            break;
+        case cudaDevAttrL2CacheSize:
+            *value = p.l2CacheSize;
+            break;
+        case cudaDevAttrMaxThreadsPerMultiProcessor:
+            *value = p.maxThreadsPerMultiProcessor;
+            break;
+        case cudaDevAttrComputeCapabilityMajor:
+            *value = p.major;
+            break;
+        case cudaDevAttrComputeCapabilityMinor:
+            *value = p.minor;
+            break;
+        case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
+            *value = int(p.sharedMemPerMultiprocessor);
+            break;
+        case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+            *value = int(p.sharedMemPerBlockOptin);
+            break;
+        default:
+            return cuda_on_cpu::last_error = cudaErrorInvalidValue;
     }
     return cudaSuccess;
 }
@@ -172,29 +212,36 @@ namespace cuda_on_cpu {
 // Both ends checked against the allocations; `kind` becomes what the pointers are.
 inline cudaError_t check_copy(const void* to, const void* from, size_t bytes, cudaMemcpyKind& kind) {
     bool to_device = memory().containing(to), from_device = memory().containing(from);
-    if ((to_device && !memory().contains(to, bytes)) || (from_device && !memory().contains(from, bytes))) return cudaErrorInvalidValue;
-    cudaMemcpyKind found = to_device ? from_device ? cudaMemcpyDeviceToDevice : cudaMemcpyHostToDevice
-                                     : from_device ? cudaMemcpyDeviceToHost : cudaMemcpyHostToHost;
+    if ((to_device && !memory().contains(to, bytes)) || (from_device && !memory().contains(from, bytes)))
+        return cudaErrorInvalidValue;
+    cudaMemcpyKind found = to_device     ? from_device ? cudaMemcpyDeviceToDevice : cudaMemcpyHostToDevice
+                           : from_device ? cudaMemcpyDeviceToHost
+                                         : cudaMemcpyHostToHost;
     if (kind != cudaMemcpyDefault && kind != found) return cudaErrorInvalidValue;
     return kind = found, cudaSuccess;
 }
 
 }  // namespace cuda_on_cpu
 
-inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream = nullptr) {
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind,
+                                   cudaStream_t stream = nullptr) {
     return cuda_on_cpu::api([&](cuda_on_cpu::Streams& s) {
         if (bytes == 0) return cudaSuccess;
         if (cudaError_t error = cuda_on_cpu::check_copy(to, from, bytes, kind)) return error;
         CUstream_st* in = s.get(stream);
         if (!in) return cudaErrorInvalidResourceHandle;
         auto& memory = cuda_on_cpu::memory();
-        // Pageable memory is staged: read at once, and written before the call returns. A captured copy reads it at each launch.
+        // Pageable memory is staged: read at once, and written before the call returns. A captured copy reads it at
+        // each launch.
         if (!in->capture && kind == cudaMemcpyHostToDevice && !memory.is_pinned(from)) {
             std::vector<char> staged((const char*)from, (const char*)from + bytes);
-            return s.enqueue(stream, cudaGraphNodeTypeMemcpy, [to, staged = std::move(staged)] { memcpy(to, staged.data(), staged.size()); });
+            return s.enqueue(stream, cudaGraphNodeTypeMemcpy,
+                             [to, staged = std::move(staged)] { memcpy(to, staged.data(), staged.size()); });
         }
         cudaError_t error = s.enqueue(stream, cudaGraphNodeTypeMemcpy, [=] { memmove(to, from, bytes); });
-        if (!error && !in->capture && (kind == cudaMemcpyHostToHost || (kind == cudaMemcpyDeviceToHost && !memory.is_pinned(to)))) error = s.synchronise(in);
+        if (!error && !in->capture &&
+            (kind == cudaMemcpyHostToHost || (kind == cudaMemcpyDeviceToHost && !memory.is_pinned(to))))
+            error = s.synchronise(in);
         return error;
     });
 }
@@ -231,9 +278,15 @@ inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flag
         return cudaSuccess;
     });
 }
-inline cudaError_t cudaStreamCreate(cudaStream_t* stream) { return cudaStreamCreateWithFlags(stream, cudaStreamDefault); }
-inline cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned flags, int) { return cudaStreamCreateWithFlags(stream, flags); }
-inline cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) { return *least = 0, *greatest = -5, cudaSuccess; }
+inline cudaError_t cudaStreamCreate(cudaStream_t* stream) {
+    return cudaStreamCreateWithFlags(stream, cudaStreamDefault);
+}
+inline cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned flags, int) {
+    return cudaStreamCreateWithFlags(stream, flags);
+}
+inline cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
+    return *least = 0, *greatest = -5, cudaSuccess;
+}
 inline cudaError_t cudaStreamDestroy(cudaStream_t stream) {
     return cuda_on_cpu::api([&](auto& s) {
         CUstream_st* found = s.get(stream);
@@ -301,8 +354,10 @@ inline cudaError_t cudaEventQuery(cudaEvent_t event) {
 }
 inline cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t start, cudaEvent_t end) {
     return cuda_on_cpu::api([&](auto&) {
-        if (!start->state->recorded || !end->state->recorded || (start->flags | end->flags) & cudaEventDisableTiming) return cudaErrorInvalidResourceHandle;
-        if (start->state->completed < start->state->recorded || end->state->completed < end->state->recorded) return cudaErrorNotReady;
+        if (!start->state->recorded || !end->state->recorded || (start->flags | end->flags) & cudaEventDisableTiming)
+            return cudaErrorInvalidResourceHandle;
+        if (start->state->completed < start->state->recorded || end->state->completed < end->state->recorded)
+            return cudaErrorNotReady;
         *milliseconds = std::chrono::duration<float, std::milli>(end->state->time - start->state->time).count();
         return cudaSuccess;
     });
@@ -320,7 +375,9 @@ inline cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureS
     return cuda_on_cpu::api([&](auto& s) {
         CUstream_st* found = s.get(stream);
         if (!found) return cudaErrorInvalidResourceHandle;
-        *status = !found->capture ? cudaStreamCaptureStatusNone : found->capture->invalid ? cudaStreamCaptureStatusInvalidated : cudaStreamCaptureStatusActive;
+        *status = !found->capture           ? cudaStreamCaptureStatusNone
+                  : found->capture->invalid ? cudaStreamCaptureStatusInvalidated
+                                            : cudaStreamCaptureStatusActive;
         return cudaSuccess;
     });
 }
@@ -332,7 +389,9 @@ inline cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t* nodes, 
         return cudaSuccess;
     });
 }
-inline cudaError_t cudaGraphNodeGetType(cudaGraphNode_t node, cudaGraphNodeType* type) { return *type = node->type, cudaSuccess; }
+inline cudaError_t cudaGraphNodeGetType(cudaGraphNode_t node, cudaGraphNodeType* type) {
+    return *type = node->type, cudaSuccess;
+}
 inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t* exec, cudaGraph_t graph, unsigned long long = 0) {
     return cuda_on_cpu::api([&](auto& s) { return graph ? s.instantiate(exec, graph) : cudaErrorInvalidValue; });
 }
@@ -378,25 +437,35 @@ inline cudaError_t check_launch(const cudaLaunchConfig_t& config, const void* fu
     dim3 g = config.gridDim, b = config.blockDim;
     size_t threads = size_t(b.x) * b.y * b.z;
     if (threads == 0 || threads > max_threads || b.x > max_threads || b.y > max_threads || b.z > 64)
-        return refuse_launch(function, "expected a block of 1 to 1024 threads, z up to 64, found " + text(b), cudaErrorInvalidConfiguration);
+        return refuse_launch(function, "expected a block of 1 to 1024 threads, z up to 64, found " + text(b),
+                             cudaErrorInvalidConfiguration);
     if (g.x == 0 || g.y == 0 || g.z == 0 || g.x > 0x7fffffffu || g.y > 65535 || g.z > 65535)
-        return refuse_launch(function, "expected a grid of 1 to (2^31-1,65535,65535) blocks, found " + text(g), cudaErrorInvalidConfiguration);
+        return refuse_launch(function, "expected a grid of 1 to (2^31-1,65535,65535) blocks, found " + text(g),
+                             cudaErrorInvalidConfiguration);
     if (config.dynamicSmemBytes > shared_allowed(function))
-        return refuse_launch(function, format("expected up to %zu bytes of shared memory, found %zu; cudaFuncSetAttribute allows up to %zu",
-                             shared_allowed(function), config.dynamicSmemBytes, shared_limit), cudaErrorInvalidValue);
+        return refuse_launch(
+            function,
+            format("expected up to %zu bytes of shared memory, found %zu; cudaFuncSetAttribute allows up to %zu",
+                   shared_allowed(function), config.dynamicSmemBytes, shared_limit),
+            cudaErrorInvalidValue);
     for (unsigned i = 0; i < config.numAttrs; i++)
-        if (config.attrs[i].id == cudaLaunchAttributeClusterDimension || config.attrs[i].id == cudaLaunchAttributeCooperative)
-            return refuse_launch(function, "clusters and cooperative launches are not supported", cudaErrorNotSupported);
+        if (config.attrs[i].id == cudaLaunchAttributeClusterDimension ||
+            config.attrs[i].id == cudaLaunchAttributeCooperative)
+            return refuse_launch(function, "clusters and cooperative launches are not supported",
+                                 cudaErrorNotSupported);
     return cudaSuccess;
 }
 
 inline bool may_overlap(const cudaLaunchConfig_t& config) {
     for (unsigned i = 0; i < config.numAttrs; i++)
-        if (config.attrs[i].id == cudaLaunchAttributeProgrammaticStreamSerialization && config.attrs[i].val.programmaticStreamSerializationAllowed) return true;
+        if (config.attrs[i].id == cudaLaunchAttributeProgrammaticStreamSerialization &&
+            config.attrs[i].val.programmaticStreamSerializationAllowed)
+            return true;
     return false;
 }
 
-// A pointer argument that is no device pointer would fault on a card. Small numbers may be offsets from null that nobody uses.
+// A pointer argument that is no device pointer would fault on a card. Small numbers may be offsets from null that
+// nobody uses.
 template <class T>
 bool is_host_pointer(T argument) {
     if constexpr (std::is_pointer_v<T> && !std::is_function_v<std::remove_pointer_t<T>>) {
@@ -412,24 +481,32 @@ bool is_host_pointer(T argument) {
 
 template <class... Expected, class... Actual>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Expected...), Actual&&... actual) {
-    static_assert((std::is_trivially_copyable_v<std::decay_t<Expected>> && ...), "kernel arguments are copied byte by byte");
+    static_assert((std::is_trivially_copyable_v<std::decay_t<Expected>> && ...),
+                  "kernel arguments are copied byte by byte");
     static_assert((!std::is_reference_v<Expected> && ...), "kernel arguments are passed by value");
     return cuda_on_cpu::api([&](auto& s) {
         const void* function = reinterpret_cast<const void*>(kernel);
         if (cudaError_t error = cuda_on_cpu::check_launch(*config, function)) return error;
-        std::tuple<std::decay_t<Expected>...> arguments = [](Expected... converted) { return std::tuple<std::decay_t<Expected>...>(converted...); }(std::forward<Actual>(actual)...);
+        std::tuple<std::decay_t<Expected>...> arguments = [](Expected... converted) {
+            return std::tuple<std::decay_t<Expected>...>(converted...);
+        }(std::forward<Actual>(actual)...);
         int host_pointer = std::apply([](auto... argument) {
             int position = 0, found = 0;
             ((++position, found = !found && cuda_on_cpu::is_host_pointer(argument) ? position : found), ...);
             return found;
         }, arguments);
         if (host_pointer) {
-            cuda_on_cpu::report_misuse("launch of kernel " + cuda_on_cpu::kernel_name(function) +
-                                       cuda_on_cpu::format(": expected argument %d to point into device or pinned memory, found that it does not", host_pointer), true);
+            cuda_on_cpu::report_misuse(
+                "launch of kernel " + cuda_on_cpu::kernel_name(function) +
+                    cuda_on_cpu::format(
+                        ": expected argument %d to point into device or pinned memory, found that it does not",
+                        host_pointer),
+                true);
             return cudaErrorIllegalAddress;
         }
         auto launch = std::make_shared<cuda_on_cpu::Launch>(cuda_on_cpu::Launch{
-            function, config->gridDim, config->blockDim, config->dynamicSmemBytes, cuda_on_cpu::may_overlap(*config), [kernel, arguments] { std::apply(kernel, arguments); }});
+            function, config->gridDim, config->blockDim, config->dynamicSmemBytes, cuda_on_cpu::may_overlap(*config),
+            [kernel, arguments] { std::apply(kernel, arguments); }});
         return s.enqueue(config->stream, cudaGraphNodeTypeKernel, [launch] { cuda_on_cpu::run_grid(*launch); });
     });
 }
@@ -470,15 +547,20 @@ inline cudaError_t cudaFuncGetName(const char** name, const void* function) {
     });
 }
 // By threads and shared memory; registers do not exist here.
-inline cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* function, int block_size, size_t shared_bytes) {
+inline cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* function, int block_size,
+                                                                 size_t shared_bytes) {
     return cuda_on_cpu::api([&](auto&) {
-        if (block_size < 1 || block_size > int(cuda_on_cpu::max_threads) || shared_bytes > cuda_on_cpu::shared_limit) return cudaErrorInvalidValue;
+        if (block_size < 1 || block_size > int(cuda_on_cpu::max_threads) || shared_bytes > cuda_on_cpu::shared_limit)
+            return cudaErrorInvalidValue;
         if (shared_bytes > cuda_on_cpu::shared_allowed(function)) return *blocks = 0, cudaSuccess;
-        *blocks = std::min({32, 2048 / int(cuda_on_cpu::round_up(size_t(block_size), 32)), int((228 << 10) / (shared_bytes + 1024))});
+        *blocks = std::min({32, 2048 / int(cuda_on_cpu::round_up(size_t(block_size), 32)),
+                            int((228 << 10) / (shared_bytes + 1024))});
         return cudaSuccess;
     });
 }
 template <class... Arguments>
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void (*function)(Arguments...), int block_size, size_t shared_bytes) {
-    return cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, reinterpret_cast<const void*>(function), block_size, shared_bytes);
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void (*function)(Arguments...), int block_size,
+                                                          size_t shared_bytes) {
+    return cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, reinterpret_cast<const void*>(function), block_size,
+                                                         shared_bytes);
 }

@@ -12,9 +12,15 @@
 #define CUDA_ON_CPU_LINE int line = __builtin_LINE()
 
 __forceinline__ void __syncthreads(CUDA_ON_CPU_LINE) { cuda_on_cpu::device().barrier(0, line); }
-__forceinline__ int __syncthreads_count(int predicate, CUDA_ON_CPU_LINE) { return cuda_on_cpu::device().barrier(predicate != 0, line); }
-__forceinline__ int __syncthreads_or(int predicate, CUDA_ON_CPU_LINE) { return cuda_on_cpu::device().barrier(predicate != 0, line) != 0; }
-__forceinline__ int __syncthreads_and(int predicate, CUDA_ON_CPU_LINE) { return cuda_on_cpu::device().barrier(predicate == 0, line) == 0; }
+__forceinline__ int __syncthreads_count(int predicate, CUDA_ON_CPU_LINE) {
+    return cuda_on_cpu::device().barrier(predicate != 0, line);
+}
+__forceinline__ int __syncthreads_or(int predicate, CUDA_ON_CPU_LINE) {
+    return cuda_on_cpu::device().barrier(predicate != 0, line) != 0;
+}
+__forceinline__ int __syncthreads_and(int predicate, CUDA_ON_CPU_LINE) {
+    return cuda_on_cpu::device().barrier(predicate == 0, line) == 0;
+}
 
 namespace cuda_on_cpu {
 
@@ -26,7 +32,8 @@ __forceinline__ T shuffle(unsigned mask, T value, unsigned source, int line) {
     unsigned lane = w.current->index % 32;
     Warp& warp = w.warps[w.current->index / 32];
     if (!(mask & warp.exists & (1u << source)))
-        w.misuse(format("a shuffle (line %d, mask 0x%08x): expected a source lane of the mask, found lane %u", line, mask, source));
+        w.misuse(format("a shuffle (line %d, mask 0x%08x): expected a source lane of the mask, found lane %u", line,
+                        mask, source));
     memcpy(&warp.value[lane], &value, sizeof value);
     warp.source[lane] = source;
     uint64_t result;
@@ -51,8 +58,10 @@ __forceinline__ unsigned vote(unsigned mask, bool predicate, int line) {
     warp.operands[lane] = &result;
     w.collective(Wait::vote, mask, line, [mask](Warp& warp) {
         unsigned all = 0;
-        for (unsigned rest = mask & warp.exists; rest; rest &= rest - 1) all |= unsigned(warp.value[__builtin_ctz(rest)]) << __builtin_ctz(rest);
-        for (unsigned rest = mask & warp.exists; rest; rest &= rest - 1) *static_cast<unsigned*>(warp.operands[__builtin_ctz(rest)]) = all;
+        for (unsigned rest = mask & warp.exists; rest; rest &= rest - 1)
+            all |= unsigned(warp.value[__builtin_ctz(rest)]) << __builtin_ctz(rest);
+        for (unsigned rest = mask & warp.exists; rest; rest &= rest - 1)
+            *static_cast<unsigned*>(warp.operands[__builtin_ctz(rest)]) = all;
     });
     return result;
 }
@@ -64,7 +73,8 @@ inline unsigned in_segment(unsigned lane, int width, int wanted) {
     return wanted < 0 || wanted >= width ? lane : first + unsigned(wanted);
 }
 
-// Other threads may run before an atomic or a fence; always at a nanosleep, so that a spinning thread lets others go on.
+// Other threads may run before an atomic or a fence; always at a nanosleep, so that a spinning thread lets others go
+// on.
 inline void maybe_yield(uint32_t one_in) {
     if (!worker || worker->current == &worker->home) return;
     if (worker->random.below(one_in) == 0) worker->yield();
@@ -72,7 +82,8 @@ inline void maybe_yield(uint32_t one_in) {
 template <class T>
 std::atomic_ref<T> atomic(T* p) {
     maybe_yield(8);
-    if (reinterpret_cast<uintptr_t>(p) % sizeof(T)) device().misuse(format("an atomic: expected an address aligned to %zu bytes, found %p", sizeof(T), (void*)p));
+    if (reinterpret_cast<uintptr_t>(p) % sizeof(T))
+        device().misuse(format("an atomic: expected an address aligned to %zu bytes, found %p", sizeof(T), (void*)p));
     return std::atomic_ref<T>(*p);
 }
 template <class T, class Change>
@@ -90,7 +101,8 @@ __forceinline__ void __syncwarp(unsigned mask = ~0u, CUDA_ON_CPU_LINE) {
 }
 template <class T>
 __forceinline__ T __shfl_sync(unsigned mask, T value, int source, int width = 32, CUDA_ON_CPU_LINE) {
-    return cuda_on_cpu::shuffle(mask, value, cuda_on_cpu::in_segment(cuda_on_cpu::lane(), width, source & (width - 1)), line);
+    return cuda_on_cpu::shuffle(mask, value, cuda_on_cpu::in_segment(cuda_on_cpu::lane(), width, source & (width - 1)),
+                                line);
 }
 template <class T>
 __forceinline__ T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32, CUDA_ON_CPU_LINE) {
@@ -101,16 +113,26 @@ __forceinline__ T __shfl_xor_sync(unsigned mask, T value, int lanes, int width =
 template <class T>
 __forceinline__ T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32, CUDA_ON_CPU_LINE) {
     unsigned lane = cuda_on_cpu::lane();
-    return cuda_on_cpu::shuffle(mask, value, cuda_on_cpu::in_segment(lane, width, int(lane & unsigned(width - 1)) + int(delta)), line);
+    return cuda_on_cpu::shuffle(mask, value,
+                                cuda_on_cpu::in_segment(lane, width, int(lane & unsigned(width - 1)) + int(delta)),
+                                line);
 }
 template <class T>
 __forceinline__ T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, CUDA_ON_CPU_LINE) {
     unsigned lane = cuda_on_cpu::lane();
-    return cuda_on_cpu::shuffle(mask, value, cuda_on_cpu::in_segment(lane, width, int(lane & unsigned(width - 1)) - int(delta)), line);
+    return cuda_on_cpu::shuffle(mask, value,
+                                cuda_on_cpu::in_segment(lane, width, int(lane & unsigned(width - 1)) - int(delta)),
+                                line);
 }
-__forceinline__ unsigned __ballot_sync(unsigned mask, int predicate, CUDA_ON_CPU_LINE) { return cuda_on_cpu::vote(mask, predicate != 0, line); }
-__forceinline__ int __any_sync(unsigned mask, int predicate, CUDA_ON_CPU_LINE) { return cuda_on_cpu::vote(mask, predicate != 0, line) != 0; }
-__forceinline__ int __all_sync(unsigned mask, int predicate, CUDA_ON_CPU_LINE) { return cuda_on_cpu::vote(mask, predicate == 0, line) == 0; }
+__forceinline__ unsigned __ballot_sync(unsigned mask, int predicate, CUDA_ON_CPU_LINE) {
+    return cuda_on_cpu::vote(mask, predicate != 0, line);
+}
+__forceinline__ int __any_sync(unsigned mask, int predicate, CUDA_ON_CPU_LINE) {
+    return cuda_on_cpu::vote(mask, predicate != 0, line) != 0;
+}
+__forceinline__ int __all_sync(unsigned mask, int predicate, CUDA_ON_CPU_LINE) {
+    return cuda_on_cpu::vote(mask, predicate == 0, line) == 0;
+}
 inline unsigned __activemask() { return 1u << cuda_on_cpu::lane(); }  // nothing more is promised
 
 inline void __threadfence() {
@@ -122,9 +144,13 @@ inline void __threadfence_system() { __threadfence(); }
 inline void __nanosleep(unsigned) { cuda_on_cpu::maybe_yield(1); }
 
 // Only the types that CUDA has, so that what compiles here compiles there.
-#define CUDA_ON_CPU_ATOMICS(T)                                                                                                          \
-    inline T atomicMin(T* p, T v) { return cuda_on_cpu::atomic_change(p, [v](T old) { return v < old ? v : old; }); }                   \
-    inline T atomicMax(T* p, T v) { return cuda_on_cpu::atomic_change(p, [v](T old) { return v > old ? v : old; }); }
+#define CUDA_ON_CPU_ATOMICS(T)                                                          \
+    inline T atomicMin(T* p, T v) {                                                     \
+        return cuda_on_cpu::atomic_change(p, [v](T old) { return v < old ? v : old; }); \
+    }                                                                                   \
+    inline T atomicMax(T* p, T v) {                                                     \
+        return cuda_on_cpu::atomic_change(p, [v](T old) { return v > old ? v : old; }); \
+    }
 CUDA_ON_CPU_ATOMICS(int)
 CUDA_ON_CPU_ATOMICS(unsigned)
 CUDA_ON_CPU_ATOMICS(long long)
@@ -138,14 +164,14 @@ CUDA_ON_CPU_ATOMICS(unsigned long long)
 CUDA_ON_CPU_ATOMICS(float)
 CUDA_ON_CPU_ATOMICS(double)
 #undef CUDA_ON_CPU_ATOMICS
-#define CUDA_ON_CPU_ATOMICS(T)                                                          \
-    inline T atomicExch(T* p, T v) { return cuda_on_cpu::atomic(p).exchange(v); }       \
-    inline T atomicCAS(T* p, T expected, T v) {                                         \
-        cuda_on_cpu::atomic(p).compare_exchange_strong(expected, v);                    \
-        return expected;                                                                \
-    }                                                                                   \
-    inline T atomicAnd(T* p, T v) { return cuda_on_cpu::atomic(p).fetch_and(v); }       \
-    inline T atomicOr(T* p, T v) { return cuda_on_cpu::atomic(p).fetch_or(v); }         \
+#define CUDA_ON_CPU_ATOMICS(T)                                                    \
+    inline T atomicExch(T* p, T v) { return cuda_on_cpu::atomic(p).exchange(v); } \
+    inline T atomicCAS(T* p, T expected, T v) {                                   \
+        cuda_on_cpu::atomic(p).compare_exchange_strong(expected, v);              \
+        return expected;                                                          \
+    }                                                                             \
+    inline T atomicAnd(T* p, T v) { return cuda_on_cpu::atomic(p).fetch_and(v); } \
+    inline T atomicOr(T* p, T v) { return cuda_on_cpu::atomic(p).fetch_or(v); }   \
     inline T atomicXor(T* p, T v) { return cuda_on_cpu::atomic(p).fetch_xor(v); }
 CUDA_ON_CPU_ATOMICS(int)
 CUDA_ON_CPU_ATOMICS(unsigned)
@@ -161,12 +187,30 @@ inline unsigned atomicDec(unsigned* p, unsigned limit) {
     return cuda_on_cpu::atomic_change(p, [limit](unsigned old) { return old == 0 || old > limit ? limit : old - 1; });
 }
 
-template <class T> T __ldg(const T* p) { return *p; }
-template <class T> T __ldcs(const T* p) { return *p; }
-template <class T> T __ldcg(const T* p) { return *p; }
-template <class T> T __ldca(const T* p) { return *p; }
-template <class T> void __stcs(T* p, T value) { *p = value; }
-template <class T> void __stcg(T* p, T value) { *p = value; }
+template <class T>
+T __ldg(const T* p) {
+    return *p;
+}
+template <class T>
+T __ldcs(const T* p) {
+    return *p;
+}
+template <class T>
+T __ldcg(const T* p) {
+    return *p;
+}
+template <class T>
+T __ldca(const T* p) {
+    return *p;
+}
+template <class T>
+void __stcs(T* p, T value) {
+    *p = value;
+}
+template <class T>
+void __stcg(T* p, T value) {
+    *p = value;
+}
 
 // glibc declares the first of these as C functions that it does not export.
 extern "C" inline float __expf(float x) noexcept { return expf(x); }
@@ -184,12 +228,27 @@ inline float rsqrtf(float x) { return 1 / sqrtf(x); }
 inline double rsqrt(double x) { return 1 / sqrt(x); }
 inline float __saturatef(float x) { return x > 0 ? x < 1 ? x : 1 : 0; }
 // Rounded by themselves: the compiler must not contract them with their neighbours.
-inline float __fadd_rn(float x, float y) { volatile float sum = x + y; return sum; }
-inline float __fsub_rn(float x, float y) { volatile float difference = x - y; return difference; }
-inline float __fmul_rn(float x, float y) { volatile float product = x * y; return product; }
+inline float __fadd_rn(float x, float y) {
+    volatile float sum = x + y;
+    return sum;
+}
+inline float __fsub_rn(float x, float y) {
+    volatile float difference = x - y;
+    return difference;
+}
+inline float __fmul_rn(float x, float y) {
+    volatile float product = x * y;
+    return product;
+}
 inline float __fmaf_rn(float x, float y, float z) { return fmaf(x, y, z); }
-inline double __dadd_rn(double x, double y) { volatile double sum = x + y; return sum; }
-inline double __dmul_rn(double x, double y) { volatile double product = x * y; return product; }
+inline double __dadd_rn(double x, double y) {
+    volatile double sum = x + y;
+    return sum;
+}
+inline double __dmul_rn(double x, double y) {
+    volatile double product = x * y;
+    return product;
+}
 
 inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
 inline int __float_as_int(float x) { return std::bit_cast<int>(x); }
@@ -207,7 +266,9 @@ inline int __clzll(long long x) { return x ? __builtin_clzll((unsigned long long
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __ffsll(long long x) { return __builtin_ffsll(x); }
 inline unsigned __umulhi(unsigned x, unsigned y) { return unsigned((uint64_t(x) * y) >> 32); }
-inline unsigned long long __umul64hi(unsigned long long x, unsigned long long y) { return (unsigned long long)(((unsigned __int128)x * y) >> 64); }
+inline unsigned long long __umul64hi(unsigned long long x, unsigned long long y) {
+    return (unsigned long long)(((unsigned __int128)x * y) >> 64);
+}
 inline int __mulhi(int x, int y) { return int((int64_t(x) * y) >> 32); }
 inline unsigned __brev(unsigned x) {
     unsigned reversed = 0;
@@ -216,9 +277,15 @@ inline unsigned __brev(unsigned x) {
 }
 
 // CUDA's min and max take mixed integer types; the result has the type of the usual arithmetic conversions.
-#define CUDA_ON_CPU_MIN_MAX(R, A, B)                                        \
-    inline R min(A a, B b) { R x = a, y = b; return x < y ? x : y; }        \
-    inline R max(A a, B b) { R x = a, y = b; return x > y ? x : y; }
+#define CUDA_ON_CPU_MIN_MAX(R, A, B) \
+    inline R min(A a, B b) {         \
+        R x = a, y = b;              \
+        return x < y ? x : y;        \
+    }                                \
+    inline R max(A a, B b) {         \
+        R x = a, y = b;              \
+        return x > y ? x : y;        \
+    }
 CUDA_ON_CPU_MIN_MAX(int, int, int)
 CUDA_ON_CPU_MIN_MAX(unsigned, unsigned, unsigned)
 CUDA_ON_CPU_MIN_MAX(unsigned, int, unsigned)

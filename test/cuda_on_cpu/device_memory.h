@@ -1,4 +1,5 @@
-// Device memory: a mapping of its own for each allocation, between guard pages, out of the host's reach while the host runs.
+// Device memory: a mapping of its own for each allocation, between guard pages, out of the host's reach while the host
+// runs.
 #pragma once
 
 #include <signal.h>
@@ -42,7 +43,8 @@ __attribute__((no_sanitize("address"))) inline size_t damaged_at(const char* p, 
     return i;
 }
 
-// [guard page][canary][data, bytes long][canary][guard page]; data is 256-byte aligned, as close to the end as that allows.
+// [guard page][canary][data, bytes long][canary][guard page]; data is 256-byte aligned, as close to the end as that
+// allows.
 struct Allocation {
     char* map = nullptr;
     size_t map_bytes = 0;
@@ -55,9 +57,13 @@ struct Allocation {
     char* last() const { return map + map_bytes - page; }
     bool protect(int how) const { return mprotect(first(), size_t(last() - first()), how) == 0; }
     std::string damage() const {
-        size_t before = damaged_at(first(), size_t(data - first())), after = damaged_at(data + bytes, size_t(last() - data) - bytes);
-        if (before != size_t(data - first())) return format("a write %zu bytes before an allocation of %zu bytes", size_t(data - first()) - before, bytes);
-        if (after != size_t(last() - data) - bytes) return format("a write at offset %zu of an allocation of %zu bytes", bytes + after, bytes);
+        size_t before = damaged_at(first(), size_t(data - first())),
+               after = damaged_at(data + bytes, size_t(last() - data) - bytes);
+        if (before != size_t(data - first()))
+            return format("a write %zu bytes before an allocation of %zu bytes", size_t(data - first()) - before,
+                          bytes);
+        if (after != size_t(last() - data) - bytes)
+            return format("a write at offset %zu of an allocation of %zu bytes", bytes + after, bytes);
         return "";
     }
 };
@@ -65,12 +71,12 @@ struct Allocation {
 inline void install_fault_handler();
 
 struct DeviceMemory {
-    std::map<char*, Allocation> live;         // by the address of the mapping
-    std::map<char*, Allocation> freed;        // kept reserved, so that a use after free is named
+    std::map<char*, Allocation> live;   // by the address of the mapping
+    std::map<char*, Allocation> freed;  // kept reserved, so that a use after free is named
     std::deque<char*> freed_order;
     std::map<char*, size_t> pinned;
     size_t total = 0, used = 0;
-    std::atomic<int> running{0};              // the device is: faults in live allocations open them
+    std::atomic<int> running{0};  // the device is: faults in live allocations open them
 
     DeviceMemory() {
         const char* mib = getenv("CUDA_ON_CPU_MEMORY");
@@ -146,12 +152,13 @@ inline DeviceMemory& memory() {
 inline thread_local std::string (*current_place)(const void*) = nullptr;
 inline struct sigaction previous_action;
 
-// While the device runs, the first touch of an allocation comes here and opens it: a flush then costs as many mprotect calls
-// as it touches allocations, not as there are. Any other fault is an error, told and passed on.
+// While the device runs, the first touch of an allocation comes here and opens it: a flush then costs as many mprotect
+// calls as it touches allocations, not as there are. Any other fault is an error, told and passed on.
 __attribute__((no_sanitize("address", "undefined"))) inline void on_fault(int number, siginfo_t* info, void* context) {
     char* p = (char*)info->si_addr;
     Allocation* a = DeviceMemory::find(memory().live, p);
-    if (a && (memory().running || !settings().protect) && p >= a->first() && p < a->last() && a->protect(PROT_READ | PROT_WRITE)) {
+    if (a && (memory().running || !settings().protect) && p >= a->first() && p < a->last() &&
+        a->protect(PROT_READ | PROT_WRITE)) {
         a->open = true;
         return;
     }
@@ -160,16 +167,19 @@ __attribute__((no_sanitize("address", "undefined"))) inline void on_fault(int nu
     std::string place = current_place ? current_place(p) : "";
     std::string message = place.empty() ? "host access to " : "in " + place + ": access to ";
     if (a)
-        message += format("%sdevice memory, allocation of %zu bytes + offset %td", freed ? "freed " : p < a->first() || p >= a->last() ? "a guard page of " : "",
+        message += format("%sdevice memory, allocation of %zu bytes + offset %td",
+                          freed                              ? "freed "
+                          : p < a->first() || p >= a->last() ? "a guard page of "
+                                                             : "",
                           a->bytes, p - a->data);
-    else
-        message += format("address %p, which is no device memory", (void*)p);
+    else message += format("address %p, which is no device memory", (void*)p);
     if (a || !place.empty()) {
         message = "CUDA on CPU: " + message + "\n";
         if (write(2, message.data(), message.size()) < 0) _exit(1);
     }
     // Passed on to the handler that was there before, a sanitizer's or a test framework's.
-    if (previous_action.sa_flags & SA_SIGINFO && previous_action.sa_sigaction) return previous_action.sa_sigaction(number, info, context);
+    if (previous_action.sa_flags & SA_SIGINFO && previous_action.sa_sigaction)
+        return previous_action.sa_sigaction(number, info, context);
     if (previous_action.sa_handler && previous_action.sa_handler != SIG_IGN) return previous_action.sa_handler(number);
     signal(number, SIG_DFL);  // the access is repeated on return, and now kills
 }
@@ -188,7 +198,7 @@ inline void install_fault_handler() {
     sigaction(SIGSEGV, nullptr, &now);
     if (now.sa_flags & SA_SIGINFO && now.sa_sigaction == on_fault) return;
     previous_action = now;
-    struct sigaction mine {};
+    struct sigaction mine{};
     mine.sa_sigaction = on_fault;
     mine.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
     sigaction(SIGSEGV, &mine, nullptr);
@@ -206,7 +216,8 @@ struct DeviceRunning {
             if (!a.open) continue;
             std::string damage = a.damage();
             if (!damage.empty()) {
-                report_misuse("found when the device was synchronised: " + damage + " since the last synchronisation", true);
+                report_misuse("found when the device was synchronised: " + damage + " since the last synchronisation",
+                              true);
                 repair(a);
             }
             if (settings().protect) a.open = !a.protect(PROT_NONE);

@@ -1,5 +1,5 @@
-// Runs the blocks of a grid, a block's threads as fibers: a thread runs until a barrier, a warp collective or its end, and the
-// next one to run is drawn at random.
+// Runs the blocks of a grid, a block's threads as fibers: a thread runs until a barrier, a warp collective or its end,
+// and the next one to run is drawn at random.
 #pragma once
 
 #include <boost/context/detail/fcontext.hpp>
@@ -33,7 +33,8 @@ constexpr size_t stack_guard = 64 << 10;  // no single page: a frame may be larg
 // Where a thread may wait. The aligned ones must be the same instruction for the whole warp, so the same source line.
 enum class Wait : uint8_t { running, ended, syncthreads, syncwarp, shuffle, vote, mma, ldmatrix };
 inline const char* wait_name(Wait wait) {
-    const char* names[] = {"runs", "ended", "__syncthreads", "__syncwarp", "a shuffle", "a vote", "mma_16x8x16", "ldmatrix_x4"};
+    const char* names[] = {"runs",      "ended",  "__syncthreads", "__syncwarp",
+                           "a shuffle", "a vote", "mma_16x8x16",   "ldmatrix_x4"};
     return names[int(wait)];
 }
 
@@ -61,7 +62,7 @@ struct Fiber {
     unsigned mask = 0;
     std::vector<AsyncCopy> copies;  // issued, not landed
     unsigned groups_committed = 0;
-    bool waited = false;            // for the kernel before
+    bool waited = false;    // for the kernel before
     char* stack = nullptr;  // the guard, below the stack
     const void* bottom = nullptr;
     size_t size = 0;
@@ -118,7 +119,8 @@ struct Worker {
     }
 
     std::string place(const Fiber& fiber) const {
-        return "kernel " + kernel_name(launch->function) + ", block " + text(blockIdx) + ", thread " + text(fiber.thread);
+        return "kernel " + kernel_name(launch->function) + ", block " + text(blockIdx) + ", thread " +
+               text(fiber.thread);
     }
 
     // The first misuse of a launch is told; the block is given up.
@@ -131,7 +133,8 @@ struct Worker {
         throw Abandoned{};
     }
 
-    // Forced inline, with its callers up to the kernel: after a switch the CPU predicts every return wrong, so there must be none.
+    // Forced inline, with its callers up to the kernel: after a switch the CPU predicts every return wrong, so there
+    // must be none.
     __forceinline__ void switch_to(Fiber& next) {
         Fiber& self = *current;
         current = &next;
@@ -176,10 +179,11 @@ struct Worker {
     // Every thread of the block brings a number; all get the sum.
     __forceinline__ int barrier(int number, int line) {
         Fiber& self = *current;
-        if (at_barrier == 0)
-            barrier_line = line, barrier_sum = 0;
+        if (at_barrier == 0) barrier_line = line, barrier_sum = 0;
         else if (line != barrier_line)
-            misuse(format("expected every thread of the block at the __syncthreads of line %d, found this one at line %d", barrier_line, line));
+            misuse(
+                format("expected every thread of the block at the __syncthreads of line %d, found this one at line %d",
+                       barrier_line, line));
         barrier_sum += number;
         self.wait = Wait::syncthreads, self.line = line;
         if (++at_barrier == threads) {
@@ -197,16 +201,17 @@ struct Worker {
         Warp& warp = warps[self.index / 32];
         unsigned bit = 1u << self.index % 32;
         Group* group = nullptr;
-        if (warp.pending == 1 && mask & bit && warp.groups[0].mask == mask && warp.groups[0].wait == wait && (wait < Wait::mma || warp.groups[0].line == line))
+        if (warp.pending == 1 && mask & bit && warp.groups[0].mask == mask && warp.groups[0].wait == wait &&
+            (wait < Wait::mma || warp.groups[0].line == line))
             group = &warp.groups[0];
-        else
-            group = &join(warp, wait, mask, line, bit);
+        else group = &join(warp, wait, mask, line, bit);
         group->arrived |= bit;
         if (group->arrived == (group->mask & warp.exists)) {
             complete(warp);
             unsigned released = group->arrived;
             *group = warp.groups[--warp.pending];
-            for (; released; released &= released - 1) make_ready(*fibers[self.index / 32 * 32 + unsigned(__builtin_ctz(released))]);
+            for (; released; released &= released - 1)
+                make_ready(*fibers[self.index / 32 * 32 + unsigned(__builtin_ctz(released))]);
         } else {
             self.wait = wait, self.line = line, self.mask = mask;
         }
@@ -216,21 +221,30 @@ struct Worker {
     // All that can be wrong with a lane's arrival, and the group that it joins.
     Group& join(Warp& warp, Wait wait, unsigned mask, int line, unsigned bit) {
         auto wrong = [&](const std::string& what) { misuse(operation(wait, line, mask) + ": " + what); };
-        if (!(mask & bit)) wrong(format("expected the calling lane in its own mask, found lane %d outside it", __builtin_ctz(bit)));
-        if (wait >= Wait::mma && warp.exists != ~0u) wrong(format("expected a warp of 32 lanes, found %d", __builtin_popcount(warp.exists)));
+        if (!(mask & bit))
+            wrong(format("expected the calling lane in its own mask, found lane %d outside it", __builtin_ctz(bit)));
+        if (wait >= Wait::mma && warp.exists != ~0u)
+            wrong(format("expected a warp of 32 lanes, found %d", __builtin_popcount(warp.exists)));
         if (mask & warp.ended) wrong(ended_lanes(mask & warp.ended));
         for (int i = 0; i < warp.pending; i++) {
             Group& other = warp.groups[i];
-            auto meets = [&] { return format("lanes 0x%08x at ", other.arrived) + operation(other.wait, other.line, other.mask); };
+            auto meets = [&] {
+                return format("lanes 0x%08x at ", other.arrived) + operation(other.wait, other.line, other.mask);
+            };
             if (other.mask == mask && other.wait == wait && (wait < Wait::mma || other.line == line)) return other;
             if (other.mask == mask) wrong("expected all lanes of the mask at the same operation, found " + meets());
-            if (other.mask & bit && mask & other.arrived) wrong("expected the same mask from all its lanes, found " + meets());
+            if (other.mask & bit && mask & other.arrived)
+                wrong("expected the same mask from all its lanes, found " + meets());
         }
         warp.groups[warp.pending] = {mask, 0, wait, line};
         return warp.groups[warp.pending++];
     }
-    static std::string operation(Wait wait, int line, unsigned mask) { return format("%s (line %d, mask 0x%08x)", wait_name(wait), line, mask); }
-    static std::string ended_lanes(unsigned lanes) { return format("expected all lanes of the mask, found that lanes 0x%08x ended", lanes); }
+    static std::string operation(Wait wait, int line, unsigned mask) {
+        return format("%s (line %d, mask 0x%08x)", wait_name(wait), line, mask);
+    }
+    static std::string ended_lanes(unsigned lanes) {
+        return format("expected all lanes of the mask, found that lanes 0x%08x ended", lanes);
+    }
 
     void end_thread() {
         Fiber& self = *current;
@@ -243,11 +257,18 @@ struct Worker {
         for (int i = 0; i < warp.pending; i++) {
             Group& group = warp.groups[i];
             if (group.mask & bit)
-                return fail(place(*fibers[self.index / 32 * 32 + unsigned(__builtin_ctz(group.arrived))]) +
-                            ": " + operation(group.wait, group.line, group.mask) + ": " + ended_lanes(bit));
+                return fail(place(*fibers[self.index / 32 * 32 + unsigned(__builtin_ctz(group.arrived))]) + ": " +
+                            operation(group.wait, group.line, group.mask) + ": " + ended_lanes(bit));
         }
-        if (launch->overlaps && !self.waited) return fail(place(self) + ": expected wait_for_predecessor() in each thread of a launch that may overlap the one before, found a thread that ended without");
-        if (!self.copies.empty()) fail(place(self) + format(": expected a cp_async_wait for every cp_async_16, found %zu never waited for at the thread's end", self.copies.size()));
+        if (launch->overlaps && !self.waited)
+            return fail(place(self) +
+                        ": expected wait_for_predecessor() in each thread of a launch that may overlap the one before, "
+                        "found a thread that ended without");
+        if (!self.copies.empty())
+            fail(place(self) +
+                 format(
+                     ": expected a cp_async_wait for every cp_async_16, found %zu never waited for at the thread's end",
+                     self.copies.size()));
     }
 
     // A fiber serves thread after thread, block after block; home jumps into it for the first time.
@@ -256,8 +277,10 @@ struct Worker {
     void grow(unsigned count) {
         while (fibers.size() < count) {
             auto fiber = std::make_unique<Fiber>();
-            fiber->stack = (char*)mmap(nullptr, stack_guard + stack_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_STACK, -1, 0);
-            if (fiber->stack == MAP_FAILED) fprintf(stderr, "CUDA on CPU: no memory for the stacks of the threads\n"), abort();
+            fiber->stack = (char*)mmap(nullptr, stack_guard + stack_bytes, PROT_READ | PROT_WRITE,
+                                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_STACK, -1, 0);
+            if (fiber->stack == MAP_FAILED)
+                fprintf(stderr, "CUDA on CPU: no memory for the stacks of the threads\n"), abort();
             mprotect(fiber->stack, stack_guard, PROT_NONE);
             fiber->index = unsigned(fibers.size());
             // Stacks that begin at the same offset in a page would fight for the same few cache lines.
@@ -281,11 +304,14 @@ struct Worker {
         memset(shared, settings().poison, bytes);
     }
     void check_shared() {
-        size_t before = damaged_at(shared - shared_canary, shared_canary), after = damaged_at(shared + shared_bytes, shared_canary);
+        size_t before = damaged_at(shared - shared_canary, shared_canary),
+               after = damaged_at(shared + shared_bytes, shared_canary);
         if (before == shared_canary && after == shared_canary) return;
-        std::string where = before != shared_canary ? format("%zu bytes before it", shared_canary - before) : format("at offset %zu", shared_bytes + after);
+        std::string where = before != shared_canary ? format("%zu bytes before it", shared_canary - before)
+                                                    : format("at offset %zu", shared_bytes + after);
         fail("kernel " + kernel_name(launch->function) + ", block " + text(blockIdx) +
-             format(": expected writes inside the block's %zu bytes of shared memory, found one ", shared_bytes) + where);
+             format(": expected writes inside the block's %zu bytes of shared memory, found one ", shared_bytes) +
+             where);
         shared = nullptr;
     }
 
@@ -297,7 +323,8 @@ struct Worker {
         for (unsigned i = 0; i < threads; i++) {
             const Fiber& f = *fibers[i];
             if (f.wait == Wait::syncthreads) barrier = true;
-            if (f.wait != Wait::ended && (!example || (f.wait == Wait::syncthreads && example->wait != f.wait))) example = &f;
+            if (f.wait != Wait::ended && (!example || (f.wait == Wait::syncthreads && example->wait != f.wait)))
+                example = &f;
             std::string key = f.wait == Wait::ended         ? "ended"
                               : f.wait == Wait::syncthreads ? format("at __syncthreads (line %d)", f.line)
                                                             : "at " + operation(f.wait, f.line, f.mask);
@@ -306,9 +333,12 @@ struct Worker {
         }
         std::string found;
         for (auto& [key, entry] : waiters)
-            found += format("%s%u %s, the first of them thread ", found.empty() ? "" : "; ", entry.first, key.c_str()) + text(entry.second->thread);
-        fail(place(*example) + (barrier ? format(": deadlock: expected all %u threads of the block at __syncthreads, found ", threads)
-                                        : std::string(": deadlock: expected all lanes of the mask at the warp's operation, found ")) + found);
+            found += format("%s%u %s, the first of them thread ", found.empty() ? "" : "; ", entry.first, key.c_str()) +
+                     text(entry.second->thread);
+        fail(place(*example) +
+             (barrier ? format(": deadlock: expected all %u threads of the block at __syncthreads, found ", threads)
+                      : std::string(": deadlock: expected all lanes of the mask at the warp's operation, found ")) +
+             found);
     }
 
     void run_block(const Launch& what, uint64_t launch_number, size_t block, std::atomic<bool>& launch_failed) {
@@ -324,7 +354,8 @@ struct Worker {
         prepare_shared(what.shared_bytes);
         warps.resize((max_threads + 31) / 32);
         for (unsigned i = 0; i < (threads + 31) / 32; i++)
-            warps[i].exists = threads - i * 32 >= 32 ? ~0u : (1u << (threads - i * 32)) - 1, warps[i].ended = 0, warps[i].pending = 0;
+            warps[i].exists = threads - i * 32 >= 32 ? ~0u : (1u << (threads - i * 32)) - 1, warps[i].ended = 0,
+            warps[i].pending = 0;
         bool same_shape = shape.x == what.block.x && shape.y == what.block.y && shape.z == what.block.z;
         shape = what.block;
         for (unsigned i = 0; i < threads; i++) {
@@ -360,8 +391,7 @@ inline void Worker::fiber_main(transfer_t from) {
         self.started = true;
         try {
             w.launch->body();
-        } catch (const Abandoned&) {
-        }
+        } catch (const Abandoned&) {}
         w.end_thread();
         w.switch_to(w.draw());
     }

@@ -10,13 +10,15 @@ inline bool in_shared(const Worker& w, const void* p, size_t bytes) {
     return (const char*)p >= w.shared && (const char*)p + bytes <= w.shared + w.shared_bytes;
 }
 inline void expect_aligned(const char* what, const void* p, size_t alignment) {
-    if (reinterpret_cast<uintptr_t>(p) % alignment) device().misuse(format("%s: expected an address aligned to %zu bytes, found %p", what, alignment, p));
+    if (reinterpret_cast<uintptr_t>(p) % alignment)
+        device().misuse(format("%s: expected an address aligned to %zu bytes, found %p", what, alignment, p));
 }
 inline void expect_shared(const char* what, const void* p, size_t bytes) {
     Worker& w = device();
     if (!in_shared(w, p, bytes))
-        w.misuse(format("%s: expected %zu bytes inside the block's %zu bytes of shared memory, found them at offset %td", what, bytes, w.shared_bytes,
-                        (const char*)p - w.shared));
+        w.misuse(
+            format("%s: expected %zu bytes inside the block's %zu bytes of shared memory, found them at offset %td",
+                   what, bytes, w.shared_bytes, (const char*)p - w.shared));
 }
 
 struct MmaOperands {
@@ -40,7 +42,8 @@ inline void multiply_fragments(Warp& warp) {
         }
         b[pair][group] = low_bf16(o.b0), b[pair + 1][group] = high_bf16(o.b0);
         b[pair + 8][group] = low_bf16(o.b1), b[pair + 9][group] = high_bf16(o.b1);
-        d[group][pair] = o.d[0], d[group][pair + 1] = o.d[1], d[group + 8][pair] = o.d[2], d[group + 8][pair + 1] = o.d[3];
+        d[group][pair] = o.d[0], d[group][pair + 1] = o.d[1], d[group + 8][pair] = o.d[2],
+        d[group + 8][pair + 1] = o.d[3];
     }
     for (int row = 0; row < 16; row += 4) {
         Row sum[4];
@@ -71,7 +74,8 @@ inline void load_matrices(Warp& warp, bool transposed) {
         for (int row = 0; row < 8; row++) memcpy(rows[row], operands(matrix * 8 + row).row, 16);
         for (int lane = 0; lane < 32; lane++) {
             int row = lane / 4, pair = lane % 4 * 2;
-            uint32_t low = transposed ? rows[pair][row] : rows[row][pair], high = transposed ? rows[pair + 1][row] : rows[row][pair + 1];
+            uint32_t low = transposed ? rows[pair][row] : rows[row][pair],
+                     high = transposed ? rows[pair + 1][row] : rows[row][pair + 1];
             operands(lane).r[matrix] = low | high << 16;
         }
     }
@@ -93,7 +97,8 @@ T& shared() {
     cuda_on_cpu::Worker& w = cuda_on_cpu::device();
     static_assert(alignof(T) <= 128, "shared memory is aligned to 128 bytes");
     if (sizeof(T) > w.shared_bytes)
-        w.misuse(cuda_on_cpu::format("shared<T>(): expected a launch with %zu bytes of shared memory, found %zu", sizeof(T), w.shared_bytes));
+        w.misuse(cuda_on_cpu::format("shared<T>(): expected a launch with %zu bytes of shared memory, found %zu",
+                                     sizeof(T), w.shared_bytes));
     return *reinterpret_cast<T*>(w.shared);
 }
 
@@ -110,8 +115,12 @@ __forceinline__ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], uint32_t
     w.collective(cuda_on_cpu::Wait::mma, ~0u, line, cuda_on_cpu::multiply_fragments);
 }
 
-__forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const __nv_bfloat16* row, CUDA_ON_CPU_LINE) { cuda_on_cpu::ldmatrix(r, row, false, line); }
-__forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const __nv_bfloat16* row, CUDA_ON_CPU_LINE) { cuda_on_cpu::ldmatrix(r, row, true, line); }
+__forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const __nv_bfloat16* row, CUDA_ON_CPU_LINE) {
+    cuda_on_cpu::ldmatrix(r, row, false, line);
+}
+__forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const __nv_bfloat16* row, CUDA_ON_CPU_LINE) {
+    cuda_on_cpu::ldmatrix(r, row, true, line);
+}
 
 // The copy lands at its wait, as late as hardware may let it; until then its destination is poison.
 inline void cp_async_16(void* shared_dst, const void* global_src, bool valid) {
@@ -120,7 +129,8 @@ inline void cp_async_16(void* shared_dst, const void* global_src, bool valid) {
     expect_shared("cp_async_16, destination", shared_dst, 16);
     if (valid) expect_aligned("cp_async_16, source", global_src, 16);
     Worker& w = device();
-    if (valid && in_shared(w, global_src, 1)) w.misuse("cp_async_16: expected a source in global memory, found shared memory");
+    if (valid && in_shared(w, global_src, 1))
+        w.misuse("cp_async_16: expected a source in global memory, found shared memory");
     memset(shared_dst, settings().poison, 16);
     w.current->copies.push_back({shared_dst, valid ? global_src : nullptr, w.current->groups_committed});
 }
@@ -147,8 +157,9 @@ __forceinline__ void wait_for_predecessor() {
 __forceinline__ void start_successor() {
     cuda_on_cpu::Worker& w = cuda_on_cpu::device();
     if (cuda_on_cpu::settings().ptx >= 90 && w.launch->overlaps && !w.current->waited)
-        w.misuse("start_successor(): expected wait_for_predecessor() before it in a launch that may overlap, "
-                 "found none");
+        w.misuse(
+            "start_successor(): expected wait_for_predecessor() before it in a launch that may overlap, "
+            "found none");
 }
 
 inline float fast_exp2(float x) { return exp2f(x); }

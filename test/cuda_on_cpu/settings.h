@@ -33,9 +33,12 @@ inline Settings& settings() {
             return text && *text ? strtol(text, nullptr, 0) : otherwise;
         };
         long hardware = std::max(1, int(std::thread::hardware_concurrency()));
-        return Settings{uint64_t(number("CUDA_ON_CPU_SEED", 1)), (unsigned char)number("CUDA_ON_CPU_POISON", 0xFF),
-                        int(std::max(1L, number("CUDA_ON_CPU_THREADS", std::min(2L, hardware)))), number("CUDA_ON_CPU_PROTECT", 1) != 0,
-                        number("CUDA_ON_CPU_TRACE", 0) != 0, int(number("CUDA_ON_CPU_PTX", 90))};
+        return Settings{uint64_t(number("CUDA_ON_CPU_SEED", 1)),
+                        (unsigned char)number("CUDA_ON_CPU_POISON", 0xFF),
+                        int(std::max(1L, number("CUDA_ON_CPU_THREADS", std::min(2L, hardware)))),
+                        number("CUDA_ON_CPU_PROTECT", 1) != 0,
+                        number("CUDA_ON_CPU_TRACE", 0) != 0,
+                        int(number("CUDA_ON_CPU_PTX", 90))};
     }();
     return values;
 }
@@ -82,7 +85,8 @@ struct Shared {
 
     // Orders outside blocks restart when the seed is changed, so that two runs of a test with one seed are equal.
     Random& random() {
-        if (order_seed != settings().seed) order_seed = settings().seed, launches = 0, order.start(order_seed, 0x5eed, 0);
+        if (order_seed != settings().seed)
+            order_seed = settings().seed, launches = 0, order.start(order_seed, 0x5eed, 0);
         return order;
     }
     ~Shared() {

@@ -1,4 +1,5 @@
-// Streams, events and graphs. Work is queued, and runs only when the host synchronises: streams take turns in random order.
+// Streams, events and graphs. Work is queued, and runs only when the host synchronises: streams take turns in random
+// order.
 #pragma once
 
 #include <chrono>
@@ -50,9 +51,7 @@ struct CUgraphNode_st {
     std::function<void()> run;
     std::vector<size_t> before;
 };
-struct CUgraph_st {
-    std::vector<std::unique_ptr<CUgraphNode_st>> nodes;
-};
+struct CUgraph_st { std::vector<std::unique_ptr<CUgraphNode_st>> nodes; };
 struct CUgraphExec_st {
     std::vector<std::function<void()>> nodes;
     std::vector<std::vector<size_t>> after;
@@ -102,7 +101,8 @@ struct Streams {
         for (auto& weak : captures) {
             auto capture = weak.lock();
             if (!capture || (allowed_if_relaxed && capture->mode == cudaStreamCaptureModeRelaxed)) continue;
-            if (capture->mode == cudaStreamCaptureModeThreadLocal && capture->thread != std::this_thread::get_id()) continue;
+            if (capture->mode == cudaStreamCaptureModeThreadLocal && capture->thread != std::this_thread::get_id())
+                continue;
             capture->invalid = true, result = cudaErrorStreamCaptureUnsupported;
         }
         return result;
@@ -112,7 +112,8 @@ struct Streams {
         if (stream != legacy()) return cudaSuccess;
         cudaError_t result = cudaSuccess;
         for (auto& s : all)
-            if (s->capture && !(s->flags & cudaStreamNonBlocking)) s->capture->invalid = true, result = cudaErrorStreamCaptureImplicit;
+            if (s->capture && !(s->flags & cudaStreamNonBlocking))
+                s->capture->invalid = true, result = cudaErrorStreamCaptureImplicit;
         return result;
     }
 
@@ -136,8 +137,11 @@ struct Streams {
         Operation& first = stream->queue.front();
         if (stream == legacy()) {
             for (auto& s : all)
-                if (s.get() != stream && !(s->flags & cudaStreamNonBlocking) && !s->queue.empty() && s->queue.front().number < first.number) return false;
-        } else if (!(stream->flags & cudaStreamNonBlocking) && !legacy()->queue.empty() && legacy()->queue.front().number < first.number) {
+                if (s.get() != stream && !(s->flags & cudaStreamNonBlocking) && !s->queue.empty() &&
+                    s->queue.front().number < first.number)
+                    return false;
+        } else if (!(stream->flags & cudaStreamNonBlocking) && !legacy()->queue.empty() &&
+                   legacy()->queue.front().number < first.number) {
             return false;
         }
         if (first.event && !first.records && first.event->completed < first.version) return false;
@@ -206,7 +210,8 @@ struct Streams {
             return true;
         });
     }
-    // What has run by the time the host asks: one operation, and more each time it asks again with nothing new to do, as a host that polls has time.
+    // What has run by the time the host asks: one operation, and more each time it asks again with nothing new to do,
+    // as a host that polls has time.
     void run_some() {
         DeviceRunning running;
         polls = std::exchange(polled_at, operations) == operations ? std::min(2 * polls, 256u) : 1;
@@ -247,7 +252,8 @@ struct Streams {
                 stream->capture = capture, stream->frontier.clear();
             }
             for (size_t node : event->frontier)
-                if (std::find(stream->frontier.begin(), stream->frontier.end(), node) == stream->frontier.end()) stream->frontier.push_back(node);
+                if (std::find(stream->frontier.begin(), stream->frontier.end(), node) == stream->frontier.end())
+                    stream->frontier.push_back(node);
             return cudaSuccess;
         }
         if (stream->capture) {
@@ -265,7 +271,8 @@ struct Streams {
         if (stream->capture) return cudaErrorIllegalState;
         stream->capture = std::make_shared<Capture>();
         stream->capture->graph = std::make_unique<CUgraph_st>();
-        stream->capture->origin = stream, stream->capture->mode = mode, stream->capture->thread = std::this_thread::get_id();
+        stream->capture->origin = stream, stream->capture->mode = mode,
+        stream->capture->thread = std::this_thread::get_id();
         stream->frontier.clear();
         captures.push_back(stream->capture);
         return cudaSuccess;

@@ -15,7 +15,8 @@ using cuda_on_cpu::settings;
 #define CHECK_OK(call) CHECK_MESSAGE((call) == cudaSuccess, cudaGetErrorString(cudaPeekAtLastError()))
 
 template <class... Expected, class... Actual>
-cudaError_t launch(void (*kernel)(Expected...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream, Actual... actual) {
+cudaError_t launch(void (*kernel)(Expected...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+                   Actual... actual) {
     cudaLaunchConfig_t config{};
     config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared_bytes, config.stream = stream;
     return cudaLaunchKernelEx(&config, kernel, actual...);
@@ -26,7 +27,9 @@ struct Device {
     T* p = nullptr;
     size_t n;
     explicit Device(size_t n) : n(n) { REQUIRE(cudaMalloc(&p, n * sizeof(T)) == cudaSuccess); }
-    explicit Device(const std::vector<T>& values) : Device(values.size()) { CHECK_OK(cudaMemcpy(p, values.data(), n * sizeof(T), cudaMemcpyHostToDevice)); }
+    explicit Device(const std::vector<T>& values) : Device(values.size()) {
+        CHECK_OK(cudaMemcpy(p, values.data(), n * sizeof(T), cudaMemcpyHostToDevice));
+    }
     Device(const Device&) = delete;
     ~Device() { cudaFree(p); }
     std::vector<T> read() const {
@@ -74,11 +77,14 @@ struct WithSeed {
 
 // As launch, but the kernel may start before the one before it in its stream has ended.
 template <class... Expected, class... Actual>
-cudaError_t launch_overlapping(void (*kernel)(Expected...), dim3 grid, dim3 block, cudaStream_t stream, Actual... actual) {
+cudaError_t launch_overlapping(void (*kernel)(Expected...), dim3 grid, dim3 block, cudaStream_t stream,
+                               Actual... actual) {
     cudaLaunchAttribute overlap{};
-    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization, overlap.val.programmaticStreamSerializationAllowed = 1;
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization,
+    overlap.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config{};
-    config.gridDim = grid, config.blockDim = block, config.stream = stream, config.attrs = &overlap, config.numAttrs = 1;
+    config.gridDim = grid, config.blockDim = block, config.stream = stream, config.attrs = &overlap,
+    config.numAttrs = 1;
     return cudaLaunchKernelEx(&config, kernel, actual...);
 }
 
@@ -100,7 +106,8 @@ TEST_CASE("a float becomes the nearest bfloat16, the even one of two equally nea
     auto bits = [](float x) { return __bfloat16_as_ushort(__nv_bfloat16(x)); };
     auto nearest = [](float x) {  // in double, among the two neighbours
         unsigned short low = (unsigned short)(__float_as_uint(x) >> 16), high = (unsigned short)(low + 1);
-        double below = cuda_on_cpu::bf16_value(low), above = (high & 0x7fff) == 0x7f80 ? std::copysign(0x1p128, x) : cuda_on_cpu::bf16_value(high);
+        double below = cuda_on_cpu::bf16_value(low),
+               above = (high & 0x7fff) == 0x7f80 ? std::copysign(0x1p128, x) : cuda_on_cpu::bf16_value(high);
         double to_low = std::fabs(x - below), to_high = std::fabs(x - above);
         return to_low < to_high || (to_low == to_high && low % 2 == 0) ? low : high;
     };
@@ -108,7 +115,9 @@ TEST_CASE("a float becomes the nearest bfloat16, the even one of two equally nea
     uint32_t x = 12345;
     for (int i = 0; i < 2000000; i++) {
         x = x * 1664525 + 1013904223;
-        uint32_t pattern = i % 3 == 0 ? (x & 0xffff0000u) | 0x8000u : i % 3 == 1 ? (x & 0xffff0000u) | (0x8000u + (x >> 8 & 2) - 1) : x;
+        uint32_t pattern = i % 3 == 0   ? (x & 0xffff0000u) | 0x8000u
+                           : i % 3 == 1 ? (x & 0xffff0000u) | (0x8000u + (x >> 8 & 2) - 1)
+                                        : x;
         float f = __uint_as_float(pattern);
         if (!(std::fabs(f) <= 3.4e38f)) continue;
         wrong += bits(f) != nearest(f);
@@ -142,7 +151,8 @@ void check_fp8(float largest, float smallest, int numbers) {
         wrong += !(value > before) || encode(value) != i || encode(-value) != i + 128 || decode(i + 128) != -value;
         if (i > 0) {  // halfway goes to the even one, a little less and a little more to the nearer
             float half = (before + value) / 2;
-            wrong += encode(half) != (i % 2 ? i - 1 : i) || encode(std::nextafter(half, 0.f)) != i - 1 || encode(std::nextafter(half, value)) != i;
+            wrong += encode(half) != (i % 2 ? i - 1 : i) || encode(std::nextafter(half, 0.f)) != i - 1 ||
+                     encode(std::nextafter(half, value)) != i;
         }
         before = value;
     }
@@ -156,7 +166,9 @@ void check_fp8(float largest, float smallest, int numbers) {
     CHECK(encode(0x1p-140f) == 0);
     CHECK(std::isnan(decode(encode(NAN))));
 }
-TEST_CASE("a float becomes the nearest FP8 number of either format, the even one of two equally near, the largest where it is too large") {
+TEST_CASE(
+    "a float becomes the nearest FP8 number of either format, the even one of two equally near, the largest where it "
+    "is too large") {
     check_fp8<__nv_fp8_e4m3>(448, 0x1p-9f, 127);
     check_fp8<__nv_fp8_e5m2>(57344, 0x1p-16f, 124);
 }
@@ -180,9 +192,7 @@ TEST_CASE("every thread of every block runs once, with its own indices") {
     }
 }
 
-struct Reversed {
-    int value[256];
-};
+struct Reversed { int value[256]; };
 __global__ void reverse(int* x, int rounds) {
     Reversed& s = shared<Reversed>();
     for (int round = 0; round < rounds; round++) {
@@ -203,7 +213,8 @@ TEST_CASE("what is written before a barrier is read after it") {
 
 __global__ void count_in_barriers(int* out) {
     int odd = threadIdx.x % 2, last = threadIdx.x == blockDim.x - 1;
-    int sum = __syncthreads_count(odd), any = __syncthreads_or(last), none = __syncthreads_or(0), all = __syncthreads_and(1), not_all = __syncthreads_and(!last);
+    int sum = __syncthreads_count(odd), any = __syncthreads_or(last), none = __syncthreads_or(0),
+        all = __syncthreads_and(1), not_all = __syncthreads_and(!last);
     out[threadIdx.x] = sum * 16 + any * 8 + none * 4 + all * 2 + not_all;
 }
 TEST_CASE("barriers count, or and and their predicates") {
@@ -250,10 +261,10 @@ TEST_CASE("shuffles move values of all types between the lanes that their defini
 __global__ void vote_halves(unsigned* out) {
     unsigned lane = threadIdx.x % 32;
     // The halves of a warp meet apart from each other, in different branches.
-    if (lane < 16)
-        out[threadIdx.x] = __ballot_sync(0xffffu, lane % 3 == 0);
+    if (lane < 16) out[threadIdx.x] = __ballot_sync(0xffffu, lane % 3 == 0);
     else
-        out[threadIdx.x] = unsigned(__all_sync(0xffff0000u, lane >= 16)) + 2 * unsigned(__any_sync(0xffff0000u, lane == 40));
+        out[threadIdx.x] =
+            unsigned(__all_sync(0xffff0000u, lane >= 16)) + 2 * unsigned(__any_sync(0xffff0000u, lane == 40));
     __syncwarp();
     unsigned sum = lane;
     for (int by = 16; by; by /= 2) sum += __shfl_xor_sync(~0u, sum, by);
@@ -312,8 +323,7 @@ TEST_CASE("the last block to arrive sees what all others wrote") {
 __global__ void wait_for_flag(volatile int* flag) {
     if (threadIdx.x == 0)
         while (*flag != 1) __nanosleep(100);
-    else if (threadIdx.x == 1)
-        *flag = 1;
+    else if (threadIdx.x == 1) *flag = 1;
 }
 TEST_CASE("a thread that spins with __nanosleep lets the thread that it waits for go on") {
     Device<int> flag(std::vector<int>{0});
@@ -351,7 +361,9 @@ struct Tiles {
 // a (16,16), b (16,8) row-major (k, column), c and d (16,8). Fragments by PTX's tables for mma.m16n8k16.
 __global__ void multiply_by_tables(const float* a, const float* b, const float* c, float* d) {
     int lane = int(threadIdx.x % 32), group = lane >> 2, in_group = lane % 4;
-    auto pack = [](float low, float high) { return __bfloat16_as_ushort(__nv_bfloat16(low)) | uint32_t(__bfloat16_as_ushort(__nv_bfloat16(high))) << 16; };
+    auto pack = [](float low, float high) {
+        return __bfloat16_as_ushort(__nv_bfloat16(low)) | uint32_t(__bfloat16_as_ushort(__nv_bfloat16(high))) << 16;
+    };
     uint32_t fa[4];
     for (int i = 0; i < 8; i += 2) {
         auto row = [&](int i) { return (0 <= i && i < 2) || (4 <= i && i < 6) ? group : group + 8; };
@@ -359,7 +371,8 @@ __global__ void multiply_by_tables(const float* a, const float* b, const float* 
         fa[i / 2] = pack(a[row(i) * 16 + column(i)], a[row(i + 1) * 16 + column(i + 1)]);
     }
     auto brow = [&](int i) { return in_group * 2 + (i & 1) + (i >= 2 ? 8 : 0); };
-    uint32_t b0 = pack(b[brow(0) * 8 + group], b[brow(1) * 8 + group]), b1 = pack(b[brow(2) * 8 + group], b[brow(3) * 8 + group]);
+    uint32_t b0 = pack(b[brow(0) * 8 + group], b[brow(1) * 8 + group]),
+             b1 = pack(b[brow(2) * 8 + group], b[brow(3) * 8 + group]);
     float fd[4];
     auto place = [&](int i) { return (i < 2 ? group : group + 8) * 8 + in_group * 2 + (i & 1); };
     for (int i = 0; i < 4; i++) fd[i] = c[place(i)];
@@ -371,15 +384,18 @@ __global__ void multiply_by_ldmatrix(const float* a, const float* b, const float
     Tiles& s = shared<Tiles>();
     int lane = int(threadIdx.x);
     for (int i = lane; i < 256; i += 32) s.a[i / 16][i % 16] = __nv_bfloat16(a[i]);
-    for (int i = lane; i < 128; i += 32) s.b[i / 8][i % 8] = __nv_bfloat16(b[i]), s.b[i / 8][8 + i % 8] = __nv_bfloat16(0.f);
+    for (int i = lane; i < 128; i += 32)
+        s.b[i / 8][i % 8] = __nv_bfloat16(b[i]), s.b[i / 8][8 + i % 8] = __nv_bfloat16(0.f);
     __syncthreads();
     uint32_t fa[4], fb[4];
     ldmatrix_x4(fa, &s.a[lane % 16][lane / 16 * 8]);
     ldmatrix_x4_trans(fb, &s.b[lane % 16][lane / 16 * 8]);
     int group = lane / 4, pair = lane % 4 * 2;
-    float fd[4] = {c[group * 8 + pair], c[group * 8 + pair + 1], c[(group + 8) * 8 + pair], c[(group + 8) * 8 + pair + 1]};
+    float fd[4] = {c[group * 8 + pair], c[group * 8 + pair + 1], c[(group + 8) * 8 + pair],
+                   c[(group + 8) * 8 + pair + 1]};
     mma_16x8x16(fd, fa, fb[0], fb[1]);
-    d[group * 8 + pair] = fd[0], d[group * 8 + pair + 1] = fd[1], d[(group + 8) * 8 + pair] = fd[2], d[(group + 8) * 8 + pair + 1] = fd[3];
+    d[group * 8 + pair] = fd[0], d[group * 8 + pair + 1] = fd[1], d[(group + 8) * 8 + pair] = fd[2],
+                  d[(group + 8) * 8 + pair + 1] = fd[3];
 }
 TEST_CASE("mma by PTX's fragment tables, and with fragments from ldmatrix, is the scalar product") {
     std::vector<float> a(256), b(128), c(128);
@@ -399,9 +415,7 @@ TEST_CASE("mma by PTX's fragment tables, and with fragments from ldmatrix, is th
         }
 }
 
-struct FourMatrices {
-    __nv_bfloat16 m[4][8][8];
-};
+struct FourMatrices { __nv_bfloat16 m[4][8][8]; };
 __global__ void load_four(uint32_t* out) {
     FourMatrices& s = shared<FourMatrices>();
     for (unsigned i = threadIdx.x; i < 256; i += 32) (&s.m[0][0][0])[i] = __ushort_as_bfloat16((unsigned short)i);
@@ -417,15 +431,14 @@ TEST_CASE("ldmatrix gives lane l row l/4 and elements 2(l%4), 2(l%4)+1, or of th
     std::vector<uint32_t> found = out.read();
     for (uint32_t lane = 0; lane < 32; lane++)
         for (uint32_t m = 0; m < 4; m++) {
-            uint32_t row = lane / 4, pair = lane % 4 * 2, straight = m * 64 + row * 8 + pair, across = m * 64 + pair * 8 + row;
+            uint32_t row = lane / 4, pair = lane % 4 * 2, straight = m * 64 + row * 8 + pair,
+                     across = m * 64 + pair * 8 + row;
             CHECK(found[lane * 8 + m] == (straight | (straight + 1) << 16));
             CHECK(found[lane * 8 + 4 + m] == (across | (across + 8) << 16));
         }
 }
 
-struct Copies {
-    float4 x[4][32];
-};
+struct Copies { float4 x[4][32]; };
 __global__ void copy_async(const float4* from, float4* out) {
     Copies& s = shared<Copies>();
     unsigned i = threadIdx.x;
@@ -465,16 +478,12 @@ __global__ void some_skip_the_barrier(int from) {
     __syncthreads();
 }
 __global__ void barrier_in_two_places() {
-    if (threadIdx.x < 32)
-        __syncthreads();
-    else
-        __syncthreads();
+    if (threadIdx.x < 32) __syncthreads();
+    else __syncthreads();
 }
 __global__ void barrier_beside_shuffle() {
-    if (threadIdx.x % 32 == 5)
-        __syncthreads();
-    else
-        __shfl_sync(~0u, 1, 0);
+    if (threadIdx.x % 32 == 5) __syncthreads();
+    else __shfl_sync(~0u, 1, 0);
 }
 TEST_CASE("a barrier that not all threads of the block reach is found") {
     std::string message = misuse_of([] { launch(some_skip_the_barrier, 1, 64, 0, nullptr, 60); });
@@ -491,16 +500,12 @@ __global__ void collective_after_some_ended(int ends) {
     __syncwarp();
 }
 __global__ void collective_of_two_kinds() {
-    if (threadIdx.x < 16)
-        __syncwarp();
-    else
-        __any_sync(~0u, 1);
+    if (threadIdx.x < 16) __syncwarp();
+    else __any_sync(~0u, 1);
 }
 __global__ void collective_of_two_masks() {
-    if (threadIdx.x < 16)
-        __shfl_xor_sync(~0u, 1, 1);
-    else
-        __shfl_xor_sync(0xffff8000u, 1, 1);
+    if (threadIdx.x < 16) __shfl_xor_sync(~0u, 1, 1);
+    else __shfl_xor_sync(0xffff8000u, 1, 1);
 }
 __global__ void not_in_my_mask() { __any_sync(0xfffeu, 1); }
 __global__ void from_outside_the_mask() {
@@ -515,15 +520,21 @@ TEST_CASE("warp collectives that do not meet are found") {
     for (uint64_t seed = 1; seed < 6; seed++) {
         WithSeed with(seed);
         CHECK_HAS(misuse_of([] { launch(collective_after_some_ended, 1, 32, 0, nullptr, 3); }), "__syncwarp (line ");
-        CHECK_HAS(misuse_of([] { launch(collective_after_some_ended, 1, 32, 0, nullptr, 3); }), "found that lanes 0x00000008 ended");
+        CHECK_HAS(misuse_of([] { launch(collective_after_some_ended, 1, 32, 0, nullptr, 3); }),
+                  "found that lanes 0x00000008 ended");
         CHECK(misuse_of([] { launch(collective_after_some_ended, 1, 32, 0, nullptr, 32); }) == "");
-        CHECK(misuse_of([] { launch(collective_after_some_ended, 1, 20, 0, nullptr, 32); }) == "");  // lanes that never were
-        CHECK_HAS(misuse_of([] { launch(collective_of_two_kinds, 1, 32, 0, nullptr); }), "expected all lanes of the mask at the same operation, found lanes");
-        CHECK_HAS(misuse_of([] { launch(collective_of_two_masks, 1, 32, 0, nullptr); }), "expected the same mask from all its lanes");
+        CHECK(misuse_of([] { launch(collective_after_some_ended, 1, 20, 0, nullptr, 32); }) ==
+              "");  // lanes that never were
+        CHECK_HAS(misuse_of([] { launch(collective_of_two_kinds, 1, 32, 0, nullptr); }),
+                  "expected all lanes of the mask at the same operation, found lanes");
+        CHECK_HAS(misuse_of([] { launch(collective_of_two_masks, 1, 32, 0, nullptr); }),
+                  "expected the same mask from all its lanes");
         CHECK_HAS(misuse_of([] { launch(not_in_my_mask, 1, 32, 0, nullptr); }), "found lane");
-        CHECK_HAS(misuse_of([] { launch(from_outside_the_mask, 1, 32, 0, nullptr); }), "expected a source lane of the mask, found lane 9");
+        CHECK_HAS(misuse_of([] { launch(from_outside_the_mask, 1, 32, 0, nullptr); }),
+                  "expected a source lane of the mask, found lane 9");
         CHECK_HAS(misuse_of([] { launch(mma_by_half_a_warp, 1, 32, 0, nullptr); }), "mma_16x8x16");
-        CHECK_HAS(misuse_of([] { launch(mma_by_half_a_warp, 1, 16, 0, nullptr); }), "expected a warp of 32 lanes, found 16");
+        CHECK_HAS(misuse_of([] { launch(mma_by_half_a_warp, 1, 16, 0, nullptr); }),
+                  "expected a warp of 32 lanes, found 16");
     }
 }
 
@@ -537,9 +548,7 @@ TEST_CASE("a deadlock is found, and says who waits where") {
     CHECK_HAS(message, "mask 0x00000003");
 }
 
-struct Bytes {
-    alignas(16) char at[48];
-};
+struct Bytes { alignas(16) char at[48]; };
 __global__ void misaligned(int which, const __nv_bfloat16* global) {
     Bytes& s = shared<Bytes>();
     auto* half = reinterpret_cast<__nv_bfloat16*>(s.at);
@@ -559,12 +568,17 @@ __global__ void misaligned(int which, const __nv_bfloat16* global) {
 }
 TEST_CASE("misaligned and misplaced accesses through the primitives are found") {
     Device<__nv_bfloat16> global(64);
-    auto message = [&](int which) { return misuse_of([&] { launch(misaligned, 1, 32, sizeof(Bytes), nullptr, which, (const __nv_bfloat16*)global.p); }); };
+    auto message = [&](int which) {
+        return misuse_of([&] {
+            launch(misaligned, 1, 32, sizeof(Bytes), nullptr, which, (const __nv_bfloat16*)global.p);
+        });
+    };
     CHECK_HAS(message(0), "as_vector: expected an address aligned to 16 bytes");
     CHECK_HAS(message(1), "cp_async_16, destination: expected an address aligned");
     CHECK_HAS(message(2), "cp_async_16, source: expected an address aligned");
     CHECK_HAS(message(3), "ldmatrix_x4: expected an address aligned");
-    CHECK_HAS(message(4), "ldmatrix_x4: expected 16 bytes inside the block's 48 bytes of shared memory, found them at offset 48");
+    CHECK_HAS(message(4),
+              "ldmatrix_x4: expected 16 bytes inside the block's 48 bytes of shared memory, found them at offset 48");
     CHECK_HAS(message(5), "cp_async_16, destination: expected 16 bytes inside");
     CHECK_HAS(message(6), "expected a cp_async_wait for every cp_async_16, found 1 never waited for");
     CHECK_HAS(message(7), "never waited for");  // it was in no committed group
@@ -578,12 +592,15 @@ TEST_CASE("misaligned and misplaced accesses through the primitives are found") 
 __global__ void write_shared(int offset) { reinterpret_cast<volatile char*>(shared<Bytes>().at)[offset] = 1; }
 __global__ void write_global(char* p, int offset) { ((volatile char*)p)[offset] = 1; }
 TEST_CASE("stray writes damage a canary, which tells of them") {
-    CHECK_HAS(misuse_of([] { launch(write_shared, 1, 1, sizeof(Bytes), nullptr, 48); }), "expected writes inside the block's 48 bytes of shared memory, found one at offset 48");
+    CHECK_HAS(misuse_of([] { launch(write_shared, 1, 1, sizeof(Bytes), nullptr, 48); }),
+              "expected writes inside the block's 48 bytes of shared memory, found one at offset 48");
     CHECK_HAS(misuse_of([] { launch(write_shared, 1, 1, sizeof(Bytes), nullptr, -3); }), "found one 3 bytes before it");
     CHECK(misuse_of([] { launch(write_shared, 1, 1, sizeof(Bytes), nullptr, 47); }) == "");
     Device<char> d(1000);
-    CHECK_HAS(misuse_of([&] { launch(write_global, 1, 1, 0, nullptr, d.p, 1000); }), "a write at offset 1000 of an allocation of 1000 bytes");
-    CHECK_HAS(misuse_of([&] { launch(write_global, 1, 1, 0, nullptr, d.p, -1); }), "a write 1 bytes before an allocation");
+    CHECK_HAS(misuse_of([&] { launch(write_global, 1, 1, 0, nullptr, d.p, 1000); }),
+              "a write at offset 1000 of an allocation of 1000 bytes");
+    CHECK_HAS(misuse_of([&] { launch(write_global, 1, 1, 0, nullptr, d.p, -1); }),
+              "a write 1 bytes before an allocation");
     CHECK(misuse_of([&] { launch(write_global, 1, 1, 0, nullptr, d.p, 999); }) == "");
 }
 #endif
@@ -596,15 +613,18 @@ TEST_CASE("a thread that does not wait for the kernel before, in a launch that m
     for (uint64_t seed = 1; seed < 4; seed++) {
         WithSeed with(seed);
         CHECK_HAS(misuse_of([] { launch_overlapping(waits_but_for_one, 3, 40, nullptr, 2, 37); }),
-                  "kernel waits_but_for_one(int, int), block (2,0,0), thread (37,0,0): expected wait_for_predecessor() in each thread");
+                  "kernel waits_but_for_one(int, int), block (2,0,0), thread (37,0,0): expected wait_for_predecessor() "
+                  "in each thread");
     }
     CHECK(misuse_of([] { launch_overlapping(waits_but_for_one, 3, 40, nullptr, -1, -1); }) == "");
     // A fiber that has waited serves the next block: its thread there must wait again.
     CHECK_HAS(misuse_of([] {
         launch_overlapping(waits_but_for_one, 3, 40, nullptr, -1, -1);
         launch_overlapping(waits_but_for_one, 1, 1, nullptr, 0, 0);
-    }), "block (0,0,0), thread (0,0,0): expected wait_for_predecessor()");
-    CHECK(misuse_of([] { launch(waits_but_for_one, 3, 40, 0, nullptr, 2, 37); }) == "");  // it starts when all before it has ended
+    }),
+              "block (0,0,0), thread (0,0,0): expected wait_for_predecessor()");
+    CHECK(misuse_of([] { launch(waits_but_for_one, 3, 40, 0, nullptr, 2, 37); }) ==
+          "");  // it starts when all before it has ended
 }
 
 __global__ void starts_before_waiting(int hasty_thread) {
@@ -615,16 +635,18 @@ __global__ void starts_before_waiting(int hasty_thread) {
 TEST_CASE("a thread that starts the next kernel before it has waited for the one before is found and named") {
     for (uint64_t seed = 1; seed < 4; seed++) {
         WithSeed with(seed);
-        CHECK_HAS(misuse_of([] { launch_overlapping(starts_before_waiting, 1, 40, nullptr, 37); }),
-                  "kernel starts_before_waiting(int), block (0,0,0), thread (37,0,0): start_successor(): expected wait_for");
+        CHECK_HAS(
+            misuse_of([] { launch_overlapping(starts_before_waiting, 1, 40, nullptr, 37); }),
+            "kernel starts_before_waiting(int), block (0,0,0), thread (37,0,0): start_successor(): expected wait_for");
     }
     CHECK(misuse_of([] { launch_overlapping(starts_before_waiting, 3, 40, nullptr, -1); }) == "");
     CHECK(misuse_of([] { launch(starts_before_waiting, 3, 40, 0, nullptr, 37); }) == "");  // all before it has ended
 }
 
-TEST_CASE("code that looks built for compute capability 8.0 says so and does not wait: an overlapping launch is found") {
+TEST_CASE(
+    "code that looks built for compute capability 8.0 says so and does not wait: an overlapping launch is found") {
     int before = settings().ptx;
-        cudaFuncAttributes code;
+    cudaFuncAttributes code;
     for (int ptx : {90, 80}) {
         settings().ptx = ptx;
         CHECK_OK(cudaFuncGetAttributes(&code, starts_before_waiting));
@@ -641,7 +663,9 @@ TEST_CASE("code that looks built for compute capability 8.0 says so and does not
 __global__ void nothing(const int*) {}
 TEST_CASE("launches that a card would refuse are refused, and leave the device usable") {
     const int* none = nullptr;
-    auto refused = [&](dim3 grid, dim3 block, size_t bytes) { return launch(nothing, grid, block, bytes, nullptr, none); };
+    auto refused = [&](dim3 grid, dim3 block, size_t bytes) {
+        return launch(nothing, grid, block, bytes, nullptr, none);
+    };
     CHECK(refused(1, 1025, 0) == cudaErrorInvalidConfiguration);
     CHECK_HAS(cuda_on_cpu::last_misuse(), "expected a block of 1 to 1024 threads, z up to 64, found (1025,1,1)");
     CHECK(cudaGetLastError() == cudaErrorInvalidConfiguration);
@@ -698,24 +722,26 @@ std::string crash_of(Action&& action) {
 __global__ void read_at(int* out, const int* p, size_t offset) { *out = p[offset]; }
 TEST_CASE("accesses that fault say what they hit") {
     Device<int> d(1000), out(1);
-    CHECK_HAS(crash_of([&] { out.p[0] = d.p[10]; }), "host access to device memory, allocation of 4000 bytes + offset 40");
+    CHECK_HAS(crash_of([&] { out.p[0] = d.p[10]; }),
+              "host access to device memory, allocation of 4000 bytes + offset 40");
     CHECK_HAS(crash_of([&] {
-                  launch(read_at, 1, 1, 0, nullptr, out.p, d.p, size_t(1024));
-                  cudaDeviceSynchronize();
-              }),
-              "in kernel read_at(int*, int const*, unsigned long), block (0,0,0), thread (0,0,0): access to a guard page of device memory, allocation of 4000 bytes + offset 4096");
+        launch(read_at, 1, 1, 0, nullptr, out.p, d.p, size_t(1024));
+        cudaDeviceSynchronize();
+    }),
+              "in kernel read_at(int*, int const*, unsigned long), block (0,0,0), thread (0,0,0): access to a guard "
+              "page of device memory, allocation of 4000 bytes + offset 4096");
     CHECK_HAS(crash_of([&] {
-                  int* freed = d.p;
-                  cudaFree(d.p);
-                  *freed = 1;
-              }),
+        int* freed = d.p;
+        cudaFree(d.p);
+        *freed = 1;
+    }),
               "host access to freed device memory, allocation of 4000 bytes + offset 0");
 #ifndef CUDA_ON_CPU_ASAN  // which tells of the overflow itself
     Device<int> depth(std::vector<int>{0});
     CHECK_HAS(crash_of([&] {
-                  launch(recurse, 1, 1, 0, nullptr, depth.p);
-                  cudaDeviceSynchronize();
-              }),
+        launch(recurse, 1, 1, 0, nullptr, depth.p);
+        cudaDeviceSynchronize();
+    }),
               "whose stack of 64 KiB is full");
 #endif
     settings().protect = false;
@@ -729,7 +755,8 @@ __global__ void race(int* out) {
     atomicExch(out, int(threadIdx.x));
     out[1 + blockIdx.x] = *out;  // whoever came last
 }
-TEST_CASE("a kernel whose result hangs on an order gives different results for different seeds, equal ones for one seed") {
+TEST_CASE(
+    "a kernel whose result hangs on an order gives different results for different seeds, equal ones for one seed") {
     int before = std::exchange(settings().threads, 1);
     std::set<std::vector<int>> found;
     for (uint64_t seed = 1; seed <= 8; seed++) {
@@ -874,7 +901,8 @@ TEST_CASE("the legacy stream waits for blocking streams and they for it, but not
         cudaStream_t blocking;
         CHECK_OK(cudaStreamCreate(&blocking));
         Stream free_one;
-        launch(append, 1, 1, 0, blocking, list.p, 1), launch(append, 1, 1, 0, nullptr, list.p, 2), launch(append, 1, 1, 0, blocking, list.p, 3);
+        launch(append, 1, 1, 0, blocking, list.p, 1), launch(append, 1, 1, 0, nullptr, list.p, 2),
+            launch(append, 1, 1, 0, blocking, list.p, 3);
         launch(append, 1, 1, 0, free_one, list.p, 9);
         CHECK_OK(cudaDeviceSynchronize());
         std::vector<int> found = listed(list);
@@ -949,7 +977,8 @@ TEST_CASE("what may not happen during a capture is an error and ends the capture
     CHECK(spoilt_by([&] { return cudaDeviceSynchronize(); }) == cudaErrorStreamCaptureUnsupported);
     CHECK(spoilt_by([&] { return cudaMalloc(&more, 4); }) == cudaErrorStreamCaptureUnsupported);
     CHECK(spoilt_by([&] { return cudaFree(d.p); }) == cudaErrorStreamCaptureUnsupported);
-    CHECK(spoilt_by([&] { return cudaMemcpy(&host, d.p, 4, cudaMemcpyDeviceToHost); }) == cudaErrorStreamCaptureUnsupported);
+    CHECK(spoilt_by([&] { return cudaMemcpy(&host, d.p, 4, cudaMemcpyDeviceToHost); }) ==
+          cudaErrorStreamCaptureUnsupported);
     CHECK_OK(cudaEventRecord(outside, other));
     CHECK(spoilt_by([&] { return cudaStreamWaitEvent(stream, outside); }) == cudaErrorStreamCaptureIsolation);
     CHECK(cudaStreamEndCapture(stream, &graph) == cudaErrorIllegalState);
@@ -1026,21 +1055,28 @@ struct Matmul {
     cublasLtMatmulPreference_t preference;
     cublasLtMatrixLayout_t a, b, c;
 
-    Matmul(bool ta, bool tb, cudaDataType in, cudaDataType out, uint64_t m, uint64_t n, uint64_t k, int64_t lda, int64_t ldb, int64_t ldc) {
+    Matmul(bool ta, bool tb, cudaDataType in, cudaDataType out, uint64_t m, uint64_t n, uint64_t k, int64_t lda,
+           int64_t ldb, int64_t ldc) {
         int32_t trans_a = ta ? CUBLAS_OP_T : CUBLAS_OP_N, trans_b = tb ? CUBLAS_OP_T : CUBLAS_OP_N;
-        cublasLtCreate(&handle), cublasLtMatmulDescCreate(&desc, CUBLAS_COMPUTE_32F, CUDA_R_32F), cublasLtMatmulPreferenceCreate(&preference);
-        CHECK(cublasLtMatmulDescSetAttribute(desc, CUBLASLT_MATMUL_DESC_TRANSA, &trans_a, sizeof trans_a) == CUBLAS_STATUS_SUCCESS);
-        CHECK(cublasLtMatmulDescSetAttribute(desc, CUBLASLT_MATMUL_DESC_TRANSB, &trans_b, sizeof trans_b) == CUBLAS_STATUS_SUCCESS);
-        cublasLtMatrixLayoutCreate(&a, in, ta ? k : m, ta ? m : k, lda), cublasLtMatrixLayoutCreate(&b, in, tb ? n : k, tb ? k : n, ldb);
+        cublasLtCreate(&handle), cublasLtMatmulDescCreate(&desc, CUBLAS_COMPUTE_32F, CUDA_R_32F),
+            cublasLtMatmulPreferenceCreate(&preference);
+        CHECK(cublasLtMatmulDescSetAttribute(desc, CUBLASLT_MATMUL_DESC_TRANSA, &trans_a, sizeof trans_a) ==
+              CUBLAS_STATUS_SUCCESS);
+        CHECK(cublasLtMatmulDescSetAttribute(desc, CUBLASLT_MATMUL_DESC_TRANSB, &trans_b, sizeof trans_b) ==
+              CUBLAS_STATUS_SUCCESS);
+        cublasLtMatrixLayoutCreate(&a, in, ta ? k : m, ta ? m : k, lda),
+            cublasLtMatrixLayoutCreate(&b, in, tb ? n : k, tb ? k : n, ldb);
         cublasLtMatrixLayoutCreate(&c, out, m, n, ldc);
     }
     ~Matmul() {
         for (auto layout : {a, b, c}) cublasLtMatrixLayoutDestroy(layout);
         cublasLtMatmulPreferenceDestroy(preference), cublasLtMatmulDescDestroy(desc), cublasLtDestroy(handle);
     }
-    cublasStatus_t run(const void* A, const void* B, void* C, float alpha, float beta, const cublasLtMatmulAlgo_t* algo = nullptr, void* workspace = nullptr,
+    cublasStatus_t run(const void* A, const void* B, void* C, float alpha, float beta,
+                       const cublasLtMatmulAlgo_t* algo = nullptr, void* workspace = nullptr,
                        size_t workspace_bytes = 0, cudaStream_t stream = nullptr) const {
-        return cublasLtMatmul(handle, desc, &alpha, A, a, B, b, &beta, C, c, C, c, algo, workspace, workspace_bytes, stream);
+        return cublasLtMatmul(handle, desc, &alpha, A, a, B, b, &beta, C, c, C, c, algo, workspace, workspace_bytes,
+                              stream);
     }
 };
 template <class T>
@@ -1070,12 +1106,14 @@ void check_product(bool ta, bool tb, size_t m, size_t n, size_t k, float beta) {
         for (size_t i = 0; i < m; i++) {
             double sum = 0, size = 0;
             for (size_t l = 0; l < k; l++) {
-                double product = double(float(a[ta ? i * lda + l : l * lda + i])) * double(float(b[tb ? l * ldb + j : j * ldb + l]));
+                double product =
+                    double(float(a[ta ? i * lda + l : l * lda + i])) * double(float(b[tb ? l * ldb + j : j * ldb + l]));
                 sum += product, size += std::fabs(product);
             }
             double expected = 0.5 * sum + (beta == 0 ? 0 : beta * double(float(c[j * ldc + i])));
             // k roundings of FP32 sums, and one to the output's type
-            double allowed = double(k) * 0x1p-24 * size + std::fabs(expected) * (sizeof(Out) == 2 ? 0x1p-8 : 0x1p-22) + 1e-6;
+            double allowed =
+                double(k) * 0x1p-24 * size + std::fabs(expected) * (sizeof(Out) == 2 ? 0x1p-8 : 0x1p-22) + 1e-6;
             double error = std::fabs(expected - double(float(found[j * ldc + i]))) / allowed;
             worst = error <= worst ? worst : error;  // a NaN is taken along
         }
@@ -1085,7 +1123,8 @@ TEST_CASE("matrix products equal a scalar loop, in all transposes, types, odd sh
     for (int transposes = 0; transposes < 4; transposes++)
         for (float beta : {0.f, 1.f, -0.5f}) {
             bool ta = transposes & 1, tb = transposes & 2;
-            for (auto [m, n, k] : {std::tuple<size_t, size_t, size_t>{1, 1, 1}, {17, 13, 5}, {64, 96, 80}, {130, 70, 33}}) {
+            for (auto [m, n, k] :
+                 {std::tuple<size_t, size_t, size_t>{1, 1, 1}, {17, 13, 5}, {64, 96, 80}, {130, 70, 33}}) {
                 check_product<__nv_bfloat16, __nv_bfloat16>(ta, tb, m, n, k, beta);
                 check_product<__nv_bfloat16, float>(ta, tb, m, n, k, beta);
                 check_product<float, float>(ta, tb, m, n, k, beta);
@@ -1127,14 +1166,17 @@ TEST_CASE("batches of matrices are multiplied one by one") {
     std::vector<float> a = random_matrix<float>(2 * 64, 7), b = random_matrix<float>(2 * 64, 8), together, apart;
     Device<float> da(a), db(b), dc(2 * 64);
     Matmul matmul(false, true, CUDA_R_32F, CUDA_R_32F, 8, 8, 8, 8, 8, 8);
-    for (int i = 0; i < 2; i++) CHECK(matmul.run(da.p + i * 64, db.p + i * 64, dc.p + i * 64, 1, 0) == CUBLAS_STATUS_SUCCESS);
+    for (int i = 0; i < 2; i++)
+        CHECK(matmul.run(da.p + i * 64, db.p + i * 64, dc.p + i * 64, 1, 0) == CUBLAS_STATUS_SUCCESS);
     apart = dc.read();
     CHECK_OK(cudaMemset(dc.p, 0, 512));
     int32_t count = 2;
     int64_t stride = 64;
     for (auto layout : {matmul.a, matmul.b, matmul.c}) {
-        CHECK(cublasLtMatrixLayoutSetAttribute(layout, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &count, sizeof count) == CUBLAS_STATUS_SUCCESS);
-        CHECK(cublasLtMatrixLayoutSetAttribute(layout, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &stride, sizeof stride) == CUBLAS_STATUS_SUCCESS);
+        CHECK(cublasLtMatrixLayoutSetAttribute(layout, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &count, sizeof count) ==
+              CUBLAS_STATUS_SUCCESS);
+        CHECK(cublasLtMatrixLayoutSetAttribute(layout, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &stride,
+                                               sizeof stride) == CUBLAS_STATUS_SUCCESS);
     }
     CHECK(matmul.run(da.p, db.p, dc.p, 1, 0) == CUBLAS_STATUS_SUCCESS);
     CHECK(dc.read() == apart);
@@ -1159,26 +1201,32 @@ TEST_CASE("what cuBLASLt would refuse is refused") {
     float one = 1;
     cublasLtMatrixLayout_t wrong;
     cublasLtMatrixLayoutCreate(&wrong, CUDA_R_16BF, 64, 56, 64);
-    CHECK(cublasLtMatmul(matmul.handle, matmul.desc, &one, a.p, matmul.a, b.p, wrong, &one, c.p, matmul.c, c.p, matmul.c, nullptr, nullptr, 0, nullptr) ==
-          CUBLAS_STATUS_INVALID_VALUE);
+    CHECK(cublasLtMatmul(matmul.handle, matmul.desc, &one, a.p, matmul.a, b.p, wrong, &one, c.p, matmul.c, c.p,
+                         matmul.c, nullptr, nullptr, 0, nullptr) == CUBLAS_STATUS_INVALID_VALUE);
     cublasLtMatrixLayoutDestroy(wrong);
 
     uint64_t bytes = 2 << 20;
-    CHECK(cublasLtMatmulPreferenceSetAttribute(matmul.preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &bytes, sizeof bytes) == CUBLAS_STATUS_SUCCESS);
+    CHECK(cublasLtMatmulPreferenceSetAttribute(matmul.preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &bytes,
+                                               sizeof bytes) == CUBLAS_STATUS_SUCCESS);
     cublasLtMatmulHeuristicResult_t results[3];
     int count = 0;
-    CHECK(cublasLtMatmulAlgoGetHeuristic(matmul.handle, matmul.desc, matmul.a, matmul.b, matmul.c, matmul.c, matmul.preference, 3, results, &count) == CUBLAS_STATUS_SUCCESS);
+    CHECK(cublasLtMatmulAlgoGetHeuristic(matmul.handle, matmul.desc, matmul.a, matmul.b, matmul.c, matmul.c,
+                                         matmul.preference, 3, results, &count) == CUBLAS_STATUS_SUCCESS);
     CHECK(count == 3);
     for (int i = 0; i < count; i++) {
         size_t needed = results[i].workspaceSize;
         CHECK(results[i].state == CUBLAS_STATUS_SUCCESS);
         CHECK(matmul.run(a.p, b.p, c.p, 1, 0, &results[i].algo, workspace.p, needed) == CUBLAS_STATUS_SUCCESS);
-        if (needed) CHECK(matmul.run(a.p, b.p, c.p, 1, 0, &results[i].algo, workspace.p, needed - 1) == CUBLAS_STATUS_INVALID_VALUE);
+        if (needed)
+            CHECK(matmul.run(a.p, b.p, c.p, 1, 0, &results[i].algo, workspace.p, needed - 1) ==
+                  CUBLAS_STATUS_INVALID_VALUE);
     }
     CHECK_OK(cudaDeviceSynchronize());
     std::vector<__nv_bfloat16> host(64 * 64);
-    CHECK_HAS(misuse_of([&] { CHECK(matmul.run(host.data(), b.p, c.p, 1, 0) != CUBLAS_STATUS_SUCCESS); }), "expected A's 8192 bytes inside one device allocation");
-    CHECK_HAS(misuse_of([&] { CHECK(matmul.run(a.p, b.p + 8, c.p, 1, 0) != CUBLAS_STATUS_SUCCESS); }), "expected B's 8192 bytes");
+    CHECK_HAS(misuse_of([&] { CHECK(matmul.run(host.data(), b.p, c.p, 1, 0) != CUBLAS_STATUS_SUCCESS); }),
+              "expected A's 8192 bytes inside one device allocation");
+    CHECK_HAS(misuse_of([&] { CHECK(matmul.run(a.p, b.p + 8, c.p, 1, 0) != CUBLAS_STATUS_SUCCESS); }),
+              "expected B's 8192 bytes");
     CHECK(std::string(cublasGetStatusString(CUBLAS_STATUS_NOT_SUPPORTED)) == "CUBLAS_STATUS_NOT_SUPPORTED");
 }
 
@@ -1189,16 +1237,20 @@ double gelu_slope(double h) { return (gelu(h + 1e-5) - gelu(h - 1e-5)) / 2e-5; }
 template <class Out>
 void check_epilogue(cublasLtEpilogue_t epilogue, size_t m, size_t n, size_t k) {
     int64_t ld = int64_t(m + 7) / 8 * 8, aux_ld = ld + 8;
-    std::vector<__nv_bfloat16> a = random_matrix<__nv_bfloat16>(size_t(ld) * k, 1), b = random_matrix<__nv_bfloat16>((k + 7) / 8 * 8 * n, 2);
+    std::vector<__nv_bfloat16> a = random_matrix<__nv_bfloat16>(size_t(ld) * k, 1),
+                               b = random_matrix<__nv_bfloat16>((k + 7) / 8 * 8 * n, 2);
     std::vector<Out> aux = random_matrix<Out>(size_t(aux_ld) * n, 3), before = aux;
     Device<__nv_bfloat16> da(a), db(b);
     Device<Out> dc(size_t(ld) * n), daux(aux);
     Matmul matmul(false, false, CUDA_R_16BF, type_of<Out>(), m, n, k, ld, int64_t((k + 7) / 8 * 8), ld);
     uint32_t which = epilogue;
-    CHECK(cublasLtMatmulDescSetAttribute(matmul.desc, CUBLASLT_MATMUL_DESC_EPILOGUE, &which, sizeof which) == CUBLAS_STATUS_SUCCESS);
-    CHECK(cublasLtMatmulDescSetAttribute(matmul.desc, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, &aux_ld, sizeof aux_ld) == CUBLAS_STATUS_SUCCESS);
+    CHECK(cublasLtMatmulDescSetAttribute(matmul.desc, CUBLASLT_MATMUL_DESC_EPILOGUE, &which, sizeof which) ==
+          CUBLAS_STATUS_SUCCESS);
+    CHECK(cublasLtMatmulDescSetAttribute(matmul.desc, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, &aux_ld, sizeof aux_ld) ==
+          CUBLAS_STATUS_SUCCESS);
     CHECK(matmul.run(da.p, db.p, dc.p, 0.25f, 0) == CUBLAS_STATUS_INVALID_VALUE);  // no matrix for it yet
-    CHECK(cublasLtMatmulDescSetAttribute(matmul.desc, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, &daux.p, sizeof daux.p) == CUBLAS_STATUS_SUCCESS);
+    CHECK(cublasLtMatmulDescSetAttribute(matmul.desc, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, &daux.p,
+                                         sizeof daux.p) == CUBLAS_STATUS_SUCCESS);
     CHECK(matmul.run(da.p, db.p, dc.p, 0.25f, 0) == CUBLAS_STATUS_SUCCESS);
     std::vector<Out> found = dc.read();
     aux = daux.read();
@@ -1207,21 +1259,27 @@ void check_epilogue(cublasLtEpilogue_t epilogue, size_t m, size_t n, size_t k) {
     for (size_t j = 0; j < n; j++)
         for (size_t i = 0; i < m; i++) {
             double x = 0;
-            for (size_t l = 0; l < k; l++) x += 0.25 * double(float(a[l * size_t(ld) + i])) * double(float(b[j * ((k + 7) / 8 * 8) + l]));
+            for (size_t l = 0; l < k; l++)
+                x += 0.25 * double(float(a[l * size_t(ld) + i])) * double(float(b[j * ((k + 7) / 8 * 8) + l]));
             size_t at = j * size_t(aux_ld) + i;
             bool forward = epilogue == CUBLASLT_EPILOGUE_GELU_AUX;
-            double expected = forward ? gelu(x) : x * gelu_slope(double(float(before[at]))), kept = forward ? x : double(float(before[at]));
-            for (auto [wanted, value] : {std::pair{expected, double(float(found[j * size_t(ld) + i]))}, {kept, double(float(aux[at]))}}) {
+            double expected = forward ? gelu(x) : x * gelu_slope(double(float(before[at]))),
+                   kept = forward ? x : double(float(before[at]));
+            for (auto [wanted, value] :
+                 {std::pair{expected, double(float(found[j * size_t(ld) + i]))}, {kept, double(float(aux[at]))}}) {
                 double error = std::fabs(wanted - value) / (std::fabs(wanted) * last_place + 1e-5);
                 worst = error <= worst ? worst : error;  // a NaN is taken along
             }
         }
     for (size_t j = 0; j < n; j++)  // between the columns of the auxiliary matrix nothing is written
-        for (size_t i = m; i < size_t(aux_ld); i++) written += float(aux[j * size_t(aux_ld) + i]) != float(before[j * size_t(aux_ld) + i]);
+        for (size_t i = m; i < size_t(aux_ld); i++)
+            written += float(aux[j * size_t(aux_ld) + i]) != float(before[j * size_t(aux_ld) + i]);
     CHECK_MESSAGE(worst <= 1, "epilogue ", int(epilogue), ", m ", m, ", n ", n, ", k ", k);
     CHECK(written == 0);
 }
-TEST_CASE("GELU's epilogues equal a scalar loop: of the sums before they are rounded forward, of the stored matrix backward") {
+TEST_CASE(
+    "GELU's epilogues equal a scalar loop: of the sums before they are rounded forward, of the stored matrix "
+    "backward") {
     for (auto epilogue : {CUBLASLT_EPILOGUE_GELU_AUX, CUBLASLT_EPILOGUE_DGELU})
         for (auto [m, n, k] : {std::tuple<size_t, size_t, size_t>{17, 13, 5}, {64, 40, 33}}) {
             check_epilogue<__nv_bfloat16>(epilogue, m, n, k);
@@ -1231,7 +1289,9 @@ TEST_CASE("GELU's epilogues equal a scalar loop: of the sums before they are rou
 TEST_CASE("GELU's epilogues are refused without a matrix of their own that is large enough") {
     Device<__nv_bfloat16> a(64 * 64), b(64 * 64), c(64 * 64), aux(64 * 64);
     Matmul matmul(false, false, CUDA_R_16BF, CUDA_R_16BF, 64, 64, 64, 64, 64, 64);
-    auto set = [&](cublasLtMatmulDescAttributes_t which, auto value) { return cublasLtMatmulDescSetAttribute(matmul.desc, which, &value, sizeof value); };
+    auto set = [&](cublasLtMatmulDescAttributes_t which, auto value) {
+        return cublasLtMatmulDescSetAttribute(matmul.desc, which, &value, sizeof value);
+    };
     CHECK(set(CUBLASLT_MATMUL_DESC_EPILOGUE, uint32_t(4)) == CUBLAS_STATUS_NOT_SUPPORTED);  // a bias
     CHECK(set(CUBLASLT_MATMUL_DESC_EPILOGUE, uint16_t(CUBLASLT_EPILOGUE_DGELU)) == CUBLAS_STATUS_INVALID_VALUE);
     CHECK(set(CUBLASLT_MATMUL_DESC_EPILOGUE, uint32_t(CUBLASLT_EPILOGUE_GELU_AUX)) == CUBLAS_STATUS_SUCCESS);
@@ -1239,7 +1299,8 @@ TEST_CASE("GELU's epilogues are refused without a matrix of their own that is la
     cublasLtMatmulHeuristicResult_t result;
     int count = 0;
     auto offered = [&] {
-        return cublasLtMatmulAlgoGetHeuristic(matmul.handle, matmul.desc, matmul.a, matmul.b, matmul.c, matmul.c, matmul.preference, 1, &result, &count);
+        return cublasLtMatmulAlgoGetHeuristic(matmul.handle, matmul.desc, matmul.a, matmul.b, matmul.c, matmul.c,
+                                              matmul.preference, 1, &result, &count);
     };
     for (int64_t ld : {0, 56, 68}) {
         CHECK(set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, ld) == CUBLAS_STATUS_SUCCESS);
@@ -1252,9 +1313,11 @@ TEST_CASE("GELU's epilogues are refused without a matrix of their own that is la
     CHECK(set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, aux.p + 1) == CUBLAS_STATUS_SUCCESS);
     CHECK(matmul.run(a.p, b.p, c.p, 1, 0) == CUBLAS_STATUS_NOT_SUPPORTED);
     CHECK(set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, aux.p + 8) == CUBLAS_STATUS_SUCCESS);
-    CHECK_HAS(misuse_of([&] { CHECK(matmul.run(a.p, b.p, c.p, 1, 0) != CUBLAS_STATUS_SUCCESS); }), "expected the epilogue's 8192 auxiliary bytes inside one device allocation");
+    CHECK_HAS(misuse_of([&] { CHECK(matmul.run(a.p, b.p, c.p, 1, 0) != CUBLAS_STATUS_SUCCESS); }),
+              "expected the epilogue's 8192 auxiliary bytes inside one device allocation");
     int32_t batch = 2;
-    for (auto layout : {matmul.a, matmul.b, matmul.c}) cublasLtMatrixLayoutSetAttribute(layout, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &batch, sizeof batch);
+    for (auto layout : {matmul.a, matmul.b, matmul.c})
+        cublasLtMatrixLayoutSetAttribute(layout, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &batch, sizeof batch);
     CHECK(offered() == CUBLAS_STATUS_NOT_SUPPORTED);
 }
 
@@ -1278,8 +1341,10 @@ void check_fp8_product(cudaDataType a_type, cudaDataType b_type, float beta) {
     Matmul matmul(true, false, a_type, type_of<Out>(), m, n, k, ld, ld, m);
     cublasLtMatrixLayoutSetAttribute(matmul.b, CUBLASLT_MATRIX_LAYOUT_TYPE, &b_type, sizeof b_type);
     const float *a_scale = scales.p, *b_scale = scales.p + 1;
-    CHECK(cublasLtMatmulDescSetAttribute(matmul.desc, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, &a_scale, sizeof a_scale) == CUBLAS_STATUS_SUCCESS);
-    CHECK(cublasLtMatmulDescSetAttribute(matmul.desc, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, &b_scale, sizeof b_scale) == CUBLAS_STATUS_SUCCESS);
+    CHECK(cublasLtMatmulDescSetAttribute(matmul.desc, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, &a_scale, sizeof a_scale) ==
+          CUBLAS_STATUS_SUCCESS);
+    CHECK(cublasLtMatmulDescSetAttribute(matmul.desc, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, &b_scale, sizeof b_scale) ==
+          CUBLAS_STATUS_SUCCESS);
     // The scales are read when the product runs, not when it is asked for.
     Stream stream;
     std::vector<float> values = {0.5f, 3};
@@ -1293,7 +1358,8 @@ void check_fp8_product(cudaDataType a_type, cudaDataType b_type, float beta) {
             double sum = 0;
             for (size_t l = 0; l < k; l++) sum += double(float(a[i * ld + l])) * double(float(b[j * ld + l]));
             double expected = 2 * 0.5 * 3 * sum + (beta == 0 ? 0 : beta * double(float(c[j * m + i])));
-            double error = std::fabs(expected - double(float(found[j * m + i]))) / (std::fabs(expected) * (sizeof(Out) == 2 ? 0x1p-8 : 0x1p-20) + 1e-3);
+            double error = std::fabs(expected - double(float(found[j * m + i]))) /
+                           (std::fabs(expected) * (sizeof(Out) == 2 ? 0x1p-8 : 0x1p-20) + 1e-3);
             worst = error <= worst ? worst : error;
         }
     CHECK(worst <= 1);
@@ -1310,7 +1376,8 @@ TEST_CASE("FP8 products that Hopper does not have are refused") {
         Matmul matmul(ta, tb, a_type, out, 32, 32, 32, ld, ld, 32);
         cublasLtMatrixLayoutSetAttribute(matmul.b, CUBLASLT_MATRIX_LAYOUT_TYPE, &b_type, sizeof b_type);
         int8_t fast = 1;
-        CHECK(cublasLtMatmulDescSetAttribute(matmul.desc, CUBLASLT_MATMUL_DESC_FAST_ACCUM, &fast, sizeof fast) == CUBLAS_STATUS_SUCCESS);
+        CHECK(cublasLtMatmulDescSetAttribute(matmul.desc, CUBLASLT_MATMUL_DESC_FAST_ACCUM, &fast, sizeof fast) ==
+              CUBLAS_STATUS_SUCCESS);
         return matmul.run(a.p, b.p, c.p, 1, 0);
     };
     CHECK(status(true, false, CUDA_R_8F_E4M3, CUDA_R_8F_E4M3, CUDA_R_32F, 32) == CUBLAS_STATUS_SUCCESS);
@@ -1320,25 +1387,31 @@ TEST_CASE("FP8 products that Hopper does not have are refused") {
     CHECK(status(true, false, CUDA_R_8F_E4M3, CUDA_R_16BF, CUDA_R_32F, 32) == CUBLAS_STATUS_NOT_SUPPORTED);
     CHECK(status(true, false, CUDA_R_8F_E4M3, CUDA_R_8F_E4M3, CUDA_R_8F_E4M3, 32) == CUBLAS_STATUS_NOT_SUPPORTED);
     CHECK(status(true, false, CUDA_R_8F_E4M3, CUDA_R_8F_E4M3, CUDA_R_32F, 40) == CUBLAS_STATUS_NOT_SUPPORTED);
-    CHECK(status(true, false, CUDA_R_16BF, CUDA_R_16BF, CUDA_R_32F, 32) == CUBLAS_STATUS_INVALID_VALUE);  // fast accumulation is FP8's
+    CHECK(status(true, false, CUDA_R_16BF, CUDA_R_16BF, CUDA_R_32F, 32) ==
+          CUBLAS_STATUS_INVALID_VALUE);  // fast accumulation is FP8's
     Matmul matmul(true, false, CUDA_R_8F_E4M3, CUDA_R_32F, 32, 32, 32, 32, 32, 32);
     CHECK(matmul.run(a.p + 8, b.p, c.p, 1, 0) == CUBLAS_STATUS_NOT_SUPPORTED);
     float on_host = 1;
     const float* scale = &on_host;
-    CHECK(cublasLtMatmulDescSetAttribute(matmul.desc, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, &scale, sizeof scale) == CUBLAS_STATUS_SUCCESS);
-    CHECK_HAS(misuse_of([&] { CHECK(matmul.run(a.p, b.p, c.p, 1, 0) != CUBLAS_STATUS_SUCCESS); }), "expected A's and B's scales in device memory");
+    CHECK(cublasLtMatmulDescSetAttribute(matmul.desc, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, &scale, sizeof scale) ==
+          CUBLAS_STATUS_SUCCESS);
+    CHECK_HAS(misuse_of([&] { CHECK(matmul.run(a.p, b.p, c.p, 1, 0) != CUBLAS_STATUS_SUCCESS); }),
+              "expected A's and B's scales in device memory");
 }
 
 TEST_CASE("an algorithm is usable for a product that cuBLASLt offers, and says how much workspace it needs") {
     Matmul matmul(false, false, CUDA_R_16BF, CUDA_R_16BF, 64, 64, 64, 64, 64, 64);
     uint64_t bytes = 2 << 20;
-    CHECK(cublasLtMatmulPreferenceSetAttribute(matmul.preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &bytes, sizeof bytes) == CUBLAS_STATUS_SUCCESS);
+    CHECK(cublasLtMatmulPreferenceSetAttribute(matmul.preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &bytes,
+                                               sizeof bytes) == CUBLAS_STATUS_SUCCESS);
     cublasLtMatmulHeuristicResult_t results[3], checked;
     int count = 0;
-    CHECK(cublasLtMatmulAlgoGetHeuristic(matmul.handle, matmul.desc, matmul.a, matmul.b, matmul.c, matmul.c, matmul.preference, 3, results, &count) == CUBLAS_STATUS_SUCCESS);
+    CHECK(cublasLtMatmulAlgoGetHeuristic(matmul.handle, matmul.desc, matmul.a, matmul.b, matmul.c, matmul.c,
+                                         matmul.preference, 3, results, &count) == CUBLAS_STATUS_SUCCESS);
     CHECK(count == 3);
     auto check = [&](const Matmul& product, const cublasLtMatmulAlgo_t* algo, cublasLtMatmulHeuristicResult_t* result) {
-        return cublasLtMatmulAlgoCheck(matmul.handle, product.desc, product.a, product.b, product.c, product.c, algo, result);
+        return cublasLtMatmulAlgoCheck(matmul.handle, product.desc, product.a, product.b, product.c, product.c, algo,
+                                       result);
     };
     for (int i = 0; i < count; i++) {
         memset(&checked, 0xFF, sizeof checked);
@@ -1351,10 +1424,14 @@ TEST_CASE("an algorithm is usable for a product that cuBLASLt offers, and says h
     CHECK(check(matmul, &unknown, &checked) == CUBLAS_STATUS_INVALID_VALUE);
     CHECK(check(matmul, nullptr, &checked) == CUBLAS_STATUS_INVALID_VALUE);
     CHECK(check(matmul, &results[0].algo, nullptr) == CUBLAS_STATUS_INVALID_VALUE);
-    CHECK(check(Matmul(false, false, CUDA_R_16BF, CUDA_R_16BF, 64, 64, 64, 68, 64, 64), &results[0].algo, &checked) == CUBLAS_STATUS_NOT_SUPPORTED);
-    CHECK(check(Matmul(false, false, CUDA_R_32F, CUDA_R_16BF, 64, 64, 64, 64, 64, 64), &results[0].algo, &checked) == CUBLAS_STATUS_NOT_SUPPORTED);
-    CHECK(check(Matmul(false, false, CUDA_R_16BF, CUDA_R_16BF, 64, 64, 64, 56, 64, 64), &results[0].algo, &checked) == CUBLAS_STATUS_INVALID_VALUE);
-    CHECK(cublasLtMatmulAlgoCheck(nullptr, matmul.desc, matmul.a, matmul.b, matmul.c, matmul.c, &results[0].algo, &checked) == CUBLAS_STATUS_NOT_INITIALIZED);
+    CHECK(check(Matmul(false, false, CUDA_R_16BF, CUDA_R_16BF, 64, 64, 64, 68, 64, 64), &results[0].algo, &checked) ==
+          CUBLAS_STATUS_NOT_SUPPORTED);
+    CHECK(check(Matmul(false, false, CUDA_R_32F, CUDA_R_16BF, 64, 64, 64, 64, 64, 64), &results[0].algo, &checked) ==
+          CUBLAS_STATUS_NOT_SUPPORTED);
+    CHECK(check(Matmul(false, false, CUDA_R_16BF, CUDA_R_16BF, 64, 64, 64, 56, 64, 64), &results[0].algo, &checked) ==
+          CUBLAS_STATUS_INVALID_VALUE);
+    CHECK(cublasLtMatmulAlgoCheck(nullptr, matmul.desc, matmul.a, matmul.b, matmul.c, matmul.c, &results[0].algo,
+                                  &checked) == CUBLAS_STATUS_NOT_INITIALIZED);
 }
 
 TEST_CASE("the device describes itself as a small Hopper") {

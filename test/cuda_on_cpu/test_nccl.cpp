@@ -1,4 +1,5 @@
-// Tests of nccl.h over MPI, each rank a process: CUDA_ON_CPU_NCCL_TIMEOUT=5 mpirun -np N build/test_nccl, N from 2 on. Exit 0 if all is well.
+// Tests of nccl.h over MPI, each rank a process: CUDA_ON_CPU_NCCL_TIMEOUT=5 mpirun -np N build/test_nccl, N from 2 on.
+// Exit 0 if all is well.
 #include <nccl.h>
 
 #include <cstdarg>
@@ -46,11 +47,13 @@ int main(int argc, char** argv) {
     size_t N = size_t(ranks);
     std::vector<float> mine(n * N);
     for (size_t i = 0; i < mine.size(); i++) mine[i] = value(rank, i);
-    float *data = to_device(mine), *part = to_device(std::vector<float>(n)), *all = to_device(std::vector<float>(n * N)), *sum = to_device(std::vector<float>(n * N));
+    float *data = to_device(mine), *part = to_device(std::vector<float>(n)),
+          *all = to_device(std::vector<float>(n * N)), *sum = to_device(std::vector<float>(n * N));
 
     // As a trainer does it: forked to a side stream and joined, recorded once, run three times.
     cudaEvent_t forked, joined;
-    cudaEventCreateWithFlags(&forked, cudaEventDisableTiming), cudaEventCreateWithFlags(&joined, cudaEventDisableTiming);
+    cudaEventCreateWithFlags(&forked, cudaEventDisableTiming),
+        cudaEventCreateWithFlags(&joined, cudaEventDisableTiming);
     cudaGraph_t graph;
     cudaGraphExec_t exec;
     cudaStreamBeginCapture(stream, cudaStreamCaptureModeRelaxed);

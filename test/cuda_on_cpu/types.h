@@ -21,12 +21,18 @@
 #define __shared__ static_assert(false, "declare no __shared__ variables: reach shared memory through shared<T>()");
 
 // Vector types, with CUDA's alignment.
-#define CUDA_ON_CPU_VECTORS(name, T)                                                              \
-    struct name##2 { alignas(2 * sizeof(T)) T x; T y; };                                          \
-    struct name##3 { T x, y, z; };                                                                \
-    struct name##4 { alignas(sizeof(T) > 4 ? 16 : 4 * sizeof(T)) T x; T y, z, w; };               \
-    inline name##2 make_##name##2(T x, T y) { return {x, y}; }                                    \
-    inline name##3 make_##name##3(T x, T y, T z) { return {x, y, z}; }                            \
+#define CUDA_ON_CPU_VECTORS(name, T)                                   \
+    struct name##2 {                                                   \
+        alignas(2 * sizeof(T)) T x;                                    \
+        T y;                                                           \
+    };                                                                 \
+    struct name##3 { T x, y, z; };                                     \
+    struct name##4 {                                                   \
+        alignas(sizeof(T) > 4 ? 16 : 4 * sizeof(T)) T x;               \
+        T y, z, w;                                                     \
+    };                                                                 \
+    inline name##2 make_##name##2(T x, T y) { return {x, y}; }         \
+    inline name##3 make_##name##3(T x, T y, T z) { return {x, y, z}; } \
     inline name##4 make_##name##4(T x, T y, T z, T w) { return {x, y, z, w}; }
 CUDA_ON_CPU_VECTORS(float, float)
 CUDA_ON_CPU_VECTORS(double, double)
@@ -42,31 +48,32 @@ struct dim3 {
     constexpr operator uint3() const { return {x, y, z}; }
 };
 
-#define CUDA_ON_CPU_ERRORS(X)                                                                                      \
-    X(cudaSuccess, 0, "no error")                                                                                  \
-    X(cudaErrorInvalidValue, 1, "invalid argument")                                                                \
-    X(cudaErrorMemoryAllocation, 2, "out of memory")                                                               \
-    X(cudaErrorInvalidConfiguration, 9, "invalid configuration argument")                                          \
-    X(cudaErrorInsufficientDriver, 35, "CUDA driver version is insufficient for CUDA runtime version")              \
-    X(cudaErrorInvalidDevicePointer, 17, "invalid device pointer")                                                 \
-    X(cudaErrorInvalidMemcpyDirection, 21, "invalid copy direction for memcpy")                                    \
-    X(cudaErrorInvalidDeviceFunction, 98, "invalid device function")                                               \
-    X(cudaErrorNoDevice, 100, "no CUDA-capable device is detected")                                                \
-    X(cudaErrorInvalidDevice, 101, "invalid device ordinal")                                                       \
-    X(cudaErrorInvalidResourceHandle, 400, "invalid resource handle")                                              \
-    X(cudaErrorIllegalState, 401, "the operation cannot be performed in the present state")                       \
-    X(cudaErrorNotReady, 600, "device not ready")                                                                  \
-    X(cudaErrorIllegalAddress, 700, "an illegal memory access was encountered")                                    \
-    X(cudaErrorLaunchFailure, 719, "unspecified launch failure")                                                   \
-    X(cudaErrorNotSupported, 801, "operation not supported")                                                       \
-    X(cudaErrorStreamCaptureUnsupported, 900, "operation not permitted when stream is capturing")                  \
-    X(cudaErrorStreamCaptureInvalidated, 901, "operation failed due to a previous error during capture")           \
-    X(cudaErrorStreamCaptureMerge, 902, "operation would result in a merge of separate capture sequences")         \
-    X(cudaErrorStreamCaptureUnmatched, 903, "capture was not ended in the same stream as it began")                \
-    X(cudaErrorStreamCaptureUnjoined, 904, "capturing stream has unjoined work")                                   \
-    X(cudaErrorStreamCaptureIsolation, 905, "dependency created on uncaptured work in another stream")             \
-    X(cudaErrorStreamCaptureImplicit, 906, "operation would make the legacy stream depend on a capturing blocking stream") \
-    X(cudaErrorCapturedEvent, 907, "operation not permitted on an event last recorded in a capturing stream")      \
+#define CUDA_ON_CPU_ERRORS(X)                                                                                 \
+    X(cudaSuccess, 0, "no error")                                                                             \
+    X(cudaErrorInvalidValue, 1, "invalid argument")                                                           \
+    X(cudaErrorMemoryAllocation, 2, "out of memory")                                                          \
+    X(cudaErrorInvalidConfiguration, 9, "invalid configuration argument")                                     \
+    X(cudaErrorInsufficientDriver, 35, "CUDA driver version is insufficient for CUDA runtime version")        \
+    X(cudaErrorInvalidDevicePointer, 17, "invalid device pointer")                                            \
+    X(cudaErrorInvalidMemcpyDirection, 21, "invalid copy direction for memcpy")                               \
+    X(cudaErrorInvalidDeviceFunction, 98, "invalid device function")                                          \
+    X(cudaErrorNoDevice, 100, "no CUDA-capable device is detected")                                           \
+    X(cudaErrorInvalidDevice, 101, "invalid device ordinal")                                                  \
+    X(cudaErrorInvalidResourceHandle, 400, "invalid resource handle")                                         \
+    X(cudaErrorIllegalState, 401, "the operation cannot be performed in the present state")                   \
+    X(cudaErrorNotReady, 600, "device not ready")                                                             \
+    X(cudaErrorIllegalAddress, 700, "an illegal memory access was encountered")                               \
+    X(cudaErrorLaunchFailure, 719, "unspecified launch failure")                                              \
+    X(cudaErrorNotSupported, 801, "operation not supported")                                                  \
+    X(cudaErrorStreamCaptureUnsupported, 900, "operation not permitted when stream is capturing")             \
+    X(cudaErrorStreamCaptureInvalidated, 901, "operation failed due to a previous error during capture")      \
+    X(cudaErrorStreamCaptureMerge, 902, "operation would result in a merge of separate capture sequences")    \
+    X(cudaErrorStreamCaptureUnmatched, 903, "capture was not ended in the same stream as it began")           \
+    X(cudaErrorStreamCaptureUnjoined, 904, "capturing stream has unjoined work")                              \
+    X(cudaErrorStreamCaptureIsolation, 905, "dependency created on uncaptured work in another stream")        \
+    X(cudaErrorStreamCaptureImplicit, 906,                                                                    \
+      "operation would make the legacy stream depend on a capturing blocking stream")                         \
+    X(cudaErrorCapturedEvent, 907, "operation not permitted on an event last recorded in a capturing stream") \
     X(cudaErrorUnknown, 999, "unknown error")
 
 enum cudaError {
@@ -88,11 +95,33 @@ using cudaGraphNode_t = CUgraphNode_st*;
 using cudaGraphExec_t = CUgraphExec_st*;
 using cudaHostFn_t = void (*)(void*);
 
-enum cudaMemcpyKind { cudaMemcpyHostToHost, cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice, cudaMemcpyDefault };
-enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeThreadLocal, cudaStreamCaptureModeRelaxed };
-enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive, cudaStreamCaptureStatusInvalidated };
-enum cudaGraphNodeType { cudaGraphNodeTypeKernel, cudaGraphNodeTypeMemcpy, cudaGraphNodeTypeMemset, cudaGraphNodeTypeHost };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8, cudaFuncAttributePreferredSharedMemoryCarveout = 9 };
+enum cudaMemcpyKind {
+    cudaMemcpyHostToHost,
+    cudaMemcpyHostToDevice,
+    cudaMemcpyDeviceToHost,
+    cudaMemcpyDeviceToDevice,
+    cudaMemcpyDefault
+};
+enum cudaStreamCaptureMode {
+    cudaStreamCaptureModeGlobal,
+    cudaStreamCaptureModeThreadLocal,
+    cudaStreamCaptureModeRelaxed
+};
+enum cudaStreamCaptureStatus {
+    cudaStreamCaptureStatusNone,
+    cudaStreamCaptureStatusActive,
+    cudaStreamCaptureStatusInvalidated
+};
+enum cudaGraphNodeType {
+    cudaGraphNodeTypeKernel,
+    cudaGraphNodeTypeMemcpy,
+    cudaGraphNodeTypeMemset,
+    cudaGraphNodeTypeHost
+};
+enum cudaFuncAttribute {
+    cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
+    cudaFuncAttributePreferredSharedMemoryCarveout = 9
+};
 enum { cudaSharedmemCarveoutDefault = -1, cudaSharedmemCarveoutMaxL1 = 0, cudaSharedmemCarveoutMaxShared = 100 };
 enum cudaLaunchAttributeID {
     cudaLaunchAttributeIgnore = 0,
@@ -118,7 +147,8 @@ enum cudaDeviceAttr {
 };
 
 constexpr unsigned cudaStreamDefault = 0, cudaStreamNonBlocking = 1;
-constexpr unsigned cudaEventDefault = 0, cudaEventBlockingSync = 1, cudaEventDisableTiming = 2, cudaEventWaitDefault = 0;
+constexpr unsigned cudaEventDefault = 0, cudaEventBlockingSync = 1, cudaEventDisableTiming = 2,
+                   cudaEventWaitDefault = 0;
 constexpr unsigned cudaHostAllocDefault = 0, cudaHostAllocPortable = 1, cudaHostAllocMapped = 2;
 
 union cudaLaunchAttributeValue {
@@ -154,5 +184,6 @@ struct cudaDeviceProp {
 };
 struct cudaFuncAttributes {
     size_t sharedSizeBytes, constSizeBytes, localSizeBytes;
-    int maxThreadsPerBlock, numRegs, ptxVersion, binaryVersion, cacheModeCA, maxDynamicSharedSizeBytes, preferredShmemCarveout;
+    int maxThreadsPerBlock, numRegs, ptxVersion, binaryVersion, cacheModeCA, maxDynamicSharedSizeBytes,
+        preferredShmemCarveout;
 };

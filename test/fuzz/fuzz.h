@@ -1,4 +1,5 @@
-// fuzz.h: what the fuzz targets share. A target defines fuzz(), seeds(), and gets main() and the rest from libFuzzer; -h of a target lists its flags.
+// fuzz.h: what the fuzz targets share. A target defines fuzz(), seeds(), and gets main() and the rest from libFuzzer;
+// -h of a target lists its flags.
 #pragma once
 #include <sys/stat.h>
 
@@ -6,7 +7,8 @@
 
 using Bytes = std::vector<unsigned char>;
 
-void fuzz(const unsigned char* data, size_t size);  // an Error is what a parser should throw; anything else is a finding
+void fuzz(const unsigned char* data,
+          size_t size);  // an Error is what a parser should throw; anything else is a finding
 std::vector<Bytes> seeds();
 
 // A file of the bytes, on a tmpfs where there is one; its name ends as asked.
@@ -24,12 +26,15 @@ inline std::string file_of(const Bytes& bytes, const char* ending) {
     static size_t before = 0;
     if (open_path != path && fd >= 0) close(fd);
     if (open_path != path) fd = open(path.c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0600), open_path = path, before = 0;
-    if ((std::exchange(before, bytes.size()) > bytes.size() && ftruncate(fd, off_t(bytes.size())) != 0) || pwrite(fd, bytes.data(), bytes.size(), 0) != ssize_t(bytes.size())) abort();
+    if ((std::exchange(before, bytes.size()) > bytes.size() && ftruncate(fd, off_t(bytes.size())) != 0) ||
+        pwrite(fd, bytes.data(), bytes.size(), 0) != ssize_t(bytes.size()))
+        abort();
     return path;
 }
 
-// One of our files from a short input: a byte of choices, the first 64 words of the header, the body. As it is, a mutated file would seldom
-// come past the first checks, so the choices mend it up to one: 1 the header's first words, 2 its length, by zeros, 4 its CRC.
+// One of our files from a short input: a byte of choices, the first 64 words of the header, the body. As it is, a
+// mutated file would seldom come past the first checks, so the choices mend it up to one: 1 the header's first words, 2
+// its length, by zeros, 4 its CRC.
 inline Bytes keel_file(const unsigned char* data, size_t size, FileKind kind) {
     if (size == 0) return {};
     int choices = *data++;
@@ -38,7 +43,8 @@ inline Bytes keel_file(const unsigned char* data, size_t size, FileKind kind) {
     memcpy(header.word.data(), data, std::min<size_t>(size, 256));
     if (choices & 1) {
         memcpy(&header.word[H_MAGIC], "KEEL", 4);
-        header.word[H_VERSION] = 1, header.word[H_KIND] = kind, header.word[H_TYPE] = int(uint32_t(header.word[H_TYPE]) % 3);
+        header.word[H_VERSION] = 1, header.word[H_KIND] = kind,
+        header.word[H_TYPE] = int(uint32_t(header.word[H_TYPE]) % 3);
         if (header.word[H_V] > 0 && header.word[H_V] <= MAX_V) header.word[H_VP] = header.model().Vp();
     }
     Bytes file(sizeof header);
@@ -71,8 +77,7 @@ inline ModelConfig tiny_model(NormPlacement norm) {
 extern "C" int LLVMFuzzerTestOneInput(const unsigned char* data, size_t size) {
     try {
         fuzz(data, size);
-    } catch (const Error&) {
-    }
+    } catch (const Error&) {}
     return 0;
 }
 

@@ -14,6 +14,7 @@ void fuzz(const unsigned char* data, size_t size) {
 std::vector<Bytes> seeds() {
     std::vector<Bytes> all;
     for (int norm = 0; norm < NUM_PLACEMENTS; norm++)
-        for (RealType type : {REAL_FP32, REAL_BF16, REAL_FP64}) all.push_back(keel_seed(make_header(FILE_MODEL, type, tiny_model(NormPlacement(norm)), 7)));
+        for (RealType type : {REAL_FP32, REAL_BF16, REAL_FP64})
+            all.push_back(keel_seed(make_header(FILE_MODEL, type, tiny_model(NormPlacement(norm)), 7)));
     return all;
 }
