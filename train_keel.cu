@@ -1,11 +1,18 @@
 // train_keel.cu: trains a GPT of KEEL highway blocks on a GPU (arXiv 2601.19895), as explicit forward and backward
-// kernels; built with NCCL
-// (-DKEEL_NCCL), on as many GPUs as there are, each a process.
+// kernels; built with NCCL (-DKEEL_NCCL), on as many GPUs as there are, each a process.
 //
-// It reads in the order data flows: numbers and the device's primitives, memory and launches, matrix products, the
-// layers (each forward beside its backward), the optimizer, the sub-layer, the model, sampling, the step.
-// train_keel_cpu.cpp does the same passes as plain loops and is the reference for each of them; keel_common.h holds
-// what both share.
+// It reads in the order data flows: the device's primitives, the layers (each forward beside its backward), the
+// optimizer, the sub-layer's branch, the model, sampling, the step. What it stands on is in keel/: memory, launches and
+// graphs (gpu.h), matrix products (cublaslt.h), the run around the steps (run.h), what ranks exchange (nccl.h).
+//
+// train_keel_cpu.cpp does the same passes as plain loops, is the reference for each of them, and divides them
+// otherwise. With z_l = alpha_l x_l + F_l(u_l):
+//
+//     -> x_l -> u_l -> F_l -> z_l -> x_{l+1} -> u_{l+1} -> F_{l+1} -> z_{l+1} ->
+//        |--- sub-layer l ------------|--- sub-layer l+1 -------------|           there: from x to x
+//                            |---- point l+1 ------|                              here: from z to u, and F between
+//
+// What lies between two branches reads and writes the same rows: it is one kernel forward and one backward.
 //
 // The highway (x, z, their gradients and norms) is FP32 always. The branches compute in BF16 on tensor cores, or in
 // FP32 with -DKEEL_FP32, the build for comparisons. Weights are FP32, with a BF16 copy for the matrix products.
@@ -16,31 +23,10 @@
 // Conventions, which let a plain C++ compiler build and run this file on machines without a GPU (test/cuda_on_cpu):
 // kernels start through launch(); shared memory is dynamic and reached through shared<T>(); PTX stands in one room.
 
-#include <cublasLt.h>
-#include <cuda_bf16.h>
-#include <cuda_runtime.h>
-#ifdef KEEL_NCCL
-#include <nccl.h>
-#endif
+#include "keel/cublaslt.h"
+#include "keel/nccl.h"
+#include "keel/run.h"
 
-#include <map>
-#include <tuple>
-
-#include "keel_common.h"
-
-// ----------------------------------------------------------------------------------------------------
-// Numbers
-
-#ifdef KEEL_FP32
-using branch_t = float;
-#else
-using branch_t = __nv_bfloat16;
-#endif
-constexpr bool BRANCH_BF16 = sizeof(branch_t) == 2;
-constexpr int WIDE = 16 / int(sizeof(branch_t));  // branch numbers in the 16 bytes that a thread loads at once
-
-constexpr int WARP = 32;               // threads
-constexpr unsigned ALL_LANES = ~0u;    // the mask of a whole warp
 constexpr float NORM_EPSILON = 1e-6f;  // rms(x) = sqrt(mean(x^2) + this)
 
 // ----------------------------------------------------------------------------------------------------
@@ -195,7 +181,6 @@ __device__ inline bool last_to_arrive(unsigned* arrived, unsigned blocks) {
 // has written its row of partial (blocks,n), which is overwritten. The last block of every FAN_IN adds up their rows in
 // order, the last of those adds up the results, and calls out(i, sum) for each column. arrived: 1 + blocks / FAN_IN
 // rounded up counters, zero before and after.
-constexpr unsigned FAN_IN = 16, MAX_PARTIAL_BLOCKS = 1024, ARRIVAL_COUNTERS = 1 + MAX_PARTIAL_BLOCKS / FAN_IN;
 
 template <class T, class Out>
 __device__ void add_partials(T* partial, int n, unsigned* arrived, Out out) {
@@ -214,132 +199,7 @@ __device__ void add_partials(T* partial, int n, unsigned* arrived, Out out) {
 }
 
 // ----------------------------------------------------------------------------------------------------
-// Memory and launches
-
-inline void check(cudaError_t error, const char* what) {
-    if (error != cudaSuccess)
-        fail("%s: %s (%s); see the driver's log (dmesg), or use train_keel_cpu", what, cudaGetErrorString(error),
-             cudaGetErrorName(error));
-}
-#define CUDA(call) check(call, #call)
-
-inline void check(cublasStatus_t status, const char* what) {
-    if (status != CUBLAS_STATUS_SUCCESS) fail("%s: %s", what, cublasLtGetStatusString(status));
-}
-
-// Buffers share an allocation at multiples of this, cudaMalloc's own alignment in bytes.
-constexpr size_t ALIGNMENT = 256;
-
-// A buffer in the device's memory, of its own or a part of another.
-template <class T>
-class DeviceArray {
-public:
-    DeviceArray() = default;
-    // The next n elements of an allocation: `free` is where it goes on.
-    DeviceArray(char*& free, size_t n) : pointer(as_elements(free)), n(n), part(true) {
-        free += round_up(n * sizeof(T), ALIGNMENT);
-    }
-    explicit DeviceArray(size_t n) : n(n) {
-        if (n == 0) return;
-        if (cudaError_t error = cudaMalloc(&pointer, n * sizeof(T)); error != cudaSuccess) {
-            cudaGetLastError();
-            fail("GPU memory: expected %s more, found less (%s); use a smaller -b, -t, -C or -L, or -r layer",
-                 bytes_text(double(n * sizeof(T))).c_str(), cudaGetErrorString(error));
-        }
-    }
-    DeviceArray(DeviceArray&& a) noexcept
-        : pointer(std::exchange(a.pointer, nullptr)), n(std::exchange(a.n, 0)), part(a.part) {}
-    DeviceArray& operator=(DeviceArray&& a) noexcept {
-        std::swap(pointer, a.pointer), std::swap(n, a.n), std::swap(part, a.part);
-        return *this;
-    }
-    ~DeviceArray() {
-        if (!part) cudaFree(pointer);
-    }
-    T* data() const { return pointer; }
-    size_t size() const { return n; }
-
-private:
-    static T* as_elements(char* bytes) { return static_cast<T*>(static_cast<void*>(bytes)); }
-    T* pointer = nullptr;
-    size_t n = 0;
-    bool part = false;
-};
-
-// A buffer in the host's memory from which the device copies by itself.
-template <class T>
-class PinnedArray {
-public:
-    PinnedArray() = default;
-    explicit PinnedArray(size_t n) : n(n) { CUDA(cudaMallocHost((void**)&pointer, n * sizeof(T))); }
-    PinnedArray(PinnedArray&& a) noexcept : pointer(std::exchange(a.pointer, nullptr)), n(std::exchange(a.n, 0)) {}
-    PinnedArray& operator=(PinnedArray&& a) noexcept {
-        std::swap(pointer, a.pointer), std::swap(n, a.n);
-        return *this;
-    }
-    ~PinnedArray() { cudaFreeHost(pointer); }
-    T* data() const { return pointer; }
-    size_t size() const { return n; }
-    T& operator[](size_t i) const { return pointer[i]; }
-
-private:
-    T* pointer = nullptr;
-    size_t n = 0;
-};
-
-// Whether a kernel may start before the one before it has ended: it hides the microsecond or two between two kernels,
-// which thousands of small ones add up to. The code is asked, not the card: what was built for compute capability 8.0
-// alone runs on later cards too, but does not wait. KEEL_OVERLAP=0 in the environment turns it off, to measure it.
-inline bool may_overlap(const void* kernel) {
-    if (const char* wanted = getenv("KEEL_OVERLAP"); wanted && std::string(wanted) == "0") return false;
-    cudaFuncAttributes code;
-    CUDA(cudaFuncGetAttributes(&code, kernel));
-    return code.ptxVersion >= 90;  // not binaryVersion: of PTX for 8.0 the driver makes a binary for 9.0
-}
-inline bool launches_overlap(const void* first_kernel) {
-    static const bool overlap = may_overlap(first_kernel);  // all kernels of a program are built alike
-    return overlap;
-}
-
-// kernel<<<grid, block, shared_bytes, stream>>>(arguments...), and its error. The kernel calls begin_kernel() before it
-// touches global memory.
-template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), size_t grid, unsigned block, size_t shared_bytes, cudaStream_t stream,
-            Arguments... arguments) {
-    if (grid > size_t(INT_MAX)) fail("a kernel needs %zu blocks, more than a grid has; use a smaller -b", grid);
-    if (shared_bytes > 48 << 10)  // beyond what a kernel may use unasked
-        CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)));
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(unsigned(grid)), config.blockDim = dim3(block), config.dynamicSmemBytes = shared_bytes,
-    config.stream = stream;
-    cudaLaunchAttribute overlap{};
-    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization,
-    overlap.val.programmaticStreamSerializationAllowed = 1;
-    config.attrs = &overlap, config.numAttrs = launches_overlap(reinterpret_cast<const void*>(kernel)) ? 1 : 0;
-    CUDA(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
-}
-// Bytes of shared memory that a block can have: 227 KiB on Hopper, 163 on A100, 99 on the cards for desktops.
-inline int shared_limit() {
-    static const int bytes = [] {
-        int value = 0;
-        CUDA(cudaDeviceGetAttribute(&value, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0));
-        return value;
-    }();
-    return bytes;
-}
-inline size_t ceil_div(size_t n, size_t d) { return (n + d - 1) / d; }
-constexpr unsigned THREADS = 256;  // of a block, where nothing speaks for another number
-
-constexpr size_t GEMM_WORKSPACE = 32 << 20;  // bytes, what NVIDIA recommends for Hopper
-
-// How cuBLASLt does a product of one shape; made at its first use.
-struct GemmPlan {
-    cublasLtMatmulDesc_t operation;
-    cublasLtMatrixLayout_t a, b, d;
-    cublasLtMatmulAlgo_t algorithm;
-};
-using GemmKey =
-    std::tuple<bool, bool, size_t, size_t, size_t, bool, bool>;  // a, b transposed; m, n, k; FP32 result; added to it
+// The layers: each forward beside its backward. A backward adds to gradients of parameters, and sets those of inputs.
 
 // All that changes from step to step is read from the device's memory, so that a graph of launches serves every step.
 struct StepSettings {  // comes from the host
@@ -362,319 +222,6 @@ struct UpdateCounts {   // stays on the device
     long long updates;  // steps that updated the parameters so far
     int data_lost;      // of several ranks: 1 from the step on in which a rank's data could not be read
 };
-
-// Milliseconds between two points of a stream.
-class Stopwatch {
-public:
-    explicit Stopwatch(cudaStream_t stream) : stream(stream) {
-        CUDA(cudaEventCreate(&begin));
-        CUDA(cudaEventCreate(&end));
-    }
-    ~Stopwatch() { cudaEventDestroy(begin), cudaEventDestroy(end); }
-    Stopwatch(const Stopwatch&) = delete;
-    Stopwatch& operator=(const Stopwatch&) = delete;
-    void start() { CUDA(cudaEventRecord(begin, stream)); }
-    float stop() {
-        float ms = 0;
-        CUDA(cudaEventRecord(end, stream));
-        CUDA(cudaEventSynchronize(end));
-        CUDA(cudaEventElapsedTime(&ms, begin, end));
-        return ms;
-    }
-
-private:
-    cudaStream_t stream;
-    cudaEvent_t begin = nullptr, end = nullptr;
-};
-inline float median(std::vector<float>& values) {
-    std::nth_element(values.begin(), values.begin() + std::ptrdiff_t(values.size() / 2), values.end());
-    return values[values.size() / 2];
-}
-
-// --tune FILE: the fastest of cuBLASLt's algorithms for each shape of product, as measured on this GPU with this
-// cuBLASLt. Rows of others stay in the file.
-class TuningTable {
-public:
-    static constexpr const char* COLUMNS =
-        "gpu,cublaslt,a_transposed,b_transposed,m,n,k,inputs,result,beta,first_us,best_us,algorithm";
-    static constexpr int KEY_COLUMNS = 10;
-
-    TuningTable(const std::string& path, std::string gpu, size_t version) : path(path) {
-        std::replace(gpu.begin(), gpu.end(), ',', ' ');
-        machine = format("%s,%zu", gpu.c_str(), version);
-        namespace fs = std::filesystem;
-        std::error_code error;
-        if (!fs::exists(path, error)) {
-            fs::path folder = fs::absolute(path).parent_path();
-            if (!fs::is_directory(folder, error) || access(folder.c_str(), W_OK | X_OK) != 0)
-                fail("--tune: expected a folder that can be written, found %s; create it first", folder.c_str());
-            return;
-        }
-        std::string text;
-        FILE* file = fs::is_regular_file(path, error) ? fopen(path.c_str(), "re") : nullptr;
-        if (!file)
-            fail("--tune: %s cannot be read (%s); give another file", path.c_str(),
-                 fs::is_regular_file(path, error) ? errno_text().c_str() : "it is no file");
-        for (int c; (c = getc(file)) != EOF && text.size() < (size_t(64) << 20);) text += char(c);
-        fclose(file);
-        int line_number = 0;
-        for (size_t at = 0; at < text.size();) {
-            size_t end = std::min(text.find('\n', at), text.size());
-            std::string line = text.substr(at, end - at);
-            at = end + 1;
-            if (++line_number == 1 && line != COLUMNS)
-                fail("--tune: %s: expected the columns %s in its first line, found others; give another file",
-                     path.c_str(), COLUMNS);
-            if (line_number > 1) parse(line, line_number);
-        }
-        if (line_number == 0)
-            fail("--tune: %s: expected a table of an earlier run, found an empty file; remove it", path.c_str());
-    }
-
-    // The algorithm of a shape, or null.
-    const cublasLtMatmulAlgo_t* find(const GemmKey& shape) const {
-        auto row = rows.find(key(shape));
-        return row == rows.end() ? nullptr : &row->second.algorithm;
-    }
-
-    // Takes a row in, and the file with it.
-    void add(const GemmKey& shape, const cublasLtMatmulAlgo_t& algorithm, double first_us, double best_us) {
-        rows[key(shape)] = {algorithm, format("%.2f,%.2f", first_us, best_us)};
-        std::string text = std::string(COLUMNS) + "\n";
-        for (const auto& [key, row] : rows) {
-            text += key + "," + row.times + ",";
-            for (uint64_t word : row.algorithm.data) text += format("%016llx", (unsigned long long)word);
-            text += "\n";
-        }
-        replace_file(path, text, "free some space or leave out --tune");
-    }
-
-private:
-    struct Row {
-        cublasLtMatmulAlgo_t algorithm;
-        std::string times;
-    };
-    std::string path, machine;
-    std::map<std::string, Row> rows;
-
-    std::string key(const GemmKey& shape) const {
-        auto [ta, tb, m, n, k, fp32_out, accumulate] = shape;
-        return format("%s,%d,%d,%zu,%zu,%zu,%s,%s,%d", machine.c_str(), ta, tb, m, n, k, BRANCH_BF16 ? "bf16" : "fp32",
-                      fp32_out ? "fp32" : "bf16", accumulate);
-    }
-
-    void parse(const std::string& line, int number) {
-        std::vector<size_t> commas;
-        for (size_t i = 0; i < line.size(); i++)
-            if (line[i] == ',') commas.push_back(i);
-        Row row{};
-        bool good = commas.size() == KEY_COLUMNS + 2;
-        std::string digits = good ? line.substr(commas.back() + 1) : "";
-        good = good && digits.size() == 2 * sizeof row.algorithm &&
-               digits.find_first_not_of("0123456789abcdef") == std::string::npos;
-        if (!good)
-            fail(
-                "--tune: %s, line %d: expected %d columns, the last of %zu hexadecimal digits, found others; remove "
-                "the line or the file",
-                path.c_str(), number, KEY_COLUMNS + 3, 2 * sizeof row.algorithm);
-        for (size_t i = 0; i < 8; i++) row.algorithm.data[i] = strtoull(digits.substr(16 * i, 16).c_str(), nullptr, 16);
-        row.times = line.substr(commas[KEY_COLUMNS - 1] + 1, commas.back() - commas[KEY_COLUMNS - 1] - 1);
-        rows[line.substr(0, commas[KEY_COLUMNS - 1])] = row;
-    }
-};
-
-// What every layer needs to run: the stream, matrix products, and scratch memory that layers use one after another.
-class Device {
-public:
-    cudaStream_t stream = nullptr;
-    DeviceArray<char> workspace;          // cuBLASLt's
-    DeviceArray<unsigned> arrived;        // counters of add_partials
-    DeviceArray<double> partial_doubles;  // (MAX_PARTIAL_BLOCKS), of add_sum
-
-    static constexpr size_t BYTES =
-        GEMM_WORKSPACE + ARRIVAL_COUNTERS * sizeof(unsigned) + MAX_PARTIAL_BLOCKS * sizeof(double);
-
-    Device() : workspace(GEMM_WORKSPACE), arrived(ARRIVAL_COUNTERS), partial_doubles(MAX_PARTIAL_BLOCKS) {
-        CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
-        CUDA(cudaMemsetAsync(arrived.data(), 0, arrived.size() * sizeof(unsigned), stream));
-        check(cublasLtCreate(&handle), "cublasLtCreate");
-    }
-    ~Device() {
-        for (auto& [key, plan] : plans) destroy(plan);
-        cublasLtDestroy(handle);
-        cudaStreamDestroy(stream);
-    }
-    Device(const Device&) = delete;
-    Device& operator=(const Device&) = delete;
-
-    void synchronize() { CUDA(cudaStreamSynchronize(stream)); }
-    template <class T>
-    void zero(const DeviceArray<T>& a) {
-        if (a.size()) CUDA(cudaMemsetAsync(a.data(), 0, a.size() * sizeof(T), stream));
-    }
-    // n numbers in [-1, 1) to time a product on: zeros take less power, and run faster
-    DeviceArray<branch_t> random_matrix(size_t n);
-    template <class T>
-    void copy(T* to, const T* from, size_t n) {
-        CUDA(cudaMemcpyAsync(to, from, n * sizeof(T), cudaMemcpyDefault, stream));
-    }
-
-    int product_multiprocessors = 0;      // of the GPU, that products may use; 0: all
-    std::unique_ptr<TuningTable> tuning;  // of --tune; null without
-
-    // While one lives, with `on`, a product of a shape that the table does not have is measured.
-    struct Tuning {
-        Device& device;
-        Tuning(Device& device, bool on) : device(device) { device.measuring = on && device.tuning; }
-        ~Tuning() { device.measuring = false; }
-        Tuning(const Tuning&) = delete;
-        Tuning& operator=(const Tuning&) = delete;
-    };
-    // Bytes of scratch that measuring a product (m,n,k) takes: a, b, d and what fills the L2 between.
-    static size_t tuning_bytes(size_t m, size_t n, size_t k, bool fp32_out) {
-        return (m * k + k * n) * sizeof(branch_t) + m * n * (fp32_out ? 4 : 2) + twice_l2();
-    }
-
-    // ----- Matrix products, all by cuBLASLt, whose matrices are column-major: d (m,n) = a (m,k) b (k,n), or d += a b.
-    // The same memory read row-major is the transposed matrix, so that out (rows,N) = in W^T is out^T (N,rows) = W
-    // in^T.
-    template <class Out>
-    void product(Out* d, const branch_t* a, bool a_transposed, const branch_t* b, bool b_transposed, size_t m, size_t n,
-                 size_t k, bool accumulate) {
-        const GemmPlan& plan = gemm_plan({a_transposed, b_transposed, m, n, k, sizeof(Out) == 4, accumulate});
-        float one = 1, beta = accumulate ? 1 : 0;
-        check(cublasLtMatmul(handle, plan.operation, &one, a, plan.a, b, plan.b, &beta, d, plan.d, d, plan.d,
-                             &plan.algorithm, workspace.data(), workspace.size(), stream),
-              "cublasLtMatmul");
-    }
-
-private:
-    cublasLtHandle_t handle = nullptr;
-    std::map<GemmKey, GemmPlan> plans;
-
-    bool measuring = false;
-
-    static size_t twice_l2() {
-        int bytes = 0;
-        CUDA(cudaDeviceGetAttribute(&bytes, cudaDevAttrL2CacheSize, 0));
-        return 2 * size_t(bytes);
-    }
-
-    // A shape's algorithm is the first that cuBLASLt's heuristic names: the same on every run. With --tune it is the
-    // table's.
-    const GemmPlan& gemm_plan(const GemmKey& key) {
-        if (auto found = plans.find(key); found != plans.end()) return found->second;
-        auto [ta, tb, m, n, k, fp32_out, accumulate] = key;
-        cudaDataType in_type = BRANCH_BF16 ? CUDA_R_16BF : CUDA_R_32F, out_type = fp32_out ? CUDA_R_32F : CUDA_R_16BF;
-        GemmPlan plan{};
-        cublasOperation_t op_a = ta ? CUBLAS_OP_T : CUBLAS_OP_N, op_b = tb ? CUBLAS_OP_T : CUBLAS_OP_N;
-        check(cublasLtMatmulDescCreate(&plan.operation, CUBLAS_COMPUTE_32F, CUDA_R_32F), "cublasLtMatmulDescCreate");
-        check(cublasLtMatmulDescSetAttribute(plan.operation, CUBLASLT_MATMUL_DESC_TRANSA, &op_a, sizeof op_a),
-              "CUBLASLT_MATMUL_DESC_TRANSA");
-        check(cublasLtMatmulDescSetAttribute(plan.operation, CUBLASLT_MATMUL_DESC_TRANSB, &op_b, sizeof op_b),
-              "CUBLASLT_MATMUL_DESC_TRANSB");
-        int32_t multiprocessors = product_multiprocessors;
-        if (multiprocessors > 0)
-            check(cublasLtMatmulDescSetAttribute(plan.operation, CUBLASLT_MATMUL_DESC_SM_COUNT_TARGET, &multiprocessors,
-                                                 sizeof multiprocessors),
-                  "CUBLASLT_MATMUL_DESC_SM_COUNT_TARGET");
-        auto layout = [](cublasLtMatrixLayout_t* l, cudaDataType type, size_t rows, size_t cols) {
-            check(cublasLtMatrixLayoutCreate(l, type, rows, cols, int64_t(rows)), "cublasLtMatrixLayoutCreate");
-        };
-        layout(&plan.a, in_type, ta ? k : m, ta ? m : k);
-        layout(&plan.b, in_type, tb ? n : k, tb ? k : n);
-        layout(&plan.d, out_type, m, n);
-        cublasLtMatmulPreference_t preference;
-        check(cublasLtMatmulPreferenceCreate(&preference), "cublasLtMatmulPreferenceCreate");
-        size_t bytes = GEMM_WORKSPACE;
-        check(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &bytes,
-                                                   sizeof bytes),
-              "workspace");
-        // A product that is split along k adds its parts in FP32, never in BF16.
-        uint32_t schemes = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
-        check(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &schemes,
-                                                   sizeof schemes),
-              "reduction");
-        // In bytes. A tensor starts where the one before it ends: every size is a multiple of 8 elements in BF16, of
-        // one in FP32.
-        uint32_t alignment = BRANCH_BF16 ? 16 : 4;
-        for (auto which : {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
-                           CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
-            check(cublasLtMatmulPreferenceSetAttribute(preference, which, &alignment, sizeof alignment), "alignment");
-        cublasLtMatmulHeuristicResult_t results[MOST_CANDIDATES] = {};
-        int found = 0;
-        cublasStatus_t status =
-            cublasLtMatmulAlgoGetHeuristic(handle, plan.operation, plan.a, plan.b, plan.d, plan.d, preference,
-                                           measuring ? MOST_CANDIDATES : 1, results, &found);
-        cublasLtMatmulPreferenceDestroy(preference);
-        if (status != CUBLAS_STATUS_SUCCESS || found == 0)
-            fail("cuBLASLt has no algorithm for a product of %zu x %zu x %zu (%s); use another -C or the FP32 build", m,
-                 n, k, cublasLtGetStatusString(status));
-        plan.algorithm = results[0].algo;
-        const cublasLtMatmulAlgo_t* tuned = tuning ? tuning->find(key) : nullptr;
-        try {
-            if (tuned && usable(plan, *tuned)) plan.algorithm = *tuned;
-            else if (measuring) plan.algorithm = fastest(plan, key, {results, size_t(found)});
-        } catch (...) {  // no memory for its scratch, or no room for its table
-            destroy(plan);
-            throw;
-        }
-        return plans[key] = plan;
-    }
-
-    static void destroy(const GemmPlan& plan) {
-        cublasLtMatmulDescDestroy(plan.operation);
-        for (auto layout : {plan.a, plan.b, plan.d}) cublasLtMatrixLayoutDestroy(layout);
-    }
-
-    bool usable(const GemmPlan& plan, const cublasLtMatmulAlgo_t& algorithm) {
-        cublasLtMatmulHeuristicResult_t result{};
-        return cublasLtMatmulAlgoCheck(handle, plan.operation, plan.a, plan.b, plan.d, plan.d, &algorithm, &result) ==
-                   CUBLAS_STATUS_SUCCESS &&
-               result.workspaceSize <= GEMM_WORKSPACE;
-    }
-
-    // The algorithm of least median time, in rounds over all of them, on scratch matrices of random numbers with the
-    // product's own beta; before each product the L2 is filled with something else. The heuristic's first stays unless
-    // another takes 2 % less: that much is noise.
-    static constexpr int MOST_CANDIDATES = 16, ROUNDS = 7;
-    cublasLtMatmulAlgo_t fastest(const GemmPlan& plan, const GemmKey& key,
-                                 std::span<const cublasLtMatmulHeuristicResult_t> results) {
-        auto [ta, tb, m, n, k, fp32_out, accumulate] = key;
-        DeviceArray<branch_t> a = random_matrix(m * k), b = random_matrix(k * n);
-        DeviceArray<char> d(m * n * (fp32_out ? 4 : 2)), other(twice_l2());
-        zero(d);
-        float one = 1, beta = accumulate ? 1 : 0;
-        Stopwatch watch(stream);
-        std::vector<std::vector<float>> times(results.size());
-        for (int round = -1; round < ROUNDS; round++)  // -1: warm-up
-            for (size_t i = 0; i < results.size(); i++) {
-                zero(other);
-                watch.start();
-                check(cublasLtMatmul(handle, plan.operation, &one, a.data(), plan.a, b.data(), plan.b, &beta, d.data(),
-                                     plan.d, d.data(), plan.d, &results[i].algo, workspace.data(), workspace.size(),
-                                     stream),
-                      "cublasLtMatmul");
-                float ms = watch.stop();
-                if (round >= 0) times[i].push_back(ms);
-            }
-        size_t best = 0;
-        std::vector<float> medians;
-        for (auto& of_one : times) medians.push_back(median(of_one));
-        for (size_t i = 1; i < medians.size(); i++)
-            if (medians[i] < medians[best]) best = i;
-        if (medians[best] > 0.98f * medians[0]) best = 0;
-        printf("tuned      %5zu x %6zu x %6zu%s%s, %s%s: %.1f us, the first of %zu algorithms %.1f us (%.1f %% less)\n",
-               m, n, k, ta ? ", a^T" : "", tb ? ", b^T" : "", fp32_out ? "into FP32" : "into BF16",
-               accumulate ? ", added" : "", medians[best] * 1e3, results.size(), medians[0] * 1e3,
-               100 * (1 - medians[best] / medians[0]));
-        tuning->add(key, results[best].algo, medians[0] * 1e3, medians[best] * 1e3);
-        return results[best].algo;
-    }
-};
-
-// ----------------------------------------------------------------------------------------------------
-// The layers: each forward beside its backward. A backward adds to gradients of parameters, and sets those of inputs.
 
 // out (rows,N) = in (rows,K) W^T, W (N,K).  2 rows N K operations
 template <class Out>
@@ -832,7 +379,8 @@ void embedding_backward(Device& device, float* dwte, float* dwpe, const float* d
 
 // ----- The highway
 //
-// It is stored once, as z. At point l, between sub-layers l-1 and l (0: after the embedding, L: before the head),
+// It is stored once, as z. At point l, between the branches of sub-layers l-1 and l (0: after the embedding, L: before
+// the head),
 //     x_l = norm_out of sub-layer l-1 ? gamma_out z r_out : z,   r_out = 1 / rms(z),    z = z_{l-1}; x_0 at point 0
 //     u_l = norm_in of sub-layer l    ? gamma_in x_l r_in : x_l, r_in = 1 / rms(x_l),   u_L: what the head reads
 // so that with the two numbers r a row, whoever needs x or u has it from z again with the same bits. alpha, norm_in and
@@ -852,7 +400,7 @@ struct Both {
     Pack<A, N> a;
     Pack<B, N> b;
 };
-// A warp has a row, and a lane the same columns of it in every pass, so that the warp's stretch of shared memory needs
+// A warp has a row, and a lane the same columns of it in every pass, so that the warp's shared memory needs
 // no barrier. each_in_flight over the lane's columns, N numbers at a time.
 template <int N, class Load, class Use>
 __device__ __forceinline__ void each_column(int C, int lane, Load load, Use use) {
@@ -1112,13 +660,13 @@ struct QkvGains {
 __global__ void qkv_norm_forward_kernel(branch_t* out, const branch_t* qkv, QkvGains g, int rows, int H, int D) {
     begin_kernel();
     size_t head = size_t(blockIdx.x) * (blockDim.x / WARP) + threadIdx.x / WARP;
-    int lane = threadIdx.x % WARP, part = int(head / H % 3);
+    int lane = threadIdx.x % WARP, which = int(head / H % 3);
     if (head >= size_t(rows) * 3 * H) return;
     const branch_t* x = qkv + head * D;
     float sum = 0;
     for (int d = lane; d < D; d += WARP) sum += float(x[d]) * float(x[d]);
     float r = 1 / sqrtf(warp_sum(sum) / D + NORM_EPSILON);
-    for (int d = lane; d < D; d += WARP) out[head * D + d] = branch_t(g.gamma[part][d] * (float(x[d]) * r));
+    for (int d = lane; d < D; d += WARP) out[head * D + d] = branch_t(g.gamma[which][d] * (float(x[d]) * r));
 }
 
 // RMSNorm_backward as in the highway, x being a head's D numbers. In place: dqkv comes as the gradient of the normed q,
@@ -1128,19 +676,19 @@ __global__ void qkv_norm_backward_kernel(branch_t* dqkv, const branch_t* qkv, Qk
     begin_kernel();
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
     float* dgamma = &shared<float>() + size_t(warp) * 3 * D;
-    for (int part = 0; part < 3; part++)
-        for (int d = lane; d < D; d += WARP) dgamma[part * D + d] = 0;
+    for (int which = 0; which < 3; which++)
+        for (int d = lane; d < D; d += WARP) dgamma[which * D + d] = 0;
     for (int row = blockIdx.x * warps + warp; row < rows; row += gridDim.x * warps)
-        for (int part = 0; part < 3; part++)
+        for (int which = 0; which < 3; which++)
             for (int h = 0; h < H; h++) {
-                size_t at = ((size_t(row) * 3 + part) * H + h) * D;
-                const float* gamma = g.gamma[part];
+                size_t at = ((size_t(row) * 3 + which) * H + h) * D;
+                const float* gamma = g.gamma[which];
                 float sum = 0, mean = 0;
                 for (int d = lane; d < D; d += WARP) sum += float(qkv[at + d]) * float(qkv[at + d]);
                 float r = 1 / sqrtf(warp_sum(sum) / D + NORM_EPSILON);
                 for (int d = lane; d < D; d += WARP) {
                     float dy = float(dqkv[at + d]), xh = float(qkv[at + d]) * r;
-                    dgamma[part * D + d] += dy * xh, mean += gamma[d] * dy * xh;
+                    dgamma[which * D + d] += dy * xh, mean += gamma[d] * dy * xh;
                 }
                 mean = warp_sum(mean) / D;
                 for (int d = lane; d < D; d += WARP) {
@@ -1807,7 +1355,7 @@ __global__ void cross_entropy_kernel(float* loss, branch_t* logits, const int* t
                                      bool stashed) {
     begin_kernel();
     auto& s = shared<CrossEntropyShared>();
-    branch_t* stash = reinterpret_cast<branch_t*>(&s + 1);  // (Vp), each thread's own stretches
+    branch_t* stash = reinterpret_cast<branch_t*>(&s + 1);  // (Vp), each thread's own numbers
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
     branch_t* row = logits + size_t(blockIdx.x) * Vp;
     int target = targets[blockIdx.x];
@@ -1956,18 +1504,18 @@ __global__ void share_kernel(StepShare* share, const StepState* state, const uin
     *share = {state->loss_sum, state->grad_squares, *flags};
 }
 
-// sum += part.  12 bytes an element
-__global__ void accumulate_kernel(float* sum, const float* part, size_t n) {
+// sum += addend.  12 bytes an element
+__global__ void accumulate_kernel(float* sum, const float* addend, size_t n) {
     begin_kernel();
     size_t at = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) *
-                4;  // both start at whole fours, and a rank's part is a multiple of 128
+                4;  // both start at whole fours, and a shard is a multiple of 128
     if (at >= n) return;
-    auto a = load<4>(sum + at), b = load<4>(part + at);
+    auto a = load<4>(sum + at), b = load<4>(addend + at);
     for (int i = 0; i < 4; i++) a[i] += b[i];
     store<4>(sum + at, a);
 }
 
-// A stretch of one tensor, a block's work: all tensors in one launch, each with its own decay.
+// Some elements of one tensor, a block's work: all tensors in one launch, each with its own decay.
 struct UpdateChunk {
     size_t first;             // in the parameter order: what its random numbers are drawn by
     size_t parameter, copy;   // where it starts in the parameters (or masters), and in their copy
@@ -2019,7 +1567,7 @@ __device__ void update_chunk(float* p, branch_t* branch_copy, Gradient* g, Momen
     float decay = chunk.decayed ? s.decay : 0;
     p += chunk.parameter, g += chunk.gradient, m += chunk.moment, v += chunk.moment;
     if (branch_copy) branch_copy += chunk.copy;
-    // Fours where the stretch starts at multiples of four; what is left over, one by one.
+    // Fours where all of them start at multiples of four; what is left over, one by one.
     int in_fours =
         (chunk.first | chunk.parameter | chunk.copy | chunk.gradient | chunk.moment) % 4 == 0 ? chunk.count / 4 * 4 : 0;
     for (int i = threadIdx.x * 4; i < in_fours; i += blockDim.x * 4)
@@ -2085,17 +1633,19 @@ private:
 std::vector<UpdateChunk> update_chunks(const ParameterLayout& layout, const GradientLayout& gradients,
                                        Sharing sharing = {}) {
     std::vector<UpdateChunk> chunks;
-    auto add = [&](const Stretch& s) {
-        const TensorInfo& t = layout.tensors[s.tensor];
-        bool sharded = sharing.states(), master = sharded && BRANCH_BF16 && layout.unit_of(t) > 0;
-        for (size_t at = 0; at < s.count; at += UPDATE_CHUNK)
-            chunks.push_back({t.file_offset + s.first + at, (master ? s.shard - layout.units[0].shard : s.memory) + at,
-                              s.memory + at, (sharded ? s.shard : gradients.of(t)) + at,
-                              (sharded ? s.shard : s.memory) + at, int(std::min(s.count - at, size_t(UPDATE_CHUNK))),
-                              t.decay, gradients.in_bf16(t.id), master});
+    auto add = [&](const ShardRange& range) {
+        const TensorInfo& t = layout.tensors[range.tensor];
+        bool sharded = sharing.states(), master = sharded && BRANCH_BF16 && layout.bucket_of(t) > 0;
+        size_t parameter = master ? range.shard - layout.buckets[0].shard : range.memory;
+        size_t gradient = sharded ? range.shard : gradients.of(t), moment = sharded ? range.shard : range.memory;
+        for (size_t at = 0; at < range.count; at += UPDATE_CHUNK) {
+            int count = int(std::min(range.count - at, size_t(UPDATE_CHUNK)));
+            chunks.push_back({t.file_offset + range.first + at, parameter + at, range.memory + at, gradient + at,
+                              moment + at, count, t.decay, gradients.in_bf16(t.id), master});
+        }
     };
     if (sharing.states())
-        for (const Stretch& s : layout.stretches(sharing.rank)) add(s);
+        for (const ShardRange& range : layout.owned(sharing.rank)) add(range);
     else
         for (size_t i = 0; i < layout.tensors.size(); i++)
             add({i, 0, layout.tensors[i].size(), layout.tensors[i].offset, layout.tensors[i].offset});
@@ -2170,19 +1720,6 @@ __global__ void chunk_squares_kernel(double* squares, SquaresOf of, const Update
 // ----------------------------------------------------------------------------------------------------
 // The sub-layer's branch: attention or feed-forward
 
-// The parameters of one sub-layer: w[QKVW]. Null where the placement has none.
-template <class T>
-struct SublayerTensors {
-    T* tensor[NUM_TENSORS];
-    SublayerTensors(T* base, const ParameterLayout& layout, int l) {
-        for (int t = 0; t < NUM_TENSORS; t++) {
-            size_t at = layout.offset(Tensor(t), l);
-            tensor[t] = at == ParameterLayout::absent ? nullptr : base + at;
-        }
-    }
-    T* operator[](Tensor t) const { return tensor[t]; }
-};
-
 // The gradients of one sub-layer's parameters.
 struct SublayerGradients {
     float* grads;
@@ -2216,7 +1753,7 @@ struct BranchActivations {
 };
 
 // f (rows,C) = attention(u (rows,C)), rows = B * (T - first). f may be null: then only the activations are made. first
-// > 0, with a KV cache, wants B = 1: the new rows are one stretch of qkv.
+// > 0, with a KV cache, wants B = 1: the new rows are next to each other in qkv.
 void attention_branch_forward(Device& device, branch_t* f, const BranchActivations& a,
                               const SublayerTensors<branch_t>& w, const SublayerTensors<float>& gains,
                               const ModelConfig& c, int B, int T, int first) {
@@ -2278,120 +1815,6 @@ void feed_forward_branch_backward(Device& device, branch_t* du, const branch_t* 
 }
 
 // ----------------------------------------------------------------------------------------------------
-// Ranks: what travels between GPUs, by NCCL
-//
-// One communicator and one stream of its own, beside the stream that computes; events fork and join them, in a graph as
-// outside one. All ranks make the same calls in the same order. NCCL's sums depend on the number of ranks and the
-// network's shape alone, so each run of a machine has the same bits.
-
-#ifdef KEEL_NCCL
-inline void check(ncclResult_t result, const char* what) {
-    if (result != ncclSuccess) fail("%s: %s; NCCL_DEBUG=INFO says more", what, ncclGetErrorString(result));
-}
-#define NCCL(call) check(call, #call)
-
-class Communicator {
-public:
-    struct Gift {  // what rank 0 gives all
-        ncclUniqueId id{};
-        explicit Gift(bool first) {
-            if (first) NCCL(ncclGetUniqueId(&id));
-        }
-    };
-    // Multiprocessors that NCCL's kernels take at most, and that products leave them while gradients are on their way.
-    static constexpr int MULTIPROCESSORS = 16;
-
-    const size_t rank, ranks;
-    cudaStream_t stream = nullptr;
-    size_t bytes_sent =
-        0;  // by this rank, as a ring sends them, of what has been asked for so far: a graph's launches are not counted
-
-    Communicator(const Launch& launch, const Gift& gift) : rank(size_t(launch.rank)), ranks(size_t(launch.ranks)) {
-        int devices = 0;
-        CUDA(cudaGetDeviceCount(&devices));
-        CUDA(cudaSetDevice(launch.local_rank % devices));  // a launcher may also show each process its own GPU alone
-        setenv("NCCL_ALGO", "Ring",
-               0);  // every collective alike, whatever its size: the order of its sums is the ring's
-        ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
-        config.maxCTAs = MULTIPROCESSORS;
-        NCCL(ncclCommInitRankConfig(&comm, launch.ranks, gift.id, launch.rank, &config));
-        CUDA(cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking,
-                                          -5));  // the highest there is: what it waits for is the network
-        for (cudaEvent_t* event : {&forked, &joined}) CUDA(cudaEventCreateWithFlags(event, cudaEventDisableTiming));
-    }
-    ~Communicator() {
-        if (comm) ncclCommDestroy(comm);
-        cudaEventDestroy(forked), cudaEventDestroy(joined);
-        cudaStreamDestroy(stream);
-    }
-    Communicator(const Communicator&) = delete;
-    Communicator& operator=(const Communicator&) = delete;
-
-    // What is on its way is given up, as this rank ends by an error.
-    void abort() {
-        if (comm) ncclCommAbort(std::exchange(comm, nullptr));
-    }
-
-    // What comes next on our stream follows all that is on the other; and the reverse.
-    void fork(cudaStream_t from) {
-        CUDA(cudaEventRecord(forked, from));
-        CUDA(cudaStreamWaitEvent(stream, forked, 0));
-    }
-    void join(cudaStream_t to) {
-        CUDA(cudaEventRecord(joined, stream));
-        CUDA(cudaStreamWaitEvent(to, joined, 0));
-    }
-
-    // part (shard) = this rank's part of unit (ranks, shard), added up over the ranks
-    void reduce_scatter(float* part, const float* unit, size_t shard) {
-        NCCL(ncclReduceScatter(unit, part, shard, ncclFloat32, ncclSum, comm, stream));
-        bytes_sent += (ranks - 1) * shard * sizeof(float);
-    }
-    // unit (ranks, shard): each rank's part to all
-    template <class T>
-    void all_gather(T* unit, size_t shard) {
-        NCCL(ncclAllGather(unit + rank * shard, unit, shard * sizeof(T), ncclInt8, comm, stream));
-        bytes_sent += (ranks - 1) * shard * sizeof(T);
-    }
-
-    // Waits for the event, and sees meanwhile whether the network still works.
-    void wait(cudaEvent_t event) {
-        for (int turn = 1;; turn++) {
-            cudaError_t state = cudaEventQuery(event);
-            if (state == cudaSuccess) return;
-            if (state != cudaErrorNotReady) check(state, "a step of this rank");
-            if (turn % 64) continue;
-            ncclResult_t error = ncclSuccess;
-            NCCL(ncclCommGetAsyncError(comm, &error));
-            if (error != ncclSuccess && error != ncclInProgress) check(error, "NCCL, between this rank and others");
-            std::this_thread::yield();
-        }
-    }
-
-    // all (ranks, bytes) on the host from mine (bytes) of each rank
-    void gather(const void* mine, void* all, size_t bytes) {
-        if (host.size() < ranks * bytes)
-            host = PinnedArray<char>(ranks * bytes), memory = DeviceArray<char>(ranks * bytes);
-        memcpy(host.data(), mine, bytes);
-        CUDA(cudaMemcpyAsync(memory.data() + rank * bytes, host.data(), bytes, cudaMemcpyDefault, stream));
-        NCCL(ncclAllGather(memory.data() + rank * bytes, memory.data(), bytes, ncclInt8, comm, stream));
-        CUDA(cudaMemcpyAsync(host.data(), memory.data(), ranks * bytes, cudaMemcpyDefault, stream));
-        CUDA(cudaEventRecord(joined, stream));
-        wait(joined);
-        memcpy(all, host.data(), ranks * bytes);
-    }
-
-private:
-    ncclComm_t comm = nullptr;
-    cudaEvent_t forked = nullptr, joined = nullptr;
-    PinnedArray<char> host;
-    DeviceArray<char> memory;
-};
-#else
-using Communicator = NoCommunicator;
-#endif
-
-// ----------------------------------------------------------------------------------------------------
 // The model: its memory, its forward and its backward
 
 // A sub-layer's sums for --probe, on the device.
@@ -2402,6 +1825,7 @@ struct Model {
     ParameterLayout layout;
     int B, T;  // the largest micro-batch, and the sequence length
     Recompute recompute;
+    ActivationSlots slots;
     StateTypes types;
     Sharing sharing;
     ParameterLayout grad_layout;  // of several ranks: of grads
@@ -2409,7 +1833,7 @@ struct Model {
     Device device;
     Communicator* communicator;  // null: alone
     std::vector<cudaEvent_t>
-        unit_events;  // of several ranks: the unit's weights are whole; in the backward pass, its gradients have gone
+        bucket_events;  // of several ranks: a bucket's weights are complete; in the backward pass, its gradients have gone
 
     DeviceArray<char> memory;                // what the buffers below are parts of
     DeviceArray<float> params, grads, m, v;  // in parameter order; m, v: AdamW's moments
@@ -2418,7 +1842,7 @@ struct Model {
     DeviceArray<float> grad_scratch;    // with --grads bf16: one matrix's gradient
     DeviceArray<branch_t> branch_copy;  // params in BF16, which the matrix products read; the FP32 build reads params
     // Of several ranks: FP32 weights of the blocks, in the BF16 build from -z 1 on, of what this one owns, params then
-    // holding unit 0 alone; the step's gradients of what it owns, all ranks' added up; what a reduce-scatter brings;
+    // holding bucket 0 alone; the step's gradients of what it owns, all ranks' added up; what a reduce-scatter brings;
     // the step's numbers of each rank; this one's RankFlags.
     DeviceArray<float> masters, shard_grads, incoming;
     DeviceArray<StepShare> shares;
@@ -2464,9 +1888,9 @@ struct Model {
               chunks(layout.count / UPDATE_CHUNK + size_t(NUM_TENSORS) * size_t(L)) {
             if (types.moments_bf16) std::swap(moments, moments_bf16);
             if (masters_apart(s))
-                parameters = layout.units[0].shard * ranks, masters = layout.shard_size - layout.units[0].shard;
+                parameters = layout.buckets[0].shard * ranks, masters = layout.shard_size - layout.buckets[0].shard;
             if (ranks > 0)
-                shard_grads = layout.shard_size, incoming = std::max(layout.units[0].shard, layout.units[1].shard);
+                shard_grads = layout.shard_size, incoming = std::max(layout.buckets[0].shard, layout.buckets[1].shard);
         }
         Counts(const ModelConfig& c, StateTypes types, Sharing s = {})
             : Counts(ParameterLayout(c, s.ranks), types, s, c.L) {}
@@ -2482,9 +1906,8 @@ struct Model {
     // One row a buffer: what it is called in the table at the start, where it lives, its elements.
     template <class Visit>
     static void each_buffer(const ModelConfig& c, const Counts& counts, int B, int T, Recompute r, Visit visit) {
-        size_t rows = size_t(B) * size_t(T), C = size_t(c.C), L = size_t(c.L), K = size_t(std::max(1, r.level));
-        size_t full = r.segments() ? std::min(K, L) : r.level == 1 ? 2 : L;  // sub-layers that have a slot of their own
-        bool cheap_kept = r.keeps_cheap();  // so do u and GELU's output; else one serves all
+        size_t rows = size_t(B) * size_t(T), C = size_t(c.C), points = size_t(c.L) + 1;
+        ActivationSlots slots(c.L, r);
         visit(counts.masters ? "parameters outside the blocks" : "parameters", &Model::params, counts.parameters);
         visit("parameters of this rank's part", &Model::masters, counts.masters);
         visit("gradients", &Model::grads, counts.grads);
@@ -2497,17 +1920,17 @@ struct Model {
         visit("AdamW's first moment in BF16", &Model::m_bf16, counts.moments_bf16);
         visit("AdamW's second moment in BF16", &Model::v_bf16, counts.moments_bf16);
         visit("parameters in BF16", &Model::branch_copy, counts.branch_copy);
-        visit("highway z", &Model::kept, ((L + K - 1) / K + 1) * rows * C);
-        visit("highway z of one segment", &Model::segment, (std::min(K, L) - 1) * rows * C);
-        visit("1 / rms of z", &Model::r_out, (L + 1) * rows);
-        visit("1 / rms of x", &Model::r_in, (L + 1) * rows);
-        visit("u", &Model::u, (cheap_kept ? full : 1) * rows * C);
-        visit("q, k, v", &Model::qkv, full / 2 * rows * 3 * C);
+        visit("highway z", &Model::kept, slots.kept_z() * rows * C);
+        visit("highway z of one segment", &Model::segment, slots.segment_z() * rows * C);
+        visit("1 / rms of z", &Model::r_out, points * rows);
+        visit("1 / rms of x", &Model::r_in, points * rows);
+        visit("u", &Model::u, slots.u_count() * rows * C);
+        visit("q, k, v", &Model::qkv, slots.count / 2 * rows * 3 * C);
         visit("q, k, v normed", &Model::qkv_normed, c.norm == HYBRIDNORM ? rows * 3 * C : 0);
-        visit("attention's output", &Model::y, full / 2 * rows * C);
-        visit("attention's log-sum-exp", &Model::lse, full / 2 * rows * size_t(c.H));
-        visit("feed-forward before GELU", &Model::h, full / 2 * rows * 4 * C);
-        visit("feed-forward after GELU", &Model::gelu, (cheap_kept ? full / 2 : 1) * rows * 4 * C);
+        visit("attention's output", &Model::y, slots.count / 2 * rows * C);
+        visit("attention's log-sum-exp", &Model::lse, slots.count / 2 * rows * size_t(c.H));
+        visit("feed-forward before GELU", &Model::h, slots.count / 2 * rows * 4 * C);
+        visit("feed-forward after GELU", &Model::gelu, slots.gelu_count() * rows * 4 * C);
         visit("head's input", &Model::head_in, rows * C);
         visit("branch output", &Model::f, rows * C);
         visit("gradient of branch output", &Model::df, rows * C);
@@ -2551,8 +1974,8 @@ struct Model {
 
     Model(const ModelConfig& config, int B, int T, Recompute recompute, StateTypes types = {}, Sharing sharing = {},
           Communicator* communicator = nullptr)
-        : config(config), layout(config, sharing.ranks), B(B), T(T), recompute(recompute), types(types),
-          sharing(sharing), grad_layout(sharing.grad_layout(layout)),
+        : config(config), layout(config, sharing.ranks), B(B), T(T), recompute(recompute), slots(config.L, recompute),
+          types(types), sharing(sharing), grad_layout(sharing.grad_layout(layout)),
           gradient_layout(layout, config.L, types.grads_bf16, sharing), communicator(communicator) {
         Counts counts(layout, gradient_layout, types, sharing, config.L);
         if (one_allocation)
@@ -2569,12 +1992,12 @@ struct Model {
         for (auto* moment : {&m, &v}) device.zero(*moment);
         for (auto* moment : {&m_bf16, &v_bf16}) device.zero(*moment);
         device.zero(shard_grads);
-        if (sharing.ranks > 0) unit_events.resize(layout.units.size());
-        for (cudaEvent_t& event : unit_events) CUDA(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+        if (sharing.ranks > 0) bucket_events.resize(layout.buckets.size());
+        for (cudaEvent_t& event : bucket_events) CUDA(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
         device.synchronize();
     }
     ~Model() {
-        for (cudaEvent_t event : unit_events) cudaEventDestroy(event);
+        for (cudaEvent_t event : bucket_events) cudaEventDestroy(event);
     }
     Model(const Model&) = delete;
     Model& operator=(const Model&) = delete;
@@ -2597,40 +2020,39 @@ struct Model {
     }
     float* gradient(Tensor id, int l = -1) { return gradients(l).gain(id); }
 
+    // Where masters are apart, a tensor of the blocks is made whole where its gradient will be, and this rank's shard
+    // copied from there.
     void initialise(uint64_t seed) {
+        const std::vector<ShardRange> owned = layout.owned(sharing.rank);
+        auto range = owned.begin();
         for (size_t i = 0; i < layout.tensors.size(); i++) {
             const TensorInfo& t = layout.tensors[i];
-            launch(initialise_kernel<float>, ceil_div(ceil_div(t.size(), 4), THREADS), THREADS, 0, device.stream,
-                   place_of(t),
+            bool apart = masters_apart(sharing) && layout.bucket_of(t) > 0;
+            float* whole = apart ? grads.data() + gradient_layout.of(t) : params.data() + t.offset;
+            launch(initialise_kernel<float>, ceil_div(ceil_div(t.size(), 4), THREADS), THREADS, 0, device.stream, whole,
                    TensorStart{t.rows, t.cols, t.used_rows, t.tail_row, t.bound, t.bound_tail, uint32_t(i)}, seed);
-            placed(t);
+            bool ours = range != owned.end() && range->tensor == i;
+            if (apart && ours) device.copy(owned_weights(*range), whole + range->first, range->count);
+            if (apart) CUDA(cudaMemsetAsync(whole, 0, t.size() * sizeof(float), device.stream));
+            if (ours) ++range;
         }
         parameters_changed();
     }
 
-    // Where a whole tensor is to be written in FP32, from outside; placed() follows. Where the rank has room for a part
-    // of it alone, that is where its gradients will be.
-    float* place_of(const TensorInfo& t) {
-        return masters_apart(sharing) && layout.unit_of(t) > 0 ? grads.data() + gradient_layout.of(t)
-                                                               : params.data() + t.offset;
+    // The FP32 weights of a range that this rank owns.
+    float* owned_weights(const ShardRange& range) {
+        if (!masters_apart(sharing) || layout.bucket_of(layout.tensors[range.tensor]) == 0)
+            return params.data() + range.memory;
+        return masters.data() + range.shard - layout.buckets[0].shard;
     }
-    void placed(const TensorInfo& t) {
-        if (!masters_apart(sharing) || layout.unit_of(t) == 0) return;
-        const Unit& unit = layout.units[layout.unit_of(t)];
-        size_t begin = unit.first + size_t(sharing.rank) * unit.shard, from = std::max(begin, t.offset),
-               to = std::min(begin + unit.shard, t.offset + t.size());
-        float* whole = place_of(t);
-        if (from < to) device.copy(master(unit) + (from - begin), whole + (from - t.offset), to - from);
-        launch(round_kernel, ceil_div(t.size(), THREADS), THREADS, 0, device.stream, branch_params() + t.offset,
-               static_cast<const float*>(whole), t.size());
-        CUDA(cudaMemsetAsync(whole, 0, t.size() * sizeof(float), device.stream));
-    }
-    // This rank's part of a unit of the blocks, where masters are apart.
-    float* master(const Unit& unit) { return masters.data() + unit.shard_first - layout.units[0].shard; }
+    // This rank's shard of a bucket of the blocks, where masters are apart.
+    float* master(const Bucket& bucket) { return masters.data() + bucket.shard_first - layout.buckets[0].shard; }
 
-    // After params were written from outside: the copy that the matrix products read.
+    // After this rank's weights and moments were written from outside: the others get them, and the matrix products
+    // their copy.
     void parameters_changed() {
-        if (BRANCH_BF16) round_params();
+        if (communicator) share_states();
+        else if (BRANCH_BF16) round_params();
         device.synchronize();
     }
     void round_params(cudaStream_t on = nullptr) {
@@ -2641,35 +2063,36 @@ struct Model {
     // ----- Several ranks. What travels is on the communicator's stream, in the order of the calls; events hold the two
     // streams together.
 #ifdef KEEL_NCCL
-    // In the backward pass, when all gradients of unit u are there: this rank's part of them, added up over the ranks,
-    // goes to shard_grads, while the next block's backward computes. Their memory is zero when unit_events[u] comes.
-    void reduce_unit(size_t u) {
-        const Unit& unit = grad_layout.units[u];
-        float* of_unit = grads.data() + unit.first;
+    // In the backward pass, when all gradients of a bucket are there: this rank's shard of them, added up over the
+    // ranks, goes to shard_grads, while the next block's backward computes. Their memory is zero when bucket_events[i]
+    // comes.
+    void reduce_bucket(size_t i) {
+        const Bucket& bucket = grad_layout.buckets[i];
+        float* of_bucket = grads.data() + bucket.first;
         communicator->fork(device.stream);
-        communicator->reduce_scatter(incoming.data(), of_unit, unit.shard);
-        launch(accumulate_kernel, ceil_div(unit.shard / 4, THREADS), THREADS, 0, communicator->stream,
-               shard_grads.data() + unit.shard_first, static_cast<const float*>(incoming.data()), unit.shard);
-        CUDA(cudaMemsetAsync(of_unit, 0, unit.shard * communicator->ranks * sizeof(float), communicator->stream));
-        CUDA(cudaEventRecord(unit_events[u], communicator->stream));
+        communicator->reduce_scatter(incoming.data(), of_bucket, bucket.shard);
+        launch(accumulate_kernel, ceil_div(bucket.shard / 4, THREADS), THREADS, 0, communicator->stream,
+               shard_grads.data() + bucket.shard_first, static_cast<const float*>(incoming.data()), bucket.shard);
+        CUDA(cudaMemsetAsync(of_bucket, 0, bucket.shard * communicator->ranks * sizeof(float), communicator->stream));
+        CUDA(cudaEventRecord(bucket_events[i], communicator->stream));
     }
-    // From -z 1 on: the weights that the others have updated. Those of unit u are whole when unit_events[u] comes.
+    // From -z 1 on: the weights that the others have updated. Those of bucket i are whole when bucket_events[i] comes.
     void gather_updates() {
         communicator->fork(device.stream);
-        for (size_t u = 0; u < layout.units.size(); u++) {
-            const Unit& unit = layout.units[u];
-            if (BRANCH_BF16 && u > 0) communicator->all_gather(branch_params() + unit.first, unit.shard);
-            else communicator->all_gather(params.data() + unit.first, unit.shard);
-            if (BRANCH_BF16 && u == 0) round_params(communicator->stream);  // params is unit 0
-            CUDA(cudaEventRecord(unit_events[u], communicator->stream));
+        for (size_t i = 0; i < layout.buckets.size(); i++) {
+            const Bucket& bucket = layout.buckets[i];
+            if (BRANCH_BF16 && i > 0) communicator->all_gather(branch_params() + bucket.first, bucket.shard);
+            else communicator->all_gather(params.data() + bucket.first, bucket.shard);
+            if (BRANCH_BF16 && i == 0) round_params(communicator->stream);  // params is bucket 0
+            CUDA(cudaEventRecord(bucket_events[i], communicator->stream));
         }
     }
-    // Of an array over all parameters: each rank's part to all.
+    // Of an array over all parameters: each rank's shard to all.
     template <class T>
-    void gather_units(const DeviceArray<T>& of) {
+    void gather_buckets(const DeviceArray<T>& of) {
         communicator->fork(device.stream);
-        for (const Unit& unit : layout.units)
-            if (of.size()) communicator->all_gather(of.data() + unit.first, unit.shard);
+        for (const Bucket& bucket : layout.buckets)
+            if (of.size()) communicator->all_gather(of.data() + bucket.first, bucket.shard);
         communicator->join(device.stream);
     }
     // The step's loss and gradient norm: each rank adds up its own, then all have them all.
@@ -2683,76 +2106,70 @@ struct Model {
     }
     // -z 0: every rank updates everything.
     void gather_gradients() {
-        for (const Unit& unit : layout.units)
-            device.copy(grads.data() + unit.first + communicator->rank * unit.shard,
-                        shard_grads.data() + unit.shard_first, unit.shard);
-        gather_units(grads);
+        for (const Bucket& bucket : layout.buckets)
+            device.copy(grads.data() + bucket.first + communicator->rank * bucket.shard,
+                        shard_grads.data() + bucket.shard_first, bucket.shard);
+        gather_buckets(grads);
         device.zero(shard_grads);
     }
-    // After parts of what the rank owns were written from outside.
-    void owned_changed() {
-        if (masters_apart(sharing))
-            for (size_t u = 1; u < layout.units.size(); u++) {
-                const Unit& unit = layout.units[u];
-                launch(round_kernel, ceil_div(unit.shard, THREADS), THREADS, 0, device.stream,
-                       branch_params() + unit.first + communicator->rank * unit.shard,
-                       static_cast<const float*>(master(unit)), unit.shard);
-            }
+    void share_states() {
+        for (size_t i = 1; masters_apart(sharing) && i < layout.buckets.size(); i++) {
+            const Bucket& bucket = layout.buckets[i];
+            branch_t* copy = branch_params() + bucket.first + communicator->rank * bucket.shard;
+            launch(round_kernel, ceil_div(bucket.shard, THREADS), THREADS, 0, device.stream, copy,
+                   static_cast<const float*>(master(bucket)), bucket.shard);
+        }
         if (sharing.states()) {
             gather_updates();
             communicator->join(device.stream);
-        } else {
-            gather_units(params);
-            gather_units(m), gather_units(v), gather_units(m_bf16), gather_units(v_bf16);
-            if (BRANCH_BF16) round_params();
+            return;
         }
-        device.synchronize();
+        gather_buckets(params);
+        gather_buckets(m), gather_buckets(v), gather_buckets(m_bf16), gather_buckets(v_bf16);
+        if (BRANCH_BF16) round_params();
     }
-    // The whole of a unit's FP32 weights, where masters are apart, in the memory of its gradients, which is to be
+    // The whole of a bucket's FP32 weights, where masters are apart, in the memory of its gradients, which is to be
     // zeroed after.
-    float* gather_masters(size_t u) {
-        const Unit& unit = layout.units[u];
-        float* whole = grads.data() + grad_layout.units[u].first;
-        device.copy(whole + communicator->rank * unit.shard, master(unit), unit.shard);
+    float* gather_masters(size_t i) {
+        const Bucket& bucket = layout.buckets[i];
+        float* whole = grads.data() + grad_layout.buckets[i].first;
+        device.copy(whole + communicator->rank * bucket.shard, master(bucket), bucket.shard);
         communicator->fork(device.stream);
-        communicator->all_gather(whole, unit.shard);
+        communicator->all_gather(whole, bucket.shard);
         communicator->join(device.stream);
         return whole;
     }
 #else
-    void reduce_unit(size_t) {}
+    void reduce_bucket(size_t) {}
     void gather_updates() {}
     void share_numbers() {}
     void gather_gradients() {}
-    void owned_changed() {}
+    void share_states() {}
     float* gather_masters(size_t) { return nullptr; }
 #endif
-    void await_unit(size_t u) { CUDA(cudaStreamWaitEvent(device.stream, unit_events[u], 0)); }
+    void await_bucket(size_t i) { CUDA(cudaStreamWaitEvent(device.stream, bucket_events[i], 0)); }
 
-    // Where z_{i-1} is, i = 0..L (x_0 for i = 0).
-    float* z(int i) {
-        size_t size = size_t(B) * size_t(T) * size_t(config.C), K = size_t(std::max(1, recompute.level)),
-               at = size_t(i);
-        if (at % K == 0 || i == config.L) return kept.data() + (at + K - 1) / K * size;
-        return segment.data() + (at % K - 1) * size;
+    // z_l (rows,C), l = 0..L-1; of -1 x_0, as the embedding gives it.
+    float* z(int l) {
+        return (slots.z_is_kept(l) ? kept : segment).data() +
+               slots.z_slot(l) * size_t(B) * size_t(T) * size_t(config.C);
     }
 
     BranchActivations activations(int l) {
-        size_t rows = size_t(B) * size_t(T), C = size_t(config.C), at = size_t(l);
-        size_t slot = recompute.segments() ? at % size_t(recompute.level) : recompute.level == 1 ? at % 2 : at;
-        size_t cheap = recompute.keeps_cheap() ? slot : 0;
-        BranchActivations a{};
-        a.u = u.data() + cheap * rows * C;
-        a.qkv = qkv.data() + slot / 2 * rows * 3 * C, a.qkv_normed = qkv_normed.data();
-        a.y = y.data() + slot / 2 * rows * C, a.lse = lse.data() + slot / 2 * rows * size_t(config.H);
-        a.h = h.data() + slot / 2 * rows * 4 * C, a.gelu = gelu.data() + cheap / 2 * rows * 4 * C;
-        return a;
+        size_t rows = size_t(B) * size_t(T), C = size_t(config.C), slot = slots.of(l) / 2;
+        return {.u = u.data() + slots.u_of(l) * rows * C,
+                .qkv = qkv.data() + slot * rows * 3 * C,
+                .qkv_normed = qkv_normed.data(),
+                .y = y.data() + slot * rows * C,
+                .lse = lse.data() + slot * rows * size_t(config.H),
+                .h = h.data() + slot * rows * 4 * C,
+                .gelu = gelu.data() + slots.gelu_of(l) * rows * 4 * C};
     }
 
     HighwayPoint point(int l) {
         size_t rows = size_t(B) * size_t(T);
         HighwayPoint p{};
-        p.z = z(l), p.r_out = r_out.data() + size_t(l) * rows, p.r_in = r_in.data() + size_t(l) * rows;
+        p.z = z(l - 1), p.r_out = r_out.data() + size_t(l) * rows, p.r_in = r_in.data() + size_t(l) * rows;
         p.gamma_out = l > 0 ? parameter(GAMMA_OUT, l - 1) : nullptr;
         p.gamma_in = l < config.L ? parameter(GAMMA_IN, l) : parameter(GAMMA_FINAL);
         p.u = l < config.L ? activations(l).u : head_in.data();
@@ -2772,8 +2189,8 @@ struct Model {
         BranchActivations a = activations(l);
         BranchScratch scratch{dbranch.data(), delta.data(), gain_partial.data()};
         size_t rows = size_t(b) * size_t(T);
-        if (recompute.level == 1) branch_forward(l, b, nullptr);
-        else if (recompute.level == -1 && !is_attention(l))
+        if (recompute.drops_all()) branch_forward(l, b, nullptr);
+        else if (recompute.drops_u() && !is_attention(l))
             gelu_forward(device, a.gelu, a.h, rows * 4 * size_t(config.C));
         if (is_attention(l))
             attention_branch_backward(device, du.data(), df.data(), a, weights(l), gains(l), gradients(l), config, b, T,
@@ -2794,7 +2211,7 @@ struct Model {
     // them.
     void point_backward(int l, int b, float* dx) {
         HighwayPoint before = l > 0 ? point(l - 1) : HighwayPoint{};
-        if (recompute.keeps_cheap()) before.u = nullptr;  // it was kept
+        if (!recompute.drops_u()) before.u = nullptr;  // it was kept
         HighwayGradients g{dz.data(),
                            du.data(),
                            l > 0 ? df.data() : nullptr,
@@ -2836,21 +2253,21 @@ struct Model {
     }
 
     // From tokens (b,T) on the device to u_L in head_in. gather: the weights that other ranks have updated come
-    // meanwhile, a unit at a time.
+    // meanwhile, a bucket at a time.
     void forward(const int* tokens, int b, bool gather = false) {
         size_t rows = size_t(b) * size_t(T), n = rows * size_t(config.C);
-        if (gather) gather_updates(), await_unit(0);
-        embedding_forward(device, z(0), tokens, parameter(WTE), parameter(WPE), b, T, config.C, 0);
+        if (gather) gather_updates(), await_bucket(0);
+        embedding_forward(device, z(-1), tokens, parameter(WTE), parameter(WPE), b, T, config.C, 0);
         highway_norms(device, point(0), rows, config.C);
         for (int l = 0; l < config.L; l++) {
-            if (gather && is_attention(l)) await_unit(1 + size_t(l) / 2);
+            if (gather && is_attention(l)) await_bucket(1 + size_t(l) / 2);
             sublayer_forward(l, b);
             if (!probing) continue;
             ProbeSums* sums = probe.data() + l;
             highway_x(device, scratch_x(), point(l), rows, config.C);
             add_sum<true>(device, &sums->x, scratch_x(), n);
             add_sum<true>(device, &sums->f, f.data(), n);
-            add_sum<true>(device, &sums->z, z(l + 1), n);
+            add_sum<true>(device, &sums->z, z(l), n);
         }
     }
 
@@ -2893,17 +2310,17 @@ struct Model {
             int begin = (end - 1) / K * K;                     // the segment's first sub-layer
             if (end < config.L) forward_again(begin, end, b);  // the last segment's activations are still there
             for (int l = end - 1; l >= begin; l--) {
-                size_t unit = 1 + size_t(l) / 2;  // of several ranks
-                if (sharing.gradients() && !is_attention(l) && unit + 2 < layout.units.size())
-                    await_unit(unit + 2);  // its gradients were where this block's come
+                size_t bucket = 1 + size_t(l) / 2;  // of several ranks
+                if (sharing.gradients() && !is_attention(l) && bucket + 2 < layout.buckets.size())
+                    await_bucket(bucket + 2);  // its gradients were where this block's come
                 branch_backward(l, b);
-                if (communicator && is_attention(l)) reduce_unit(unit);
+                if (communicator && is_attention(l)) reduce_bucket(bucket);
                 to_point(l);
             }
             end = begin;
         }
         embedding_backward(device, gradient(WTE), gradient(WPE), dz.data(), tokens, b, T, config.C, config.V);
-        if (communicator) reduce_unit(0), await_unit(0);
+        if (communicator) reduce_bucket(0), await_bucket(0);
     }
 
     // What the backward of sub-layers [begin, end) needs, from the z before them. The last one's z is there.
@@ -2960,7 +2377,7 @@ struct Model {
 inline double predicted_seconds(const ModelConfig& c, int B, int T, Recompute r, StateTypes types = {}) {
     constexpr double matrix_rate = 600e12, memory_rate = 3e12, node_seconds = 2e-6, multiprocessors = 132;
     double rows = double(B) * T, blocks = c.L / 2;
-    bool again = r.level == 1 || r.segments();
+    bool again = r.drops_all() || r.segments();
     double operations = rows * flops_per_token(c, T) * (again ? 4.0 / 3 : 1);
     double filled = std::min(1.0, std::ceil(rows / 128) * std::ceil(c.C / 128.0) / multiprocessors);
     double bytes = rows * blocks * c.C * (226 + (r.level == -1 ? 28 : r.level == 1 ? 54 : r.segments() ? 80 : 0));
@@ -3043,40 +2460,6 @@ private:
 
 // ----------------------------------------------------------------------------------------------------
 // The step and what else a run asks of a trainer (run_trainer in keel_common.h has the run)
-
-// Launches recorded once and repeated at the cost of one.
-struct Graph {
-    cudaGraphExec_t launches = nullptr;
-    size_t nodes = 0, bytes = 0;  // bytes: of the device's memory
-
-    template <class Action>
-    void record(cudaStream_t stream, Action action) {
-        cudaGraph_t graph = nullptr;
-        // Relaxed: what action asks of the driver beside its launches (a kernel's attributes, a heuristic) is allowed.
-        CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeRelaxed));
-        try {
-            action();
-        } catch (...) {
-            if (cudaStreamEndCapture(stream, &graph) == cudaSuccess) cudaGraphDestroy(graph);
-            throw;
-        }
-        CUDA(cudaStreamEndCapture(stream, &graph));
-        CUDA(cudaGraphGetNodes(graph, nullptr, &nodes));
-        size_t before = 0, after = 0, total = 0;
-        CUDA(cudaMemGetInfo(&before, &total));
-        CUDA(cudaGraphInstantiate(&launches, graph, 0));
-        CUDA(cudaGraphDestroy(graph));
-        CUDA(cudaGraphUpload(launches, stream));  // now, rather than before its first launch
-        CUDA(cudaMemGetInfo(&after, &total));
-        bytes = before > after ? before - after : 0;
-    }
-    Graph() = default;
-    ~Graph() {
-        if (launches) cudaGraphExecDestroy(launches);
-    }
-    Graph(const Graph&) = delete;
-    Graph& operator=(const Graph&) = delete;
-};
 
 struct Trainer {
     using Real = float;
@@ -3206,7 +2589,7 @@ struct Trainer {
     // While gradients travel NCCL's kernels are at work too, and a product over all multiprocessors would wait for
     // theirs.
     void leave_multiprocessors() {
-        int all = properties().multiProcessorCount;
+        int all = gpu_properties().multiProcessorCount;
         if (communicator && communicator->ranks > 1 && all >= 4 * Communicator::MULTIPROCESSORS)
             model.device.product_multiprocessors = all - Communicator::MULTIPROCESSORS;
     }
@@ -3219,68 +2602,13 @@ struct Trainer {
     // The tuning table's name for what products run on.
     std::string tuned_gpu() const {
         int some = model.device.product_multiprocessors;
-        return properties().name + (some ? format(" (%d multiprocessors)", some) : std::string());
+        return gpu_properties().name + (some ? format(" (%d multiprocessors)", some) : std::string());
     }
     void gather_weights() {
         if (!communicator || !model.sharing.states()) return;
         model.gather_updates();
-        model.await_unit(model.layout.units.size() - 1);
+        model.await_bucket(model.layout.buckets.size() - 1);
     }
-    void snapshot_owned(float* out) {
-        Device& device = model.device;
-        gather_weights();
-        const std::vector<Stretch> owned = model.layout.stretches(run.rank);
-        for (const Stretch& s : owned) device.copy(out, owned_place(s), s.count), out += s.count;
-        for (auto [fp32, bf16] : moments())
-            for (const Stretch& s : owned)
-                copy_moment(out, *fp32, *bf16, model.sharing.states() ? s.shard : s.memory, s.count), out += s.count;
-        // The model: rank 0 has it, all take part.
-        size_t gathered = 0;
-        const float* unit = nullptr;
-        auto clear = [&] {
-            if (gathered)
-                CUDA(cudaMemsetAsync(model.grads.data() + model.grad_layout.units[gathered].first, 0,
-                                     model.layout.units[gathered].shard * size_t(run.ranks) * sizeof(float),
-                                     device.stream));
-        };
-        for (const TensorInfo& t : model.layout.tensors) {
-            size_t u = model.layout.unit_of(t);
-            bool apart = Model::masters_apart(model.sharing) && u > 0;
-            if (apart && u != gathered) clear(), unit = model.gather_masters(gathered = u);
-            if (run.rank == 0)
-                device.copy(out,
-                            apart ? unit + (t.offset - model.layout.units[u].first) : model.params.data() + t.offset,
-                            t.size()),
-                    out += t.size();
-        }
-        clear();
-        device.synchronize();
-    }
-    void store(int section, const Stretch& s, size_t first, size_t n, const float* values) {
-        size_t at = (model.sharing.states() ? s.shard : s.memory) + first;
-        if (section == 0) {
-            model.device.copy(owned_place(s) + first, values, n);
-        } else if (auto [fp32, bf16] = moments()[size_t(section - 1)]; fp32->size()) {
-            model.device.copy(fp32->data() + at, values, n);
-        } else {
-            std::vector<__nv_bfloat16> rounded(n);
-            for (size_t i = 0; i < n; i++)
-                rounded[i] = __nv_bfloat16(values[i]);  // exact where --moments bf16 wrote it
-            model.device.copy(bf16->data() + at, rounded.data(), n);
-        }
-        model.device.synchronize();
-    }
-    void stored() {
-        if (communicator) model.owned_changed();
-        else model.parameters_changed();
-    }
-    // The FP32 weights of a stretch that this rank owns.
-    float* owned_place(const Stretch& s) {
-        const TensorInfo& t = model.layout.tensors[s.tensor];
-        if (!Model::masters_apart(model.sharing) || model.layout.unit_of(t) == 0) return model.params.data() + s.memory;
-        return model.masters.data() + s.shard - model.layout.units[0].shard;
-    }
-
     StepResult step(const Loader& data, int64_t step, ProbeLog* log) {
         start(data, step, log);
         return finish();
@@ -3295,7 +2623,7 @@ struct Trainer {
 
     // What the kernels read that changes from step to step.
     void begin_step(int64_t step, int slot) {
-        settings[size_t(slot)] = {learning_rate(run, step), run.weight_decay, run.clip, run.seed};
+        settings[size_t(slot)] = {learning_rate(run, step), run.weight_decay, run.clip, uint64_t(run.seed)};
         model.device.copy(model.settings.data(), &settings[size_t(slot)], 1);
         model.device.zero(model.state);
     }
@@ -3322,9 +2650,9 @@ struct Trainer {
         if (gather) first_micro_step.record(model.device.stream, [&] { micro_batch(true); });
         if (!gather || run.accumulation() > 1) micro_step.record(model.device.stream, [&] { micro_batch(false); });
         update.record(model.device.stream, [&] { model.update(); });
-        printf("graphs     micro-step %zu nodes, update %zu nodes, %s, made in %.2f s beside the first step\n",
-               std::max(micro_step.nodes, first_micro_step.nodes), update.nodes,
-               bytes_text(double(first_micro_step.bytes + micro_step.bytes + update.bytes)).c_str(), seconds() - start);
+        print("graphs     micro-step %zu nodes, update %zu nodes, %s, made in %.2f s beside the first step\n",
+              std::max(micro_step.nodes, first_micro_step.nodes), update.nodes,
+              bytes_text(double(first_micro_step.bytes + micro_step.bytes + update.bytes)), seconds() - start);
     }
 
     double evaluate(const int* tokens, const int* targets, int b, int* predictions = nullptr) {
@@ -3425,111 +2753,70 @@ struct Trainer {
         probe.gradients = tensor_squares({nullptr, nullptr, model.grads.data(), model.grads_bf16.data()});
     }
 
-    // ----- The model and the files
-    const ModelConfig& config() const { return model.config; }
+    // ----- Parameters and moments, in and out. Files have them in FP32.
     const ParameterLayout& layout() const { return model.layout; }
     void initialise(uint64_t seed) { model.initialise(seed); }
 
-    void read_parameters(FileReader& in) {
-        if (!communicator) read(in, model.params.data(), model.params.size());
-        for (const TensorInfo& t : communicator ? model.layout.tensors : std::vector<TensorInfo>())
-            read(in, model.place_of(t), t.size()), model.placed(t);
-        model.parameters_changed();
+    // Where a range of what this rank owns is, in FP32 or, of moments with --moments bf16, in BF16; the other is null.
+    std::pair<float*, __nv_bfloat16*> place(Section section, const ShardRange& range) {
+        if (section == PARAMETERS) return {model.owned_weights(range), nullptr};
+        size_t at = model.sharing.states() ? range.shard : range.memory;
+        bool first = section == FIRST_MOMENTS;
+        if (model.types.moments_bf16) return {nullptr, (first ? model.m_bf16 : model.v_bf16).data() + at};
+        return {(first ? model.m : model.v).data() + at, nullptr};
     }
-    void read_moments(FileReader& in) {
-        for (auto [fp32, bf16] : moments()) read(in, fp32->data(), model.layout.count, bf16->data());
-    }
-    void snapshot(float* out) {
-        model.device.copy(out, model.params.data(), model.layout.count);
-        for (auto [fp32, bf16] : moments()) copy_moment(out += model.layout.count, *fp32, *bf16, 0, model.layout.count);
+    void load(Section section, const ShardRange& range, size_t first, size_t n, const float* values) {
+        auto [fp32, bf16] = place(section, range);
+        std::vector<__nv_bfloat16> rounded(fp32 ? 0 : n);
+        for (size_t i = 0; i < rounded.size(); i++)
+            rounded[i] = __nv_bfloat16(values[i]);  // exact where --moments bf16 wrote it
+        if (fp32) model.device.copy(fp32 + first, values, n);
+        else model.device.copy(bf16 + first, rounded.data(), n);
         model.device.synchronize();
     }
-    void write_parameters(FileWriter& out) {
-        write(out, [&](float* to, size_t at, size_t n) { model.device.copy(to, model.params.data() + at, n); });
-    }
-    void write_moments(FileWriter& out) {
-        for (auto& moment : moments())
-            write(out, [&](float* to, size_t at, size_t n) { copy_moment(to, *moment.first, *moment.second, at, n); });
-    }
+    void loaded() { model.parameters_changed(); }
 
-    // First and second moment, each with its buffer in FP32 and in BF16, one of which is empty. Files have them in
-    // FP32.
-    std::array<std::pair<DeviceArray<float>*, DeviceArray<__nv_bfloat16>*>, 2> moments() {
-        return {{{&model.m, &model.m_bf16}, {&model.v, &model.v_bf16}}};
-    }
-
-    // Elements [at, at + n) to the host, by way of the memory for logits where they have to be widened.
-    void copy_moment(float* out, const DeviceArray<float>& fp32, const DeviceArray<__nv_bfloat16>& bf16, size_t at,
-                     size_t n) {
-        if (fp32.size()) return model.device.copy(out, fp32.data() + at, n);
+    // BF16 goes by way of the memory for logits, where it is widened.
+    void save(Section section, const ShardRange& range, size_t first, size_t n, float* out) {
+        auto [fp32, bf16] = place(section, range);
+        if (fp32) return model.device.copy(out, static_cast<const float*>(fp32) + first, n);
         float* wide = static_cast<float*>(static_cast<void*>(model.logits.data()));
         size_t most = model.logits.size() * sizeof(branch_t) / sizeof(float);
         for (size_t done = 0; done < n; done += most) {
             size_t m = std::min(most, n - done);
-            launch(widen_kernel, ceil_div(m, THREADS), THREADS, 0, model.device.stream, wide, bf16.data() + at + done,
-                   m);
-            model.device.copy(out + done, wide, m);
+            launch(widen_kernel, ceil_div(m, THREADS), THREADS, 0, model.device.stream, wide, bf16 + first + done, m);
+            model.device.copy(out + done, static_cast<const float*>(wide), m);
         }
     }
-
-    static constexpr size_t FILE_CHUNK = size_t(16) << 20;  // numbers on the host at a time
-    // size numbers into FP32, or where that is null into BF16
-    void read(FileReader& in, float* to, size_t size, __nv_bfloat16* to_bf16 = nullptr) {
-        std::vector<float> chunk(std::min(size, FILE_CHUNK));
-        std::vector<__nv_bfloat16> rounded(to ? 0 : chunk.size());
-        for (size_t at = 0; at < size; at += chunk.size()) {
-            size_t n = std::min(chunk.size(), size - at);
-            in.read_reals(chunk.data(), n);
-            if (to) model.device.copy(to + at, chunk.data(), n);
-            for (size_t i = 0; i < std::min(n, rounded.size()); i++)
-                rounded[i] = __nv_bfloat16(chunk[i]);  // exact where --moments bf16 wrote it
-            if (!to) model.device.copy(to_bf16 + at, rounded.data(), n);
-            model.device.synchronize();
+    // Where masters are apart, a bucket of the blocks is gathered where its gradients will be.
+    void save_model(float* out) {
+        Device& device = model.device;
+        gather_weights();
+        size_t gathered = 0;
+        const float* weights = nullptr;
+        auto clear = [&] {
+            size_t n = model.layout.buckets[gathered].shard * size_t(run.ranks);
+            float* from = model.grads.data() + model.grad_layout.buckets[gathered].first;
+            if (gathered) CUDA(cudaMemsetAsync(from, 0, n * sizeof(float), device.stream));
+        };
+        for (const TensorInfo& t : model.layout.tensors) {
+            size_t bucket = model.layout.bucket_of(t);
+            bool apart = Model::masters_apart(model.sharing) && bucket > 0;
+            if (apart && bucket != gathered) clear(), weights = model.gather_masters(gathered = bucket);
+            const float* from =
+                apart ? weights + (t.offset - model.layout.buckets[bucket].first) : model.params.data() + t.offset;
+            if (run.rank == 0) device.copy(out, from, t.size()), out += t.size();
         }
+        clear();
     }
-    template <class Copy>
-    void write(FileWriter& out, Copy copy) {
-        size_t size = model.layout.count;
-        std::vector<float> chunk(std::min(size, FILE_CHUNK));
-        for (size_t at = 0; at < size; at += chunk.size()) {
-            size_t n = std::min(chunk.size(), size - at);
-            copy(chunk.data(), at, n);
-            model.device.synchronize();
-            out.write(chunk.data(), n * sizeof(float));
-        }
-    }
+    void saved() { model.device.synchronize(); }
 
     struct Generator : TokenGenerator {
         Generator(Trainer& trainer, int window) : TokenGenerator(trainer.model, window) {}
     };
 
     // ----- The machine
-    static cudaDeviceProp properties() {
-        cudaDeviceProp p;
-        int device = 0;
-        CUDA(cudaGetDevice(&device));
-        CUDA(cudaGetDeviceProperties(&p, device));
-        return p;
-    }
-
-    static void require_machine() {
-        int devices = 0, driver = 0, runtime = 0;
-        cudaError_t error = cudaGetDeviceCount(&devices);
-        cudaDriverGetVersion(&driver), cudaRuntimeGetVersion(&runtime);
-        if (error == cudaErrorInsufficientDriver && driver > 0)
-            fail("expected an NVIDIA driver for CUDA %d.%d, found one for %d.%d; update it, or use train_keel_cpu",
-                 runtime / 1000, runtime % 1000 / 10, driver / 1000, driver % 1000 / 10);
-        if (error != cudaSuccess || devices == 0)
-            fail("expected an NVIDIA GPU, found none (%s); use train_keel_cpu", error == cudaSuccess ? "no device"
-                                                                                : driver == 0
-                                                                                    ? "no driver"
-                                                                                    : cudaGetErrorString(error));
-        CUDA(cudaFree(nullptr));  // the driver's start, a good part of a second
-        cudaDeviceProp p = properties();
-        if (p.major < 8)
-            fail("expected a GPU of compute capability 8.0 or later, found %s with %d.%d; use train_keel_cpu", p.name,
-                 p.major, p.minor);
-    }
+    static void require_machine() { require_gpu(); }
 
     static void check_model(const ModelConfig& c) {
         if (c.C > most_channels())
@@ -3549,41 +2836,14 @@ struct Trainer {
     }
 
     static std::string machine_name() {
-        cudaDeviceProp p = properties();
+        cudaDeviceProp p = gpu_properties();
         return format("%s, %d multiprocessors", p.name, p.multiProcessorCount);
     }
 
-    // Operations a second of a large product in the branch's type, what every rate is compared with: the median of a
-    // few. The matrices hold random numbers, as zeros take less power and run faster; they are as large as the machine
-    // and the memory that is left.
-    double matrix_rate() {
-        Device& device = model.device;
-        size_t n = 256;
-        while (n < 8192 && n < size_t(properties().multiProcessorCount) * 64) n *= 2;
-        size_t free = 0, total = 0;
-        CUDA(cudaMemGetInfo(&free, &total));
-        while (n > 256 && 4 * n * n * sizeof(branch_t) > free) n /= 2;
-        if (getenv("KEEL_SANITIZE")) n = 256;  // a sanitizer would take minutes for the large one
-        DeviceArray<branch_t> a = device.random_matrix(n * n), b = device.random_matrix(n * n), out(n * n);
-        std::vector<float> times(15);  // milliseconds
-        Stopwatch watch(device.stream);
-        for (int i = 0; i < 32; i++)  // 50 ms on a large GPU, in which the clocks rise
-            matmul_forward(device, out.data(), a.data(), b.data(), n, n, n);
-        for (float& ms : times) {
-            watch.start();
-            matmul_forward(device, out.data(), a.data(), b.data(), n, n, n);
-            ms = watch.stop();
-        }
-        return 2.0 * double(n) * double(n) * double(n) / (median(times) * 1e-3);
-    }
+    double matrix_rate() { return model.device.matrix_rate(); }
 
     // ----- Memory
-    static size_t available_memory() {
-        // for the graphs, the kernels' code and the product that matrix_rate times (384 MiB, 768 in FP32)
-        size_t free = 0, total = 0, reserve = size_t(1) << 30;
-        CUDA(cudaMemGetInfo(&free, &total));
-        return free > reserve ? free - reserve : 0;
-    }
+    static size_t available_memory() { return available_gpu_memory(); }
 
     static std::vector<MemoryRow> memory_rows(const RunConfig& run) {
         return plan(run, Model::Counts(run.model, run.types, Sharing(run)), run.B, run.recompute);
@@ -3610,42 +2870,15 @@ struct Trainer {
         return total_bytes(Model::plan(c, Model::Counts(c, {}), 1, 1, {1})) + TokenGenerator::bytes(c, window);
     }
 
-    // The micro-batch and the level of recomputation that B = 0 and `auto` leave open: of those that fit into the
-    // memory, the one with the least predicted time a token.
     static constexpr int64_t MAX_ROWS = int64_t(1) << 30;  // kernels count rows in int
     static void choose_memory_plan(RunConfig& run, size_t available) {
-        const ModelConfig& c = run.model;
-        Model::Counts counts(c, run.types, Sharing(run));
-        size_t least = SIZE_MAX;
-        int root = 2;  // K + L/K is least at the square root
-        while ((root + 2) * (root + 2) <= c.L) root += 2;
-        std::vector<Recompute> levels = {{0}, {-1}, {1}, {root}};
-        if (run.recompute_chosen) levels = {run.recompute};
-        std::vector<int> batches;
-        int64_t sequences = run.rank_sequences();
-        for (int64_t B = std::min<int64_t>(sequences, MAX_B); B >= 1; B--)
-            if (sequences % B == 0 && B * run.T < MAX_ROWS) batches.push_back(int(B));
-        if (run.B) batches = {run.B};
         if (int64_t(run.B) * run.T >= MAX_ROWS)
             fail("-b: expected fewer than 2^30 tokens (B*T) at a time, found %lld; use a smaller -b",
-                 (long long)run.B * run.T);
-        RunConfig chosen = run;
-        double best = INFINITY;
-        for (int B : batches)
-            for (Recompute level : levels) {
-                size_t bytes = total_bytes(plan(run, counts, B, level));
-                double seconds = predicted_seconds(c, B, run.T, level, run.types) / B;
-                least = std::min(least, bytes);
-                if (bytes > available || seconds >= best) continue;
-                best = seconds, chosen.B = B, chosen.recompute = level;
-            }
-        if (best == INFINITY) {
-            const char* turn = run.B > 1                                             ? "a smaller -b"
-                               : run.recompute_chosen && run.recompute.level != root ? "-r auto"
-                                                                                     : "a smaller -C, -L or -t";
-            require_memory(least, available, turn);
-        }
-        run = chosen;
+                 int64_t(run.B) * run.T);
+        Model::Counts counts(run.model, run.types, Sharing(run));
+        auto bytes = [&](int B, Recompute r) { return total_bytes(plan(run, counts, B, r)); };
+        auto cost = [&](int B, Recompute r) { return predicted_seconds(run.model, B, run.T, r, run.types) / B; };
+        choose_micro_batch(run, available, MAX_ROWS - 1, bytes, cost);
     }
 };
 

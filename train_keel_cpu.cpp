@@ -1,259 +1,24 @@
 // train_keel_cpu.cpp: trains a GPT of KEEL highway blocks on a CPU (arXiv 2601.19895), as plain loops with OpenMP.
 //
-// It is the reference that every other trainer is compared with. It reads in the order data flows: numbers, the matrix
-// product, the layers (each forward beside its backward), the sub-layer, the model, the optimizer, sampling, the step.
-// The same source builds in FP32 and, with -DKEEL_FP64, in FP64: the yardstick.
+// It is the reference that every other trainer is compared with. It reads in the order data flows: the layers (each
+// forward beside its backward), the sub-layer, the model, the optimizer, sampling, the step. What it stands on is in
+// keel/: the exponential and the matrix product (matmul.h), the run around the steps (run.h), what ranks exchange
+// (mpi.h). The same source builds in FP32 and, with -DKEEL_FP64, in FP64: the yardstick.
 //
-// Built with MPI (-DKEEL_MPI), it also runs as many ranks, of which each has a part of the batch: the Communicator, and
-// the rank's step, are what that adds.
+// train_keel.cu does the same passes on a GPU and divides them otherwise. With z_l = alpha_l x_l + F_l(u_l):
+//
+//     -> x_l -> u_l -> F_l -> z_l -> x_{l+1} -> u_{l+1} -> F_{l+1} -> z_{l+1} ->
+//        |--- sub-layer l ------------|--- sub-layer l+1 -------------|           here: from x to x
+//                            |---- point l+1 ------|                              there: from z to u, and F between
 //
 // Every result has the same bits for any number of threads: the order of each sum depends on shapes alone, threads
 // share out whole outputs, and there are no atomics.
 
-#include "keel_common.h"
-
-#include <omp.h>
-#ifdef KEEL_CBLAS
-#include <cblas.h>
+#include "keel/matmul.h"
+#include "keel/run.h"
+#ifdef KEEL_MPI
+#include "keel/mpi.h"
 #endif
-
-// ----------------------------------------------------------------------------------------------------
-// Numbers
-
-#ifdef KEEL_FP64
-using real = double;
-#else
-using real = float;
-#endif
-using index_t = std::ptrdiff_t;  // OpenMP loops want it signed; L*B*T*C overflows an int
-
-// A register of reals, through the compiler's vector extension: the same source for AVX-512, AVX2, SSE and NEON.
-#if defined(__AVX512F__)
-constexpr int VECTOR_BYTES = 64, REGISTER_ROWS = 12;  // 32 registers: 12 x 2 sums, 2 of B, 1 of A
-#elif defined(__AVX__)
-constexpr int VECTOR_BYTES = 32, REGISTER_ROWS = 6;  // 16 registers: 6 x 2 sums, 2 of B, 1 of A
-#else
-constexpr int VECTOR_BYTES = 16, REGISTER_ROWS = 6;
-#endif
-typedef real vec __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));  // aligned like a real
-constexpr int LANES = VECTOR_BYTES / int(sizeof(real));
-
-// A buffer whose pages are first touched by whoever uses them, aligned for vectors and for huge pages.
-template <class T>
-class Buffer {
-public:
-    Buffer() = default;
-    explicit Buffer(size_t n) : n(n) {
-        if (n == 0) return;
-        size_t bytes = round_up(n * sizeof(T), 64);
-        data_ = static_cast<T*>(aligned_alloc(64, bytes));
-        if (!data_)
-            fail("expected %s of memory, found less; use a smaller -b, -t, -C or -L, or -r layer",
-                 bytes_text(double(bytes)).c_str());
-    }
-    Buffer(Buffer&& b) noexcept : data_(std::exchange(b.data_, nullptr)), n(std::exchange(b.n, 0)) {}
-    Buffer& operator=(Buffer&& b) noexcept {
-        std::swap(data_, b.data_), std::swap(n, b.n);
-        return *this;
-    }
-    ~Buffer() { free(data_); }
-    T* data() { return data_; }
-    const T* data() const { return data_; }
-    size_t size() const { return n; }
-    T& operator[](size_t i) { return data_[i]; }
-    void zero() {
-        #pragma omp parallel for schedule(static)
-        for (index_t i = 0; i < index_t(n); i++) data_[i] = T(0);
-    }
-
-private:
-    T* data_ = nullptr;
-    size_t n = 0;
-};
-
-// exp as 2^n e^r with |r| <= ln(2)/2 and the Taylor series of e^r: its degree is where the next term is below half a
-// unit in the last place. Unlike libm's it vectorises inside a loop.
-// Exact to 1.5 ulp from x = -87 to 88 (FP64: -708 to 709.5); below it gives 0, from 88.5 on infinity.
-inline real exponential(real x) {
-    constexpr bool fp64 = sizeof(real) == 8;
-    constexpr int degree = fp64 ? 13 : 7;
-    // adding and taking away 1.5 * 2^mantissa rounds to the nearest integer
-    constexpr real round_magic = fp64 ? real(6755399441055744.0) : real(12582912.0);
-    // ln 2 in two parts, the first with trailing zeros, so that n * ln2_high is exact
-    constexpr real ln2_high = fp64 ? real(6.93147180369123816490e-01) : real(0.693359375);
-    constexpr real ln2_low = fp64 ? real(1.90821492927058770002e-10) : real(-2.12194440e-4);
-    constexpr real lowest = fp64 ? real(-708) : real(-87), highest = fp64 ? real(709.5) : real(88.5);
-    real clamped = x > lowest ? (x < highest ? x : highest) : lowest;  // NaN: lowest, put right at the end
-    real n = (clamped * real(1.4426950408889634) + round_magic) - round_magic;
-    real r = (clamped - n * ln2_high) - n * ln2_low;
-    real p = 1;
-    #pragma GCC unroll 16
-    for (int k = degree; k >= 1; k--) p = p * r * (real(1) / real(k)) + 1;
-    // 2^n in two halves: n reaches one more than the largest exponent
-    using bits = std::conditional_t<fp64, int64_t, int32_t>;
-    constexpr int mantissa = fp64 ? 52 : 23;
-    constexpr bits bias = fp64 ? 1023 : 127;
-    bits half = bits(n) / 2, rest = bits(n) - half;
-    real result = p * std::bit_cast<real>((half + bias) << mantissa) * std::bit_cast<real>((rest + bias) << mantissa);
-    return x < lowest ? real(0) : x > highest ? std::numeric_limits<real>::infinity() : x != x ? x : result;
-}
-
-// ----------------------------------------------------------------------------------------------------
-// The matrix product
-//
-//     C(M,N) = A(M,K) B(K,N)   or   C += A B      A[i][k] = a[i*a_row + k*a_col], B alike, C row-major
-//
-// The one algorithm that every fast CPU library uses (Goto and van de Geijn 2008): copy blocks of A and B into
-// panels that the innermost loop reads in order, and keep REGISTER_ROWS x 2 vectors of C in registers. As the strides
-// are free, the same code serves x W^T, dy W and dy^T x. A sum over k runs in order within a block of DEPTH and over
-// the blocks, whatever the tile: so no bit of C depends on M, on N or on the threads.
-
-constexpr int TILE_M = REGISTER_ROWS, TILE_N = 2 * LANES;  // of C in registers
-constexpr int DEPTH = 256;                                 // k of a block: a TILE_N panel of B stays in the L1 cache
-constexpr int BLOCK_M = 12 * TILE_M;                       // rows of an A block: it stays in the L2 cache
-constexpr int BLOCK_N = 2048;                              // columns of a B block: it stays in the L3 cache
-
-struct Matrix {  // a view with free strides
-    const real* data;
-    size_t row, col;
-    Matrix at(size_t i, size_t j) const { return {data + i * row + j * col, row, col}; }
-    Matrix transposed() const { return {data, col, row}; }
-};
-inline Matrix row_major(const real* data, size_t stride) { return {data, stride, 1}; }
-
-// C tile += A panel (K,TILE_M) * B panel (K,TILE_N); `first` starts from zero instead.
-inline void multiply_tile(int K, const real* a, const real* b, real* c, size_t c_row, bool first) {
-    vec sum[TILE_M][2];
-    #pragma GCC unroll 12
-    for (int i = 0; i < TILE_M; i++) {
-        sum[i][0] = first ? vec{} : *(const vec*)(c + i * c_row);
-        sum[i][1] = first ? vec{} : *(const vec*)(c + i * c_row + LANES);
-    }
-    for (int k = 0; k < K; k++, a += TILE_M, b += TILE_N) {
-        vec b0 = *(const vec*)b, b1 = *(const vec*)(b + LANES);
-        #pragma GCC unroll 12
-        for (int i = 0; i < TILE_M; i++) {
-            sum[i][0] += a[i] * b0;
-            sum[i][1] += a[i] * b1;
-        }
-    }
-    #pragma GCC unroll 12
-    for (int i = 0; i < TILE_M; i++) {
-        *(vec*)(c + i * c_row) = sum[i][0];
-        *(vec*)(c + i * c_row + LANES) = sum[i][1];
-    }
-}
-
-// `width` rows of m (or its columns, if given transposed) as one panel (K,width), short of rows filled with zeros.
-template <int width>
-inline void pack_panel(const Matrix& m, int rows, int K, real* panel) {
-    if (rows == width && m.row == 1) {
-        for (int k = 0; k < K; k++) memcpy(panel + k * width, m.data + size_t(k) * m.col, width * sizeof(real));
-    } else if (rows == width) {
-        for (int k = 0; k < K; k++)
-            for (int i = 0; i < width; i++) panel[k * width + i] = m.data[size_t(i) * m.row + size_t(k) * m.col];
-    } else {
-        for (int k = 0; k < K; k++)
-            for (int i = 0; i < width; i++)
-                panel[k * width + i] = i < rows ? m.data[size_t(i) * m.row + size_t(k) * m.col] : real(0);
-    }
-}
-
-// C block (M,N) from packed A (M,K) and packed B (K,N). Tiles that overhang go through a scratch tile and the same
-// kernel.
-inline void multiply_block(int M, int N, int K, const real* a, const real* b, real* c, size_t c_row, bool first) {
-    for (int j = 0; j < N; j += TILE_N)
-        for (int i = 0; i < M; i += TILE_M) {
-            const real *ap = a + size_t(i) * K, *bp = b + size_t(j) * K;
-            real* tile = c + size_t(i) * c_row + j;
-            int m = std::min(TILE_M, M - i), n = std::min(TILE_N, N - j);
-            if (m == TILE_M && n == TILE_N) {
-                multiply_tile(K, ap, bp, tile, c_row, first);
-                continue;
-            }
-            real edge[TILE_M * TILE_N] = {};
-            for (int y = 0; y < m && !first; y++) memcpy(edge + y * TILE_N, tile + y * c_row, n * sizeof(real));
-            multiply_tile(K, ap, bp, edge, TILE_N, first);
-            for (int y = 0; y < m; y++) memcpy(tile + y * c_row, edge + y * TILE_N, n * sizeof(real));
-        }
-}
-
-// A thread's panels. Grown once to the size of the largest block.
-struct Panels {
-    std::vector<real> a, b;
-    Panels() : a(size_t(BLOCK_M) * DEPTH) {}
-    real* b_panels(size_t n) {
-        if (b.size() < n) b.resize(n);
-        return b.data();
-    }
-};
-inline Panels& thread_panels() {
-    thread_local Panels panels;
-    return panels;
-}
-
-// The product for small matrices, inside one thread (attention's tiles).
-void small_product(int M, int N, int K, Matrix a, Matrix b, real* c, size_t c_row, bool accumulate) {
-    Panels& panels = thread_panels();
-    real* bp = panels.b_panels(round_up(size_t(N), TILE_N) * DEPTH);
-    for (int k = 0; k < K; k += DEPTH) {
-        int depth = std::min(DEPTH, K - k);
-        for (int j = 0; j < N; j += TILE_N)
-            pack_panel<TILE_N>(b.at(k, j).transposed(), std::min(TILE_N, N - j), depth, bp + size_t(j) * depth);
-        for (int i = 0; i < M; i += BLOCK_M) {
-            int m = std::min(BLOCK_M, M - i);
-            for (int y = 0; y < m; y += TILE_M)
-                pack_panel<TILE_M>(a.at(i + y, k), std::min(TILE_M, m - y), depth, panels.a.data() + size_t(y) * depth);
-            multiply_block(m, N, depth, panels.a.data(), bp, c + size_t(i) * c_row, c_row, !accumulate && k == 0);
-        }
-    }
-}
-
-// The product on all threads: they pack a block of B together, then each takes tiles of C.
-void product(size_t M, size_t N, size_t K, Matrix a, Matrix b, real* c, size_t c_row, bool accumulate) {
-#ifdef KEEL_CBLAS
-    auto order = [](const Matrix& m) { return m.col == 1 ? CblasNoTrans : CblasTrans; };
-    auto stride = [](const Matrix& m) { return int(m.col == 1 ? m.row : m.col); };
-    auto* gemm = [] {
-        if constexpr (sizeof(real) == 8) return cblas_dgemm;
-        else return cblas_sgemm;
-    }();
-    gemm(CblasRowMajor, order(a), order(b), int(M), int(N), int(K), 1, a.data, stride(a), b.data, stride(b), accumulate,
-         c, int(c_row));
-#else
-    size_t threads = size_t(omp_get_max_threads());
-    // Row blocks of equal height, as many as fill the threads; where the rows are too few, columns are shared out too.
-    size_t row_blocks = round_up((M + BLOCK_M - 1) / BLOCK_M, threads);
-    size_t height = round_up((M + row_blocks - 1) / row_blocks, TILE_M);
-    row_blocks = (M + height - 1) / height;
-    real* packed = thread_panels().b_panels(round_up(std::min(N, size_t(BLOCK_N)), TILE_N) * DEPTH);
-    #pragma omp parallel
-    for (size_t j0 = 0; j0 < N; j0 += BLOCK_N) {
-        size_t width = std::min(size_t(BLOCK_N), N - j0), column_tiles = (width + TILE_N - 1) / TILE_N;
-        size_t column_blocks = std::min(column_tiles, (threads + row_blocks - 1) / row_blocks);
-        size_t block_width = (column_tiles + column_blocks - 1) / column_blocks * TILE_N;
-        for (size_t k = 0; k < K; k += DEPTH) {
-            int depth = int(std::min(size_t(DEPTH), K - k));
-            #pragma omp for schedule(static)
-            for (size_t j = 0; j < width; j += TILE_N)
-                pack_panel<TILE_N>(b.at(k, j0 + j).transposed(), int(std::min(size_t(TILE_N), width - j)), depth,
-                                   packed + j * depth);
-            #pragma omp for collapse(2) schedule(static)
-            for (size_t ib = 0; ib < row_blocks; ib++)
-                for (size_t jb = 0; jb < column_blocks; jb++) {
-                    size_t i = ib * height, j = jb * block_width;
-                    if (j >= width) continue;
-                    int m = int(std::min(height, M - i)), n = int(std::min(block_width, width - j));
-                    real* ap = thread_panels().a.data();
-                    for (int y = 0; y < m; y += TILE_M)
-                        pack_panel<TILE_M>(a.at(i + y, k), std::min(TILE_M, m - y), depth, ap + size_t(y) * depth);
-                    multiply_block(m, n, depth, ap, packed + j * depth, c + i * c_row + j0 + j, c_row,
-                                   !accumulate && k == 0);
-                }
-        }
-    }
-#endif
-}
 
 // ----------------------------------------------------------------------------------------------------
 // The layers: each forward beside its backward. A backward adds to gradients of parameters, and sets those of inputs.
@@ -348,10 +113,10 @@ void rmsnorm_backward(real* dx, real* dg, const real* dy, const real* x, const r
 void qkv_norm_forward(real* out, const real* qkv, const real* const g[3], size_t rows, int H, int D) {
     #pragma omp parallel for schedule(static)
     for (index_t i = 0; i < index_t(rows); i++)
-        for (int part = 0; part < 3; part++)
+        for (int which = 0; which < 3; which++)  // q, k, v
             for (int h = 0; h < H; h++) {
-                size_t at = ((size_t(i) * 3 + part) * H + h) * D;
-                rmsnorm_row_forward(out + at, qkv + at, g[part], D);
+                size_t at = ((size_t(i) * 3 + which) * H + h) * D;
+                rmsnorm_row_forward(out + at, qkv + at, g[which], D);
             }
 }
 
@@ -364,14 +129,14 @@ void qkv_norm_backward(real* dqkv, real* const dg[3], const real* qkv, const rea
         real* sum = partial + k * 3 * D;
         std::fill(sum, sum + 3 * D, real(0));
         for (index_t i = k * GAIN_ROWS; i < std::min((k + 1) * GAIN_ROWS, index_t(rows)); i++)
-            for (int part = 0; part < 3; part++)
+            for (int which = 0; which < 3; which++)
                 for (int h = 0; h < H; h++) {
-                    size_t at = ((size_t(i) * 3 + part) * H + h) * D;
-                    rmsnorm_row_backward(dqkv + at, sum + part * D, dqkv + at, qkv + at, g[part], D);
+                    size_t at = ((size_t(i) * 3 + which) * H + h) * D;
+                    rmsnorm_row_backward(dqkv + at, sum + which * D, dqkv + at, qkv + at, g[which], D);
                 }
     }
-    for (int part = 0; part < 3; part++)
-        add_gain_blocks(dg[part], partial + part * D, size_t(blocks), 3 * size_t(D), D);
+    for (int which = 0; which < 3; which++)
+        add_gain_blocks(dg[which], partial + which * D, size_t(blocks), 3 * size_t(D), D);
 }
 
 // out (rows,N) = in (rows,K) W^T, W (N,K)
@@ -530,18 +295,6 @@ void cross_entropy_backward(real* logits, const real* lse, const int* targets, s
 // ----------------------------------------------------------------------------------------------------
 // The sub-layer: one for all norm placements
 
-// The parameters, or the gradients, of one sub-layer: w[QKVW]. Null where the placement has none.
-struct SublayerTensors {
-    real* tensor[NUM_TENSORS];
-    SublayerTensors(real* base, const ParameterLayout& layout, int l) {
-        for (int t = 0; t < NUM_TENSORS; t++) {
-            size_t at = layout.offset(Tensor(t), l);
-            tensor[t] = at == ParameterLayout::absent ? nullptr : base + at;
-        }
-    }
-    real* operator[](Tensor t) const { return tensor[t]; }
-};
-
 // What a sub-layer's branch computes on its way. Attention has qkv, y and lse, feed-forward h and gelu.
 struct BranchActivations {
     real* u;           // (rows,C) the branch's input, where norm_in makes one
@@ -554,7 +307,7 @@ struct BranchActivations {
 };
 
 // f (rows,C) = attention(u (rows,C)), rows = B * (T - first). f may be null: then only the activations are made.
-void attention_branch_forward(real* f, const BranchActivations& a, const real* u, const SublayerTensors& w,
+void attention_branch_forward(real* f, const BranchActivations& a, const real* u, const SublayerTensors<real>& w,
                               const ModelConfig& c, int B, int T, int first) {
     size_t rows = size_t(B) * size_t(T - first), start = size_t(first) * 3 * size_t(c.C);
     matmul_forward(a.qkv + start, u, w[QKVW], rows, c.C, 3 * c.C);
@@ -570,8 +323,8 @@ void attention_branch_forward(real* f, const BranchActivations& a, const real* u
 
 // du (rows,C) from df (rows,C). dqkv (B,T,3C) is scratch; du serves as dy's on the way.
 void attention_branch_backward(real* du, const real* df, real* dqkv, const BranchActivations& a, const real* u,
-                               const SublayerTensors& w, const SublayerTensors& dw, const ModelConfig& c, int B, int T,
-                               real* partial) {
+                               const SublayerTensors<real>& w, const SublayerTensors<real>& dw, const ModelConfig& c,
+                               int B, int T, real* partial) {
     size_t rows = size_t(B) * size_t(T);
     matmul_backward(du, dw[ATTPROJW], df, a.y, w[ATTPROJW], rows, c.C, c.C);
     if (w[GAMMA_Q]) {
@@ -587,7 +340,7 @@ void attention_branch_backward(real* du, const real* df, real* dqkv, const Branc
 }
 
 // f (rows,C) = gelu(u fcw^T) fcprojw^T. f may be null.
-void feed_forward_branch_forward(real* f, const BranchActivations& a, const real* u, const SublayerTensors& w,
+void feed_forward_branch_forward(real* f, const BranchActivations& a, const real* u, const SublayerTensors<real>& w,
                                  const ModelConfig& c, size_t rows) {
     matmul_forward(a.h, u, w[FCW], rows, c.C, 4 * c.C);
     if (!f) return;
@@ -597,7 +350,7 @@ void feed_forward_branch_forward(real* f, const BranchActivations& a, const real
 
 // du (rows,C) from df (rows,C). dh (rows,4C) is scratch.
 void feed_forward_branch_backward(real* du, const real* df, real* dh, const BranchActivations& a, const real* u,
-                                  const SublayerTensors& w, const SublayerTensors& dw, const ModelConfig& c,
+                                  const SublayerTensors<real>& w, const SublayerTensors<real>& dw, const ModelConfig& c,
                                   size_t rows) {
     matmul_backward(dh, dw[FCPROJW], df, a.gelu, w[FCPROJW], rows, 4 * c.C, c.C);
     gelu_backward(dh, a.h, rows * 4 * size_t(c.C));
@@ -615,10 +368,27 @@ void highway_forward(real* x, real* z, const real* f, const real* gamma, real al
     }
 }
 
-// dx_l = alpha dz + du', where du' is du taken through the inner norm. In place: dx comes in as dz.
-void highway_backward(real* dx, const real* du, real alpha, size_t n) {
+// dx = alpha dz + du', where du' is du taken through the inner norm; dx may be dz.
+void highway_backward(real* dx, const real* dz, const real* du, real alpha, size_t n) {
     #pragma omp parallel for simd schedule(static)
-    for (index_t i = 0; i < index_t(n); i++) dx[i] = alpha * dx[i] + du[i];
+    for (index_t i = 0; i < index_t(n); i++) dx[i] = alpha * dz[i] + du[i];
+}
+
+// x_{l+1} (rows,C) in x, in place of x_l, rows = B * (T - first); z gets z_l, f is scratch:
+//     u_l     = norm_in  ? RMSNorm(x_l; gamma_in_l)  : x_l
+//     z_l     = alpha_l * x_l + F_l(u_l)
+//     x_{l+1} = norm_out ? RMSNorm(z_l; gamma_out_l) : z_l
+// ablated: F_l = 0.
+void sublayer_forward(real* x, real* z, real* f, const BranchActivations& a, const SublayerTensors<real>& w,
+                      const ModelConfig& c, int l, int B, int T, int first, bool ablated = false) {
+    SublayerNorm norm = c.sublayer(l);
+    size_t rows = size_t(B) * size_t(T - first);
+    const real* u = x;
+    if (norm.norm_in) rmsnorm_forward(a.u, x, w[GAMMA_IN], rows, c.C), u = a.u;
+    if (ablated) std::fill(f, f + rows * size_t(c.C), real(0));
+    else if (is_attention(l)) attention_branch_forward(f, a, u, w, c, B, T, first);
+    else feed_forward_branch_forward(f, a, u, w, c, rows);
+    highway_forward(x, z, f, w[GAMMA_OUT], real(norm.alpha), rows, c.C);
 }
 
 // ----------------------------------------------------------------------------------------------------
@@ -646,21 +416,23 @@ struct Model {
     ParameterLayout layout, grad_layout;  // of params; of grads, which differs at -z 2 alone
     int B, T;                             // the largest micro-batch, and the sequence length
     Recompute recompute;
+    ActivationSlots slots;
     Sharing sharing;
 
-    Buffer<real> params, grads, m,
-        v;  // as layout and grad_layout have them; m, v: AdamW's moments, from -z 1 on of what the rank owns alone
-    Buffer<real> shard_grads;  // of several ranks: the step's gradients of what this one owns, all ranks' added up
-    std::vector<Stretch> update_work;  // AdamW's: all parameters, or from -z 1 on what the rank owns, whose gradients
-                                       // and moments are in arrays of their own
-    std::function<void(size_t unit)>
-        unit_done;  // of several ranks: called in the backward pass when a unit's gradients are whole
+    // As layout and grad_layout have them. m, v: AdamW's moments, from -z 1 on of what the rank owns alone.
+    Buffer<real> params, grads, m, v;
+    // Of several ranks: the step's gradients of what this one owns, all ranks' added up.
+    Buffer<real> shard_grads;
+    // What AdamW updates: all parameters, or from -z 1 on what the rank owns.
+    std::vector<ShardRange> update_ranges;
+    // Of several ranks: called in the backward pass when a bucket's gradients are complete.
+    std::function<void(size_t bucket)> bucket_done;
 
     // The highway is stored once, as z: kept holds x_0 = "z_{-1}", z_0, ..., z_{L-1}, or with -r K every K-th of them
     // and the last, the others of one segment being in segment. x and u are made from it again.
     Buffer<real> kept, segment;
-    Buffer<real> u, qkv, qkv_normed, y, lse, h,
-        gelu;                              // the branches' activations, a slot for each sub-layer that keeps them
+    // The branches' activations, a slot for each sub-layer that keeps them.
+    Buffer<real> u, qkv, qkv_normed, y, lse, h, gelu;
     Buffer<real> x, f;                     // (B,T,C) the highway and the branch's output, of the sub-layer at work
     Buffer<real> dx, du, dbranch;          // (B,T,C), (B,T,C), (B,T,4C)
     Buffer<real> logits, row_lse, losses;  // a chunk of rows of (.,Vp), its log-sum-exp; (B,T)
@@ -682,27 +454,26 @@ struct Model {
         return std::min(rows, std::max<size_t>(16, (size_t(1) << 24) / size_t(c.Vp())));
     }
 
-    static std::vector<BufferRow> plan(const ModelConfig& c, int B, int T, Recompute r, Sharing s = {}) {
-        size_t rows = size_t(B) * size_t(T), C = size_t(c.C), L = size_t(c.L), K = size_t(std::max(1, r.level));
-        ParameterLayout layout(c, s.ranks);
-        size_t full = r.segments() ? std::min(K, L) : r.level == 1 ? 2 : L;  // sub-layers that have a slot of their own
-        size_t cheap = r.keeps_cheap() ? full : 2;                           // the same for u and GELU's output
+    static std::vector<BufferRow> plan(const ModelConfig& c, const ParameterLayout& layout, int B, int T, Recompute r,
+                                       Sharing s = {}) {
+        size_t rows = size_t(B) * size_t(T), C = size_t(c.C);
         size_t partial = gain_blocks(rows) * std::max(C, c.norm == HYBRIDNORM ? 3 * size_t(c.D()) : 0);
+        ActivationSlots slots(c.L, r);
         return {
             {"parameters", &Model::params, layout.size},
             {"gradients", &Model::grads, s.grad_layout(layout).size},
             {"gradients of this rank's part", &Model::shard_grads, s.ranks > 0 ? layout.shard_size : 0},
             {"AdamW's first moment", &Model::m, s.states() ? layout.shard_size : layout.size},
             {"AdamW's second moment", &Model::v, s.states() ? layout.shard_size : layout.size},
-            {"highway z", &Model::kept, ((L + K - 1) / K + 1) * rows * C},
-            {"highway z of one segment", &Model::segment, (std::min(K, L) - 1) * rows * C},
-            {"u", &Model::u, cheap * rows * C},
-            {"q, k, v", &Model::qkv, full / 2 * rows * 3 * C},
+            {"highway z", &Model::kept, slots.kept_z() * rows * C},
+            {"highway z of one segment", &Model::segment, slots.segment_z() * rows * C},
+            {"u", &Model::u, slots.u_count() * rows * C},
+            {"q, k, v", &Model::qkv, slots.count / 2 * rows * 3 * C},
             {"q, k, v normed", &Model::qkv_normed, c.norm == HYBRIDNORM ? rows * 3 * C : 0},
-            {"attention's output", &Model::y, full / 2 * rows * C},
-            {"attention's log-sum-exp", &Model::lse, full / 2 * rows * size_t(c.H)},
-            {"feed-forward before GELU", &Model::h, full / 2 * rows * 4 * C},
-            {"feed-forward after GELU", &Model::gelu, cheap / 2 * rows * 4 * C},
+            {"attention's output", &Model::y, slots.count / 2 * rows * C},
+            {"attention's log-sum-exp", &Model::lse, slots.count / 2 * rows * size_t(c.H)},
+            {"feed-forward before GELU", &Model::h, slots.count / 2 * rows * 4 * C},
+            {"feed-forward after GELU", &Model::gelu, slots.gelu_count() * rows * 4 * C},
             {"x", &Model::x, rows * C},
             {"branch output", &Model::f, rows * C},
             {"gradient of x", &Model::dx, rows * C},
@@ -715,28 +486,25 @@ struct Model {
         };
     }
 
-    static size_t bytes(const ModelConfig& c, int B, int T, Recompute r, Sharing s = {}) {
+    static size_t bytes(const ModelConfig& c, const ParameterLayout& layout, int B, int T, Recompute r,
+                        Sharing s = {}) {
         size_t sum = 0;
-        for (const BufferRow& row : plan(c, B, T, r, s)) sum += row.elements * sizeof(real);
+        for (const BufferRow& row : plan(c, layout, B, T, r, s)) sum += row.elements * sizeof(real);
         return sum;
     }
 
     Model(const ModelConfig& config, int B, int T, Recompute recompute, Sharing sharing = {})
         : config(config), layout(config, sharing.ranks), grad_layout(sharing.grad_layout(layout)), B(B), T(T),
-          recompute(recompute), sharing(sharing) {
-        for (const BufferRow& row : plan(config, B, T, recompute, sharing))
+          recompute(recompute), slots(config.L, recompute), sharing(sharing) {
+        for (const BufferRow& row : plan(config, layout, B, T, recompute, sharing))
             this->*row.buffer = Buffer<real>(row.elements);
         grads.zero(), shard_grads.zero(), m.zero(), v.zero();
         if (sharing.ranks > 0) params.zero();  // the padding
-        update_work = sharing.states() ? layout.stretches(sharing.rank) : ParameterLayout(config).stretches(0);
+        update_ranges = sharing.states() ? layout.owned(sharing.rank) : ParameterLayout(config).owned(0);
     }
 
-    SublayerTensors weights(int l) { return {params.data(), layout, l}; }
-    SublayerTensors gradients(int l) { return {grads.data(), grad_layout, l}; }
-    real* tensor(Buffer<real>& of, Tensor id) {
-        size_t at = layout.offset(id);
-        return at == ParameterLayout::absent ? nullptr : of.data() + at;
-    }
+    SublayerTensors<real> weights(int l = -1) { return {params.data(), layout, l}; }
+    SublayerTensors<real> gradients(int l = -1) { return {grads.data(), grad_layout, l}; }
 
     void initialise(uint64_t seed) {
         for (size_t i = 0; i < layout.tensors.size(); i++) {
@@ -747,88 +515,70 @@ struct Model {
         }
     }
 
-    // Where z_{i-1} is, i = 0..L (x_0 for i = 0): what sub-layer i reads.
-    real* z(int i) {
-        size_t size = size_t(B) * size_t(T) * size_t(config.C), K = size_t(std::max(1, recompute.level)),
-               at = size_t(i);
-        if (at % K == 0 || i == config.L) return kept.data() + (at + K - 1) / K * size;
-        return segment.data() + (at % K - 1) * size;
+    // z_l (rows,C), l = 0..L-1; of -1 x_0, as the embedding gives it.
+    real* z(int l) {
+        return (slots.z_is_kept(l) ? kept : segment).data() +
+               slots.z_slot(l) * size_t(B) * size_t(T) * size_t(config.C);
     }
 
     BranchActivations activations(int l) {
-        size_t rows = size_t(B) * size_t(T), C = size_t(config.C), at = size_t(l);
-        size_t slot = recompute.segments() ? at % size_t(recompute.level) : recompute.level == 1 ? at % 2 : at;
-        size_t cheap = recompute.keeps_cheap() ? slot : at % 2;
-        BranchActivations a{};
-        a.u = u.data() + cheap * rows * C;
-        a.qkv = qkv.data() + slot / 2 * rows * 3 * C, a.qkv_normed = qkv_normed.data();
-        a.y = y.data() + slot / 2 * rows * C, a.lse = lse.data() + slot / 2 * rows * size_t(config.H);
-        a.h = h.data() + slot / 2 * rows * 4 * C, a.gelu = gelu.data() + cheap / 2 * rows * 4 * C;
-        return a;
+        size_t rows = size_t(B) * size_t(T), C = size_t(config.C), slot = slots.of(l) / 2;
+        return {.u = u.data() + slots.u_of(l) * rows * C,
+                .qkv = qkv.data() + slot * rows * 3 * C,
+                .qkv_normed = qkv_normed.data(),
+                .y = y.data() + slot * rows * C,
+                .lse = lse.data() + slot * rows * size_t(config.H),
+                .h = h.data() + slot * rows * 4 * C,
+                .gelu = gelu.data() + slots.gelu_of(l) * rows * 4 * C};
     }
 
     // x_{l+1} in x, in place of x_l; z_l and the branch's activations in their slots.
     void sublayer_forward(int l, int b) {
-        SublayerNorm norm = config.sublayer(l);
-        SublayerTensors w = weights(l);
-        BranchActivations a = activations(l);
         size_t rows = size_t(b) * size_t(T);
-        const real* input = x.data();
-        if (norm.norm_in) {
-            rmsnorm_forward(a.u, x.data(), w[GAMMA_IN], rows, config.C);
-            input = a.u;
-        }
-        if (l == ablated) std::fill(f.data(), f.data() + rows * size_t(config.C), real(0));
-        else if (is_attention(l)) attention_branch_forward(f.data(), a, input, w, config, b, T, 0);
-        else feed_forward_branch_forward(f.data(), a, input, w, config, rows);
         if (probe) probe->sublayers[size_t(l)].x += sum_of_squares(x.data(), rows * size_t(config.C));
-        highway_forward(x.data(), z(l + 1), f.data(), w[GAMMA_OUT], real(norm.alpha), rows, config.C);
+        ::sublayer_forward(x.data(), z(l), f.data(), activations(l), weights(l), config, l, b, T, 0, l == ablated);
         if (probe) probe_forward(l, rows);
     }
 
     // x_l, made again from z_{l-1} by the operations that made it, so that it has the same bits.
     void restore_x(int l, size_t rows) {
         const real* gamma = l > 0 ? weights(l - 1)[GAMMA_OUT] : nullptr;
-        if (gamma) rmsnorm_forward(x.data(), z(l), gamma, rows, config.C);
-        else std::copy(z(l), z(l) + rows * size_t(config.C), x.data());
+        if (gamma) rmsnorm_forward(x.data(), z(l - 1), gamma, rows, config.C);
+        else std::copy(z(l - 1), z(l - 1) + rows * size_t(config.C), x.data());
     }
 
     // dx_l in dx, in place of dx_{l+1}:
-    //     dz   = norm_out ? RMSNorm_backward(dx_{l+1}, z_l) : dx_{l+1}
-    //     dF   = dz                          -> branch backward -> du_l
-    //     dx_l = alpha_l * dz + (norm_in ? RMSNorm_backward(du_l, x_l) : du_l)
+    //     dz_l = norm_out ? RMSNorm_backward(dx_{l+1}, z_l) : dx_{l+1}
+    //     dF_l = dz_l                        -> branch backward -> du_l
+    //     dx_l = alpha_l * dz_l + (norm_in ? RMSNorm_backward(du_l, x_l) : du_l)
     // The first line is where Post-LN dies: it divides the shortcut by rms(z_l), about sqrt(2) where x and F(x) are of
     // one size, L times over: 2^(-L/2) (the paper's eq. 14-15). KEEL's alpha = L makes rms(z_l) = sqrt(alpha^2 + 1),
     // and the third line's alpha takes back what the first took: (alpha/sqrt(alpha^2 + 1))^L -> 1 (eq. 18-19).
     void sublayer_backward(int l, int b) {
         SublayerNorm norm = config.sublayer(l);
-        SublayerTensors w = weights(l), dw = gradients(l);
+        SublayerTensors<real> w = weights(l), dw = gradients(l);
         BranchActivations a = activations(l);
-        size_t rows = size_t(b) * size_t(T);
+        size_t rows = size_t(b) * size_t(T), n = rows * size_t(config.C);
+        real *dx_next = dx.data(), *dz = dx_next, *df = dz, *dx_l = dz;  // each in the place of the one before
+        real *du_l = du.data(), *partial = gain_partial.data();
 
-        if (norm.norm_out)
-            rmsnorm_backward(dx.data(), dw[GAMMA_OUT], dx.data(), z(l + 1), w[GAMMA_OUT], rows, config.C,
-                             gain_partial.data());
-        if (probe) probe->sublayers[size_t(l)].df += sum_of_squares(dx.data(), rows * size_t(config.C));
+        if (norm.norm_out) rmsnorm_backward(dz, dw[GAMMA_OUT], dx_next, z(l), w[GAMMA_OUT], rows, config.C, partial);
+        if (probe) probe->sublayers[size_t(l)].df += sum_of_squares(df, n);
 
         restore_x(l, rows);
-        const real* input = norm.norm_in ? a.u : x.data();
-        bool drop_cheap = recompute.level == -1 || recompute.level == 1, drop_all = recompute.level == 1;
-        if (norm.norm_in && drop_cheap) rmsnorm_forward(a.u, x.data(), w[GAMMA_IN], rows, config.C);
+        const real *x_l = x.data(), *u_l = norm.norm_in ? a.u : x_l;
+        if (norm.norm_in && recompute.drops_u()) rmsnorm_forward(a.u, x_l, w[GAMMA_IN], rows, config.C);
         if (is_attention(l)) {
-            if (drop_all) attention_branch_forward(nullptr, a, input, w, config, b, T, 0);
-            attention_branch_backward(du.data(), dx.data(), dbranch.data(), a, input, w, dw, config, b, T,
-                                      gain_partial.data());
+            if (recompute.drops_all()) attention_branch_forward(nullptr, a, u_l, w, config, b, T, 0);
+            attention_branch_backward(du_l, df, dbranch.data(), a, u_l, w, dw, config, b, T, partial);
         } else {
-            if (drop_all) feed_forward_branch_forward(nullptr, a, input, w, config, rows);
-            if (drop_cheap) gelu_forward(a.gelu, a.h, rows * 4 * size_t(config.C));
-            feed_forward_branch_backward(du.data(), dx.data(), dbranch.data(), a, input, w, dw, config, rows);
+            if (recompute.drops_all()) feed_forward_branch_forward(nullptr, a, u_l, w, config, rows);
+            if (recompute.drops_u()) gelu_forward(a.gelu, a.h, rows * 4 * size_t(config.C));
+            feed_forward_branch_backward(du_l, df, dbranch.data(), a, u_l, w, dw, config, rows);
         }
-        if (norm.norm_in)
-            rmsnorm_backward(du.data(), dw[GAMMA_IN], du.data(), x.data(), w[GAMMA_IN], rows, config.C,
-                             gain_partial.data());
-        highway_backward(dx.data(), du.data(), real(norm.alpha), rows * size_t(config.C));
-        if (probe) probe->sublayers[size_t(l)].dx += sum_of_squares(dx.data(), rows * size_t(config.C));
+        if (norm.norm_in) rmsnorm_backward(du_l, dw[GAMMA_IN], du_l, x_l, w[GAMMA_IN], rows, config.C, partial);
+        highway_backward(dx_l, dz, du_l, real(norm.alpha), n);
+        if (probe) probe->sublayers[size_t(l)].dx += sum_of_squares(dx_l, n);
     }
 
     // logits = x wte^T, a chunk of rows at a time; returns the sum of the losses. With backward, dx = dlogits wte and
@@ -838,7 +588,7 @@ struct Model {
                 int* predictions = nullptr) {
         size_t C = size_t(config.C), V = size_t(config.V), Vp = size_t(config.Vp()),
                chunk = head_rows(config, size_t(B) * size_t(T));
-        real *wte = tensor(params, WTE), *dwte = tensor(grads, WTE);
+        real *wte = weights()[WTE], *dwte = gradients()[WTE];
         for (size_t i = 0; i < rows; i += chunk) {
             size_t n = std::min(chunk, rows - i);
             const real* xi = in + i * C;
@@ -861,8 +611,8 @@ struct Model {
 
     // x_L in x. tokens (b,T), b at most B.
     void forward(const int* tokens, int b) {
-        embedding_forward(x.data(), tokens, tensor(params, WTE), tensor(params, WPE), b, T, config.C, 0);
-        std::copy(x.data(), x.data() + size_t(b) * size_t(T) * size_t(config.C), z(0));
+        embedding_forward(x.data(), tokens, weights()[WTE], weights()[WPE], b, T, config.C, 0);
+        std::copy(x.data(), x.data() + size_t(b) * size_t(T) * size_t(config.C), z(-1));
         if (probe) probed_r.resize(size_t(config.L) * size_t(b) * size_t(T));
         for (int l = 0; l < config.L; l++) sublayer_forward(l, b);
         if (probe) probe->add_shortcuts(config, probed_r.data(), size_t(b) * size_t(T));
@@ -870,7 +620,7 @@ struct Model {
 
     // What the head reads: x_L or, in f, its norm.
     const real* final_norm_forward(size_t rows) {
-        real* gamma = tensor(params, GAMMA_FINAL);
+        real* gamma = weights()[GAMMA_FINAL];
         if (!gamma) return x.data();
         rmsnorm_forward(f.data(), x.data(), gamma, rows, config.C);
         return f.data();
@@ -897,8 +647,8 @@ struct Model {
         record(&DebugState<real>::x, config.L, x);
         double loss =
             head(final_norm_forward(rows), targets, rows, true, scale, debug ? debug->logits.data() : nullptr);
-        if (real* gamma = tensor(params, GAMMA_FINAL))
-            rmsnorm_backward(dx.data(), tensor(grads, GAMMA_FINAL), dx.data(), x.data(), gamma, rows, config.C,
+        if (real* gamma = weights()[GAMMA_FINAL])
+            rmsnorm_backward(dx.data(), gradients()[GAMMA_FINAL], dx.data(), x.data(), gamma, rows, config.C,
                              gain_partial.data());
         record(&DebugState<real>::dx, config.L, dx);
         int K = recompute.segments() ? recompute.level : config.L;
@@ -912,20 +662,20 @@ struct Model {
             }
             for (int l = end - 1; l >= begin; l--) {
                 sublayer_backward(l, b);  // leaves x_l in x
-                if (unit_done && is_attention(l)) unit_done(1 + size_t(l) / 2);
+                if (bucket_done && is_attention(l)) bucket_done(1 + size_t(l) / 2);
                 record(&DebugState<real>::x, l, x);
                 record(&DebugState<real>::dx, l, dx);
             }
             end = begin;
         }
-        embedding_backward(tensor(grads, WTE), tensor(grads, WPE), dx.data(), tokens, b, T, config.C);
-        if (unit_done) unit_done(0);
+        embedding_backward(gradients()[WTE], gradients()[WPE], dx.data(), tokens, b, T, config.C);
+        if (bucket_done) bucket_done(0);
         return loss;
     }
 
     void probe_forward(int l, size_t rows) {
         SublayerProbe& p = probe->sublayers[size_t(l)];
-        const real* zl = z(l + 1);
+        const real* zl = z(l);
         real* r = probed_r.data() + size_t(l) * rows;
         p.f += sum_of_squares(f.data(), rows * size_t(config.C));
         p.z += sum_of_squares(zl, rows * size_t(config.C));
@@ -946,7 +696,7 @@ struct Model {
         probe->weights = tensor_squares(params);
         if (sharing.ranks > 0) {
             probe->gradients.assign(layout.tensors.size(), 0);
-            for (const Stretch& s : layout.stretches(rank))
+            for (const ShardRange& s : layout.owned(rank))
                 probe->gradients[s.tensor] = sum_of_squares(shard_grads.data() + s.shard, s.count);
         } else {
             probe->gradients = tensor_squares(grads);
@@ -972,15 +722,15 @@ void adamw_update(Model& model, const RunConfig& run, int64_t step, double norm)
     std::copy(model.params.data(), model.params.data() + before.size(), before.data());
     bool sharded = model.sharing.states();
     #pragma omp parallel
-    for (const Stretch& part : model.update_work) {
-        const TensorInfo& t = model.layout.tensors[part.tensor];
+    for (const ShardRange& range : model.update_ranges) {
+        const TensorInfo& t = model.layout.tensors[range.tensor];
         real decay = real(t.decay ? lr * run.weight_decay : 0);
-        size_t at = sharded ? part.shard : t.offset;
-        real *p = model.params.data() + t.offset + part.first,
+        size_t at = sharded ? range.shard : t.offset;
+        real *p = model.params.data() + t.offset + range.first,
              *g = (sharded ? model.shard_grads : model.grads).data() + at;
         real *m = model.m.data() + at, *v = model.v.data() + at;
         #pragma omp for simd schedule(static) nowait
-        for (index_t i = 0; i < index_t(part.count); i++) {
+        for (index_t i = 0; i < index_t(range.count); i++) {
             real gi = clip * g[i];
             m[i] = b1 * m[i] + (1 - b1) * gi;
             v[i] = b2 * v[i] + (1 - b2) * gi * gi;
@@ -991,12 +741,12 @@ void adamw_update(Model& model, const RunConfig& run, int64_t step, double norm)
     }
     if (!model.probe) return;
     model.probe->updates.assign(model.layout.tensors.size(), 0);
-    for (const Stretch& part : model.layout.stretches(run.rank)) {
-        real* change = before.data() + part.memory;
-        const real* after = model.params.data() + part.memory;
+    for (const ShardRange& range : model.layout.owned(run.rank)) {
+        real* change = before.data() + range.memory;
+        const real* after = model.params.data() + range.memory;
         #pragma omp parallel for simd schedule(static)
-        for (index_t i = 0; i < index_t(part.count); i++) change[i] -= after[i];
-        model.probe->updates[part.tensor] = sum_of_squares(change, part.count);
+        for (index_t i = 0; i < index_t(range.count); i++) change[i] -= after[i];
+        model.probe->updates[range.tensor] = sum_of_squares(change, range.count);
     }
 }
 
@@ -1006,86 +756,6 @@ double gradient_norm(const Model& model) {
     for (double square : model.tensor_squares(model.grads)) sum += square;
     return std::sqrt(sum);
 }
-
-// ----------------------------------------------------------------------------------------------------
-// Ranks: what travels between them, by MPI
-//
-// Each rank sends each other one its part, and what it gets is added in rank order: the same bits in every run,
-// whatever the network does. A rank sends (N-1)/N of a unit's bytes, as a ring does. MPI is asked again and again, not
-// waited for, so that a process is not deaf in a call that a dead rank leaves hanging; that one has died, the lifeline
-// (keel_common.h) tells.
-
-#ifdef KEEL_MPI
-class Communicator {
-public:
-    struct Gift {  // MPI needs none
-        explicit Gift(bool) {}
-    };
-    Communicator(const Launch& launch, const Gift&) : rank(size_t(launch.rank)), ranks(size_t(launch.ranks)) {}
-
-    // all (ranks, bytes) from mine (bytes) of each
-    void gather(const void* mine, void* all, size_t bytes) {
-        char* to = static_cast<char*>(all);
-        if (mine != to + rank * bytes) memcpy(to + rank * bytes, mine, bytes);
-        exchange([&](size_t) { return static_cast<const char*>(mine); }, [&](size_t r) { return to + r * bytes; },
-                 bytes);
-    }
-
-    // unit (ranks, shard): every rank's part to all
-    void all_gather(real* unit, size_t shard) { gather(unit + rank * shard, unit, shard * sizeof(real)); }
-
-    // sum (shard) += this rank's part of unit (ranks, shard), added up over the ranks in their order
-    void reduce_scatter(real* sum, const real* unit, size_t shard) {
-        if (received.size() < ranks * shard) received = Buffer<real>(ranks * shard);
-        exchange([&](size_t r) { return reinterpret_cast<const char*>(unit + r * shard); },
-                 [&](size_t r) { return reinterpret_cast<char*>(received.data() + r * shard); }, shard * sizeof(real));
-        #pragma omp parallel for simd schedule(static)
-        for (index_t i = 0; i < index_t(shard); i++) {
-            real total = 0;
-            for (size_t r = 0; r < ranks; r++)
-                total += r == rank ? unit[rank * shard + size_t(i)] : received[r * shard + size_t(i)];
-            sum[i] += total;
-        }
-    }
-
-    size_t bytes_sent() const { return sent; }
-
-    // What the largest reduce_scatter takes.
-    static size_t bytes(const ParameterLayout& layout) {
-        size_t largest = 0;
-        for (const Unit& u : layout.units) largest = std::max(largest, u.shard * size_t(layout.ranks));
-        return largest * sizeof(real);
-    }
-
-private:
-    size_t rank, ranks, sent = 0;
-    Buffer<real> received;
-    std::vector<MPI_Request> requests;
-
-    template <class From, class To>
-    void exchange(From from, To to, size_t bytes) {
-        constexpr size_t most = size_t(1) << 30;  // MPI counts in int
-        requests.clear();
-        for (size_t distance = 1; distance < ranks; distance++) {
-            size_t next = (rank + distance) % ranks, before = (rank + ranks - distance) % ranks;
-            for (size_t at = 0; at < bytes; at += most) {
-                int n = int(std::min(most, bytes - at));
-                requests.push_back({}),
-                    check_mpi(MPI_Irecv(to(before) + at, n, MPI_BYTE, int(before), 0, MPI_COMM_WORLD, &requests.back()),
-                              "MPI_Irecv");
-                requests.push_back({}),
-                    check_mpi(MPI_Isend(from(next) + at, n, MPI_BYTE, int(next), 0, MPI_COMM_WORLD, &requests.back()),
-                              "MPI_Isend");
-            }
-            sent += bytes;
-        }
-        for (int done = requests.empty(), turns = 0; !done; turns++) {
-            check_mpi(MPI_Testall(int(requests.size()), requests.data(), &done, MPI_STATUSES_IGNORE), "MPI_Testall");
-            if (!done && turns > 100) usleep(50);  // the core may be wanted by the rank that we wait for
-        }
-    }
-};
-#endif
 
 // ----------------------------------------------------------------------------------------------------
 // Sampling
@@ -1111,30 +781,18 @@ public:
         const ModelConfig& c = model.config;
         int end = length + n;
         size_t rows = size_t(n);
-        embedding_forward(x.data(), tokens, model.tensor(model.params, WTE), model.tensor(model.params, WPE), 1, n, c.C,
-                          length);
+        embedding_forward(x.data(), tokens, model.weights()[WTE], model.weights()[WPE], 1, n, c.C, length);
         for (int l = 0; l < c.L; l++) {
-            SublayerNorm norm = c.sublayer(l);
-            SublayerTensors w = model.weights(l);
             size_t block = size_t(l / 2) * size_t(window) * 3 * C;
-            BranchActivations a{
-                u.data(),   cache.data() + block, normed_cache.size() ? normed_cache.data() + block : nullptr,
-                y.data(),   lse.data(),           h.data(),
-                gelu.data()};
-            const real* input = x.data();
-            if (norm.norm_in) {
-                rmsnorm_forward(a.u, x.data(), w[GAMMA_IN], rows, c.C);
-                input = a.u;
-            }
-            if (is_attention(l)) attention_branch_forward(f.data(), a, input, w, c, 1, end, length);
-            else feed_forward_branch_forward(f.data(), a, input, w, c, rows);
-            highway_forward(x.data(), z.data(), f.data(), w[GAMMA_OUT], real(norm.alpha), rows, c.C);
+            real* normed = normed_cache.size() ? normed_cache.data() + block : nullptr;
+            BranchActivations a{u.data(), cache.data() + block, normed, y.data(), lse.data(), h.data(), gelu.data()};
+            sublayer_forward(x.data(), z.data(), f.data(), a, model.weights(l), c, l, 1, end, length);
         }
         length = end;
         real* last = x.data() + (rows - 1) * C;
-        if (real* gamma = model.tensor(model.params, GAMMA_FINAL)) rmsnorm_forward(last, last, gamma, 1, c.C);
-        product(1, size_t(c.V), C, row_major(last, C), row_major(model.tensor(model.params, WTE), C).transposed(),
-                logits.data(), size_t(c.Vp()), false);
+        if (real* gamma = model.weights()[GAMMA_FINAL]) rmsnorm_forward(last, last, gamma, 1, c.C);
+        product(1, size_t(c.V), C, row_major(last, C), row_major(model.weights()[WTE], C).transposed(), logits.data(),
+                size_t(c.Vp()), false);
         return logits.data();
     }
     void clear() { length = 0; }
@@ -1148,7 +806,7 @@ private:
 };
 
 // ----------------------------------------------------------------------------------------------------
-// The trainer: what the run in keel_common.h asks for, and the step
+// The trainer: the step, and what else a run asks for (keel/trainer.h)
 
 struct Trainer {
     using Real = real;
@@ -1176,7 +834,7 @@ struct Trainer {
         : run(run), model(run.model, run.B, run.T, run.recompute, Sharing(run)), communicator(communicator),
           tokens(size_t(run.B) * size_t(run.T)), targets(tokens.size()) {
 #ifdef KEEL_MPI
-        if (run.ranks > 0) model.unit_done = [this](size_t u) { reduce_unit(u); };
+        if (run.ranks > 0) model.bucket_done = [this](size_t i) { reduce_bucket(i); };
 #endif
     }
     Trainer(const Trainer&) = delete;
@@ -1219,23 +877,24 @@ struct Trainer {
     }
 
     // ----- Several ranks
-    // In the backward pass, when all gradients of unit u are there: this rank's part of them, added up over the ranks,
-    // goes to shard_grads.
+    // In the backward pass, when all gradients of a bucket are there: this rank's part of them, added up over the
+    // ranks, goes to shard_grads.
 #ifdef KEEL_MPI
-    void reduce_unit(size_t u) {
-        const Unit& unit = model.grad_layout.units[u];
-        real* grads = model.grads.data() + unit.first;
-        communicator->reduce_scatter(model.shard_grads.data() + unit.shard_first, grads, unit.shard);
+    void reduce_bucket(size_t i) {
+        const Bucket& bucket = model.grad_layout.buckets[i];
+        real* grads = model.grads.data() + bucket.first;
+        communicator->reduce_scatter(model.shard_grads.data() + bucket.shard_first, grads, bucket.shard);
         #pragma omp parallel for simd schedule(static)
-        for (index_t i = 0; i < index_t(unit.shard * size_t(run.ranks)); i++)
-            grads[i] = 0;  // for the next micro-batch, or at -z 2 the next block but one
+        for (index_t k = 0; k < index_t(bucket.shard * size_t(run.ranks)); k++)
+            grads[k] = 0;  // for the next micro-batch, or at -z 2 the next block but one
     }
-    void gather_units(Buffer<real>& of) {
-        for (const Unit& unit : model.layout.units) communicator->all_gather(of.data() + unit.first, unit.shard);
+    void gather_buckets(Buffer<real>& of) {
+        for (const Bucket& bucket : model.layout.buckets)
+            communicator->all_gather(of.data() + bucket.first, bucket.shard);
     }
     size_t bytes_sent() const { return communicator ? communicator->bytes_sent() : 0; }
 #else
-    void gather_units(Buffer<real>&) {}
+    void gather_buckets(Buffer<real>&) {}
     size_t bytes_sent() const { return 0; }
 #endif
     void gather_weights() {}  // they are whole after each step
@@ -1257,37 +916,42 @@ struct Trainer {
             throw_lost_data(*communicator, run, lost);
         }
         if (run.zero == 0) {  // every rank updates everything
-            for (const Unit& unit : model.layout.units)
-                std::copy_n(model.shard_grads.data() + unit.shard_first, unit.shard,
-                            model.grads.data() + unit.first + size_t(run.rank) * unit.shard);
-            gather_units(model.grads);
+            for (const Bucket& bucket : model.layout.buckets)
+                std::copy_n(model.shard_grads.data() + bucket.shard_first, bucket.shard,
+                            model.grads.data() + bucket.first + size_t(run.rank) * bucket.shard);
+            gather_buckets(model.grads);
         }
         return result;
     }
     void finish_update() {
         model.shard_grads.zero();
-        if (run.zero > 0) gather_units(model.params);
+        if (run.zero > 0) gather_buckets(model.params);
     }
 
-    void snapshot_owned(real* out) {
-        const std::vector<Stretch> owned = model.layout.stretches(run.rank);
-        for (const Stretch& s : owned) out = std::copy_n(model.params.data() + s.memory, s.count, out);
-        for (Buffer<real>* moment : {&model.m, &model.v})
-            for (const Stretch& s : owned)
-                out = std::copy_n(moment->data() + (run.zero > 0 ? s.shard : s.memory), s.count, out);
+    // ----- Parameters and moments, in and out
+    real* place(Section section, const ShardRange& range) {
+        Buffer<real>& array = section == PARAMETERS ? model.params : section == FIRST_MOMENTS ? model.m : model.v;
+        return array.data() + (section != PARAMETERS && model.sharing.states() ? range.shard : range.memory);
+    }
+    void load(Section section, const ShardRange& range, size_t first, size_t n, const real* values) {
+        std::copy_n(values, n, place(section, range) + first);
+    }
+    void loaded() {
+        if (run.ranks == 0) return;
+        gather_buckets(model.params);
+        if (run.zero == 0) gather_buckets(model.m), gather_buckets(model.v);
+    }
+    void save(Section section, const ShardRange& range, size_t first, size_t n, real* out) {
+        const real* from = place(section, range) + first;
+        #pragma omp parallel for simd schedule(static)
+        for (index_t i = 0; i < index_t(n); i++) out[i] = from[i];
+    }
+    void save_model(real* out) {
         if (run.rank > 0) return;
         for (const TensorInfo& t : model.layout.tensors)
             out = std::copy_n(model.params.data() + t.offset, t.size(), out);
     }
-    void store(int section, const Stretch& s, size_t first, size_t n, const real* values) {
-        size_t at = section > 0 && model.sharing.states() ? s.shard : s.memory;
-        std::copy_n(values, n, (section == 0 ? model.params : section == 1 ? model.m : model.v).data() + at + first);
-    }
-    void stored() {
-        if (run.ranks == 0) return;
-        gather_units(model.params);
-        if (run.zero == 0) gather_units(model.m), gather_units(model.v);
-    }
+    void saved() {}
 
     void start(const Loader& data, int64_t number, ProbeLog* log, unsigned flags = 0) {
         result = step(data, number, log, flags);
@@ -1309,28 +973,8 @@ struct Trainer {
         s.grads.assign(model.grads.data(), model.grads.data() + model.grads.size());
     }
 
-    const ModelConfig& config() const { return model.config; }
     const ParameterLayout& layout() const { return model.layout; }
     void initialise(uint64_t seed) { model.initialise(seed); }
-    void read_parameters(FileReader& in) {
-        for (const TensorInfo& t : model.layout.tensors) in.read_reals(model.params.data() + t.offset, t.size());
-    }
-    void read_moments(FileReader& in) {
-        for (Buffer<real>* moment : {&model.m, &model.v}) in.read_reals(moment->data(), moment->size());
-    }
-    void snapshot(real* out) const {
-        for (const Buffer<real>* values : {&model.params, &model.m, &model.v}) {
-            const real* from = values->data();
-            #pragma omp parallel for simd schedule(static)
-            for (index_t i = 0; i < index_t(values->size()); i++) out[i] = from[i];
-            out += values->size();
-        }
-    }
-    void write_parameters(FileWriter& out) const { out.write(model.params.data(), model.params.size() * sizeof(real)); }
-    void write_moments(FileWriter& out) const {
-        for (const Buffer<real>* moment : {&model.m, &model.v})
-            out.write(moment->data(), moment->size() * sizeof(real));
-    }
 
     struct Generator : TokenGenerator {
         Generator(Trainer& trainer, int window) : TokenGenerator(trainer.model, window) {}
@@ -1360,7 +1004,8 @@ struct Trainer {
 
     static std::vector<MemoryRow> memory_rows(const RunConfig& run) {
         std::vector<MemoryRow> rows;
-        for (const Model::BufferRow& row : Model::plan(run.model, run.B, run.T, run.recompute, Sharing(run)))
+        for (const Model::BufferRow& row :
+             Model::plan(run.model, ParameterLayout(run.model, run.ranks), run.B, run.T, run.recompute, Sharing(run)))
             if (row.elements) rows.push_back({row.name, row.elements * sizeof(real)});
 #ifdef KEEL_MPI
         if (run.ranks > 1)
@@ -1384,36 +1029,18 @@ struct Trainer {
     }
 
     static size_t sampling_bytes(const ModelConfig& c, int window) {
-        return Model::bytes(c, 1, 1, {1}) + TokenGenerator::bytes(c, window);
+        return Model::bytes(c, ParameterLayout(c), 1, 1, {1}) + TokenGenerator::bytes(c, window);
     }
 
-    // The micro-batch and the level of recomputation that B = 0 and `auto` leave open: of those that fit into the
-    // memory, the one with the least predicted time a token. On a CPU that is the least recomputation, then the largest
-    // micro-batch of at most 8192 tokens, from where on a larger one is no faster.
+    // The cost that a CPU knows: least recomputation, then the largest micro-batch of at most 8192 tokens, from where
+    // on a larger one is no faster.
     static void choose_memory_plan(RunConfig& run, size_t available) {
-        std::vector<Recompute> levels = {{0}, {-1}, {1}};
-        int root = 2;  // K + L/K is least at the square root
-        while ((root + 2) * (root + 2) <= run.model.L) root += 2;
-        levels.push_back({root});
-        if (run.recompute_chosen) levels = {run.recompute};
-        std::vector<int> batches;
-        int64_t sequences = run.rank_sequences();
-        for (int64_t B = std::min<int64_t>(sequences, MAX_B); B >= 1; B--)
-            if (sequences % B == 0 && (B * run.T <= 8192 || B == 1)) batches.push_back(int(B));
-        if (run.B) batches = {run.B};
-        size_t least = SIZE_MAX;
-        for (Recompute level : levels)
-            for (int B : batches) {
-                size_t bytes = Model::bytes(run.model, B, run.T, level, Sharing(run));
-                least = std::min(least, bytes);
-                if (bytes > available) continue;
-                run.B = B, run.recompute = level;
-                return;
-            }
-        const char* turn = run.B > 1                                             ? "a smaller -b"
-                           : run.recompute_chosen && run.recompute.level != root ? "-r auto"
-                                                                                 : "a smaller -C, -L or -t";
-        require_memory(least, available, turn);
+        ParameterLayout layout(run.model, run.ranks);
+        auto bytes = [&](int B, Recompute r) { return Model::bytes(run.model, layout, B, run.T, r, Sharing(run)); };
+        auto cost = [](int B, Recompute r) {
+            return MAX_B * (r.segments() ? 3.0 : r.drops_all() ? 2.0 : r.drops_u() ? 1.0 : 0.0) - B;
+        };
+        choose_micro_batch(run, available, 8192, bytes, cost);
     }
 };
 

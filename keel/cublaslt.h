@@ -1,0 +1,333 @@
+// keel/cublaslt.h: matrix products on the GPU, all by cuBLASLt, and --tune's table of its algorithms.
+#pragma once
+
+#include <cublasLt.h>
+
+#include <map>
+#include <tuple>
+
+#include "gpu.h"
+
+inline void check(cublasStatus_t status, const char* what) {
+    if (status != CUBLAS_STATUS_SUCCESS) fail("%s: %s", what, cublasLtGetStatusString(status));
+}
+
+constexpr size_t GEMM_WORKSPACE = 32 << 20;  // bytes, what NVIDIA recommends for Hopper
+
+// How cuBLASLt does a product of one shape; made at its first use.
+struct GemmPlan {
+    cublasLtMatmulDesc_t operation;
+    cublasLtMatrixLayout_t a, b, d;
+    cublasLtMatmulAlgo_t algorithm;
+};
+using GemmKey =
+    std::tuple<bool, bool, size_t, size_t, size_t, bool, bool>;  // a, b transposed; m, n, k; FP32 result; added to it
+
+// --tune FILE: the fastest of cuBLASLt's algorithms for each shape of product, as measured on this GPU with this
+// cuBLASLt. Rows of others stay in the file.
+class TuningTable {
+public:
+    static constexpr const char* COLUMNS =
+        "gpu,cublaslt,a_transposed,b_transposed,m,n,k,inputs,result,beta,first_us,best_us,algorithm";
+    static constexpr int KEY_COLUMNS = 10;
+
+    TuningTable(const std::string& path, std::string gpu, size_t version) : path(path) {
+        std::replace(gpu.begin(), gpu.end(), ',', ' ');
+        machine = format("%s,%zu", gpu, version);
+        namespace fs = std::filesystem;
+        std::error_code error;
+        if (!fs::exists(path, error)) {
+            fs::path folder = fs::absolute(path).parent_path();
+            if (!fs::is_directory(folder, error) || access(folder.c_str(), W_OK | X_OK) != 0)
+                fail("--tune: expected a folder that can be written, found %s; create it first", folder);
+            return;
+        }
+        std::string text;
+        FILE* file = fs::is_regular_file(path, error) ? fopen(path.c_str(), "re") : nullptr;
+        if (!file)
+            fail("--tune: %s cannot be read (%s); give another file", path,
+                 fs::is_regular_file(path, error) ? errno_text() : "it is no file");
+        for (int c; (c = getc(file)) != EOF && text.size() < (size_t(64) << 20);) text += char(c);
+        fclose(file);
+        int line_number = 0;
+        for (size_t at = 0; at < text.size();) {
+            size_t end = std::min(text.find('\n', at), text.size());
+            std::string line = text.substr(at, end - at);
+            at = end + 1;
+            if (++line_number == 1 && line != COLUMNS)
+                fail("--tune: %s: expected the columns %s in its first line, found others; give another file", path,
+                     COLUMNS);
+            if (line_number > 1) parse(line, line_number);
+        }
+        if (line_number == 0)
+            fail("--tune: %s: expected a table of an earlier run, found an empty file; remove it", path);
+    }
+
+    // The algorithm of a shape, or null.
+    const cublasLtMatmulAlgo_t* find(const GemmKey& shape) const {
+        auto row = rows.find(key(shape));
+        return row == rows.end() ? nullptr : &row->second.algorithm;
+    }
+
+    // Takes a row in, and the file with it.
+    void add(const GemmKey& shape, const cublasLtMatmulAlgo_t& algorithm, double first_us, double best_us) {
+        rows[key(shape)] = {algorithm, format("%.2f,%.2f", first_us, best_us)};
+        std::string text = std::string(COLUMNS) + "\n";
+        for (const auto& [key, row] : rows) {
+            text += key + "," + row.times + ",";
+            for (uint64_t word : row.algorithm.data) text += format("%016llx", word);
+            text += "\n";
+        }
+        replace_file(path, text, "free some space or leave out --tune");
+    }
+
+private:
+    struct Row {
+        cublasLtMatmulAlgo_t algorithm;
+        std::string times;
+    };
+    std::string path, machine;
+    std::map<std::string, Row> rows;
+
+    std::string key(const GemmKey& shape) const {
+        auto [ta, tb, m, n, k, fp32_out, accumulate] = shape;
+        return format("%s,%d,%d,%zu,%zu,%zu,%s,%s,%d", machine, ta, tb, m, n, k, BRANCH_BF16 ? "bf16" : "fp32",
+                      fp32_out ? "fp32" : "bf16", accumulate);
+    }
+
+    void parse(const std::string& line, int number) {
+        std::vector<size_t> commas;
+        for (size_t i = 0; i < line.size(); i++)
+            if (line[i] == ',') commas.push_back(i);
+        Row row{};
+        bool good = commas.size() == KEY_COLUMNS + 2;
+        std::string digits = good ? line.substr(commas.back() + 1) : "";
+        good = good && digits.size() == 2 * sizeof row.algorithm &&
+               digits.find_first_not_of("0123456789abcdef") == std::string::npos;
+        if (!good)
+            fail(
+                "--tune: %s, line %d: expected %d columns, the last of %zu hexadecimal digits, found others; remove "
+                "the line or the file",
+                path, number, KEY_COLUMNS + 3, 2 * sizeof row.algorithm);
+        for (size_t i = 0; i < 8; i++) row.algorithm.data[i] = strtoull(digits.substr(16 * i, 16).c_str(), nullptr, 16);
+        row.times = line.substr(commas[KEY_COLUMNS - 1] + 1, commas.back() - commas[KEY_COLUMNS - 1] - 1);
+        rows[line.substr(0, commas[KEY_COLUMNS - 1])] = row;
+    }
+};
+
+// Of the sums over blocks (add_partials in train_keel.cu): the blocks of one, how many rows are added at a time, and
+// counters for both rounds.
+constexpr unsigned FAN_IN = 16, MAX_PARTIAL_BLOCKS = 1024, ARRIVAL_COUNTERS = 1 + MAX_PARTIAL_BLOCKS / FAN_IN;
+
+// What every layer needs to run: the stream, matrix products, and scratch memory that layers use one after another.
+class Device {
+public:
+    cudaStream_t stream = nullptr;
+    DeviceArray<char> workspace;          // cuBLASLt's
+    DeviceArray<unsigned> arrived;        // counters of add_partials
+    DeviceArray<double> partial_doubles;  // (MAX_PARTIAL_BLOCKS), of add_sum
+
+    static constexpr size_t BYTES =
+        GEMM_WORKSPACE + ARRIVAL_COUNTERS * sizeof(unsigned) + MAX_PARTIAL_BLOCKS * sizeof(double);
+
+    Device() : workspace(GEMM_WORKSPACE), arrived(ARRIVAL_COUNTERS), partial_doubles(MAX_PARTIAL_BLOCKS) {
+        CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+        CUDA(cudaMemsetAsync(arrived.data(), 0, arrived.size() * sizeof(unsigned), stream));
+        check(cublasLtCreate(&handle), "cublasLtCreate");
+    }
+    ~Device() {
+        for (auto& [key, plan] : plans) destroy(plan);
+        cublasLtDestroy(handle);
+        cudaStreamDestroy(stream);
+    }
+    Device(const Device&) = delete;
+    Device& operator=(const Device&) = delete;
+
+    void synchronize() { CUDA(cudaStreamSynchronize(stream)); }
+    template <class T>
+    void zero(const DeviceArray<T>& a) {
+        if (a.size()) CUDA(cudaMemsetAsync(a.data(), 0, a.size() * sizeof(T), stream));
+    }
+    // n numbers in [-1, 1) to time a product on: zeros take less power, and run faster
+    DeviceArray<branch_t> random_matrix(size_t n);
+    template <class T>
+    void copy(T* to, const T* from, size_t n) {
+        CUDA(cudaMemcpyAsync(to, from, n * sizeof(T), cudaMemcpyDefault, stream));
+    }
+
+    int product_multiprocessors = 0;      // of the GPU, that products may use; 0: all
+    std::unique_ptr<TuningTable> tuning;  // of --tune; null without
+
+    // While one lives, with `on`, a product of a shape that the table does not have is measured.
+    struct Tuning {
+        Device& device;
+        Tuning(Device& device, bool on) : device(device) { device.measuring = on && device.tuning; }
+        ~Tuning() { device.measuring = false; }
+        Tuning(const Tuning&) = delete;
+        Tuning& operator=(const Tuning&) = delete;
+    };
+    // Bytes of scratch that measuring a product (m,n,k) takes: a, b, d and what fills the L2 between.
+    static size_t tuning_bytes(size_t m, size_t n, size_t k, bool fp32_out) {
+        return (m * k + k * n) * sizeof(branch_t) + m * n * (fp32_out ? 4 : 2) + twice_l2();
+    }
+
+    // ----- Matrix products, all by cuBLASLt, whose matrices are column-major: d (m,n) = a (m,k) b (k,n), or d += a b.
+    // The same memory read row-major is the transposed matrix, so that out (rows,N) = in W^T is out^T (N,rows) = W
+    // in^T.
+    template <class Out>
+    void product(Out* d, const branch_t* a, bool a_transposed, const branch_t* b, bool b_transposed, size_t m, size_t n,
+                 size_t k, bool accumulate) {
+        const GemmPlan& plan = gemm_plan({a_transposed, b_transposed, m, n, k, sizeof(Out) == 4, accumulate});
+        float one = 1, beta = accumulate ? 1 : 0;
+        check(cublasLtMatmul(handle, plan.operation, &one, a, plan.a, b, plan.b, &beta, d, plan.d, d, plan.d,
+                             &plan.algorithm, workspace.data(), workspace.size(), stream),
+              "cublasLtMatmul");
+    }
+
+    // Operations a second of a large product in the branch's type, what every rate is compared with: the median of a
+    // few. The matrices hold random numbers, as zeros take less power and run faster; they are as large as the machine
+    // and the memory that is left.
+    double matrix_rate() {
+        size_t n = 256;
+        while (n < 8192 && n < size_t(gpu_properties().multiProcessorCount) * 64) n *= 2;
+        size_t free = 0, total = 0;
+        CUDA(cudaMemGetInfo(&free, &total));
+        while (n > 256 && 4 * n * n * sizeof(branch_t) > free) n /= 2;
+        if (getenv("KEEL_SANITIZE")) n = 256;  // a sanitizer would take minutes for the large one
+        DeviceArray<branch_t> a = random_matrix(n * n), b = random_matrix(n * n), out(n * n);
+        std::vector<float> times(15);  // milliseconds
+        Stopwatch watch(stream);
+        for (int i = 0; i < 32; i++)  // 50 ms on a large GPU, in which the clocks rise
+            product(out.data(), b.data(), true, a.data(), false, n, n, n, false);
+        for (float& ms : times) {
+            watch.start();
+            product(out.data(), b.data(), true, a.data(), false, n, n, n, false);
+            ms = watch.stop();
+        }
+        return 2.0 * double(n) * double(n) * double(n) / (median(times) * 1e-3);
+    }
+
+private:
+    cublasLtHandle_t handle = nullptr;
+    std::map<GemmKey, GemmPlan> plans;
+
+    bool measuring = false;
+
+    static size_t twice_l2() {
+        int bytes = 0;
+        CUDA(cudaDeviceGetAttribute(&bytes, cudaDevAttrL2CacheSize, 0));
+        return 2 * size_t(bytes);
+    }
+
+    // A shape's algorithm is the first that cuBLASLt's heuristic names: the same on every run. With --tune it is the
+    // table's.
+    const GemmPlan& gemm_plan(const GemmKey& key) {
+        if (auto found = plans.find(key); found != plans.end()) return found->second;
+        auto [ta, tb, m, n, k, fp32_out, accumulate] = key;
+        cudaDataType in_type = BRANCH_BF16 ? CUDA_R_16BF : CUDA_R_32F, out_type = fp32_out ? CUDA_R_32F : CUDA_R_16BF;
+        GemmPlan plan{};
+        cublasOperation_t op_a = ta ? CUBLAS_OP_T : CUBLAS_OP_N, op_b = tb ? CUBLAS_OP_T : CUBLAS_OP_N;
+        check(cublasLtMatmulDescCreate(&plan.operation, CUBLAS_COMPUTE_32F, CUDA_R_32F), "cublasLtMatmulDescCreate");
+        check(cublasLtMatmulDescSetAttribute(plan.operation, CUBLASLT_MATMUL_DESC_TRANSA, &op_a, sizeof op_a),
+              "CUBLASLT_MATMUL_DESC_TRANSA");
+        check(cublasLtMatmulDescSetAttribute(plan.operation, CUBLASLT_MATMUL_DESC_TRANSB, &op_b, sizeof op_b),
+              "CUBLASLT_MATMUL_DESC_TRANSB");
+        int32_t multiprocessors = product_multiprocessors;
+        if (multiprocessors > 0)
+            check(cublasLtMatmulDescSetAttribute(plan.operation, CUBLASLT_MATMUL_DESC_SM_COUNT_TARGET, &multiprocessors,
+                                                 sizeof multiprocessors),
+                  "CUBLASLT_MATMUL_DESC_SM_COUNT_TARGET");
+        auto layout = [](cublasLtMatrixLayout_t* l, cudaDataType type, size_t rows, size_t cols) {
+            check(cublasLtMatrixLayoutCreate(l, type, rows, cols, int64_t(rows)), "cublasLtMatrixLayoutCreate");
+        };
+        layout(&plan.a, in_type, ta ? k : m, ta ? m : k);
+        layout(&plan.b, in_type, tb ? n : k, tb ? k : n);
+        layout(&plan.d, out_type, m, n);
+        cublasLtMatmulPreference_t preference;
+        check(cublasLtMatmulPreferenceCreate(&preference), "cublasLtMatmulPreferenceCreate");
+        size_t bytes = GEMM_WORKSPACE;
+        check(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &bytes,
+                                                   sizeof bytes),
+              "workspace");
+        // A product that is split along k adds its parts in FP32, never in BF16.
+        uint32_t schemes = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
+        check(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &schemes,
+                                                   sizeof schemes),
+              "reduction");
+        // In bytes. A tensor starts where the one before it ends: every size is a multiple of 8 elements in BF16, of
+        // one in FP32.
+        uint32_t alignment = BRANCH_BF16 ? 16 : 4;
+        for (auto which : {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+                           CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
+            check(cublasLtMatmulPreferenceSetAttribute(preference, which, &alignment, sizeof alignment), "alignment");
+        cublasLtMatmulHeuristicResult_t results[MOST_CANDIDATES] = {};
+        int found = 0;
+        cublasStatus_t status =
+            cublasLtMatmulAlgoGetHeuristic(handle, plan.operation, plan.a, plan.b, plan.d, plan.d, preference,
+                                           measuring ? MOST_CANDIDATES : 1, results, &found);
+        cublasLtMatmulPreferenceDestroy(preference);
+        if (status != CUBLAS_STATUS_SUCCESS || found == 0)
+            fail("cuBLASLt has no algorithm for a product of %zu x %zu x %zu (%s); use another -C or the FP32 build", m,
+                 n, k, cublasLtGetStatusString(status));
+        plan.algorithm = results[0].algo;
+        const cublasLtMatmulAlgo_t* tuned = tuning ? tuning->find(key) : nullptr;
+        try {
+            if (tuned && usable(plan, *tuned)) plan.algorithm = *tuned;
+            else if (measuring) plan.algorithm = fastest(plan, key, {results, size_t(found)});
+        } catch (...) {  // no memory for its scratch, or no room for its table
+            destroy(plan);
+            throw;
+        }
+        return plans[key] = plan;
+    }
+
+    static void destroy(const GemmPlan& plan) {
+        cublasLtMatmulDescDestroy(plan.operation);
+        for (auto layout : {plan.a, plan.b, plan.d}) cublasLtMatrixLayoutDestroy(layout);
+    }
+
+    bool usable(const GemmPlan& plan, const cublasLtMatmulAlgo_t& algorithm) {
+        cublasLtMatmulHeuristicResult_t result{};
+        return cublasLtMatmulAlgoCheck(handle, plan.operation, plan.a, plan.b, plan.d, plan.d, &algorithm, &result) ==
+                   CUBLAS_STATUS_SUCCESS &&
+               result.workspaceSize <= GEMM_WORKSPACE;
+    }
+
+    // The algorithm of least median time, in rounds over all of them, on scratch matrices of random numbers with the
+    // product's own beta; before each product the L2 is filled with something else. The heuristic's first stays unless
+    // another takes 2 % less: that much is noise.
+    static constexpr int MOST_CANDIDATES = 16, ROUNDS = 7;
+    cublasLtMatmulAlgo_t fastest(const GemmPlan& plan, const GemmKey& key,
+                                 std::span<const cublasLtMatmulHeuristicResult_t> results) {
+        auto [ta, tb, m, n, k, fp32_out, accumulate] = key;
+        DeviceArray<branch_t> a = random_matrix(m * k), b = random_matrix(k * n);
+        DeviceArray<char> d(m * n * (fp32_out ? 4 : 2)), other(twice_l2());
+        zero(d);
+        float one = 1, beta = accumulate ? 1 : 0;
+        Stopwatch watch(stream);
+        std::vector<std::vector<float>> times(results.size());
+        for (int round = -1; round < ROUNDS; round++)  // -1: warm-up
+            for (size_t i = 0; i < results.size(); i++) {
+                zero(other);
+                watch.start();
+                check(cublasLtMatmul(handle, plan.operation, &one, a.data(), plan.a, b.data(), plan.b, &beta, d.data(),
+                                     plan.d, d.data(), plan.d, &results[i].algo, workspace.data(), workspace.size(),
+                                     stream),
+                      "cublasLtMatmul");
+                float ms = watch.stop();
+                if (round >= 0) times[i].push_back(ms);
+            }
+        size_t best = 0;
+        std::vector<float> medians;
+        for (auto& of_one : times) medians.push_back(median(of_one));
+        for (size_t i = 1; i < medians.size(); i++)
+            if (medians[i] < medians[best]) best = i;
+        if (medians[best] > 0.98f * medians[0]) best = 0;
+        print("tuned      %5zu x %6zu x %6zu%s%s, %s%s: %.1f us, the first of %zu algorithms %.1f us (%.1f %% less)\n",
+              m, n, k, ta ? ", a^T" : "", tb ? ", b^T" : "", fp32_out ? "into FP32" : "into BF16",
+              accumulate ? ", added" : "", medians[best] * 1e3, results.size(), medians[0] * 1e3,
+              100 * (1 - medians[best] / medians[0]));
+        tuning->add(key, results[best].algo, medians[0] * 1e3, medians[best] * 1e3);
+        return results[best].algo;
+    }
+};

@@ -1,0 +1,113 @@
+// keel/evaluate.h: what is done with a model beside training it: validation, --dump and --check, --ablate.
+#pragma once
+
+#include "checkpoint.h"
+
+// For the log: a NaN has no sign that means anything.
+inline std::string number_text(double x) { return std::isnan(x) ? "nan" : format("%.9g", x); }
+
+// The mean loss over the first -m batches of the validation data, in order. Micro-batches go around the ranks.
+template <IsTrainer Trainer>
+double validate(Trainer& trainer, const Loader& loader, const RunConfig& run, const Ranks& ranks = {},
+                HopAccuracy* hops = nullptr) {
+    size_t sequences = std::min(size_t(run.val_batches) * size_t(run.batch_sequences()), loader.sequences_per_epoch());
+    std::vector<int> tokens(size_t(run.B) * size_t(run.T)), targets(tokens.size()),
+        predictions(hops ? tokens.size() : 0);
+    double sum = 0;
+    for (size_t s = size_t(ranks.rank()) * size_t(run.B); s < sequences; s += size_t(ranks.count()) * size_t(run.B)) {
+        int b = int(std::min(size_t(run.B), sequences - s));
+        loader.batch(s, b, tokens.data(), targets.data());
+        sum += trainer.evaluate(tokens.data(), targets.data(), b, hops ? predictions.data() : nullptr);
+        for (int i = 0; hops && i < b; i++)
+            for (const HopPrograms::Answer& answer :
+                 hops->programs.answers(uint64_t(run.seed), s + uint64_t(i), run.T)) {
+                size_t at = size_t(i) * size_t(run.T) + size_t(answer.position);
+                hops->add(answer, predictions[at] == targets[at]);
+            }
+    }
+    for (std::vector<int64_t>* counts : {hops ? &hops->count : nullptr, hops ? &hops->right : nullptr})
+        for (size_t h = 0; counts && h < counts->size(); h++) (*counts)[h] = int64_t(ranks.sum(double((*counts)[h])));
+    return ranks.sum(sum) / (double(sequences) * run.T);
+}
+
+// Before --dump computes anything: its file can be written, and replaces nothing but an older dump.
+inline void check_dump_target(const std::string& path) {
+    namespace fs = std::filesystem;
+    std::error_code error;
+    fs::path folder = fs::absolute(path).parent_path();
+    if (!fs::is_directory(folder, error) || access(folder.c_str(), W_OK | X_OK) != 0)
+        fail("--dump: expected a folder that can be written, found %s; create it first", folder);
+    if (fs::exists(path + ".tmp", error))
+        fail("--dump: expected no file %s.tmp, which it writes first; move it away or give another name", path);
+    if (!fs::exists(path, error)) return;
+    int32_t word[3] = {};
+    FILE* file = fs::is_regular_file(path, error) ? fopen(path.c_str(), "rb") : nullptr;
+    bool older_dump =
+        file && fread(word, 4, 3, file) == 3 && memcmp(word, "KEEL", 4) == 0 && word[H_KIND] == FILE_DEBUG;
+    if (file) fclose(file);
+    if (!older_dump)
+        fail("--dump: expected a new file or an older dump, found something else in %s; give another name", path);
+}
+
+// --dump: one batch's debug state.
+template <IsTrainer Trainer>
+int dump_debug_state(const Options& o, Trainer& trainer, const Loader& data) {
+    const RunConfig& run = trainer.run;
+    DebugState<typename Trainer::Real> debug;
+    debug.tokens.resize(size_t(run.B) * size_t(run.T)), debug.targets.resize(debug.tokens.size());
+    data.batch(0, run.B, debug.tokens.data(), debug.targets.data());
+    trainer.debug_pass(debug, run.B, run.T);
+    debug.write(o.dump);
+    print("wrote      %s, loss %.9g\n", o.dump, double(debug.loss));
+    return 0;
+}
+
+// --check: 0 if every tensor of the file is what this build computes from its parameters and tokens.
+template <IsTrainer Trainer>
+int check_debug_state(const Options& o) {
+    using Real = typename Trainer::Real;
+    const char* advice = "a dump of a smaller -b, -t or -L";
+    FileHeader header = FileReader(o.check, FILE_DEBUG).header;
+    RunConfig run;
+    run.model = header.model(), run.B = header.word[H_B], run.T = header.word[H_T];
+    run.total_batch = int64_t(run.B) * run.T, run.recompute_chosen = true;
+    Trainer::check_model(run.model);
+    require_memory(Trainer::memory_beside(run, o).bytes + total_bytes(Trainer::memory_rows(run)),
+                   Trainer::available_memory(), advice);
+    require_memory(2 * debug_state_bytes<Real>(run.model, run.B, run.T), available_memory(), advice);
+    DebugState<Real> file = DebugState<Real>::read(o.check), ours;
+    Trainer trainer(run, nullptr);
+    FileReader again(o.check, FILE_DEBUG);  // the parameters are what a debug state starts with, as a model does
+    load_parameters(trainer, again);
+    ours.tokens = file.tokens, ours.targets = file.targets;
+    trainer.debug_pass(ours, run.B, run.T);
+    return print_check_table(compare_debug_states(file, ours)) ? 0 : 1;
+}
+
+// --ablate: the validation loss with the branch of one sub-layer removed, F_l = 0 and so z_l = alpha_l x_l before its
+// norm; for one, or each in turn.
+template <IsTrainer Trainer>
+int run_ablation(const Options& o, Trainer& trainer, const Loader& val) {
+    const RunConfig& run = trainer.run;
+    std::unique_ptr<CsvLog> csv;
+    const char* columns = "sublayer,kind,val_loss,perplexity,perplexity_lost";
+    if (!o.out.empty()) {
+        create_output_folder(o.out);
+        csv = std::make_unique<CsvLog>(o.out + "/ablate.csv", columns, -1);
+    }
+    print("%s\n", columns);
+    double whole = 0;
+    auto evaluate = [&](int l, const char* kind) {
+        trainer.ablate(l);
+        double loss = validate(trainer, val, run), perplexity = std::exp(loss);
+        if (l < 0) whole = perplexity;
+        std::string row = format("%d,%s,%s,%s,%s", l, kind, number_text(loss), number_text(perplexity),
+                                 number_text(perplexity - whole));
+        print("%s\n", row);
+        if (csv) csv->row(row);
+    };
+    evaluate(-1, "whole model");
+    int first = o.ablate == "all" ? 0 : atoi(o.ablate.c_str()), last = o.ablate == "all" ? run.model.L - 1 : first;
+    for (int l = first; l <= last; l++) evaluate(l, is_attention(l) ? "attention" : "feed-forward");
+    return 0;
+}

@@ -1,0 +1,324 @@
+// keel/folder.h: the output folder of a run: names and order of its checkpoints, its lock, its logs, its disk.
+#pragma once
+
+#include <sys/file.h>
+#include <sys/statvfs.h>
+
+#include "../keel_common.h"
+
+// The output folder: model_00001000.bin, state_00001000_00000.bin, log.csv, probe.csv, probe_weights.csv, hops.csv,
+// ablate.csv
+
+inline std::string model_path(const std::string& folder, int64_t step) {
+    return format("%s/model_%08lld.bin", folder, step);
+}
+inline std::string state_path(const std::string& folder, int64_t step, int rank = 0) {
+    return format("%s/state_%08lld_%05d.bin", folder, step, rank);
+}
+
+// The files in a folder whose name fits the pattern, "state_%lld_00000.bin%n", with their step, from the newest on.
+inline std::vector<std::pair<long long, std::string>> files_by_step(const std::string& folder, const char* pattern) {
+    std::vector<std::pair<long long, std::string>> found;
+    std::error_code ignored;
+    for (const auto& entry : std::filesystem::directory_iterator(folder, ignored)) {
+        long long step;
+        int end = 0;
+        std::string name = entry.path().filename().string();
+        if (sscanf(name.c_str(), pattern, &step, &end) == 1 && size_t(end) == name.size())
+            found.push_back({step, entry.path().string()});
+    }
+    std::sort(found.rbegin(), found.rend());
+    return found;
+}
+inline constexpr const char *STATE_PATTERN = "state_%lld_00000.bin%n", *ANY_STATE_PATTERN = "state_%lld_%*5[0-9].bin%n",
+                            *MODEL_PATTERN = "model_%lld.bin%n";
+
+// --keep: removes all but the newest checkpoints up to this step. Later ones are not this run's: a resume passed them
+// over.
+inline void remove_old_checkpoints(const std::string& folder, int64_t step, int64_t keep) {
+    if (keep == 0) return;
+    for (auto [counted, removed] :
+         {std::pair{STATE_PATTERN, ANY_STATE_PATTERN}, std::pair{MODEL_PATTERN, MODEL_PATTERN}}) {
+        int64_t seen = 0;
+        long long oldest = 0;  // that stays
+        for (const auto& file : files_by_step(folder, counted))
+            if (file.first <= step && ++seen == keep) oldest = file.first;
+        for (const auto& [file_step, path] : files_by_step(folder, removed))
+            if (file_step < oldest) unlink(path.c_str());
+    }
+}
+
+// What a killed run left half-written.
+inline void remove_unfinished_files(const std::string& folder) {
+    for (const char* pattern : {"state_%lld_%*5[0-9].bin.tmp%n", "model_%lld.bin.tmp%n"})
+        for (const auto& file : files_by_step(folder, pattern)) unlink(file.second.c_str());
+}
+
+// The training states of a checkpoint, a file a rank.
+struct StateFiles {
+    std::string folder;
+    int64_t step = -1;  // -1: none
+    int ranks = 0;      // that wrote it
+    explicit operator bool() const { return step >= 0; }
+    std::string path(int rank) const { return state_path(folder, step, rank); }
+
+    // One of the files, which must be of this checkpoint: `first` is the header of rank 0's.
+    FileReader open(int rank, const FileHeader& first) const {
+        FileReader in(path(rank), FILE_STATE);
+        FileHeader expected = first;
+        expected.word[H_RANK] = rank;
+        if (in.header.word != expected.word)
+            fail("%s: expected rank %d of the checkpoint of %s, found another's", path(rank), rank, path(0));
+        return in;
+    }
+    // Of a file that is not there, its path; "" where all are.
+    std::string missing() const {
+        for (int r = 0; r < ranks; r++)
+            if (access(path(r).c_str(), F_OK) != 0) return path(r);
+        return "";
+    }
+};
+
+// Removes states that a killed run left without those of its other ranks, of later steps than this one.
+inline void remove_incomplete_states(const std::string& folder, int64_t after) {
+    for (const auto& [step, path] : files_by_step(folder, ANY_STATE_PATTERN)) {
+        if (step <= after) continue;
+        bool incomplete = access(state_path(folder, step).c_str(), F_OK) != 0;
+        try {
+            if (!incomplete)
+                incomplete =
+                    !StateFiles{folder, step, FileReader(state_path(folder, step), FILE_STATE).header.word[H_RANKS]}
+                         .missing()
+                         .empty();
+        } catch (const Error&) {  // damaged: to be seen, not to be removed
+        }
+        if (incomplete) unlink(path.c_str());
+    }
+}
+
+// The newest checkpoint in the folder whose states are all whole, or none where there is none at all. What is passed
+// over is named on stderr. Of several ranks each reads a part of the files, and all come to the same answer.
+template <class Ranks>
+StateFiles newest_states(const std::string& folder, Ranks& ranks) {
+    std::vector<std::pair<long long, std::string>> found;
+    if (ranks.rank() == 0) found = files_by_step(folder, STATE_PATTERN);
+    int damaged = 0;
+    for (size_t i = 0;; i++) {
+        struct {
+            int64_t step;
+            int32_t ranks, damaged;
+        } candidate = {-1, 0, damaged};
+        if (ranks.rank() == 0 && i < found.size()) {
+            candidate = {found[i].first, 0, damaged};
+            try {
+                candidate.ranks = FileReader(found[i].second, FILE_STATE).header.word[H_RANKS];
+                if (std::string path = StateFiles{folder, candidate.step, candidate.ranks}.missing(); !path.empty()) {
+                    candidate.ranks = 0;
+                    fprintf(stderr, "skipping a checkpoint: expected the file %s, found none\n", path.c_str());
+                }
+            } catch (const Error& e) {
+                damaged++;
+                fprintf(stderr, "skipping a checkpoint: %s\n", e.what());
+            }
+        }
+        ranks.broadcast(&candidate, sizeof candidate);
+        StateFiles states{folder, candidate.step, candidate.ranks};
+        if (!states) {
+            if (candidate.damaged > 0)
+                fail(
+                    "-y: expected a whole checkpoint in %s, found %d, all damaged; restore one, or move the folder "
+                    "away to start fresh",
+                    folder, candidate.damaged);
+            return states;
+        }
+        int whole = candidate.ranks > 0;
+        try {
+            for (int r = ranks.rank(); whole && r < states.ranks; r += ranks.count()) {
+                FileHeader first = FileReader(states.path(0), FILE_STATE).header;
+                states.open(r, first).finish();
+            }
+        } catch (const Error& e) {
+            whole = 0;
+            fprintf(stderr, "skipping a checkpoint: %s\n", e.what());
+        }
+        if (ranks.all(whole)) return states;
+        damaged += candidate.ranks > 0;
+    }
+}
+
+// Before anything is written: the folder can be made and written, and no other run is in it.
+inline void check_output_folder(const std::string& folder, bool resume) {
+    namespace fs = std::filesystem;
+    std::error_code error;
+    if (fs::exists(folder, error) && !fs::is_directory(folder, error))
+        fail("-o: expected a folder, found the file %s; give another name", folder);
+    if (fs::exists(folder, error) && !resume)
+        for (const auto& entry : fs::directory_iterator(folder, error)) {
+            std::string name = entry.path().filename().string();
+            if (name == "log.csv" || name.starts_with("state_") || name.starts_with("model_"))
+                fail("-o: %s holds a run (%s); go on with it by -y, or give another folder", folder, name);
+        }
+    // The nearest folder that exists is the one that must be writable.
+    fs::path probe = fs::absolute(folder);
+    while (!fs::exists(probe, error) && probe.has_parent_path() && probe != probe.parent_path())
+        probe = probe.parent_path();
+    if (!fs::is_directory(probe, error)) fail("-o: expected a folder, found the file %s; give another name", probe);
+    if (access(probe.c_str(), W_OK | X_OK) != 0)
+        fail("-o: %s cannot be written (%s); give a folder that can", probe, errno_text());
+}
+
+// -y where no checkpoint is: a fresh start, unless models show that a run has been here whose states are gone.
+inline void check_fresh_resume(const std::string& folder) {
+    std::error_code ignored;
+    for (const auto& entry : std::filesystem::directory_iterator(folder, ignored))
+        if (std::string name = entry.path().filename().string(); name.starts_with("model_") && !name.ends_with(".tmp"))
+            fail(
+                "-y: expected a training state in %s, found only models such as %s; start from one by -e in another -o",
+                folder, name);
+    print("starting   fresh, as there is no checkpoint in %s\n", folder);
+}
+
+// Makes the folder and those above it, each on the disk before the next.
+inline void create_output_folder(const std::string& folder) {
+    std::filesystem::path path;
+    for (const auto& part : std::filesystem::path(folder)) {
+        path /= part;
+        if (mkdir(path.c_str(), 0777) == 0)
+            sync_folder(path.has_filename() ? path.string() : path.parent_path().string());
+        else if (std::error_code error; !std::filesystem::is_directory(path, error))
+            fail("-o: %s cannot be created (%s); give another folder", folder, errno_text());
+    }
+}
+
+// One run in a folder at a time. The lock is the kernel's, on a file that names its holder: it ends with the process,
+// however that ends, and the file that a killed run leaves stands in nobody's way.
+class FolderLock {
+public:
+    FolderLock() = default;
+    explicit FolderLock(const std::string& folder) : path(folder + "/lock") {
+        for (;;) {
+            fd = open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC | O_NONBLOCK, 0666);
+            if (fd < 0) fail("-o: %s cannot be written (%s); give a folder that can", folder, errno_text());
+            if (flock(fd, LOCK_EX | LOCK_NB) != 0) {
+                if (errno != EWOULDBLOCK) {
+                    print("note       %s cannot be locked (%s): see that no other run writes there\n", folder,
+                          errno_text());
+                    return;
+                }
+                char holder[256] = {};
+                if (pread(fd, holder, sizeof holder - 1, 0) <= 0) snprintf(holder, sizeof holder, "another run");
+                close(fd);
+                fail("-o: %s is in use by %s; wait for it, end it, or give another folder", folder, holder);
+            }
+            struct stat ours, there;  // the holder before us may have removed the file between our open and our lock
+            if (fstat(fd, &ours) == 0 && stat(path.c_str(), &there) == 0 && ours.st_ino == there.st_ino &&
+                ours.st_dev == there.st_dev)
+                break;
+            close(fd);
+        }
+        char host[128] = "?";
+        gethostname(host, sizeof host - 1);
+        std::string text = format("process %d on %s", int(getpid()), host);
+        if (ftruncate(fd, 0) != 0 || pwrite(fd, text.data(), text.size(), 0) != ssize_t(text.size())) {
+        }  // on a full disk it is a lock without a name
+    }
+    ~FolderLock() {
+        if (fd < 0) return;
+        unlink(path.c_str());
+        close(fd);
+    }
+    FolderLock(FolderLock&& other) noexcept : path(other.path), fd(std::exchange(other.fd, -1)) {}
+    FolderLock& operator=(FolderLock&& other) noexcept {
+        std::swap(path, other.path), std::swap(fd, other.fd);
+        return *this;
+    }
+    explicit operator bool() const { return fd >= 0; }
+
+private:
+    std::string path;
+    int fd = -1;
+};
+
+// The rows of a csv file of ours up to a step: whole lines that start with a step in order. Anything else in it is
+// dropped: a killed run leaves half a line, a crashed machine leaves zeros.
+template <class Row>
+void read_csv_rows(const std::string& path, int64_t last_step, Row row) {
+    int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    struct stat st;
+    FILE* file = fd >= 0 && fstat(fd, &st) == 0 && S_ISREG(st.st_mode) ? fdopen(fd, "r") : nullptr;
+    if (!file) {
+        if (fd >= 0) close(fd);
+        return;
+    }
+    char* line = nullptr;
+    size_t capacity = 0;
+    ssize_t length;
+    int64_t before = 0;
+    while ((length = getline(&line, &capacity, file)) > 0) {
+        if (line[length - 1] != '\n' || size_t(length) != strlen(line) || !isdigit((unsigned char)line[0])) continue;
+        int64_t step = atoll(line);
+        if (step < before || step > last_step) continue;
+        before = step;
+        row(step, std::string(line, size_t(length)));
+    }
+    free(line);
+    fclose(file);
+}
+
+// A csv file that a resumed run continues: rows of later steps than the checkpoint's are dropped first.
+class CsvLog {
+public:
+    CsvLog() = default;  // drops its rows: of the ranks that have no files
+    CsvLog(const std::string& path, const std::string& columns, int64_t resume_step) : path(path) {
+        std::string kept = columns + "\n";
+        if (resume_step >= 0) read_csv_rows(path, resume_step, [&](int64_t, const std::string& line) { kept += line; });
+        replace_file(path, kept, "free some space or give another -o");  // on the disk: rows from now on go to the new
+                                                                         // file, no crash may bring the old one back
+        file.reset(fopen(path.c_str(), "ae"));
+        if (!file) fail("%s: could not be written (%s)", path, errno_text());
+    }
+    void row(const std::string& text) {
+        if (!file) return;
+        if (fprintf(file.get(), "%s\n", text.c_str()) < 0 || fflush(file.get()) != 0)
+            fail("%s: could not be written (%s); free some space and go on by -y", path, errno_text());
+    }
+    // May be called while another thread adds rows: what was there before the call is on the disk after it.
+    void sync() {
+        if (fsync(fileno(file.get())) != 0 && errno != EINVAL)
+            fail("%s: could not be written (%s); free some space and go on by -y", path, errno_text());
+    }
+
+private:
+    struct Close {
+        void operator()(FILE* f) const { fclose(f); }
+    };
+    std::string path;
+    std::unique_ptr<FILE, Close> file;
+};
+
+// The same for the disk: bytes that may still be written to a folder, or to the nearest one above it that exists;
+// SIZE_MAX where the file system does not say.
+inline size_t free_space(const std::string& folder) {
+    std::filesystem::path path = std::filesystem::absolute(folder);
+    struct statvfs fs;
+    while (statvfs(path.c_str(), &fs) != 0) {
+        if (path == path.parent_path()) return SIZE_MAX;
+        path = path.parent_path();
+    }
+    return fs.f_blocks ? size_t(fs.f_bavail) * size_t(fs.f_frsize) : SIZE_MAX;
+}
+
+// A checkpoint's two files.
+inline size_t checkpoint_bytes(const ModelConfig& c, RealType type) {
+    return expected_file_size(make_header(FILE_STATE, type, c, 0)) +
+           expected_file_size(make_header(FILE_MODEL, type, c, 0));
+}
+
+// Empty if a checkpoint fits beside those that are there, which stay until it is whole.
+inline std::string space_fault(const std::string& folder, size_t bytes) {
+    size_t free = free_space(folder);
+    if (free >= bytes) return "";
+    return format(
+        "disk: expected at least %s free in %s for a checkpoint, found %s; free some space, or give another -o or -n 0",
+        bytes_text(double(bytes)), folder, bytes_text(double(free)));
+}

@@ -1,0 +1,223 @@
+// keel/gpu.h: the GPU's memory, launches of kernels, and graphs of them.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+#include "../keel_common.h"
+
+#ifdef KEEL_FP32
+using branch_t = float;
+#else
+using branch_t = __nv_bfloat16;
+#endif
+constexpr bool BRANCH_BF16 = sizeof(branch_t) == 2;
+constexpr int WIDE = 16 / int(sizeof(branch_t));  // branch numbers in the 16 bytes that a thread loads at once
+
+constexpr int WARP = 32;             // threads
+constexpr unsigned ALL_LANES = ~0u;  // the mask of a whole warp
+
+inline void check(cudaError_t error, const char* what) {
+    if (error != cudaSuccess)
+        fail("%s: %s (%s); see the driver's log (dmesg), or use train_keel_cpu", what, cudaGetErrorString(error),
+             cudaGetErrorName(error));
+}
+#define CUDA(call) check(call, #call)
+
+// Buffers share an allocation at multiples of this, cudaMalloc's own alignment in bytes.
+constexpr size_t ALIGNMENT = 256;
+
+// A buffer in the device's memory, of its own or in that of another.
+template <class T>
+class DeviceArray {
+public:
+    DeviceArray() = default;
+    // The next n elements of an allocation: `free` is where it goes on.
+    DeviceArray(char*& free, size_t n) : pointer(as_elements(free)), n(n), borrowed(true) {
+        free += round_up(n * sizeof(T), ALIGNMENT);
+    }
+    explicit DeviceArray(size_t n) : n(n) {
+        if (n == 0) return;
+        if (cudaError_t error = cudaMalloc(&pointer, n * sizeof(T)); error != cudaSuccess) {
+            cudaGetLastError();
+            fail("GPU memory: expected %s more, found less (%s); use a smaller -b, -t, -C or -L, or -r layer",
+                 bytes_text(double(n * sizeof(T))), cudaGetErrorString(error));
+        }
+    }
+    DeviceArray(DeviceArray&& a) noexcept
+        : pointer(std::exchange(a.pointer, nullptr)), n(std::exchange(a.n, 0)), borrowed(a.borrowed) {}
+    DeviceArray& operator=(DeviceArray&& a) noexcept {
+        std::swap(pointer, a.pointer), std::swap(n, a.n), std::swap(borrowed, a.borrowed);
+        return *this;
+    }
+    ~DeviceArray() {
+        if (!borrowed) cudaFree(pointer);
+    }
+    T* data() const { return pointer; }
+    size_t size() const { return n; }
+
+private:
+    static T* as_elements(char* bytes) { return static_cast<T*>(static_cast<void*>(bytes)); }
+    T* pointer = nullptr;
+    size_t n = 0;
+    bool borrowed = false;  // from another array
+};
+
+// A buffer in the host's memory from which the device copies by itself.
+template <class T>
+class PinnedArray {
+public:
+    PinnedArray() = default;
+    explicit PinnedArray(size_t n) : n(n) { CUDA(cudaMallocHost((void**)&pointer, n * sizeof(T))); }
+    PinnedArray(PinnedArray&& a) noexcept : pointer(std::exchange(a.pointer, nullptr)), n(std::exchange(a.n, 0)) {}
+    PinnedArray& operator=(PinnedArray&& a) noexcept {
+        std::swap(pointer, a.pointer), std::swap(n, a.n);
+        return *this;
+    }
+    ~PinnedArray() { cudaFreeHost(pointer); }
+    T* data() const { return pointer; }
+    size_t size() const { return n; }
+    T& operator[](size_t i) const { return pointer[i]; }
+
+private:
+    T* pointer = nullptr;
+    size_t n = 0;
+};
+
+// Whether a kernel may start before the one before it has ended: it hides the microsecond or two between two kernels,
+// which thousands of small ones add up to. The code is asked, not the card: what was built for compute capability 8.0
+// alone runs on later cards too, but does not wait. KEEL_OVERLAP=0 in the environment turns it off, to measure it.
+inline bool may_overlap(const void* kernel) {
+    if (const char* wanted = getenv("KEEL_OVERLAP"); wanted && std::string(wanted) == "0") return false;
+    cudaFuncAttributes code;
+    CUDA(cudaFuncGetAttributes(&code, kernel));
+    return code.ptxVersion >= 90;  // not binaryVersion: of PTX for 8.0 the driver makes a binary for 9.0
+}
+inline bool launches_overlap(const void* first_kernel) {
+    static const bool overlap = may_overlap(first_kernel);  // all kernels of a program are built alike
+    return overlap;
+}
+
+// kernel<<<grid, block, shared_bytes, stream>>>(arguments...), and its error. The kernel calls begin_kernel() before it
+// touches global memory.
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), size_t grid, unsigned block, size_t shared_bytes, cudaStream_t stream,
+            Arguments... arguments) {
+    if (grid > size_t(INT_MAX)) fail("a kernel needs %zu blocks, more than a grid has; use a smaller -b", grid);
+    if (shared_bytes > 48 << 10)  // beyond what a kernel may use unasked
+        CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)));
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(unsigned(grid)), config.blockDim = dim3(block), config.dynamicSmemBytes = shared_bytes,
+    config.stream = stream;
+    cudaLaunchAttribute overlap{};
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization,
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = &overlap, config.numAttrs = launches_overlap(reinterpret_cast<const void*>(kernel)) ? 1 : 0;
+    CUDA(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
+}
+// Bytes of shared memory that a block can have: 227 KiB on Hopper, 163 on A100, 99 on the cards for desktops.
+inline int shared_limit() {
+    static const int bytes = [] {
+        int value = 0;
+        CUDA(cudaDeviceGetAttribute(&value, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0));
+        return value;
+    }();
+    return bytes;
+}
+inline size_t ceil_div(size_t n, size_t d) { return (n + d - 1) / d; }
+constexpr unsigned THREADS = 256;  // of a block, where nothing speaks for another number
+
+// Milliseconds between two points of a stream.
+class Stopwatch {
+public:
+    explicit Stopwatch(cudaStream_t stream) : stream(stream) {
+        CUDA(cudaEventCreate(&begin));
+        CUDA(cudaEventCreate(&end));
+    }
+    ~Stopwatch() { cudaEventDestroy(begin), cudaEventDestroy(end); }
+    Stopwatch(const Stopwatch&) = delete;
+    Stopwatch& operator=(const Stopwatch&) = delete;
+    void start() { CUDA(cudaEventRecord(begin, stream)); }
+    float stop() {
+        float ms = 0;
+        CUDA(cudaEventRecord(end, stream));
+        CUDA(cudaEventSynchronize(end));
+        CUDA(cudaEventElapsedTime(&ms, begin, end));
+        return ms;
+    }
+
+private:
+    cudaStream_t stream;
+    cudaEvent_t begin = nullptr, end = nullptr;
+};
+inline float median(std::vector<float>& values) {
+    std::nth_element(values.begin(), values.begin() + std::ptrdiff_t(values.size() / 2), values.end());
+    return values[values.size() / 2];
+}
+
+// Launches recorded once and repeated at the cost of one.
+struct Graph {
+    cudaGraphExec_t launches = nullptr;
+    size_t nodes = 0, bytes = 0;  // bytes: of the device's memory
+
+    template <class Action>
+    void record(cudaStream_t stream, Action action) {
+        cudaGraph_t graph = nullptr;
+        // Relaxed: what action asks of the driver beside its launches (a kernel's attributes, a heuristic) is allowed.
+        CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeRelaxed));
+        try {
+            action();
+        } catch (...) {
+            if (cudaStreamEndCapture(stream, &graph) == cudaSuccess) cudaGraphDestroy(graph);
+            throw;
+        }
+        CUDA(cudaStreamEndCapture(stream, &graph));
+        CUDA(cudaGraphGetNodes(graph, nullptr, &nodes));
+        size_t before = 0, after = 0, total = 0;
+        CUDA(cudaMemGetInfo(&before, &total));
+        CUDA(cudaGraphInstantiate(&launches, graph, 0));
+        CUDA(cudaGraphDestroy(graph));
+        CUDA(cudaGraphUpload(launches, stream));  // now, rather than before its first launch
+        CUDA(cudaMemGetInfo(&after, &total));
+        bytes = before > after ? before - after : 0;
+    }
+    Graph() = default;
+    ~Graph() {
+        if (launches) cudaGraphExecDestroy(launches);
+    }
+    Graph(const Graph&) = delete;
+    Graph& operator=(const Graph&) = delete;
+};
+
+inline cudaDeviceProp gpu_properties() {
+    cudaDeviceProp p;
+    int device = 0;
+    CUDA(cudaGetDevice(&device));
+    CUDA(cudaGetDeviceProperties(&p, device));
+    return p;
+}
+
+inline void require_gpu() {
+    int devices = 0, driver = 0, runtime = 0;
+    cudaError_t error = cudaGetDeviceCount(&devices);
+    cudaDriverGetVersion(&driver), cudaRuntimeGetVersion(&runtime);
+    if (error == cudaErrorInsufficientDriver && driver > 0)
+        fail("expected an NVIDIA driver for CUDA %d.%d, found one for %d.%d; update it, or use train_keel_cpu",
+             runtime / 1000, runtime % 1000 / 10, driver / 1000, driver % 1000 / 10);
+    if (error != cudaSuccess || devices == 0)
+        fail("expected an NVIDIA GPU, found none (%s); use train_keel_cpu", error == cudaSuccess ? "no device"
+                                                                            : driver == 0 ? "no driver"
+                                                                                          : cudaGetErrorString(error));
+    CUDA(cudaFree(nullptr));  // the driver's start, a good part of a second
+    cudaDeviceProp p = gpu_properties();
+    if (p.major < 8)
+        fail("expected a GPU of compute capability 8.0 or later, found %s with %d.%d; use train_keel_cpu", p.name,
+             p.major, p.minor);
+}
+
+inline size_t available_gpu_memory() {
+    // for the graphs, the kernels' code and the product that matrix_rate times (384 MiB, 768 in FP32)
+    size_t free = 0, total = 0, reserve = size_t(1) << 30;
+    CUDA(cudaMemGetInfo(&free, &total));
+    return free > reserve ? free - reserve : 0;
+}

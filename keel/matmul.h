@@ -1,0 +1,244 @@
+// keel/matmul.h: numbers on the CPU: their type, buffers of them, the exponential and the matrix product.
+#pragma once
+
+#include <omp.h>
+#ifdef KEEL_CBLAS
+#include <cblas.h>
+#endif
+
+#include "../keel_common.h"
+
+#ifdef KEEL_FP64
+using real = double;
+#else
+using real = float;
+#endif
+using index_t = std::ptrdiff_t;  // OpenMP loops want it signed; L*B*T*C overflows an int
+
+// A register of reals, through the compiler's vector extension: the same source for AVX-512, AVX2, SSE and NEON.
+#if defined(__AVX512F__)
+constexpr int VECTOR_BYTES = 64, REGISTER_ROWS = 12;  // 32 registers: 12 x 2 sums, 2 of B, 1 of A
+#elif defined(__AVX__)
+constexpr int VECTOR_BYTES = 32, REGISTER_ROWS = 6;  // 16 registers: 6 x 2 sums, 2 of B, 1 of A
+#else
+constexpr int VECTOR_BYTES = 16, REGISTER_ROWS = 6;
+#endif
+typedef real vec __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));  // aligned like a real
+constexpr int LANES = VECTOR_BYTES / int(sizeof(real));
+
+// A buffer whose pages are first touched by whoever uses them, aligned for vectors and for huge pages.
+template <class T>
+class Buffer {
+public:
+    Buffer() = default;
+    explicit Buffer(size_t n) : n(n) {
+        if (n == 0) return;
+        size_t bytes = round_up(n * sizeof(T), 64);
+        data_ = static_cast<T*>(aligned_alloc(64, bytes));
+        if (!data_)
+            fail("expected %s of memory, found less; use a smaller -b, -t, -C or -L, or -r layer",
+                 bytes_text(double(bytes)));
+    }
+    Buffer(Buffer&& b) noexcept : data_(std::exchange(b.data_, nullptr)), n(std::exchange(b.n, 0)) {}
+    Buffer& operator=(Buffer&& b) noexcept {
+        std::swap(data_, b.data_), std::swap(n, b.n);
+        return *this;
+    }
+    ~Buffer() { free(data_); }
+    T* data() { return data_; }
+    const T* data() const { return data_; }
+    size_t size() const { return n; }
+    T& operator[](size_t i) { return data_[i]; }
+    void zero() {
+        #pragma omp parallel for schedule(static)
+        for (index_t i = 0; i < index_t(n); i++) data_[i] = T(0);
+    }
+
+private:
+    T* data_ = nullptr;
+    size_t n = 0;
+};
+
+// exp as 2^n e^r with |r| <= ln(2)/2 and the Taylor series of e^r: its degree is where the next term is below half a
+// unit in the last place. Unlike libm's it vectorises inside a loop.
+// Exact to 1.5 ulp from x = -87 to 88 (FP64: -708 to 709.5); below it gives 0, from 88.5 on infinity.
+inline real exponential(real x) {
+    constexpr bool fp64 = sizeof(real) == 8;
+    constexpr int degree = fp64 ? 13 : 7;
+    // adding and taking away 1.5 * 2^mantissa rounds to the nearest integer
+    constexpr real round_magic = fp64 ? real(6755399441055744.0) : real(12582912.0);
+    // ln 2 in two parts, the first with trailing zeros, so that n * ln2_high is exact
+    constexpr real ln2_high = fp64 ? real(6.93147180369123816490e-01) : real(0.693359375);
+    constexpr real ln2_low = fp64 ? real(1.90821492927058770002e-10) : real(-2.12194440e-4);
+    constexpr real lowest = fp64 ? real(-708) : real(-87), highest = fp64 ? real(709.5) : real(88.5);
+    real clamped = x > lowest ? (x < highest ? x : highest) : lowest;  // NaN: lowest, put right at the end
+    real n = (clamped * real(1.4426950408889634) + round_magic) - round_magic;
+    real r = (clamped - n * ln2_high) - n * ln2_low;
+    real p = 1;
+    #pragma GCC unroll 16
+    for (int k = degree; k >= 1; k--) p = p * r * (real(1) / real(k)) + 1;
+    // 2^n in two halves: n reaches one more than the largest exponent
+    using bits = std::conditional_t<fp64, int64_t, int32_t>;
+    constexpr int mantissa = fp64 ? 52 : 23;
+    constexpr bits bias = fp64 ? 1023 : 127;
+    bits half = bits(n) / 2, rest = bits(n) - half;
+    real result = p * std::bit_cast<real>((half + bias) << mantissa) * std::bit_cast<real>((rest + bias) << mantissa);
+    return x < lowest ? real(0) : x > highest ? std::numeric_limits<real>::infinity() : x != x ? x : result;
+}
+
+// ----------------------------------------------------------------------------------------------------
+// The matrix product
+//
+//     C(M,N) = A(M,K) B(K,N)   or   C += A B      A[i][k] = a[i*a_row + k*a_col], B alike, C row-major
+//
+// The one algorithm that every fast CPU library uses (Goto and van de Geijn 2008): copy blocks of A and B into
+// panels that the innermost loop reads in order, and keep REGISTER_ROWS x 2 vectors of C in registers. As the strides
+// are free, the same code serves x W^T, dy W and dy^T x. A sum over k runs in order within a block of DEPTH and over
+// the blocks, whatever the tile: so no bit of C depends on M, on N or on the threads.
+
+constexpr int TILE_M = REGISTER_ROWS, TILE_N = 2 * LANES;  // of C in registers
+constexpr int DEPTH = 256;                                 // k of a block: a TILE_N panel of B stays in the L1 cache
+constexpr int BLOCK_M = 12 * TILE_M;                       // rows of an A block: it stays in the L2 cache
+constexpr int BLOCK_N = 2048;                              // columns of a B block: it stays in the L3 cache
+
+struct Matrix {  // a view with free strides
+    const real* data;
+    size_t row, col;
+    Matrix at(size_t i, size_t j) const { return {data + i * row + j * col, row, col}; }
+    Matrix transposed() const { return {data, col, row}; }
+};
+inline Matrix row_major(const real* data, size_t stride) { return {data, stride, 1}; }
+
+// C tile += A panel (K,TILE_M) * B panel (K,TILE_N); `first` starts from zero instead.
+inline void multiply_tile(int K, const real* a, const real* b, real* c, size_t c_row, bool first) {
+    vec sum[TILE_M][2];
+    #pragma GCC unroll 12
+    for (int i = 0; i < TILE_M; i++) {
+        sum[i][0] = first ? vec{} : *(const vec*)(c + i * c_row);
+        sum[i][1] = first ? vec{} : *(const vec*)(c + i * c_row + LANES);
+    }
+    for (int k = 0; k < K; k++, a += TILE_M, b += TILE_N) {
+        vec b0 = *(const vec*)b, b1 = *(const vec*)(b + LANES);
+        #pragma GCC unroll 12
+        for (int i = 0; i < TILE_M; i++) {
+            sum[i][0] += a[i] * b0;
+            sum[i][1] += a[i] * b1;
+        }
+    }
+    #pragma GCC unroll 12
+    for (int i = 0; i < TILE_M; i++) {
+        *(vec*)(c + i * c_row) = sum[i][0];
+        *(vec*)(c + i * c_row + LANES) = sum[i][1];
+    }
+}
+
+// `width` rows of m (or its columns, if given transposed) as one panel (K,width), short of rows filled with zeros.
+template <int width>
+inline void pack_panel(const Matrix& m, int rows, int K, real* panel) {
+    if (rows == width && m.row == 1) {
+        for (int k = 0; k < K; k++) memcpy(panel + k * width, m.data + size_t(k) * m.col, width * sizeof(real));
+    } else if (rows == width) {
+        for (int k = 0; k < K; k++)
+            for (int i = 0; i < width; i++) panel[k * width + i] = m.data[size_t(i) * m.row + size_t(k) * m.col];
+    } else {
+        for (int k = 0; k < K; k++)
+            for (int i = 0; i < width; i++)
+                panel[k * width + i] = i < rows ? m.data[size_t(i) * m.row + size_t(k) * m.col] : real(0);
+    }
+}
+
+// C block (M,N) from packed A (M,K) and packed B (K,N). Tiles that overhang go through a scratch tile and the same
+// kernel.
+inline void multiply_block(int M, int N, int K, const real* a, const real* b, real* c, size_t c_row, bool first) {
+    for (int j = 0; j < N; j += TILE_N)
+        for (int i = 0; i < M; i += TILE_M) {
+            const real *ap = a + size_t(i) * K, *bp = b + size_t(j) * K;
+            real* tile = c + size_t(i) * c_row + j;
+            int m = std::min(TILE_M, M - i), n = std::min(TILE_N, N - j);
+            if (m == TILE_M && n == TILE_N) {
+                multiply_tile(K, ap, bp, tile, c_row, first);
+                continue;
+            }
+            real edge[TILE_M * TILE_N] = {};
+            for (int y = 0; y < m && !first; y++) memcpy(edge + y * TILE_N, tile + y * c_row, n * sizeof(real));
+            multiply_tile(K, ap, bp, edge, TILE_N, first);
+            for (int y = 0; y < m; y++) memcpy(tile + y * c_row, edge + y * TILE_N, n * sizeof(real));
+        }
+}
+
+// A thread's panels. Grown once to the size of the largest block.
+struct Panels {
+    std::vector<real> a, b;
+    Panels() : a(size_t(BLOCK_M) * DEPTH) {}
+    real* b_panels(size_t n) {
+        if (b.size() < n) b.resize(n);
+        return b.data();
+    }
+};
+inline Panels& thread_panels() {
+    thread_local Panels panels;
+    return panels;
+}
+
+// The product for small matrices, inside one thread (attention's tiles).
+void small_product(int M, int N, int K, Matrix a, Matrix b, real* c, size_t c_row, bool accumulate) {
+    Panels& panels = thread_panels();
+    real* bp = panels.b_panels(round_up(size_t(N), TILE_N) * DEPTH);
+    for (int k = 0; k < K; k += DEPTH) {
+        int depth = std::min(DEPTH, K - k);
+        for (int j = 0; j < N; j += TILE_N)
+            pack_panel<TILE_N>(b.at(k, j).transposed(), std::min(TILE_N, N - j), depth, bp + size_t(j) * depth);
+        for (int i = 0; i < M; i += BLOCK_M) {
+            int m = std::min(BLOCK_M, M - i);
+            for (int y = 0; y < m; y += TILE_M)
+                pack_panel<TILE_M>(a.at(i + y, k), std::min(TILE_M, m - y), depth, panels.a.data() + size_t(y) * depth);
+            multiply_block(m, N, depth, panels.a.data(), bp, c + size_t(i) * c_row, c_row, !accumulate && k == 0);
+        }
+    }
+}
+
+// The product on all threads: they pack a block of B together, then each takes tiles of C.
+void product(size_t M, size_t N, size_t K, Matrix a, Matrix b, real* c, size_t c_row, bool accumulate) {
+#ifdef KEEL_CBLAS
+    auto order = [](const Matrix& m) { return m.col == 1 ? CblasNoTrans : CblasTrans; };
+    auto stride = [](const Matrix& m) { return int(m.col == 1 ? m.row : m.col); };
+    auto* gemm = [] {
+        if constexpr (sizeof(real) == 8) return cblas_dgemm;
+        else return cblas_sgemm;
+    }();
+    gemm(CblasRowMajor, order(a), order(b), int(M), int(N), int(K), 1, a.data, stride(a), b.data, stride(b), accumulate,
+         c, int(c_row));
+#else
+    size_t threads = size_t(omp_get_max_threads());
+    // Row blocks of equal height, as many as fill the threads; where the rows are too few, columns are shared out too.
+    size_t row_blocks = round_up((M + BLOCK_M - 1) / BLOCK_M, threads);
+    size_t height = round_up((M + row_blocks - 1) / row_blocks, TILE_M);
+    row_blocks = (M + height - 1) / height;
+    real* packed = thread_panels().b_panels(round_up(std::min(N, size_t(BLOCK_N)), TILE_N) * DEPTH);
+    #pragma omp parallel
+    for (size_t j0 = 0; j0 < N; j0 += BLOCK_N) {
+        size_t width = std::min(size_t(BLOCK_N), N - j0), column_tiles = (width + TILE_N - 1) / TILE_N;
+        size_t column_blocks = std::min(column_tiles, (threads + row_blocks - 1) / row_blocks);
+        size_t block_width = (column_tiles + column_blocks - 1) / column_blocks * TILE_N;
+        for (size_t k = 0; k < K; k += DEPTH) {
+            int depth = int(std::min(size_t(DEPTH), K - k));
+            #pragma omp for schedule(static)
+            for (size_t j = 0; j < width; j += TILE_N)
+                pack_panel<TILE_N>(b.at(k, j0 + j).transposed(), int(std::min(size_t(TILE_N), width - j)), depth,
+                                   packed + j * depth);
+            #pragma omp for collapse(2) schedule(static)
+            for (size_t ib = 0; ib < row_blocks; ib++)
+                for (size_t jb = 0; jb < column_blocks; jb++) {
+                    size_t i = ib * height, j = jb * block_width;
+                    if (j >= width) continue;
+                    int m = int(std::min(height, M - i)), n = int(std::min(block_width, width - j));
+                    real* ap = thread_panels().a.data();
+                    for (int y = 0; y < m; y += TILE_M)
+                        pack_panel<TILE_M>(a.at(i + y, k), std::min(TILE_M, m - y), depth, ap + size_t(y) * depth);
+                    multiply_block(m, n, depth, ap, packed + j * depth, c + i * c_row + j0 + j, c_row,
+                                   !accumulate && k == 0);
+                }
+        }
+    }
+#endif
+}

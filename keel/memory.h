@@ -1,0 +1,100 @@
+// keel/memory.h: what memory there is, the table of what a run takes, and the micro-batch that fits.
+#pragma once
+
+#include <sys/resource.h>
+
+#include "../keel_common.h"
+
+// Memory: a table of what will be allocated, printed and held against what there is before anything is
+
+// Bytes that this process may still take: of the machine, of its control group, of its address space.
+inline size_t available_memory() {
+    size_t available = SIZE_MAX;
+    auto number = [](const char* path, const char* key) {  // -1 where there is none
+        FILE* f = fopen(path, "r");
+        if (!f) return -1LL;
+        char word[256];
+        long long value = -1;
+        if (!key) {
+            if (fscanf(f, "%lld", &value) != 1) value = -1;
+        } else {
+            while (value < 0 && fscanf(f, "%255s", word) == 1)
+                if (std::string(word) == key && fscanf(f, "%lld", &value) != 1) break;
+        }
+        fclose(f);
+        return value;
+    };
+    if (long long kib = number("/proc/meminfo", "MemAvailable:"); kib >= 0) available = size_t(kib) * 1024;
+    const char* groups[][3] = {
+        {"/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat"},
+        {"/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+         "/sys/fs/cgroup/memory/memory.stat"}};
+    for (auto& g : groups) {
+        long long limit = number(g[0], nullptr), used = number(g[1], nullptr), cache = number(g[2], "inactive_file");
+        if (limit < 0 || used < 0) continue;
+        used = std::max(0LL, used - std::max(0LL, cache));  // page cache is given back on demand
+        available = std::min(available, size_t(std::max(0LL, limit - used)));
+    }
+    struct rlimit limit;
+    if (getrlimit(RLIMIT_AS, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY) {
+        long long pages = number("/proc/self/statm", nullptr), taken = std::max(0LL, pages) * sysconf(_SC_PAGESIZE);
+        available = std::min(available, size_t(std::max(0LL, (long long)limit.rlim_cur - taken)));
+    }
+    return available;
+}
+
+struct MemoryRow {
+    std::string name;
+    size_t bytes;
+};
+
+// advice: the flags that would make it fit.
+inline void require_memory(size_t bytes, size_t available, const char* advice) {
+    if (bytes > available)
+        fail("memory: expected at least %s, found %s; use %s", bytes_text(double(bytes)), bytes_text(double(available)),
+             advice);
+}
+
+inline size_t total_bytes(const std::vector<MemoryRow>& rows) {
+    size_t sum = 0;
+    for (const MemoryRow& row : rows) sum += row.bytes;
+    return sum;
+}
+
+inline void print_memory_table(const std::vector<MemoryRow>& rows) {
+    for (const MemoryRow& row : rows) print("  %-38s %12s\n", row.name, bytes_text(double(row.bytes)));
+    print("  %-38s %12s\n", "in all", bytes_text(double(total_bytes(rows))));
+}
+
+// Fills in the micro-batch and the level of recomputation that B = 0 and `auto` leave open: of those that fit into the
+// memory, the ones of least cost. most_tokens: of a micro-batch, where more sequences than one have a choice.
+// bytes(B, recompute), cost(B, recompute): what a micro-batch takes, and its time a token in any unit.
+template <class Bytes, class Cost>
+void choose_micro_batch(RunConfig& run, size_t available, int64_t most_tokens, Bytes bytes, Cost cost) {
+    int root = 2;  // K + L/K is least at the square root
+    while ((root + 2) * (root + 2) <= run.model.L) root += 2;
+    std::vector<Recompute> levels = {{0}, {-1}, {1}, {root}};
+    if (run.recompute_chosen) levels = {run.recompute};
+    std::vector<int> batches;
+    int64_t sequences = run.rank_sequences();
+    for (int64_t B = std::min<int64_t>(sequences, MAX_B); B >= 1; B--)
+        if (sequences % B == 0 && (B * run.T <= most_tokens || B == 1)) batches.push_back(int(B));
+    if (run.B) batches = {run.B};
+    size_t least = SIZE_MAX;
+    double best = INFINITY;
+    RunConfig chosen = run;
+    for (int B : batches)
+        for (Recompute level : levels) {
+            size_t needed = bytes(B, level);
+            double c = cost(B, level);
+            least = std::min(least, needed);
+            if (needed > available || c >= best) continue;
+            best = c, chosen.B = B, chosen.recompute = level;
+        }
+    if (best == INFINITY)
+        require_memory(least, available,
+                       run.B > 1                                             ? "a smaller -b"
+                       : run.recompute_chosen && run.recompute.level != root ? "-r auto"
+                                                                             : "a smaller -C, -L or -t");
+    run = chosen;
+}

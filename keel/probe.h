@@ -1,0 +1,130 @@
+// keel/probe.h: what --probe writes.
+#pragma once
+
+#include "folder.h"
+
+// The probe: of a probed step, a row for each sub-layer in probe.csv and one for each parameter tensor in
+// probe_weights.csv
+//
+// Without its branch, sub-layer l is the map x_l -> RMSNorm(alpha x_l + F; gamma) with F held fixed. Its Jacobian at
+// one row is
+//
+//     diag(gamma_l) (alpha_l / rms(z_l)) (I - zh zh^T / C),   zh = z_l / rms(z_l)
+//
+// The last factor takes away the one direction of C that would only change z's length; what is left is the diagonal
+// matrix whose entries alpha gamma / rms(z) the paper's eq. 14-19 estimate, with rms(z) = sqrt(alpha^2 + 1). Here
+// rms(z) is each row's own and gamma each channel's own:
+//
+//     shortcut_gain         mean over rows of ||A_l||_F / sqrt(C),              A_l = diag(alpha_l gamma_l / rms(z_l)),
+//     alpha_l I without an outer norm shortcut_gain_to_top  mean over rows of ||A_{L-1} ... A_l||_F / sqrt(C)
+//
+// The product is taken row by row and channel by channel, and averaged after: the product of the averages is another
+// number. A product of diagonal matrices with entries a_i g_c has the norm |prod a_i| ||prod g_c||, so that rows and
+// channels are multiplied up apart.
+
+// Of one sub-layer, summed over the micro-batches of a step.
+struct SublayerProbe {
+    double x = 0, f = 0, z = 0;  // sums of squares of x_l, F(u_l) and z_l
+    double shortcut = 0,
+           shortcut_to_top =
+               0;           // sums over rows of alpha_l / rms(z_l), and of its product over the sub-layers from l on
+    double dx = 0, df = 0;  // sums of squares of dL/dx_l and dL/dF_l
+};
+
+struct StepProbe {
+    std::vector<SublayerProbe> sublayers;  // (L)
+    std::vector<double> gamma,
+        gamma_to_top;  // (L) rms over channels of gamma_out_l, and of its product over the sub-layers from l on
+    std::vector<double> weights, gradients,
+        updates;  // sums of squares of each tensor: before the update, before the clip, of what the update adds
+
+    explicit StepProbe(const ModelConfig& c) : sublayers(size_t(c.L)) {}
+
+    // Of one micro-batch. r: 1 / rms(z_l) of each row, (L,rows); not read where no norm follows.
+    template <class Real>
+    void add_shortcuts(const ModelConfig& c, const Real* r, size_t rows) {
+        std::vector<double> to_top(rows, 1.0);
+        for (int l = c.L - 1; l >= 0; l--) {
+            SublayerNorm norm = c.sublayer(l);
+            double sum = 0, sum_to_top = 0;
+            for (size_t i = 0; i < rows; i++) {
+                double gain = double(norm.alpha) * (norm.norm_out ? double(r[size_t(l) * rows + i]) : 1);
+                to_top[i] *= gain, sum += gain, sum_to_top += to_top[i];
+            }
+            sublayers[size_t(l)].shortcut += sum, sublayers[size_t(l)].shortcut_to_top += sum_to_top;
+        }
+    }
+
+    // The sums of several ranks, each of its sequences and, of gradients and updates, of the parameters that it owns;
+    // in rank order. gather(mine, all, bytes) gives each rank what all have.
+    template <class Gather>
+    void add_ranks(int ranks, Gather gather) {
+        std::vector<double> mine(sublayers.size() * sizeof(SublayerProbe) / sizeof(double) + gradients.size() +
+                                 updates.size());
+        auto exchange = [&](auto copy) {  // copy(values, where they are in a rank's row, elements)
+            size_t at = 0, n = sublayers.size() * sizeof(SublayerProbe) / sizeof(double);
+            copy(reinterpret_cast<double*>(sublayers.data()), at, n), at += n;
+            copy(gradients.data(), at, gradients.size()), at += gradients.size();
+            copy(updates.data(), at, updates.size());
+        };
+        exchange([&](double* values, size_t at, size_t n) { std::copy_n(values, n, mine.data() + at); });
+        std::vector<double> all(mine.size() * size_t(ranks));
+        gather(mine.data(), all.data(), mine.size() * sizeof(double));
+        exchange([&](double* values, size_t at, size_t n) {
+            for (size_t i = 0; i < n; i++) {
+                values[i] = 0;
+                for (int r = 0; r < ranks; r++) values[i] += all[size_t(r) * mine.size() + at + i];
+            }
+        });
+    }
+
+    // gamma_of(l): gamma_out_l (C) as the forward pass read it, null where there is none.
+    template <class GammaOf>
+    void set_gains(const ModelConfig& c, GammaOf gamma_of) {
+        std::vector<double> product(size_t(c.C), 1.0);
+        gamma.assign(size_t(c.L), 1), gamma_to_top.assign(size_t(c.L), 1);
+        for (int l = c.L - 1; l >= 0; l--) {
+            double sum = 0, sum_to_top = 0;
+            const auto* g = gamma_of(l);
+            for (size_t k = 0; k < product.size(); k++) {
+                double gain = g ? double(g[k]) : 1;
+                product[k] *= gain, sum += gain * gain, sum_to_top += product[k] * product[k];
+            }
+            gamma[size_t(l)] = std::sqrt(sum / c.C), gamma_to_top[size_t(l)] = std::sqrt(sum_to_top / c.C);
+        }
+    }
+};
+
+struct ProbeLog {
+    ProbeLog() = default;  // drops its rows: of the ranks that have no files
+    static constexpr const char* COLUMNS =
+        "step,sublayer,kind,rms_x,rms_f,rms_z,shortcut_gain,shortcut_gain_to_top,dx_norm,df_norm,grad_norm,update_norm";
+    static constexpr const char* WEIGHT_COLUMNS =
+        "step,sublayer,tensor,weight_norm,grad_norm,update_norm";  // sublayer -1: outside the blocks
+    CsvLog sublayers, weights;
+    ProbeLog(const std::string& folder, int64_t resume_step)
+        : sublayers(folder + "/probe.csv", COLUMNS, resume_step),
+          weights(folder + "/probe_weights.csv", WEIGHT_COLUMNS, resume_step) {}
+};
+
+// rms over rows and channels, norms over all elements; grad_norm and update_norm of a sub-layer over all its tensors.
+inline void write_probe(ProbeLog& log, const RunConfig& run, const ParameterLayout& layout, int64_t step,
+                        const StepProbe& probe) {
+    double rows = double(run.total_batch), elements = rows * run.model.C;
+    std::vector<double> gradients(size_t(run.model.L)), updates(gradients.size());
+    for (size_t i = 0; i < layout.tensors.size(); i++)
+        if (int l = layout.tensors[i].layer; l >= 0)
+            gradients[size_t(l)] += probe.gradients[i], updates[size_t(l)] += probe.updates[i];
+    for (size_t l = 0; l < gradients.size(); l++) {
+        const SublayerProbe& p = probe.sublayers[l];
+        log.sublayers.row(format("%lld,%zu,%s,%.6g,%.6g,%.6g,%.6g,%.6g,%.6g,%.6g,%.6g,%.6g", step, l,
+                                 is_attention(int(l)) ? "attention" : "feed-forward", std::sqrt(p.x / elements),
+                                 std::sqrt(p.f / elements), std::sqrt(p.z / elements),
+                                 probe.gamma[l] * p.shortcut / rows, probe.gamma_to_top[l] * p.shortcut_to_top / rows,
+                                 std::sqrt(p.dx), std::sqrt(p.df), std::sqrt(gradients[l]), std::sqrt(updates[l])));
+    }
+    for (size_t i = 0; i < layout.tensors.size(); i++)
+        log.weights.row(format("%lld,%d,%s,%.6g,%.6g,%.6g", step, layout.tensors[i].layer,
+                               tensor_rows[layout.tensors[i].id].name, std::sqrt(probe.weights[i]),
+                               std::sqrt(probe.gradients[i]), std::sqrt(probe.updates[i])));
+}

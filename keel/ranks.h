@@ -1,0 +1,487 @@
+// keel/ranks.h: the processes of one run, on one machine or many.
+//
+// Who they are comes from the launcher's environment. What they compute travels by MPI or NCCL (each trainer's
+// Communicator); that all of them are still there, and why one is not, by the lifeline below: a transport that waits
+// for a dead rank would wait for ever.
+#pragma once
+
+#include <netdb.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <poll.h>
+#include <signal.h>
+#include <sys/socket.h>
+#ifdef KEEL_MPI
+#include <mpi.h>
+#endif
+
+#include <atomic>
+#include <exception>
+#include <mutex>
+
+#include "../keel_common.h"
+
+// This process among those that mpirun, srun or another launcher has started.
+struct Launch {
+    int rank = 0, ranks = 0;              // ranks 0: no launcher
+    int local_rank = 0, local_ranks = 0;  // of those on this machine; local_ranks 0: not known
+    std::string launcher;
+
+    static Launch from_environment() {
+        static const struct {
+            const char *launcher, *rank, *ranks, *local_rank, *local_ranks;
+        } launchers[] = {
+            {"mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK",
+             "OMPI_COMM_WORLD_LOCAL_SIZE"},
+            {"mpirun", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"},
+            // Set by srun for its step; SLURM_NTASKS is set in a batch script as well, which is one process.
+            {"srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"},
+            {"RANK and WORLD_SIZE", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"},
+        };
+        for (const auto& row : launchers) {
+            if (!getenv(row.rank) || !getenv(row.ranks)) continue;
+            Launch l;
+            l.launcher = row.launcher;
+            l.ranks = int(parse(row.ranks, 1, MAX_RANKS)), l.rank = int(parse(row.rank, 0, l.ranks - 1));
+            if (getenv(row.local_rank)) l.local_rank = int(parse(row.local_rank, 0, MAX_RANKS));
+            if (const char* text = getenv(row.local_ranks); text && !text[strspn(text, "0123456789")])
+                l.local_ranks = atoi(text);  // Slurm's may be a list
+            return l;
+        }
+        return {};
+    }
+    std::string name() const {  // "process 1234 on node7"
+        char host[128] = "?";
+        gethostname(host, sizeof host - 1);
+        return format("process %d on %s", int(getpid()), host);
+    }
+
+private:
+    static int64_t parse(const char* name, int64_t least, int64_t most) {
+        char* end = nullptr;
+        const char* text = getenv(name);
+        long long value = strtoll(text, &end, 10);
+        if (!*text || *end || value < least || value > most)
+            fail("%s: expected a number from %lld to %lld in the environment, found '%s'; see to the launcher", name,
+                 least, most, text);
+        return value;
+    }
+};
+
+#ifdef KEEL_MPI
+inline void check_mpi(int error, const char* what) {
+    if (error == MPI_SUCCESS) return;
+    char text[MPI_MAX_ERROR_STRING] = "";
+    int length = 0;
+    MPI_Error_string(error, text, &length);
+    fail("%s: %s", what, text);
+}
+
+// MPI from here to the end of the scope. Left by an error it is not closed: MPI_Finalize would wait for the others.
+struct MpiSession {
+    explicit MpiSession(const Launch& launch) {
+        int provided, ranks = 0, rank = 0;
+        MPI_Init_thread(nullptr, nullptr, MPI_THREAD_FUNNELED, &provided);
+        MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN);
+        MPI_Comm_size(MPI_COMM_WORLD, &ranks), MPI_Comm_rank(MPI_COMM_WORLD, &rank);
+        if (ranks != launch.ranks || rank != launch.rank)
+            fail(
+                "MPI: expected rank %d of %d as %s says, found rank %d of %d; launch with the mpirun of the MPI that "
+                "this was built with, or srun --mpi=pmix",
+                launch.rank, launch.ranks, launch.launcher, rank, ranks);
+    }
+    ~MpiSession() {
+        if (!std::uncaught_exceptions()) MPI_Finalize();
+    }
+    MpiSession(const MpiSession&) = delete;
+    MpiSession& operator=(const MpiSession&) = delete;
+
+    // Whether the launcher speaks MPI's language: srun does with --mpi=pmix or pmi2 alone.
+    static bool offered() { return getenv("OMPI_COMM_WORLD_SIZE") || getenv("PMI_SIZE") || getenv("PMIX_RANK"); }
+};
+#endif
+
+// A connection between rank 0 and each other rank, over TCP, with a thread at each end. The kernel closes a process's
+// connections when it ends, however it ends: so rank 0 sees at once that a rank has died, tells the others which, and
+// all end. Of a machine that falls silent it is told by heartbeats. A rank that ends by an error says why before. None
+// waits for a step that cannot be finished.
+class Lifeline {
+public:
+    static constexpr double START = 120;  // seconds until all must be there
+    // Seconds until a rank is given up; ten signs of life are due in them. Not const: a test makes it smaller.
+    static inline double silence = 20;
+
+    // `exchange` gives all ranks rank 0's "host:port", where MPI can; else it comes from the environment. unique_id:
+    // bytes of rank 0's for all (NCCL's id).
+    Lifeline(const Launch& launch, const std::function<void(std::string&)>& exchange, std::span<char> unique_id)
+        : launch(launch) {
+        if (launch.ranks > 1) launch.rank == 0 ? gather_ranks(exchange, unique_id) : find_rank_0(exchange, unique_id);
+        if (launch.ranks > 1) thread = std::thread([this] { watch(); });
+    }
+    ~Lifeline() { close_all(std::uncaught_exceptions() > 0); }
+    Lifeline(const Lifeline&) = delete;
+    Lifeline& operator=(const Lifeline&) = delete;
+
+    // This rank ends by an error. Rank 0 prints the text, of whichever rank comes first; the others end with it. To be
+    // followed by the process's end.
+    void fail_all(const std::string& program, const std::string& text) {
+        if (launch.rank == 0) {
+            end_with(program + ": " + text, ERROR, text, false);
+            return;
+        }
+        for (Peer& peer : peers)
+            send_message(peer, ERROR, format("rank %d (%s): %s", launch.rank, launch.name(), text));
+        failing = true;
+        for (int i = 0; i < 300 && !rank_0_gone; i++) usleep(10000);  // it prints, then goes; where it does not, we do
+        if (!rank_0_gone) fprintf(stderr, "%s: rank %d: %s\n", program.c_str(), launch.rank, text.c_str());
+    }
+
+private:
+    enum Kind : uint8_t { HELLO, ALIVE, ERROR, DEATH, GOODBYE };
+    struct MessageHead {
+        uint32_t magic = 0x4c45454b;  // "KEEL"
+        Kind kind{};
+        uint32_t rank = 0, ranks = 0, bytes = 0;
+    };
+    struct Peer {
+        int fd = -1, rank = -1;
+        std::string name;      // "process 1234 on node7"
+        double heard = 0;      // when it last gave a sign of life
+        bool left = false;     // with a goodbye
+        std::string received;  // bytes of a message that is not whole yet
+    };
+    Launch launch;
+    std::vector<Peer> peers;  // of rank 0: all others; of another: rank 0
+    std::thread thread;
+    std::mutex sending;
+    std::atomic<bool> stop = false, ended = false, failing = false, rank_0_gone = false;
+
+    void send_message(Peer& peer, Kind kind, const std::string& text) {
+        MessageHead head;
+        head.kind = kind, head.rank = uint32_t(launch.rank), head.ranks = uint32_t(launch.ranks),
+        head.bytes = uint32_t(text.size());
+        std::string bytes(reinterpret_cast<const char*>(&head), sizeof head);
+        bytes += text;
+        std::lock_guard lock(sending);
+        if (peer.fd >= 0 && send(peer.fd, bytes.data(), bytes.size(), MSG_NOSIGNAL | MSG_DONTWAIT) < 0) {
+        }  // that it is gone is seen where we read
+    }
+
+    // Waits for one message; false if the connection ends or nothing comes in time.
+    static bool receive_message(Peer& peer, MessageHead& head, std::string& text, double until) {
+        while (!take_message(peer, head, text)) {
+            pollfd p{peer.fd, POLLIN, 0};
+            double left = until - seconds();
+            if (left <= 0 || poll(&p, 1, int(left * 1000) + 1) < 0 || !read_bytes(peer)) return false;
+        }
+        return true;
+    }
+    static bool read_bytes(Peer& peer) {  // what is there; false at the connection's end
+        char bytes[4096];
+        ssize_t n = recv(peer.fd, bytes, sizeof bytes, MSG_DONTWAIT);
+        if (n > 0) peer.received.append(bytes, size_t(n)), peer.heard = seconds();
+        return n > 0 || (n < 0 && (errno == EAGAIN || errno == EINTR));
+    }
+    static bool take_message(Peer& peer, MessageHead& head, std::string& text) {
+        if (peer.received.size() < sizeof head) return false;
+        memcpy(&head, peer.received.data(), sizeof head);
+        if (head.magic != MessageHead().magic || head.bytes > (1u << 20))
+            fail("a rank's connection: expected a KEEL trainer at its other end, found another program");
+        if (peer.received.size() < sizeof head + head.bytes) return false;
+        text = peer.received.substr(sizeof head, head.bytes);
+        peer.received.erase(0, sizeof head + head.bytes);
+        return true;
+    }
+
+    // Where rank 0 listens, from the environment: a shared file that rank 0 writes, MASTER_ADDR and MASTER_PORT, or the
+    // first node of Slurm's step with a port of the job's number.
+    std::string fixed_address() const {
+        if (const char* host = getenv("MASTER_ADDR"))
+            return format("%s:%s", host, getenv("MASTER_PORT") ? getenv("MASTER_PORT") : "29400");
+        if (const char* nodes = getenv("SLURM_STEP_NODELIST")) {  // "node[017-020,031]"
+            std::string list = nodes, first = list.substr(0, list.find_first_of("[,"));
+            if (size_t open = list.find('['); open != std::string::npos && open == first.size())
+                first += list.substr(open + 1, list.find_first_of("-,]", open) - open - 1);
+            long job = getenv("SLURM_JOB_ID") ? atol(getenv("SLURM_JOB_ID")) : 0,
+                 step = getenv("SLURM_STEP_ID") ? atol(getenv("SLURM_STEP_ID")) : 0;
+            return format("%s:%ld", first, 20000 + (job * 17 + step) % 20000);
+        }
+        fail(
+            "ranks: expected to be told where rank 0 is, found none of MPI, KEEL_RENDEZVOUS (a file that all ranks "
+            "see), MASTER_ADDR, SLURM_STEP_NODELIST; set one");
+    }
+
+    void gather_ranks(const std::function<void(std::string&)>& exchange, std::span<char> unique_id) {
+        const char* file = getenv("KEEL_RENDEZVOUS");
+        std::string address = exchange || file ? "" : fixed_address();
+        int listener = socket(AF_INET6, SOCK_STREAM | SOCK_CLOEXEC, 0), on = 1, off = 0;
+        bool v6 = listener >= 0;
+        if (!v6) listener = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+        setsockopt(listener, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
+        if (v6) setsockopt(listener, IPPROTO_IPV6, IPV6_V6ONLY, &off, sizeof off);
+        uint16_t port = address.empty() ? 0 : uint16_t(atoi(address.substr(address.rfind(':') + 1).c_str()));
+        sockaddr_in6 a6{};
+        sockaddr_in a4{};
+        a6.sin6_family = AF_INET6, a6.sin6_port = htons(port), a6.sin6_addr = in6addr_any;
+        a4.sin_family = AF_INET, a4.sin_port = htons(port), a4.sin_addr.s_addr = htonl(INADDR_ANY);
+        if (bind(listener, v6 ? reinterpret_cast<sockaddr*>(&a6) : reinterpret_cast<sockaddr*>(&a4),
+                 v6 ? sizeof a6 : sizeof a4) != 0 ||
+            listen(listener, SOMAXCONN) != 0)
+            fail("ranks: rank 0 cannot listen on port %d (%s); set MASTER_PORT to another", int(port), strerror(errno));
+        if (address.empty()) {
+            socklen_t size = v6 ? sizeof a6 : sizeof a4;
+            getsockname(listener, v6 ? reinterpret_cast<sockaddr*>(&a6) : reinterpret_cast<sockaddr*>(&a4), &size);
+            char host[256] = "127.0.0.1";
+            if (const char* given = getenv("MASTER_ADDR")) snprintf(host, sizeof host, "%s", given);
+            else if (launch.local_ranks != launch.ranks) gethostname(host, sizeof host - 1);
+            address = format("%s:%d", host, int(ntohs(v6 ? a6.sin6_port : a4.sin_port)));
+            if (exchange) exchange(address);
+            if (!exchange) write_rendezvous(file, address);
+        }
+        peers.resize(size_t(launch.ranks) - 1);
+        double until = seconds() + START;
+        for (int connected = 0; connected < launch.ranks - 1;) {
+            pollfd p{listener, POLLIN, 0};
+            if (seconds() > until)
+                fail("ranks: expected %d within %.0f s, found %d; see to the machines of the others", launch.ranks,
+                     START, connected + 1);
+            if (poll(&p, 1, 500) <= 0) continue;
+            Peer peer;
+            peer.fd = accept4(listener, nullptr, nullptr, SOCK_CLOEXEC);
+            MessageHead head;
+            if (peer.fd < 0 || !receive_message(peer, head, peer.name, seconds() + 10) || head.kind != HELLO ||
+                head.ranks != uint32_t(launch.ranks) || head.rank == 0 || head.rank >= head.ranks ||
+                peers[head.rank - 1].fd >= 0) {
+                if (peer.fd >= 0) close(peer.fd);  // none of ours
+                continue;
+            }
+            peer.rank = int(head.rank);
+            setsockopt(peer.fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+            send_message(peer, HELLO, std::string(unique_id.data(), unique_id.size()) + launch.name());
+            peers[head.rank - 1] = std::move(peer);
+            connected++;
+        }
+        close(listener);
+        if (file && !exchange) unlink(file);
+    }
+
+    static void write_rendezvous(const char* file, const std::string& address) {
+        std::string temporary = std::string(file) + ".tmp";
+        FILE* out = fopen(temporary.c_str(), "we");
+        bool good = out && fprintf(out, "%s\n", address.c_str()) > 0;
+        if (out) good = fclose(out) == 0 && good;
+        if (!good || rename(temporary.c_str(), file) != 0)
+            fail("KEEL_RENDEZVOUS: %s cannot be written (%s); name a file in a folder that all ranks see", file,
+                 strerror(errno));
+    }
+
+    void find_rank_0(const std::function<void(std::string&)>& exchange, std::span<char> unique_id) {
+        const char* file = getenv("KEEL_RENDEZVOUS");
+        std::string address;
+        if (exchange) exchange(address);
+        else if (!file) address = fixed_address();
+        Peer peer;
+        peer.rank = 0;
+        for (double until = seconds() + START;;) {
+            if (!exchange && file) {  // read anew each time: an earlier run may have left one
+                char text[300] = "";
+                if (FILE* in = fopen(file, "re")) {
+                    if (fscanf(in, "%299s", text) != 1) *text = 0;
+                    fclose(in);
+                }
+                address = text;
+            }
+            MessageHead head;
+            std::string given;
+            if (!address.empty() && connect_to(peer, address)) {
+                send_message(peer, HELLO, launch.name());
+                if (receive_message(peer, head, given, seconds() + START) && head.kind == HELLO &&
+                    given.size() >= unique_id.size()) {
+                    std::copy_n(given.begin(), unique_id.size(), unique_id.begin());
+                    peer.name = given.substr(unique_id.size());
+                    break;
+                }
+                close(peer.fd), peer.fd = -1, peer.received.clear();
+            }
+            if (seconds() > until)
+                fail("ranks: expected rank 0 at %s within %.0f s, found nobody; see to the network, or set MASTER_ADDR",
+                     address.empty() ? file : address, START);
+            usleep(200000);
+        }
+        peers.push_back(std::move(peer));
+    }
+    static bool connect_to(Peer& peer, const std::string& address) {
+        size_t colon = address.rfind(':');
+        addrinfo hints{}, *found = nullptr;
+        hints.ai_socktype = SOCK_STREAM;
+        if (getaddrinfo(address.substr(0, colon).c_str(), address.substr(colon + 1).c_str(), &hints, &found) != 0)
+            return false;
+        for (addrinfo* a = found; a && peer.fd < 0; a = a->ai_next) {
+            int fd = socket(a->ai_family, a->ai_socktype | SOCK_CLOEXEC, a->ai_protocol), on = 1;
+            if (fd < 0) continue;
+            setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+            if (connect(fd, a->ai_addr, a->ai_addrlen) == 0) peer.fd = fd;
+            else close(fd);
+        }
+        freeaddrinfo(found);
+        return peer.fd >= 0;
+    }
+
+    void watch() {
+        double now = seconds(), beat = 0;
+        for (Peer& peer : peers) peer.heard = now;
+        while (!stop) {
+            std::vector<pollfd> polled;
+            for (Peer& peer : peers) polled.push_back({peer.left ? -1 : peer.fd, POLLIN, 0});
+            poll(polled.data(), nfds_t(polled.size()), 100);
+            double before = std::exchange(now, seconds());
+            if (now - before > silence / 2)  // it is we who were stopped
+                for (Peer& peer : peers) peer.heard = now;
+            for (size_t i = 0; i < peers.size() && !stop; i++)
+                if (!peers[i].left) attend(peers[i], polled[i].revents != 0, now);
+            if (now - beat < silence / 10) continue;
+            beat = now;
+            for (Peer& peer : peers) send_message(peer, ALIVE, "");
+        }
+    }
+
+    void attend(Peer& peer, bool readable, double now) {
+        bool open = !readable || read_bytes(peer);
+        MessageHead head;
+        std::string text;
+        try {
+            while (take_message(peer, head, text)) {
+                if (head.kind == GOODBYE) peer.left = true;
+                if (head.kind == ERROR || head.kind == DEATH)
+                    end_with(launch.rank == 0 || head.kind == DEATH ? text : "", ERROR, text, true);
+            }
+        } catch (const Error&) {
+            open = false;
+        }
+        if (peer.left || stop) return;
+        if (!open && launch.rank != 0) rank_0_gone = true;
+        if (failing) return;  // we know why
+        if (open && now - peer.heard < silence) return;
+        std::string how = open ? format("has given no sign of life for %.0f s", silence) : "has died";
+        text = format("rank %d (%s) %s; all ranks end, and -y goes on from the last whole checkpoint", peer.rank,
+                      peer.name, how);
+        end_with(text, DEATH, text, true);
+    }
+
+    // Prints why, once, tells the others where this is rank 0, and ends the process if asked to.
+    void end_with(const std::string& ours, Kind kind, const std::string& for_others, bool exit_now) {
+        if (ended.exchange(true)) {
+            if (exit_now) stop = true;
+            return;
+        }
+        // Before the others know: when the first of them ends, a launcher may end us.
+        if (!ours.empty())
+            fprintf(stderr, "%s%s\n", exit_now ? format("rank %d: ", launch.rank).c_str() : "", ours.c_str());
+        if (launch.rank == 0)
+            for (Peer& peer : peers) send_message(peer, kind, for_others);
+        if (launch.rank == 0) usleep(200000);  // the others read before our end becomes theirs
+        if (exit_now) _exit(1);
+    }
+
+    void close_all(bool by_error) {
+        if (!by_error)
+            for (Peer& peer : peers) send_message(peer, GOODBYE, "");
+        stop = true;
+        if (thread.joinable()) thread.join();
+        for (Peer& peer : peers) close(peer.fd);
+    }
+};
+
+// Of a build that has one rank.
+struct NoCommunicator {
+    struct UniqueId {
+        explicit UniqueId(bool) {}
+    };
+    NoCommunicator(const Launch&, const UniqueId&) {}
+    void gather(const void*, void*, size_t) {}
+};
+
+// What the ranks of a run tell each other beside tensors: a few bytes of each, to all. Alone, all of it is a copy.
+class Ranks {
+public:
+    // all: the bytes of each rank, in rank order
+    using Gather = std::function<void(const void* mine, void* all, size_t bytes)>;
+
+    Ranks() = default;
+    Ranks(const Launch& launch, Gather gather) : launch(launch), gather_bytes(std::move(gather)) {}
+
+    explicit operator bool() const { return launch.ranks > 0; }  // started by a launcher, be it as one
+    int rank() const { return launch.rank; }
+    int count() const { return std::max(1, launch.ranks); }
+
+    template <class T>
+    std::vector<T> gather(const T& mine) const {
+        std::vector<T> all(size_t(count()), mine);
+        if (gather_bytes) gather_bytes(&mine, all.data(), sizeof mine);
+        return all;
+    }
+    void broadcast(void* data, size_t bytes) const {  // rank 0's
+        if (!gather_bytes) return;
+        std::vector<char> all(bytes * size_t(count()));
+        gather_bytes(data, all.data(), bytes);
+        std::copy_n(all.begin(), bytes, static_cast<char*>(data));
+    }
+    bool all(bool mine) const {
+        bool every = true;
+        for (char c : gather(char(mine))) every = every && c;
+        return every;
+    }
+    void barrier() const { all(true); }
+    double sum(double mine) const {  // in rank order
+        double total = 0;
+        for (double x : gather(mine)) total += x;
+        return total;
+    }
+
+private:
+    Launch launch;
+    Gather gather_bytes;
+};
+
+// The ranks of a run, held together: by the lifeline, by what carries tensors, by MPI where this build has it.
+template <class Trainer>
+struct RankSession {
+    Launch launch;
+#ifdef KEEL_MPI
+    std::unique_ptr<MpiSession> mpi;
+#endif
+    std::unique_ptr<Lifeline> lifeline;
+    std::unique_ptr<typename Trainer::Communicator> communicator;  // null: alone
+
+    void start() {
+        if (launch.ranks == 0) return;
+        if (!Trainer::ranks_by) {
+            if (launch.ranks > 1)
+                fail("%s: this build has one rank, found %d started; install %s and build again, or start one",
+                     launch.launcher, launch.ranks, Trainer::ranks_needs);
+            launch = {};
+            return;
+        }
+        using UniqueId = typename Trainer::Communicator::UniqueId;
+        std::function<void(std::string&)> exchange;
+#ifdef KEEL_MPI
+        if (MpiSession::offered() || std::string(Trainer::ranks_by) == "MPI") {
+            mpi = std::make_unique<MpiSession>(launch);
+            exchange = [](std::string& address) {
+                char text[300] = "";
+                snprintf(text, sizeof text, "%s", address.c_str());
+                check_mpi(MPI_Bcast(text, sizeof text, MPI_CHAR, 0, MPI_COMM_WORLD), "MPI_Bcast");
+                address = text;
+            };
+        }
+#endif
+        UniqueId id(launch.rank == 0);
+        lifeline = std::make_unique<Lifeline>(launch, exchange, std::span(reinterpret_cast<char*>(&id), sizeof id));
+        communicator = std::make_unique<typename Trainer::Communicator>(launch, id);
+    }
+    Ranks ranks() const {
+        if (!communicator) return {};
+        return {launch,
+                [c = communicator.get()](const void* mine, void* all, size_t bytes) { c->gather(mine, all, bytes); }};
+    }
+};

@@ -1,0 +1,572 @@
+// keel/run.h: a run from its command line to its last checkpoint, for any trainer.
+#pragma once
+
+#include <future>
+#include <optional>
+
+#include "divergence.h"
+#include "evaluate.h"
+#include "sample.h"
+
+// SIGTERM, SIGINT and SIGUSR1 ask a run to finish its step, write a checkpoint and end with 0: a scheduler can take the
+// machine back. A second one ends it at once. Two within 50 ms are one: some programs send it to a process and to its
+// group.
+class StopSignals {
+public:
+    // To the end of the process: one that comes when the run has just ended must not turn its exit status.
+    static void watch() {
+        struct sigaction action = {};
+        action.sa_handler = handle;
+        action.sa_flags = SA_RESTART;
+        for (int number : {SIGTERM, SIGINT, SIGUSR1}) sigaction(number, &action, nullptr);
+    }
+    static bool asked() { return first_at != 0; }
+
+private:
+    static inline std::atomic<int64_t> first_at = 0;  // nanoseconds; 0: none has come
+
+    static void handle(int number) {
+        timespec now;
+        clock_gettime(CLOCK_MONOTONIC, &now);
+        int64_t at = int64_t(now.tv_sec) * 1000000000 + now.tv_nsec, first = 0;
+        if (first_at.compare_exchange_strong(first, at) || at - first < 50000000) return;
+        signal(number, SIG_DFL);
+        raise(number);
+    }
+};
+
+// Seconds since the process was started, to the kernel's clock tick of 10 ms; 0 where the kernel does not say.
+inline double seconds_since_launch() {
+    FILE* file = fopen("/proc/self/stat", "re");
+    if (!file) return 0;
+    char text[2048] = {};
+    size_t got = fread(text, 1, sizeof text - 1, file);
+    fclose(file);
+    const char* field = got ? strrchr(text, ')') : nullptr;  // the program's name, field 2, may hold spaces
+    for (int i = 2; field && i < 22; i++) field = strchr(field + 1, ' ');
+    timespec now;
+    if (!field || clock_gettime(CLOCK_BOOTTIME, &now) != 0) return 0;
+    return std::max(0.0, double(now.tv_sec) + double(now.tv_nsec) * 1e-9 - atof(field) / double(sysconf(_SC_CLK_TCK)));
+}
+
+// From the process's start to the end of the first step, and where the time went.
+class StartClock {
+public:
+    StartClock() : last(seconds()) { add("program", seconds_since_launch()); }
+    void mark(const char* name) {
+        double now = seconds();
+        add(name, now - last);
+        last = now;
+    }
+    void print() const { ::print("start-up   %.2f s to the end of the first step: %s\n", total, text); }
+
+private:
+    double last, total = 0;
+    std::string text;
+    void add(const char* name, double time) {
+        total += time;
+        text += format("%s%s %.2f", text.empty() ? "" : ", ", name, time);
+    }
+};
+
+inline void print_run(const RunConfig& run, const ParameterLayout& layout, const DataSplit& data) {
+    print_model(run, layout);
+    if (const HopPrograms& p = data.programs; p.hops)
+        print(
+            "data       %s: programs without end, %d variables, %d queries of 1 to %d lookups; %d whole ones of %d "
+            "characters a sequence\n",
+            data.train.pattern, p.variables(), p.queries(), p.hops, (run.T + 1) / p.length(), p.length());
+    else
+        print("data       %s: %s tokens to train on, %s to validate on\n", data.train.pattern,
+              count_text(double(data.train_count)), count_text(double(data.val_count)));
+    if (run.ranks > 0) print("ranks      %d, -z %d\n", run.ranks, run.zero);
+    print(
+        "training   %lld steps of %lld tokens (%s%d x %d x %d), peak LR %g, warm-up %lld, weight decay %g, clip %g, "
+        "seed %llu\n",
+        run.steps, run.total_batch, run.ranks > 1 ? format("%d x ", run.ranks) : "", run.accumulation(), run.B, run.T,
+        run.lr, run.warmup, run.weight_decay, run.clip, run.seed);
+}
+
+// While an error ends a rank, nothing may wait for ever: what a device still has to do may wait for ranks that are
+// gone.
+struct EndByAlarm {
+    const bool armed;
+    const int exceptions = std::uncaught_exceptions();
+    explicit EndByAlarm(bool armed) : armed(armed) {}
+    ~EndByAlarm() {
+        if (armed && std::uncaught_exceptions() > exceptions) signal(SIGALRM, SIG_DFL), alarm(20);
+    }
+};
+
+// One run: what it starts from, what it takes, its steps. run() goes through the functions below it in their order.
+template <IsTrainer Trainer>
+class Run {
+    using Real = typename Trainer::Real;
+
+public:
+    Run(const Options& o, RankSession<Trainer>& session) : o(o), session(session) {}
+
+    int run() {
+        start_ranks();
+        clock.mark("device");
+        if (!o.check.empty()) return check_debug_state<Trainer>(o);
+        if (!o.dump.empty()) check_dump_target(o.dump);
+        find_start();
+        if (init && o.has("--prompt") && !o.has("--train") && !o.has("--out") && !o.has("--steps") && o.dump.empty()) {
+            if (ranks.count() > 1) fail("--prompt: expected one rank to sample on, found %d; start one", ranks.count());
+            return run_sampling<Trainer>(o, *init);
+        }
+        resolve();
+        plan_memory();
+        clock.mark("data");
+        load();
+        clock.mark("weights");
+        double data_entropy = unigram_entropy.get();
+        clock.mark("tokens");
+        train_data.emplace(data->loader(config, true)), val_data.emplace(data->loader(config, false));
+        if (!o.ablate.empty()) return run_ablation(o, *trainer, *val_data);
+        if (!o.dump.empty()) return dump_debug_state(o, *trainer, *train_data);
+        open_logs(data_entropy);
+        open_checkpoints();
+        StopSignals::watch();
+        print_machine();
+        clock.mark("folder, rate");
+        train();
+        return 0;
+    }
+
+private:
+    // ----- Before anything is written
+
+    bool first_rank() const { return ranks.rank() == 0; }
+    bool alone() const { return !o.check.empty() || !o.dump.empty() || !o.ablate.empty(); }  // what one rank does
+    bool wants_checkpoints() const {
+        return !o.out.empty() && o.dump.empty() && o.ablate.empty() && o.checkpoint_every > 0;
+    }
+
+    void start_ranks() {
+        for (const char* flag : {"--tune", "--moments", "--grads"})
+            if (Trainer::on_host && o.has(flag)) fail("%s: is for the GPU trainer, train_keel; leave it out", flag);
+        Trainer::require_machine();
+        session.start();
+        ranks = session.ranks();
+        if (o.zero > 0 && !ranks)
+            fail("-z: expected 0, found %lld; this run has one rank, and ZeRO shards over several", o.zero);
+        if (ranks && o.probe > 0 && !Trainer::probes_ranks)
+            fail("--probe: expected a run started alone, found one started by %s; leave it out, or use train_keel_cpu",
+                 session.launch.launcher);
+        if (ranks.count() > 1 && alone())
+            fail("--dump, --check and --ablate: expected one rank, found %d; start one", ranks.count());
+    }
+
+    // The file of -e, or the newest checkpoint of -o.
+    void find_start() {
+        if (!o.out.empty() && o.dump.empty()) {
+            if (first_rank())  // the model of an ablation may be in it
+                check_output_folder(o.out, o.resume || !o.ablate.empty());
+            if (first_rank() && std::filesystem::is_directory(o.out)) lock = FolderLock(o.out);
+            if (o.resume) resume_from = newest_states(o.out, ranks);
+            if (first_rank() && o.resume && !resume_from) check_fresh_resume(o.out);
+        }
+        if (!o.init.empty()) init = std::make_unique<FileReader>(o.init, FILE_MODEL);
+        if (resume_from) init = std::make_unique<FileReader>(resume_from.path(0), FILE_STATE);
+        if (resume_from) check_same_build(init->header, real_type<Real>, Trainer::branch_bf16);
+    }
+
+    void resolve() {
+        data = std::make_unique<DataSplit>(o);
+        if (int hops = resume_from ? init->header.word[H_HOPS] : data->programs.hops; hops != data->programs.hops) {
+            auto kind = [](int k) { return k ? format("hops:%d", k) : std::string("files"); };
+            fail("-i: expected %s as in the checkpoint, found %s; give the same data", kind(hops),
+                 kind(data->programs.hops));
+        }
+        config = resolve_run(o, init ? &init->header : nullptr, data->natural_vocabulary(), data->natural_seq_len(),
+                             !alone() && ranks ? ranks.count() : 0, ranks.rank());
+        Trainer::check_model(config.model);
+        if (Trainer::on_host && (config.types.moments_bf16 || config.types.grads_bf16))
+            fail(
+                "-y: expected a checkpoint with FP32 moments and gradients, found BF16 ones; resume with "
+                "train_keel_fp32, or start from its model by -e");
+        if (!o.ablate.empty() && o.ablate != "all") parse_integer("--ablate", o.ablate, 0, config.model.L - 1);
+        if (o.ablate.empty() || data->programs.hops) data->check_lengths(config);
+        read_all_tokens();
+        if ((config.val_every > 0 || !o.ablate.empty()) && o.dump.empty()) data->check_validation(config);
+        auto same_count = [&](const char* flag, const char* what, HeaderWord word, size_t found) {
+            if (size_t expected = size_t(init->header.template get<int64_t>(word)); expected != found)
+                fail("%s: expected the %zu %s tokens of the checkpoint, found %zu; give the same data", flag, expected,
+                     what, found);
+        };
+        if (resume_from) same_count("-i", "training", H_TRAIN_TOKENS, data->train_count);
+        if (resume_from && config.val_every > 0) same_count("-j", "validation", H_VAL_TOKENS, data->val_count);
+        if (o.sample_every > 0) prompt_tokens(o.prompt, o.has("--prompt"), config.model.V);
+        // Nothing is worse to find than ranks that train on different data or models.
+        FileHeader same = state_header(real_type<Real>, Trainer::branch_bf16, config, config.zero, *data);
+        same.word[H_RANK] = 0;
+        std::vector<uint32_t> sums = ranks.gather(crc32(&same, sizeof same));
+        for (size_t r = 0; r < sums.size(); r++)
+            if (sums[r] != sums[0])
+                fail(
+                    "ranks: expected the same flags, files and data on all, found others on rank %zu than on rank 0; "
+                    "start all alike",
+                    r);
+    }
+
+    // Looks at every token beside what the device does until the first step; the answer is waited for before anything
+    // is written.
+    void read_all_tokens() {
+        auto look = [data = data.get(), V = config.model.V] {
+            data->check_tokens(V);
+            return data->unigram_entropy(V);
+        };
+        try {
+            unigram_entropy = std::async(std::launch::async, look);
+        } catch (const std::system_error&) {  // no more threads
+            unigram_entropy = std::async(std::launch::deferred, look);
+        }
+    }
+
+    // Plans, shows and compares with what there is, before any of it is taken.
+    void plan_memory() {
+        const ModelConfig& model = config.model;
+        MemoryRow beside = Trainer::memory_beside(config, o);
+        size_t available = Trainer::available_memory();
+        if (ranks && Trainer::on_host && session.launch.local_ranks > 1)  // they share the machine's
+            available /= size_t(session.launch.local_ranks);
+        for (size_t others : ranks.gather(available)) available = std::min(available, others);  // all choose the same
+        Trainer::choose_memory_plan(config, available > beside.bytes ? available - beside.bytes : 0);
+        if (!o.dump.empty())
+            require_memory(debug_state_bytes<Real>(model, config.B, config.T), available_memory(),
+                           "a smaller -b, -t or -L");
+        std::vector<MemoryRow> memory = Trainer::memory_rows(config);
+        memory.push_back(beside);
+        if (wants_checkpoints()) {
+            std::string fault = space_fault(o.out, checkpoint_bytes(model, real_type<Real>));
+            if (!fault.empty()) fail("%s", fault);
+        }
+        size_t host_left = ::available_memory();
+        size_t snapshot =
+            CheckpointWriter<Trainer>::snapshot_count(ParameterLayout(model, config.ranks), ranks) * sizeof(Real);
+        if (wants_checkpoints()) {
+            size_t with_thread = snapshot + (size_t(8) << 20);  // the stack of the thread that writes
+            if (Trainer::on_host) host_left -= std::min(host_left, total_bytes(memory));
+            in_background = with_thread <= host_left || ranks;
+            if (in_background && Trainer::on_host) memory.push_back({"snapshot for checkpoints", with_thread});
+        }
+        print_run(config, ParameterLayout(model), *data);
+        print("memory     needs %s of %s, micro-batch %d, recompute %s:\n", bytes_text(double(total_bytes(memory))),
+              bytes_text(double(available)), config.B, config.recompute.name());
+        print_memory_table(memory);
+        if (wants_checkpoints()) print_checkpoint_memory(snapshot, host_left);
+        fflush(stdout);
+    }
+
+    void print_checkpoint_memory(size_t snapshot, size_t host_left) {
+        if (!in_background)
+            print(
+                "note       a snapshot of %s does not fit into the %s of memory left: training waits while a "
+                "checkpoint is written\n",
+                bytes_text(double(snapshot)), bytes_text(double(host_left)));
+        else if (!Trainer::on_host)
+            print("  %-38s %12s\n", "snapshot for checkpoints, on the host", bytes_text(double(snapshot)));
+        size_t disk = (size_t(o.keep) + 1) * checkpoint_bytes(config.model, real_type<Real>);
+        if (o.keep > 0 && o.keep < 1000 && free_space(o.out) < disk)
+            print("note       %s is free in %s, and --keep %lld checkpoints with the next beside them take %s\n",
+                  bytes_text(double(free_space(o.out))), o.out, o.keep, bytes_text(double(disk)));
+    }
+
+    // ----- Trainer, logs, checkpoints
+
+    void load() {
+        trainer.emplace(config, session.communicator.get());
+        unwinding.emplace(bool(ranks));
+        clock.mark("memory");
+        if (resume_from) load_states(*trainer, resume_from);
+        else if (init) load_parameters(*trainer, *init), init->finish();
+        else trainer->initialise(uint64_t(config.seed));
+        if (!resume_from) return;
+        step = newest = init->header.template get<int64_t>(H_STEP);
+        print("resuming   %s%s\n", resume_from.path(0),
+              resume_from.ranks > 1 || ranks.count() > 1 ? format(", of %d ranks", resume_from.ranks) : "");
+        if (int32_t stored = init->header.word[H_B]; stored != config.B && !o.batch)
+            print("note       the checkpoint's micro-batch of %d does not fit %d ranks and -d %lld: taking %d\n",
+                  stored, ranks.count(), config.total_batch, config.B);
+    }
+
+    void open_logs(double data_entropy) {
+        divergence.emplace(config.steps, config.warmup, data_entropy);
+        if (resume_from)  // the detector takes up where the log of a resumed run ends
+            read_csv_rows(o.out + "/log.csv", step, [&](int64_t row_step, const std::string& line) {
+                divergence->add(row_step, atof(line.c_str() + std::min(line.size(), line.find(',') + 1)));
+            });
+        if (!o.out.empty() && first_rank()) {
+            create_output_folder(o.out);
+            if (!lock) {  // the folder is new, or was a moment ago
+                lock = FolderLock(o.out);
+                check_output_folder(o.out, o.resume && resume_from);
+            }
+            remove_unfinished_files(o.out);
+            remove_incomplete_states(o.out, step);
+            int64_t kept = resume_from ? step : -1;
+            log = std::make_unique<CsvLog>(o.out + "/log.csv",
+                                           "step,loss,val_loss,lr,grad_norm,ms,tokens_per_second,mfu", kept);
+            if (o.probe > 0) probe_log = std::make_unique<ProbeLog>(o.out, kept);
+            if (data->programs.hops)
+                hops_log = std::make_unique<CsvLog>(o.out + "/hops.csv", HopAccuracy::COLUMNS, kept);
+        } else if (o.probe > 0) {
+            probe_log = std::make_unique<ProbeLog>();
+        }
+        ranks.barrier();  // the folder is there
+        if (!o.out.empty() && access(o.out.c_str(), W_OK) != 0)
+            fail(
+                "-o: expected the folder %s of rank 0 on all ranks, found none that can be written (%s); give one "
+                "that all share",
+                o.out, errno_text());
+    }
+
+    void open_checkpoints() {
+        // A run that was killed between a checkpoint's two files has the state, and the model is in it.
+        bool no_model = resume_from && log && !std::filesystem::exists(model_path(o.out, step));
+        if (wants_checkpoints()) {
+            std::vector<CsvLog*> logs;
+            if (first_rank()) logs.push_back(log.get());
+            if (first_rank() && probe_log) logs.push_back(&probe_log->sublayers), logs.push_back(&probe_log->weights);
+            if (hops_log) logs.push_back(hops_log.get());
+            checkpoints =
+                std::make_unique<CheckpointWriter<Trainer>>(*trainer, *data, o.out, o.keep, in_background, logs, ranks);
+            if (ranks && !ranks.all(!no_model)) checkpoints->write_model(step);
+        }
+        if (!ranks && no_model) write_model(model_path(o.out, step), *trainer, step);
+    }
+
+    void print_machine() {
+        rate = first_rank() ? trainer->matrix_rate() : 1;  // the others print nothing
+        print("machine    %s, %.0f GFLOP/s in matrix products\n", trainer->machine_name(), rate * 1e-9);
+        if (!init)
+            print("note       the first loss is not ln V = %.2f: the tied head sees each input token's own embedding\n",
+                  std::log(double(config.model.V)));
+    }
+
+    // ----- Steps
+
+    bool stop_asked() const { return ranks ? told_to_stop : StopSignals::asked(); }
+    bool due_at(int64_t s, int64_t every) const { return every > 0 && (s % every == 0 || s == config.steps); }
+    bool due(int64_t every) const { return due_at(step, every); }
+    bool probing(int64_t s) const { return o.probe > 0 && s % o.probe == 0; }
+    // Nothing but the next step comes after this one: the trainer can have that before this one's result is known.
+    bool goes_straight_on(int64_t s) const {
+        return !overdue && !due_at(s, config.val_every) && !(checkpoints && due_at(s, o.checkpoint_every)) &&
+               !due_at(s, o.sample_every) && !probing(s) && !probing(s + 1);
+    }
+
+    void train() {
+        if (step >= config.steps && resume_from)
+            print("the run has its %lld steps; -x with a larger number goes on\n", config.steps);
+        if (config.steps == 0) {
+            validation_due();
+            checkpoint();
+            sample_due();
+        }
+        started = step;
+        static_assert(Trainer::steps_in_flight <= 2);
+        while (started > step || (step < config.steps && !stop_asked())) {
+            start_steps();
+            if (started > step) finish_step();
+            else if (data_error) end_without_data();
+            else break;
+        }
+        if (stop_asked() && step < config.steps) {
+            if (step > 0) checkpoint();
+            print("stopping   after step %lld, as a signal asked\n", step);
+        }
+        if (checkpoints) checkpoints->wait();
+        if (trainer->run.skipped > 0)
+            print("skipped    %lld of %lld steps, whose loss or gradient was not finite\n", trainer->run.skipped, step);
+    }
+
+    // Gives the trainer the next step, and the one after it where nothing comes between.
+    void start_steps() {
+        while (!data_error && started < config.steps && !stop_asked() &&
+               (started == step || (started < step + Trainer::steps_in_flight && goes_straight_on(started)))) {
+            began[size_t(started % 2)] = seconds();
+            try {
+                unsigned flags = (StopSignals::asked() ? STOP_ASKED : 0u) | (checkpoints ? checkpoints->flags() : 0u);
+                trainer->start(*train_data, started + 1, probing(started + 1) ? probe_log.get() : nullptr, flags);
+                started++;
+            } catch (const DataError&) {  // the steps in flight have theirs
+                data_error = std::current_exception();
+            }
+        }
+    }
+
+    [[noreturn]] void end_without_data() {
+        if (step > 0) checkpoint();
+        if (checkpoints) checkpoints->wait();
+        std::rethrow_exception(data_error);
+    }
+
+    // The oldest step that was started, and all that is due after it.
+    void finish_step() {
+        StepResult result;
+        try {
+            result = trainer->finish();
+        } catch (const DataError&) {  // of any rank: it and the steps after it have updated nothing
+            data_error = std::current_exception(), started = step;
+            return;
+        }
+        told_to_stop = result.any & STOP_ASKED;
+        double now = seconds(), elapsed = now - std::max(ended, began[size_t(step % 2)]);
+        ended = now, step++;
+        bool skipped = !std::isfinite(result.loss) || !std::isfinite(result.norm);
+        trainer->run.skipped += skipped;
+        trainer->run.skipped_in_row = skipped ? trainer->run.skipped_in_row + 1 : 0;
+        if (!skipped) known_good = newest;
+        spent += elapsed, steps_here++;
+        if (steps_here == 1) clock.mark("first step"), clock.print();
+        if (steps_here == 1 && ranks) print("network    %zu bytes sent by rank 0 in a step\n", trainer->step_bytes);
+        report(result, elapsed, skipped);
+        if (trainer->run.skipped_in_row >= o.max_skips) end_after_skips(result);
+        if (std::string kind = divergence->add(step, result.loss); !kind.empty()) warn_of_divergence(kind);
+        if (checkpoints) checkpoints->poll(result.all);
+        // While steps are skipped the parameters stay those of the last checkpoint or go bad: only the run's end is
+        // worth one.
+        if ((overdue || due(o.checkpoint_every)) && (!skipped || step == config.steps)) checkpoint();
+        sample_due();
+    }
+
+    void report(const StepResult& result, double elapsed, bool skipped) {
+        double tokens_per_second = double(config.total_batch) / elapsed, lr = learning_rate(config, step);
+        double mfu = flops_per_token(config.model, config.T) * tokens_per_second / rate;
+        print(
+            "step %lld/%lld | loss %.4f | grad norm %.3g | lr %.2e | %.0f ms | %.0f tokens/s | %.0f %% of matrix rate "
+            "| %s left\n",
+            step, config.steps, result.loss, result.norm, lr, elapsed * 1e3, tokens_per_second, 100 * mfu,
+            duration_text(spent / double(steps_here) * double(config.steps - step)));
+        if (skipped)
+            print(
+                "skipped    step %lld, whose loss or gradient is not finite: nothing is updated; %lld in a row, %lld "
+                "in all\n",
+                step, trainer->run.skipped_in_row, trainer->run.skipped);
+        std::string val_loss = validation_due();
+        if (log)
+            log->row(format("%lld,%s,%s,%.9g,%s,%.3f,%.1f,%.4f", step, number_text(result.loss), val_loss, lr,
+                            number_text(result.norm), elapsed * 1e3, tokens_per_second, mfu));
+    }
+
+    std::string validation_due() {  // the loss as text, empty where none is measured
+        if (!due(config.val_every)) return "";
+        if (ranks) trainer->gather_weights();
+        HopAccuracy hops(data->programs);
+        double val_loss = validate(*trainer, *val_data, config, ranks, data->programs.hops ? &hops : nullptr);
+        print("validation | loss %.4f | perplexity %.3f\n", val_loss, std::exp(val_loss));
+        if (data->programs.hops) hops.print();
+        if (hops_log) hops.write(*hops_log, step);
+        return number_text(val_loss);
+    }
+
+    // Where the disk has no room for a checkpoint, training goes on and the next step tries again; the run's end may
+    // not.
+    void checkpoint() {
+        if (!checkpoints || newest == step) return;
+        std::string fault = space_fault(o.out, checkpoint_bytes(config.model, real_type<Real>));
+        if (ranks.all(fault.empty())) fault = "";
+        else if (fault.empty()) fault = "disk: expected more space, found less on another rank";
+        if (!fault.empty() && (step >= config.steps || stop_asked())) fail("step %lld: %s", step, fault);
+        if (!fault.empty() && !overdue && first_rank())
+            warn(format("the checkpoint of step %lld is put off: %s", step, fault));
+        overdue = !fault.empty();
+        if (!overdue) checkpoints->write(step), newest = step;
+    }
+
+    void sample_due() {
+        if (ranks && due(o.sample_every)) trainer->gather_weights();
+        if (due(o.sample_every) && !stop_asked() && first_rank())
+            print_sample(*trainer, o, config.T, uint64_t(config.seed), step);
+        fflush(stdout);
+    }
+
+    [[noreturn]] void end_after_skips(const StepResult& result) {
+        if (checkpoints) checkpoints->wait();
+        if (known_good < 0 || !std::filesystem::exists(state_path(o.out, known_good))) known_good = newest;
+        std::string advice = "there is no checkpoint: start again with a smaller -l";
+        if (checkpoints && newest >= 0)
+            advice = format("the last good checkpoint is %s: %sgo on from it by -y with a smaller -l",
+                            state_path(o.out, known_good), known_good < newest ? "remove the newer ones and " : "");
+        fail(
+            "step %lld: expected a finite loss and gradient norm, found %g and %g, the last of %lld skipped in a row "
+            "(--max-skips); %s",
+            step, result.loss, result.norm, trainer->run.skipped_in_row, advice);
+    }
+
+    void warn_of_divergence(const std::string& kind) {
+        warn(kind);
+        if (!o.stop_on_divergence) return;
+        if (checkpoints) checkpoints->wait();
+        fail(
+            "step %lld: expected a loss that goes down, found it diverged (--stop-on-divergence); use a smaller -l or "
+            "a longer -u",
+            step);
+    }
+    static void warn(const std::string& text) {
+        fflush(stdout);
+        fprintf(stderr, "warning: %s\n", text.c_str());
+    }
+
+    // ----- In the order in which they are made, the reverse of that in which they end.
+    const Options& o;
+    RankSession<Trainer>& session;
+    StartClock clock;
+    Ranks ranks;
+    StateFiles resume_from;
+    FolderLock lock;
+    std::unique_ptr<FileReader> init;  // null: a new model
+    std::unique_ptr<DataSplit> data;
+    RunConfig config;
+    std::future<double> unigram_entropy;
+    bool in_background = false;  // checkpoints are written by a thread
+    std::optional<Trainer> trainer;
+    std::optional<EndByAlarm> unwinding;
+    std::optional<Loader> train_data, val_data;
+    std::optional<DivergenceDetector> divergence;
+    std::unique_ptr<CsvLog> log, hops_log;
+    std::unique_ptr<ProbeLog> probe_log;
+    std::unique_ptr<CheckpointWriter<Trainer>> checkpoints;
+
+    double rate = 1;                       // of matrix products, operations a second
+    int64_t step = 0, started = 0;         // steps done; given to the trainer, the last of them in flight
+    std::array<double, 2> began{};         // when the steps in flight were started, seconds
+    double spent = 0, ended = 0;           // seconds in steps; when the last one ended
+    int64_t steps_here = 0;                // steps done by this process
+    int64_t newest = -1, known_good = -1;  // steps of checkpoints: the last; one from which a finite step was made
+    bool overdue = false;                  // a checkpoint for which the disk had no room
+    bool told_to_stop = false;             // of several ranks: what a step has told all of them
+    std::exception_ptr data_error;
+};
+
+// The program: what a user can mend is one line on stderr and exit status 1.
+template <IsTrainer Trainer>
+int trainer_main(int argc, char** argv) {
+    setvbuf(stdout, nullptr, _IOLBF, 0);
+    std::string program = std::filesystem::path(argv[0]).filename().string(), text;
+    RankSession<Trainer> session;
+    try {
+        session.launch = Launch::from_environment();
+        if (session.launch.rank > 0 && !freopen("/dev/null", "w", stdout)) {}  // rank 0 speaks for all
+        const Options o = parse_command_line(argc, argv);
+        if (!o.help) return Run<Trainer>(o, session).run();
+        fputs(help_text(argv[0], Trainer::ranks_by
+                                     ? format("one rank or many, by %s", Trainer::ranks_by)
+                                     : format("one rank, as %s was not there when it was built", Trainer::ranks_needs))
+                  .c_str(),
+              stdout);
+        return 0;
+    } catch (const Error& e) {
+        text = e.what();
+    } catch (const std::bad_alloc&) {
+        text = "out of memory; use a smaller -b, -t, -C or -L, or -r layer";
+    }
+    fflush(stdout);
+    if (session.lifeline) session.lifeline->fail_all(program, text);
+    else if (session.launch.rank == 0) fprintf(stderr, "%s: %s\n", program.c_str(), text.c_str());
+    if (session.launch.ranks > 1) _exit(1);  // nothing is left that may wait for the others
+    return 1;
+}

@@ -1,0 +1,99 @@
+// keel/sample.h: text from a model.
+#pragma once
+
+#include "checkpoint.h"
+
+// Sampling
+
+// One token from logits (V): the likeliest for temperature 0, else from softmax(logits / temperature) over the top_k
+// likeliest (0: over all; of equals the lower token counts as likelier). uniform in [0, 1).
+template <class Real>
+int sample_token(const Real* logits, int V, double temperature, int top_k, double uniform) {
+    std::vector<int> order(static_cast<size_t>(V));
+    for (int v = 0; v < V; v++) order[size_t(v)] = v;
+    auto likelier = [&](int a, int b) { return logits[a] > logits[b] || (logits[a] == logits[b] && a < b); };
+    if (temperature == 0) return *std::min_element(order.begin(), order.end(), likelier);
+    if (top_k > 0 && top_k < V) {
+        std::nth_element(order.begin(), order.begin() + top_k - 1, order.end(), likelier);
+        order.resize(size_t(top_k));
+        std::sort(order.begin(), order.end());
+    }
+    double largest = -INFINITY, sum = 0;
+    for (int v : order) largest = std::max(largest, double(logits[v]));
+    std::vector<double> p;
+    for (int v : order) p.push_back(std::exp((double(logits[v]) - largest) / temperature)), sum += p.back();
+    double left = uniform * sum;
+    for (size_t i = 0; i < p.size(); i++)
+        if ((left -= p[i]) < 0) return order[i];
+    return order[size_t(std::max_element(p.begin(), p.end()) - p.begin())];
+}
+
+// The prompt as tokens: bytes where V = 256, else ids separated by commas.
+inline std::vector<int> prompt_tokens(const std::string& prompt, bool given, int V) {
+    std::vector<int> tokens;
+    if (V == 256) {
+        for (unsigned char c : prompt) tokens.push_back(c);
+        return tokens;
+    }
+    if (!given) return {V - 1};  // GPT-2's <|endoftext|> is its last token
+    for (size_t at = 0; at <= prompt.size();) {
+        size_t comma = std::min(prompt.find(',', at), prompt.size());
+        tokens.push_back(int(parse_integer("--prompt", prompt.substr(at, comma - at), 0, V - 1)));
+        at = comma + 1;
+    }
+    return tokens;
+}
+
+inline void print_token(int token, int V) {
+    if (V != 256) print("%d ", token);
+    else putchar(token == '\n' || token == '\t' || token >= 32 ? token : '.');
+}
+
+// Prints the prompt and count more tokens. When the window is full, the second half of the text goes on in a new one.
+template <IsTrainer Trainer>
+void print_sample(Trainer& trainer, const Options& o, int window, uint64_t seed, int64_t step) {
+    int V = trainer.run.model.V;
+    std::vector<int> text = prompt_tokens(o.prompt, o.has("--prompt"), V);
+    typename Trainer::Generator generator(trainer, window);
+    print("--- sample%s\n", step > 0 ? format(" at step %lld", step) : "");
+    for (int token : text) print_token(token, V);
+    size_t fed = text.size() > size_t(window) ? text.size() - size_t(window) : 0;
+    for (int64_t i = 0; i < o.sample_tokens; i++) {
+        if (generator.size() + int(text.size() - fed) > window) {
+            generator.clear();
+            fed = text.size() - size_t(std::max(1, window / 2));
+        }
+        const auto* logits = generator.feed(text.data() + fed, int(text.size() - fed));
+        fed = text.size();
+        Philox draw = philox(seed, uint32_t(i), uint32_t(step), uint32_t(uint64_t(step) >> 32), STREAM_SAMPLE);
+        text.push_back(sample_token(logits, V, o.temperature, int(o.top_k), draw.word[0] * 0x1p-32));
+        print_token(text.back(), V);
+        fflush(stdout);
+    }
+    print("\n---\n");
+}
+
+inline void print_model(const RunConfig& run, const ParameterLayout& layout) {
+    const ModelConfig& m = run.model;
+    print("model      %s, L %d sub-layers, C %d, H %d, T %d, V %d", placements[m.norm].name, m.L, m.C, m.H, run.T, m.V);
+    if (placements[m.norm].alpha) print(", alpha %g", double(m.alpha));
+    print("; %s parameters; %s\n", count_text(double(layout.count)), placements[m.norm].source);
+}
+
+// Sampling alone: -e model.bin --prompt TEXT
+template <IsTrainer Trainer>
+int run_sampling(const Options& o, FileReader& file) {
+    RunConfig run = resolve_run(o, &file.header, 0);
+    Trainer::check_model(run.model);
+    prompt_tokens(o.prompt, true, run.model.V);
+    require_memory(Trainer::sampling_bytes(run.model, run.T), Trainer::available_memory(),
+                   "a smaller -t or a larger machine");
+    RunConfig least = run;  // nothing is trained: the least memory for activations
+    least.B = least.T = 1, least.total_batch = 1, least.recompute = {1}, least.recompute_chosen = true;
+    Trainer trainer(least, nullptr);
+    load_parameters(trainer, file);
+    file.finish();
+    print_model(run, trainer.layout());
+    print_sample(trainer, o, run.T, run.seed, file.header.get<int64_t>(H_STEP));
+    return 0;
+}

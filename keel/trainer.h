@@ -1,0 +1,126 @@
+// keel/trainer.h: what a run asks of a trainer, as a concept. train_keel_cpu.cpp and train_keel.cu each have one.
+#pragma once
+
+#include <concepts>
+
+#include "memory.h"
+#include "probe.h"
+#include "ranks.h"
+
+// Mean loss over the step's tokens, and norm of the gradient before it is clipped. Where either is not finite, nothing
+// has been updated and the gradients are zero for the next step. A DataError from its start, too, has left parameters
+// and moments alone.
+struct StepResult {
+    double loss, norm;
+    unsigned any = 0, all = 0;  // the RankFlags that any of the ranks, and that all of them, gave to the step
+};
+
+// What a rank tells the others with each step's numbers, so that all act on it at the same step.
+enum RankFlag : unsigned {
+    STOP_ASKED = 1,     // by a signal
+    DATA_LOST = 2,      // its part of the batch could not be read: the step updates nothing
+    STATE_WRITTEN = 4,  // its file of a checkpoint's states is on the disk
+    MODEL_WRITTEN = 8,  // and the checkpoint's model
+};
+
+// What ranks add up, in rank order, at the end of a step.
+struct StepShare {
+    double loss_sum = 0, grad_squares = 0;  // over its targets; over the gradients that it owns
+    uint64_t flags = 0;
+};
+
+// After a step with DATA_LOST: the same DataError on all ranks, that of the first whose data could not be read. mine:
+// "" where they could.
+template <class Communicator>
+[[noreturn]] void throw_lost_data(Communicator& communicator, const RunConfig& run, const std::string& mine) {
+    struct { char text[512]; } ours{};
+    if (!mine.empty()) snprintf(ours.text, sizeof ours.text, "rank %d: %s", run.rank, mine.c_str());
+    std::vector<decltype(ours)> all(size_t(run.ranks));
+    communicator.gather(&ours, all.data(), sizeof ours);
+    size_t first = 0;
+    while (first + 1 < all.size() && !*all[first].text) first++;
+    throw DataError(all[first].text);
+}
+
+// The three arrays over the parameters that a training state holds, in this order; a model holds the first.
+enum Section { PARAMETERS, FIRST_MOMENTS, SECOND_MOMENTS, SECTIONS };
+
+// What carries bytes between the ranks of a run; constructed in each of them.
+template <class C>
+concept IsCommunicator = requires(C c, const Launch& launch, const void* mine, void* all, size_t bytes) {
+    typename C::UniqueId;  // bytes of rank 0's that all need: made by a UniqueId(true), empty as a UniqueId(false)
+    requires std::constructible_from<C, const Launch&, const typename C::UniqueId&>;
+    c.gather(mine, all, bytes);  // all (ranks, bytes) from mine (bytes) of each
+};
+
+// The first part can be asked before a Trainer is made. What a user can mend throws an Error.
+//
+// A Trainer(run, communicator) then uses the run's model, B, T, recompute, ranks and the optimizer's settings; its
+// parameters are not yet set, its moments zero. communicator: null alone.
+template <class T>
+concept IsTrainer =
+    IsCommunicator<typename T::Communicator> &&
+    requires(RunConfig& run, const ModelConfig& c, const Options& o, size_t available, int window) {
+        typename T::Real;       // of its files and debug states
+        typename T::HostArray;  // HostArray(n): n Reals at data() in the host's memory, to which save() is fast
+        { T::branch_bf16 } -> std::convertible_to<bool>;  // header word H_BRANCH_BF16
+        { T::on_host } -> std::convertible_to<bool>;      // available_memory is the host's; it refuses the GPU's flags
+        { T::steps_in_flight } -> std::convertible_to<int>;   // steps that may have been started and not finished
+        { T::ranks_by } -> std::convertible_to<const char*>;  // what ranks talk by; null where this build has one rank,
+        { T::ranks_needs } -> std::convertible_to<const char*>;  // which this would change
+        { T::probes_ranks } -> std::convertible_to<bool>;        // --probe works on several ranks
+        T::require_machine();                                    // throws where there is nothing to compute on
+        T::check_model(c);                                       // throws where this build cannot run the shape
+        { T::available_memory() } -> std::same_as<size_t>;       // bytes of the memory that the three below count
+        T::choose_memory_plan(run, available);  // fills in B and recompute where still open; throws where nothing fits
+        { T::memory_rows(run) } -> std::same_as<std::vector<MemoryRow>>;  // what a Trainer of this run takes
+        // What else it takes, with its name for the table: samples and probe, or the debug states of --dump (one) and
+        // --check (two) where they lie in that memory. B may still be 0.
+        { T::memory_beside(run, o) } -> std::same_as<MemoryRow>;
+        {
+            T::sampling_bytes(c, window)
+        } -> std::same_as<size_t>;  // a Trainer of B = T = 1, recompute 1, and its Generator
+    } &&
+    requires(T t, Section section, const ShardRange& range, size_t n, typename T::Real* out, const typename T::Real* in,
+             const Loader& data, int64_t step, ProbeLog* probe, unsigned flags, const int* tokens, int* predictions,
+             int l, DebugState<typename T::Real>& debug) {
+        requires std::constructible_from<T, const RunConfig&, typename T::Communicator*>;
+        { t.run } -> std::same_as<RunConfig&>;  // the constructor's; the run counts its skipped steps here
+        { t.layout() } -> std::same_as<const ParameterLayout&>;
+
+        // Parameters and moments, in and out. Both walk the layout's owned() ranges of this rank: n elements from the
+        // first-th of a range on. loaded() and saved() follow when all have been asked for; of several ranks, each
+        // calls the first. save_model, too, is called by all: rank 0 gets all parameters in their order.
+        t.initialise(uint64_t());  // of a seed
+        t.load(section, range, n, n, in);
+        t.loaded();
+        t.save(section, range, n, n, out);
+        t.save_model(out);
+        t.saved();
+        t.gather_weights();  // of several ranks, by each: what evaluate and a Generator read is whole
+
+        // Sum of the losses of b <= B sequences, (b,T). predictions, if given, gets the likeliest token after each,
+        // (b,T); of equals the lower.
+        { t.evaluate(tokens, tokens, l, predictions) } -> std::same_as<double>;
+        t.ablate(l);  // evaluate leaves out the branch of sub-layer l: F_l = 0, z_l = alpha_l x_l; -1: of none
+
+        // One step: start gives it to the trainer, finish waits for the oldest one started and not yet finished. Steps
+        // come in order, and what comes between two of them finds none in flight. probe: null where the step is not
+        // probed. flags: RankFlags of this rank. Of several ranks, finish throws a DataError on all where one's data
+        // could not be read.
+        t.start(data, step, probe, flags);
+        { t.finish() } -> std::same_as<StepResult>;
+        { t.step_bytes } -> std::convertible_to<size_t>;  // of several ranks: sent by this one in the first step
+
+        t.debug_pass(debug, l, l);                    // of B sequences of T: fills what s.tokens and s.targets lead to
+        { t.matrix_rate() } -> std::same_as<double>;  // operations a second of a large matrix product, measured
+        { t.machine_name() } -> std::same_as<std::string>;
+
+        // Feeds tokens and keeps what attention needs of them; feed returns the logits (V) after the last, on the host.
+        requires std::constructible_from<typename T::Generator, T&, int>;
+        requires requires(typename T::Generator g) {
+            { g.feed(tokens, l) } -> std::same_as<const typename T::Real*>;
+            g.clear();
+            { g.size() } -> std::same_as<int>;  // tokens fed since the start or clear
+        };
+    };
