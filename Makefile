@@ -14,27 +14,27 @@ endif
 
 # Several ranks, where MPI is there; MPI=0 leaves it out. Programs that the sanitizers, valgrind and the fuzzers look at are built without.
 export MPI MPICC
-MPI_FLAGS     = $$(dev/mpi.sh compile)
-MPI_LIBRARIES = $$(dev/mpi.sh link)
-NCCL_ON_CPU   = $$(dev/mpi.sh compile on_cpu)
+MPI_FLAGS     = $$(dev/tools/mpi.sh compile)
+MPI_LIBRARIES = $$(dev/tools/mpi.sh link)
+NCCL_ON_CPU   = $$(dev/tools/mpi.sh compile on_cpu)
 # On GPUs tensors travel by NCCL, and MPI, where it is there, only starts the ranks. NCCL=0 leaves it out.
 export NCCL NCCL_HOME
-NCCL_FLAGS     = $$(dev/cuda.sh nccl compile) $$(dev/mpi.sh compile nvcc)
-NCCL_LIBRARIES = $$(dev/cuda.sh nccl link) $$(dev/mpi.sh link nvcc)
+NCCL_FLAGS     = $$(dev/tools/cuda.sh nccl compile) $$(dev/tools/mpi.sh compile nvcc)
+NCCL_LIBRARIES = $$(dev/tools/cuda.sh nccl link) $$(dev/tools/mpi.sh link nvcc)
 
 # The CUDA compiler, and code for the GPU that is here or else for sm_80, sm_90, sm_100 and, as PTX, for later ones.
 # --expt-relaxed-constexpr: kernels call the constexpr functions of keel_common.h, such as Philox.
 # -O is the host code's alone: the trainer's does little, and at -O1 g++ takes two thirds of the time.
 NVCC     ?= nvcc
 NVCCFLAGS ?= --threads 0
-CUDA      = $$(dev/cuda.sh nvcc) -std=c++20 $(NVCCFLAGS) --expt-relaxed-constexpr $$(dev/cuda.sh arch) \
+CUDA      = $$(dev/tools/cuda.sh nvcc) -std=c++20 $(NVCCFLAGS) --expt-relaxed-constexpr $$(dev/tools/cuda.sh arch) \
             -Xcompiler -Wall,-Wextra
 CUDA_TRAINER = $(CUDA) -O1 $(NCCL_FLAGS)
 # The tests and benchmarks have the CPU trainer in them, whose loops want -O3. -Wno-parentheses is for what nvcc makes
 # of it for g++.
 CUDA_TEST = $(CUDA) -Xcompiler -fopenmp,-march=$(MARCH),-Wno-psabi,-Wno-unknown-pragmas,-Wno-parentheses -O3 \
             -diag-suppress 1675 -I. -DKEEL_NO_MAIN
-CUDA_LIBRARIES = -lcublasLt $$(dev/cuda.sh rpath)
+CUDA_LIBRARIES = -lcublasLt $$(dev/tools/cuda.sh rpath)
 export NVCC
 
 # The GPU trainer built by a plain C++ compiler and run on the CPU: test/cuda_on_cpu has headers of the toolkit's names.
@@ -45,7 +45,7 @@ CUDA_ON_CPU = $(wildcard test/cuda_on_cpu/*.h)
 SANITIZE  = -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
 
 # What make card builds, for a machine that has a GPU for minutes and perhaps no compiler: for the GPU that is here or else
-# Hopper's, for CPUs of the last ten years, on one rank. Its kernels' code is not compressed: dev/card.py hashes it.
+# Hopper's, for CPUs of the last ten years, on one rank. Its kernels' code is not compressed: dev/card/card.py hashes it.
 CARD = build/card
 CARD_PROGRAMS = $(addprefix $(CARD)/,train_keel train_keel_fp32 train_keel_cpu train_keel_cpu_fp64 test_gpu_bf16 test_gpu_fp32 \
                                      bench_kernels bench_products)
@@ -73,8 +73,8 @@ help:
 	@echo "make fuzz                 libFuzzer on each parser and the command line, 60 s each, two at a time; FUZZ_SECONDS=600 for longer"
 	@echo "make card                 builds into build/card what dev/card.sh runs where the GPU is, all that one can show in minutes; BASELINE=REF: an older trainer too"
 	@echo "make rehearsal            dev/card.sh without a GPU: its kernels run on the CPU"
-	@echo "make idle                 how much of a step the GPU waits, and what each kernel takes, at 1024 sub-layers; dev/idle.sh FLAGS for another model"
-	@echo "make bench_gpu            whole steps on the GPU that is here: tokens/s and MFU beside PyTorch's at its best; dev/bench_gpu.sh --help"
+	@echo "make idle                 how much of a step the GPU waits, and what each kernel takes, at 1024 sub-layers; dev/bench/idle.sh FLAGS for another model"
+	@echo "make bench_gpu            whole steps on the GPU that is here: tokens/s and MFU beside PyTorch's at its best; dev/bench/bench_gpu.sh --help"
 	@echo "make memory_table         what a model takes of a GPU at each level of -r and type of states; MODEL='-L 1024 -C 1024 -t 1024' GIB=135"
 	@echo "make deep_run             1024 sub-layers of 1024 channels on the GPU that is here: keel and pre at two learning rates, then keel for the rest of 25 minutes"
 	@echo "make state_types          what --moments bf16 and --grads bf16 cost: loss curves beside FP32 states, three seeds, L = 64, on the GPU that is here"
@@ -85,8 +85,8 @@ help:
 	@echo "options: CXX=clang++  CXXFLAGS='-O3 -march=native'  CBLAS=1 (matrix products by OpenBLAS)  MPI=0 (one rank)  NCCL=0 (one GPU)  NVCC=/path/nvcc  PYTHON=/usr/bin/python3"
 
 # The recipe of every program, $(call program,PACKAGES,COMPILER AND FLAGS,LIBRARIES): $@ from $<, its first source.
-# It builds again also where this or what is found for it has changed; dev/compile.sh knows, and FORCE has make ask.
-program = +@dev/compile.sh $@ '$(filter-out FORCE,$?)' '$(1)' '$(subst ','\'',$(2) -o $@ $< $(3))'
+# It builds again also where this or what is found for it has changed; dev/tools/compile.sh knows, and FORCE has make ask.
+program = +@dev/tools/compile.sh $@ '$(filter-out FORCE,$?)' '$(1)' '$(subst ','\'',$(2) -o $@ $< $(3))'
 # $(call on_cpu,FLAGS,LIBRARIES,PACKAGES), what is needed beside ON_CPU's own
 on_cpu = $(call program,g++ libboost-context-dev $(3),$(CXX) $(ON_CPU) $(1),$(ON_CPU_LIBRARIES) $(2))
 FORCE:
@@ -96,7 +96,7 @@ FP64 = $(if $(findstring fp64,$@),-DKEEL_FP64)
 
 .PHONY: train
 train:
-	@trainer=$$(dev/cuda.sh trainer) && $(MAKE) --no-print-directory $$trainer && ./$$trainer
+	@trainer=$$(dev/tools/cuda.sh trainer) && $(MAKE) --no-print-directory $$trainer && ./$$trainer
 
 train_keel train_keel_fp32 $(CARD)/train_keel $(CARD)/train_keel_fp32: train_keel.cu keel_common.h FORCE
 	$(call program,nvcc,$(CUDA_TRAINER) $(FP32),$(NCCL_LIBRARIES) $(CUDA_LIBRARIES))
@@ -169,14 +169,14 @@ build/test_cuda_on_cpu: test/cuda_on_cpu/test_cuda_on_cpu.cpp $(CUDA_ON_CPU) FOR
 build/test_nccl: test/cuda_on_cpu/test_nccl.cpp $(CUDA_ON_CPU) FORCE
 	$(call on_cpu,-O1 $(MPI_FLAGS),$(MPI_LIBRARIES),libopenmpi-dev openmpi-bin)
 
-build/bench_kernels_on_cpu: dev/bench_kernels.cu dev/bench.h train_keel.cu train_keel_cpu.cpp keel_common.h \
+build/bench_kernels_on_cpu: dev/bench/bench_kernels.cu dev/bench/bench.h train_keel.cu train_keel_cpu.cpp keel_common.h \
                             $(CUDA_ON_CPU) FORCE
 	$(call on_cpu,-O1 -DKEEL_NO_MAIN)
 
-build/bench_products_on_cpu: dev/bench_products.cu dev/bench.h train_keel.cu keel_common.h $(CUDA_ON_CPU) FORCE
+build/bench_products_on_cpu: dev/bench/bench_products.cu dev/bench/bench.h train_keel.cu keel_common.h $(CUDA_ON_CPU) FORCE
 	$(call on_cpu,-O1 -DKEEL_NO_MAIN)
 
-build/memory_table: dev/memory_table.cu train_keel.cu keel_common.h $(CUDA_ON_CPU) FORCE
+build/memory_table: dev/bench/memory_table.cu train_keel.cu keel_common.h $(CUDA_ON_CPU) FORCE
 	$(call on_cpu,-O1 -DKEEL_NO_MAIN)
 
 # Another compiler's reading of the same source and headers.
@@ -188,21 +188,21 @@ build/train_keel_clang_on_cpu: train_keel.cu keel_common.h $(CUDA_ON_CPU) FORCE
 build/test_gpu_bf16 build/test_gpu_fp32 $(CARD)/test_gpu_bf16 $(CARD)/test_gpu_fp32: $(GPU_TEST) FORCE
 	$(call program,nvcc g++ doctest-dev,$(CUDA_TEST) $(FP32),$(CUDA_LIBRARIES))
 
-build/bench_kernels $(CARD)/bench_kernels: dev/bench_kernels.cu dev/bench.h train_keel.cu train_keel_cpu.cpp keel_common.h FORCE
+build/bench_kernels $(CARD)/bench_kernels: dev/bench/bench_kernels.cu dev/bench/bench.h train_keel.cu train_keel_cpu.cpp keel_common.h FORCE
 	$(call program,nvcc,$(CUDA_TEST),$(CUDA_LIBRARIES))
 
-build/bench_products $(CARD)/bench_products: dev/bench_products.cu dev/bench.h train_keel.cu keel_common.h FORCE
+build/bench_products $(CARD)/bench_products: dev/bench/bench_products.cu dev/bench/bench.h train_keel.cu keel_common.h FORCE
 	$(call program,nvcc,$(CUDA_TEST),$(CUDA_LIBRARIES))
 
 # Loaded into train_keel by the driver, it records when each kernel runs; the other stands in for CUPTI in its test.
 CUPTI = $(CXX) -std=c++20 -O2 -Wall -Wextra -fPIC -shared
-build/cupti_idle.so $(CARD)/cupti_idle.so: dev/cupti_idle.cpp FORCE
-	$(call program,cupti,$(CUPTI) -fvisibility=hidden,$$(dev/cuda.sh cupti))
+build/cupti_idle.so $(CARD)/cupti_idle.so: dev/bench/cupti_idle.cpp FORCE
+	$(call program,cupti,$(CUPTI) -fvisibility=hidden,$$(dev/tools/cuda.sh cupti))
 
 build/fake_cupti.so: test/fake_cupti.cpp FORCE
-	$(call program,cupti,$(CUPTI) -fvisibility=default,$$(dev/cuda.sh cupti))
+	$(call program,cupti,$(CUPTI) -fvisibility=default,$$(dev/tools/cuda.sh cupti))
 
-build/bench_matmul: dev/bench_matmul.cpp train_keel_cpu.cpp keel_common.h FORCE
+build/bench_matmul: dev/bench/bench_matmul.cpp train_keel_cpu.cpp keel_common.h FORCE
 	$(call program,g++,$(CXX) $(FLAGS) -I. -DKEEL_NO_MAIN,-ldl)
 
 TEST_PROGRAMS = train_keel_cpu train_keel_cpu_fp64 build/test_cpu_fp32 build/test_cpu_fp64 build/test_run build/test_ranks build/test_faults build/crash_test build/crash_shim.so build/train_keel_on_cpu \
@@ -211,10 +211,10 @@ TEST_PROGRAMS = train_keel_cpu train_keel_cpu_fp64 build/test_cpu_fp32 build/tes
 
 .PHONY: test
 test:
-	@dev/need.sh g++ doctest-dev libboost-context-dev
-	@[ "$(MPI)" = 0 ] || [ "$$(dev/mpi.sh compile)" ] || dev/need.sh libopenmpi-dev openmpi-bin || true
-	@$(MAKE) --no-print-directory -j2 $(TEST_PROGRAMS) rehearsal_programs $$([ -z "$$(dev/mpi.sh compile)" ] || echo build/test_nccl)
-	@if [ "$(LONG)" ] && dev/need.sh $(CLANG_PACKAGES) valgrind; then $(MAKE) --no-print-directory -j2 $(SANITIZED) $(FUZZERS); fi
+	@dev/tools/need.sh g++ doctest-dev libboost-context-dev
+	@[ "$(MPI)" = 0 ] || [ "$$(dev/tools/mpi.sh compile)" ] || dev/tools/need.sh libopenmpi-dev openmpi-bin || true
+	@$(MAKE) --no-print-directory -j2 $(TEST_PROGRAMS) rehearsal_programs $$([ -z "$$(dev/tools/mpi.sh compile)" ] || echo build/test_nccl)
+	@if [ "$(LONG)" ] && dev/tools/need.sh $(CLANG_PACKAGES) valgrind; then $(MAKE) --no-print-directory -j2 $(SANITIZED) $(FUZZERS); fi
 	@test/run.sh
 
 .PHONY: test_gpu
@@ -237,12 +237,12 @@ fuzz: $(FUZZERS)
 
 .PHONY: compare
 compare:
-	@dev/compare.sh
+	@test/compare.sh
 
 .PHONY: card card_programs
 card_programs: $(CARD_PROGRAMS)
 card: card_programs
-	@dev/cuda.sh cupti >/dev/null && $(MAKE) --no-print-directory $(CARD)/cupti_idle.so || echo "idle time will not be measured"
+	@dev/tools/cuda.sh cupti >/dev/null && $(MAKE) --no-print-directory $(CARD)/cupti_idle.so || echo "idle time will not be measured"
 	@dev/card.sh --pack --baseline '$(BASELINE)'
 
 # The programs under the card's names; and what is measured by CUPTI, where that is here.
@@ -250,7 +250,7 @@ REHEARSED = train_keel_cpu train_keel_cpu_fp64 build/train_keel_on_cpu build/tra
             build/test_gpu_fp32_on_cpu build/bench_kernels_on_cpu build/bench_products_on_cpu
 .PHONY: rehearsal rehearsal_programs
 rehearsal_programs: $(REHEARSED)
-	@dev/cuda.sh cupti >/dev/null && $(MAKE) --no-print-directory build/cupti_idle.so build/fake_cupti.so || true
+	@dev/tools/cuda.sh cupti >/dev/null && $(MAKE) --no-print-directory build/cupti_idle.so build/fake_cupti.so || true
 	@dev/card.sh --pack --rehearse
 rehearsal: rehearsal_programs
 	@dev/card.sh --rehearse --seconds 900
@@ -263,37 +263,37 @@ memory_table: build/memory_table
 
 .PHONY: deep_run
 deep_run:
-	@dev/deep_run.sh
+	@dev/experiments/deep_run.sh
 
 .PHONY: state_types
 state_types: train_keel
-	@dev/state_types.py
+	@dev/experiments/state_types.py
 
 .PHONY: idle
 idle:
-	@dev/idle.sh
+	@dev/bench/idle.sh
 
 .PHONY: bench_gpu
 bench_gpu:
-	@dev/bench_gpu.sh
+	@dev/bench/bench_gpu.sh
 
 .PHONY: ptxas
 ptxas:
-	@dev/ptxas.sh
+	@dev/tools/ptxas.sh
 
 .PHONY: bench_cpu
 bench_cpu: train_keel_cpu
-	-@dev/need.sh libopenblas-dev
-	@dev/bench_cpu.sh
+	-@dev/tools/need.sh libopenblas-dev
+	@dev/bench/bench_cpu.sh
 
 # The lesson: what is finished in build/experiments is not run again. RESULTS=dev/results/lesson builds the page from the committed tables, in seconds.
-LESSON_PYTHON = dev/find_python.sh torch numpy matplotlib plotly
+LESSON_PYTHON = dev/tools/find_python.sh torch numpy matplotlib plotly
 LESSON_PACKAGES = python3-torch python3-numpy python3-matplotlib python3-plotly
 .PHONY: lesson
 lesson: $(if $(RESULTS),,train_keel_cpu)
-	@$(LESSON_PYTHON) >/dev/null 2>&1 || dev/need.sh $(LESSON_PACKAGES)
+	@$(LESSON_PYTHON) >/dev/null 2>&1 || dev/tools/need.sh $(LESSON_PACKAGES)
 ifeq ($(RESULTS),)
-	-@dev/need.sh libopenblas0-pthread
+	-@dev/tools/need.sh libopenblas0-pthread
 	@$$($(LESSON_PYTHON)) dev/experiments/run.py all
 	@$$($(LESSON_PYTHON)) dev/experiments/lesson.py --results build/experiments/small --out build/lesson.html
 else
@@ -302,12 +302,12 @@ endif
 
 .PHONY: figures
 figures:
-	@dev/find_python.sh numpy matplotlib >/dev/null 2>&1 || dev/need.sh python3-matplotlib
-	$$(dev/find_python.sh numpy matplotlib) dev/experiments/run.py all --draw --results dev/results/lesson
+	@dev/tools/find_python.sh numpy matplotlib >/dev/null 2>&1 || dev/tools/need.sh python3-matplotlib
+	$$(dev/tools/find_python.sh numpy matplotlib) dev/experiments/run.py all --draw --results dev/results/lesson
 
 .PHONY: dumps
 dumps:
-	$$(dev/find_python.sh torch numpy) dev/reference/make_dumps.py
+	$$(dev/tools/find_python.sh torch numpy) dev/reference/make_dumps.py
 
 .PHONY: clean
 clean:
