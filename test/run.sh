@@ -56,6 +56,7 @@ for i in "${!beside[@]}"; do
     echo $? $((SECONDS - start)) >"$logs/$i.status"
 done &
 
+suite dev/tools/format.sh --check
 suite test/test_build.sh
 suite build/test_run
 suite build/test_faults

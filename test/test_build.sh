@@ -143,7 +143,7 @@ builds "after one that failed" train_keel_cpu CXXFLAGS=-O1
 sleep 0.1
 touch "$tree/train_keel.cu"
 builds "a newer source" train_keel CXXFLAGS=-O1
-check "make alone lists the targets" 1 "$(env -i PATH="$PATH" make -C "$tree" | grep -c '^make train ')"
+check "make alone lists the targets" 1 "$(env -i PATH="$PATH" make -C "$tree" | grep -c '^  make train ')"
 
 # dev/tools/need.sh on machines where the doctest header is missing: needs NAME USER-ID APT-GET STATUS WORDS, all at once, for
 # some wait. apt-get is a line of bash; sudo is never run; only an installation that goes on takes more than 15 s.
