@@ -83,7 +83,7 @@ GPU
   make train_keel           the trainer for an NVIDIA GPU: branches in BF16, highway in FP32
   make train_keel_fp32      the same all in FP32, for comparing
   make test_gpu             the tests of the GPU trainer, on the GPU that is here
-  make card                 builds into build/card what dev/card.sh runs beside a GPU; BASELINE=REF: an older trainer too
+  make card                 what dev/card.sh runs beside a GPU, into build/card; BASELINE=REF: an older trainer too
   make rehearsal            dev/card.sh without a GPU: its kernels run on the CPU
   make bench_gpu            whole steps beside PyTorch's at its best: tokens/s and MFU; dev/bench/bench_gpu.sh --help
   make idle                 how much of a step the GPU waits, and what each kernel takes; dev/bench/idle.sh FLAGS

@@ -1,6 +1,7 @@
 #!/bin/bash
-# What dev/tools/cuda.sh says on machines of every kind, by stand-ins for nvidia-smi and nvcc; what train_keel says without a
-# GPU; what make builds again; and what dev/tools/need.sh does where something is missing.
+# What dev/tools/cuda.sh says on machines of every kind, by stand-ins for nvidia-smi and nvcc; what train_keel says
+# without a GPU; what make builds again; what dev/tools/need.sh does where something is missing; the READMEs' lists of
+# files; the script of the deepest model.
 cd "$(dirname "$0")/.." || exit 1
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
@@ -184,6 +185,22 @@ done
 asked=$(grep -o "^install.*doctest-dev" "$folder/need/a slow network/asked")
 check "a slow network is waited for" "$install" "apt-get $asked"
 check "apt-get is not run for others than root" no "$([ -e "$folder/need/not root/asked" ] && echo yes || echo no)"
+
+# The README of a folder names each of its files, by itself or by a folder, and nothing that is not there.
+for at in dev dev/cluster test; do
+    found=$(
+        cd "$at" || exit 1
+        named=$(sed -n 's/^| `\([^` ]*[./][^` ]*\).*/\1/p' README.md)
+        for name in $named; do [ -e "$name" ] || echo "named, not there: $name"; done
+        find . -type f -not -path '*/__pycache__/*' -not -path ./README.md -printf '%P\n' | while IFS= read -r file; do
+            for name in $named; do
+                [ "$file" = "$name" ] || [[ $name == */ && $file == "$name"* ]] && continue 2
+            done
+            echo "there, not named: $file"
+        done
+    )
+    check "the files of $at and its README" "" "$found"
+done
 
 # The script of the deepest model, on the CPU trainer and a small one: a curve for each of its five runs.
 head -c 300000 keel_common.h train_keel.cu train_keel_cpu.cpp >"$folder/text"
