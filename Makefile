@@ -1,10 +1,12 @@
 # KEEL trainer. `make` alone lists the targets.
 
 CXX      ?= g++
-# No -ffast-math: the order of every sum is the source's. -fno-math-errno only lets square roots be vectorised, -fno-trapping-math comparisons, and with them exponential().
+# No -ffast-math: the order of every sum is the source's. -fno-math-errno only lets square roots be vectorised,
+# -fno-trapping-math comparisons, and with them exponential().
 MARCH     = native
 CXXFLAGS ?= -O3 -march=$(MARCH)
-FLAGS     = -std=c++20 $(CXXFLAGS) -fno-math-errno -fno-trapping-math -fopenmp -Wall -Wextra -Wno-psabi -Wno-unknown-pragmas
+FLAGS     = -std=c++20 $(CXXFLAGS) -fno-math-errno -fno-trapping-math -fopenmp -Wall -Wextra -Wno-psabi \
+            -Wno-unknown-pragmas
 
 # CBLAS=1 takes the matrix products from OpenBLAS instead: the ceiling that our own is measured against.
 ifeq ($(CBLAS),1)
@@ -12,43 +14,49 @@ FLAGS    += -DKEEL_CBLAS
 LIBRARIES = -lopenblas
 endif
 
-# Several ranks, where MPI is there; MPI=0 leaves it out. Programs that the sanitizers, valgrind and the fuzzers look at are built without.
+# Several ranks, where MPI is there; MPI=0 leaves it out. Programs that the sanitizers, valgrind and the fuzzers look at
+# are built without.
 export MPI MPICC
-MPI_FLAGS     = $$(dev/mpi.sh compile)
-MPI_LIBRARIES = $$(dev/mpi.sh link)
-NCCL_ON_CPU   = $$(dev/mpi.sh compile on_cpu)
+MPI_FLAGS     = $$(dev/tools/mpi.sh compile)
+MPI_LIBRARIES = $$(dev/tools/mpi.sh link)
+NCCL_ON_CPU   = $$(dev/tools/mpi.sh compile on_cpu)
 # On GPUs tensors travel by NCCL, and MPI, where it is there, only starts the ranks. NCCL=0 leaves it out.
 export NCCL NCCL_HOME
-NCCL_FLAGS     = $$(dev/cuda.sh nccl compile) $$(dev/mpi.sh compile nvcc)
-NCCL_LIBRARIES = $$(dev/cuda.sh nccl link) $$(dev/mpi.sh link nvcc)
+NCCL_FLAGS     = $$(dev/tools/cuda.sh nccl compile) $$(dev/tools/mpi.sh compile nvcc)
+NCCL_LIBRARIES = $$(dev/tools/cuda.sh nccl link) $$(dev/tools/mpi.sh link nvcc)
 
 # The CUDA compiler, and code for the GPU that is here or else for sm_80, sm_90, sm_100 and, as PTX, for later ones.
 # --expt-relaxed-constexpr: kernels call the constexpr functions of keel_common.h, such as Philox.
 # -O is the host code's alone: the trainer's does little, and at -O1 g++ takes two thirds of the time.
 NVCC     ?= nvcc
 NVCCFLAGS ?= --threads 0
-CUDA      = $$(dev/cuda.sh nvcc) -std=c++20 $(NVCCFLAGS) --expt-relaxed-constexpr $$(dev/cuda.sh arch) \
+CUDA      = $$(dev/tools/cuda.sh nvcc) -std=c++20 $(NVCCFLAGS) --expt-relaxed-constexpr $$(dev/tools/cuda.sh arch) \
             -Xcompiler -Wall,-Wextra
 CUDA_TRAINER = $(CUDA) -O1 $(NCCL_FLAGS)
 # The tests and benchmarks have the CPU trainer in them, whose loops want -O3. -Wno-parentheses is for what nvcc makes
 # of it for g++.
 CUDA_TEST = $(CUDA) -Xcompiler -fopenmp,-march=$(MARCH),-Wno-psabi,-Wno-unknown-pragmas,-Wno-parentheses -O3 \
             -diag-suppress 1675 -I. -DKEEL_NO_MAIN
-CUDA_LIBRARIES = -lcublasLt $$(dev/cuda.sh rpath)
+CUDA_LIBRARIES = -lcublasLt $$(dev/tools/cuda.sh rpath)
 export NVCC
 
 # The GPU trainer built by a plain C++ compiler and run on the CPU: test/cuda_on_cpu has headers of the toolkit's names.
-# Names of kernels come from the symbol table, hence -rdynamic. Kernels read memory as vectors and as bits, hence -fno-strict-aliasing.
+# Names of kernels come from the symbol table, hence -rdynamic. Kernels read memory as vectors and as bits, hence
+# -fno-strict-aliasing.
 ON_CPU    = $(FLAGS) -fno-strict-aliasing -rdynamic -Itest/cuda_on_cpu -I. -x c++
 ON_CPU_LIBRARIES = -x none -lboost_context -pthread -ldl
 CUDA_ON_CPU = $(wildcard test/cuda_on_cpu/*.h)
 SANITIZE  = -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
 
-# What make card builds, for a machine that has a GPU for minutes and perhaps no compiler: for the GPU that is here or else
-# Hopper's, for CPUs of the last ten years, on one rank. Its kernels' code is not compressed: dev/card.py hashes it.
+# What every trainer, test and benchmark includes.
+HEADERS   = keel_common.h $(wildcard keel/*.h)
+
+# What make card builds, for a machine that has a GPU for minutes and perhaps no compiler: for the GPU that is here or
+# else Hopper's, for CPUs of the last ten years, on one rank. Its kernels' code is not compressed: dev/card/card.py
+# hashes it.
 CARD = build/card
-CARD_PROGRAMS = $(addprefix $(CARD)/,train_keel train_keel_fp32 train_keel_cpu train_keel_cpu_fp64 test_gpu_bf16 test_gpu_fp32 \
-                                     bench_kernels bench_products)
+CARD_PROGRAMS = $(addprefix $(CARD)/,train_keel train_keel_fp32 train_keel_cpu train_keel_cpu_fp64 \
+                                     test_gpu_bf16 test_gpu_fp32 bench_kernels bench_products)
 $(CARD)/%: MARCH = x86-64-v3
 $(CARD)/%: NVCCFLAGS = --no-compress
 $(CARD)/%: CUDA_LIBRARIES += -Xlinker -rpath,/usr/local/cuda/lib64
@@ -56,37 +64,51 @@ $(CARD)/%: export MPI = 0
 $(CARD)/%: export NCCL = 0
 $(CARD)/%: export ARCH = 90
 
+define HELP
+learn
+  make train                trains the default model on the trainer's own sources, a minute or two, and samples from it
+  make lesson               trains seven placements, 11 minutes on 2 cores: build/lesson.html, why Post-LN dies
+                            RESULTS=dev/results/lesson: the page from the committed tables, in seconds
+  make train_keel_cpu       the trainer for the CPU, FP32
+  make train_keel_cpu_fp64  the same in FP64, the yardstick for gradients
+check
+  make test                 builds and runs all tests; fetches what they need where it can; LONG=1: sanitize, fuzz too
+  make test_cpu             the CPU trainer's tests, built fast, seconds after an edit; T='Post-LN*' runs those so named
+  make compare              CPU against GPU, tensor by tensor, both ways; without a GPU its kernels run on the CPU
+  make crash_test           kills the CPU trainer 210 times, cuts its power, fills its disk, flips bits in its files
+  make sanitize             the CPU trainer's tests under ASan, UBSan and TSan, and a run under valgrind's memcheck
+  make fuzz                 libFuzzer on each parser and the command line, 60 s each; FUZZ_SECONDS=600 for longer
+  make bench_cpu            training speed and matrix products beside PyTorch and OpenBLAS
+GPU
+  make train_keel           the trainer for an NVIDIA GPU: branches in BF16, highway in FP32
+  make train_keel_fp32      the same all in FP32, for comparing
+  make test_gpu             the tests of the GPU trainer, on the GPU that is here
+  make card                 what dev/card.sh runs beside a GPU, into build/card; BASELINE=REF: an older trainer too
+  make rehearsal            dev/card.sh without a GPU: its kernels run on the CPU
+  make bench_gpu            whole steps beside PyTorch's at its best: tokens/s and MFU; dev/bench/bench_gpu.sh --help
+  make idle                 how much of a step the GPU waits, and what each kernel takes; dev/bench/idle.sh FLAGS
+  make memory_table         what a model takes of a GPU at each level of -r; MODEL='-L 1024 -C 1024 -t 1024' GIB=135
+  make ptxas                registers, shared memory and spills of each kernel for sm_80, sm_90 and sm_100
+  make deep_run             1024 sub-layers of 1024 channels, 25 minutes: keel and pre at two learning rates
+  make state_types          what --moments bf16 and --grads bf16 cost: loss curves beside FP32 states, three seeds
+maintain
+  make format               formats all C++ and CUDA; make check_format only looks
+  make dumps                writes the reference dumps of test/dumps again, with PyTorch
+  make figures              draws the figures of dev/results/lesson again, from the tables beside them
+  make clean                removes what was built
+options
+  CXX=clang++  CXXFLAGS='-O3 -march=native'  CBLAS=1 (matrix products by OpenBLAS)  MPI=0 (one rank)  NCCL=0 (one GPU)
+  NVCC=/path/nvcc  PYTHON=/usr/bin/python3
+endef
+
 .PHONY: help
 help:
-	@echo "make train                trains the default model on the trainer's own sources, a minute or two, and samples from it"
-	@echo "make test                 builds and runs all tests; fetches what they need where it can. LONG=1 adds make sanitize and make fuzz"
-	@echo "make train_keel           the trainer for an NVIDIA GPU: branches in BF16, highway in FP32"
-	@echo "make train_keel_fp32      the same all in FP32, for comparing"
-	@echo "make train_keel_cpu       the trainer for the CPU, FP32"
-	@echo "make train_keel_cpu_fp64  the same in FP64, the yardstick for gradients"
-	@echo "make lesson               trains seven placements here, some 11 minutes on 2 cores, and writes build/lesson.html: why Post-LN dies, measured"
-	@echo "make figures              draws the figures of dev/results/lesson again, from the tables beside them"
-	@echo "make compare              CPU against GPU, tensor by tensor, both ways; without a GPU its kernels run on the CPU"
-	@echo "make test_gpu             the tests of the GPU trainer, on the GPU that is here"
-	@echo "make crash_test           kills the CPU trainer 210 times, cuts its power, fills its disk, flips bits in its files: each run must end as if nothing had been"
-	@echo "make sanitize             the CPU trainer's tests under ASan, UBSan and TSan, and a short run under valgrind's memcheck"
-	@echo "make fuzz                 libFuzzer on each parser and the command line, 60 s each, two at a time; FUZZ_SECONDS=600 for longer"
-	@echo "make card                 builds into build/card what dev/card.sh runs where the GPU is, all that one can show in minutes; BASELINE=REF: an older trainer too"
-	@echo "make rehearsal            dev/card.sh without a GPU: its kernels run on the CPU"
-	@echo "make idle                 how much of a step the GPU waits, and what each kernel takes, at 1024 sub-layers; dev/idle.sh FLAGS for another model"
-	@echo "make bench_gpu            whole steps on the GPU that is here: tokens/s and MFU beside PyTorch's at its best; dev/bench_gpu.sh --help"
-	@echo "make memory_table         what a model takes of a GPU at each level of -r and type of states; MODEL='-L 1024 -C 1024 -t 1024' GIB=135"
-	@echo "make deep_run             1024 sub-layers of 1024 channels on the GPU that is here: keel and pre at two learning rates, then keel for the rest of 25 minutes"
-	@echo "make state_types          what --moments bf16 and --grads bf16 cost: loss curves beside FP32 states, three seeds, L = 64, on the GPU that is here"
-	@echo "make ptxas                registers, shared memory and spills of each kernel for sm_80, sm_90 and sm_100"
-	@echo "make bench_cpu            training speed and matrix products beside PyTorch and OpenBLAS"
-	@echo "make dumps                writes the reference dumps of test/dumps again, with PyTorch"
-	@echo "make clean                removes what was built"
-	@echo "options: CXX=clang++  CXXFLAGS='-O3 -march=native'  CBLAS=1 (matrix products by OpenBLAS)  MPI=0 (one rank)  NCCL=0 (one GPU)  NVCC=/path/nvcc  PYTHON=/usr/bin/python3"
+	$(info $(HELP))
+	@:
 
 # The recipe of every program, $(call program,PACKAGES,COMPILER AND FLAGS,LIBRARIES): $@ from $<, its first source.
-# It builds again also where this or what is found for it has changed; dev/compile.sh knows, and FORCE has make ask.
-program = +@dev/compile.sh $@ '$(filter-out FORCE,$?)' '$(1)' '$(subst ','\'',$(2) -o $@ $< $(3))'
+# It builds again also where this or what is found for it has changed: dev/tools/compile.sh knows, FORCE has make ask.
+program = +@dev/tools/compile.sh $@ '$(filter-out FORCE,$?)' '$(1)' '$(subst ','\'',$(2) -o $@ $< $(3))'
 # $(call on_cpu,FLAGS,LIBRARIES,PACKAGES), what is needed beside ON_CPU's own
 on_cpu = $(call program,g++ libboost-context-dev $(3),$(CXX) $(ON_CPU) $(1),$(ON_CPU_LIBRARIES) $(2))
 FORCE:
@@ -96,65 +118,72 @@ FP64 = $(if $(findstring fp64,$@),-DKEEL_FP64)
 
 .PHONY: train
 train:
-	@trainer=$$(dev/cuda.sh trainer) && $(MAKE) --no-print-directory $$trainer && ./$$trainer
+	@trainer=$$(dev/tools/cuda.sh trainer) && $(MAKE) --no-print-directory $$trainer && ./$$trainer
 
-train_keel train_keel_fp32 $(CARD)/train_keel $(CARD)/train_keel_fp32: train_keel.cu keel_common.h FORCE
+train_keel train_keel_fp32 $(CARD)/train_keel $(CARD)/train_keel_fp32: train_keel.cu $(HEADERS) FORCE
 	$(call program,nvcc,$(CUDA_TRAINER) $(FP32),$(NCCL_LIBRARIES) $(CUDA_LIBRARIES))
 
-train_keel_cpu train_keel_cpu_fp64 $(CARD)/train_keel_cpu $(CARD)/train_keel_cpu_fp64: train_keel_cpu.cpp keel_common.h FORCE
+train_keel_cpu train_keel_cpu_fp64 $(CARD)/train_keel_cpu $(CARD)/train_keel_cpu_fp64: \
+        train_keel_cpu.cpp $(HEADERS) FORCE
 	$(call program,g++,$(CXX) $(FLAGS) $(MPI_FLAGS) $(FP64),$(LIBRARIES) $(MPI_LIBRARIES))
 
 # The tests include the trainer's source without its main, once for each number type.
-build/test_cpu_fp32 build/test_cpu_fp64: test/test_cpu.cpp test/numbers.h train_keel_cpu.cpp keel_common.h FORCE
+build/test_cpu_fp32 build/test_cpu_fp64: test/test_cpu.cpp test/numbers.h train_keel_cpu.cpp $(HEADERS) FORCE
 	$(call program,g++ doctest-dev,$(CXX) $(FLAGS) -I. -DKEEL_NO_MAIN $(FP64))
 
+# Compiled in a third of the time, for one look after an edit.
+build/test_cpu_quick: test/test_cpu.cpp test/numbers.h train_keel_cpu.cpp $(HEADERS) FORCE
+	$(call program,g++ doctest-dev,$(CXX) $(FLAGS) -Og -I. -DKEEL_NO_MAIN)
+
 # Runs the real binaries: flags, bad input, resume.
-build/test_run: test/test_run.cpp test/files.h keel_common.h FORCE
+build/test_run: test/test_run.cpp test/files.h $(HEADERS) FORCE
 	$(call program,g++ doctest-dev,$(CXX) $(FLAGS) -O1 -I.)
 
 # Several ranks of the real binaries, by mpirun.
-build/test_ranks: test/test_ranks.cpp test/files.h keel_common.h FORCE
+build/test_ranks: test/test_ranks.cpp test/files.h $(HEADERS) FORCE
 	$(call program,g++ doctest-dev,$(CXX) $(FLAGS) -O1 -I.)
 
 # Faults of numbers, files and folders, on the CPU trainer's code.
-build/test_faults: test/test_faults.cpp test/files.h train_keel_cpu.cpp keel_common.h FORCE
+build/test_faults: test/test_faults.cpp test/files.h train_keel_cpu.cpp $(HEADERS) FORCE
 	$(call program,g++ doctest-dev,$(CXX) $(FLAGS) -O2 -I. -DKEEL_NO_MAIN)
 
-# Both suites of the CPU trainer under the sanitizers. TSan needs an OpenMP runtime that tells it of its barriers: LLVM's, with its archer.
+# Both suites of the CPU trainer under the sanitizers. TSan needs an OpenMP runtime that tells it of its barriers:
+# LLVM's, with its archer.
 CLANG = clang++-14 -Wno-pass-failed
 CLANG_PACKAGES = clang-14 libclang-rt-14-dev libomp-14-dev
 
-build/%_asan: test/%.cpp test/files.h test/numbers.h train_keel_cpu.cpp keel_common.h FORCE
+build/%_asan: test/%.cpp test/files.h test/numbers.h train_keel_cpu.cpp $(HEADERS) FORCE
 	$(call program,doctest-dev $(CLANG_PACKAGES),$(CLANG) $(FLAGS) $(SANITIZE) -O2 -I. -DKEEL_NO_MAIN)
 
-build/%_tsan: test/%.cpp test/files.h test/numbers.h train_keel_cpu.cpp keel_common.h FORCE
+build/%_tsan: test/%.cpp test/files.h test/numbers.h train_keel_cpu.cpp $(HEADERS) FORCE
 	$(call program,doctest-dev $(CLANG_PACKAGES),$(CLANG) $(FLAGS) -O1 -g -fsanitize=thread -I. -DKEEL_NO_MAIN)
 
 # Memcheck does not know AVX-512.
-build/train_keel_cpu_valgrind: train_keel_cpu.cpp keel_common.h FORCE
+build/train_keel_cpu_valgrind: train_keel_cpu.cpp $(HEADERS) FORCE
 	$(call program,g++ valgrind,$(CXX) $(FLAGS) -O1 -g $(if $(filter x86_64,$(shell uname -m)),-march=x86-64-v3))
 
-SANITIZED = build/test_cpu_asan build/test_faults_asan build/test_cpu_tsan build/test_faults_tsan build/train_keel_cpu_valgrind
+SANITIZED = build/test_cpu_asan build/test_faults_asan build/test_cpu_tsan build/test_faults_tsan \
+            build/train_keel_cpu_valgrind
 
 # libFuzzer's targets, under ASan and UBSan.
 FUZZERS = $(patsubst test/fuzz/%.cpp,build/fuzz_%,$(wildcard test/fuzz/*.cpp))
 FUZZ_FLAGS = -std=c++20 -O2 -g -I. -Wall -Wextra -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
              -fsanitize-coverage-ignorelist=test/fuzz/uncovered.txt
-build/fuzz_%: test/fuzz/%.cpp test/fuzz/fuzz.h test/fuzz/uncovered.txt keel_common.h FORCE
+build/fuzz_%: test/fuzz/%.cpp test/fuzz/fuzz.h test/fuzz/uncovered.txt $(HEADERS) FORCE
 	$(call program,$(CLANG_PACKAGES),$(CLANG) $(FUZZ_FLAGS))
 
 # Kills the real binary, fills its disk, cuts its power. The shim notes what a program's fsync has made certain.
-build/crash_test: test/crash_test.cpp test/files.h test/crash_disk.h keel_common.h FORCE
+build/crash_test: test/crash_test.cpp test/files.h test/crash_disk.h $(HEADERS) FORCE
 	$(call program,g++,$(CXX) $(FLAGS) -O1 -I.)
 
 build/crash_shim.so: test/crash_shim.cpp test/crash_disk.h test/files.h FORCE
 	$(call program,g++,$(CXX) $(FLAGS) -O1 -shared -fPIC,-ldl)
 
 # The GPU trainer and its tests, on the CPU ...
-build/train_keel_on_cpu build/train_keel_fp32_on_cpu: train_keel.cu keel_common.h $(CUDA_ON_CPU) FORCE
+build/train_keel_on_cpu build/train_keel_fp32_on_cpu: train_keel.cu $(HEADERS) $(CUDA_ON_CPU) FORCE
 	$(call on_cpu,$(NCCL_ON_CPU) $(FP32),$(MPI_LIBRARIES))
 
-GPU_TEST = test/test_gpu.cu test/numbers.h train_keel.cu train_keel_cpu.cpp keel_common.h
+GPU_TEST = test/test_gpu.cu test/numbers.h train_keel.cu train_keel_cpu.cpp $(HEADERS)
 
 build/test_gpu_bf16_on_cpu build/test_gpu_fp32_on_cpu: $(GPU_TEST) $(CUDA_ON_CPU) FORCE
 	$(call on_cpu,-DKEEL_NO_MAIN $(FP32),,doctest-dev)
@@ -169,40 +198,42 @@ build/test_cuda_on_cpu: test/cuda_on_cpu/test_cuda_on_cpu.cpp $(CUDA_ON_CPU) FOR
 build/test_nccl: test/cuda_on_cpu/test_nccl.cpp $(CUDA_ON_CPU) FORCE
 	$(call on_cpu,-O1 $(MPI_FLAGS),$(MPI_LIBRARIES),libopenmpi-dev openmpi-bin)
 
-build/bench_kernels_on_cpu: dev/bench_kernels.cu dev/bench.h train_keel.cu train_keel_cpu.cpp keel_common.h \
-                            $(CUDA_ON_CPU) FORCE
+BENCH_KERNELS  = dev/bench/bench_kernels.cu dev/bench/bench.h train_keel.cu train_keel_cpu.cpp $(HEADERS)
+BENCH_PRODUCTS = dev/bench/bench_products.cu dev/bench/bench.h train_keel.cu $(HEADERS)
+
+build/bench_kernels_on_cpu: $(BENCH_KERNELS) $(CUDA_ON_CPU) FORCE
 	$(call on_cpu,-O1 -DKEEL_NO_MAIN)
 
-build/bench_products_on_cpu: dev/bench_products.cu dev/bench.h train_keel.cu keel_common.h $(CUDA_ON_CPU) FORCE
+build/bench_products_on_cpu: $(BENCH_PRODUCTS) $(CUDA_ON_CPU) FORCE
 	$(call on_cpu,-O1 -DKEEL_NO_MAIN)
 
-build/memory_table: dev/memory_table.cu train_keel.cu keel_common.h $(CUDA_ON_CPU) FORCE
+build/memory_table: dev/bench/memory_table.cu train_keel.cu $(HEADERS) $(CUDA_ON_CPU) FORCE
 	$(call on_cpu,-O1 -DKEEL_NO_MAIN)
 
 # Another compiler's reading of the same source and headers.
 CLANG_ON_CPU = clang++ $(filter-out -fopenmp,$(ON_CPU)) -O1 -Wno-pass-failed
-build/train_keel_clang_on_cpu: train_keel.cu keel_common.h $(CUDA_ON_CPU) FORCE
+build/train_keel_clang_on_cpu: train_keel.cu $(HEADERS) $(CUDA_ON_CPU) FORCE
 	$(call program,clang libboost-context-dev,$(CLANG_ON_CPU),$(ON_CPU_LIBRARIES))
 
 # ... and on a GPU.
 build/test_gpu_bf16 build/test_gpu_fp32 $(CARD)/test_gpu_bf16 $(CARD)/test_gpu_fp32: $(GPU_TEST) FORCE
 	$(call program,nvcc g++ doctest-dev,$(CUDA_TEST) $(FP32),$(CUDA_LIBRARIES))
 
-build/bench_kernels $(CARD)/bench_kernels: dev/bench_kernels.cu dev/bench.h train_keel.cu train_keel_cpu.cpp keel_common.h FORCE
+build/bench_kernels $(CARD)/bench_kernels: $(BENCH_KERNELS) FORCE
 	$(call program,nvcc,$(CUDA_TEST),$(CUDA_LIBRARIES))
 
-build/bench_products $(CARD)/bench_products: dev/bench_products.cu dev/bench.h train_keel.cu keel_common.h FORCE
+build/bench_products $(CARD)/bench_products: $(BENCH_PRODUCTS) FORCE
 	$(call program,nvcc,$(CUDA_TEST),$(CUDA_LIBRARIES))
 
 # Loaded into train_keel by the driver, it records when each kernel runs; the other stands in for CUPTI in its test.
 CUPTI = $(CXX) -std=c++20 -O2 -Wall -Wextra -fPIC -shared
-build/cupti_idle.so $(CARD)/cupti_idle.so: dev/cupti_idle.cpp FORCE
-	$(call program,cupti,$(CUPTI) -fvisibility=hidden,$$(dev/cuda.sh cupti))
+build/cupti_idle.so $(CARD)/cupti_idle.so: dev/bench/cupti_idle.cpp FORCE
+	$(call program,cupti,$(CUPTI) -fvisibility=hidden,$$(dev/tools/cuda.sh cupti))
 
 build/fake_cupti.so: test/fake_cupti.cpp FORCE
-	$(call program,cupti,$(CUPTI) -fvisibility=default,$$(dev/cuda.sh cupti))
+	$(call program,cupti,$(CUPTI) -fvisibility=default,$$(dev/tools/cuda.sh cupti))
 
-build/bench_matmul: dev/bench_matmul.cpp train_keel_cpu.cpp keel_common.h FORCE
+build/bench_matmul: dev/bench/bench_matmul.cpp train_keel_cpu.cpp $(HEADERS) FORCE
 	$(call program,g++,$(CXX) $(FLAGS) -I. -DKEEL_NO_MAIN,-ldl)
 
 TEST_PROGRAMS = train_keel_cpu train_keel_cpu_fp64 build/test_cpu_fp32 build/test_cpu_fp64 build/test_run build/test_ranks build/test_faults build/crash_test build/crash_shim.so build/train_keel_on_cpu \
@@ -211,89 +242,74 @@ TEST_PROGRAMS = train_keel_cpu train_keel_cpu_fp64 build/test_cpu_fp32 build/tes
 
 .PHONY: test
 test:
-	@dev/need.sh g++ doctest-dev libboost-context-dev
-	@[ "$(MPI)" = 0 ] || [ "$$(dev/mpi.sh compile)" ] || dev/need.sh libopenmpi-dev openmpi-bin || true
-	@$(MAKE) --no-print-directory -j2 $(TEST_PROGRAMS) rehearsal_programs $$([ -z "$$(dev/mpi.sh compile)" ] || echo build/test_nccl)
-	@if [ "$(LONG)" ] && dev/need.sh $(CLANG_PACKAGES) valgrind; then $(MAKE) --no-print-directory -j2 $(SANITIZED) $(FUZZERS); fi
+	@dev/tools/need.sh g++ doctest-dev libboost-context-dev
+	@[ "$(MPI)" = 0 ] || [ "$$(dev/tools/mpi.sh compile)" ] || dev/tools/need.sh libopenmpi-dev openmpi-bin || true
+	@$(MAKE) --no-print-directory -j2 $(TEST_PROGRAMS) rehearsal_programs $$([ -z "$$(dev/tools/mpi.sh compile)" ] || echo build/test_nccl)
+	@if [ "$(LONG)" ] && dev/tools/need.sh $(CLANG_PACKAGES) valgrind; then $(MAKE) --no-print-directory -j2 $(SANITIZED) $(FUZZERS); fi
 	@test/run.sh
 
-.PHONY: test_gpu
-test_gpu: build/test_gpu_bf16 build/test_gpu_fp32
-	build/test_gpu_bf16
-	build/test_gpu_fp32
-
-.PHONY: crash_test
-crash_test: train_keel_cpu build/crash_test build/crash_shim.so
-	build/crash_test
-
-.PHONY: sanitize
-sanitize: $(SANITIZED)
-	test/sanitize.sh
-
+# Targets that run one command each, once what they need is built; the scripts build the rest themselves.
 FUZZ_SECONDS ?= 60
-.PHONY: fuzz
-fuzz: $(FUZZERS)
-	test/fuzz/run.sh $(FUZZ_SECONDS)
+MODEL        ?= -L 1024 -C 1024 -t 1024
+GIB          ?= 135
 
-.PHONY: compare
-compare:
-	@dev/compare.sh
+test_cpu:     build/test_cpu_quick
+crash_test:   train_keel_cpu build/crash_test build/crash_shim.so
+sanitize:     $(SANITIZED)
+fuzz:         $(FUZZERS)
+bench_cpu:    train_keel_cpu
+test_gpu:     build/test_gpu_bf16 build/test_gpu_fp32
+memory_table: build/memory_table
+state_types:  train_keel
+
+run.test_cpu     = build/test_cpu_quick -tc="$${T:-*}"
+run.compare      = test/compare.sh
+run.crash_test   = build/crash_test
+run.sanitize     = test/sanitize.sh
+run.fuzz         = test/fuzz/run.sh $(FUZZ_SECONDS)
+run.bench_cpu    = dev/bench/bench_cpu.sh
+run.test_gpu     = build/test_gpu_bf16 && build/test_gpu_fp32
+run.bench_gpu    = dev/bench/bench_gpu.sh
+run.idle         = dev/bench/idle.sh
+run.memory_table = build/memory_table $(GIB) $(MODEL)
+run.ptxas        = dev/tools/ptxas.sh
+run.deep_run     = dev/experiments/deep_run.sh
+run.state_types  = dev/experiments/state_types.py
+run.format       = dev/tools/format.sh
+run.check_format = dev/tools/format.sh --check
+run.dumps        = $$(dev/tools/find_python.sh torch numpy) dev/reference/make_dumps.py
+
+RUN = $(patsubst run.%,%,$(filter run.%,$(.VARIABLES)))
+.PHONY: $(RUN)
+$(RUN):
+	@$(run.$@)
 
 .PHONY: card card_programs
 card_programs: $(CARD_PROGRAMS)
 card: card_programs
-	@dev/cuda.sh cupti >/dev/null && $(MAKE) --no-print-directory $(CARD)/cupti_idle.so || echo "idle time will not be measured"
+	@dev/tools/cuda.sh cupti >/dev/null && $(MAKE) --no-print-directory $(CARD)/cupti_idle.so || \
+	    echo "idle time will not be measured"
 	@dev/card.sh --pack --baseline '$(BASELINE)'
 
 # The programs under the card's names; and what is measured by CUPTI, where that is here.
-REHEARSED = train_keel_cpu train_keel_cpu_fp64 build/train_keel_on_cpu build/train_keel_fp32_on_cpu build/test_gpu_bf16_on_cpu \
-            build/test_gpu_fp32_on_cpu build/bench_kernels_on_cpu build/bench_products_on_cpu
+REHEARSED = train_keel_cpu train_keel_cpu_fp64 build/train_keel_on_cpu build/train_keel_fp32_on_cpu \
+            build/test_gpu_bf16_on_cpu build/test_gpu_fp32_on_cpu build/bench_kernels_on_cpu build/bench_products_on_cpu
 .PHONY: rehearsal rehearsal_programs
 rehearsal_programs: $(REHEARSED)
-	@dev/cuda.sh cupti >/dev/null && $(MAKE) --no-print-directory build/cupti_idle.so build/fake_cupti.so || true
+	@dev/tools/cuda.sh cupti >/dev/null && $(MAKE) --no-print-directory build/cupti_idle.so build/fake_cupti.so || true
 	@dev/card.sh --pack --rehearse
 rehearsal: rehearsal_programs
 	@dev/card.sh --rehearse --seconds 900
 
-MODEL ?= -L 1024 -C 1024 -t 1024
-GIB   ?= 135
-.PHONY: memory_table
-memory_table: build/memory_table
-	@build/memory_table $(GIB) $(MODEL)
-
-.PHONY: deep_run
-deep_run:
-	@dev/deep_run.sh
-
-.PHONY: state_types
-state_types: train_keel
-	@dev/state_types.py
-
-.PHONY: idle
-idle:
-	@dev/idle.sh
-
-.PHONY: bench_gpu
-bench_gpu:
-	@dev/bench_gpu.sh
-
-.PHONY: ptxas
-ptxas:
-	@dev/ptxas.sh
-
-.PHONY: bench_cpu
-bench_cpu: train_keel_cpu
-	-@dev/need.sh libopenblas-dev
-	@dev/bench_cpu.sh
-
-# The lesson: what is finished in build/experiments is not run again. RESULTS=dev/results/lesson builds the page from the committed tables, in seconds.
-LESSON_PYTHON = dev/find_python.sh torch numpy matplotlib plotly
+# The lesson: what is finished in build/experiments is not run again. RESULTS=dev/results/lesson builds the page from
+# the committed tables, in seconds.
+LESSON_PYTHON = dev/tools/find_python.sh torch numpy matplotlib plotly
 LESSON_PACKAGES = python3-torch python3-numpy python3-matplotlib python3-plotly
 .PHONY: lesson
 lesson: $(if $(RESULTS),,train_keel_cpu)
-	@$(LESSON_PYTHON) >/dev/null 2>&1 || dev/need.sh $(LESSON_PACKAGES)
+	@$(LESSON_PYTHON) >/dev/null 2>&1 || dev/tools/need.sh $(LESSON_PACKAGES)
 ifeq ($(RESULTS),)
-	-@dev/need.sh libopenblas0-pthread
+	-@dev/tools/need.sh libopenblas0-pthread
 	@$$($(LESSON_PYTHON)) dev/experiments/run.py all
 	@$$($(LESSON_PYTHON)) dev/experiments/lesson.py --results build/experiments/small --out build/lesson.html
 else
@@ -302,12 +318,8 @@ endif
 
 .PHONY: figures
 figures:
-	@dev/find_python.sh numpy matplotlib >/dev/null 2>&1 || dev/need.sh python3-matplotlib
-	$$(dev/find_python.sh numpy matplotlib) dev/experiments/run.py all --draw --results dev/results/lesson
-
-.PHONY: dumps
-dumps:
-	$$(dev/find_python.sh torch numpy) dev/reference/make_dumps.py
+	@dev/tools/find_python.sh numpy matplotlib >/dev/null 2>&1 || dev/tools/need.sh python3-matplotlib
+	$$(dev/tools/find_python.sh numpy matplotlib) dev/experiments/run.py all --draw --results dev/results/lesson
 
 .PHONY: clean
 clean:

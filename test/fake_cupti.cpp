@@ -1,5 +1,5 @@
-// Stands in for libcupti, by LD_PRELOAD, where there is no GPU: gives dev/cupti_idle.cpp the records of four made-up
-// steps. Each takes 100 us:
+// Stands in for libcupti, by LD_PRELOAD, where there is no GPU: gives dev/bench/cupti_idle.cpp the records of four
+// made-up steps. Each takes 100 us:
 //   0-4 idle, 4-5 copy to the device, 5-6 idle, 6-26 a product, 26-28 idle, 28-88 a product of another type, 60-92 a
 //   kernel beside it, 92-98 adamw_kernel, 98-99 copy to the host, 99-100 fill.
 // The first step has a gap of 1000 us more. KEEL_FAKE_DROPS: how many records CUPTI says that it dropped.

@@ -28,14 +28,14 @@ suite() {
     echo "   $((SECONDS - start)) s"
 }
 
-if python=$(dev/find_python.sh torch numpy 2>/dev/null); then
+if python=$(dev/tools/find_python.sh torch numpy 2>/dev/null); then
     suite "$python" dev/reference/make_dumps.py --check
     suite "$python" test/test_reference.py
 else
     echo "SKIPPED: the dumps against PyTorch, and the reference: no Python with torch and numpy (Debian: python3-torch)"
     skipped=$((skipped + 2))
 fi
-if any_python=$(dev/find_python.sh json 2>/dev/null); then
+if any_python=$(dev/tools/find_python.sh json 2>/dev/null); then
     suite "$any_python" test/test_data.py
 else
     echo "SKIPPED: the data scripts, the GPU's benchmarks and the rehearsal of dev/card.sh: no Python"
@@ -44,8 +44,8 @@ fi
 # Suites that use little more than one core run beside the others, and are told and counted after them.
 beside=(build/test_gpu_bf16_sanitized build/test_gpu_fp32_on_cpu build/test_cuda_on_cpu)
 [ "$any_python" ] && beside+=("$any_python test/test_bench_gpu.py" "$any_python test/test_card.py")
-if dev/cuda.sh nvcc >/dev/null 2>&1; then
-    beside+=("dev/ptxas.sh --test")
+if dev/tools/cuda.sh nvcc >/dev/null 2>&1; then
+    beside+=("dev/tools/ptxas.sh --test")
 else
     echo "SKIPPED: train_keel.cu under nvcc for sm_80, sm_90 and sm_100: no nvcc (the CUDA Toolkit)"
     skipped=$((skipped + 1))
@@ -56,6 +56,7 @@ for i in "${!beside[@]}"; do
     echo $? $((SECONDS - start)) >"$logs/$i.status"
 done &
 
+suite dev/tools/format.sh --check
 suite test/test_build.sh
 suite build/test_run
 suite build/test_faults
@@ -63,16 +64,16 @@ suite build/crash_test
 suite build/test_cpu_fp32
 suite build/test_cpu_fp64
 suite build/test_gpu_bf16_on_cpu
-if [ "$(dev/mpi.sh compile)" ] && command -v mpirun >/dev/null; then
+if [ "$(dev/tools/mpi.sh compile)" ] && command -v mpirun >/dev/null; then
     suite build/test_ranks
     suite test/test_cluster.sh
     # shellcheck disable=SC2046
-    suite env CUDA_ON_CPU_NCCL_TIMEOUT=5 $(dev/mpi.sh mpirun 3) build/test_nccl  # a rank that does not come is given up soon
+    suite env CUDA_ON_CPU_NCCL_TIMEOUT=5 $(dev/tools/mpi.sh mpirun 3) build/test_nccl  # a rank that does not come is given up soon
 else
     echo "SKIPPED: several ranks: no MPI (Debian: libopenmpi-dev, openmpi-bin)"
     skipped=$((skipped + 3))
 fi
-if python=$(dev/find_python.sh torch numpy matplotlib plotly 2>/dev/null || dev/find_python.sh numpy matplotlib 2>/dev/null); then
+if python=$(dev/tools/find_python.sh torch numpy matplotlib plotly 2>/dev/null || dev/tools/find_python.sh numpy matplotlib 2>/dev/null); then
     suite "$python" test/test_lesson.py
 else
     echo "SKIPPED: the experiments and the lesson: no Python with numpy and matplotlib (Debian: python3-matplotlib)"
@@ -90,7 +91,7 @@ for i in "${!beside[@]}"; do
 done
 
 if [ "$LONG" ]; then
-    if dev/need.sh clang-14 libclang-rt-14-dev libomp-14-dev valgrind >/dev/null 2>&1; then
+    if dev/tools/need.sh clang-14 libclang-rt-14-dev libomp-14-dev valgrind >/dev/null 2>&1; then
         suite test/sanitize.sh
         suite test/fuzz/run.sh "${FUZZ_SECONDS:-60}"
     else
@@ -98,7 +99,7 @@ if [ "$LONG" ]; then
         skipped=$((skipped + 2))
     fi
 fi
-if [ "$(dev/cuda.sh trainer 2>/dev/null)" = train_keel ] && make --no-print-directory -j2 build/test_gpu_bf16 build/test_gpu_fp32; then
+if [ "$(dev/tools/cuda.sh trainer 2>/dev/null)" = train_keel ] && make --no-print-directory -j2 build/test_gpu_bf16 build/test_gpu_fp32; then
     suite build/test_gpu_bf16
     suite build/test_gpu_fp32
 else

@@ -13,7 +13,7 @@ import unittest.mock
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "dev")]
+sys.path[:0] = [str(ROOT / "dev" / "bench")]
 
 import bench_gpu
 import idle
@@ -38,7 +38,7 @@ def near(found, expected, tolerance=1e-9):
 # Idle time
 
 def cupti_flags():
-    done = run("dev/cuda.sh", "cupti")
+    done = run("dev/tools/cuda.sh", "cupti")
     if done.returncode:
         raise suite.Skip("the recording library: no CUPTI (the CUDA Toolkit)")
     return done.stdout.split()
@@ -85,7 +85,7 @@ def test_idle_prints(folder):
     trace, log, table = record(folder), folder / "log.csv", folder / "rows.csv"
     log.write_text("step,ms\n1,9\n2,0.2\n3,0.08\n4,0.08\n")
     done = run(
-        sys.executable, "dev/idle.py", trace, "--log", log, "--steps", "2", "--csv", table, "--model", "L1024_C256"
+        sys.executable, "dev/bench/idle.py", trace, "--log", log, "--steps", "2", "--csv", table, "--model", "L1024_C256"
     )
     assert done.returncode == 0 and not done.stderr and "waits for the host            0 gaps" in done.stdout, (
         done.stdout + done.stderr
@@ -101,12 +101,12 @@ def test_idle_prints(folder):
         table.read_text()
         == "metric,value,unit,peer_value,ratio\nidle_L1024_C256,7.00,%,,\nidle_step_L1024_C256,0.100,ms,0.080,1.250\n"
     )
-    done = run(sys.executable, "dev/idle.py", trace, "--steps", "2")
+    done = run(sys.executable, "dev/bench/idle.py", trace, "--steps", "2")
     assert done.stdout.endswith("idle         7.00 % over 2 steps\n"), done.stdout + done.stderr
 
 
 def test_idle_runs_prebuilt_programs(folder):
-    """dev/idle.sh runs the trainer and the recording library that it is given, once as they are and once recorded."""
+    """dev/bench/idle.sh runs the trainer and the recording library that it is given, once as they are and once recorded."""
     trace, trainer, library = record(folder), folder / "trainer", folder / "cupti_idle.so"
     library.touch()
     trainer.write_text(f"""#!/bin/sh
@@ -117,7 +117,7 @@ while [ "$1" ]; do [ "$1" = -o ] && mkdir -p "$2" && printf 'step,ms\\n1,0.1\\n'
     trainer.chmod(0o755)
     table = folder / "rows.csv"
     for once in ([], ["--once"]):
-        command = ["dev/idle.sh", "--steps", "2", *once, "-L", "6", "--csv", table]
+        command = ["dev/bench/idle.sh", "--steps", "2", *once, "-L", "6", "--csv", table]
         done = run(*command, TRAINER=str(trainer), CUPTI_IDLE=str(library))
         assert done.returncode == 0 and not done.stderr and "idle         7.00 %" in done.stdout, (
             done.stdout + done.stderr
@@ -136,9 +136,9 @@ def test_bad_traces_are_refused(folder):
     for text, words in ((whole, ""), (whole[:-12], "did not end by itself"), (whole.replace("dropped 0", "dropped 7"), "7 activities were not recorded"),
                         (whole.replace("0,3,4", "0;3;4"), "line 3"), (whole.replace("adamw", "other"), "adamw_kernel"), ("1,2,3\n# dropped 0\n", "name for each id")):
         (folder / "trace").write_text(text)
-        done = run(sys.executable, "dev/idle.py", folder / "trace")
+        done = run(sys.executable, "dev/bench/idle.py", folder / "trace")
         assert (done.returncode, len(done.stderr.splitlines())) == ((1, 1) if words else (0, 0)) and words in done.stderr, (text, done.stderr)
-    done = run(sys.executable, "dev/idle.py", folder / "none")
+    done = run(sys.executable, "dev/bench/idle.py", folder / "none")
     assert done.returncode == 1 and "none: expected a trace" in done.stderr, done.stderr
 
 
@@ -195,8 +195,8 @@ def test_commands_hold_no_machines_paths(folder):
     """A row's command keeps paths below the repository and of others their last part."""
     for command, expected in (
         (
-            f"TRAINER={ROOT}/build/card/train_keel dev/bench_gpu.sh --data build/card",
-            "TRAINER=build/card/train_keel dev/bench_gpu.sh --data build/card",
+            f"TRAINER={ROOT}/build/card/train_keel dev/bench/bench_gpu.sh --data build/card",
+            "TRAINER=build/card/train_keel dev/bench/bench_gpu.sh --data build/card",
         ),
         (
             "a --baseline /home/me/old-one/train_keel --csv=/tmp/x.csv ../b/c",
@@ -227,7 +227,7 @@ def test_goals(folder):
 def test_goals_name_what_tools_print(folder):
     """Each goal is of a metric that bench_gpu.py, idle.sh or bench_kernels.cu prints, and each of bench_kernels.cu's
     can be read from its source."""
-    source = (ROOT / "dev" / "bench_kernels.cu").read_text()
+    source = (ROOT / "dev" / "bench" / "bench_kernels.cu").read_text()
     names = set(
         re.findall(r'(?:format\(|bandwidth\(device, |report\(|report_attention\()"(\w+[%\w]*)"', source)
     )  # some with %d, %s
@@ -238,7 +238,7 @@ def test_goals_name_what_tools_print(folder):
             metric,
             goal,
         )
-        if model == "main":  # dev/card.py's run of train_keel -L 1024
+        if model == "main":  # dev/card/card.py's run of train_keel -L 1024
             assert what in ("tokens_per_second", "mfu", "first_step"), metric
         elif what:
             printed = "mfu vs_torch vs_baseline first_step memory floor".split()
@@ -251,7 +251,7 @@ def test_goals_name_what_tools_print(folder):
 # Whole steps beside PyTorch's
 
 def torch_python():
-    done = run("dev/find_python.sh", "torch", "numpy")
+    done = run("dev/tools/find_python.sh", "torch", "numpy")
     if done.returncode:
         raise suite.Skip("whole steps beside PyTorch's: no Python with torch and numpy (Debian: python3-torch)")
     return done.stdout.strip()
@@ -266,7 +266,7 @@ def losses_and_norms(folder, data, *flags):
     with open(out / "log.csv", newline="") as file:
         ours = [(float(row["loss"]), float(row["grad_norm"])) for row in csv.DictReader(file)]
     (out / "log.csv").unlink(), out.rmdir()
-    done = run(torch_python(), "dev/bench_gpu_torch.py", *flags, "-b", "4", "--device", "cpu")
+    done = run(torch_python(), "dev/bench/bench_gpu_torch.py", *flags, "-b", "4", "--device", "cpu")
     assert done.returncode == 0, done.stderr
     return ours, [(float(m[1]), float(m[2])) for m in re.finditer(r"^step \d+ loss (\S+) norm (\S+)", done.stdout, re.M)]
 
@@ -299,7 +299,7 @@ def test_torch_draws_the_trainers_weights(folder):
     """Weights drawn by PyTorch's integers have every bit of the reference's, which are the trainer's."""
     code = """
 import sys
-sys.path[:0] = ["dev", "dev/reference"]
+sys.path[:0] = ["dev/bench", "dev/reference"]
 import numpy as np, torch, keel, bench_gpu_torch
 for norm in ("keel", "deepnorm", "hybridnorm"):
     cfg = keel.keel_file.Config(5, 256, 4, 3, 15, norm)
@@ -330,7 +330,7 @@ def test_torch_falls_back_to_less(folder):
     nothing."""
     code = """
 import sys
-sys.path[:0] = ["dev"]
+sys.path[:0] = ["dev/bench"]
 import torch, bench_gpu_torch
 fits, tried = int(sys.argv.pop(1)), []
 def train(a, B, device, branch):
@@ -361,7 +361,7 @@ print(tried)
     text = folder / "text.txt"
     text.write_bytes((ROOT / "keel_common.h").read_bytes()[:700])
     flags = ["-L", "4", "-a", "64", "-C", "16", "-H", "2", "-t", "8", "-d", "64", "-b", "2"]
-    done = run(torch_python(), "dev/bench_gpu_torch.py", "-i", text, *flags, "--device", "cpu", "--warm")
+    done = run(torch_python(), "dev/bench/bench_gpu_torch.py", "-i", text, *flags, "--device", "cpu", "--warm")
     assert (
         done.returncode == 0 and re.search(r"^warm, .+: [\d.]+ s$", done.stdout, re.M) and "step" not in done.stdout
     ), (done.stdout + done.stderr)
@@ -419,7 +419,7 @@ def test_bench_adds_rows(folder):
         list(r) == results.COLUMNS
         and r["date"]
         and r["commit"]
-        and r["command"] == "dev/bench_gpu.sh --rows other --repeats 1 --steps 5 --modes eager"
+        and r["command"] == "dev/bench/bench_gpu.sh --rows other --repeats 1 --steps 5 --modes eager"
         for r in kept
     ), kept
 
@@ -574,7 +574,7 @@ def test_time_that_is_up(folder):
     trainer.write_text(f"#!/bin/sh\nsleep 60 &\necho $! >{pid}\nwait\n")
     trainer.chmod(0o755)
     child = subprocess.Popen(
-        [sys.executable, "dev/bench_gpu.py", "--rows", "keel_L1024_C256"],
+        [sys.executable, "dev/bench/bench_gpu.py", "--rows", "keel_L1024_C256"],
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         env={**os.environ, "TRAINER": str(trainer)},
@@ -610,7 +610,7 @@ def test_predictions_are_the_documents(folder):
     near(floor, 1024 * (72 * 512**2 + 9 * 256 * 512 / 0.62 + 6 * 256 * 512) / 1e12)
     assert predicted > floor
     for flags in ([], ["--products"]):
-        done = run(sys.executable, "dev/predict.py", *flags)
+        done = run(sys.executable, "dev/bench/predict.py", *flags)
         assert done.returncode == 0 and done.stdout in (ROOT / "dev/doc/speed.md").read_text(), done.stdout
     # arithmetic alone: FP8 halves the products' 72 C^2 operations a token; a memory alone: the epilogues save 8 C and 24 C bytes a token
     gains, _ = predict.product_gains(1024, 8192, 1024, 1e12, 1e30)
@@ -622,9 +622,9 @@ def test_predictions_are_the_documents(folder):
 
 def test_no_gpu_is_said(folder):
     """Without a GPU the commands say so in one line and exit 1."""
-    if run("dev/cuda.sh", "trainer").stdout.strip() == "train_keel":
+    if run("dev/tools/cuda.sh", "trainer").stdout.strip() == "train_keel":
         raise suite.Skip("what the tools say without a GPU: there is one")
-    for command in ("dev/idle.sh", "dev/bench_gpu.sh"):
+    for command in ("dev/bench/idle.sh", "dev/bench/bench_gpu.sh"):
         done = run(command, TRAINER="")
         assert done.returncode == 1 and "GPU" in done.stderr.splitlines()[-1] and not done.stdout, (command, done.stdout, done.stderr)
 

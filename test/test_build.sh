@@ -1,6 +1,7 @@
 #!/bin/bash
-# What dev/cuda.sh says on machines of every kind, by stand-ins for nvidia-smi and nvcc; what train_keel says without a
-# GPU; what make builds again; and what dev/need.sh does where something is missing.
+# What dev/tools/cuda.sh says on machines of every kind, by stand-ins for nvidia-smi and nvcc; what train_keel says
+# without a GPU; what make builds again; what dev/tools/need.sh does where something is missing; the READMEs' lists of
+# files; the script of the deepest model.
 cd "$(dirname "$0")/.." || exit 1
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
@@ -19,7 +20,7 @@ nvcc() { printf '#!/bin/bash\necho "Cuda compilation tools, release %s, V1"\n' "
 # expect NAME COMMAND-OF-cuda.sh STDOUT WORDS-ON-STDERR
 expect() {
     local out err
-    out=$(PATH=$bin CUDA_HOME=$folder/none NVCC=${compiler:-nvcc} bash dev/cuda.sh "$2" 2>"$folder/err")
+    out=$(PATH=$bin CUDA_HOME=$folder/none NVCC=${compiler:-nvcc} bash dev/tools/cuda.sh "$2" 2>"$folder/err")
     err=$(cat "$folder/err")
     if [ "$out" = "$3" ] && [[ $err == *$4* ]]; then
         passed=$((passed + 1))
@@ -61,24 +62,24 @@ found() {  # name, what is printed, what it must hold; "" nothing
         echo "FAILED: $1: expected '$3', found '$2'"
     fi
 }
-found "NCCL in the toolkit" "$(NVCC=$folder/toolkit/bin/nvcc dev/cuda.sh nccl compile)" "-DKEEL_NCCL -isystem $folder/toolkit/include"
-found "its library" "$(NVCC=$folder/toolkit/bin/nvcc dev/cuda.sh nccl link)" "-L$folder/toolkit/lib64 -Xlinker -rpath,$folder/toolkit/lib64 -lnccl"
-found "NCCL left out" "$(NCCL=0 NVCC=$folder/toolkit/bin/nvcc dev/cuda.sh nccl compile)" ""
+found "NCCL in the toolkit" "$(NVCC=$folder/toolkit/bin/nvcc dev/tools/cuda.sh nccl compile)" "-DKEEL_NCCL -isystem $folder/toolkit/include"
+found "its library" "$(NVCC=$folder/toolkit/bin/nvcc dev/tools/cuda.sh nccl link)" "-L$folder/toolkit/lib64 -Xlinker -rpath,$folder/toolkit/lib64 -lnccl"
+found "NCCL left out" "$(NCCL=0 NVCC=$folder/toolkit/bin/nvcc dev/tools/cuda.sh nccl compile)" ""
 printf '#!/bin/bash\n[ "$1" = --showme:compile ] && echo "-I %s -pthread"\n[ "$1" = --showme:link ] && echo "-Wl,-rpath -Wl,/lib -lmpi"\n' "$folder/toolkit/include" >"$folder/mpicc"
 chmod +x "$folder/mpicc"
 touch "$folder/toolkit/include/mpi.h"
-found "an MPI" "$(MPICC=$folder/mpicc dev/mpi.sh compile nvcc)" "-DKEEL_MPI -DOMPI_SKIP_MPICXX -DMPICH_SKIP_MPICXX -isystem $folder/toolkit/include"
-found "an MPI's libraries, for nvcc" "$(MPICC=$folder/mpicc dev/mpi.sh link nvcc)" "-Xlinker -rpath -Xlinker /lib -lmpi"
-found "MPI left out" "$(MPI=0 MPICC=$folder/mpicc dev/mpi.sh compile)" ""
+found "an MPI" "$(MPICC=$folder/mpicc dev/tools/mpi.sh compile nvcc)" "-DKEEL_MPI -DOMPI_SKIP_MPICXX -DMPICH_SKIP_MPICXX -isystem $folder/toolkit/include"
+found "an MPI's libraries, for nvcc" "$(MPICC=$folder/mpicc dev/tools/mpi.sh link nvcc)" "-Xlinker -rpath -Xlinker /lib -lmpi"
+found "MPI left out" "$(MPI=0 MPICC=$folder/mpicc dev/tools/mpi.sh compile)" ""
 rm "$folder/toolkit/include/mpi.h"
 sed -i "s|$folder/toolkit/include|$folder/none|" "$folder/mpicc"
-found "an MPI whose header is not there" "$(MPICC=$folder/mpicc CXX="g++ -nostdinc" dev/mpi.sh compile)" ""
+found "an MPI whose header is not there" "$(MPICC=$folder/mpicc CXX="g++ -nostdinc" dev/tools/mpi.sh compile)" ""
 
-if dev/cuda.sh nvcc >/dev/null 2>&1 && [ "$(dev/cuda.sh trainer 2>/dev/null)" != train_keel ]; then
+if dev/tools/cuda.sh nvcc >/dev/null 2>&1 && [ "$(dev/tools/cuda.sh trainer 2>/dev/null)" != train_keel ]; then
     # no optimisation: it will not run a kernel
     # shellcheck disable=SC2046
-    "$(dev/cuda.sh nvcc)" -std=c++20 -O0 -Xcicc -O0 -Xptxas -O0 --expt-relaxed-constexpr -arch=sm_90 -Xcompiler -Wall,-Wextra $(dev/cuda.sh nccl compile) $(dev/mpi.sh compile nvcc) -o "$folder/train_keel" \
-        train_keel.cu -lcublasLt $(dev/cuda.sh nccl link) $(dev/mpi.sh link nvcc) $(dev/cuda.sh rpath) ||
+    "$(dev/tools/cuda.sh nvcc)" -std=c++20 -O0 -Xcicc -O0 -Xptxas -O0 --expt-relaxed-constexpr -arch=sm_90 -Xcompiler -Wall,-Wextra $(dev/tools/cuda.sh nccl compile) $(dev/tools/mpi.sh compile nvcc) -o "$folder/train_keel" \
+        train_keel.cu -lcublasLt $(dev/tools/cuda.sh nccl link) $(dev/tools/mpi.sh link nvcc) $(dev/tools/cuda.sh rpath) ||
         failed=$((failed + 1))
     err=$("$folder/train_keel" -x 1 2>&1)
     status=$?
@@ -92,22 +93,22 @@ fi
 
 # Programs are built again when what they are built with has changed, and only then: two rules of the Makefile, for g++
 # and nvcc, with compilers that only touch what they are asked for and an mpicc that comes later.
-tree=$folder/tree tools=$folder/tools
-mkdir -p "$tree/dev" "$tools"
-cp Makefile "$tree" && cp dev/{compile,need,mpi,cuda}.sh "$tree/dev"
+tree=$folder/tree compilers=$folder/compilers
+mkdir -p "$tree/dev/tools" "$compilers"
+cp Makefile "$tree" && cp dev/tools/{compile,need,mpi,cuda}.sh "$tree/dev/tools"
 touch "$tree"/{train_keel_cpu.cpp,train_keel.cu,keel_common.h}
-cat >"$tools/g++" <<'END'
+cat >"$compilers/g++" <<'END'
 #!/bin/bash
 [ "$1" = --version ] && cat version
 while [ $# -gt 0 ]; do [ "$1" = -o ] && touch "$2" && echo "$2" >>compiled; shift; done
 [ ! -e broken ]
 END
-cp "$tools/g++" "$tools/nvcc"
-chmod +x "$tools"/*
+cp "$compilers/g++" "$compilers/nvcc"
+chmod +x "$compilers"/*
 # builds NAME PROGRAMS ARGUMENTS-OF-make...: which of the two are compiled, in one line
 builds() {
     : >"$tree/compiled"
-    env -i PATH="$tools:$PATH" NVCC="$tools/nvcc" MPICC="$tools/mpicc" \
+    env -i PATH="$compilers:$PATH" NVCC="$compilers/nvcc" MPICC="$compilers/mpicc" \
         make -C "$tree" "${@:3}" train_keel_cpu train_keel >"$folder/out" 2>&1
     check "$1" "$2" "$(xargs <"$tree/compiled")"
 }
@@ -129,7 +130,7 @@ builds "without that flag again" train_keel
 builds "make -n" "" -n CXXFLAGS=-O1
 check "make -n says what it would do" 1 "$(grep -c '^g++.* -O1 .* -o train_keel_cpu' "$folder/out")"
 builds "nothing changed since make -n" ""
-printf '#!/bin/bash\necho "-I/mpi"\n' >"$tools/mpicc" && chmod +x "$tools/mpicc"
+printf '#!/bin/bash\necho "-I/mpi"\n' >"$compilers/mpicc" && chmod +x "$compilers/mpicc"
 builds "MPI has come" "$both"
 builds "nothing changed with MPI" ""
 builds "MPI is not wanted" "$both" MPI=0
@@ -143,9 +144,9 @@ builds "after one that failed" train_keel_cpu CXXFLAGS=-O1
 sleep 0.1
 touch "$tree/train_keel.cu"
 builds "a newer source" train_keel CXXFLAGS=-O1
-check "make alone lists the targets" 1 "$(env -i PATH="$PATH" make -C "$tree" | grep -c '^make train ')"
+check "make alone lists the targets" 1 "$(env -i PATH="$PATH" make -C "$tree" | grep -c '^  make train ')"
 
-# dev/need.sh on machines where the doctest header is missing: needs NAME USER-ID APT-GET STATUS WORDS, all at once, for
+# dev/tools/need.sh on machines where the doctest header is missing: needs NAME USER-ID APT-GET STATUS WORDS, all at once, for
 # some wait. apt-get is a line of bash; sudo is never run; only an installation that goes on takes more than 15 s.
 needs() {
     local machine=$folder/need/$1 start=$SECONDS out status
@@ -155,7 +156,7 @@ needs() {
     printf '#!/bin/bash\n>>%q\n' "$machine/ran sudo" >"$machine/sudo"
     [ "$3" ] && printf '#!/bin/bash\n%s\n' "$3" >"$machine/apt-get"
     chmod +x "$machine"/*
-    out=$(PATH=$machine CXX=none sh dev/need.sh doctest-dev 2>&1)
+    out=$(PATH=$machine CXX=none sh dev/tools/need.sh doctest-dev 2>&1)
     status=$?
     if [ $status != "$4" ] || [[ $out != *"$5"* ]] || [ -e "$machine/ran sudo" ] ||
         { [ $status != 0 ] && [ $((SECONDS - start)) -gt 15 ]; }; then
@@ -185,14 +186,30 @@ asked=$(grep -o "^install.*doctest-dev" "$folder/need/a slow network/asked")
 check "a slow network is waited for" "$install" "apt-get $asked"
 check "apt-get is not run for others than root" no "$([ -e "$folder/need/not root/asked" ] && echo yes || echo no)"
 
+# The README of a folder names each of its files, by itself or by a folder, and nothing that is not there.
+for at in dev dev/cluster test; do
+    found=$(
+        cd "$at" || exit 1
+        named=$(sed -n 's/^| `\([^` ]*[./][^` ]*\).*/\1/p' README.md)
+        for name in $named; do [ -e "$name" ] || echo "named, not there: $name"; done
+        find . -type f -not -path '*/__pycache__/*' -not -path ./README.md -printf '%P\n' | while IFS= read -r file; do
+            for name in $named; do
+                [ "$file" = "$name" ] || [[ $name == */ && $file == "$name"* ]] && continue 2
+            done
+            echo "there, not named: $file"
+        done
+    )
+    check "the files of $at and its README" "" "$found"
+done
+
 # The script of the deepest model, on the CPU trainer and a small one: a curve for each of its five runs.
 head -c 300000 keel_common.h train_keel.cu train_keel_cpu.cpp >"$folder/text"
-if RESULTS=$folder/deep.csv TEXT=$folder/text TRAINER=./train_keel_cpu MODEL="-L 4 -C 16 -t 16 -b 2" STEPS=4 LONG_STEPS=6 LONG_WARMUP=2 dev/deep_run.sh 5 >"$folder/out" 2>&1 &&
+if RESULTS=$folder/deep.csv TEXT=$folder/text TRAINER=./train_keel_cpu MODEL="-L 4 -C 16 -t 16 -b 2" STEPS=4 LONG_STEPS=6 LONG_WARMUP=2 dev/experiments/deep_run.sh 5 >"$folder/out" 2>&1 &&
     [ "$(cut -d, -f1,2 "$folder/deep.csv" | sort | uniq -c | tr -s ' ' | tr '\n' ';')" = " 4 keel,3e-3; 10 keel,4.5e-3; 1 norm,peak_lr; 4 pre,3e-3; 4 pre,4.5e-3;" ]; then
     passed=$((passed + 1))
 else
     failed=$((failed + 1))
-    echo "FAILED: dev/deep_run.sh: $(cat "$folder/out" "$folder/deep.csv")"
+    echo "FAILED: dev/experiments/deep_run.sh: $(cat "$folder/out" "$folder/deep.csv")"
 fi
 echo "$passed passed, $failed failed"
 [ "$failed" -eq 0 ]

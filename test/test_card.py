@@ -176,7 +176,7 @@ def test_what_is_refused(folder):
 
 def test_make_card(folder):
     """make card builds everything for sm_90 without a warning, under 55 MiB; the kernels' hash is that of the machine code."""
-    done = subprocess.run(["dev/cuda.sh", "nvcc"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(["dev/tools/cuda.sh", "nvcc"], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise suite.Skip("make card: no nvcc (the CUDA Toolkit)")
     nvcc = done.stdout.strip()
@@ -185,7 +185,7 @@ def test_make_card(folder):
     assert done.returncode == 0 and "warning" not in done.stdout + done.stderr, done.stdout + done.stderr
     print("\n".join(line for line in done.stdout.splitlines() if "MiB" in line))
     files = {str(path.relative_to(ROOT / "build/card")) for path in (ROOT / "build/card").rglob("*")}
-    sys.path[:0] = [str(ROOT / "dev")]
+    sys.path[:0] = [str(ROOT / "dev" / "card")]
     import card as module
 
     assert set(module.PROGRAMS) | {"text.txt", "pieces_train_000001.bin", "commit", "kernels"} <= files, files

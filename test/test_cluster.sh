@@ -62,7 +62,7 @@ mkdir "$folder/bin"
 cat >"$folder/bin/srun" <<END
 #!/bin/bash
 while [[ \$1 == --* ]]; do shift; done
-exec $(dev/mpi.sh mpirun 2) "\$@"
+exec $(dev/tools/mpi.sh mpirun 2) "\$@"
 END
 printf '#!/bin/bash\necho "$@" >>%s/requeued\n' "$folder" >"$folder/bin/scontrol"
 chmod +x "$folder"/bin/*

@@ -57,7 +57,7 @@ struct Process {
 Words on_ranks(int n, const Words& words, const Words& options = {}) {
     if (n == 0) return words;
     static const std::string launcher = [] {
-        FILE* pipe = popen("dev/mpi.sh mpirun N", "r");
+        FILE* pipe = popen("dev/tools/mpi.sh mpirun N", "r");
         char line[256] = "";
         if (!pipe || !fgets(line, sizeof line, pipe)) *line = 0;
         if (pipe) pclose(pipe);
@@ -362,9 +362,9 @@ TEST_SUITE("training") {
         }
     }
 
-    // What dev/scale.py prints.
+    // What dev/cluster/scale.py prints.
     int64_t scale(const std::string& words) {
-        FILE* pipe = popen(("${PYTHON:-python3} dev/scale.py " + words).c_str(), "r");
+        FILE* pipe = popen(("${PYTHON:-python3} dev/cluster/scale.py " + words).c_str(), "r");
         char line[64] = "";
         if (!pipe || !fgets(line, sizeof line, pipe)) *line = 0;
         if (pipe) pclose(pipe);
@@ -406,7 +406,7 @@ TEST_SUITE("training") {
                 double expected = double(scale("--memory " + flags));
                 CHECK_MESSAGE(std::fabs(memory - expected) < 0.01 * expected, memory << " beside " << expected);
             }
-        CHECK(std::system("${PYTHON:-python3} dev/scale.py --check dev/doc/scale.md > /dev/null") == 0);
+        CHECK(std::system("${PYTHON:-python3} dev/cluster/scale.py --check dev/doc/scale.md > /dev/null") == 0);
     }
 
     TEST_CASE("--probe and validation see all ranks' parts") {

@@ -1,6 +1,6 @@
 """The stages of dev/card.sh: what each runs, what it finds right or wrong, and the rows it leaves.
 
-A stage is a function of a Work, in a process of its own; dev/card.py ends it at its limit with all that it has started.
+A stage is a function of a Work, in a process of its own; dev/card/card.py ends it at its limit with all that it has started.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from types import SimpleNamespace
 
 import results
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DOWN = 5  # seconds between SIGTERM and SIGKILL
 RECORDER = "cupti_idle.so"
 # Of a program that runs beside others: a thread that waits must not spin, or it takes the cores from them.
@@ -301,7 +301,7 @@ def suites(w, build, names, limit, what):
 
 
 def compare(w, limit):
-    command = ["dev/compare.sh", "--brief", "--programs", w.s.programs, "--jobs", max(2, os.cpu_count() // 4)]
+    command = ["test/compare.sh", "--brief", "--programs", w.s.programs, "--jobs", max(2, os.cpu_count() // 4)]
     command = ["bash", *command, *(["--norms", w.s.norms] if w.s.norms else [])]
     done = w.run("compare", command, limit, BESIDE)
     count = done.find(r"^(\d+) passed, (\d+) failed")
@@ -321,7 +321,7 @@ def warm_torch(w, stop):
         return
     models = ",".join(reversed(w.s.models.split()))  # whose stage has least time to spare comes first
     with open(w.session.logs / f"{w.stage}-warm.log", "w") as log:
-        command = ["nice", "-n", 19, sys.executable, "dev/bench_gpu.py", "--warm", "--rows", models, *words(w.s.beside),
+        command = ["nice", "-n", 19, sys.executable, "dev/bench/bench_gpu.py", "--warm", "--rows", models, *words(w.s.beside),
                    "--data", w.s.programs, "--torch-python", torch]
         child = w.start(command, log, {"TORCHINDUCTOR_COMPILE_THREADS": "6"})
         while child.poll() is None and not stop.wait(0.2):
@@ -407,7 +407,7 @@ def beside(w):
     models = [name for name in w.s.models.split() if not (w.resume and w.session.have(f"{name}/vs_torch"))]
     for i, name in enumerate(models):
         share = (w.left() - 2) / (len(models) - i) - DOWN
-        command = [sys.executable, "dev/bench_gpu.py", "--rows", name, *words(w.s.beside), "--data", w.s.programs, "--seconds",
+        command = [sys.executable, "dev/bench/bench_gpu.py", "--rows", name, *words(w.s.beside), "--data", w.s.programs, "--seconds",
                    int(share), "--torch-python", torch, *(["--baseline", baseline] if baseline.exists() else [])]
         rows = w.benchmark(name, command, 4, share + DOWN, {"TRAINER": w.train_keel})
         if torch:
@@ -420,13 +420,13 @@ def kernels(w):
     """Each kernel beside a copy, a product and PyTorch's attention; how long the GPU waits at 1024 sub-layers"""
     peers, torch = [], w.session.find_torch()
     if torch:
-        done, table = w.run("sdpa", [torch, "dev/bench_sdpa.py"], 40), w.scratch / "sdpa.csv"
+        done, table = w.run("sdpa", [torch, "dev/bench/bench_sdpa.py"], 40), w.scratch / "sdpa.csv"
         table.write_text("".join(line + "\n" for line in done.text.splitlines() if re.fullmatch(r"attention_\w+,[\d.]+", line)))
         if w.check("sdpa", done.ok and table.stat().st_size > 0, done.why()):
             peers = ["--sdpa", table]
     w.benchmark("kernels", [w.program("bench_kernels"), *words(w.s.bench), *peers], 20)
     if (ROOT / w.program(RECORDER)).exists():
-        w.benchmark("idle", f"bash dev/idle.sh {w.s.idle} {w.text}", 1,
+        w.benchmark("idle", f"bash dev/bench/idle.sh {w.s.idle} {w.text}", 1,
                     env={"TRAINER": w.train_keel, "CUPTI_IDLE": w.program(RECORDER), **w.s.recorded})
     else:
         print("  idle: NOT MEASURED: there was no CUPTI where the programs were built", flush=True)

@@ -1,6 +1,6 @@
-"""How much of a training step the GPU waits: reads the trace that dev/cupti_idle.cpp wrote and prints idle time, gaps and a table of kernels.
+"""How much of a training step the GPU waits: reads the trace that dev/bench/cupti_idle.cpp wrote and prints idle time, gaps and a table of kernels.
 
-    python3 dev/idle.py TRACE [--log LOG.CSV] [--steps 100] [--csv FILE --model L1024_C256]
+    python3 dev/bench/idle.py TRACE [--log LOG.CSV] [--steps 100] [--csv FILE --model L1024_C256]
 
 A step is the time from the end of one launch of adamw_kernel, the last of a step, to the end of the next; the last --steps steps count.
     idle            1 - (time in which a kernel, copy or fill ran) / (step time), both from the trace; what overlaps
@@ -12,9 +12,9 @@ A step is the time from the end of one launch of adamw_kernel, the last of a ste
     sum of kernels  each kernel's time by itself; where launches overlap it may exceed the step
     gaps            the time between activities in which nothing ran, by length; the longest, and what ran before and after it
     step boundary   from the end of adamw_kernel to the first kernel of the next step, less copies and fills: where a wait for the host shows
-Rows of --csv (dev/results.py's columns MEASURED): idle_<model>, in %; idle_step_<model>, the traced step beside the one
+Rows of --csv (dev/bench/results.py's columns MEASURED): idle_<model>, in %; idle_step_<model>, the traced step beside the one
 without recording.
-dev/idle.sh makes both runs.
+dev/bench/idle.sh makes both runs.
 """
 
 import argparse
@@ -23,7 +23,6 @@ import sys
 from pathlib import Path
 from statistics import median
 
-sys.path[:0] = [str(Path(__file__).resolve().parent)]
 import results
 
 LAST_OF_A_STEP = "adamw_kernel"
@@ -56,7 +55,7 @@ def read_trace(path):
                     ) from None
     except OSError as error:
         raise TraceError(
-            f"{path}: expected a trace of dev/cupti_idle.cpp, found: {error.strerror}; did the recording library start?"
+            f"{path}: expected a trace of dev/bench/cupti_idle.cpp, found: {error.strerror}; did the recording library start?"
         ) from None
     if dropped is None:
         raise TraceError(
@@ -185,7 +184,7 @@ def print_figures(f, logged_ms, metric):
 
 
 def rows(f, logged_ms, model):
-    """Of dev/results.py's columns MEASURED."""
+    """Of dev/bench/results.py's columns MEASURED."""
     traced_ms = f["step"] / 1e3
     yield [f"idle_{model}", f"{100 * f['idle']:.2f}", "%", "", ""]
     peer = [f"{logged_ms:.3f}", f"{traced_ms / logged_ms:.3f}"] if logged_ms else ["", ""]
@@ -193,7 +192,7 @@ def rows(f, logged_ms, model):
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="dev/idle.py", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="dev/bench/idle.py", description=__doc__.split("\n\n")[0])
     parser.add_argument("trace", metavar="TRACE")
     parser.add_argument("--log", metavar="LOG.CSV", help="the log of a run without recording")
     parser.add_argument("--steps", type=int, default=100, help="the last steps, which count [%(default)s]")

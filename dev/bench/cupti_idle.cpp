@@ -1,6 +1,6 @@
 // cupti_idle: a library that the CUDA driver loads into a program (CUDA_INJECTION64_PATH) and that writes down when
-// each kernel, copy and fill ran on the GPU, those inside CUDA graphs too. dev/idle.sh builds it, loads it into
-// train_keel and reads what it wrote with dev/idle.py.
+// each kernel, copy and fill ran on the GPU, those inside CUDA graphs too. dev/bench/idle.sh builds it, loads it into
+// train_keel and reads what it wrote with dev/bench/idle.py.
 //
 // KEEL_TRACE names the file: a line "# ID KIND NAME" for each name when it is first seen, lines ID,START,END in
 // nanoseconds, and at the end

@@ -1,4 +1,4 @@
-"""Rows of what a GPU printed, dev/results/<GPU>.csv, and the goals that figures are held against, dev/goals.csv.
+"""Rows of what a GPU printed, dev/results/<GPU>.csv, and the goals that figures are held against, dev/bench/goals.csv.
 
 A measured row has the columns of MEASURED: metric; value and unit of ours; peer_value of what it is compared with (""
 where there is none); ratio, ours over the peer's. Kept rows have those of ABOUT too: commit, date, gpu, driver,
@@ -15,7 +15,7 @@ import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "dev" / "results"
 CARD = (ROOT / "build" / "card"
         )  # programs built for a machine that has no git and no compiler, with the commit and the hash of their kernels
@@ -122,7 +122,7 @@ class Goal(NamedTuple):
     what: str  # its unit, and of what
 
 
-def goals(path=ROOT / "dev" / "goals.csv"):
+def goals(path=ROOT / "dev" / "bench" / "goals.csv"):
     """{metric: Goal}"""
     return {row["metric"]: Goal(row["column"], row["sense"], float(row["goal"]), row["what"]) for row in read(path)}
 

@@ -1,9 +1,9 @@
 #!/bin/bash
 # profile_kernels.sh: what bounds the highway and attention kernels, by Nsight Compute: achieved bandwidth, tensor-core use, occupancy and the
 # largest stall reasons of one launch of each, at bench_kernels' shapes, with the clocks as they are. Prints a table.
-cd "$(dirname "$0")/.." || exit 1
+cd "$(dirname "$0")/../.." || exit 1
 ncu=$(command -v ncu || ls /usr/local/cuda/bin/ncu 2>/dev/null) || { echo "profile_kernels needs Nsight Compute (ncu), which is not here" >&2; exit 1; }
-if [ "$(dev/cuda.sh trainer)" != train_keel ]; then
+if [ "$(dev/tools/cuda.sh trainer)" != train_keel ]; then
     echo "profile_kernels needs an NVIDIA GPU, its driver and nvcc" >&2
     exit 1
 fi
@@ -16,7 +16,7 @@ done
 # The second of each kernel's launches: the first finds cold caches and code that is being loaded.
 "$ncu" --clock-control none --csv --page raw --metrics $metrics -k 'regex:highway_(forward|backward)|attention_(forward|backward)' --launch-skip 2 --launch-count 60 \
     build/bench_kernels 2>/dev/null | grep -v '^==' >build/profile.csv
-"$(dev/find_python.sh csv)" - build/profile.csv <<'PY'
+"$(dev/tools/find_python.sh csv)" - build/profile.csv <<'PY'
 import csv, sys
 rows = [r for r in csv.DictReader(open(sys.argv[1])) if r.get("Kernel Name")]
 seen = {}

@@ -3,10 +3,10 @@
 //
 // Each kernel is first checked against the CPU trainer's function, then timed at B*T = 16384 over buffers that together
 // pass the L2 cache, and compared with a copy of the same bytes (bandwidth-bound kernels), a kernel that only reads
-// them (the gradient's norm), or a large matrix product (attention; dev/bench_sdpa.py has PyTorch's beside it). Medians
-// of REPEATS timings of a row of launches. Prints a table, and with --csv FILE appends rows
+// them (the gradient's norm), or a large matrix product (attention; dev/bench/bench_sdpa.py has PyTorch's beside it).
+// Medians of REPEATS timings of a row of launches. Prints a table, and with --csv FILE appends rows
 // metric,value,unit,peer_value,ratio. --sdpa FILE: lines name,TFLOP/s of PyTorch's attention in this run, from
-// dev/bench_sdpa.py. --small: shapes for a dry run, also on the CPU headers.
+// dev/bench/bench_sdpa.py. --small: shapes for a dry run, also on the CPU headers.
 #include <omp.h>
 
 #include "keel_common.h"
@@ -15,7 +15,7 @@ namespace cpu {
 }
 #include "train_keel.cu"
 
-#include "dev/bench.h"
+#include "dev/bench/bench.h"
 
 namespace {
 

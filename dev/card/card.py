@@ -1,12 +1,12 @@
 """What a GPU shows of train_keel in minutes: right or wrong, how fast, beside whom, and the logs to mend it by.
 
-Stages (dev/stages.py) run in order of worth, each a process of its own with a limit of its own. What a stage finds is in
+Stages (dev/card/stages.py) run in order of worth, each a process of its own with a limit of its own. What a stage finds is in
 the folder of results the moment it exists. At a limit everything that the stage has started is ended, and the next one
 begins. Nothing is built, installed or searched for there: `make card` does it beforehand; only a program that does not
 start is built again in place.
 
 Results go to $OUT, or build/card_out:
-    h100.csv, h200.csv ...   rows of dev/results' columns (dev/results.py), the GPU's name in the file's
+    h100.csv, h200.csv ...   rows of dev/results' columns (dev/bench/results.py), the GPU's name in the file's
     logs.tar.gz              what every command printed, a file each, named by stage
     table.txt                the table that is printed last
     torch_cache.tar.gz       PyTorch's compiled code, for the next call: --keep takes it to build/card
@@ -33,8 +33,8 @@ import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "dev")]
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "dev" / "bench")]
 import bench_gpu
 import results
 from results import Failed
@@ -347,8 +347,8 @@ def pack(baseline):
         (folder / "baseline").mkdir()
         with tempfile.TemporaryDirectory() as tree:
             said_by("sh", "-c", f"git archive {shlex.quote(baseline)} | tar -x -C {shlex.quote(tree)}")
-            nvcc, rpath = said_by("dev/cuda.sh", "nvcc"), said_by("dev/cuda.sh", "rpath").split()
-            arch = said_by("dev/cuda.sh", "arch", env={**os.environ, "ARCH": "90"}).split()
+            nvcc, rpath = said_by("dev/tools/cuda.sh", "nvcc"), said_by("dev/tools/cuda.sh", "rpath").split()
+            arch = said_by("dev/tools/cuda.sh", "arch", env={**os.environ, "ARCH": "90"}).split()
             said_by(nvcc, "-std=c++20", "--expt-relaxed-constexpr", *arch, f"-I{tree}", "-o", str(folder / "baseline/train_keel"),
                     f"{tree}/train_keel.cu", "-lcublasLt", *rpath, "-Xlinker", "-s")
         (folder / "baseline" / "commit").write_text(said_by("git", "rev-parse", "--short", baseline) + "\n")

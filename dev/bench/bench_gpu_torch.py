@@ -1,7 +1,7 @@
-"""PyTorch's side of dev/bench_gpu.py: the reference model (dev/reference/keel.py) in the form that PyTorch runs fastest.
+"""PyTorch's side of dev/bench/bench_gpu.py: the reference model (dev/reference/keel.py) in the form that PyTorch runs fastest.
 
-    python3 dev/bench_gpu_torch.py -i DATA --norm keel -L 512 -C 1024 -H 16 -t 1024 -d 65536 --mode graphs
-    python3 dev/bench_gpu_torch.py --yardsticks          rate of a large BF16 product and of a copy
+    python3 dev/bench/bench_gpu_torch.py -i DATA --norm keel -L 512 -C 1024 -H 16 -t 1024 -d 65536 --mode graphs
+    python3 dev/bench/bench_gpu_torch.py --yardsticks          rate of a large BF16 product and of a copy
 
 The same model, weights, batches and steps as train_keel's with the same flags, so its losses are the trainer's but for rounding:
 FP32 parameters, gradients, moments and highway; branches and head in BF16 (the casts that torch.autocast would insert, written out);
@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "dev" / "reference"), str(ROOT / "data")]
 import keel
 import shards
@@ -411,7 +411,7 @@ def yardsticks():
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="dev/bench_gpu_torch.py", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="dev/bench/bench_gpu_torch.py", description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("--yardsticks", action="store_true")
     add("-i", "--train", metavar="PATH", help="text or a .bin shard")

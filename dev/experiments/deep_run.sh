@@ -3,11 +3,11 @@
 # text. First keel and pre for 40 steps each at peak learning rates 3e-3 and 4.5e-3, where the paper saw Pre-LN become unstable; then keel for what is
 # left of MINUTES (default 25). No checkpoint is written: one of this size takes 104 GB of disk. Loss curves are added to dev/results/deep_run.csv.
 # TEXT: what to train on (default: the sources of the Python packages that are installed).  MODEL, STEPS, TRAINER: another model, number of steps, program.
-cd "$(dirname "$0")/.." || exit 1
+cd "$(dirname "$0")/../.." || exit 1
 minutes=${1:-25}
 [[ $minutes =~ ^[1-9][0-9]*$ ]] || { echo "deep_run: expected minutes, found '$minutes'" >&2; exit 1; }
 if [ -z "$TRAINER" ]; then
-    [ "$(dev/cuda.sh trainer)" = train_keel ] || { echo "deep_run needs an NVIDIA GPU, its driver and nvcc" >&2; exit 1; }
+    [ "$(dev/tools/cuda.sh trainer)" = train_keel ] || { echo "deep_run needs an NVIDIA GPU, its driver and nvcc" >&2; exit 1; }
     make --no-print-directory -s train_keel || exit 1
 fi
 trainer=${TRAINER:-./train_keel} steps=${STEPS:-40}

@@ -18,7 +18,7 @@
 #include "keel_common.h"
 #include "train_keel.cu"
 
-#include "dev/bench.h"
+#include "dev/bench/bench.h"
 
 namespace {
 

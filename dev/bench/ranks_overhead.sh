@@ -1,7 +1,7 @@
 #!/bin/bash
 # ranks_overhead.sh [TRAINER [its flags]]: what a communicator costs a run that has nobody to talk to: steps alone beside steps through NCCL with one rank, at -z 0 and 2,
 # five turns each, and the medians of tokens/s of the steps after the third. On a GPU; default ./train_keel -L 256.
-cd "$(dirname "$0")/.." || exit 1
+cd "$(dirname "$0")/../.." || exit 1
 trainer=${1:-./train_keel}
 shift
 flags=("$@")

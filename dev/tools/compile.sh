@@ -18,7 +18,7 @@ built_with() {
 
 [ -z "$newer" ] && [ "$(built_with)" = "$(cat "$stamp" 2>/dev/null)" ] && exit 0
 # shellcheck disable=SC2086
-[[ $flags == *[nqt]* ]] || dev/need.sh $packages || exit 1
+[[ $flags == *[nqt]* ]] || dev/tools/need.sh $packages || exit 1
 with=$(built_with)
 [[ $flags == *s* ]] || head -1 <<<"$with"
 [[ $flags == *[nqt]* ]] && exit 0

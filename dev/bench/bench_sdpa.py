@@ -1,6 +1,6 @@
 """PyTorch's attention at bench_kernels' shapes: causal scaled_dot_product_attention in BF16, B*T = 16384, C = 1024.
 
-Prints name,TFLOP/s, forward and backward: the bare name is FlashAttention's, which dev/bench_kernels.cu --sdpa holds
+Prints name,TFLOP/s, forward and backward: the bare name is FlashAttention's, which dev/bench/bench_kernels.cu --sdpa holds
 ours against; with _cudnn behind it, cuDNN's. FlashAttention's backward is the deterministic one, as ours always is;
 cuDNN has none. Operations as flash attention counts them: two products forward and five backward, half of the scores masked. Medians of 9 timings
 of 20 launches over buffers that together pass the L2 cache.

@@ -1,11 +1,11 @@
 """Whole training steps on the GPU that is here: tokens/s and MFU of train_keel beside PyTorch's, from one run (see
-dev/bench_gpu.sh).
+dev/bench/bench_gpu.sh).
 
-train_keel, PyTorch (dev/bench_gpu_torch.py) and, with --baseline, an older build of train_keel take turns. All train
+train_keel, PyTorch (dev/bench/bench_gpu_torch.py) and, with --baseline, an older build of train_keel take turns. All train
 the same model from the same weights on the same batches, which their first loss and gradient norm prove: where they
 differ no figure is kept. A figure is the median over the turns of the median over the steps. Rates are held against a
-large matrix product and a copy of the same run, the step's time against its floor (dev/predict.py, dev/doc/speed.md),
-figures against dev/goals.csv.
+large matrix product and a copy of the same run, the step's time against its floor (dev/bench/predict.py, dev/doc/speed.md),
+figures against dev/bench/goals.csv.
 
 PyTorch runs in the form of FORMS for the card's memory, or with --search, and where FORMS names none, in the quickest
 of those that a short run of each finds. train_keel takes BF16 states where FP32 ones do not fit the card, and says so.
@@ -14,7 +14,7 @@ Data: the text of Python's own library, and for the large vocabulary its words, 
 50256 by its CRC-32: as frequent and as rare as in text, which is what costs time, though no tokenizer's ids. Both are
 made in --data where they are not there.
 
-Rows (dev/results.py): metric is the model, a slash and what: mfu, vs_torch, vs_baseline, first_step, memory,
+Rows (dev/bench/results.py): metric is the model, a slash and what: mfu, vs_torch, vs_baseline, first_step, memory,
 matrix_rate, copy_rate, floor. peer_value is PyTorch's, the baseline's or the floor; ratio is ours over it, of the floor
 its share of our step. An empty peer_value: there was none; "out of memory": PyTorch's. They are written after each
 model: to --csv as they are measured, with --keep to dev/results/<GPU>.csv too.
@@ -38,8 +38,8 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "dev"), str(ROOT / "data")]
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "data")]
 import predict
 import results
 import shards
@@ -49,7 +49,7 @@ from results import Failed, nvidia_smi
 class Form(NamedTuple):
     """How PyTorch runs a model."""
 
-    mode: str  # of dev/bench_gpu_torch.py
+    mode: str  # of dev/bench/bench_gpu_torch.py
     checkpoint: bool = False  # each block's forward pass again in the backward pass
     budget: float = 1  # of a block's activations, the share that is kept
     B: int = None  # sequences in a micro-batch; None: the largest that fits
@@ -88,7 +88,7 @@ STATES_SHARE = 0.95  # of the card's memory, that states may take
 TRIALS = 0.55  # of a model's time, after which --search tries no further form
 TOLERANCE = {"cuda": (1e-2, 5e-2), "cpu": (1e-4, 1e-4)}  # of the first loss and gradient norm, BF16 and FP32, relative
 WARM = 3  # steps that do not count: single launches, recording, first replay
-OUT_OF_MEMORY = 3  # dev/bench_gpu_torch.py's exit status
+OUT_OF_MEMORY = 3  # dev/bench/bench_gpu_torch.py's exit status
 
 # ---------------------------------------------------------------------------------------------------------
 # Processes
@@ -180,7 +180,7 @@ def keel_turn(program, row, a, extra, deadline):
 
 
 def torch_process(row, steps, a, form, more, deadline):
-    command = [a.torch_python, "dev/bench_gpu_torch.py", *flags(row, steps, a.data), *form.flags()]
+    command = [a.torch_python, "dev/bench/bench_gpu_torch.py", *flags(row, steps, a.data), *form.flags()]
     return Process([*command, "--device", a.device, *more], deadline)
 
 
@@ -293,7 +293,7 @@ class Result:
         return out
 
     def rows(self):
-        """Of dev/results.py's columns MEASURED."""
+        """Of dev/bench/results.py's columns MEASURED."""
         for what, value, unit, peer, ratio in self.metrics():
             no_peer = ("out of memory"
                        if self.out_of_memory and what in ("mfu", "vs_torch", "first_step", "memory") else "")
@@ -429,7 +429,7 @@ def measure(name, row, a, states, gib, deadline, rates):
 
 def yardsticks(python, deadline):
     """Operations a second of PyTorch's large product and bytes a second of a copy."""
-    done = Process([python, "dev/bench_gpu_torch.py", "--yardsticks"], deadline)
+    done = Process([python, "dev/bench/bench_gpu_torch.py", "--yardsticks"], deadline)
     if done.status:
         raise Failed(done.error)
     return tuple(float(done.find(rf"^{name} (\S+)")[1][1]) for name in ("matrix_rate", "copy_rate"))
@@ -466,7 +466,7 @@ def print_header(a, command, gib):
 
 
 def main(arguments, rows=predict.ROWS):
-    parser = argparse.ArgumentParser(prog="dev/bench_gpu.sh", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="dev/bench/bench_gpu.sh", description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("--rows", default=",".join(rows), metavar="NAME,...", help="models [%(default)s]")
     add("--model", action="append", default=[], metavar="NAME=NORM,L,C,H,T,TOKENS,V",
@@ -509,7 +509,7 @@ def main(arguments, rows=predict.ROWS):
 
     def command_of(name, more=()):
         turns = ["--quick"] if a.quick else ["--repeats", str(a.repeats), "--steps", str(a.steps)]
-        said = ["dev/bench_gpu.sh", "--rows", name, *turns]
+        said = ["dev/bench/bench_gpu.sh", "--rows", name, *turns]
         said += ["--search"] * a.search
         for flag, value in (("--modes", a.modes), ("--keel-flags", " ".join([*more, a.keel_flags]).strip()),
                             ("--baseline", a.baseline)):

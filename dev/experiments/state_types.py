@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """What BF16 moments and gradients cost: loss curves beside FP32 states, the same seeds and data, at L = 64 on real text.
 
-    dev/state_types.py                      on the GPU that is here, by ./train_keel
-    dev/state_types.py --trainer build/train_keel_on_cpu --steps 150 --batch 128 --micro-batch 1      its kernels on the CPU, hours
+    dev/experiments/state_types.py                      on the GPU that is here, by ./train_keel
+    dev/experiments/state_types.py --trainer build/train_keel_on_cpu --steps 150 --batch 128 --micro-batch 1      its kernels on the CPU, hours
 
 Writes a row a step to --out and prints, for each type of states, the loss over the last fifth of the run and how far it is from FP32's with the
 same seed. What another seed changes is printed beside it: a difference below that is none that a user could see.

@@ -1,7 +1,7 @@
 #!/bin/bash
 # What --probe 10 costs: medians of the milliseconds of probed steps and of the others, from one run's log.csv.
-#     dev/probe_cost.sh [TRAINER [FLAGS...]]       ./train_keel_cpu -L 64 -x 100 by default
-cd "$(dirname "$0")/.." || exit 1
+#     dev/bench/probe_cost.sh [TRAINER [FLAGS...]]       ./train_keel_cpu -L 64 -x 100 by default
+cd "$(dirname "$0")/../.." || exit 1
 trainer=${1:-./train_keel_cpu}
 shift
 [ $# -gt 0 ] || set -- -L 64 -x 100

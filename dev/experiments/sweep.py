@@ -1,6 +1,6 @@
 """Trains one model for each norm placement, depth, learning rate and seed, and prints a table of where each ends.
 
-    python3 dev/sweep.py -i 'text/*.py' --layers 16 64 256 --lrs 3e-3 6e-3 1e-2 --out results.csv
+    python3 dev/experiments/sweep.py -i 'text/*.py' --layers 16 64 256 --lrs 3e-3 6e-3 1e-2 --out results.csv
 
 A row of the csv that is already there is not run again, so an interrupted sweep goes on where it stopped. What ends a run:
 train, the mean loss of the last tenth of the steps, and val, the loss on text that was never trained on. Further flags

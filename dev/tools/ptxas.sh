@@ -3,8 +3,8 @@
 # (bytes a thread), and the threads and shared memory (bytes) of a block as the trainer launches it at C = 1024, which the CUDA-on-CPU
 # headers tell (- where those runs do not launch it). Exit 1 for a warning, a spill, or for Hopper a kernel that touches global memory before it waits
 # for the one before.  --test prints only what is wrong and a line that counts.
-cd "$(dirname "$0")/.." || exit 1
-nvcc=$(dev/cuda.sh nvcc) || exit 1
+cd "$(dirname "$0")/../.." || exit 1
+nvcc=$(dev/tools/cuda.sh nvcc) || exit 1
 logs=$(mktemp -d)
 trap 'rm -rf "$logs"' EXIT
 archs="80 90 100"
@@ -23,8 +23,8 @@ waits() {
          END { if (!started) print "error: " name ": no wait, or no launch_dependents behind it" }' "$1"
 }
 export -f compile waits
-ranks=$(dev/cuda.sh nccl compile)  # with the kernels of several ranks
-[ "$ranks" ] && ranks="$ranks $(dev/mpi.sh compile nvcc)"
+ranks=$(dev/tools/cuda.sh nccl compile)  # with the kernels of several ranks
+[ "$ranks" ] && ranks="$ranks $(dev/tools/mpi.sh compile nvcc)"
 export nvcc logs ranks
 for build in BF16 FP32; do for arch in $archs; do echo "$arch $build"; done; done | xargs -P "$(nproc)" -L 1 bash -c 'compile $0 $1'
 

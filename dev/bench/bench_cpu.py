@@ -1,4 +1,4 @@
-"""Training speed beside PyTorch's, matrix products beside OpenBLAS's: one table, from one run (see dev/bench_cpu.sh).
+"""Training speed beside PyTorch's, matrix products beside OpenBLAS's: one table, from one run (see dev/bench/bench_cpu.sh).
 
 Who is compared takes turns, each in a process of its own: library threads that spin while idle would take cores from
 the other. A figure is the median over the turns of the median within each.
@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 L, C, H, T, B, V = 16, 256, 4, 256, 4, 256
 STEPS, WARM = 8, 2  # a turn of training; its first WARM steps do not count
 GOAL_TRAINING, GOAL_PRODUCT = 2.5, 0.8  # times PyTorch 1.13 eager; of OpenBLAS's rate
@@ -95,7 +95,7 @@ def keel_turn(threads):
 
 
 def pytorch_turn(python, threads, foreach, environment, steps=STEPS):
-    version, *milliseconds = output([python, "dev/bench_cpu.py", "--pytorch", threads, int(foreach), steps],
+    version, *milliseconds = output([python, "dev/bench/bench_cpu.py", "--pytorch", threads, int(foreach), steps],
                                     threads, environment)
     return version, [float(ms) for ms in milliseconds]
 
@@ -157,12 +157,12 @@ def measure(peers, rounds):
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="dev/bench_cpu.sh", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="dev/bench/bench_cpu.sh", description=__doc__.split("\n\n")[0])
     parser.add_argument("--csv", metavar="FILE", help="append the figures to this file")
     parser.add_argument("--rounds", type=int, default=5, help="turns each [%(default)s]")
     parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", "0").split(",")[0])
                         or len(os.sched_getaffinity(0)), help="[OMP_NUM_THREADS, or all cores]")
-    parser.add_argument("--torch-python", default="", help="a Python with torch [found by dev/find_python.sh]")
+    parser.add_argument("--torch-python", default="", help="a Python with torch [found by dev/tools/find_python.sh]")
     arguments = parser.parse_args()
     threads = arguments.threads
 

@@ -21,7 +21,7 @@ done
 declare -A path
 for name in train_keel train_keel_fp32 train_keel_cpu train_keel_cpu_fp64; do path[$name]=${programs:-.}/$name; done
 if [ ! "$programs" ]; then
-    if [ "$(dev/cuda.sh trainer 2>/dev/null)" = train_keel ]; then
+    if [ "$(dev/tools/cuda.sh trainer 2>/dev/null)" = train_keel ]; then
         echo "GPU        $(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | head -1)"
     else
         path[train_keel]=build/train_keel_on_cpu path[train_keel_fp32]=build/train_keel_fp32_on_cpu

@@ -1,12 +1,12 @@
 """What a training step must take on a GPU: the operations and bytes of dev/doc/speed.md over a matrix rate and a copy rate.
 
-    python3 dev/predict.py [--matrix TFLOP/s] [--copy TB/s]      prints the table of whole models in speed.md
-    python3 dev/predict.py --products                            prints its table of ways of doing the matrix products
+    python3 dev/bench/predict.py [--matrix TFLOP/s] [--copy TB/s]      prints the table of whole models in speed.md
+    python3 dev/bench/predict.py --products                            prints its table of ways of doing the matrix products
 
 floor      each kernel's time is its operations at the matrix rate or its bytes at the copy rate, whichever is longer; kernels run one after
            another. Attention's matrix rate is 0.62 of the products': the most that mma.sync reaches of wgmma's.
 predicted  the same with each kernel at the share of its bound that speed.md predicts for it, and 1 us between two kernels.
-Both are of the level of recomputation and the micro-batch that the step ran with. dev/bench_gpu.py holds measured steps against the floor.
+Both are of the level of recomputation and the micro-batch that the step ran with. dev/bench/bench_gpu.py holds measured steps against the floor.
 """
 
 import argparse
@@ -107,7 +107,7 @@ def step_seconds(L, C, V, T, total_batch, B, recompute, matrix_rate, copy_rate):
 
 
 def product_gains(C, rows, T, matrix_rate, copy_rate):
-    """{way: seconds of a block that it wins}, as dev/bench_products.cu measures them, and the predicted seconds of a block."""
+    """{way: seconds of a block that it wins}, as dev/bench/bench_products.cu measures them, and the predicted seconds of a block."""
     wide = 0 if C >= 512 else 1
     block = sum(least_seconds(k, rows, C, T, matrix_rate, copy_rate) / k.share[wide] + k.launches * GAP for k in FORWARD + BACKWARD)
 
@@ -144,7 +144,7 @@ def product_gains(C, rows, T, matrix_rate, copy_rate):
 
 
 class Row(NamedTuple):
-    """A model that dev/bench_gpu.py measures."""
+    """A model that dev/bench/bench_gpu.py measures."""
     norm: str
     L: int
     C: int
@@ -164,7 +164,7 @@ PLANS = {"keel_L512_C1024": (8, "none"), "pre_L24_C768": (32, "none"), "keel_L10
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="dev/predict.py", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="dev/bench/predict.py", description=__doc__.split("\n\n")[0])
     parser.add_argument("--matrix", type=float, default=790, metavar="TFLOP/s", help="rate of a large BF16 product [%(default)s]")
     parser.add_argument("--copy", type=float, default=4.3, metavar="TB/s", help="bytes read and written by a copy [%(default)s]")
     parser.add_argument("--products", action="store_true", help="ways of doing the matrix products instead of whole models")

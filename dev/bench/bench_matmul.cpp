@@ -5,7 +5,7 @@
 //
 // One library a process: each keeps its threads spinning after a product, which would take cores from the other.
 // For the same reason OpenBLAS is loaded only when asked for; that also lets this file build where there is none.
-// Prints the library, then a line a product: form, N, K, GFLOP/s. dev/bench_cpu.py runs it in turns and compares.
+// Prints the library, then a line a product: form, N, K, GFLOP/s. dev/bench/bench_cpu.py runs it in turns and compares.
 
 #include "train_keel_cpu.cpp"
 
