@@ -1253,8 +1253,7 @@ inline const Flag flags[] = {
     {"-d", "--total-batch", "TOKENS", "by -C",
      "tokens a step, of all ranks, a multiple of B*T*ranks; B*T*ranks where only -b is given", &Options::total_batch, 1,
      MAX_TOTAL_BATCH},
-    {"", "--norm", "NAME", nullptr, "norm placement: keel, pre, post, deepnorm, mixln, hybridnorm, scaledpost",
-     &Options::norm},
+    {"", "--norm", "NAME", nullptr, "norm placement: ", &Options::norm},  // the table's names follow
     {"-a", "--alpha", "A", "by --norm", "weight of the shortcut, where the placement has one (keel: L)",
      &Options::alpha, 1e-30, 1e30},
     {"-l", "--lr", "X", "by -L", "peak learning rate", &Options::lr, 0, MAX_RATE, H_LR},
@@ -1325,8 +1324,9 @@ inline std::string help_text(const char* program, const std::string& ranks) {
     std::string text =
         format("KEEL trainer %s\nusage: %s [flags]    (this build runs on %s)\n\n", KEEL_VERSION, program, ranks);
     for (const Flag& f : flags) {
+        std::string help = f.help + (f.long_name == std::string("--norm") ? placement_names() : "");
         std::string fallback = default_text(f), tail = fallback.empty() ? "" : format(" [%s]", fallback);
-        text += format("%-31s %s%s\n", format("  %-3s %s %s", f.short_name, f.long_name, f.argument), f.help, tail);
+        text += format("%-31s %s%s\n", format("  %-3s %s %s", f.short_name, f.long_name, f.argument), help, tail);
     }
     return text;
 }
