@@ -1,8 +1,8 @@
 #!/bin/bash
 # same_bits.sh [REF]: shows that the working tree computes the very bits that git's REF [HEAD] does, for a change of the
 # sources that is to change no result. It builds both in every kind that needs no GPU, REF in build/same_bits/COMMIT,
-# trains tiny models of all seven placements with each, and compares byte for byte what they write: debug states, models,
-# training states, the tables without their columns of time, samples. A line a build; exit 1 if a file differs.
+# trains tiny models of all seven placements with each, and compares byte for byte what they write: debug states,
+# models, training states, tables without their columns of time, samples. A line a build; exit 1 if a file differs.
 #   --binaries A B     compares the programs that two folders, or their build/, hold; builds nothing
 #   --builds 'X Y'     these builds alone [all four]
 #   --norms 'X Y'      these placements alone [all seven]
@@ -58,19 +58,24 @@ runs() {
     # shellcheck disable=SC2086
     {
         train r_none -b 2 -o r_none $steps -r none $more
-        cp -r r_none resumed && rm resumed/*_00000003*
+        [ -d r_none ] && cp -r r_none resumed && rm -f resumed/*_00000003*
         train resumed -b 2 -o resumed $steps -r none $more -y
         for r in gelu layer 4; do train "r_$r" -b 2 -o "r_$r" $steps -r $r $less; done
         [[ $build == *on_cpu ]] && train bf16_states -b 2 -o bf16_states $steps $less --moments bf16 --grads bf16
-        [ "$mpirun" ] && for z in 0 1 2; do OMP_NUM_THREADS=1 launch=$mpirun train "zero_$z" -b 1 -o "zero_$z" $steps $less -z $z; done
+        [ "$mpirun" ] && for z in 0 1 2; do
+            OMP_NUM_THREADS=1 launch=$mpirun train "zero_$z" -b 1 -o "zero_$z" $steps $less -z $z
+        done
     }
-    for log in */log.csv; do cut -d, -f1-5 "$log" >"$log.cut" && mv "$log.cut" "$log"; done  # the rest is time
+    for log in */log.csv; do  # its other columns are time
+        [ -f "$log" ] && cut -d, -f1-5 "$log" >"$log.cut" && mv "$log.cut" "$log"
+    done
 }
 
 if [ ${#folders[@]} = 0 ]; then
     commit=$(git rev-parse --verify --short "$ref^{commit}") || exit 1
     if [ ! -d "$work/$commit" ]; then
-        rm -rf "$work/new" && mkdir "$work/new" && git archive "$commit" | tar -x -C "$work/new" && mv "$work/new" "$work/$commit" || exit 1
+        rm -rf "$work/new" && mkdir "$work/new" && git archive "$commit" | tar -x -C "$work/new" || exit 1
+        mv "$work/new" "$work/$commit"
     fi
     folders=("$work/$commit" .)
     possible=''
@@ -104,11 +109,13 @@ for build in $builds; do
     done
     same=0 differ=''
     for file in $(cd "$work" && for side in a b; do (cd $side/"$build" && find . -type f); done | sort -u); do
-        if cmp -s "$work/a/$build/$file" "$work/b/$build/$file"; then same=$((same + 1)); else differ="$differ ${file#./}"; fi
+        cmp -s "$work/a/$build/$file" "$work/b/$build/$file" && same=$((same + 1)) || differ="$differ ${file#./}"
     done
-    echo "$build: $(wc -w <<<"$norms") placements, $same files identical$([ ! "$differ" ] || echo ", $(wc -w <<<"$differ") differ:")"
+    count=$(wc -w <<<"$differ")
+    [ "$count" = 0 ] && verdict='' || verdict=", $count differ:"
+    echo "$build: $(wc -w <<<"$norms") placements, $same files identical$verdict"
     for file in $differ; do echo "    $file"; done
-    compared=$((compared + same)) different=$((different + $(wc -w <<<"$differ")))
+    compared=$((compared + same)) different=$((different + count))
 done
 cat "$work"/*.failed 2>/dev/null && exit 1
 [ $different = 0 ] && [ $compared -gt 0 ]
