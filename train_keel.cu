@@ -1831,9 +1831,9 @@ struct Model {
     ParameterLayout grad_layout;  // of several ranks: of grads
     GradientLayout gradient_layout;
     Device device;
-    Communicator* communicator;  // null: alone
-    std::vector<cudaEvent_t>
-        bucket_events;  // of several ranks: a bucket's weights are complete; in the backward pass, its gradients have gone
+    Communicator* communicator;              // null: alone
+    std::vector<cudaEvent_t> bucket_events;  // of several ranks: a bucket's weights are complete; in the backward pass,
+                                             // its gradients have gone
 
     DeviceArray<char> memory;                // what the buffers below are parts of
     DeviceArray<float> params, grads, m, v;  // in parameter order; m, v: AdamW's moments

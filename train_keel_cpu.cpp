@@ -533,10 +533,10 @@ struct Model {
     }
 
     // x_{l+1} in x, in place of x_l; z_l and the branch's activations in their slots.
-    void sublayer_forward(int l, int b) {
+    void forward_sublayer(int l, int b) {
         size_t rows = size_t(b) * size_t(T);
         if (probe) probe->sublayers[size_t(l)].x += sum_of_squares(x.data(), rows * size_t(config.C));
-        ::sublayer_forward(x.data(), z(l), f.data(), activations(l), weights(l), config, l, b, T, 0, l == ablated);
+        sublayer_forward(x.data(), z(l), f.data(), activations(l), weights(l), config, l, b, T, 0, l == ablated);
         if (probe) probe_forward(l, rows);
     }
 
@@ -614,7 +614,7 @@ struct Model {
         embedding_forward(x.data(), tokens, weights()[WTE], weights()[WPE], b, T, config.C, 0);
         std::copy(x.data(), x.data() + size_t(b) * size_t(T) * size_t(config.C), z(-1));
         if (probe) probed_r.resize(size_t(config.L) * size_t(b) * size_t(T));
-        for (int l = 0; l < config.L; l++) sublayer_forward(l, b);
+        for (int l = 0; l < config.L; l++) forward_sublayer(l, b);
         if (probe) probe->add_shortcuts(config, probed_r.data(), size_t(b) * size_t(T));
     }
 
@@ -657,7 +657,7 @@ struct Model {
             if (end < config.L) {           // the last segment's activations are still there
                 restore_x(begin, rows);
                 StepProbe* backward_probe = std::exchange(probe, nullptr);  // the first forward has been probed
-                for (int l = begin; l < end; l++) sublayer_forward(l, b);
+                for (int l = begin; l < end; l++) forward_sublayer(l, b);
                 probe = backward_probe;
             }
             for (int l = end - 1; l >= begin; l--) {

@@ -39,6 +39,16 @@ void each_owned_range(Trainer& trainer, int sections, Take take) {
         for (const ShardRange& range : owned) take(Section(section), range);
 }
 
+// The sections into memory; returns where they end. trainer.saved() follows.
+template <IsTrainer Trainer>
+typename Trainer::Real* save_owned(Trainer& trainer, int sections, typename Trainer::Real* out) {
+    each_owned_range(trainer, sections, [&](Section section, const ShardRange& range) {
+        trainer.save(section, range, 0, range.count, out);
+        out += range.count;
+    });
+    return out;
+}
+
 // A file's body straight from the trainer, a chunk of at most 64 MiB at a time.
 template <IsTrainer Trainer>
 void save_body(Trainer& trainer, FileWriter& out, int sections) {
@@ -205,12 +215,8 @@ private:
     unsigned flag_of_phase() const { return phase == STATE ? STATE_WRITTEN : MODEL_WRITTEN; }
 
     void take_snapshot() {
-        Real* out = snapshot.data();
-        each_owned_range(trainer, SECTIONS, [&](Section section, const ShardRange& range) {
-            trainer.save(section, range, 0, range.count, out);
-            out += range.count;
-        });
-        if (ranks) trainer.save_model(out);
+        Real* end = save_owned(trainer, SECTIONS, snapshot.data());
+        if (ranks) trainer.save_model(end);
         trainer.saved();
     }
 

@@ -18,7 +18,7 @@
 
 #include "crash_disk.h"
 #include "files.h"
-#include "keel_common.h"
+#include "keel/checkpoint.h"
 
 namespace {
 

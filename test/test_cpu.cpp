@@ -539,7 +539,7 @@ TEST_SUITE("layers") {
         check_gradient("f", f.data(), dz, loss);
         check_gradient("gamma", g.data(), dg, loss);
         std::vector<real> none(24, 0);
-        highway_backward(dz.data(), none.data(), real(2.5), 24);
+        highway_backward(dz.data(), dz.data(), none.data(), real(2.5), 24);
         check_gradient("x", x0.data(), dz, loss);
     }
 }
@@ -696,7 +696,7 @@ TEST_SUITE("model") {
                                     Recompute{10}, Recompute{64}}) {
                 Model model(c, 2, 9, level);
                 // poisoned, so that a buffer that is read before it is written shows
-                for (const auto& row : Model::plan(c, 2, 9, level))
+                for (const auto& row : Model::plan(c, model.layout, 2, 9, level))
                     if (row.buffer != &Model::params && row.buffer != &Model::grads)
                         std::fill((model.*row.buffer).data(), (model.*row.buffer).data() + row.elements, real(NAN));
                 initialise_for_test(model, 3);
@@ -956,7 +956,7 @@ TEST_SUITE("data") {
     TEST_CASE(
         "Programs of hops:K answer their queries right, by as many lookups as they say and no fewer, each number of "
         "lookups as often as any other") {
-        for (int K : {1, 3, 8, HopPrograms::MAX_HOPS}) {
+        for (int K : {1, 3, 8, MAX_HOPS}) {
             HopPrograms programs{K};
             std::map<int, int> count;
             int total = 0, forward = 0, assignments = 0, sequences = 400;
@@ -1000,8 +1000,12 @@ TEST_SUITE("data") {
         "A sequence of programs is a function of seed and number alone; no program of validation is one of training") {
         HopPrograms programs{3};
         int T = programs.length() - 1;
-        Loader a(programs, T, 1, true), b(programs, T, 1, true), other(programs, T, 2, true),
-            val(programs, T, 1, false);
+        auto loader = [&](int64_t seed, bool training) {
+            RunConfig run;
+            run.T = T, run.seed = seed;
+            return DataSplit(parse_command_line(3, std::array{"train", "-i", "hops:3"}.data())).loader(run, training);
+        };
+        Loader a = loader(1, true), b = loader(1, true), other = loader(2, true), val = loader(1, false);
         CHECK(a.sequences_per_epoch() == SIZE_MAX);
         std::set<std::vector<int>> seen;
         size_t size = size_t(2 * T), drawn = 0;
@@ -1038,7 +1042,7 @@ TEST_SUITE("data") {
                 model.ablated = l;
                 double ablated = model.evaluate(tokens.data(), targets.data(), 2);
                 model.ablated = -1;
-                SublayerTensors w = model.weights(l);
+                SublayerTensors<real> w = model.weights(l);
                 std::fill_n(w[is_attention(l) ? ATTPROJW : FCPROJW],
                             size_t(c.C) * size_t(c.C) * (is_attention(l) ? 1 : 4), real(0));
                 CHECK_MESSAGE(model.evaluate(tokens.data(), targets.data(), 2) == ablated,
@@ -1155,7 +1159,7 @@ TEST_SUITE("files") {
             return error_of([&] {
                 FileReader reader(bad, FILE_MODEL);
                 Trainer t(small_run(reader.header.model(), 1, 1));
-                t.read_parameters(reader), reader.finish();
+                load_parameters(t, reader), reader.finish();
             });
         };
         CHECK(load(bytes) == "");

@@ -136,9 +136,8 @@ TEST_CASE(
     const std::map<std::string, std::string> bad = {{"KEEL_TEST_BAD", "1,5,6,7,12,13,20"}};
     Result whole = run(p.tiny({"--max-skips", "4"}), bad);
     REQUIRE_MESSAGE(whole.code == 0, whole.err);
-    CHECK(whole.out.find(
-              "skipped    step 7, whose loss or gradient is not finite: nothing is updated; 3 in a row, 4 in all") !=
-          std::string::npos);
+    CHECK(whole.out.find("skipped    step 7, whose loss or gradient is not finite: nothing is updated; 3 in a row, 4 "
+                         "in all") != std::string::npos);
     CHECK(whole.out.find("skipped    7 of 24 steps") != std::string::npos);
     CHECK(slurp(p / "run/log.csv").find("\n6,nan,,") != std::string::npos);
     fs::rename(p / "run", p / "whole");
@@ -322,7 +321,7 @@ TEST_CASE(
     Options o;
     RunConfig config = resolve_run(o, &file.header, 0);
     Trainer trainer(config);
-    trainer.read_parameters(file), trainer.read_moments(file), file.finish();
+    load_body(trainer, file, trainer.layout().owned(0), SECTIONS), trainer.loaded(), file.finish();
     CsvLog log(p / "log.csv", "step", -1);
     for (bool background : {false, true}) {
         std::string folder = p / (background ? "b" : "f");

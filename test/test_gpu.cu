@@ -14,7 +14,7 @@
 #include <regex>
 #include <sstream>
 
-#include "keel_common.h"
+#include "keel/run.h"
 
 // The two trainers have the same names: the CPU's get a namespace.
 namespace cpu {
@@ -241,7 +241,7 @@ Outcome run_steps(Trainer& trainer, const TestData& data, int64_t first, int64_t
     }
     outcome.params = host(trainer.model.params);
     std::vector<float> states(3 * outcome.params.size());
-    trainer.snapshot(states.data());
+    save_owned(trainer, SECTIONS, states.data()), trainer.saved();
     auto from = states.begin() + std::ptrdiff_t(outcome.params.size());
     outcome.m.assign(from, from + std::ptrdiff_t(outcome.params.size())),
         outcome.v.assign(from + std::ptrdiff_t(outcome.params.size()), states.end());
@@ -966,7 +966,8 @@ TEST_SUITE("optimizer") {
             CHECK(std::fabs(a.norm / b.norm - 1) < 1e-6);  // two sums instead of one
             CHECK((a.clip == 1 && b.clip == 1));
             std::vector<float> wanted(3 * n), found(3 * n);
-            wide_trainer.snapshot(wanted.data()), trainer.snapshot(found.data());
+            save_owned(wide_trainer, SECTIONS, wanted.data()), wide_trainer.saved();
+            save_owned(trainer, SECTIONS, found.data()), trainer.saved();
             // The two kernels may contract other multiplications and additions: a few last bits of their terms in FP32,
             // which may decide a rounding.
             auto either = [](float value, float x, float terms, uint32_t random) {
@@ -1103,7 +1104,7 @@ TEST_SUITE("model") {
             int B = file.header.word[H_B], T = file.header.word[H_T];
             Trainer trainer(test_run(file.header.model(), B, T));
             FileReader parameters(entry.path().string(), FILE_DEBUG);  // a debug state starts with them
-            trainer.read_parameters(parameters);
+            load_parameters(trainer, parameters);
             poison(trainer.model);
             ours.tokens = file.tokens, ours.targets = file.targets;
             trainer.debug_pass(ours, B, T);
@@ -1240,12 +1241,11 @@ TEST_SUITE("model") {
         auto keep = [&](float value) { return bf16_highway ? float(__nv_bfloat16(value)) : value; };
         std::vector<float> x(n), z(n), u(n), f(n);
         Stream stream;
-        cpu::embedding_forward(x.data(), tokens.data(), model.tensor(model.params, WTE),
-                               model.tensor(model.params, WPE), 1, T, c.C, 0);
+        cpu::embedding_forward(x.data(), tokens.data(), model.weights()[WTE], model.weights()[WPE], 1, T, c.C, 0);
         for (float& value : x) value = keep(value);
         for (int l = 0; l < c.L; l++) {
             if (l == 2) stream.start = x;
-            cpu::SublayerTensors w = model.weights(l);
+            SublayerTensors<float> w = model.weights(l);
             cpu::rmsnorm_forward(u.data(), x.data(), w[GAMMA_IN], rows, c.C);
             if (is_attention(l)) cpu::attention_branch_forward(f.data(), model.activations(l), u.data(), w, c, 1, T, 0);
             else cpu::feed_forward_branch_forward(f.data(), model.activations(l), u.data(), w, c, rows);
@@ -1436,8 +1436,9 @@ TEST_SUITE("training") {
             run_steps(whole, data, 1, 3);
             Options o;
             o.train = {data.source.files[0].path};
-            std::string path = data.folder.path + "/state.bin";
-            write_state(path, whole, run, 3, DataSplit(o));
+            DataSplit split(o);
+            CheckpointWriter<Trainer>(whole, split, data.folder.path, 0, false, {}).write(3);
+            std::string path = state_path(data.folder.path, 3);
             Outcome expected = run_steps(whole, data, 4, 6);
 
             FileReader file(path, FILE_STATE);
@@ -1445,7 +1446,7 @@ TEST_SUITE("training") {
             CHECK(stored.types.moments_bf16 == types.moments_bf16);
             CHECK(stored.types.grads_bf16 == types.grads_bf16);
             Trainer resumed(stored);
-            resumed.read_parameters(file), resumed.read_moments(file);
+            load_body(resumed, file, resumed.layout().owned(0), SECTIONS), resumed.loaded();
             file.finish();
             CHECK(file.header.get<int64_t>(H_STEP) == 3);
             CHECK(file.header.word[H_BRANCH_BF16] == bf16);
@@ -1514,7 +1515,7 @@ TEST_SUITE("training") {
         trainer.initialise(9);
         write_model(folder.path + "/model.bin", trainer, 1);
         FileReader file(folder.path + "/model.bin", FILE_MODEL);
-        other.read_parameters(file);
+        load_parameters(other, file);
         file.finish();
         CHECK(same_bits(host(trainer.model.params), host(other.model.params)));
     }
@@ -1638,7 +1639,7 @@ TEST_SUITE("memory and machine") {
         CHECK(rows[0].size() == 13);
         for (size_t i = 1; i < rows.size(); i++) {
             REQUIRE(rows[i].size() == 13);
-            CHECK(rows[i][0] == Trainer::properties().name);
+            CHECK(rows[i][0] == gpu_properties().name);
             CHECK(std::stod(rows[i][11]) <= std::stod(rows[i][10]));  // the best of them against the first
             CHECK(rows[i][12].size() == 128);
         }
@@ -1681,9 +1682,8 @@ TEST_SUITE("memory and machine") {
         for (int H : {1, 2, 4, 8}) CHECK(refusal(128, H) == "");
         if (bf16) {
             CHECK(refusal(72, 1).find("-C: expected a multiple of 64 in this build, found 72") != std::string::npos);
-            CHECK(refusal(64, 8).find(
-                      "-H: expected heads of 16, 32, 64 or 128 channels (C / H) in this build, found 8") !=
-                  std::string::npos);
+            CHECK(refusal(64, 8).find("-H: expected heads of 16, 32, 64 or 128 channels (C / H) in this build, found "
+                                      "8") != std::string::npos);
             CHECK(refusal(256, 1).find("found 256") != std::string::npos);
         } else {
             CHECK(refusal(72, 1) == "");

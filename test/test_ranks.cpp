@@ -8,7 +8,7 @@
 #include <thread>
 
 #include "files.h"
-#include "keel_common.h"
+#include "keel/checkpoint.h"
 
 namespace {
 
@@ -178,7 +178,7 @@ TEST_SUITE("what ranks own and read") {
                 size_t sum = 0;
                 for (int r = 0; r < ranks; r++) {
                     std::vector<bool> shard(layout.shard_size);
-                    for (const Stretch& s : layout.stretches(r))
+                    for (const ShardRange& s : layout.owned(r))
                         for (size_t i = 0; i < s.count; i++) {
                             owners[flat.tensors[s.tensor].offset + s.first + i]++;
                             CHECK(!memory[s.memory + i]);
@@ -197,13 +197,13 @@ TEST_SUITE("what ranks own and read") {
 
     TEST_CASE("The gradients of -z 2 have room for two blocks, which alternate") {
         ParameterLayout layout(config_of(HYBRIDNORM, 10, 24, 3), 3), two = layout.with_two_blocks();
-        CHECK(two.size == layout.units[0].shard * 3 + 2 * layout.units[1].shard * 3);
+        CHECK(two.size == layout.buckets[0].shard * 3 + 2 * layout.buckets[1].shard * 3);
         for (const TensorInfo& t : two.tensors) {
-            size_t u = two.unit_of(t);
+            size_t u = two.bucket_of(t);
             CHECK(t.offset == two.offset(t.id, t.layer));
-            CHECK(t.offset >= two.units[u].first);
-            CHECK(t.offset + t.size() <= two.units[u].first + two.units[u].count);
-            if (u >= 1) CHECK(two.units[u].first == two.units[1 + (u - 1) % 2].first);
+            CHECK(t.offset >= two.buckets[u].first);
+            CHECK(t.offset + t.size() <= two.buckets[u].first + two.buckets[u].count);
+            if (u >= 1) CHECK(two.buckets[u].first == two.buckets[1 + (u - 1) % 2].first);
         }
     }
 
@@ -274,8 +274,8 @@ TEST_SUITE("the lifeline, without MPI") {
 
     TEST_CASE("Ranks find each other by an address or by a shared file, and part in peace") {
         Place p;
-        for (const auto& environment :
-             {by_port(), std::map<std::string, std::string>{{"KEEL_RENDEZVOUS", p / "rendezvous"}}})
+        for (const auto& environment : {by_port(), std::map<std::string, std::string>{{"KEEL_RENDEZVOUS", p / "rendezvo"
+                                                                                                              "us"}}})
             for (const Result& r :
                  with_lifeline(4, environment, [](int r, Lifeline&) { return usleep(unsigned(r) * 100000), 0; })) {
                 CHECK(r.code == 0);
@@ -597,11 +597,11 @@ TEST_SUITE("ends") {
             CHECK(!fs::exists(p / "run"));
         }
         // Each rank with a seed of its own
-        Result r =
-            Process(on_ranks(2, {"sh", "-c",
-                                 format("exec ./train_keel_cpu -i %s -L 4 -t 8 -x 2 --seed $OMPI_COMM_WORLD_RANK",
-                                        p.text.c_str())}))
-                .wait();
+        Result r = Process(on_ranks(2, {"sh", "-c",
+                                        format("exec ./train_keel_cpu -i %s -L 4 -t 8 -x 2 --seed "
+                                               "$OMPI_COMM_WORLD_RANK",
+                                               p.text.c_str())}))
+                       .wait();
         CHECK(r.err.find("expected the same flags, files and data on all, found others on rank 1") !=
               std::string::npos);
     }

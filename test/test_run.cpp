@@ -12,7 +12,7 @@
 #include <thread>
 
 #include "files.h"
-#include "keel_common.h"
+#include "keel/checkpoint.h"
 
 namespace {
 
@@ -1003,10 +1003,10 @@ TEST_SUITE("the GPU trainer") {
                 succeeds({binary, "-e", model, "--prompt", "line 1", "-g", "24", "--temperature", "0"}).out;
             return out.substr(out.find("---"));
         };
-        CHECK(sample("./train_keel_cpu", p / "cpu/model_00000008.bin") ==
-              sample(gpu_fp32, p / "cpu/model_00000008.bin"));
-        CHECK(sample("./train_keel_cpu", p / "bf16/model_00000008.bin") ==
-              sample(gpu_fp32, p / "bf16/model_00000008.bin"));
+        CHECK(sample("./train_keel_cpu", p / "cpu/model_00000008.bin") == sample(gpu_fp32, p / "cpu/"
+                                                                                               "model_00000008.bin"));
+        CHECK(sample("./train_keel_cpu", p / "bf16/model_00000008.bin") == sample(gpu_fp32, p / "bf16/"
+                                                                                                "model_00000008.bin"));
         CHECK(sample(gpu_bf16, p / "bf16/model_00000008.bin").find("line 1") != std::string::npos);
         succeeds({gpu_bf16, "-i", p.text, "-e", p / "cpu/model_00000008.bin", "-t", "16", "-b", "2", "-x", "2", "-s",
                   "0"});
@@ -1064,8 +1064,8 @@ TEST_SUITE("the GPU trainer") {
                 {"-C", "multiple of 64", "72", "train_keel_fp32"});
         p.fails({gpu_bf16, "-i", p.text, "-C", "64", "-H", "8", "-o", p / "run"},
                 {"-H", "16, 32, 64 or 128", "8", "train_keel_fp32"});
-        p.fails({gpu_fp32, "-i", p.text, "-C", "16384", "-t", "8", "-b", "1", "-o", p / "run"},
-                {"-C", "at most 14528"});
+        p.fails({gpu_fp32, "-i", p.text, "-C", "16384", "-t", "8", "-b", "1", "-o", p / "run"}, {"-C", "at most "
+                                                                                                       "14528"});
         // a card of 1100 MiB, 1 GiB of which is set aside
         Result r = run({gpu_bf16, "-i", p.text, "-L", "64", "-C", "256", "-t", "64", "-b", "1", "-o", p / "run"},
                        {{"CUDA_ON_CPU_MEMORY", "1100"}});

@@ -24,7 +24,7 @@ struct Bench {
     // After the flags: is there a machine to measure?
     void begin() {
         Trainer::require_machine();
-        cache_bytes = small ? 1 << 16 : size_t(Trainer::properties().l2CacheSize);
+        cache_bytes = small ? 1 << 16 : size_t(gpu_properties().l2CacheSize);
     }
     size_t sets_for(size_t bytes) const { return std::max<size_t>(1, ceil_div(4 * cache_bytes, bytes)); }
 
@@ -34,10 +34,9 @@ struct Bench {
         bool fresh = access(csv_path.c_str(), F_OK) != 0;
         std::ofstream csv(csv_path, std::ios::app);
         if (fresh) csv << "metric,value,unit,peer_value,ratio\n";
-        auto digits = [](double number) { return std::fabs(number) < 10 ? 3 : 1; };
-        csv << format("%s,%.*f,%s,%.*f,%.3f\n", metric.c_str(), digits(value), value, unit, digits(peer), peer,
-                      value / peer);
-        if (!csv) fail("%s: could not be written (%s)", csv_path.c_str(), errno_text().c_str());
+        auto number = [](double x) { return std::fabs(x) < 10 ? format("%.3f", x) : format("%.1f", x); };
+        csv << format("%s,%s,%s,%s,%.3f\n", metric, number(value), unit, number(peer), value / peer);
+        if (!csv) fail("%s: could not be written (%s)", csv_path, errno_text());
     }
 };
 

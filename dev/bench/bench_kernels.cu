@@ -9,7 +9,7 @@
 // dev/bench/bench_sdpa.py. --small: shapes for a dry run, also on the CPU headers.
 #include <omp.h>
 
-#include "keel_common.h"
+#include "keel/run.h"
 namespace cpu {
 #include "train_keel_cpu.cpp"
 }
@@ -68,7 +68,7 @@ __global__ void read_kernel(float* never, const float4* from, size_t n) {
 void check(const char* what, const std::vector<float>& expected, const std::vector<float>& found, double tolerance) {
     double error = relative_error(expected, found);
     if (error <= tolerance) return;
-    printf("WRONG: %s: relative L2 error %.3g beside the CPU, expected at most %.3g\n", what, error, tolerance);
+    print("WRONG: %s: relative L2 error %.3g beside the CPU, expected at most %.3g\n", what, error, tolerance);
     bench.bad++;
 }
 constexpr double TOLERANCE = BRANCH_BF16 ? 5e-3 : 1e-5;  // BF16 rounds to 2^-9
@@ -76,8 +76,8 @@ constexpr double TOLERANCE = BRANCH_BF16 ? 5e-3 : 1e-5;  // BF16 rounds to 2^-9
 void report(const std::string& name, double seconds, double amount, const char* unit, double peer,
             const char* peer_name) {
     double scale = unit[0] == 'G' ? 1e9 : 1e12, value = amount / seconds / scale;
-    printf("%-34s %10.1f us %10.1f %-8s %10.1f %-18s ratio %.2f\n", name.c_str(), seconds * 1e6, value, unit, peer,
-           peer_name, value / peer);
+    print("%-34s %10.1f us %10.1f %-8s %10.1f %-18s ratio %.2f\n", name, seconds * 1e6, value, unit, peer, peer_name,
+          value / peer);
     fflush(stdout);
     bench.add_row(name, value, unit, peer);
 }
@@ -140,7 +140,7 @@ void bench_highway(Device& device, int rows, int C) {
         cpu::rmsnorm_backward(du.data(), dg.data() + C, du.data(), x.data(), g.data() + 3 * C, size_t(rows), C,
                               blocks.data());
         dx = dzs;
-        cpu::highway_backward(dx.data(), du.data(), alpha, n);
+        cpu::highway_backward(dx.data(), dx.data(), du.data(), alpha, n);
         cpu::rmsnorm_backward(dx.data(), dg.data(), dx.data(), zo.data(), g.data() + 2 * C, size_t(rows), C,
                               blocks.data());
         backward(0, true);
@@ -335,7 +335,7 @@ void read_sdpa(const std::string& path) {
     for (std::string line; std::getline(in, line);)
         if (size_t comma = line.find(','); comma != std::string::npos)
             sdpa[line.substr(0, comma)] = std::atof(line.c_str() + comma + 1);
-    if (sdpa.empty()) fail("--sdpa: expected lines of name,TFLOP/s in %s, found none", path.c_str());
+    if (sdpa.empty()) fail("--sdpa: expected lines of name,TFLOP/s in %s, found none", path);
 }
 
 int run(int argc, char** argv) {
@@ -350,11 +350,11 @@ int run(int argc, char** argv) {
     tiny.B = tiny.T = 1, tiny.total_batch = 1;
     Trainer trainer(tiny);  // for its device and its matrix rate
     Device& device = trainer.model.device;
-    cudaDeviceProp p = Trainer::properties();
+    cudaDeviceProp p = gpu_properties();
     bool small = bench.small;
     double rate = trainer.matrix_rate();
-    printf("%s; L2 %.0f MiB; %s build; matrix products %.1f TFLOP/s\n", p.name, double(p.l2CacheSize) / (1 << 20),
-           BRANCH_BF16 ? "BF16" : "FP32", rate / 1e12);
+    print("%s; L2 %.0f MiB; %s build; matrix products %.1f TFLOP/s\n", p.name, double(p.l2CacheSize) / (1 << 20),
+          BRANCH_BF16 ? "BF16" : "FP32", rate / 1e12);
     int rows = small ? 192 : 16384;
     for (int C : {1024, 256}) {
         int channels = small ? C / 4 : C;
@@ -372,8 +372,8 @@ int run(int argc, char** argv) {
         for (int D : {64, 128})
             bench_attention(device, small ? 1 : 16384 / T, small ? T / 16 : T, small ? 128 : 1024, D, rate);
     for (int C : {1024, 256}) bench_products(device, rows, small ? C / 4 : C, rate);
-    printf("%s\n", bench.bad ? format("%d results differ from the CPU's", bench.bad).c_str()
-                             : "every result agrees with the CPU's");
+    print("%s\n",
+          bench.bad ? format("%d results differ from the CPU's", bench.bad) : "every result agrees with the CPU's");
     return bench.bad ? 1 : 0;
 }
 

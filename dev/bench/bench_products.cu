@@ -15,7 +15,7 @@
 // --small: shapes for a dry run, also on the CPU headers.
 #include <cuda_fp8.h>
 
-#include "keel_common.h"
+#include "keel/run.h"
 #include "train_keel.cu"
 
 #include "dev/bench/bench.h"
@@ -125,7 +125,7 @@ struct Lab {
     Lab() {
         check(cublasLtCreate(&handle), "cublasLtCreate");
         for (cudaEvent_t* event : {&forked, &joined}) CUDA(cudaEventCreateWithFlags(event, cudaEventDisableTiming));
-        cudaDeviceProp p = Trainer::properties();
+        cudaDeviceProp p = gpu_properties();
         capability = 10 * p.major + p.minor;
     }
     ~Lab() {
@@ -217,25 +217,25 @@ std::vector<double> compare(Lab& lab, const std::string& name, double operations
         if (v.refused.empty()) ways.push_back({v.run, v.stream ? v.stream : lab.device.stream});
     }
     std::vector<double> measured = side_by_side(ways, usual_launches()), seconds;
-    printf("%s\n", name.c_str());
+    print("%s\n", name);
     size_t best = 0;
     for (size_t i = 0, timed = 0; i < variants.size(); i++) {
         const Variant& v = variants[i];
         if (!v.refused.empty()) {
-            printf("    %-44s %s\n", v.name.c_str(), v.refused.c_str());
+            print("    %-44s %s\n", v.name, v.refused);
             seconds.push_back(INFINITY);
             continue;
         }
         seconds.push_back(measured[timed++]);
         double rate = operations / seconds[i] / 1e12, peer = operations / seconds[0] / 1e12;
-        printf("    %-44s %9.1f us %8.1f TFLOP/s  ratio %.3f", v.name.c_str(), seconds[i] * 1e6, rate, rate / peer);
-        if (i > 0) printf("  error %.2g", errors[i]);
-        printf("\n");
+        print("    %-44s %9.1f us %8.1f TFLOP/s  ratio %.3f", v.name, seconds[i] * 1e6, rate, rate / peer);
+        if (i > 0) print("  error %.2g", errors[i]);
+        print("\n");
         bench.add_row(joined(name + " " + v.name), rate, "TFLOP/s", peer);
         if (seconds[i] < seconds[best]) best = i;
     }
     if (seconds[best] > seconds[0] * (1 - NOISE / 100)) best = 0;
-    printf("    %s: %s\n", best ? "wins" : "stays", variants[best].name.c_str());
+    print("    %s: %s\n", best ? "wins" : "stays", variants[best].name);
     fflush(stdout);
     return seconds;
 }
@@ -243,11 +243,11 @@ std::vector<double> compare(Lab& lab, const std::string& name, double operations
 // What of a block's time is won, as tokens/s of a model of many blocks.
 void report_gain(const std::string& name, double won, double block) {
     if (!std::isfinite(won)) {
-        printf("%-62s not offered\n", name.c_str());
+        print("%-62s not offered\n", name);
         return;
     }
     double gain = 100 * won / (block - won);
-    printf("%-62s %8.1f us of %9.1f, %+6.2f %% of tokens/s\n", name.c_str(), won * 1e6, block * 1e6, gain);
+    print("%-62s %8.1f us of %9.1f, %+6.2f %% of tokens/s\n", name, won * 1e6, block * 1e6, gain);
     bench.add_row(joined(name), 100 + gain, "% of tokens/s", 100);
 }
 
@@ -466,7 +466,7 @@ double bench_tuning(Lab& lab, Device& tuned, const std::string& shape, const std
                 tuned.synchronize();
             }
             std::vector<double> seconds =
-                compare(lab, format("tune %s %s %s %s", l.name, part, shape.c_str(), l.shape().c_str()), l.operations(),
+                compare(lab, format("tune %s %s %s %s", l.name, part, shape, l.shape()), l.operations(),
                         {variant("first of the heuristic", lab.device), variant("tuned", tuned)});
             if (at < layers_of_block) won += seconds[0] - seconds[1];
         };
@@ -509,7 +509,7 @@ GeluGains bench_gelu(Lab& lab, const std::string& shape, const std::vector<Layer
             return h;
         };
         std::vector<double> seconds =
-            compare(lab, format("GELU fc forward %s %s", shape.c_str(), fc.shape().c_str()), fc.operations(),
+            compare(lab, format("GELU fc forward %s %s", shape, fc.shape()), fc.operations(),
                     {{"product, gelu_forward", with_kernel, [&] { return both(with_kernel); }},
                      {"GELU_AUX epilogue", std::ref(epilogue), [&] { return both(std::ref(epilogue)); }, BF16_TOLERANCE,
                       epilogue.refused}});
@@ -525,7 +525,7 @@ GeluGains bench_gelu(Lab& lab, const std::string& shape, const std::vector<Layer
     auto with_kernel = [&](int i) { plain(i), gelu_backward(lab.device, x.din(i), h(i), hidden); };
     auto dh = [&](const std::function<void(int)>& run) { return run(0), sample(lab.device, x.din(0), hidden); };
     std::vector<double> seconds =
-        compare(lab, format("GELU fcproj din %s %s", shape.c_str(), fcproj.shape().c_str()), fcproj.operations(),
+        compare(lab, format("GELU fcproj din %s %s", shape, fcproj.shape()), fcproj.operations(),
                 {{"product, gelu_backward", with_kernel, [&] { return dh(with_kernel); }},
                  {"DGELU epilogue", std::ref(epilogue), [&] { return dh(std::ref(epilogue)); }, BF16_TOLERANCE,
                   epilogue.refused}});
@@ -556,7 +556,7 @@ AccumulationGains bench_accumulation(Lab& lab, const std::string& shape, const s
                    RoundingState{settings.data(), updates.data(), micro_batch.data()});
         };
         std::vector<double> seconds =
-            compare(lab, format("accumulate %s dW %s %s", l.name, shape.c_str(), l.shape().c_str()), l.operations(),
+            compare(lab, format("accumulate %s dW %s %s", l.name, shape, l.shape()), l.operations(),
                     {{"beta 1, FP32", std::ref(added), [&] { return dw_result(lab, x, l, std::ref(added)); }},
                      {"beta 0, add_rounded to BF16", rounded,
                       [&] {
@@ -631,9 +631,8 @@ Fp8Gains bench_fp8(Lab& lab, const std::string& shape, const std::vector<Layer>&
                     return result(std::ref(*way));
                 }, FP8_TOLERANCE, way ? way->refused : unable, fast});
             }
-            std::vector<double> seconds =
-                compare(lab, format("FP8 %s %s %s %s", l.name, part, shape.c_str(), l.shape().c_str()), l.operations(),
-                        std::move(variants));
+            std::vector<double> seconds = compare(lab, format("FP8 %s %s %s %s", l.name, part, shape, l.shape()),
+                                                  l.operations(), std::move(variants));
             bool fast = seconds[2] < seconds[1];
             won.alone += seconds[0] - seconds[fast ? 2 : 1];
             return std::isfinite(seconds[fast ? 2 : 1]) ? std::move(ways[fast]) : nullptr;
@@ -676,8 +675,7 @@ Fp8Gains bench_fp8(Lab& lab, const std::string& shape, const std::vector<Layer>&
         std::string missing =
             unable.empty() && !(forward8 && din8 && dw8) ? "not offered (one of its products is not)" : unable;
         std::vector<double> seconds =
-            compare(lab, format("FP8 %s with its casts %s %s", l.name, shape.c_str(), l.shape().c_str()),
-                    3 * l.operations(),
+            compare(lab, format("FP8 %s with its casts %s %s", l.name, shape, l.shape()), 3 * l.operations(),
                     {{"BF16", bf16_run, [&] { return all(bf16_run); }},
                      {"FP8, cast and transposed", cast_run, [&] { return all(cast_run); }, FP8_TOLERANCE, missing},
                      {"FP8, amax, cast and transposed", quantised_run, [&] { return all(quantised_run); },
@@ -697,10 +695,10 @@ Fp8Gains bench_fp8(Lab& lab, const std::string& shape, const std::vector<Layer>&
         double copy_rate = 2 * double(copied) / kernels[2];
         for (auto [name, bytes, seconds_of] :
              {std::tuple{"amax", amax_bytes, kernels[0]}, {"cast and transpose", cast_bytes, kernels[1]}}) {
-            printf("    %-44s %9.1f us %8.1f GB/s, a copy %.1f, ratio %.2f\n", name, seconds_of * 1e6,
-                   bytes / seconds_of / 1e9, copy_rate / 1e9, bytes / seconds_of / copy_rate);
-            bench.add_row(joined(format("FP8 %s %s %s %s", l.name, name, shape.c_str(), l.shape().c_str())),
-                          bytes / seconds_of / 1e9, "GB/s", copy_rate / 1e9);
+            print("    %-44s %9.1f us %8.1f GB/s, a copy %.1f, ratio %.2f\n", name, seconds_of * 1e6,
+                  bytes / seconds_of / 1e9, copy_rate / 1e9, bytes / seconds_of / copy_rate);
+            bench.add_row(joined(format("FP8 %s %s %s %s", l.name, name, shape, l.shape())), bytes / seconds_of / 1e9,
+                          "GB/s", copy_rate / 1e9);
         }
     }
     return won;
@@ -744,8 +742,8 @@ SmallGains bench_small(Lab& lab, const std::string& shape, const std::vector<Lay
             variants.push_back({format("%zu slices of rows, then their sum", slices), run,
                                 [&, run] { return dw_result(lab, x, l, run); }, BF16_TOLERANCE, batch.refused});
         }
-        won.slices += best_of(compare(lab, format("small %s dW %s %s", l.name, shape.c_str(), l.shape().c_str()),
-                                      l.operations(), std::move(variants)));
+        won.slices += best_of(compare(lab, format("small %s dW %s %s", l.name, shape, l.shape()), l.operations(),
+                                      std::move(variants)));
 
         // dW and din read the same dout. By chunks of rows the second finds it in the L2 cache; at once they share the
         // multiprocessors.
@@ -788,9 +786,8 @@ SmallGains bench_small(Lab& lab, const std::string& shape, const std::vector<Lay
                 return result(run);
             }, BF16_TOLERANCE, dw_part.refused.empty() ? din_part.refused : dw_part.refused});
         }
-        std::vector<double> seconds =
-            compare(lab, format("small %s backward %s %s", l.name, shape.c_str(), l.shape().c_str()),
-                    2 * l.operations(), std::move(variants));
+        std::vector<double> seconds = compare(lab, format("small %s backward %s %s", l.name, shape, l.shape()),
+                                              2 * l.operations(), std::move(variants));
         won.beside += seconds[0] - std::min(seconds[0], seconds[1]);
         won.chunks += seconds[0] - std::min(seconds[0], *std::min_element(seconds.begin() + 2, seconds.end()));
     }
@@ -814,12 +811,11 @@ SmallGains bench_small(Lab& lab, const std::string& shape, const std::vector<Lay
             CUDA(cudaMemsetAsync(x.out(0), 0, l.rows * l.N * sizeof(branch_t), lab.device.stream));
             return run(0), sample(lab.device, x.out(0), l.rows * l.N);
         };
-        won.qkv =
-            best_of(compare(lab, format("small qkv forward %s %s", shape.c_str(), l.shape().c_str()), l.operations(),
-                            {{"one product of 3 C", std::ref(whole), [&] { return out(std::ref(whole)); }},
-                             {"three of C", three, [&] { return out(three); }, BF16_TOLERANCE, third.refused},
-                             {"a batch of three", std::ref(batch), [&] { return out(std::ref(batch)); }, BF16_TOLERANCE,
-                              batch.refused}}));
+        won.qkv = best_of(compare(lab, format("small qkv forward %s %s", shape, l.shape()), l.operations(),
+                                  {{"one product of 3 C", std::ref(whole), [&] { return out(std::ref(whole)); }},
+                                   {"three of C", three, [&] { return out(three); }, BF16_TOLERANCE, third.refused},
+                                   {"a batch of three", std::ref(batch), [&] { return out(std::ref(batch)); },
+                                    BF16_TOLERANCE, batch.refused}}));
     }
 
     for (size_t at : {size_t(0), size_t(2)}) {  // the two dW of a sub-layer
@@ -836,12 +832,10 @@ SmallGains bench_small(Lab& lab, const std::string& shape, const std::vector<Lay
             values.insert(values.end(), second.begin(), second.end());
             return values;
         };
-        won.pairs +=
-            best_of(compare(lab,
-                            format("small %s and %s dW %s %s", l.name, other.name, shape.c_str(), l.shape().c_str()),
-                            l.operations() + other.operations(),
-                            {{"one after another", in_turn, [&] { return result(in_turn); }},
-                             {"on two streams", at_once, [&] { return result(at_once); }}}));
+        won.pairs += best_of(compare(lab, format("small %s and %s dW %s %s", l.name, other.name, shape, l.shape()),
+                                     l.operations() + other.operations(),
+                                     {{"one after another", in_turn, [&] { return result(in_turn); }},
+                                      {"on two streams", at_once, [&] { return result(at_once); }}}));
     }
     return won;
 }
@@ -871,16 +865,16 @@ int run(int argc, char** argv) {
         if (!bench.takes_flag(argc, argv, i)) fail("expected --small or --csv FILE, found '%s'", argv[i]);
     bench.begin();
     Lab lab;
-    cudaDeviceProp p = Trainer::properties();
-    if (bench.small) printf("a dry run: results are compared, times and gains say nothing\n");
-    printf("%s; L2 %.0f MiB; cuBLASLt %zu\n", p.name, double(p.l2CacheSize) / (1 << 20), size_t(cublasLtGetVersion()));
+    cudaDeviceProp p = gpu_properties();
+    if (bench.small) print("a dry run: results are compared, times and gains say nothing\n");
+    print("%s; L2 %.0f MiB; cuBLASLt %zu\n", p.name, double(p.l2CacheSize) / (1 << 20), size_t(cublasLtGetVersion()));
 
     struct Folder {  // of a table that nobody reads later
         char path[64] = "/tmp/bench_products_XXXXXX";
         Folder() {
             if (!mkdtemp(path))
                 fail("expected to make a folder in /tmp, found that it cannot be (%s); free some space there",
-                     errno_text().c_str());
+                     errno_text());
         }
         ~Folder() {
             std::error_code error;
@@ -898,8 +892,8 @@ int run(int argc, char** argv) {
         std::vector<Layer> layers = block_layers(size_t(C), rows), and_head = layers;
         c.C = C;
         and_head.push_back({"head", size_t(C), size_t(c.Vp()), bench.small ? rows : Model::head_rows(c, rows)});
-        std::string shape = format("C%d", C), at = format("%s R%zu", shape.c_str(), rows);
-        printf("\n== C = %d, %zu rows\n", C, rows);
+        std::string shape = format("C%d", C), at = format("%s R%zu", shape, rows);
+        print("\n== C = %d, %zu rows\n", C, rows);
         double block = block_seconds(C, rows);
         double tuning = bench_tuning(lab, tuned, shape, and_head, layers.size());
         GeluGains gelu = bench_gelu(lab, shape, layers);
@@ -908,7 +902,7 @@ int run(int argc, char** argv) {
         SmallGains few;
         if (C <= 256) few = bench_small(lab, shape, layers);
 
-        printf("-- What of a block's %.1f us each would win, %s\n", block * 1e6, at.c_str());
+        print("-- What of a block's %.1f us each would win, %s\n", block * 1e6, at);
         bench.add_row(joined("block " + at), block * 1e6, "us", block * 1e6);
         report_gain("gain --tune " + at, tuning, block);
         report_gain("gain GELU_AUX epilogue " + at, gelu.forward, block);
@@ -926,8 +920,8 @@ int run(int argc, char** argv) {
         report_gain("gain the two dW of a sub-layer at once " + at, few.pairs, block);
         report_gain("gain q k v apart " + at, few.qkv, block);
     }
-    printf("\n%s\n", bench.bad ? format("%d results differ from the trainer's", bench.bad).c_str()
-                               : "every result agrees with the trainer's");
+    print("\n%s\n", bench.bad ? format("%d results differ from the trainer's", bench.bad)
+                              : "every result agrees with the trainer's");
     return bench.bad ? 1 : 0;
 }
 

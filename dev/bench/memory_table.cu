@@ -11,9 +11,9 @@ int memory_table(const Options& o, double memory_gib) {
     const ModelConfig& c = run.model;
     size_t available = size_t(memory_gib * double(size_t(1) << 30));
     ParameterLayout layout(c);
-    printf("%s, L %d, C %d, H %d, T %d, V %d: %zu parameters; %.0f GiB for everything\n\n", placements[c.norm].name,
-           c.L, c.C, c.H, run.T, c.V, layout.count, memory_gib);
-    printf(
+    print("%s, L %d, C %d, H %d, T %d, V %d: %zu parameters; %.0f GiB for everything\n\n", placements[c.norm].name, c.L,
+          c.C, c.H, run.T, c.V, layout.count, memory_gib);
+    print(
         "| gradients | moments | parameters and states, GiB | -r | KiB a token | largest B*T | us a token there, "
         "predicted |\n|---|---|---|---|---|---|---|\n");
     for (StateTypes types : {StateTypes{}, StateTypes{false, true}, StateTypes{true, false}, StateTypes{true, true}}) {
@@ -37,9 +37,9 @@ int memory_table(const Options& o, double memory_gib) {
             while (B < 4096 && bytes(B + 1) <= available) B++;
             std::string time =
                 B ? format("%.1f", 1e6 * predicted_seconds(c, B, run.T, level, types) / (double(B) * run.T)) : "-";
-            printf("| %s | %s | %.0f | %s | %.1f | %d | %s |\n", types.grads_bf16 ? "BF16" : "FP32",
-                   types.moments_bf16 ? "BF16" : "FP32", gib(states), level.name().c_str(),
-                   double(bytes(9) - bytes(8)) / run.T / 1024, B * run.T, time.c_str());
+            print("| %s | %s | %.0f | %s | %.1f | %d | %s |\n", types.grads_bf16 ? "BF16" : "FP32",
+                  types.moments_bf16 ? "BF16" : "FP32", gib(states), level.name(),
+                  double(bytes(9) - bytes(8)) / run.T / 1024, B * run.T, time);
         }
     }
     return 0;

@@ -443,11 +443,11 @@ inline cudaError_t check_launch(const cudaLaunchConfig_t& config, const void* fu
         return refuse_launch(function, "expected a grid of 1 to (2^31-1,65535,65535) blocks, found " + text(g),
                              cudaErrorInvalidConfiguration);
     if (config.dynamicSmemBytes > shared_allowed(function))
-        return refuse_launch(
-            function,
-            format("expected up to %zu bytes of shared memory, found %zu; cudaFuncSetAttribute allows up to %zu",
-                   shared_allowed(function), config.dynamicSmemBytes, shared_limit),
-            cudaErrorInvalidValue);
+        return refuse_launch(function,
+                             format("expected up to %zu bytes of shared memory, found %zu; cudaFuncSetAttribute allows "
+                                    "up to %zu",
+                                    shared_allowed(function), config.dynamicSmemBytes, shared_limit),
+                             cudaErrorInvalidValue);
     for (unsigned i = 0; i < config.numAttrs; i++)
         if (config.attrs[i].id == cudaLaunchAttributeClusterDimension ||
             config.attrs[i].id == cudaLaunchAttributeCooperative)
@@ -496,12 +496,11 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
             return found;
         }, arguments);
         if (host_pointer) {
-            cuda_on_cpu::report_misuse(
-                "launch of kernel " + cuda_on_cpu::kernel_name(function) +
-                    cuda_on_cpu::format(
-                        ": expected argument %d to point into device or pinned memory, found that it does not",
-                        host_pointer),
-                true);
+            cuda_on_cpu::report_misuse("launch of kernel " + cuda_on_cpu::kernel_name(function) +
+                                           cuda_on_cpu::format(": expected argument %d to point into device or pinned "
+                                                               "memory, found that it does not",
+                                                               host_pointer),
+                                       true);
             return cudaErrorIllegalAddress;
         }
         auto launch = std::make_shared<cuda_on_cpu::Launch>(cuda_on_cpu::Launch{

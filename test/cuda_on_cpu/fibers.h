@@ -265,10 +265,9 @@ struct Worker {
                         ": expected wait_for_predecessor() in each thread of a launch that may overlap the one before, "
                         "found a thread that ended without");
         if (!self.copies.empty())
-            fail(place(self) +
-                 format(
-                     ": expected a cp_async_wait for every cp_async_16, found %zu never waited for at the thread's end",
-                     self.copies.size()));
+            fail(place(self) + format(": expected a cp_async_wait for every cp_async_16, found %zu never waited for at "
+                                      "the thread's end",
+                                      self.copies.size()));
     }
 
     // A fiber serves thread after thread, block after block; home jumps into it for the first time.

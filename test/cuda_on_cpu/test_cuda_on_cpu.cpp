@@ -635,9 +635,9 @@ __global__ void starts_before_waiting(int hasty_thread) {
 TEST_CASE("a thread that starts the next kernel before it has waited for the one before is found and named") {
     for (uint64_t seed = 1; seed < 4; seed++) {
         WithSeed with(seed);
-        CHECK_HAS(
-            misuse_of([] { launch_overlapping(starts_before_waiting, 1, 40, nullptr, 37); }),
-            "kernel starts_before_waiting(int), block (0,0,0), thread (37,0,0): start_successor(): expected wait_for");
+        CHECK_HAS(misuse_of([] { launch_overlapping(starts_before_waiting, 1, 40, nullptr, 37); }),
+                  "kernel starts_before_waiting(int), block (0,0,0), thread (37,0,0): start_successor(): expected "
+                  "wait_for");
     }
     CHECK(misuse_of([] { launch_overlapping(starts_before_waiting, 3, 40, nullptr, -1); }) == "");
     CHECK(misuse_of([] { launch(starts_before_waiting, 3, 40, 0, nullptr, 37); }) == "");  // all before it has ended

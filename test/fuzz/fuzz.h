@@ -3,7 +3,7 @@
 #pragma once
 #include <sys/stat.h>
 
-#include "keel_common.h"
+#include "keel/run.h"
 
 using Bytes = std::vector<unsigned char>;
 
