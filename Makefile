@@ -128,34 +128,35 @@ train_keel_cpu train_keel_cpu_fp64 $(CARD)/train_keel_cpu $(CARD)/train_keel_cpu
 	$(call program,g++,$(CXX) $(FLAGS) $(MPI_FLAGS) $(FP64),$(LIBRARIES) $(MPI_LIBRARIES))
 
 # The tests include the trainer's source without its main, once for each number type.
-build/test_cpu_fp32 build/test_cpu_fp64: test/test_cpu.cpp test/numbers.h train_keel_cpu.cpp $(HEADERS) FORCE
-	$(call program,g++ doctest-dev,$(CXX) $(FLAGS) -I. -DKEEL_NO_MAIN $(FP64))
+# At -O1, as compiling takes longer than running.
+build/test_cpu_fp32 build/test_cpu_fp64: test/test_cpu.cpp test/long.h test/numbers.h train_keel_cpu.cpp $(HEADERS) FORCE
+	$(call program,g++ doctest-dev,$(CXX) $(FLAGS) -O1 -I. -DKEEL_NO_MAIN $(FP64))
 
 # Compiled in a third of the time, for one look after an edit.
 build/test_cpu_quick: test/test_cpu.cpp test/numbers.h train_keel_cpu.cpp $(HEADERS) FORCE
 	$(call program,g++ doctest-dev,$(CXX) $(FLAGS) -Og -I. -DKEEL_NO_MAIN)
 
 # Runs the real binaries: flags, bad input, resume.
-build/test_run: test/test_run.cpp test/files.h $(HEADERS) FORCE
-	$(call program,g++ doctest-dev,$(CXX) $(FLAGS) -O1 -I.)
+build/test_run: test/test_run.cpp test/long.h test/files.h $(HEADERS) FORCE
+	$(call program,g++ doctest-dev,$(CXX) $(FLAGS) -O0 -I.)
 
 # Several ranks of the real binaries, by mpirun.
-build/test_ranks: test/test_ranks.cpp test/files.h $(HEADERS) FORCE
-	$(call program,g++ doctest-dev,$(CXX) $(FLAGS) -O1 -I.)
+build/test_ranks: test/test_ranks.cpp test/long.h test/files.h $(HEADERS) FORCE
+	$(call program,g++ doctest-dev,$(CXX) $(FLAGS) -O0 -I.)
 
 # Faults of numbers, files and folders, on the CPU trainer's code.
-build/test_faults: test/test_faults.cpp test/files.h train_keel_cpu.cpp $(HEADERS) FORCE
-	$(call program,g++ doctest-dev,$(CXX) $(FLAGS) -O2 -I. -DKEEL_NO_MAIN)
+build/test_faults: test/test_faults.cpp test/long.h test/files.h train_keel_cpu.cpp $(HEADERS) FORCE
+	$(call program,g++ doctest-dev,$(CXX) $(FLAGS) -O1 -I. -DKEEL_NO_MAIN)
 
 # Both suites of the CPU trainer under the sanitizers. TSan needs an OpenMP runtime that tells it of its barriers:
 # LLVM's, with its archer.
 CLANG = clang++-14 -Wno-pass-failed
 CLANG_PACKAGES = clang-14 libclang-rt-14-dev libomp-14-dev
 
-build/%_asan: test/%.cpp test/files.h test/numbers.h train_keel_cpu.cpp $(HEADERS) FORCE
+build/%_asan: test/%.cpp test/long.h test/files.h test/numbers.h train_keel_cpu.cpp $(HEADERS) FORCE
 	$(call program,doctest-dev $(CLANG_PACKAGES),$(CLANG) $(FLAGS) $(SANITIZE) -O2 -I. -DKEEL_NO_MAIN)
 
-build/%_tsan: test/%.cpp test/files.h test/numbers.h train_keel_cpu.cpp $(HEADERS) FORCE
+build/%_tsan: test/%.cpp test/long.h test/files.h test/numbers.h train_keel_cpu.cpp $(HEADERS) FORCE
 	$(call program,doctest-dev $(CLANG_PACKAGES),$(CLANG) $(FLAGS) -O1 -g -fsanitize=thread -I. -DKEEL_NO_MAIN)
 
 # Memcheck does not know AVX-512.
@@ -173,8 +174,8 @@ build/fuzz_%: test/fuzz/%.cpp test/fuzz/fuzz.h test/fuzz/uncovered.txt $(HEADERS
 	$(call program,$(CLANG_PACKAGES),$(CLANG) $(FUZZ_FLAGS))
 
 # Kills the real binary, fills its disk, cuts its power. The shim notes what a program's fsync has made certain.
-build/crash_test: test/crash_test.cpp test/files.h test/crash_disk.h $(HEADERS) FORCE
-	$(call program,g++,$(CXX) $(FLAGS) -O1 -I.)
+build/crash_test: test/crash_test.cpp test/long.h test/files.h test/crash_disk.h $(HEADERS) FORCE
+	$(call program,g++,$(CXX) $(FLAGS) -O0 -I.)
 
 build/crash_shim.so: test/crash_shim.cpp test/crash_disk.h test/files.h FORCE
 	$(call program,g++,$(CXX) $(FLAGS) -O1 -shared -fPIC,-ldl)
@@ -183,7 +184,7 @@ build/crash_shim.so: test/crash_shim.cpp test/crash_disk.h test/files.h FORCE
 build/train_keel_on_cpu build/train_keel_fp32_on_cpu: train_keel.cu $(HEADERS) $(CUDA_ON_CPU) FORCE
 	$(call on_cpu,$(NCCL_ON_CPU) $(FP32),$(MPI_LIBRARIES))
 
-GPU_TEST = test/test_gpu.cu test/numbers.h train_keel.cu train_keel_cpu.cpp $(HEADERS)
+GPU_TEST = test/test_gpu.cu test/long.h test/numbers.h train_keel.cu train_keel_cpu.cpp $(HEADERS)
 
 build/test_gpu_bf16_on_cpu build/test_gpu_fp32_on_cpu: $(GPU_TEST) $(CUDA_ON_CPU) FORCE
 	$(call on_cpu,-DKEEL_NO_MAIN $(FP32),,doctest-dev)
@@ -236,16 +237,21 @@ build/fake_cupti.so: test/fake_cupti.cpp FORCE
 build/bench_matmul: dev/bench/bench_matmul.cpp train_keel_cpu.cpp $(HEADERS) FORCE
 	$(call program,g++,$(CXX) $(FLAGS) -I. -DKEEL_NO_MAIN,-ldl)
 
-TEST_PROGRAMS = train_keel_cpu train_keel_cpu_fp64 build/test_cpu_fp32 build/test_cpu_fp64 build/test_run build/test_ranks build/test_faults build/crash_test build/crash_shim.so build/train_keel_on_cpu \
-                build/train_keel_fp32_on_cpu build/test_gpu_bf16_on_cpu build/test_gpu_fp32_on_cpu build/test_gpu_bf16_sanitized build/test_cuda_on_cpu \
-                build/bench_kernels_on_cpu build/bench_products_on_cpu build/memory_table build/train_keel_clang_on_cpu
+# Those that take longest to build come first.
+TEST_PROGRAMS = build/test_gpu_bf16_on_cpu build/test_gpu_fp32_on_cpu build/train_keel_on_cpu build/train_keel_fp32_on_cpu build/test_cuda_on_cpu \
+                train_keel_cpu train_keel_cpu_fp64 build/test_cpu_fp32 build/test_cpu_fp64 build/test_faults build/test_run build/test_ranks \
+                build/crash_test build/crash_shim.so
+# What LONG=1 adds: other readings of the same sources, and what only some of its test cases run.
+LONG_PROGRAMS = build/test_gpu_bf16_sanitized build/train_keel_clang_on_cpu build/memory_table build/bench_kernels_on_cpu build/bench_products_on_cpu
+export LONG
 
 .PHONY: test
 test:
 	@dev/tools/need.sh g++ doctest-dev libboost-context-dev
 	@[ "$(MPI)" = 0 ] || [ "$$(dev/tools/mpi.sh compile)" ] || dev/tools/need.sh libopenmpi-dev openmpi-bin || true
-	@$(MAKE) --no-print-directory -j2 $(TEST_PROGRAMS) rehearsal_programs $$([ -z "$$(dev/tools/mpi.sh compile)" ] || echo build/test_nccl)
-	@if [ "$(LONG)" ] && dev/tools/need.sh $(CLANG_PACKAGES) valgrind; then $(MAKE) --no-print-directory -j2 $(SANITIZED) $(FUZZERS); fi
+	+@test/build.sh $(if $(LONG),$(LONG_PROGRAMS) $$(dev/tools/need.sh $(CLANG_PACKAGES) valgrind >&2 && echo $(SANITIZED) $(FUZZERS))) $(TEST_PROGRAMS) \
+	    $$([ -z "$$(dev/tools/mpi.sh compile)" ] || echo build/test_nccl)
+	@$(MAKE) --no-print-directory rehearsal_pack
 	@test/run.sh
 
 # Targets that run one command each, once what they need is built; the scripts build the rest themselves.
@@ -264,7 +270,7 @@ state_types:  train_keel
 
 run.test_cpu     = build/test_cpu_quick -tc="$${T:-*}"
 run.compare      = test/compare.sh
-run.crash_test   = build/crash_test
+run.crash_test   = LONG=1 build/crash_test
 run.sanitize     = test/sanitize.sh
 run.fuzz         = test/fuzz/run.sh $(FUZZ_SECONDS)
 run.bench_cpu    = dev/bench/bench_cpu.sh
@@ -292,10 +298,12 @@ card: card_programs
 	@dev/card.sh --pack --baseline '$(BASELINE)'
 
 # The programs under the card's names; and what is measured by CUPTI, where that is here.
-REHEARSED = train_keel_cpu train_keel_cpu_fp64 build/train_keel_on_cpu build/train_keel_fp32_on_cpu \
-            build/test_gpu_bf16_on_cpu build/test_gpu_fp32_on_cpu build/bench_kernels_on_cpu build/bench_products_on_cpu
-.PHONY: rehearsal rehearsal_programs
+REHEARSED = train_keel_cpu train_keel_cpu_fp64 build/train_keel_on_cpu build/train_keel_fp32_on_cpu build/test_gpu_bf16_on_cpu \
+            build/test_gpu_fp32_on_cpu build/bench_kernels_on_cpu build/bench_products_on_cpu
+.PHONY: rehearsal rehearsal_programs rehearsal_pack
 rehearsal_programs: $(REHEARSED)
+	@$(MAKE) --no-print-directory rehearsal_pack
+rehearsal_pack:  # of those that are there
 	@dev/tools/cuda.sh cupti >/dev/null && $(MAKE) --no-print-directory build/cupti_idle.so build/fake_cupti.so || true
 	@dev/card.sh --pack --rehearse
 rehearsal: rehearsal_programs
