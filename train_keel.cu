@@ -280,8 +280,8 @@ void matmul_backward(Device& device, branch_t* din, const MatrixGradient& dw, co
                    !dw.bf16);  // dW^T (K,N) += in^T dout
     if (dw.bf16) {
         bool fours = N * K % 4 == 0 && dw.first % 4 == 0 && reinterpret_cast<size_t>(dw.bf16) % 8 == 0;
-        launch(fours ? add_rounded_kernel<4> : add_rounded_kernel<1>, ceil_div(N * K / (fours ? 4 : 1), THREADS),
-               THREADS, 0, device.stream, dw.bf16, dw.scratch, N * K, dw.first, dw.rounding);
+        launch_threads(fours ? add_rounded_kernel<4> : add_rounded_kernel<1>, N * K / (fours ? 4 : 1), device.stream,
+                       dw.bf16, dw.scratch, N * K, dw.first, dw.rounding);
     }
     device.product(din, w, false, dout, false, K, rows, N, false);  // din^T (K,rows) = W^T dout^T
 }
@@ -363,8 +363,8 @@ void embedding_forward(Device& device, float* x, const int* tokens, const float*
                        int C, int first) {
     int rows = B * T;
     auto* kernel = C % 4 == 0 ? embedding_forward_kernel<4> : embedding_forward_kernel<1>;
-    launch(kernel, ceil_div(size_t(rows) * size_t(C) / (C % 4 == 0 ? 4 : 1), THREADS), THREADS, 0, device.stream, x,
-           tokens, wte, wpe, rows, T, C, first);
+    launch_threads(kernel, size_t(rows) * size_t(C) / (C % 4 == 0 ? 4 : 1), device.stream, x, tokens, wte, wpe, rows, T,
+                   C, first);
 }
 
 void embedding_backward(Device& device, float* dwte, float* dwpe, const float* dx, const TokenBatch& batch, int B,
@@ -373,8 +373,7 @@ void embedding_backward(Device& device, float* dwte, float* dwpe, const float* d
     unsigned threads = unsigned(std::min<size_t>(1024, round_up(size_t(C), WARP)));
     launch(embedding_backward_kernel, most_buckets, threads, 0, device.stream, dwte, dx, batch.tokens, batch.order,
            batch.start, batch.buckets, C);
-    launch(position_backward_kernel, ceil_div(size_t(T) * size_t(C), THREADS), THREADS, 0, device.stream, dwpe, dx, B,
-           T, C);
+    launch_threads(position_backward_kernel, size_t(T) * size_t(C), device.stream, dwpe, dx, B, T, C);
 }
 
 // ----- The highway
@@ -638,8 +637,7 @@ void highway_norms(Device& device, const HighwayPoint& p, size_t rows, int C) {
 void highway_x(Device& device, float* x, const HighwayPoint& p, size_t rows, int C) {
     bool fours = in_fours(C, {p});
     auto* kernel = fours ? highway_x_kernel<4> : highway_x_kernel<1>;
-    launch(kernel, ceil_div(rows * size_t(C) / (fours ? 4 : 1), THREADS), THREADS, 0, device.stream, x, p, int(rows),
-           C);
+    launch_threads(kernel, rows * size_t(C) / (fours ? 4 : 1), device.stream, x, p, int(rows), C);
 }
 void highway_backward(Device& device, const HighwayPoint& p, const HighwayPoint& before, const HighwayGradients& g,
                       float alpha, bool last_point, size_t rows, int C, float* partial) {
@@ -707,8 +705,7 @@ __global__ void qkv_norm_backward_kernel(branch_t* dqkv, const branch_t* qkv, Qk
 
 void qkv_norm_forward(Device& device, branch_t* out, const branch_t* qkv, const QkvGains& g, size_t rows, int H,
                       int D) {
-    launch(qkv_norm_forward_kernel, ceil_div(rows * 3 * size_t(H), THREADS / WARP), THREADS, 0, device.stream, out, qkv,
-           g, int(rows), H, D);
+    launch_threads(qkv_norm_forward_kernel, rows * 3 * size_t(H) * WARP, device.stream, out, qkv, g, int(rows), H, D);
 }
 void qkv_norm_backward(Device& device, branch_t* dqkv, const branch_t* qkv, const QkvGains& g, size_t rows, int H,
                        int D, float* partial) {
@@ -877,8 +874,7 @@ void attention_backward(Device& device, float* dqkv, float* delta, const float* 
                         const float* lse, int B, int T, int C, int H) {
     AttentionShape shape{T, C, H, 0};
     size_t blocks = ceil_div(size_t(T), PLAIN_WARPS) * B * H;
-    launch(attention_delta_kernel, ceil_div(size_t(B) * T * H, THREADS / WARP), THREADS, 0, device.stream, delta, dy, y,
-           B, T, H, C / H);
+    launch_threads(attention_delta_kernel, size_t(B) * T * H * WARP, device.stream, delta, dy, y, B, T, H, C / H);
     launch(attention_backward_kv_kernel, blocks, PLAIN_WARPS * WARP, sizeof(PlainShared), device.stream, dqkv, dy, qkv,
            lse, delta, shape);
     launch(attention_backward_q_kernel, blocks, PLAIN_WARPS * WARP, sizeof(PlainShared), device.stream, dqkv, dy, qkv,
@@ -1282,8 +1278,7 @@ void attention_forward(Device& device, branch_t* y, float* lse, const branch_t* 
 void attention_backward(Device& device, branch_t* dqkv, float* delta, const branch_t* dy, const branch_t* qkv,
                         const branch_t* y, const float* lse, int B, int T, int C, int H) {
     AttentionShape shape{T, C, H, 0};
-    launch(attention_delta_kernel, ceil_div(size_t(B) * T * H, THREADS / WARP), THREADS, 0, device.stream, delta, dy, y,
-           B, T, H, C / H);
+    launch_threads(attention_delta_kernel, size_t(B) * T * H * WARP, device.stream, delta, dy, y, B, T, H, C / H);
     by_head_size(C / H, [&](auto size) {
         constexpr int D = size;
         using Tiles = AttentionTiles<D>;
@@ -1335,10 +1330,10 @@ __global__ void gelu_backward_kernel(branch_t* dh, const branch_t* h, size_t n) 
 
 // n: a multiple of WIDE, as a hidden layer of 4C is
 void gelu_forward(Device& device, branch_t* out, const branch_t* h, size_t n) {
-    launch(gelu_forward_kernel, ceil_div(n / WIDE, THREADS), THREADS, 0, device.stream, out, h, n);
+    launch_threads(gelu_forward_kernel, n / WIDE, device.stream, out, h, n);
 }
 void gelu_backward(Device& device, branch_t* dh, const branch_t* h, size_t n) {
-    launch(gelu_backward_kernel, ceil_div(n / WIDE, THREADS), THREADS, 0, device.stream, dh, h, n);
+    launch_threads(gelu_backward_kernel, n / WIDE, device.stream, dh, h, n);
 }
 
 // ----- Cross entropy
@@ -1418,8 +1413,7 @@ __global__ void predict_kernel(int* predictions, const branch_t* logits, int row
 }
 
 void predict(Device& device, int* predictions, const branch_t* logits, size_t rows, int V, int Vp) {
-    launch(predict_kernel, ceil_div(rows, THREADS / WARP), THREADS, 0, device.stream, predictions, logits, int(rows), V,
-           Vp);
+    launch_threads(predict_kernel, rows * WARP, device.stream, predictions, logits, int(rows), V, Vp);
 }
 
 // ----- Sums
@@ -1675,8 +1669,8 @@ __global__ void initialise_kernel(Out* out, TensorStart t, uint64_t seed) {
 
 DeviceArray<branch_t> Device::random_matrix(size_t n) {
     DeviceArray<branch_t> matrix(n);
-    launch(initialise_kernel<branch_t>, ceil_div(ceil_div(n, 4), THREADS), THREADS, 0, stream, matrix.data(),
-           TensorStart{1, n, 1, 1, 1, 1, 0}, uint64_t(1));
+    launch_threads(initialise_kernel<branch_t>, ceil_div(n, 4), stream, matrix.data(), TensorStart{1, n, 1, 1, 1, 1, 0},
+                   uint64_t(1));
     return matrix;
 }
 
@@ -2029,8 +2023,9 @@ struct Model {
             const TensorInfo& t = layout.tensors[i];
             bool apart = masters_apart(sharing) && layout.bucket_of(t) > 0;
             float* whole = apart ? grads.data() + gradient_layout.of(t) : params.data() + t.offset;
-            launch(initialise_kernel<float>, ceil_div(ceil_div(t.size(), 4), THREADS), THREADS, 0, device.stream, whole,
-                   TensorStart{t.rows, t.cols, t.used_rows, t.tail_row, t.bound, t.bound_tail, uint32_t(i)}, seed);
+            launch_threads(initialise_kernel<float>, ceil_div(t.size(), 4), device.stream, whole,
+                           TensorStart{t.rows, t.cols, t.used_rows, t.tail_row, t.bound, t.bound_tail, uint32_t(i)},
+                           seed);
             bool ours = range != owned.end() && range->tensor == i;
             if (apart && ours) device.copy(owned_weights(*range), whole + range->first, range->count);
             if (apart) CUDA(cudaMemsetAsync(whole, 0, t.size() * sizeof(float), device.stream));
@@ -2056,8 +2051,8 @@ struct Model {
         device.synchronize();
     }
     void round_params(cudaStream_t on = nullptr) {
-        launch(round_kernel, ceil_div(params.size(), THREADS), THREADS, 0, on ? on : device.stream, branch_params(),
-               static_cast<const float*>(params.data()), params.size());
+        launch_threads(round_kernel, params.size(), on ? on : device.stream, branch_params(), params.data(),
+                       params.size());
     }
 
     // ----- Several ranks. What travels is on the communicator's stream, in the order of the calls; events hold the two
@@ -2071,8 +2066,8 @@ struct Model {
         float* of_bucket = grads.data() + bucket.first;
         communicator->fork(device.stream);
         communicator->reduce_scatter(incoming.data(), of_bucket, bucket.shard);
-        launch(accumulate_kernel, ceil_div(bucket.shard / 4, THREADS), THREADS, 0, communicator->stream,
-               shard_grads.data() + bucket.shard_first, static_cast<const float*>(incoming.data()), bucket.shard);
+        launch_threads(accumulate_kernel, bucket.shard / 4, communicator->stream,
+                       shard_grads.data() + bucket.shard_first, incoming.data(), bucket.shard);
         CUDA(cudaMemsetAsync(of_bucket, 0, bucket.shard * communicator->ranks * sizeof(float), communicator->stream));
         CUDA(cudaEventRecord(bucket_events[i], communicator->stream));
     }
@@ -2116,8 +2111,7 @@ struct Model {
         for (size_t i = 1; masters_apart(sharing) && i < layout.buckets.size(); i++) {
             const Bucket& bucket = layout.buckets[i];
             branch_t* copy = branch_params() + bucket.first + communicator->rank * bucket.shard;
-            launch(round_kernel, ceil_div(bucket.shard, THREADS), THREADS, 0, device.stream, copy,
-                   static_cast<const float*>(master(bucket)), bucket.shard);
+            launch_threads(round_kernel, bucket.shard, device.stream, copy, master(bucket), bucket.shard);
         }
         if (sharing.states()) {
             gather_updates();
@@ -2784,7 +2778,7 @@ struct Trainer {
         size_t most = model.logits.size() * sizeof(branch_t) / sizeof(float);
         for (size_t done = 0; done < n; done += most) {
             size_t m = std::min(most, n - done);
-            launch(widen_kernel, ceil_div(m, THREADS), THREADS, 0, model.device.stream, wide, bf16 + first + done, m);
+            launch_threads(widen_kernel, m, model.device.stream, wide, bf16 + first + done, m);
             model.device.copy(out + done, static_cast<const float*>(wide), m);
         }
     }

@@ -127,6 +127,12 @@ inline int shared_limit() {
 inline size_t ceil_div(size_t n, size_t d) { return (n + d - 1) / d; }
 constexpr unsigned THREADS = 256;  // of a block, where nothing speaks for another number
 
+// A kernel of at least so many threads, in blocks of THREADS, without shared memory.
+template <class... Parameters, class... Arguments>
+void launch_threads(void (*kernel)(Parameters...), size_t threads, cudaStream_t stream, Arguments... arguments) {
+    launch(kernel, ceil_div(threads, THREADS), THREADS, 0, stream, arguments...);
+}
+
 // Milliseconds between two points of a stream.
 class Stopwatch {
 public:
