@@ -427,8 +427,8 @@ struct TensorInfo {
     size_t size() const { return rows * cols; }
 };
 
-// Parameters that the ranks of a run reduce, gather and divide among themselves at once: ranks * shard elements of
-// memory, of which rank r owns [r * shard, (r+1) * shard). The padding at a bucket's end is in no file.
+// Parameters that the ranks of a run reduce, gather and divide among themselves in one call: ranks * shard elements
+// of memory, of which rank r owns [r * shard, (r+1) * shard). The padding at a bucket's end is in no file.
 struct Bucket {
     size_t first;        // first element in memory
     size_t shard;        // elements that each rank owns
@@ -1438,13 +1438,13 @@ inline std::string state_fault(const FileHeader& h) {
     return "";
 }
 
-// What the backward pass computes again: at none nothing; gelu drops u and GELU's output; layer keeps only z; a number
-// K keeps only every K-th z. A training state holds the level as 0, -1, 1 or K.
+// What the backward pass computes again. none: nothing; gelu: u and GELU's output; layer: all but z; an even number K:
+// all but every K-th z. A training state holds the level as 0, -1, 1 or K.
 struct Recompute {
     int level = 0;
     bool drops_u() const { return level == -1 || drops_all(); }  // u and GELU's output
     bool drops_all() const { return level == 1; }                // all activations of a branch
-    bool segments() const { return level >= 2; }                 // z and activations exist for K sub-layers at a time
+    bool segments() const { return level >= 2; }                 // all but every K-th z, K sub-layers at a time
     std::string name() const {
         return level == 0 ? "none" : level == -1 ? "gelu" : level == 1 ? "layer" : format("%d", level);
     }
