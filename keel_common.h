@@ -123,6 +123,13 @@ inline size_t round_up(size_t n, size_t multiple) { return (n + multiple - 1) / 
 
 inline std::string errno_text() { return strerror(errno); }
 
+// "process 1234 on node7"
+inline std::string process_name() {
+    char host[128] = "?";
+    gethostname(host, sizeof host - 1);
+    return format("process %d on %s", int(getpid()), host);
+}
+
 // "3.2 GiB"
 inline std::string bytes_text(double bytes) {
     const char* units[] = {"B", "KiB", "MiB", "GiB", "TiB"};

@@ -215,9 +215,7 @@ public:
                 break;
             close(fd);
         }
-        char host[128] = "?";
-        gethostname(host, sizeof host - 1);
-        std::string text = format("process %d on %s", int(getpid()), host);
+        std::string text = process_name();
         if (ftruncate(fd, 0) != 0 || pwrite(fd, text.data(), text.size(), 0) != ssize_t(text.size())) {
         }  // on a full disk the lock names no holder
     }
@@ -310,7 +308,7 @@ inline size_t checkpoint_bytes(const ModelConfig& c, RealType type) {
            expected_file_size(make_header(FILE_MODEL, type, c, 0));
 }
 
-// What is wrong if a checkpoint does not fit beside the older ones, which stay until it is whole; empty if it fits.
+// The fault if a checkpoint does not fit beside the older ones, which stay until it is whole; empty if it fits.
 inline std::string space_fault(const std::string& folder, size_t bytes) {
     size_t free = free_space(folder);
     if (free >= bytes) return "";

@@ -24,7 +24,7 @@ inline void check(cudaError_t error, const char* what) {
 }
 #define CUDA(call) check(call, #call)
 
-// Bytes: cudaMalloc's own alignment, to which buffers that share an allocation keep.
+// cudaMalloc's own alignment in bytes, at multiples of which buffers that share an allocation start.
 constexpr size_t ALIGNMENT = 256;
 
 // A buffer in the device's memory: an allocation of its own, or a piece of another's.

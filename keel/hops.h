@@ -11,9 +11,9 @@
 // A program has 2K + 1 variables, the first letters of the alphabet. Each is assigned another one, such that all of
 // them make one cycle, drawn anew for each program. An assignment is a name, its value, and the name again; assignments
 // come in random order, so that a lookup leads back or forth in the text. Queries follow, no two alike: a number of
-// lookups, 1 to K, a name, and the answer. The cycle is too long for a way backwards to be shorter, so no query of h
-// lookups can be answered by fewer; but a query after the first may be shortened by an answer before it. Such queries
-// are there to be learnt from: only the first of a program is measured.
+// lookups, 1 to K, a name, and the answer. h lookups forwards are 2K + 1 - h backwards, which are more, so no query
+// can be answered by fewer; but a query after the first may be shortened by an answer before it. Those after the first
+// are there to be learnt from, and only the first of a program is measured.
 //
 // The loss is that of all characters, as for any text. The assignments cannot be foreseen, so most of it is entropy
 // that no model removes. The name stands twice because a lookup needs two abilities at once, a value that knows whose

@@ -35,7 +35,7 @@ public:
         int devices = 0;
         CUDA(cudaGetDeviceCount(&devices));
         CUDA(cudaSetDevice(launch.local_rank % devices));  // a launcher may also show each process its own GPU alone
-        setenv("NCCL_ALGO", "Ring", 0);                    // at every size: the ring fixes the order of the sums
+        setenv("NCCL_ALGO", "Ring", 0);  // whatever a message's size: the ring fixes the order of its sums
         ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
         config.maxCTAs = MULTIPROCESSORS;
         NCCL(ncclCommInitRankConfig(&comm, launch.ranks, unique_id.id, launch.rank, &config));
