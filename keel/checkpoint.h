@@ -207,7 +207,7 @@ private:
     struct Job {
         int64_t step = -1, keep = 0;
         double stalled = 0, written = 0;  // seconds
-        FileHeader state, model;
+        FileHeader state = {}, model = {};
     };
 
     unsigned flag_of_phase() const { return phase == STATE ? STATE_WRITTEN : MODEL_WRITTEN; }
