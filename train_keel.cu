@@ -26,6 +26,7 @@
 #include "keel/cublaslt.h"
 #include "keel/nccl.h"
 #include "keel/run.h"
+#include "keel/update.h"
 
 constexpr float NORM_EPSILON = 1e-6f;  // rms(x) = sqrt(mean(x^2) + this)
 
@@ -1509,17 +1510,6 @@ __global__ void accumulate_kernel(float* sum, const float* addend, size_t n) {
     store<4>(sum + at, a);
 }
 
-// Some elements of one tensor, a block's work: all tensors in one launch, each with its own decay.
-struct UpdateChunk {
-    size_t first;             // in the parameter order: what its random numbers are drawn by
-    size_t parameter, copy;   // where it starts in the parameters (or masters), and in their copy
-    size_t gradient, moment;  // the same in grads or grads_bf16, and in the moments
-    int count;
-    bool decayed, bf16;  // bf16: the gradient is
-    bool master;         // its FP32 weights are in masters
-};
-constexpr int UPDATE_CHUNK = 8192;  // elements
-
 // With the clipped gradient g:  m = b1 m + (1-b1) g,  v = b2 v + (1-b2) g^2,
 //     p -= lr wd p,   p -= lr mhat / (sqrt(vhat) + eps),   mhat = m / (1 - b1^n), vhat = v / (1 - b2^n)
 // and g = 0 for the next step. branch_copy: p in BF16. With --moments bf16 the update takes m and v before they are
@@ -1591,59 +1581,6 @@ __global__ void adamw_kernel(float* params, float* masters, branch_t* branch_cop
     uint32_t counter = uint32_t(counts->updates);
     if (chunk.bf16) update_chunk(p, branch_copy, g_bf16, m, v, chunk, s, seed, counter);
     else update_chunk(p, branch_copy, g, m, v, chunk, s, seed, counter);
-}
-
-// Where each tensor's gradient is. With --grads bf16 the matrices of the blocks are in BF16; embeddings, to which a
-// batch adds many times, and gains, which are few, stay in FP32.
-struct GradientLayout {
-    std::vector<std::array<size_t, NUM_TENSORS>> at;  // [layer + 1][tensor], in grads or in grads_bf16
-    size_t fp32 = 0, bf16 = 0, largest = 0;           // elements of the two; of the largest matrix in BF16
-    static bool is_block_matrix(Tensor t) { return t == QKVW || t == ATTPROJW || t == FCW || t == FCPROJW; }
-
-    GradientLayout(const ParameterLayout& layout, int L, bool matrices_bf16, Sharing sharing = {})
-        : at(size_t(L) + 1), matrices_bf16(matrices_bf16) {
-        for (auto& row : at) row.fill(ParameterLayout::absent);
-        if (sharing.ranks > 0) {  // as they are reduced
-            ParameterLayout places = sharing.grad_layout(layout);
-            for (const TensorInfo& t : places.tensors) at[size_t(t.layer + 1)][t.id] = t.offset;
-            fp32 = places.size;
-            return;
-        }
-        for (const TensorInfo& t : layout.tensors) {
-            size_t& end = in_bf16(t.id) ? bf16 : fp32;
-            at[size_t(t.layer + 1)][t.id] = end;
-            end += t.size();
-            if (in_bf16(t.id)) largest = std::max(largest, t.size());
-        }
-    }
-    bool in_bf16(Tensor t) const { return matrices_bf16 && is_block_matrix(t); }
-    size_t of(const TensorInfo& t) const { return at[size_t(t.layer + 1)][t.id]; }
-
-private:
-    bool matrices_bf16;
-};
-
-// Of all parameters, or from -z 1 on of what the rank owns.
-std::vector<UpdateChunk> update_chunks(const ParameterLayout& layout, const GradientLayout& gradients,
-                                       Sharing sharing = {}) {
-    std::vector<UpdateChunk> chunks;
-    auto add = [&](const ShardRange& range) {
-        const TensorInfo& t = layout.tensors[range.tensor];
-        bool sharded = sharing.states(), master = sharded && BRANCH_BF16 && layout.bucket_of(t) > 0;
-        size_t parameter = master ? range.shard - layout.buckets[0].shard : range.memory;
-        size_t gradient = sharded ? range.shard : gradients.of(t), moment = sharded ? range.shard : range.memory;
-        for (size_t at = 0; at < range.count; at += UPDATE_CHUNK) {
-            int count = int(std::min(range.count - at, size_t(UPDATE_CHUNK)));
-            chunks.push_back({t.file_offset + range.first + at, parameter + at, range.memory + at, gradient + at,
-                              moment + at, count, t.decay, gradients.in_bf16(t.id), master});
-        }
-    };
-    if (sharing.states())
-        for (const ShardRange& range : layout.owned(sharing.rank)) add(range);
-    else
-        for (size_t i = 0; i < layout.tensors.size(); i++)
-            add({i, 0, layout.tensors[i].size(), layout.tensors[i].offset, layout.tensors[i].offset});
-    return chunks;
 }
 
 // Initial weights, the bits of initialise_tensor in keel_common.h: a thread draws four.
@@ -2364,24 +2301,6 @@ struct Model {
     }
 };
 
-// Seconds of a micro-step of B sequences: a rough model of one large GPU, which need only put the choices in their
-// order. Matrix products at the rate that their tiles fill the multiprocessors, the kernels' bytes, and a floor for
-// each of the graph's nodes. The rates are those of an H100 or H200, a quarter off for what is not at its peak; bytes
-// and nodes a block are counted in dev/doc/speed.md.
-inline double predicted_seconds(const ModelConfig& c, int B, int T, Recompute r, StateTypes types = {}) {
-    constexpr double matrix_rate = 600e12, memory_rate = 3e12, node_seconds = 2e-6, multiprocessors = 132;
-    double rows = double(B) * T, blocks = c.L / 2;
-    bool again = r.drops_all() || r.segments();
-    double operations = rows * flops_per_token(c, T) * (again ? 4.0 / 3 : 1);
-    double filled = std::min(1.0, std::ceil(rows / 128) * std::ceil(c.C / 128.0) / multiprocessors);
-    double bytes = rows * blocks * c.C * (226 + (r.level == -1 ? 28 : r.level == 1 ? 54 : r.segments() ? 80 : 0));
-    double weights = 12.0 * c.C * c.C * blocks + double(c.Vp()) * c.C;
-    bytes += weights * (2 * (again ? 3 : 2) +
-                        (types.grads_bf16 ? 12 : 8));  // a micro-batch reads them, and adds to their gradients
-    double nodes = blocks * (22 + (r.level == -1 ? 1 : again ? 6 : 0) + (types.grads_bf16 ? 4 : 0));
-    return operations / (matrix_rate * filled) + bytes / memory_rate + nodes * node_seconds;
-}
-
 // ----------------------------------------------------------------------------------------------------
 // Sampling
 
@@ -2805,9 +2724,7 @@ struct Trainer {
     }
     void saved() { model.device.synchronize(); }
 
-    struct Generator : TokenGenerator {
-        Generator(Trainer& trainer, int window) : TokenGenerator(trainer.model, window) {}
-    };
+    using Generator = TokenGenerator;
 
     // ----- The machine
     static void require_machine() { require_gpu(); }

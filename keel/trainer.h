@@ -117,7 +117,7 @@ concept IsTrainer =
         { t.machine_name() } -> std::same_as<std::string>;
 
         // Feeds tokens and keeps what attention needs of them; feed returns the logits (V) after the last, on the host.
-        requires std::constructible_from<typename T::Generator, T&, int>;
+        requires std::constructible_from<typename T::Generator, decltype((t.model)), int>;
         requires requires(typename T::Generator g) {
             { g.feed(tokens, l) } -> std::same_as<const typename T::Real*>;
             g.clear();

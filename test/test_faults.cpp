@@ -31,9 +31,6 @@ struct FaultyTrainer : Trainer {
         if (once) weight = good;
     }
     static double matrix_rate() { return 1e9; }  // seconds under a sanitizer
-    struct Generator : TokenGenerator {
-        Generator(FaultyTrainer& trainer, int window) : TokenGenerator(trainer.model, window) {}
-    };
 };
 
 struct Place {

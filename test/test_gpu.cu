@@ -1203,8 +1203,8 @@ TEST_SUITE("model") {
             auto params = test_parameters(trainer.model.layout, 3);
             set_parameters(expected, params), set_parameters(trainer, params);
             auto tokens = random_tokens(size_t(T), 300, 1);
-            cpu::Trainer::Generator by_cpu(expected, T);
-            Trainer::Generator generator(trainer, T), whole(trainer, T);
+            cpu::TokenGenerator by_cpu(expected.model, T);
+            TokenGenerator generator(trainer.model, T), whole(trainer.model, T);
             for (int turn = 0; turn < 2; turn++) {
                 int at = 0;
                 for (int piece : {1, 1, 7, 1, 60, 1, 1, 3}) {
@@ -1831,7 +1831,7 @@ TEST_SUITE("alone") {
                 });
                 o.sample_every = 1, o.probe = 0;
                 check_taken("samples", Trainer::memory_beside(run, o).bytes, 13,
-                            [&] { return std::make_unique<Trainer::Generator>(*trainer, 128); });
+                            [&] { return std::make_unique<TokenGenerator>(trainer->model, 128); });
             }
     }
 
