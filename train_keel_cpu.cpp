@@ -982,7 +982,7 @@ struct Trainer {
     static void check_model(const ModelConfig&) {}  // any shape that config_fault lets pass
     static std::string machine_name() { return format("%d threads", omp_get_max_threads()); }
 
-    static double matrix_rate() { return ::matrix_rate(); }
+    static double matrix_rate() { return product_rate(); }
     static size_t available_memory() { return ::available_memory(); }
 
     static std::vector<MemoryRow> memory_rows(const RunConfig& run) {

@@ -244,7 +244,7 @@ void product(size_t M, size_t N, size_t K, Matrix a, Matrix b, real* c, size_t c
 }
 
 // Operations a second of this product on this machine, what every rate is compared with: the median of a few.
-inline double matrix_rate() {
+inline double product_rate() {
     constexpr size_t M = 1024, N = 768, K = 256;
     Buffer<real> a(M * K), b(N * K), c(M * N);
     a.zero(), b.zero();
