@@ -1119,17 +1119,16 @@ private:
         }
         close(fd);
         if (done < bytes.size())
-            throw DataError(
-                format("%s: expected %zu tokens as at the start of the run, found fewer; the file has been cut short, "
-                       "restore it",
-                       file.path, file.count));
+            throw DataError(format("%s: expected %zu tokens as at the start of the run, found fewer; the file has been "
+                                   "cut short, "
+                                   "restore it",
+                                   file.path, file.count));
         for (size_t i = 0; i < n; i++) {
             out[i] = shards ? bytes[2 * i] | bytes[2 * i + 1] << 8 : bytes[i];
             if (out[i] >= V)
-                fail(
-                    "%s: expected tokens below the model's V = %d, found %d at token %zu; use other data or another "
-                    "model",
-                    file.path, V, out[i], first + i);
+                fail("%s: expected tokens below the model's V = %d, found %d at token %zu; use other data or another "
+                     "model",
+                     file.path, V, out[i], first + i);
         }
     }
 };

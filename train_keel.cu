@@ -53,10 +53,10 @@ __device__ __forceinline__ Vector* as_vector(T* p) {
 //     a[0] = a(g, 2t..2t+1)   a[1] = a(g+8, 2t..2t+1)   a[2] = a(g, 2t+8..2t+9)   a[3] = a(g+8, 2t+8..2t+9)
 //     b0 = b(2t..2t+1, g)     b1 = b(2t+8..2t+9, g)
 __device__ __forceinline__ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+                 "{%0,%1,%2,%3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 // Four 8x8 matrices of BF16 from shared memory. Lane i gives the address of row i % 8 of matrix i / 8 and gets, in
@@ -890,8 +890,8 @@ constexpr int ATT_WARPS = 4;
 template <int D>
 struct AttentionTiles {
     static constexpr int FORWARD_M = 2, FORWARD_N = D == 128 ? 32 : 64;
-    static constexpr int KV_M = D == 128 ? 1 : 2, KV_N = D == 64 ? 16 : 32,
-                         KV_STAGE = D == 128 ? 32 : 64;  // a stage: what is copied at a time
+    static constexpr int KV_M = D == 128 ? 1 : 2, KV_N = D == 64 ? 16 : 32;
+    static constexpr int KV_STAGE = D == 128 ? 32 : 64;  // rows that are copied at a time
     static constexpr int Q_M = D == 128 ? 1 : 2, Q_N = D == 64 ? 32 : 64;
 };
 constexpr int att_rows(int M) { return 16 * M * ATT_WARPS; }  // of a block
@@ -1762,14 +1762,14 @@ struct Model {
     ParameterLayout grad_layout;  // of several ranks: of grads
     GradientLayout gradient_layout;
     Device device;
-    Communicator* communicator;              // null: alone
-    std::vector<cudaEvent_t> bucket_events;  // of several ranks: a bucket's weights are complete; in the backward pass,
-                                             // its gradients have gone
+    Communicator* communicator;  // null: alone
+    // Of several ranks: a bucket's weights are complete; in the backward pass, its gradients have gone.
+    std::vector<cudaEvent_t> bucket_events;
 
     DeviceArray<char> memory;                // what the buffers below are parts of
     DeviceArray<float> params, grads, m, v;  // in parameter order; m, v: AdamW's moments
-    DeviceArray<__nv_bfloat16> grads_bf16, m_bf16,
-        v_bf16;                         // instead of those in FP32 with --grads bf16 and --moments bf16
+    // Instead of those in FP32 with --grads bf16 and --moments bf16.
+    DeviceArray<__nv_bfloat16> grads_bf16, m_bf16, v_bf16;
     DeviceArray<float> grad_scratch;    // with --grads bf16: one matrix's gradient
     DeviceArray<branch_t> branch_copy;  // params in BF16, which the matrix products read; the FP32 build reads params
     // Of several ranks: FP32 weights of the blocks, in the BF16 build from -z 1 on, of what this one owns, params then
@@ -1782,15 +1782,15 @@ struct Model {
     // The highway is stored once, as z: kept holds x_0 = "z_{-1}", z_0, ..., z_{L-1}, or with -r K every K-th of them
     // and the last, the others of one segment being in segment. r_out, r_in (L+1, rows): the norms' two numbers a row.
     DeviceArray<float> kept, segment, r_out, r_in;
-    DeviceArray<branch_t> u, qkv, qkv_normed, y, h,
-        gelu;  // the branches' activations, a slot for each sub-layer that keeps them
+    // The branches' activations, a slot for each sub-layer that keeps them.
+    DeviceArray<branch_t> u, qkv, qkv_normed, y, h, gelu;
     DeviceArray<float> lse;
     DeviceArray<branch_t> head_in, f, df, du, dbranch;  // (B,T,C), dbranch (B,T,4C), of the sub-layer at work
     DeviceArray<float> dz, delta;                       // (B,T,C) the highway's gradient; (B,H,T)
     DeviceArray<branch_t> logits;                       // a chunk of rows of (.,Vp)
-    DeviceArray<float> losses,
-        gain_partial;        // (B,T); the gains' gradients before their last sum, (blocks,2C) or (blocks,3D)
-    DeviceArray<int> batch;  // a TokenBatch
+    DeviceArray<float> losses;                          // (B,T)
+    DeviceArray<float> gain_partial;  // (blocks,2C) or (blocks,3D) the gains' gradients before their last sum
+    DeviceArray<int> batch;           // a TokenBatch
     DeviceArray<StepState> state;
     DeviceArray<StepSettings> settings;
     DeviceArray<UpdateCounts> updates;
@@ -2413,9 +2413,8 @@ struct Trainer {
           settings(steps_in_flight), state(steps_in_flight + 1), communicator(model.communicator),
           rank_flags(steps_in_flight) {
         if (model.communicator && run.types.grads_bf16)
-            fail(
-                "--grads: expected fp32 with several ranks, found bf16; use -z 2, which divides the gradients among "
-                "them");
+            fail("--grads: expected fp32 with several ranks, found bf16; use -z 2, which divides the gradients among "
+                 "them");
         leave_multiprocessors();
         if (!run.tune.empty())
             model.device.tuning = std::make_unique<TuningTable>(run.tune, tuned_gpu(), cublasLtGetVersion());
@@ -2735,15 +2734,13 @@ struct Trainer {
                  most_channels(), c.C);
         if (!BRANCH_BF16) return;
         if (c.C % 64)
-            fail(
-                "-C: expected a multiple of 64 in this build, found %d; use another -C, or train_keel_fp32 or "
-                "train_keel_cpu",
-                c.C);
+            fail("-C: expected a multiple of 64 in this build, found %d; use another -C, or train_keel_fp32 or "
+                 "train_keel_cpu",
+                 c.C);
         if (c.D() != 16 && c.D() != 32 && c.D() != 64 && c.D() != 128)
-            fail(
-                "-H: expected heads of 16, 32, 64 or 128 channels (C / H) in this build, found %d; use another -H, "
-                "train_keel_fp32 or train_keel_cpu",
-                c.D());
+            fail("-H: expected heads of 16, 32, 64 or 128 channels (C / H) in this build, found %d; use another -H, "
+                 "train_keel_fp32 or train_keel_cpu",
+                 c.D());
     }
 
     static std::string machine_name() {

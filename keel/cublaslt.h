@@ -27,8 +27,8 @@ using GemmKey =
 // cuBLASLt. Rows of others stay in the file.
 class TuningTable {
 public:
-    static constexpr const char* COLUMNS =
-        "gpu,cublaslt,a_transposed,b_transposed,m,n,k,inputs,result,beta,first_us,best_us,algorithm";
+    static constexpr const char* COLUMNS = "gpu,cublaslt,a_transposed,b_transposed,m,n,k,inputs,result,beta,first_us,"
+                                           "best_us,algorithm";
     static constexpr int KEY_COLUMNS = 10;
 
     TuningTable(const std::string& path, std::string gpu, size_t version) : path(path) {
@@ -105,10 +105,9 @@ private:
         good = good && digits.size() == 2 * sizeof row.algorithm &&
                digits.find_first_not_of("0123456789abcdef") == std::string::npos;
         if (!good)
-            fail(
-                "--tune: %s, line %d: expected %d columns, the last of %zu hexadecimal digits, found others; remove "
-                "the line or the file",
-                path, number, KEY_COLUMNS + 3, 2 * sizeof row.algorithm);
+            fail("--tune: %s, line %d: expected %d columns, the last of %zu hexadecimal digits, found others; remove "
+                 "the line or the file",
+                 path, number, KEY_COLUMNS + 3, 2 * sizeof row.algorithm);
         for (size_t i = 0; i < 8; i++) row.algorithm.data[i] = strtoull(digits.substr(16 * i, 16).c_str(), nullptr, 16);
         row.times = line.substr(commas[KEY_COLUMNS - 1] + 1, commas.back() - commas[KEY_COLUMNS - 1] - 1);
         rows[line.substr(0, commas[KEY_COLUMNS - 1])] = row;
@@ -228,10 +227,18 @@ private:
         GemmPlan plan{};
         cublasOperation_t op_a = ta ? CUBLAS_OP_T : CUBLAS_OP_N, op_b = tb ? CUBLAS_OP_T : CUBLAS_OP_N;
         check(cublasLtMatmulDescCreate(&plan.operation, CUBLAS_COMPUTE_32F, CUDA_R_32F), "cublasLtMatmulDescCreate");
-        check(cublasLtMatmulDescSetAttribute(plan.operation, CUBLASLT_MATMUL_DESC_TRANSA, &op_a, sizeof op_a),
-              "CUBLASLT_MATMUL_DESC_TRANSA");
-        check(cublasLtMatmulDescSetAttribute(plan.operation, CUBLASLT_MATMUL_DESC_TRANSB, &op_b, sizeof op_b),
-              "CUBLASLT_MATMUL_DESC_TRANSB");
+        check(cublasLtMatmulDescSetAttribute(plan.operation, CUBLASLT_MATMUL_DESC_TRANSA, &op_a, sizeof op_a), "CUBLASL"
+                                                                                                               "T_"
+                                                                                                               "MATMUL_"
+                                                                                                               "DESC_"
+                                                                                                               "TRANS"
+                                                                                                               "A");
+        check(cublasLtMatmulDescSetAttribute(plan.operation, CUBLASLT_MATMUL_DESC_TRANSB, &op_b, sizeof op_b), "CUBLASL"
+                                                                                                               "T_"
+                                                                                                               "MATMUL_"
+                                                                                                               "DESC_"
+                                                                                                               "TRANS"
+                                                                                                               "B");
         int32_t multiprocessors = product_multiprocessors;
         if (multiprocessors > 0)
             check(cublasLtMatmulDescSetAttribute(plan.operation, CUBLASLT_MATMUL_DESC_SM_COUNT_TARGET, &multiprocessors,

@@ -171,8 +171,8 @@ bool same_run(const std::string& a, const std::string& b, const std::string& wha
     bool same = expect(slurp(model_path(a, steps)) == slurp(model_path(b, steps)) && fs::exists(model_path(a, steps)),
                        what + ": the final models differ");
     same &= expect(slurp(state_path(a, steps)) == slurp(state_path(b, steps)), what + ": the final states differ");
-    return same &
-           expect(log_without_times(a + "/log.csv") == log_without_times(b + "/log.csv"), what + ": the logs differ");
+    return same & expect(log_without_times(a + "/log.csv") == log_without_times(b + "/log.csv"), what + ": the logs "
+                                                                                                        "differ");
 }
 
 // The step of the last line "checkpoint | .../state_..." (or "resuming"), -1 where there is none: what the trainer has
@@ -340,9 +340,10 @@ std::string power() {
             fs::remove_all(record), fs::create_directory(record);
             disk::record_folder(record, folder);
             for (const auto& entry : fs::directory_iterator(folder)) disk::record_file(record, entry.path().string());
-            Process process(
-                place.command(folder, {"--keep", "1"}), place.path,
-                {{"LD_PRELOAD", fs::absolute(shim).string()}, {"CRASH_FOLDER", folder}, {"CRASH_RECORD", record}});
+            Process process(place.command(folder, {"--keep", "1"}), place.path,
+                            {{"LD_PRELOAD", fs::absolute(shim).string()},
+                             {"CRASH_FOLDER", folder},
+                             {"CRASH_RECORD", record}});
             process.wait_for_a_moment(folder, duration);
             process.send(SIGKILL);
             Result r = process.wait();
@@ -601,8 +602,10 @@ std::string flips() {
             std::string what = format("%s, byte %zu: exit %d, %s", kind.path.c_str(), byte, r.code, r.err.c_str());
             if (kind.path == state) {  // the older one is taken, and the run ends as it did
                 expect(r.code == 0 && r.err.find("skipping a checkpoint") != std::string::npos, what);
-                expect(slurp(state) == good_state && slurp(model_path(place / "run", 6)) == model,
-                       what + ": the resumed run ends with other bits");
+                expect(slurp(state) == good_state && slurp(model_path(place / "run", 6)) == model, what + ": the "
+                                                                                                          "resumed run "
+                                                                                                          "ends with "
+                                                                                                          "other bits");
             } else if (kind.checked) {
                 expect(r.code == 1 && std::count(r.err.begin(), r.err.end(), '\n') == 1, what);
             } else {
@@ -613,10 +616,10 @@ std::string flips() {
         }
         spill(kind.path, good);
     }
-    return format(
-        "%lld flips in 6 kinds of files; every one under a checksum found (%lld in shards, texts and logs, which have "
-        "none, trained on)",
-        (long long)flipped, (long long)passed_over);
+    return format("%lld flips in 6 kinds of files; every one under a checksum found (%lld in shards, texts and logs, "
+                  "which have "
+                  "none, trained on)",
+                  (long long)flipped, (long long)passed_over);
 }
 
 }  // namespace

@@ -126,9 +126,9 @@ TEST_CASE("CRC-32: pieces combined are the CRC of the whole, by one thread and b
     CHECK(crc32_parallel(bytes.data() + 5, bytes.size() - 5, crc32(bytes.data(), 5)) == whole);
 }
 
-TEST_CASE(
-    "A step that is not finite updates nothing and is counted; a run that is resumed among such steps ends with the "
-    "same bits") {
+TEST_CASE("A step that is not finite updates nothing and is counted; a run that is resumed among such steps ends with "
+          "the "
+          "same bits") {
     Place p;
     const std::map<std::string, std::string> bad = {{"KEEL_TEST_BAD", "1,5,6,7,12,13,20"}};
     Result whole = run(p.tiny({"--max-skips", "4"}), bad);
@@ -249,9 +249,9 @@ TEST_CASE("Divergence: a spike that comes down again is none, and one that does 
     CHECK_MESSAGE(alarm(false).starts_with("instability"), alarm(false));
 }
 
-TEST_CASE(
-    "Divergence in a run: a warning by default, a stop with --stop-on-divergence; a resume goes on watching where the "
-    "log ends") {
+TEST_CASE("Divergence in a run: a warning by default, a stop with --stop-on-divergence; a resume goes on watching "
+          "where the "
+          "log ends") {
     Place p;
     // Pure noise: nothing can be learned beyond how frequent each byte is, so the loss stays there.
     std::string noise;
@@ -279,9 +279,9 @@ TEST_CASE(
     CHECK(again.err == r.err);
 }
 
-TEST_CASE(
-    "--keep: the newest K states and models stay, 0 keeps all, and checkpoints later than the one a resume took are "
-    "left alone") {
+TEST_CASE("--keep: the newest K states and models stay, 0 keeps all, and checkpoints later than the one a resume took "
+          "are "
+          "left alone") {
     Place p;
     auto kept = [&](const Words& more) {
         fs::remove_all(p / "run");
@@ -307,9 +307,9 @@ TEST_CASE(
     CHECK(files_by_step(p / "run", STATE_PATTERN).size() == 3);  // 23, 24 and what is not this run's
 }
 
-TEST_CASE(
-    "Checkpoints written in the background, from the snapshot, and while training waits have the same bytes; an error "
-    "of the thread is thrown") {
+TEST_CASE("Checkpoints written in the background, from the snapshot, and while training waits have the same bytes; an "
+          "error "
+          "of the thread is thrown") {
     Place p;
     REQUIRE(run(p.tiny()).code == 0);
     fs::rename(p / "run", p / "background");
@@ -383,9 +383,8 @@ TEST_CASE("The lock: a second run is refused and told who holds the folder; a de
     CHECK(slurp(p / "lock").starts_with(format("process %d on ", getpid())));
 }
 
-TEST_CASE(
-    "A state whose numbers cannot be is refused although its CRC is right, and so is a debug state whose sizes "
-    "overflow") {
+TEST_CASE("A state whose numbers cannot be is refused although its CRC is right, and so is a debug state whose sizes "
+          "overflow") {
     Place p;
     REQUIRE(run(p.tiny()).code == 0);
     std::string good = slurp(state_path(p / "run", 24));

@@ -498,8 +498,8 @@ TEST_SUITE("checkpoints") {
 }
 
 TEST_SUITE("ends") {
-    TEST_CASE(
-        "A rank that is killed takes the others with it, who name it; the run goes on from the last whole checkpoint") {
+    TEST_CASE("A rank that is killed takes the others with it, who name it; the run goes on from the last whole "
+              "checkpoint") {
         for (const Build& build : builds(2))
             for (bool recovery : {false, true}) {
                 Place p;
@@ -531,9 +531,9 @@ TEST_SUITE("ends") {
             }
     }
 
-    TEST_CASE(
-        "A stop asked of one rank stops all at the same step, with a checkpoint, exit 0; the run ends as one that was "
-        "never stopped") {
+    TEST_CASE("A stop asked of one rank stops all at the same step, with a checkpoint, exit 0; the run ends as one "
+              "that was "
+              "never stopped") {
         for (const Build& build : builds(2)) {
             Place p;
             Words words = p.words(build, "run", {"-x", "30", "-b", "1", "-n", "1000", "-y"});
