@@ -1700,6 +1700,22 @@ void attention_branch_forward(Device& device, branch_t* f, const BranchActivatio
     if (f) matmul_forward(device, f, a.y, w[ATTPROJW], rows, C, C);
 }
 
+// f (rows,C) = gelu(u fcw^T) fcprojw^T. f may be null.
+void feed_forward_branch_forward(Device& device, branch_t* f, const BranchActivations& a,
+                                 const SublayerTensors<branch_t>& w, const ModelConfig& c, size_t rows) {
+    size_t C = size_t(c.C);
+    matmul_forward(device, a.h, a.u, w[FCW], rows, C, 4 * C);
+    gelu_forward(device, a.gelu, a.h, rows * 4 * C);
+    if (f) matmul_forward(device, f, a.gelu, w[FCPROJW], rows, 4 * C, C);
+}
+
+// f (rows,C) = F_l(u_l), rows = B * (T - first).
+void branch_forward(Device& device, branch_t* f, const BranchActivations& a, const SublayerTensors<branch_t>& w,
+                    const SublayerTensors<float>& gains, const ModelConfig& c, int l, int B, int T, int first) {
+    if (is_attention(l)) attention_branch_forward(device, f, a, w, gains, c, B, T, first);
+    else feed_forward_branch_forward(device, f, a, w, c, size_t(B) * size_t(T - first));
+}
+
 // Scratch that the backward passes of all branches share.
 struct BranchScratch {
     branch_t* dbranch;  // (rows,4C) dqkv or dh
@@ -1724,15 +1740,6 @@ void attention_branch_backward(Device& device, branch_t* du, const branch_t* df,
         attention_backward(device, s.dbranch, s.delta, du, a.qkv, a.y, a.lse, B, T, c.C, c.H);
     }
     matmul_backward(device, du, dw.matrix(QKVW), s.dbranch, a.u, w[QKVW], rows, C, 3 * C);
-}
-
-// f (rows,C) = gelu(u fcw^T) fcprojw^T. f may be null.
-void feed_forward_branch_forward(Device& device, branch_t* f, const BranchActivations& a,
-                                 const SublayerTensors<branch_t>& w, const ModelConfig& c, size_t rows) {
-    size_t C = size_t(c.C);
-    matmul_forward(device, a.h, a.u, w[FCW], rows, C, 4 * C);
-    gelu_forward(device, a.gelu, a.h, rows * 4 * C);
-    if (f) matmul_forward(device, f, a.gelu, w[FCPROJW], rows, 4 * C, C);
 }
 
 // du (rows,C) from df (rows,C).
@@ -2108,11 +2115,9 @@ struct Model {
     }
 
     // F_l(u_l) in out, or only the branch's activations where out is null.
-    void branch_forward(int l, int b, branch_t* out) {
+    void forward_branch(int l, int b, branch_t* out) {
         if (l == ablated) device.zero(f);
-        else if (is_attention(l))
-            attention_branch_forward(device, out, activations(l), weights(l), gains(l), config, b, T, 0);
-        else feed_forward_branch_forward(device, out, activations(l), weights(l), config, size_t(b) * size_t(T));
+        else branch_forward(device, out, activations(l), weights(l), gains(l), config, l, b, T, 0);
     }
 
     // du_l in du, from dF_l in df.
@@ -2120,7 +2125,7 @@ struct Model {
         BranchActivations a = activations(l);
         BranchScratch scratch{dbranch.data(), delta.data(), gain_partial.data()};
         size_t rows = size_t(b) * size_t(T);
-        if (recompute.drops_all()) branch_forward(l, b, nullptr);
+        if (recompute.drops_all()) forward_branch(l, b, nullptr);
         else if (recompute.drops_u() && !is_attention(l))
             gelu_forward(device, a.gelu, a.h, rows * 4 * size_t(config.C));
         if (is_attention(l))
@@ -2133,7 +2138,7 @@ struct Model {
 
     // From point l to point l + 1: z_l = alpha_l x_l + F_l(u_l).
     void sublayer_forward(int l, int b) {
-        branch_forward(l, b, f.data());
+        forward_branch(l, b, f.data());
         highway_forward(device, point(l + 1), point(l), f.data(), config.sublayer(l).alpha, size_t(b) * size_t(T),
                         config.C);
     }
@@ -2258,7 +2263,7 @@ struct Model {
     void forward_again(int begin, int end, int b) {
         highway_norms(device, point(begin), size_t(b) * size_t(T), config.C);
         for (int l = begin; l < end - 1; l++) sublayer_forward(l, b);
-        branch_forward(end - 1, b, nullptr);
+        forward_branch(end - 1, b, nullptr);
     }
 
     // Norm, clip and AdamW, in place; the gradients are zero afterwards. A step that is not finite changes nothing
@@ -2333,13 +2338,9 @@ public:
         highway_norms(device, point(0), rows, c.C);
         for (int l = 0; l < c.L; l++) {
             size_t block = size_t(l / 2) * size_t(window) * 3 * C;
-            BranchActivations a{
-                u.data(),   cache.data() + block, normed_cache.size() ? normed_cache.data() + block : nullptr,
-                y.data(),   lse.data(),           h.data(),
-                gelu.data()};
-            if (is_attention(l))
-                attention_branch_forward(device, f.data(), a, model.weights(l), model.gains(l), c, 1, end, length);
-            else feed_forward_branch_forward(device, f.data(), a, model.weights(l), c, rows);
+            branch_t* normed = normed_cache.size() ? normed_cache.data() + block : nullptr;
+            BranchActivations a{u.data(), cache.data() + block, normed, y.data(), lse.data(), h.data(), gelu.data()};
+            branch_forward(device, f.data(), a, model.weights(l), model.gains(l), c, l, 1, end, length);
             highway_forward(device, point(l + 1), point(l), f.data(), c.sublayer(l).alpha, rows, c.C);
         }
         length = end;
@@ -2455,7 +2456,7 @@ struct Trainer {
                 stage_batch(data, run.sequence(step, micro), micro);
             } catch (const DataError& e) {
                 if (!communicator) throw;
-                lost[slot] = e.what(),
+                lost[slot] = e.what();
                 flags |= DATA_LOST;  // the others wait for this one: it goes on with the tokens it has
             }
             bool gather = micro == 0 && model.sharing.states();
