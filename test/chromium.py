@@ -24,7 +24,7 @@ def find_chromium():
 class Browser:
     """Messages are JSON, each ended by a zero byte, on file descriptors 3 (to Chromium) and 4 (from it)."""
 
-    def __init__(self, timeout=60):
+    def __init__(self, timeout=300):
         self.timeout, self.last, self.answers, self.events = timeout, 0, {}, []
         self.changed = threading.Condition()
         self.profile = tempfile.mkdtemp(prefix="chromium-")
@@ -116,14 +116,14 @@ class Page:
             raise RuntimeError(f"{expression}: {result['exceptionDetails'].get('exception', {}).get('description', result['exceptionDetails'])}")
         return result["result"].get("value")
 
-    def wait(self, expression, timeout=60):
+    def wait(self, expression, timeout=300):
         end = time.time() + timeout
         while not self.evaluate(expression):
             if time.time() > end:
                 raise TimeoutError(f"expected in {timeout} s that {expression}")
             time.sleep(0.1)
 
-    def click(self, selector, timeout=30):
+    def click(self, selector, timeout=300):
         """A real click in the middle of the element, once it lies still there and nothing lies over it: the page may scroll smoothly, and draws."""
         place = f"""(() => {{ const e = document.querySelector({json.dumps(selector)}); e.scrollIntoView({{block: "center", behavior: "instant"}});
             const r = e.getBoundingClientRect(), x = r.x + r.width / 2, y = r.y + r.height / 2; return [x, y, e.contains(document.elementFromPoint(x, y))]; }})()"""

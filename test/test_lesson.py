@@ -89,7 +89,7 @@ def strip_times(path):
 
 def interrupt(process, log):
     """Waits for the tenth step of the log, then asks the process to stop."""
-    end = time.time() + 60
+    end = time.time() + 600
     while shared.last_step(log) < 10:
         assert time.time() < end and process.poll() is None, process.communicate()
         time.sleep(0.01)
