@@ -11,6 +11,7 @@
 
 #include "../train_keel_cpu.cpp"
 #include "files.h"
+#include "long.h"
 
 namespace {
 
@@ -340,7 +341,7 @@ TEST_CASE("The stall of a checkpoint of 1 GB is that of the copy") {
     if (getenv("KEEL_TEST_SMALL")) return;  // sanitizers are too slow for it
     Place p;
     ModelConfig c;
-    c.max_seq_len = 64, c.V = 256, c.L = 14, c.H = 16, c.C = 1024, c.norm = PRE;
+    c.max_seq_len = 64, c.V = 256, c.L = lean(4, 14), c.H = 16, c.C = 1024, c.norm = PRE;
     RunConfig config;
     config.model = c, config.T = 64, config.B = 1, config.total_batch = 64, config.recompute = {1};
     size_t bytes = 3 * parameter_count(c) * sizeof(real);
@@ -352,12 +353,14 @@ TEST_CASE("The stall of a checkpoint of 1 GB is that of the copy") {
     double start = seconds();
     writer.write(1);
     double stall = seconds() - start;
+    bool written = std::filesystem::exists(state_path(p.path, 1));
     writer.wait();
     double whole = seconds() - start;
     MESSAGE(format("a state of %.2f GB: training stalled for %.0f ms, written after %.2f s", double(bytes) * 1e-9,
                    stall * 1e3, whole));
-    CHECK(bytes > 1000000000);
-    CHECK(stall < 0.5 * whole);
+    CHECK(bytes > lean<size_t>(300000000, 1000000000));
+    CHECK(!written);  // when write() came back
+    CHECK(std::filesystem::exists(state_path(p.path, 1)));
 }
 
 TEST_CASE("The lock: a second run is refused and told who holds the folder; a dead run's file stands in nobody's way") {

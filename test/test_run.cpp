@@ -13,13 +13,15 @@
 
 #include "files.h"
 #include "keel/checkpoint.h"
+#include "long.h"
 
 namespace {
 
 namespace fs = std::filesystem;
 
-// Runs a command with the given environment added; kill_after > 0 sends SIGKILL after so many seconds.
-Result run(const Words& words, const std::map<std::string, std::string>& environment = {}, double kill_after = 0) {
+// Runs a command with the given environment added; kill_at > 0 sends SIGKILL when it has printed that step, if not
+// later.
+Result run(const Words& words, const std::map<std::string, std::string>& environment = {}, int kill_at = 0) {
     char out_name[] = "/tmp/keel_out_XXXXXX", err_name[] = "/tmp/keel_err_XXXXXX";
     int out = mkstemp(out_name), err = mkstemp(err_name);
     pid_t child = fork();
@@ -32,12 +34,17 @@ Result run(const Words& words, const std::map<std::string, std::string>& environ
         execvp(argv[0], argv.data());
         _exit(127);
     }
-    if (kill_after > 0) {
-        std::this_thread::sleep_for(std::chrono::duration<double>(kill_after));
-        kill(child, SIGKILL);
-    }
     int status = 0;
-    waitpid(child, &status, 0);
+    bool ended = false;
+    while (kill_at > 0 && !ended) {
+        std::string told = slurp(out_name);
+        size_t last = told.rfind("\nstep ");
+        if (last != std::string::npos && atoi(told.c_str() + last + 6) >= kill_at) break;
+        ended = waitpid(child, &status, WNOHANG) == child;
+        std::this_thread::sleep_for(std::chrono::microseconds(200));
+    }
+    if (kill_at > 0 && !ended) kill(child, SIGKILL);
+    if (!ended) waitpid(child, &status, 0);
     close(out), close(err);
     Result r{WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status), slurp(out_name), slurp(err_name)};
     unlink(out_name), unlink(err_name);
@@ -335,9 +342,9 @@ TEST_SUITE("the run") {
             const std::map<std::string, std::string> one_thread = {{"OMP_NUM_THREADS", "1"}};
             succeeds(command(p / "whole"), one_thread);
             int kills = 0;
-            for (uint32_t i = 0; i < 6; i++) {
-                double delay = 0.01 + 0.1 * uniform24(philox(i, uint32_t(placement.name[0]), 0, 0, 80).word[0]);
-                kills += run(command(p / "killed"), one_thread, delay).code == -SIGKILL;
+            for (int i = 0; i < 6; i++) {
+                int at = 1 + 18 * i + int(philox(uint64_t(i), uint32_t(placement.name[0]), 0, 0, 80).word[0] % 18);
+                kills += run(command(p / "killed"), one_thread, at).code == -SIGKILL;
             }
             succeeds(command(p / "killed"), one_thread);
             CHECK(kills > 0);
@@ -960,9 +967,9 @@ TEST_SUITE("the GPU trainer") {
             for (const char* words : {"memory     needs ", "highway z", "graphs     micro-step ", "step 24/24"})
                 CHECK_MESSAGE(whole.out.find(words) != std::string::npos, words);
             int kills = 0;
-            for (uint32_t i = 0; i < 4; i++)
-                kills += run(command(p / "killed"), {}, 0.05 + 0.3 * uniform24(philox(i, 1, 0, 0, 81).word[0])).code ==
-                         -SIGKILL;
+            for (int i = 0; i < 4; i++)
+                kills += run(command(p / "killed"), {}, 1 + 5 * i + int(philox(uint64_t(i), 1, 0, 0, 81).word[0] % 5))
+                             .code == -SIGKILL;
             CHECK(kills > 0);
             succeeds(command(p / "killed"));
             CHECK(slurp(p / "whole/model_00000024.bin") == slurp(p / "killed/model_00000024.bin"));
@@ -1015,7 +1022,8 @@ TEST_SUITE("the GPU trainer") {
         p.fails({gpu_bf16, "-i", p.text, "-y", "-o", p / "cpu"}, {"-y", "expected", "BF16", "build"});
     }
 
-    TEST_CASE("clang++ builds the same source, and what it dumps passes the check of g++'s build") {
+    TEST_CASE("clang++ builds the same source, and what it dumps passes the check of g++'s build" *
+              doctest::skip(!long_tests())) {
         Place p;
         succeeds(wide(p, "build/train_keel_clang_on_cpu", "8", {"--dump", p / "dump"}));
         succeeds({gpu_bf16, "--check", p / "dump"});
@@ -1035,7 +1043,8 @@ TEST_SUITE("the GPU trainer") {
         CHECK(count > 10);
     }
 
-    TEST_CASE("The kernels' benchmark agrees with the CPU at small shapes, and writes a row a figure") {
+    TEST_CASE("The kernels' benchmark agrees with the CPU at small shapes, and writes a row a figure" *
+              doctest::skip(!long_tests())) {
         Place p;
         Result r = succeeds({"build/bench_kernels_on_cpu", "--small", "--csv", p / "figures.csv"});
         CHECK_MESSAGE(r.out.find("every result agrees with the CPU's") != std::string::npos, r.out);
@@ -1044,7 +1053,8 @@ TEST_SUITE("the GPU trainer") {
 
     TEST_CASE("The products' benchmark: every way agrees with the trainer's products at small shapes, none is left "
               "out, and "
-              "each figure is a row") {
+              "each figure is a row" *
+              doctest::skip(!long_tests())) {
         Place p;
         Result r = succeeds({"build/bench_products_on_cpu", "--small", "--csv", p / "figures.csv"});
         CHECK_MESSAGE(r.out.find("every result agrees with the trainer's") != std::string::npos, r.out);
