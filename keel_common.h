@@ -609,6 +609,7 @@ void initialise_tensor(Real* out, const TensorInfo& t, size_t tensor_index, uint
 //
 // Every file is a header of 256 int32, a body of reals and tokens, and the CRC-32 of all bytes before it.
 
+inline constexpr int FILE_VERSION = 1;  // what makes a new one: dev/doc/files.md
 enum FileKind { FILE_MODEL = 1, FILE_STATE = 2, FILE_DEBUG = 3 };
 enum RealType { REAL_FP32 = 0, REAL_BF16 = 1, REAL_FP64 = 2 };
 
@@ -690,7 +691,7 @@ inline FileHeader make_header(FileKind kind, RealType type, const ModelConfig& c
                               bool branch_bf16 = false) {
     FileHeader h;
     memcpy(&h.word[H_MAGIC], "KEEL", 4);
-    h.word[H_VERSION] = 1, h.word[H_KIND] = kind, h.word[H_TYPE] = type;
+    h.word[H_VERSION] = FILE_VERSION, h.word[H_KIND] = kind, h.word[H_TYPE] = type;
     h.word[H_MAX_T] = c.max_seq_len, h.word[H_V] = c.V, h.word[H_VP] = c.Vp();
     h.word[H_L] = c.L, h.word[H_H] = c.H, h.word[H_C] = c.C;
     h.word[H_NORM] = c.norm;
@@ -797,8 +798,9 @@ public:
         const auto& w = header.word;
         if (memcmp(&w[H_MAGIC], "KEEL", 4) != 0)
             fail("%s: expected the bytes KEEL at its start, found others; give a file that a KEEL trainer wrote", path);
-        if (w[H_VERSION] != 1)
-            fail("%s: expected file version 1, found %d; use the trainer that wrote it", path, w[H_VERSION]);
+        if (w[H_VERSION] != FILE_VERSION)
+            fail("%s: expected file version %d, found %d; use the trainer that wrote it", path, FILE_VERSION,
+                 w[H_VERSION]);
         if (w[H_KIND] != kind)
             fail("%s: expected a %s (kind %d), found a %s (kind %d); give the other file", path, kind_name(kind),
                  int(kind), kind_name(w[H_KIND]), w[H_KIND]);
@@ -1117,17 +1119,15 @@ private:
         }
         close(fd);
         if (done < bytes.size())
-            throw DataError(
-                format("%s: expected %zu tokens as at the start of the run, found fewer; the file has been cut short, "
-                       "restore it",
-                       file.path, file.count));
+            throw DataError(format("%s: expected %zu tokens as at the start of the run, found fewer; the file has been "
+                                   "cut short, restore it",
+                                   file.path, file.count));
         for (size_t i = 0; i < n; i++) {
             out[i] = shards ? bytes[2 * i] | bytes[2 * i + 1] << 8 : bytes[i];
             if (out[i] >= V)
-                fail(
-                    "%s: expected tokens below the model's V = %d, found %d at token %zu; use other data or another "
-                    "model",
-                    file.path, V, out[i], first + i);
+                fail("%s: expected tokens below the model's V = %d, found %d at token %zu; use other data or another "
+                     "model",
+                     file.path, V, out[i], first + i);
         }
     }
 };

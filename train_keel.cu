@@ -26,6 +26,7 @@
 #include "keel/cublaslt.h"
 #include "keel/nccl.h"
 #include "keel/run.h"
+#include "keel/update.h"
 
 constexpr float NORM_EPSILON = 1e-6f;  // rms(x) = sqrt(mean(x^2) + this)
 
@@ -52,10 +53,10 @@ __device__ __forceinline__ Vector* as_vector(T* p) {
 //     a[0] = a(g, 2t..2t+1)   a[1] = a(g+8, 2t..2t+1)   a[2] = a(g, 2t+8..2t+9)   a[3] = a(g+8, 2t+8..2t+9)
 //     b0 = b(2t..2t+1, g)     b1 = b(2t+8..2t+9, g)
 __device__ __forceinline__ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+                 "{%0,%1,%2,%3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 // Four 8x8 matrices of BF16 from shared memory. Lane i gives the address of row i % 8 of matrix i / 8 and gets, in
@@ -889,8 +890,8 @@ constexpr int ATT_WARPS = 4;
 template <int D>
 struct AttentionTiles {
     static constexpr int FORWARD_M = 2, FORWARD_N = D == 128 ? 32 : 64;
-    static constexpr int KV_M = D == 128 ? 1 : 2, KV_N = D == 64 ? 16 : 32,
-                         KV_STAGE = D == 128 ? 32 : 64;  // a stage: what is copied at a time
+    static constexpr int KV_M = D == 128 ? 1 : 2, KV_N = D == 64 ? 16 : 32;
+    static constexpr int KV_STAGE = D == 128 ? 32 : 64;  // rows that are copied at a time
     static constexpr int Q_M = D == 128 ? 1 : 2, Q_N = D == 64 ? 32 : 64;
 };
 constexpr int att_rows(int M) { return 16 * M * ATT_WARPS; }  // of a block
@@ -1509,17 +1510,6 @@ __global__ void accumulate_kernel(float* sum, const float* addend, size_t n) {
     store<4>(sum + at, a);
 }
 
-// Some elements of one tensor, a block's work: all tensors in one launch, each with its own decay.
-struct UpdateChunk {
-    size_t first;             // in the parameter order: what its random numbers are drawn by
-    size_t parameter, copy;   // where it starts in the parameters (or masters), and in their copy
-    size_t gradient, moment;  // the same in grads or grads_bf16, and in the moments
-    int count;
-    bool decayed, bf16;  // bf16: the gradient is
-    bool master;         // its FP32 weights are in masters
-};
-constexpr int UPDATE_CHUNK = 8192;  // elements
-
 // With the clipped gradient g:  m = b1 m + (1-b1) g,  v = b2 v + (1-b2) g^2,
 //     p -= lr wd p,   p -= lr mhat / (sqrt(vhat) + eps),   mhat = m / (1 - b1^n), vhat = v / (1 - b2^n)
 // and g = 0 for the next step. branch_copy: p in BF16. With --moments bf16 the update takes m and v before they are
@@ -1591,59 +1581,6 @@ __global__ void adamw_kernel(float* params, float* masters, branch_t* branch_cop
     uint32_t counter = uint32_t(counts->updates);
     if (chunk.bf16) update_chunk(p, branch_copy, g_bf16, m, v, chunk, s, seed, counter);
     else update_chunk(p, branch_copy, g, m, v, chunk, s, seed, counter);
-}
-
-// Where each tensor's gradient is. With --grads bf16 the matrices of the blocks are in BF16; embeddings, to which a
-// batch adds many times, and gains, which are few, stay in FP32.
-struct GradientLayout {
-    std::vector<std::array<size_t, NUM_TENSORS>> at;  // [layer + 1][tensor], in grads or in grads_bf16
-    size_t fp32 = 0, bf16 = 0, largest = 0;           // elements of the two; of the largest matrix in BF16
-    static bool is_block_matrix(Tensor t) { return t == QKVW || t == ATTPROJW || t == FCW || t == FCPROJW; }
-
-    GradientLayout(const ParameterLayout& layout, int L, bool matrices_bf16, Sharing sharing = {})
-        : at(size_t(L) + 1), matrices_bf16(matrices_bf16) {
-        for (auto& row : at) row.fill(ParameterLayout::absent);
-        if (sharing.ranks > 0) {  // as they are reduced
-            ParameterLayout places = sharing.grad_layout(layout);
-            for (const TensorInfo& t : places.tensors) at[size_t(t.layer + 1)][t.id] = t.offset;
-            fp32 = places.size;
-            return;
-        }
-        for (const TensorInfo& t : layout.tensors) {
-            size_t& end = in_bf16(t.id) ? bf16 : fp32;
-            at[size_t(t.layer + 1)][t.id] = end;
-            end += t.size();
-            if (in_bf16(t.id)) largest = std::max(largest, t.size());
-        }
-    }
-    bool in_bf16(Tensor t) const { return matrices_bf16 && is_block_matrix(t); }
-    size_t of(const TensorInfo& t) const { return at[size_t(t.layer + 1)][t.id]; }
-
-private:
-    bool matrices_bf16;
-};
-
-// Of all parameters, or from -z 1 on of what the rank owns.
-std::vector<UpdateChunk> update_chunks(const ParameterLayout& layout, const GradientLayout& gradients,
-                                       Sharing sharing = {}) {
-    std::vector<UpdateChunk> chunks;
-    auto add = [&](const ShardRange& range) {
-        const TensorInfo& t = layout.tensors[range.tensor];
-        bool sharded = sharing.states(), master = sharded && BRANCH_BF16 && layout.bucket_of(t) > 0;
-        size_t parameter = master ? range.shard - layout.buckets[0].shard : range.memory;
-        size_t gradient = sharded ? range.shard : gradients.of(t), moment = sharded ? range.shard : range.memory;
-        for (size_t at = 0; at < range.count; at += UPDATE_CHUNK) {
-            int count = int(std::min(range.count - at, size_t(UPDATE_CHUNK)));
-            chunks.push_back({t.file_offset + range.first + at, parameter + at, range.memory + at, gradient + at,
-                              moment + at, count, t.decay, gradients.in_bf16(t.id), master});
-        }
-    };
-    if (sharing.states())
-        for (const ShardRange& range : layout.owned(sharing.rank)) add(range);
-    else
-        for (size_t i = 0; i < layout.tensors.size(); i++)
-            add({i, 0, layout.tensors[i].size(), layout.tensors[i].offset, layout.tensors[i].offset});
-    return chunks;
 }
 
 // Initial weights, the bits of initialise_tensor in keel_common.h: a thread draws four.
@@ -1763,6 +1700,22 @@ void attention_branch_forward(Device& device, branch_t* f, const BranchActivatio
     if (f) matmul_forward(device, f, a.y, w[ATTPROJW], rows, C, C);
 }
 
+// f (rows,C) = gelu(u fcw^T) fcprojw^T. f may be null.
+void feed_forward_branch_forward(Device& device, branch_t* f, const BranchActivations& a,
+                                 const SublayerTensors<branch_t>& w, const ModelConfig& c, size_t rows) {
+    size_t C = size_t(c.C);
+    matmul_forward(device, a.h, a.u, w[FCW], rows, C, 4 * C);
+    gelu_forward(device, a.gelu, a.h, rows * 4 * C);
+    if (f) matmul_forward(device, f, a.gelu, w[FCPROJW], rows, 4 * C, C);
+}
+
+// f (rows,C) = F_l(u_l), rows = B * (T - first).
+void branch_forward(Device& device, branch_t* f, const BranchActivations& a, const SublayerTensors<branch_t>& w,
+                    const SublayerTensors<float>& gains, const ModelConfig& c, int l, int B, int T, int first) {
+    if (is_attention(l)) attention_branch_forward(device, f, a, w, gains, c, B, T, first);
+    else feed_forward_branch_forward(device, f, a, w, c, size_t(B) * size_t(T - first));
+}
+
 // Scratch that the backward passes of all branches share.
 struct BranchScratch {
     branch_t* dbranch;  // (rows,4C) dqkv or dh
@@ -1787,15 +1740,6 @@ void attention_branch_backward(Device& device, branch_t* du, const branch_t* df,
         attention_backward(device, s.dbranch, s.delta, du, a.qkv, a.y, a.lse, B, T, c.C, c.H);
     }
     matmul_backward(device, du, dw.matrix(QKVW), s.dbranch, a.u, w[QKVW], rows, C, 3 * C);
-}
-
-// f (rows,C) = gelu(u fcw^T) fcprojw^T. f may be null.
-void feed_forward_branch_forward(Device& device, branch_t* f, const BranchActivations& a,
-                                 const SublayerTensors<branch_t>& w, const ModelConfig& c, size_t rows) {
-    size_t C = size_t(c.C);
-    matmul_forward(device, a.h, a.u, w[FCW], rows, C, 4 * C);
-    gelu_forward(device, a.gelu, a.h, rows * 4 * C);
-    if (f) matmul_forward(device, f, a.gelu, w[FCPROJW], rows, 4 * C, C);
 }
 
 // du (rows,C) from df (rows,C).
@@ -1825,14 +1769,14 @@ struct Model {
     ParameterLayout grad_layout;  // of several ranks: of grads
     GradientLayout gradient_layout;
     Device device;
-    Communicator* communicator;              // null: alone
-    std::vector<cudaEvent_t> bucket_events;  // of several ranks: a bucket's weights are complete; in the backward pass,
-                                             // its gradients have gone
+    Communicator* communicator;  // null: alone
+    // Of several ranks: a bucket's weights are complete; in the backward pass, its gradients have gone.
+    std::vector<cudaEvent_t> bucket_events;
 
     DeviceArray<char> memory;                // what the buffers below are parts of
     DeviceArray<float> params, grads, m, v;  // in parameter order; m, v: AdamW's moments
-    DeviceArray<__nv_bfloat16> grads_bf16, m_bf16,
-        v_bf16;                         // instead of those in FP32 with --grads bf16 and --moments bf16
+    // Instead of those in FP32 with --grads bf16 and --moments bf16.
+    DeviceArray<__nv_bfloat16> grads_bf16, m_bf16, v_bf16;
     DeviceArray<float> grad_scratch;    // with --grads bf16: one matrix's gradient
     DeviceArray<branch_t> branch_copy;  // params in BF16, which the matrix products read; the FP32 build reads params
     // Of several ranks: FP32 weights of the blocks, in the BF16 build from -z 1 on, of what this one owns, params then
@@ -1845,15 +1789,15 @@ struct Model {
     // The highway is stored once, as z: kept holds x_0 = "z_{-1}", z_0, ..., z_{L-1}, or with -r K every K-th of them
     // and the last, the others of one segment being in segment. r_out, r_in (L+1, rows): the norms' two numbers a row.
     DeviceArray<float> kept, segment, r_out, r_in;
-    DeviceArray<branch_t> u, qkv, qkv_normed, y, h,
-        gelu;  // the branches' activations, a slot for each sub-layer that keeps them
+    // The branches' activations, a slot for each sub-layer that keeps them.
+    DeviceArray<branch_t> u, qkv, qkv_normed, y, h, gelu;
     DeviceArray<float> lse;
     DeviceArray<branch_t> head_in, f, df, du, dbranch;  // (B,T,C), dbranch (B,T,4C), of the sub-layer at work
     DeviceArray<float> dz, delta;                       // (B,T,C) the highway's gradient; (B,H,T)
     DeviceArray<branch_t> logits;                       // a chunk of rows of (.,Vp)
-    DeviceArray<float> losses,
-        gain_partial;        // (B,T); the gains' gradients before their last sum, (blocks,2C) or (blocks,3D)
-    DeviceArray<int> batch;  // a TokenBatch
+    DeviceArray<float> losses;                          // (B,T)
+    DeviceArray<float> gain_partial;  // (blocks,2C) or (blocks,3D) the gains' gradients before their last sum
+    DeviceArray<int> batch;           // a TokenBatch
     DeviceArray<StepState> state;
     DeviceArray<StepSettings> settings;
     DeviceArray<UpdateCounts> updates;
@@ -2171,11 +2115,9 @@ struct Model {
     }
 
     // F_l(u_l) in out, or only the branch's activations where out is null.
-    void branch_forward(int l, int b, branch_t* out) {
+    void forward_branch(int l, int b, branch_t* out) {
         if (l == ablated) device.zero(f);
-        else if (is_attention(l))
-            attention_branch_forward(device, out, activations(l), weights(l), gains(l), config, b, T, 0);
-        else feed_forward_branch_forward(device, out, activations(l), weights(l), config, size_t(b) * size_t(T));
+        else branch_forward(device, out, activations(l), weights(l), gains(l), config, l, b, T, 0);
     }
 
     // du_l in du, from dF_l in df.
@@ -2183,7 +2125,7 @@ struct Model {
         BranchActivations a = activations(l);
         BranchScratch scratch{dbranch.data(), delta.data(), gain_partial.data()};
         size_t rows = size_t(b) * size_t(T);
-        if (recompute.drops_all()) branch_forward(l, b, nullptr);
+        if (recompute.drops_all()) forward_branch(l, b, nullptr);
         else if (recompute.drops_u() && !is_attention(l))
             gelu_forward(device, a.gelu, a.h, rows * 4 * size_t(config.C));
         if (is_attention(l))
@@ -2196,7 +2138,7 @@ struct Model {
 
     // From point l to point l + 1: z_l = alpha_l x_l + F_l(u_l).
     void sublayer_forward(int l, int b) {
-        branch_forward(l, b, f.data());
+        forward_branch(l, b, f.data());
         highway_forward(device, point(l + 1), point(l), f.data(), config.sublayer(l).alpha, size_t(b) * size_t(T),
                         config.C);
     }
@@ -2321,7 +2263,7 @@ struct Model {
     void forward_again(int begin, int end, int b) {
         highway_norms(device, point(begin), size_t(b) * size_t(T), config.C);
         for (int l = begin; l < end - 1; l++) sublayer_forward(l, b);
-        branch_forward(end - 1, b, nullptr);
+        forward_branch(end - 1, b, nullptr);
     }
 
     // Norm, clip and AdamW, in place; the gradients are zero afterwards. A step that is not finite changes nothing
@@ -2364,24 +2306,6 @@ struct Model {
     }
 };
 
-// Seconds of a micro-step of B sequences: a rough model of one large GPU, which need only put the choices in their
-// order. Matrix products at the rate that their tiles fill the multiprocessors, the kernels' bytes, and a floor for
-// each of the graph's nodes. The rates are those of an H100 or H200, a quarter off for what is not at its peak; bytes
-// and nodes a block are counted in dev/doc/speed.md.
-inline double predicted_seconds(const ModelConfig& c, int B, int T, Recompute r, StateTypes types = {}) {
-    constexpr double matrix_rate = 600e12, memory_rate = 3e12, node_seconds = 2e-6, multiprocessors = 132;
-    double rows = double(B) * T, blocks = c.L / 2;
-    bool again = r.drops_all() || r.segments();
-    double operations = rows * flops_per_token(c, T) * (again ? 4.0 / 3 : 1);
-    double filled = std::min(1.0, std::ceil(rows / 128) * std::ceil(c.C / 128.0) / multiprocessors);
-    double bytes = rows * blocks * c.C * (226 + (r.level == -1 ? 28 : r.level == 1 ? 54 : r.segments() ? 80 : 0));
-    double weights = 12.0 * c.C * c.C * blocks + double(c.Vp()) * c.C;
-    bytes += weights * (2 * (again ? 3 : 2) +
-                        (types.grads_bf16 ? 12 : 8));  // a micro-batch reads them, and adds to their gradients
-    double nodes = blocks * (22 + (r.level == -1 ? 1 : again ? 6 : 0) + (types.grads_bf16 ? 4 : 0));
-    return operations / (matrix_rate * filled) + bytes / memory_rate + nodes * node_seconds;
-}
-
 // ----------------------------------------------------------------------------------------------------
 // Sampling
 
@@ -2414,13 +2338,9 @@ public:
         highway_norms(device, point(0), rows, c.C);
         for (int l = 0; l < c.L; l++) {
             size_t block = size_t(l / 2) * size_t(window) * 3 * C;
-            BranchActivations a{
-                u.data(),   cache.data() + block, normed_cache.size() ? normed_cache.data() + block : nullptr,
-                y.data(),   lse.data(),           h.data(),
-                gelu.data()};
-            if (is_attention(l))
-                attention_branch_forward(device, f.data(), a, model.weights(l), model.gains(l), c, 1, end, length);
-            else feed_forward_branch_forward(device, f.data(), a, model.weights(l), c, rows);
+            branch_t* normed = normed_cache.size() ? normed_cache.data() + block : nullptr;
+            BranchActivations a{u.data(), cache.data() + block, normed, y.data(), lse.data(), h.data(), gelu.data()};
+            branch_forward(device, f.data(), a, model.weights(l), model.gains(l), c, l, 1, end, length);
             highway_forward(device, point(l + 1), point(l), f.data(), c.sublayer(l).alpha, rows, c.C);
         }
         length = end;
@@ -2494,9 +2414,8 @@ struct Trainer {
           settings(steps_in_flight), state(steps_in_flight + 1), communicator(model.communicator),
           rank_flags(steps_in_flight) {
         if (model.communicator && run.types.grads_bf16)
-            fail(
-                "--grads: expected fp32 with several ranks, found bf16; use -z 2, which divides the gradients among "
-                "them");
+            fail("--grads: expected fp32 with several ranks, found bf16; use -z 2, which divides the gradients among "
+                 "them");
         leave_multiprocessors();
         if (!run.tune.empty())
             model.device.tuning = std::make_unique<TuningTable>(run.tune, tuned_gpu(), cublasLtGetVersion());
@@ -2537,7 +2456,7 @@ struct Trainer {
                 stage_batch(data, run.sequence(step, micro), micro);
             } catch (const DataError& e) {
                 if (!communicator) throw;
-                lost[slot] = e.what(),
+                lost[slot] = e.what();
                 flags |= DATA_LOST;  // the others wait for this one: it goes on with the tokens it has
             }
             bool gather = micro == 0 && model.sharing.states();
@@ -2805,9 +2724,7 @@ struct Trainer {
     }
     void saved() { model.device.synchronize(); }
 
-    struct Generator : TokenGenerator {
-        Generator(Trainer& trainer, int window) : TokenGenerator(trainer.model, window) {}
-    };
+    using Generator = TokenGenerator;
 
     // ----- The machine
     static void require_machine() { require_gpu(); }
@@ -2818,15 +2735,13 @@ struct Trainer {
                  most_channels(), c.C);
         if (!BRANCH_BF16) return;
         if (c.C % 64)
-            fail(
-                "-C: expected a multiple of 64 in this build, found %d; use another -C, or train_keel_fp32 or "
-                "train_keel_cpu",
-                c.C);
+            fail("-C: expected a multiple of 64 in this build, found %d; use another -C, or train_keel_fp32 or "
+                 "train_keel_cpu",
+                 c.C);
         if (c.D() != 16 && c.D() != 32 && c.D() != 64 && c.D() != 128)
-            fail(
-                "-H: expected heads of 16, 32, 64 or 128 channels (C / H) in this build, found %d; use another -H, "
-                "train_keel_fp32 or train_keel_cpu",
-                c.D());
+            fail("-H: expected heads of 16, 32, 64 or 128 channels (C / H) in this build, found %d; use another -H, "
+                 "train_keel_fp32 or train_keel_cpu",
+                 c.D());
     }
 
     static std::string machine_name() {

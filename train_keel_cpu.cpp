@@ -976,30 +976,13 @@ struct Trainer {
     const ParameterLayout& layout() const { return model.layout; }
     void initialise(uint64_t seed) { model.initialise(seed); }
 
-    struct Generator : TokenGenerator {
-        Generator(Trainer& trainer, int window) : TokenGenerator(trainer.model, window) {}
-    };
+    using Generator = TokenGenerator;
 
     static void require_machine() {}
     static void check_model(const ModelConfig&) {}  // any shape that config_fault lets pass
     static std::string machine_name() { return format("%d threads", omp_get_max_threads()); }
 
-    // Operations a second of our own matrix product on this machine, what every rate is compared with: the median of a
-    // few.
-    static double matrix_rate() {
-        constexpr size_t M = 1024, N = 768, K = 256;
-        Buffer<real> a(M * K), b(N * K), c(M * N);
-        a.zero(), b.zero();
-        std::vector<double> times;
-        for (int i = 0; i < 15; i++) {
-            double start = seconds();
-            matmul_forward(c.data(), a.data(), b.data(), M, K, N);
-            times.push_back(seconds() - start);
-        }
-        std::nth_element(times.begin(), times.begin() + times.size() / 2, times.end());
-        return 2.0 * M * N * K / times[times.size() / 2];
-    }
-
+    static double matrix_rate() { return product_rate(); }
     static size_t available_memory() { return ::available_memory(); }
 
     static std::vector<MemoryRow> memory_rows(const RunConfig& run) {
@@ -1045,16 +1028,6 @@ struct Trainer {
 };
 
 #ifndef KEEL_NO_MAIN  // the tests have a main of their own
-// A thread that waits for the others spins, by GCC's OpenMP for about a millisecond before it sleeps. On a core that
-// another program wants too, that millisecond is taken from the very thread that is waited for: a step then takes not
-// twice but a hundred times as long. The limit is read when the runtime is loaded, so it is set in the environment of a
-// fresh start of the program.
-void limit_spinning(char** argv) {
-    if (getenv("GOMP_SPINCOUNT") || getenv("OMP_WAIT_POLICY")) return;
-    setenv("GOMP_SPINCOUNT", "1000", 1);
-    execv("/proc/self/exe", argv);  // comes back only where this cannot be done, and then nothing but time is lost
-}
-
 int main(int argc, char** argv) {
     limit_spinning(argv);
     return trainer_main<Trainer>(argc, argv);

@@ -25,10 +25,9 @@ inline FileHeader state_header(RealType type, bool branch_bf16, const RunConfig&
 inline void check_same_build(const FileHeader& state, RealType type, bool branch_bf16) {
     auto numbers = [](int type, bool bf16) { return format("type %d%s", type, bf16 ? " with a branch in BF16" : ""); };
     if (state.word[H_TYPE] != type || (state.word[H_BRANCH_BF16] != 0) != branch_bf16)
-        fail(
-            "-y: expected a checkpoint of reals of %s, found %s; resume with the build that wrote it, or start from "
-            "its model by -e",
-            numbers(type, branch_bf16), numbers(state.word[H_TYPE], state.word[H_BRANCH_BF16] != 0));
+        fail("-y: expected a checkpoint of reals of %s, found %s; resume with the build that wrote it, or start from "
+             "its model by -e",
+             numbers(type, branch_bf16), numbers(state.word[H_TYPE], state.word[H_BRANCH_BF16] != 0));
 }
 
 // Calls take(section, range) for all that this rank owns, in the order of a file's body: the parameters (sections 1),

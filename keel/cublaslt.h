@@ -27,8 +27,8 @@ using GemmKey = std::tuple<bool, bool, size_t, size_t, size_t, bool, bool>;
 // cuBLASLt. Rows of other GPUs and versions stay in the file.
 class TuningTable {
 public:
-    static constexpr const char* COLUMNS =
-        "gpu,cublaslt,a_transposed,b_transposed,m,n,k,inputs,result,beta,first_us,best_us,algorithm";
+    static constexpr const char* COLUMNS = "gpu,cublaslt,a_transposed,b_transposed,m,n,k,inputs,result,beta,first_us,"
+                                           "best_us,algorithm";
     static constexpr int KEY_COLUMNS = 10;
 
     TuningTable(const std::string& path, std::string gpu, size_t version) : path(path) {
@@ -105,10 +105,9 @@ private:
         good = good && digits.size() == 2 * sizeof row.algorithm &&
                digits.find_first_not_of("0123456789abcdef") == std::string::npos;
         if (!good)
-            fail(
-                "--tune: %s, line %d: expected %d columns, the last of %zu hexadecimal digits, found others; remove "
-                "the line or the file",
-                path, number, KEY_COLUMNS + 3, 2 * sizeof row.algorithm);
+            fail("--tune: %s, line %d: expected %d columns, the last of %zu hexadecimal digits, found others; remove "
+                 "the line or the file",
+                 path, number, KEY_COLUMNS + 3, 2 * sizeof row.algorithm);
         for (size_t i = 0; i < 8; i++) row.algorithm.data[i] = strtoull(digits.substr(16 * i, 16).c_str(), nullptr, 16);
         row.times = line.substr(commas[KEY_COLUMNS - 1] + 1, commas.back() - commas[KEY_COLUMNS - 1] - 1);
         rows[line.substr(0, commas[KEY_COLUMNS - 1])] = row;
@@ -231,15 +230,13 @@ private:
         GemmPlan plan{};
         cublasOperation_t op_a = ta ? CUBLAS_OP_T : CUBLAS_OP_N, op_b = tb ? CUBLAS_OP_T : CUBLAS_OP_N;
         check(cublasLtMatmulDescCreate(&plan.operation, CUBLAS_COMPUTE_32F, CUDA_R_32F), "cublasLtMatmulDescCreate");
-        check(cublasLtMatmulDescSetAttribute(plan.operation, CUBLASLT_MATMUL_DESC_TRANSA, &op_a, sizeof op_a),
-              "CUBLASLT_MATMUL_DESC_TRANSA");
-        check(cublasLtMatmulDescSetAttribute(plan.operation, CUBLASLT_MATMUL_DESC_TRANSB, &op_b, sizeof op_b),
-              "CUBLASLT_MATMUL_DESC_TRANSB");
-        int32_t multiprocessors = product_multiprocessors;
-        if (multiprocessors > 0)
-            check(cublasLtMatmulDescSetAttribute(plan.operation, CUBLASLT_MATMUL_DESC_SM_COUNT_TARGET, &multiprocessors,
-                                                 sizeof multiprocessors),
-                  "CUBLASLT_MATMUL_DESC_SM_COUNT_TARGET");
+        auto set = [&](cublasLtMatmulDescAttributes_t which, const auto& value, const char* what) {
+            check(cublasLtMatmulDescSetAttribute(plan.operation, which, &value, sizeof value), what);
+        };
+        set(CUBLASLT_MATMUL_DESC_TRANSA, op_a, "CUBLASLT_MATMUL_DESC_TRANSA");
+        set(CUBLASLT_MATMUL_DESC_TRANSB, op_b, "CUBLASLT_MATMUL_DESC_TRANSB");
+        if (int32_t most = product_multiprocessors; most > 0)
+            set(CUBLASLT_MATMUL_DESC_SM_COUNT_TARGET, most, "CUBLASLT_MATMUL_DESC_SM_COUNT_TARGET");
         auto layout = [](cublasLtMatrixLayout_t* l, cudaDataType type, size_t rows, size_t cols) {
             check(cublasLtMatrixLayoutCreate(l, type, rows, cols, int64_t(rows)), "cublasLtMatrixLayoutCreate");
         };
@@ -248,20 +245,18 @@ private:
         layout(&plan.d, out_type, m, n);
         cublasLtMatmulPreference_t preference;
         check(cublasLtMatmulPreferenceCreate(&preference), "cublasLtMatmulPreferenceCreate");
-        size_t bytes = GEMM_WORKSPACE;
-        check(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &bytes,
-                                                   sizeof bytes),
-              "workspace");
+        auto prefer = [&](cublasLtMatmulPreferenceAttributes_t which, const auto& value, const char* what) {
+            check(cublasLtMatmulPreferenceSetAttribute(preference, which, &value, sizeof value), what);
+        };
+        prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, GEMM_WORKSPACE, "workspace");
         // A product that is split along k adds its partial sums in FP32, never in BF16.
         uint32_t schemes = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
-        check(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &schemes,
-                                                   sizeof schemes),
-              "reduction");
+        prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, schemes, "reduction");
         // A tensor starts where the one before it ends: every size is a multiple of 8 elements in BF16, of one in FP32.
         uint32_t alignment = BRANCH_BF16 ? 16 : 4;  // bytes
         for (auto which : {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
                            CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
-            check(cublasLtMatmulPreferenceSetAttribute(preference, which, &alignment, sizeof alignment), "alignment");
+            prefer(which, alignment, "alignment");
         cublasLtMatmulHeuristicResult_t results[MOST_CANDIDATES] = {};
         int found = 0;
         cublasStatus_t status =

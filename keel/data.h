@@ -101,16 +101,14 @@ struct DataSplit {
         if (programs.hops) return;
         size_t need = size_t(run.total_batch) + 1;
         if ((train_count - 1) / size_t(run.T) < size_t(run.batch_sequences()))
-            fail(
-                "-i: expected at least %zu tokens to train on, one batch of -d %lld and a target, found %zu; give more "
-                "data or a smaller -d",
-                need, run.total_batch, train_count);
+            fail("-i: expected at least %zu tokens to train on, one batch of -d %lld and a target, found %zu; give "
+                 "more data or a smaller -d",
+                 need, run.total_batch, train_count);
     }
     void check_validation(const RunConfig& run) const {
         if (!programs.hops && val_count < size_t(run.T) + 1)
-            fail(
-                "-j: expected at least T + 1 = %d tokens to validate on, found %zu; give more data, a smaller -t, or "
-                "-v 0",
-                run.T + 1, val_count);
+            fail("-j: expected at least T + 1 = %d tokens to validate on, found %zu; give more data, a smaller -t, or "
+                 "-v 0",
+                 run.T + 1, val_count);
     }
 };

@@ -36,10 +36,9 @@ public:
         above = mean.back() > lowest + 0.03 * std::fabs(lowest) + 4 * noise ? above + 1 : 0;
         if (above >= 10 && !reported[0]) {
             reported[0] = true;
-            return format(
-                "instability: the loss has been at %.3f or so since a spike %lld steps ago and does not return to the "
-                "%.3f before it; a smaller -l or a longer -u may help",
-                average(0, 5), (above * w), lowest);
+            return format("instability: the loss has been at %.3f or so since a spike %lld steps ago and does not "
+                          "return to the %.3f before it; a smaller -l or a longer -u may help",
+                          average(0, 5), (above * w), lowest);
         }
         if (mean.size() < 10 || (step < warmup + 10 * w && mean.size() < 20) || unigram < 0.1) return "";
         double last = average(0, 5), earlier = average(5, 5);
@@ -47,17 +46,15 @@ public:
         bool flat = last > earlier - 0.01 * unigram - noise;
         if (flat && !reported[1]) {
             reported[1] = true;
-            return format(
-                "stagnation: the loss stays at %.3f, and knowing how frequent each token is gives %.3f; a smaller -l "
-                "or another --norm may help",
-                last, unigram);
+            return format("stagnation: the loss stays at %.3f, and knowing how frequent each token is gives %.3f; a "
+                          "smaller -l or another --norm may help",
+                          last, unigram);
         }
         if (!flat && !reported[2] && step >= 2 * warmup && mean.size() >= 20) {
             reported[2] = true;
-            return format(
-                "degradation: the loss is %.3f after %lld steps, and knowing how frequent each token is gives %.3f; "
-                "another -l may help",
-                last, step, unigram);
+            return format("degradation: the loss is %.3f after %lld steps, and knowing how frequent each token is "
+                          "gives %.3f; another -l may help",
+                          last, step, unigram);
         }
         return "";
     }

@@ -124,10 +124,9 @@ StateFiles newest_states(const std::string& folder, Ranks& ranks) {
         StateFiles states{folder, candidate.step, candidate.ranks};
         if (!states) {
             if (candidate.damaged > 0)
-                fail(
-                    "-y: expected a whole checkpoint in %s, found %d, all damaged; restore one, or move the folder "
-                    "away to start fresh",
-                    folder, candidate.damaged);
+                fail("-y: expected a whole checkpoint in %s, found %d, all damaged; restore one, or move the folder "
+                     "away to start fresh",
+                     folder, candidate.damaged);
             return states;
         }
         int whole = candidate.ranks > 0;
@@ -171,9 +170,9 @@ inline void check_fresh_resume(const std::string& folder) {
     std::error_code ignored;
     for (const auto& entry : std::filesystem::directory_iterator(folder, ignored))
         if (std::string name = entry.path().filename().string(); name.starts_with("model_") && !name.ends_with(".tmp"))
-            fail(
-                "-y: expected a training state in %s, found only models such as %s; start from one by -e in another -o",
-                folder, name);
+            fail("-y: expected a training state in %s, found only models such as %s; start from one by -e in another "
+                 "-o",
+                 folder, name);
     print("starting   fresh, as there is no checkpoint in %s\n", folder);
 }
 
@@ -312,7 +311,7 @@ inline size_t checkpoint_bytes(const ModelConfig& c, RealType type) {
 inline std::string space_fault(const std::string& folder, size_t bytes) {
     size_t free = free_space(folder);
     if (free >= bytes) return "";
-    return format(
-        "disk: expected at least %s free in %s for a checkpoint, found %s; free some space, or give another -o or -n 0",
-        bytes_text(double(bytes)), folder, bytes_text(double(free)));
+    return format("disk: expected at least %s free in %s for a checkpoint, found %s; free some space, or give another "
+                  "-o or -n 0",
+                  bytes_text(double(bytes)), folder, bytes_text(double(free)));
 }

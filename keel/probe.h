@@ -96,8 +96,8 @@ struct StepProbe {
 
 struct ProbeLog {
     ProbeLog() = default;  // one that drops its rows, for the ranks that write no files
-    static constexpr const char* COLUMNS =
-        "step,sublayer,kind,rms_x,rms_f,rms_z,shortcut_gain,shortcut_gain_to_top,dx_norm,df_norm,grad_norm,update_norm";
+    static constexpr const char* COLUMNS = "step,sublayer,kind,rms_x,rms_f,rms_z,shortcut_gain,shortcut_gain_to_top,dx_"
+                                           "norm,df_norm,grad_norm,update_norm";
     // sublayer -1: outside the blocks
     static constexpr const char* WEIGHT_COLUMNS = "step,sublayer,tensor,weight_norm,grad_norm,update_norm";
     CsvLog sublayers, weights;

@@ -81,10 +81,9 @@ struct MpiSession {
         MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN);
         MPI_Comm_size(MPI_COMM_WORLD, &ranks), MPI_Comm_rank(MPI_COMM_WORLD, &rank);
         if (ranks != launch.ranks || rank != launch.rank)
-            fail(
-                "MPI: expected rank %d of %d as %s says, found rank %d of %d; launch with the mpirun of the MPI that "
-                "this was built with, or srun --mpi=pmix",
-                launch.rank, launch.ranks, launch.launcher, rank, ranks);
+            fail("MPI: expected rank %d of %d as %s says, found rank %d of %d; launch with the mpirun of the MPI that "
+                 "this was built with, or srun --mpi=pmix",
+                 launch.rank, launch.ranks, launch.launcher, rank, ranks);
     }
     ~MpiSession() {
         if (!std::uncaught_exceptions()) MPI_Finalize();
@@ -202,9 +201,8 @@ private:
                  step = getenv("SLURM_STEP_ID") ? atol(getenv("SLURM_STEP_ID")) : 0;
             return format("%s:%ld", first, 20000 + (job * 17 + step) % 20000);
         }
-        fail(
-            "ranks: expected to be told where rank 0 is, found none of MPI, KEEL_RENDEZVOUS (a file that all ranks "
-            "see), MASTER_ADDR, SLURM_STEP_NODELIST; set one");
+        fail("ranks: expected to be told where rank 0 is, found none of MPI, KEEL_RENDEZVOUS (a file that all ranks "
+             "see), MASTER_ADDR, SLURM_STEP_NODELIST; set one");
     }
 
     void gather_ranks(const std::function<void(std::string&)>& exchange, std::span<char> unique_id) {

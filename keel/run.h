@@ -72,19 +72,17 @@ private:
 inline void print_run(const RunConfig& run, const ParameterLayout& layout, const DataSplit& data) {
     print_model(run, layout);
     if (const HopPrograms& p = data.programs; p.hops)
-        print(
-            "data       %s: programs without end, %d variables, %d queries of 1 to %d lookups; %d whole ones of %d "
-            "characters a sequence\n",
-            data.train.pattern, p.variables(), p.queries(), p.hops, (run.T + 1) / p.length(), p.length());
+        print("data       %s: programs without end, %d variables, %d queries of 1 to %d lookups; %d whole ones of %d "
+              "characters a sequence\n",
+              data.train.pattern, p.variables(), p.queries(), p.hops, (run.T + 1) / p.length(), p.length());
     else
         print("data       %s: %s tokens to train on, %s to validate on\n", data.train.pattern,
               count_text(double(data.train_count)), count_text(double(data.val_count)));
     if (run.ranks > 0) print("ranks      %d, -z %d\n", run.ranks, run.zero);
-    print(
-        "training   %lld steps of %lld tokens (%s%d x %d x %d), peak LR %g, warm-up %lld, weight decay %g, clip %g, "
-        "seed %llu\n",
-        run.steps, run.total_batch, run.ranks > 1 ? format("%d x ", run.ranks) : "", run.accumulation(), run.B, run.T,
-        run.lr, run.warmup, run.weight_decay, run.clip, run.seed);
+    print("training   %lld steps of %lld tokens (%s%d x %d x %d), peak LR %g, warm-up %lld, weight decay %g, clip %g, "
+          "seed %llu\n",
+          run.steps, run.total_batch, run.ranks > 1 ? format("%d x ", run.ranks) : "", run.accumulation(), run.B, run.T,
+          run.lr, run.warmup, run.weight_decay, run.clip, run.seed);
 }
 
 // Ends the process 20 seconds after an error has left its scope: what frees the device could else wait for ever for
@@ -184,9 +182,8 @@ private:
                              !needs_one_rank() && ranks ? ranks.count() : 0, ranks.rank());
         Trainer::check_model(config.model);
         if (Trainer::on_host && (config.types.moments_bf16 || config.types.grads_bf16))
-            fail(
-                "-y: expected a checkpoint with FP32 moments and gradients, found BF16 ones; resume with "
-                "train_keel_fp32, or start from its model by -e");
+            fail("-y: expected a checkpoint with FP32 moments and gradients, found BF16 ones; resume with "
+                 "train_keel_fp32, or start from its model by -e");
         if (!o.ablate.empty() && o.ablate != "all") parse_integer("--ablate", o.ablate, 0, config.model.L - 1);
         if (o.ablate.empty() || data->programs.hops) data->check_lengths(config);
         read_all_tokens();
@@ -205,10 +202,9 @@ private:
         std::vector<uint32_t> sums = ranks.gather(crc32(&same, sizeof same));
         for (size_t r = 0; r < sums.size(); r++)
             if (sums[r] != sums[0])
-                fail(
-                    "ranks: expected the same flags, files and data on all, found others on rank %zu than on rank 0; "
-                    "start all alike",
-                    r);
+                fail("ranks: expected the same flags, files and data on all, found others on rank %zu than on rank 0; "
+                     "start all alike",
+                     r);
     }
 
     // Checks every token while the device is made ready; run() waits for the result before anything is written.
@@ -261,10 +257,9 @@ private:
 
     void print_checkpoint_memory(size_t snapshot, size_t host_left) {
         if (!in_background)
-            print(
-                "note       a snapshot of %s does not fit into the %s of memory left: training waits while a "
-                "checkpoint is written\n",
-                bytes_text(double(snapshot)), bytes_text(double(host_left)));
+            print("note       a snapshot of %s does not fit into the %s of memory left: training waits while a "
+                  "checkpoint is written\n",
+                  bytes_text(double(snapshot)), bytes_text(double(host_left)));
         else if (!Trainer::on_host)
             print("  %-38s %12s\n", "snapshot for checkpoints, on the host", bytes_text(double(snapshot)));
         size_t disk = (size_t(o.keep) + 1) * checkpoint_bytes(config.model, real_type<Real>);
@@ -316,10 +311,9 @@ private:
         }
         ranks.barrier();  // until rank 0 has made the folder
         if (!o.out.empty() && access(o.out.c_str(), W_OK) != 0)
-            fail(
-                "-o: expected the folder %s of rank 0 on all ranks, found none that can be written (%s); give one "
-                "that all share",
-                o.out, errno_text());
+            fail("-o: expected the folder %s of rank 0 on all ranks, found none that can be written (%s); give one "
+                 "that all share",
+                 o.out, errno_text());
     }
 
     void open_checkpoints() {
@@ -434,16 +428,14 @@ private:
     void report(const StepResult& result, double elapsed, bool skipped) {
         double tokens_per_second = double(config.total_batch) / elapsed, lr = learning_rate(config, step);
         double mfu = flops_per_token(config.model, config.T) * tokens_per_second / rate;
-        print(
-            "step %lld/%lld | loss %.4f | grad norm %.3g | lr %.2e | %.0f ms | %.0f tokens/s | %.0f %% of matrix rate "
-            "| %s left\n",
-            step, config.steps, result.loss, result.norm, lr, elapsed * 1e3, tokens_per_second, 100 * mfu,
-            duration_text(spent / double(steps_here) * double(config.steps - step)));
+        print("step %lld/%lld | loss %.4f | grad norm %.3g | lr %.2e | %.0f ms | %.0f tokens/s | %.0f %% of matrix "
+              "rate | %s left\n",
+              step, config.steps, result.loss, result.norm, lr, elapsed * 1e3, tokens_per_second, 100 * mfu,
+              duration_text(spent / double(steps_here) * double(config.steps - step)));
         if (skipped)
-            print(
-                "skipped    step %lld, whose loss or gradient is not finite: nothing is updated; %lld in a row, %lld "
-                "in all\n",
-                step, trainer->run.skipped_in_row, trainer->run.skipped);
+            print("skipped    step %lld, whose loss or gradient is not finite: nothing is updated; %lld in a row, %lld "
+                  "in all\n",
+                  step, trainer->run.skipped_in_row, trainer->run.skipped);
         std::string val_loss = validate_if_due();
         if (log)
             log->row(format("%lld,%s,%s,%.9g,%s,%.3f,%.1f,%.4f", step, number_text(result.loss), val_loss, lr,
@@ -488,20 +480,18 @@ private:
         if (checkpoints && newest >= 0)
             advice = format("the last good checkpoint is %s: %sgo on from it by -y with a smaller -l",
                             state_path(o.out, known_good), known_good < newest ? "remove the newer ones and " : "");
-        fail(
-            "step %lld: expected a finite loss and gradient norm, found %g and %g, the last of %lld skipped in a row "
-            "(--max-skips); %s",
-            step, result.loss, result.norm, trainer->run.skipped_in_row, advice);
+        fail("step %lld: expected a finite loss and gradient norm, found %g and %g, the last of %lld skipped in a row "
+             "(--max-skips); %s",
+             step, result.loss, result.norm, trainer->run.skipped_in_row, advice);
     }
 
     void warn_of_divergence(const std::string& kind) {
         warn(kind);
         if (!o.stop_on_divergence) return;
         if (checkpoints) checkpoints->wait();
-        fail(
-            "step %lld: expected a loss that goes down, found it diverged (--stop-on-divergence); use a smaller -l or "
-            "a longer -u",
-            step);
+        fail("step %lld: expected a loss that goes down, found it diverged (--stop-on-divergence); use a smaller -l or "
+             "a longer -u",
+             step);
     }
     static void warn(const std::string& text) {
         fflush(stdout);

@@ -52,7 +52,7 @@ template <IsTrainer Trainer>
 void print_sample(Trainer& trainer, const Options& o, int window, uint64_t seed, int64_t step) {
     int V = trainer.run.model.V;
     std::vector<int> text = prompt_tokens(o.prompt, o.has("--prompt"), V);
-    typename Trainer::Generator generator(trainer, window);
+    typename Trainer::Generator generator(trainer.model, window);
     print("--- sample%s\n", step > 0 ? format(" at step %lld", step) : "");
     for (int token : text) print_token(token, V);
     size_t fed = text.size() > size_t(window) ? text.size() - size_t(window) : 0;

@@ -116,7 +116,7 @@ concept IsTrainer =
 
         // A Generator keeps what attention needs of the tokens fed; feed returns the logits (V) after the last, on the
         // host.
-        requires std::constructible_from<typename T::Generator, T&, int>;
+        requires std::constructible_from<typename T::Generator, decltype((t.model)), int>;
         requires requires(typename T::Generator g) {
             { g.feed(tokens, l) } -> std::same_as<const typename T::Real*>;
             g.clear();

@@ -14,7 +14,7 @@ while [ $# -gt 0 ]; do
         --programs) programs=$2 && shift ;;
         --jobs) jobs=$2 && shift ;;
         --norms) norms=$2 && shift ;;
-        *) sed -n '2,9p' "$0" >&2; exit 2 ;;
+        *) sed -n '2,8p' "$0" >&2; exit 2 ;;
     esac
     shift
 done

@@ -57,11 +57,6 @@ if any_python=$(dev/tools/find_python.sh json 2>/dev/null); then
 else
     skip 3 "the data scripts, the GPU's benchmarks and the rehearsal of dev/card.sh: no Python"
 fi
-if ! dev/tools/cuda.sh nvcc >/dev/null 2>&1; then
-    skip 1 "train_keel.cu under nvcc for sm_80, sm_90 and sm_100: no nvcc (the CUDA Toolkit)"
-elif [ "$LONG" ]; then
-    suite 200 dev/tools/ptxas.sh --test
-fi
 suite 10 dev/tools/format.sh --check
 suite 30 test/test_build.sh
 suite 40 build/test_run
@@ -86,7 +81,12 @@ else
     skip 1 "the experiments and the lesson: no Python with numpy and matplotlib (Debian: python3-matplotlib)"
 fi
 if [ "$LONG" ]; then
-    suite 400 build/test_gpu_bf16_sanitized
+    suite 600 env LONG= build/test_gpu_bf16_sanitized  # at the leaner shapes
+    if dev/tools/cuda.sh nvcc >/dev/null 2>&1; then
+        suite 200 dev/tools/ptxas.sh --test
+    else
+        skip 1 "train_keel.cu under nvcc for sm_80, sm_90 and sm_100: no nvcc (the CUDA Toolkit)"
+    fi
     if dev/tools/need.sh clang-14 libclang-rt-14-dev libomp-14-dev valgrind >/dev/null 2>&1; then
         suite 200 test/sanitize.sh
         suite 120 test/fuzz/run.sh "${FUZZ_SECONDS:-60}"

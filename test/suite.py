@@ -1,5 +1,6 @@
 """What the Python suites share: every test_ function of a module is a case, given a folder of its own."""
 
+import os
 import sys
 import tempfile
 import time
@@ -7,8 +8,17 @@ import traceback
 from pathlib import Path
 
 
+LONG = bool(os.environ.get("LONG"))  # full sizes and repetitions
+
+
 class Skip(Exception):
     """What is not here."""
+
+
+def long(test):
+    """Of a case that runs with LONG=1 alone."""
+    test.long = True
+    return test
 
 
 def main(module):
@@ -16,6 +26,9 @@ def main(module):
     passed = failed = skipped = 0
     for name, test in list(vars(module).items()):
         if not name.startswith("test_") or (len(sys.argv) > 1 and name not in sys.argv[1:]):
+            continue
+        if getattr(test, "long", False) and not LONG:
+            print(f"left to LONG=1: {name[5:].replace('_', ' ')}", flush=True)
             continue
         start = time.time()
         with tempfile.TemporaryDirectory() as folder:

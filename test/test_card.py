@@ -64,16 +64,21 @@ def replaced(name, script):
     """Puts a script where a program is. Returns the program."""
     path = TREE / "build" / "rehearsal" / name
     saved = path.with_suffix(".saved")
-    path.rename(saved)
+    if path.exists():  # some are built with LONG=1 alone
+        path.rename(saved)
     path.write_text("#!/bin/bash\n[[ $1 == -h || $1 == --version ]] && exit 0\n" + script)
     path.chmod(0o755)
     return saved
 
 
 def restore(saved):
-    saved.rename(saved.with_suffix(""))
+    if saved.exists():
+        saved.rename(saved.with_suffix(""))
+    else:
+        saved.with_suffix("").unlink()
 
 
+@suite.long
 def test_every_stage(folder):
     """The whole call, without arguments: every stage passes and prints its rows, the table is short and last; what was kept is not run again."""
     out = folder / "out"
@@ -119,16 +124,18 @@ def test_hang_fail_die(folder):
     scripts = {"bench_kernels": f"{sleeps}kill -STOP $PPID\nsleep {mark}\n", "bench_products": f"{sleeps}sleep {mark}\n",
                "test_gpu_fp32": "echo a test is wrong >&2\nexit 3\n", "train_keel_fp32": "kill -9 $PPID\nsleep 5\n"}
     said = ""
-    for programs, names in ((list(scripts)[:3], ["kernels", "products", "right", "deep"]), (list(scripts)[3:], ["safe"])):
+    # Only what hangs has a limit of its own: a busy machine is given its time.
+    for programs, names in (["bench_kernels", "bench_products"], ["--limit", 12, "kernels", "products"]), (["test_gpu_fp32"], ["right", "deep"]), (
+            ["train_keel_fp32"], ["safe"]):
         saved = [replaced(name, scripts[name]) for name in programs]
         try:
-            done = card("--rehearse", "--limit", 25, *names, out=out)
+            done = card("--rehearse", *names, out=out)
         finally:
             for path in saved:
                 restore(path)
         assert done.returncode == 1, done.stdout + done.stderr
         said += done.stdout
-    for line in ("kernels: CUT OFF after 2\\d s: its 25 s were over", "products: (NOT OK|CUT OFF) ", "right: NOT OK .*a test is wrong",
+    for line in ("kernels: CUT OFF after \\d+ s: its 12 s were over", "products: (NOT OK|CUT OFF) ", "right: NOT OK .*a test is wrong",
                  "deep: ok", "safe: DIED .*SIGKILL"):
         assert re.search(f"^== {line}", said, re.M), (line, said)
     stages = {name: values(out, f"stage/{name}") for name in ("kernels", "products", "right", "safe", "deep")}
@@ -138,6 +145,7 @@ def test_hang_fail_die(folder):
     assert not left, left
 
 
+@suite.long
 def test_failing_cases_are_named(folder):
     """Where a suite fails, the cases are named and tried again: alone, without overlapping launches, under memcheck. The fault is real: a device
     with too little memory."""
@@ -160,7 +168,7 @@ def test_a_call_that_is_cut_off(folder):
         assert child.poll() is None
         time.sleep(0.1)
     child.terminate()
-    said = child.communicate(timeout=30)[0]
+    said = child.communicate(timeout=600)[0]
     assert (child.returncode == 124 and "main" in (out / "table.txt").read_text() and values(out, "main/mfu")
             and logs(out)), said
 
@@ -174,6 +182,7 @@ def test_what_is_refused(folder):
                                                                                                       done.stderr)
 
 
+@suite.long
 def test_make_card(folder):
     """make card builds everything for sm_90 without a warning, under 55 MiB; the kernels' hash is that of the machine code."""
     done = subprocess.run(["dev/tools/cuda.sh", "nvcc"], cwd=ROOT, capture_output=True, text=True)

@@ -25,7 +25,7 @@ lacks() { ! has "$1"; }
 finished() { [ "$(steps "$1")" = "$2" ] && [ -f "$folder/$1/model_$(printf %08d "$2").bin" ]; }
 # Of the run in $folder/NAME, the processes of its ranks; waits until it has a checkpoint.
 ranks_of() {
-    for ((i = 0; i < 600; i++)); do
+    for ((i = 0; i < 6000; i++)); do
         [ -f "$folder/$1/model_00000020.bin" ] && break
         sleep 0.05
     done
@@ -39,8 +39,8 @@ dev/cluster/mpirun.sh 2 "${words[@]}" -x 200000 -o "$folder/killed" >"$folder/ou
 script=$!
 pids=($(ranks_of killed))
 kill -9 "${pids[1]}"
-for ((i = 0; i < 600; i++)); do
-    has 'resuming ' && break
+for ((i = 0; i < 6000; i++)); do
+    sed -n '/^resuming /,$p' "$folder/out" | grep -q '^step ' && break  # it listens to signals then
     sleep 0.05
 done
 expect "mpirun.sh starts again when a rank is killed" has 'a rank was lost, starting again \(1\)'

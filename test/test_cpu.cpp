@@ -200,17 +200,16 @@ TEST_SUITE("tables") {
             for (const TensorInfo& t : ParameterLayout(small_config(norm, 4)).tensors) all += t.name + " ";
             return all;
         };
-        CHECK(names(KEEL) ==
-              "wte wpe gamma_in[0] qkvw[0] attprojw[0] gamma_in[1] fcw[1] fcprojw[1] gamma_out[1] gamma_in[2] qkvw[2] "
-              "attprojw[2] "
-              "gamma_out[2] gamma_in[3] fcw[3] fcprojw[3] gamma_out[3] ");
-        CHECK(names(HYBRIDNORM) ==
-              "wte wpe qkvw[0] gamma_q[0] gamma_k[0] gamma_v[0] attprojw[0] gamma_out[0] fcw[1] fcprojw[1] qkvw[2] "
-              "gamma_q[2] "
-              "gamma_k[2] gamma_v[2] attprojw[2] gamma_out[2] fcw[3] fcprojw[3] gamma_final ");
-        CHECK(names(POST) ==
-              "wte wpe qkvw[0] attprojw[0] gamma_out[0] fcw[1] fcprojw[1] gamma_out[1] qkvw[2] attprojw[2] "
-              "gamma_out[2] fcw[3] fcprojw[3] gamma_out[3] ");
+        CHECK(names(KEEL) == "wte wpe gamma_in[0] qkvw[0] attprojw[0] gamma_in[1] fcw[1] fcprojw[1] gamma_out[1] "
+                             "gamma_in[2] qkvw[2] "
+                             "attprojw[2] gamma_out[2] gamma_in[3] fcw[3] fcprojw[3] gamma_out[3] ");
+        CHECK(names(HYBRIDNORM) == "wte wpe qkvw[0] gamma_q[0] gamma_k[0] gamma_v[0] attprojw[0] gamma_out[0] fcw[1] "
+                                   "fcprojw[1] qkvw[2] "
+                                   "gamma_q[2] gamma_k[2] gamma_v[2] attprojw[2] gamma_out[2] fcw[3] fcprojw[3] "
+                                   "gamma_final ");
+        CHECK(names(POST) == "wte wpe qkvw[0] attprojw[0] gamma_out[0] fcw[1] fcprojw[1] gamma_out[1] qkvw[2] "
+                             "attprojw[2] "
+                             "gamma_out[2] fcw[3] fcprojw[3] gamma_out[3] ");
     }
 
     TEST_CASE("Initial weights have the bits of the reference's, in every build") {
@@ -620,9 +619,8 @@ TEST_SUITE("model") {
         MESSAGE("largest relative error of a loss: " << worst);
     }
 
-    TEST_CASE(
-        "The probe's figures are PyTorch's: rms, the shortcut's gains, gradients of x and F, and norms of every "
-        "tensor, in two steps of AdamW") {
+    TEST_CASE("The probe's figures are PyTorch's: rms, the shortcut's gains, gradients of x and F, and norms of every "
+              "tensor, in two steps of AdamW") {
         std::unique_ptr<Model> model;
         DebugState<real> state;
         std::unique_ptr<StepProbe> probe;
@@ -770,9 +768,9 @@ TEST_SUITE("model") {
         CHECK(gradient_norm(model) > 0);
     }
 
-    TEST_CASE(
-        "Post-LN's shortcut shrinks as 2^(-L/2) in all, KEEL's keeps its size: the paper's eq. 14-19, measured at "
-        "initialisation") {
+    TEST_CASE("Post-LN's shortcut shrinks as 2^(-L/2) in all, KEEL's keeps its size: the paper's eq. 14-19, measured "
+              "at "
+              "initialisation") {
         auto measure = [](NormPlacement norm, int L, int from) {
             ModelConfig c = small_config(norm, L, 64, 2, 256, 64);
             Model model(c, 4, 64, {0});
@@ -800,8 +798,8 @@ TEST_SUITE("model") {
 
 // ----------------------------------------------------------------------------------------------------
 TEST_SUITE("sampling") {
-    TEST_CASE(
-        "The KV cache gives the logits of the full forward pass bit for bit, fed in any pieces, in all placements") {
+    TEST_CASE("The KV cache gives the logits of the full forward pass bit for bit, fed in any pieces, in all "
+              "placements") {
         for (int p = 0; p < NUM_PLACEMENTS; p++) {
             int T = 75;  // more than one tile of keys
             ModelConfig c = small_config(NormPlacement(p), 6, 12, 3, 13, T);
@@ -822,8 +820,8 @@ TEST_SUITE("sampling") {
         }
     }
 
-    TEST_CASE(
-        "Temperature 0 takes the likeliest token, top-k none but the k likeliest, and the rest follows the softmax") {
+    TEST_CASE("Temperature 0 takes the likeliest token, top-k none but the k likeliest, and the rest follows the "
+              "softmax") {
         std::vector<real> logits = {real(0.5), 2, real(-1), 2, 1};
         CHECK(sample_token(logits.data(), 5, 0, 0, 0.99) == 1);
         std::map<int, int> counts;
@@ -953,9 +951,9 @@ TEST_SUITE("data") {
         return lookups;
     }
 
-    TEST_CASE(
-        "Programs of hops:K answer their queries right, by as many lookups as they say and no fewer, each number of "
-        "lookups as often as any other") {
+    TEST_CASE("Programs of hops:K answer their queries right, by as many lookups as they say and no fewer, each number "
+              "of "
+              "lookups as often as any other") {
         for (int K : {1, 3, 8, MAX_HOPS}) {
             HopPrograms programs{K};
             std::map<int, int> count;
@@ -996,8 +994,8 @@ TEST_SUITE("data") {
         }
     }
 
-    TEST_CASE(
-        "A sequence of programs is a function of seed and number alone; no program of validation is one of training") {
+    TEST_CASE("A sequence of programs is a function of seed and number alone; no program of validation is one of "
+              "training") {
         HopPrograms programs{3};
         int T = programs.length() - 1;
         auto loader = [&](int64_t seed, bool training) {
@@ -1028,9 +1026,8 @@ TEST_SUITE("data") {
         CHECK(seen.size() == drawn);
     }
 
-    TEST_CASE(
-        "Ablating a sub-layer gives bit for bit the loss of a model whose branch ends in a matrix of zeros, and "
-        "predictions are those of the logits") {
+    TEST_CASE("Ablating a sub-layer gives bit for bit the loss of a model whose branch ends in a matrix of zeros, and "
+              "predictions are those of the logits") {
         for (int p = 0; p < NUM_PLACEMENTS; p++) {
             ModelConfig c = small_config(NormPlacement(p), 6, 12, 3);
             auto tokens = random_tokens(18, c.V, 1), targets = random_tokens(18, c.V, 2);
@@ -1060,8 +1057,8 @@ TEST_SUITE("data") {
         }
     }
 
-    TEST_CASE(
-        "Files of a glob are one row of tokens in the order of their names; shards are read as llm.c writes them") {
+    TEST_CASE("Files of a glob are one row of tokens in the order of their names; shards are read as llm.c writes "
+              "them") {
         TemporaryFolder folder;
         folder.write("b.txt", "world"), folder.write("a.txt", "hello "), folder.write("c.txt", "!");
         TokenSource source({folder.path + "/*.txt"}, "-i");

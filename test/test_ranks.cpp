@@ -2,6 +2,7 @@
 // MPI; and the parts of keel_common.h that hold ranks together.
 #define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
+#include <sys/mman.h>
 #include <sys/wait.h>
 
 #include <map>
@@ -9,6 +10,7 @@
 
 #include "files.h"
 #include "keel/checkpoint.h"
+#include "long.h"
 
 namespace {
 
@@ -45,10 +47,14 @@ struct Process {
         unlink(out_name.c_str()), unlink(err_name.c_str());
         return r;
     }
-    // Waits until the program has printed the words; false if that takes a minute.
+    // Waits until the program has printed the words; false if it ends before, or hangs for ten minutes.
     bool prints(const std::string& words) const {
-        for (double end = seconds() + 60; seconds() < end; usleep(20000))
+        for (double limit = seconds() + 600; seconds() < limit; usleep(5000)) {
+            siginfo_t ended = {};
+            waitid(P_PID, id_t(child), &ended, WEXITED | WNOHANG | WNOWAIT);
             if (slurp(out_name).find(words) != std::string::npos) return true;
+            if (ended.si_pid == child) return false;
+        }
         return false;
     }
 };
@@ -227,6 +233,16 @@ TEST_SUITE("what ranks own and read") {
 }
 
 TEST_SUITE("the lifeline, without MPI") {
+    // Where processes wait for each other: memory that they share.
+    struct Meeting {
+        std::atomic<int>* come =
+            static_cast<std::atomic<int>*>(mmap(nullptr, sizeof(std::atomic<int>), PROT_READ | PROT_WRITE,
+                                                MAP_SHARED | MAP_ANONYMOUS, -1, 0));
+        ~Meeting() { munmap(come, sizeof *come); }
+        void wait_for(int n) {
+            for ((*come)++; *come < n;) usleep(1000);
+        }
+    };
     // Runs `act` in each of n processes that hold a lifeline, and gives back their exit codes and what each printed on
     // stderr.
     std::vector<Result> with_lifeline(int n, const std::map<std::string, std::string>& environment,
@@ -295,27 +311,34 @@ TEST_SUITE("the lifeline, without MPI") {
                      {"stopped", [](Lifeline&) { return raise(SIGSTOP); }, "no sign of life", true}};
         for (const auto& fate : fates)
             for (int victim : {0, 2}) {
-                double start = seconds();
+                Meeting all_there;
                 pid_t parent = getpid();
-                std::thread wake([&] {  // what is stopped must go on to be waited for
-                    if (strcmp(fate.what, "stopped") != 0) return;
-                    usleep(3500000);
-                    for (const auto& entry :
-                         fs::directory_iterator("/proc", fs::directory_options::skip_permission_denied)) {
-                        if (atoi(entry.path().filename().c_str()) == 0) continue;
-                        std::string stat = slurp_proc(entry.path().string() + "/stat");
-                        size_t name = stat.rfind(')');
-                        if (name != std::string::npos && stat.size() > name + 4 && stat[name + 2] == 'T' &&
-                            atoi(stat.c_str() + name + 4) == parent)
-                            kill(atoi(stat.c_str()), SIGKILL);
+                bool stopped = strcmp(fate.what, "stopped") == 0;
+                std::thread wake([&] {  // what is stopped must be killed to be waited for, once the others have ended
+                    for (size_t others = 1; stopped && others > 0; usleep(20000)) {
+                        pid_t victims_process = 0;
+                        others = *all_there.come < 4;
+                        for (const auto& entry :
+                             fs::directory_iterator("/proc", fs::directory_options::skip_permission_denied)) {
+                            if (atoi(entry.path().filename().c_str()) == 0) continue;
+                            std::string stat = slurp_proc(entry.path().string() + "/stat");
+                            size_t name = stat.rfind(')');
+                            if (name == std::string::npos || stat.size() <= name + 4 ||
+                                atoi(stat.c_str() + name + 4) != parent)
+                                continue;
+                            if (stat[name + 2] == 'T') victims_process = atoi(stat.c_str());
+                            else others += stat[name + 2] != 'Z';
+                        }
+                        if (!victims_process) others++;
+                        if (others == 0) kill(victims_process, SIGKILL);
                     }
                 });
                 std::vector<Result> results = with_lifeline(4, by_port(), [&](int r, Lifeline& lifeline) {
-                    usleep(300000);
+                    all_there.wait_for(4);
                     if (r == victim) return fate.act(lifeline);
-                    sleep(25);  // a step that cannot finish
+                    sleep(30);  // a step that cannot finish: all must end sooner, with 1 and not 0
                     return 0;
-                }, strcmp(fate.what, "stopped") == 0 ? 2 : 0);
+                }, stopped ? 4 : 0);
                 wake.join();
                 for (int r = 0; r < 4; r++) {
                     INFO(fate.what << " " << victim << ", seen by " << r << ": " << results[size_t(r)].err);
@@ -327,7 +350,6 @@ TEST_SUITE("the lifeline, without MPI") {
                         CHECK(results[size_t(r)].err.find(format("rank %d (process", victim)) != std::string::npos);
                     if (!fate.named_by_all && r > 0) CHECK(results[size_t(r)].err == "");
                 }
-                CHECK(seconds() - start < 10);
             }
     }
 }
@@ -498,8 +520,8 @@ TEST_SUITE("checkpoints") {
 }
 
 TEST_SUITE("ends") {
-    TEST_CASE(
-        "A rank that is killed takes the others with it, who name it; the run goes on from the last whole checkpoint") {
+    TEST_CASE("A rank that is killed takes the others with it, who name it; the run goes on from the last whole "
+              "checkpoint") {
         for (const Build& build : builds(2))
             for (bool recovery : {false, true}) {
                 Place p;
@@ -531,18 +553,22 @@ TEST_SUITE("ends") {
             }
     }
 
-    TEST_CASE(
-        "A stop asked of one rank stops all at the same step, with a checkpoint, exit 0; the run ends as one that was "
-        "never stopped") {
+    TEST_CASE("A stop asked of one rank stops all at the same step, with a checkpoint, exit 0; the run ends as one "
+              "that was "
+              "never stopped") {
         for (const Build& build : builds(2)) {
             Place p;
             Words words = p.words(build, "run", {"-x", "30", "-b", "1", "-n", "1000", "-y"});
-            Process run(on_ranks(4, words), {{"KEEL_TEST_PLACE", p.path}});
-            CHECK(run.prints("step 3/"));
-            std::map<int, pid_t> ranks = rank_processes(build.binary, p.path);
-            REQUIRE(ranks.size() == 4);
-            kill(ranks[3], SIGTERM);
-            Result r = run.wait();
+            Result r{};
+            for (int turn = 0; turn < 20; turn++) {  // on a busy machine a run may have ended before it is asked
+                fs::remove_all(p / "run");
+                Process run(on_ranks(4, words), {{"KEEL_TEST_PLACE", p.path}});
+                CHECK(run.prints("step 3/"));
+                std::map<int, pid_t> ranks = rank_processes(build.binary, p.path);
+                if (ranks.count(3)) kill(ranks[3], SIGTERM);
+                r = run.wait();
+                if (r.code != 0 || r.out.find("stopping   after step") != std::string::npos) break;
+            }
             INFO(build.name << "\n" << r.out << r.err);
             CHECK(r.code == 0);
             CHECK(r.out.find("stopping   after step") != std::string::npos);
@@ -588,6 +614,7 @@ TEST_SUITE("ends") {
                      {2, p.words({"", "build/train_keel_clang_on_cpu", false, 64}, "run"),
                       "this build has one rank, found 2 started"}};
         for (const auto& c : cases) {
+            if (c.words[0].find("clang") != std::string::npos && !long_tests()) continue;  // not built
             Result r = Process(on_ranks(c.ranks, c.words)).wait();
             INFO(r.err);
             CHECK(r.code != 0);

@@ -13,13 +13,15 @@
 
 #include "files.h"
 #include "keel/checkpoint.h"
+#include "long.h"
 
 namespace {
 
 namespace fs = std::filesystem;
 
-// Runs a command with the given environment added; kill_after > 0 sends SIGKILL after so many seconds.
-Result run(const Words& words, const std::map<std::string, std::string>& environment = {}, double kill_after = 0) {
+// Runs a command with the given environment added; kill_at > 0 sends SIGKILL when it has printed that step, if not
+// later.
+Result run(const Words& words, const std::map<std::string, std::string>& environment = {}, int kill_at = 0) {
     char out_name[] = "/tmp/keel_out_XXXXXX", err_name[] = "/tmp/keel_err_XXXXXX";
     int out = mkstemp(out_name), err = mkstemp(err_name);
     pid_t child = fork();
@@ -32,12 +34,17 @@ Result run(const Words& words, const std::map<std::string, std::string>& environ
         execvp(argv[0], argv.data());
         _exit(127);
     }
-    if (kill_after > 0) {
-        std::this_thread::sleep_for(std::chrono::duration<double>(kill_after));
-        kill(child, SIGKILL);
-    }
     int status = 0;
-    waitpid(child, &status, 0);
+    bool ended = false;
+    while (kill_at > 0 && !ended) {
+        std::string told = slurp(out_name);
+        size_t last = told.rfind("\nstep ");
+        if (last != std::string::npos && atoi(told.c_str() + last + 6) >= kill_at) break;
+        ended = waitpid(child, &status, WNOHANG) == child;
+        std::this_thread::sleep_for(std::chrono::microseconds(200));
+    }
+    if (kill_at > 0 && !ended) kill(child, SIGKILL);
+    if (!ended) waitpid(child, &status, 0);
     close(out), close(err);
     Result r{WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status), slurp(out_name), slurp(err_name)};
     unlink(out_name), unlink(err_name);
@@ -138,8 +145,8 @@ TEST_SUITE("flags") {
 }
 
 TEST_SUITE("bad input") {
-    TEST_CASE(
-        "Shapes that cannot be: odd L, H that does not divide C, T over the model's, totals that are no multiple") {
+    TEST_CASE("Shapes that cannot be: odd L, H that does not divide C, T over the model's, totals that are no "
+              "multiple") {
         Place p;
         std::string o = p / "run";
         p.fails({"./train_keel_cpu", "-i", p.text, "-o", o, "-L", "5"}, {"-L", "expected an even", "found 5"});
@@ -162,8 +169,8 @@ TEST_SUITE("bad input") {
                 {"--norm", "expected keel", "found pre"});
     }
 
-    TEST_CASE(
-        "Data that cannot be trained on: missing, empty, a folder, no match, too short, tokens past V, mixed kinds") {
+    TEST_CASE("Data that cannot be trained on: missing, empty, a folder, no match, too short, tokens past V, mixed "
+              "kinds") {
         Place p;
         std::string o = p / "run";
         auto with = [&](const std::string& data) {
@@ -223,8 +230,8 @@ TEST_SUITE("bad input") {
         };
         p.fails(with(p / "missing.bin"), {"missing.bin", "cannot be read"});
         p.fails(with(p.text), {"expected", "KEEL"});
-        p.fails(with(p / "good/state_00000006_00000.bin"),
-                {"expected a model (kind 1)", "found a training state (kind 2)"});
+        p.fails(with(p / "good/state_00000006_00000.bin"), {"expected a model (kind 1)", "found a training state (kind "
+                                                                                         "2)"});
         p.fails(with(p / "debug.bin"), {"expected a model (kind 1)", "found a debug state (kind 3)"});
         p.fails(with(changed(0, 1)), {"expected the bytes KEEL"});
         p.fails(with(changed(1, 2)), {"expected file version 1", "found 2"});
@@ -273,9 +280,8 @@ TEST_SUITE("bad input") {
 }
 
 TEST_SUITE("the run") {
-    TEST_CASE(
-        "log.csv has the documented columns and a row a step; 0 means never, the end validates and checkpoints "
-        "otherwise") {
+    TEST_CASE("log.csv has the documented columns and a row a step; 0 means never, the end validates and checkpoints "
+              "otherwise") {
         Place p;
         succeeds(p.tiny({"-o", p / "a", "-v", "4", "-n", "4"}));
         std::string log = slurp(p / "a/log.csv");
@@ -322,9 +328,8 @@ TEST_SUITE("the run") {
         }
     }
 
-    TEST_CASE(
-        "A run that is killed anywhere and resumed ends with the bits and the log of one that never was, in all "
-        "placements") {
+    TEST_CASE("A run that is killed anywhere and resumed ends with the bits and the log of one that never was, in all "
+              "placements") {
         for (const PlacementRow& placement : placements) {
             Place p;
             auto command = [&](const std::string& out) {
@@ -337,9 +342,9 @@ TEST_SUITE("the run") {
             const std::map<std::string, std::string> one_thread = {{"OMP_NUM_THREADS", "1"}};
             succeeds(command(p / "whole"), one_thread);
             int kills = 0;
-            for (uint32_t i = 0; i < 6; i++) {
-                double delay = 0.01 + 0.1 * uniform24(philox(i, uint32_t(placement.name[0]), 0, 0, 80).word[0]);
-                kills += run(command(p / "killed"), one_thread, delay).code == -SIGKILL;
+            for (int i = 0; i < 6; i++) {
+                int at = 1 + 18 * i + int(philox(uint64_t(i), uint32_t(placement.name[0]), 0, 0, 80).word[0] % 18);
+                kills += run(command(p / "killed"), one_thread, at).code == -SIGKILL;
             }
             succeeds(command(p / "killed"), one_thread);
             CHECK(kills > 0);
@@ -350,9 +355,9 @@ TEST_SUITE("the run") {
         }
     }
 
-    TEST_CASE(
-        "A resume needs the folder and the data alone, skips a damaged checkpoint, and refuses another model or other "
-        "data") {
+    TEST_CASE("A resume needs the folder and the data alone, skips a damaged checkpoint, and refuses another model or "
+              "other "
+              "data") {
         Place p;
         succeeds(p.tiny({"-o", p / "whole", "-n", "2", "-l", "0.02", "--seed", "9"}));
         fs::copy(p / "whole", p / "part");
@@ -403,8 +408,9 @@ TEST_SUITE("the run") {
 
     TEST_CASE("-e goes on from a model, of either build") {
         Place p;
-        succeeds(p.tiny({"-o", p / "a", "-l", "0.02"})),
-            succeeds(p.tiny({"-o", p / "b", "-l", "0.02"}, "./train_keel_cpu_fp64"));
+        succeeds(p.tiny({"-o", p / "a", "-l", "0.02"})), succeeds(p.tiny({"-o", p / "b", "-l", "0.02"}, "./"
+                                                                                                        "train_keel_"
+                                                                                                        "cpu_fp64"));
         for (const char* binary : {"./train_keel_cpu", "./train_keel_cpu_fp64"})
             for (const char* from : {"a", "b"}) {
                 succeeds({binary, "-i", p.text, "-e", p / from + std::string("/model_00000006.bin"), "-x", "1", "-l",
@@ -420,8 +426,8 @@ TEST_SUITE("the run") {
             }
     }
 
-    TEST_CASE(
-        "Where memory holds the run but no snapshot, checkpoints are written while training waits, which is said") {
+    TEST_CASE("Where memory holds the run but no snapshot, checkpoints are written while training waits, which is "
+              "said") {
         Place p;
         bool said = false, silent = false;
         for (int limit = 40000; limit <= 120000 && !silent; limit += 5000) {  // KiB
@@ -458,9 +464,9 @@ TEST_SUITE("the run") {
         CHECK(csv.find("nan") == std::string::npos);
     }
 
-    TEST_CASE(
-        "hops:K trains without a file, reports the accuracy of each number of lookups at each validation, and resumes "
-        "to the same folder") {
+    TEST_CASE("hops:K trains without a file, reports the accuracy of each number of lookups at each validation, and "
+              "resumes "
+              "to the same folder") {
         Place p;
         Words w = {"./train_keel_cpu",
                    "-i",
@@ -518,9 +524,9 @@ TEST_SUITE("the run") {
         p.fails({"./train_keel_cpu", "-i", "hops:2", "-y", "-o", p / "text"}, {"-i", "expected files", "found hops:2"});
     }
 
-    TEST_CASE(
-        "hops:K without a number from 1 to 9, with -j, or in sequences that hold no program is refused; a file of that "
-        "name is a path") {
+    TEST_CASE("hops:K without a number from 1 to 9, with -j, or in sequences that hold no program is refused; a file "
+              "of that "
+              "name is a path") {
         Place p;
         for (const char* word :
              {"hops:0", "hops:10", "hops:", "hops:x", "hops:-1", "hops:+1", "hops:2.5", "hops:99999999999", "hops:3,4"})
@@ -531,9 +537,8 @@ TEST_SUITE("the run") {
         succeeds(p.tiny({"-j", p / "hops:2"}));
     }
 
-    TEST_CASE(
-        "--ablate prints and writes the loss without each sub-layer; the whole model's is that of its run's last "
-        "validation") {
+    TEST_CASE("--ablate prints and writes the loss without each sub-layer; the whole model's is that of its run's last "
+              "validation") {
         Place p;
         succeeds(p.tiny({"-o", p / "run", "-l", "0.03"}));
         std::string model = p / "run/model_00000006.bin", before = slurp(model), log = slurp(p / "run/log.csv");
@@ -582,8 +587,11 @@ TEST_SUITE("dump and check") {
     TEST_CASE("A dump of either build passes the check of the other, in all placements and at L = 64") {
         Place p;
         auto both_ways = [&](const Words& words) {
-            for (auto [writer, reader] : {std::pair("./train_keel_cpu", "./train_keel_cpu_fp64"),
-                                          std::pair("./train_keel_cpu_fp64", "./train_keel_cpu")}) {
+            for (auto [writer, reader] :
+                 {std::pair("./train_keel_cpu", "./train_keel_cpu_fp64"), std::pair("./train_keel_cpu_fp64", "./"
+                                                                                                             "train_"
+                                                                                                             "keel_"
+                                                                                                             "cpu")}) {
                 Words dump = words;
                 dump[0] = writer;
                 dump.push_back("--dump"), dump.push_back(p / "d.bin");
@@ -805,8 +813,8 @@ TEST_SUITE("more bad input and faults") {
         Words base = {"-i", p.text, "-L", "4",  "-C", "16", "-H", "2", "-t",      "8", "-b", "2",     "-d", "32",
                       "-s", "0",    "-x", "12", "-n", "4",  "-v", "3", "--probe", "2", "-r", "layer", "-y", "-o"};
         succeeds(Words{"./train_keel_cpu"} + base + Words{p / "whole"});
-        size_t m = fs::file_size(p / "whole/model_00000012.bin"),
-               s = fs::file_size(p / "whole/state_00000012_00000.bin");
+        size_t m = fs::file_size(p / "whole/model_00000012.bin"), s = fs::file_size(p / "whole/"
+                                                                                        "state_00000012_00000.bin");
         for (size_t limit : {m / 2, (m + s) / 2}) {
             std::string out = p / std::to_string(limit);
             fs::copy(p / "whole", out);
@@ -824,9 +832,9 @@ TEST_SUITE("more bad input and faults") {
         }
     }
 
-    TEST_CASE(
-        "Every placement and the FP64 build resume to the same folder, probe included; what is not given comes from "
-        "the state") {
+    TEST_CASE("Every placement and the FP64 build resume to the same folder, probe included; what is not given comes "
+              "from "
+              "the state") {
         Place p;
         auto check = [&](const std::string& binary, const std::string& norm) {
             Words w = p.tiny({"--norm", norm,  "-n",     "3",     "-v", "2",     "--probe", "2",
@@ -857,8 +865,8 @@ TEST_SUITE("more bad input and faults") {
         CHECK(p.contents() == before);  // a finished run
     }
 
-    TEST_CASE(
-        "Shards: padding rows stay zero in training, ids as prompt, several shards are one, several texts are one") {
+    TEST_CASE("Shards: padding rows stay zero in training, ids as prompt, several shards are one, several texts are "
+              "one") {
         Place p;
         spill(p / "all.bin", shard_of(700, 50257));
         std::string all = slurp(p / "all.bin");
@@ -922,8 +930,8 @@ TEST_SUITE("the GPU trainer") {
         return values;
     }
 
-    TEST_CASE(
-        "It has the CPU trainer's flags, and trains the same losses, norms and validation losses with the same data") {
+    TEST_CASE("It has the CPU trainer's flags, and trains the same losses, norms and validation losses with the same "
+              "data") {
         auto flags_of = [](const std::string& binary) {
             std::string out = succeeds({binary, "-h"}).out;
             return out.substr(out.find('\n'));
@@ -949,9 +957,9 @@ TEST_SUITE("the GPU trainer") {
         }
     }
 
-    TEST_CASE(
-        "It says its memory and its graphs, killed runs resume to the same bits and log, and a finished one is left "
-        "alone") {
+    TEST_CASE("It says its memory and its graphs, killed runs resume to the same bits and log, and a finished one is "
+              "left "
+              "alone") {
         for (const std::string& binary : {gpu_fp32, gpu_bf16}) {
             Place p;
             auto command = [&](const std::string& out) { return wide(p, binary, "24", {"-n", "2", "-o", out, "-y"}); };
@@ -959,9 +967,9 @@ TEST_SUITE("the GPU trainer") {
             for (const char* words : {"memory     needs ", "highway z", "graphs     micro-step ", "step 24/24"})
                 CHECK_MESSAGE(whole.out.find(words) != std::string::npos, words);
             int kills = 0;
-            for (uint32_t i = 0; i < 4; i++)
-                kills += run(command(p / "killed"), {}, 0.05 + 0.3 * uniform24(philox(i, 1, 0, 0, 81).word[0])).code ==
-                         -SIGKILL;
+            for (int i = 0; i < 4; i++)
+                kills += run(command(p / "killed"), {}, 1 + 5 * i + int(philox(uint64_t(i), 1, 0, 0, 81).word[0] % 5))
+                             .code == -SIGKILL;
             CHECK(kills > 0);
             succeeds(command(p / "killed"));
             CHECK(slurp(p / "whole/model_00000024.bin") == slurp(p / "killed/model_00000024.bin"));
@@ -992,9 +1000,9 @@ TEST_SUITE("the GPU trainer") {
         p.fails(wide(p, "./train_keel_cpu", "8", {"-o", p / "fp32", "-y"}), {"-y", "FP32 moments", "train_keel_fp32"});
     }
 
-    TEST_CASE(
-        "Models go from one trainer to the other, and sample the same text; states stay with the build that wrote "
-        "them") {
+    TEST_CASE("Models go from one trainer to the other, and sample the same text; states stay with the build that "
+              "wrote "
+              "them") {
         Place p;
         succeeds(wide(p, "./train_keel_cpu", "8", {"-o", p / "cpu"}));
         succeeds(wide(p, gpu_bf16, "8", {"-o", p / "bf16"}));
@@ -1014,7 +1022,8 @@ TEST_SUITE("the GPU trainer") {
         p.fails({gpu_bf16, "-i", p.text, "-y", "-o", p / "cpu"}, {"-y", "expected", "BF16", "build"});
     }
 
-    TEST_CASE("clang++ builds the same source, and what it dumps passes the check of g++'s build") {
+    TEST_CASE("clang++ builds the same source, and what it dumps passes the check of g++'s build" *
+              doctest::skip(!long_tests())) {
         Place p;
         succeeds(wide(p, "build/train_keel_clang_on_cpu", "8", {"--dump", p / "dump"}));
         succeeds({gpu_bf16, "--check", p / "dump"});
@@ -1034,16 +1043,18 @@ TEST_SUITE("the GPU trainer") {
         CHECK(count > 10);
     }
 
-    TEST_CASE("The kernels' benchmark agrees with the CPU at small shapes, and writes a row a figure") {
+    TEST_CASE("The kernels' benchmark agrees with the CPU at small shapes, and writes a row a figure" *
+              doctest::skip(!long_tests())) {
         Place p;
         Result r = succeeds({"build/bench_kernels_on_cpu", "--small", "--csv", p / "figures.csv"});
         CHECK_MESSAGE(r.out.find("every result agrees with the CPU's") != std::string::npos, r.out);
         check_rows(p / "figures.csv");
     }
 
-    TEST_CASE(
-        "The products' benchmark: every way agrees with the trainer's products at small shapes, none is left out, and "
-        "each figure is a row") {
+    TEST_CASE("The products' benchmark: every way agrees with the trainer's products at small shapes, none is left "
+              "out, and "
+              "each figure is a row" *
+              doctest::skip(!long_tests())) {
         Place p;
         Result r = succeeds({"build/bench_products_on_cpu", "--small", "--csv", p / "figures.csv"});
         CHECK_MESSAGE(r.out.find("every result agrees with the trainer's") != std::string::npos, r.out);
@@ -1056,9 +1067,9 @@ TEST_SUITE("the GPU trainer") {
         p.fails({"build/bench_products_on_cpu", "--smal"}, {"expected --small", "'--smal'"});
     }
 
-    TEST_CASE(
-        "Shapes that the tensor cores' build cannot run are refused before anything is written, and name the builds "
-        "that can") {
+    TEST_CASE("Shapes that the tensor cores' build cannot run are refused before anything is written, and name the "
+              "builds "
+              "that can") {
         Place p;
         p.fails({gpu_bf16, "-i", p.text, "-C", "72", "-o", p / "run"},
                 {"-C", "multiple of 64", "72", "train_keel_fp32"});

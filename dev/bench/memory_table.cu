@@ -13,9 +13,8 @@ int memory_table(const Options& o, double memory_gib) {
     ParameterLayout layout(c);
     print("%s, L %d, C %d, H %d, T %d, V %d: %zu parameters; %.0f GiB for everything\n\n", placements[c.norm].name, c.L,
           c.C, c.H, run.T, c.V, layout.count, memory_gib);
-    print(
-        "| gradients | moments | parameters and states, GiB | -r | KiB a token | largest B*T | us a token there, "
-        "predicted |\n|---|---|---|---|---|---|---|\n");
+    print("| gradients | moments | parameters and states, GiB | -r | KiB a token | largest B*T | us a token there, "
+          "predicted |\n|---|---|---|---|---|---|---|\n");
     for (StateTypes types : {StateTypes{}, StateTypes{false, true}, StateTypes{true, false}, StateTypes{true, true}}) {
         Model::Counts counts(c, types);
         size_t states = 0;

@@ -19,7 +19,7 @@ NVLINK = 450e9
 NETWORK = 50e9
 REACHED = 0.8              # of a link's rate, that a ring reaches with large messages
 HOP = 2.3e-6               # seconds from one rank to the next: seven hops of eight inside a node (1.5 us), one between two (8 us)
-SHARE = 24                 # bytes of StepShare (keel_common.h)
+SHARE = 24                 # bytes of StepShare (keel/trainer.h)
 GPT2 = 50257
 
 

@@ -21,7 +21,7 @@ SIZES = {
 
 def run_of(c, norm, L, lr, seed):
     s = c.settings
-    length = 24 * s.K + 4  # of a program, K > 1 (HopPrograms in keel_common.h); the trainer finds it itself, here it is for the time left
+    length = 24 * s.K + 4  # of a program, K > 1 (HopPrograms in keel/hops.h); the trainer finds it itself, here it is for the time left
     shape = SimpleNamespace(L=L, C=s.C, H=s.H, T=length - 1, B=s.B, warmup=s.warmup)
     flags = ["--train", f"hops:{s.K}", "-m", str(s.m)] + (["-a", f"{s.alpha:g}"] if norm == "keel" and s.alpha else [])  # 0: L
     run = training(c, f"hops/{norm}-L{L}-{lr:g}-{seed}", norm, shape, lr, steps=s.steps, seed=seed, flags=flags, may_diverge=True)

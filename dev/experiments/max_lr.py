@@ -1,7 +1,7 @@
 """2. The largest learning rate that a model bears: the protocol of the paper's Table 1.
 
 The learning rate rises linearly from 0 to 5e-2 over the whole run, and the trainer stops it where the loss diverges, by the
-paper's criteria (DivergenceDetector in keel_common.h). Reported is the learning rate at the last step before. The detector must
+paper's criteria (DivergenceDetector in keel/divergence.h). Reported is the learning rate at the last step before. The detector must
 see a loss that stays up before it speaks; the step from which on it stayed up is found afterwards, in the log. A placement that
 reaches 5e-2 with every seed gets a second, steeper ramp.
 """
@@ -52,7 +52,7 @@ def runs(c):
 
 
 def window(steps):
-    """Steps that the detector averages over (keel_common.h)."""
+    """Steps that the detector averages over (keel/divergence.h)."""
     return min(200, max(10, steps // 40))
 
 

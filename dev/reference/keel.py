@@ -167,7 +167,7 @@ def debug_tensors(model, tokens, targets):
 
 
 def probe(model, tokens, targets):
-    """What the trainers' --probe writes of one forward and backward pass on (B,T), as its columns are defined in keel_common.h:
+    """What the trainers' --probe writes of one forward and backward pass on (B,T), as its columns are defined in keel/probe.h:
     ([a dict a sub-layer], the parameters' gradients in parameter order). The Jacobians of the shortcuts are multiplied up
     whole, as (B,T,C) diagonals."""
     cfg, branches = model.cfg, []

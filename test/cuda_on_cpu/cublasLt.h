@@ -242,8 +242,9 @@ inline cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPrefere
         case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES:
         case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES:
         case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES:
-            return cuda_on_cpu::read_attribute(
-                preference->alignment[attribute - CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES], value, bytes);
+            return cuda_on_cpu::read_attribute(preference
+                                                   ->alignment[attribute - CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES],
+                                               value, bytes);
         case CUBLASLT_MATMUL_PREF_SEARCH_MODE:
         case CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK:
             return CUBLAS_STATUS_SUCCESS;  // one algorithm, which splits nothing

@@ -481,8 +481,8 @@ bool is_host_pointer(T argument) {
 
 template <class... Expected, class... Actual>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Expected...), Actual&&... actual) {
-    static_assert((std::is_trivially_copyable_v<std::decay_t<Expected>> && ...),
-                  "kernel arguments are copied byte by byte");
+    static_assert((std::is_trivially_copyable_v<std::decay_t<Expected>> && ...), "kernel arguments are copied byte by "
+                                                                                 "byte");
     static_assert((!std::is_reference_v<Expected> && ...), "kernel arguments are passed by value");
     return cuda_on_cpu::api([&](auto& s) {
         const void* function = reinterpret_cast<const void*>(kernel);

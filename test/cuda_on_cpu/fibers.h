@@ -181,9 +181,9 @@ struct Worker {
         Fiber& self = *current;
         if (at_barrier == 0) barrier_line = line, barrier_sum = 0;
         else if (line != barrier_line)
-            misuse(
-                format("expected every thread of the block at the __syncthreads of line %d, found this one at line %d",
-                       barrier_line, line));
+            misuse(format("expected every thread of the block at the __syncthreads of line %d, found this one at line "
+                          "%d",
+                          barrier_line, line));
         barrier_sum += number;
         self.wait = Wait::syncthreads, self.line = line;
         if (++at_barrier == threads) {
@@ -261,9 +261,9 @@ struct Worker {
                             operation(group.wait, group.line, group.mask) + ": " + ended_lanes(bit));
         }
         if (launch->overlaps && !self.waited)
-            return fail(place(self) +
-                        ": expected wait_for_predecessor() in each thread of a launch that may overlap the one before, "
-                        "found a thread that ended without");
+            return fail(place(self) + ": expected wait_for_predecessor() in each thread of a launch that may overlap "
+                                      "the one before, "
+                                      "found a thread that ended without");
         if (!self.copies.empty())
             fail(place(self) + format(": expected a cp_async_wait for every cp_async_16, found %zu never waited for at "
                                       "the thread's end",

@@ -177,8 +177,8 @@ ncclResult_t nccl_enqueue(ncclComm_t comm, const char* name, const void* send, s
     cudaError_t error = api([&](Streams& s) {
         for (auto [pointer, bytes] : {std::pair<const void*, size_t>{send, send_bytes}, {receive, receive_bytes}})
             if (!memory().contains(pointer, bytes)) {
-                report_misuse(std::string(name) +
-                                  ": expected its buffers inside one device allocation each, found one outside",
+                report_misuse(std::string(name) + ": expected its buffers inside one device allocation each, found one "
+                                                  "outside",
                               true);
                 return cudaErrorInvalidValue;
             }

@@ -16,9 +16,9 @@ inline void expect_aligned(const char* what, const void* p, size_t alignment) {
 inline void expect_shared(const char* what, const void* p, size_t bytes) {
     Worker& w = device();
     if (!in_shared(w, p, bytes))
-        w.misuse(
-            format("%s: expected %zu bytes inside the block's %zu bytes of shared memory, found them at offset %td",
-                   what, bytes, w.shared_bytes, (const char*)p - w.shared));
+        w.misuse(format("%s: expected %zu bytes inside the block's %zu bytes of shared memory, found them at offset "
+                        "%td",
+                        what, bytes, w.shared_bytes, (const char*)p - w.shared));
 }
 
 struct MmaOperands {
@@ -157,9 +157,8 @@ __forceinline__ void wait_for_predecessor() {
 __forceinline__ void start_successor() {
     cuda_on_cpu::Worker& w = cuda_on_cpu::device();
     if (cuda_on_cpu::settings().ptx >= 90 && w.launch->overlaps && !w.current->waited)
-        w.misuse(
-            "start_successor(): expected wait_for_predecessor() before it in a launch that may overlap, "
-            "found none");
+        w.misuse("start_successor(): expected wait_for_predecessor() before it in a launch that may overlap, found "
+                 "none");
 }
 
 inline float fast_exp2(float x) { return exp2f(x); }

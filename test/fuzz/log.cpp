@@ -13,9 +13,9 @@ void fuzz(const unsigned char* data, size_t size) {
 }
 
 std::vector<Bytes> seeds() {
-    std::string log =
-        "step,loss,val_loss,lr,grad_norm,ms,tokens_per_second,mfu\n1,5.25,,0.001,0.5,1.0,100.0,0.5\n2,nan,3.1,0.002,"
-        "nan,1.0,100.0,0.5\n";
+    std::string log = "step,loss,val_loss,lr,grad_norm,ms,tokens_per_second,mfu\n1,5.25,,0.001,0.5,1.0,100.0,0.5\n2,"
+                      "nan,3.1,0.002,"
+                      "nan,1.0,100.0,0.5\n";
     for (int step = 3; step < 130; step++) log += format("%d,3,\n", step);
     return {Bytes(log.begin(), log.end())};
 }

@@ -1,0 +1,86 @@
+// keel/update.h: where the GPU keeps each gradient, the optimizer's work list, and the time predicted for a micro-step.
+#pragma once
+
+#include "gpu.h"
+
+// Where each tensor's gradient is. With --grads bf16 the blocks' matrices have theirs in BF16; those of the embeddings,
+// to which a batch adds many times, and of the gains, which are few, stay in FP32.
+struct GradientLayout {
+    std::vector<std::array<size_t, NUM_TENSORS>> at;  // [layer + 1][tensor], in grads or in grads_bf16
+    size_t fp32 = 0, bf16 = 0, largest = 0;           // elements of grads, of grads_bf16, of its largest matrix
+    static bool is_block_matrix(Tensor t) { return t == QKVW || t == ATTPROJW || t == FCW || t == FCPROJW; }
+
+    GradientLayout(const ParameterLayout& layout, int L, bool matrices_bf16, Sharing sharing = {})
+        : at(size_t(L) + 1), matrices_bf16(matrices_bf16) {
+        for (auto& row : at) row.fill(ParameterLayout::absent);
+        if (sharing.ranks > 0) {  // in buckets, as the ranks reduce them
+            ParameterLayout places = sharing.grad_layout(layout);
+            for (const TensorInfo& t : places.tensors) at[size_t(t.layer + 1)][t.id] = t.offset;
+            fp32 = places.size;
+            return;
+        }
+        for (const TensorInfo& t : layout.tensors) {
+            size_t& end = in_bf16(t.id) ? bf16 : fp32;
+            at[size_t(t.layer + 1)][t.id] = end;
+            end += t.size();
+            if (in_bf16(t.id)) largest = std::max(largest, t.size());
+        }
+    }
+    bool in_bf16(Tensor t) const { return matrices_bf16 && is_block_matrix(t); }
+    size_t of(const TensorInfo& t) const { return at[size_t(t.layer + 1)][t.id]; }
+
+private:
+    bool matrices_bf16;
+};
+
+// Elements of one tensor that a thread block updates: one launch updates all tensors, each with its own decay.
+struct UpdateChunk {
+    size_t first;             // its first element in the parameter order, by which its random numbers are drawn
+    size_t parameter, copy;   // where it starts in the parameters (or masters), and in their copy
+    size_t gradient, moment;  // where it starts in grads or grads_bf16, and in the moments
+    int count;                // elements
+    bool decayed, bf16;       // bf16: its gradient is in grads_bf16
+    bool master;              // its FP32 weights are in masters
+};
+constexpr int UPDATE_CHUNK = 8192;  // elements
+
+// The chunks of all parameters, or from -z 1 on of what the rank owns.
+inline std::vector<UpdateChunk> update_chunks(const ParameterLayout& layout, const GradientLayout& gradients,
+                                              Sharing sharing = {}) {
+    std::vector<UpdateChunk> chunks;
+    auto add = [&](const ShardRange& range) {
+        const TensorInfo& t = layout.tensors[range.tensor];
+        bool sharded = sharing.states(), master = sharded && BRANCH_BF16 && layout.bucket_of(t) > 0;
+        size_t parameter = master ? range.shard - layout.buckets[0].shard : range.memory;
+        size_t gradient = sharded ? range.shard : gradients.of(t), moment = sharded ? range.shard : range.memory;
+        for (size_t at = 0; at < range.count; at += UPDATE_CHUNK) {
+            int count = int(std::min(range.count - at, size_t(UPDATE_CHUNK)));
+            chunks.push_back({t.file_offset + range.first + at, parameter + at, range.memory + at, gradient + at,
+                              moment + at, count, t.decay, gradients.in_bf16(t.id), master});
+        }
+    };
+    if (sharing.states())
+        for (const ShardRange& range : layout.owned(sharing.rank)) add(range);
+    else
+        for (size_t i = 0; i < layout.tensors.size(); i++)
+            add({i, 0, layout.tensors[i].size(), layout.tensors[i].offset, layout.tensors[i].offset});
+    return chunks;
+}
+
+// Seconds of a micro-step of B sequences on one large GPU, by a rough model that need only put the choices in order:
+// the time of matrix products, at a rate that falls where their tiles do not fill the multiprocessors, of the kernels'
+// bytes, and of each of the graph's nodes. The rates are three quarters of an H100's or H200's peak; dev/doc/speed.md
+// counts the bytes and nodes of a block.
+inline double predicted_seconds(const ModelConfig& c, int B, int T, Recompute r, StateTypes types = {}) {
+    constexpr double matrix_rate = 600e12, memory_rate = 3e12, node_seconds = 2e-6, multiprocessors = 132;
+    double rows = double(B) * T, blocks = c.L / 2;
+    bool again = r.drops_all() || r.segments();
+    double operations = rows * flops_per_token(c, T) * (again ? 4.0 / 3 : 1);
+    double filled = std::min(1.0, std::ceil(rows / 128) * std::ceil(c.C / 128.0) / multiprocessors);
+    double bytes = rows * blocks * c.C * (226 + (r.level == -1 ? 28 : r.level == 1 ? 54 : r.segments() ? 80 : 0));
+    double weights = 12.0 * c.C * c.C * blocks + double(c.Vp()) * c.C;
+    // A micro-batch reads the weights, and adds to their gradients.
+    bytes += weights * (2 * (again ? 3 : 2) + (types.grads_bf16 ? 12 : 8));
+    double nodes = blocks * (22 + (r.level == -1 ? 1 : again ? 6 : 0) + (types.grads_bf16 ? 4 : 0));
+    return operations / (matrix_rate * filled) + bytes / memory_rate + nodes * node_seconds;
+}
