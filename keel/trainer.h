@@ -104,7 +104,7 @@ concept IsTrainer =
         t.ablate(l);  // from now on evaluate leaves out the branch of sub-layer l, z_l = alpha_l x_l; -1: of none
 
         // start gives the trainer a step, finish waits for the oldest one that is started and not finished. Steps come
-        // in order, and no other call comes while one is in flight. probe: null where the step is not probed. flags:
+        // in order, and only these two calls come while one is in flight. probe: null where it is not probed. flags:
         // this rank's RankFlags. Where the data of one rank could not be read, finish throws a DataError on all.
         t.start(data, step, probe, flags);
         { t.finish() } -> std::same_as<StepResult>;
