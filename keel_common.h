@@ -1,10 +1,9 @@
-// keel_common.h: what train_keel.cu and train_keel_cpu.cpp share, and neither computes on tensors with.
+// keel_common.h: what train_keel.cu and train_keel_cpu.cpp share; nothing in it computes on tensors.
 //
 // In order: errors and small tools, random numbers, the norm placements, the parameter table, files, data, the command
-// line, what a run is and its defaults, the comparison of two debug states. Each fact stands here once, as a row of a
-// table: a norm placement, a parameter tensor, a flag. Allocation, file order, initialisation, dumps, comparison and
-// the optimizer walk them. What goes on around a training step is in keel/, which includes this file and never the
-// reverse.
+// line, a run and its defaults, the comparison of two debug states. Each fact stands here once, as a row of a table: a
+// norm placement, a parameter tensor, a flag. Allocation, file order, initialisation, dumps, comparison and the
+// optimizer walk these tables. What happens around a training step is in keel/, whose files include this one.
 #pragma once
 
 #include <fcntl.h>
@@ -40,19 +39,19 @@
 
 static_assert(std::endian::native == std::endian::little, "the file formats are little-endian");
 
-// The program's version, for -h and CHANGELOG.md; the files have one of their own (FILE_VERSION).
+// The program's version, for -h and CHANGELOG.md; the files have one of their own (H_VERSION).
 inline constexpr const char* KEEL_VERSION = "0.9.0";
 
 // ----------------------------------------------------------------------------------------------------
 // Errors and small tools
 
-// What a user can mend. The message is one line: what was expected, what was found, what to do.
+// An error that the user can mend. Its message is one line: what was expected, what was found, what to do.
 struct Error : std::runtime_error { using std::runtime_error::runtime_error; };
 
-// Training data that went away or changed while the run was reading it. The weights are still those of the step before.
+// Training data that vanished or changed while the run was reading it; the weights are still those of the last step.
 struct DataError : Error { using Error::Error; };
 
-// printf's patterns, held against the types of their arguments by the compiler. A std::string or a path is text, too.
+// A printf pattern that the compiler checks against its arguments' types; %s takes a std::string or a path as well.
 template <class... Arguments>
 struct Pattern {
     const char* text;
@@ -66,7 +65,7 @@ struct Pattern {
     }
 
 private:
-    static consteval bool find_conversion(const char*& at) {  // the one after at
+    static consteval bool find_conversion(const char*& at) {  // moves `at` behind the next %
         for (; *at; at++)
             if (*at == '%' && *++at != '%') return true;
         return false;
@@ -124,6 +123,13 @@ inline size_t round_up(size_t n, size_t multiple) { return (n + multiple - 1) / 
 
 inline std::string errno_text() { return strerror(errno); }
 
+// "process 1234 on node7"
+inline std::string process_name() {
+    char host[128] = "?";
+    gethostname(host, sizeof host - 1);
+    return format("process %d on %s", int(getpid()), host);
+}
+
 // "3.2 GiB"
 inline std::string bytes_text(double bytes) {
     const char* units[] = {"B", "KiB", "MiB", "GiB", "TiB"};
@@ -177,7 +183,7 @@ inline uint32_t crc32(const void* data, size_t bytes, uint32_t crc = 0) {
     return ~crc;
 }
 
-// The CRC of two runs of bytes, one after the other, from the CRC of each: n bytes more multiply a CRC, as a polynomial
+// The CRC of two byte sequences joined, from the CRC of each: appending n bytes multiplies a CRC, read as a polynomial
 // over GF(2) whose highest bit is the constant term, by x^(8n) modulo the CRC's own polynomial.
 inline uint32_t crc32_combine(uint32_t first, uint32_t second, size_t bytes_of_second) {
     auto product = [](uint32_t a, uint32_t b) {
@@ -194,10 +200,9 @@ inline uint32_t crc32_combine(uint32_t first, uint32_t second, size_t bytes_of_s
     return product(power, first) ^ second;
 }
 
-// The same CRC by several threads where there are enough bytes: each takes a piece, then the pieces are combined in
-// order.
+// crc32 by several threads where there are enough bytes: each takes a piece, and their CRCs are combined in order.
 inline uint32_t crc32_parallel(const void* data, size_t bytes, uint32_t crc = 0) {
-    constexpr size_t least_piece = size_t(2) << 20;
+    constexpr size_t least_piece = size_t(2) << 20;  // bytes
     size_t pieces = std::min<size_t>({bytes / least_piece, std::max(1u, std::thread::hardware_concurrency()), 16});
     if (pieces < 2) return crc32(data, bytes, crc);
     const char* from = static_cast<const char*>(data);
@@ -205,10 +210,10 @@ inline uint32_t crc32_parallel(const void* data, size_t bytes, uint32_t crc = 0)
     std::vector<uint32_t> sums(pieces);
     std::vector<std::thread> threads;
     auto take = [&](size_t i) { sums[i] = crc32(from + i * piece, i + 1 < pieces ? piece : bytes - i * piece); };
-    size_t started = 1;  // the first piece is ours
+    size_t started = 1;  // this thread takes the first piece
     try {
         for (threads.reserve(pieces); started < pieces; started++) threads.emplace_back(take, started);
-    } catch (const std::system_error&) {  // no more threads: what is left is ours too
+    } catch (const std::system_error&) {  // no more threads: this one takes the other pieces too
     }
     take(0);
     for (size_t i = started; i < pieces; i++) take(i);
@@ -236,7 +241,7 @@ constexpr Philox philox(uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2, uin
     return {{c0, c1, c2, c3}};
 }
 
-// What the last counter word separates: one seed serves weights, data order and sampling, and no number twice.
+// The last word of the counter: it lets one seed serve every purpose below without drawing a number twice.
 enum PhiloxStream : uint32_t {
     STREAM_WEIGHTS = 0,
     STREAM_DATA = 1,
@@ -272,57 +277,45 @@ struct PlacementRow {
     const char *name, *source;
     bool norm_final;
     float (*alpha)(int L);                                // the default alpha; null where the placement has none
-    SublayerNorm (*sublayer)(int l, int L, float alpha);  // alpha: the one in force
+    SublayerNorm (*sublayer)(int l, int L, float alpha);  // alpha: the model's, by default or by -a
 };
 
+// clang-format off
 // A new row goes to the end: a file names its placement by the number of its row (CONTRIBUTING.md).
 inline const PlacementRow placements[NUM_PLACEMENTS] = {
     // The first attention has neither alpha nor outer norm, the first feed-forward no alpha (section 3.1).
-    {.name = "keel",
-     .source = "Chen and Wei 2026, arXiv 2601.19895, eq. 8",
-     .norm_final = false,
+    {.name = "keel", .source = "Chen and Wei 2026, arXiv 2601.19895, eq. 8", .norm_final = false,
      .alpha = [](int L) { return float(L); },
      .sublayer = [](int l, int, float alpha) -> SublayerNorm {
-    return {.alpha = l < 2 ? 1 : alpha, .norm_in = true, .norm_out = l > 0};
-}},
-    {.name = "pre",
-     .source = "Xiong et al. 2020",
-     .norm_final = true,
+         return {.alpha = l < 2 ? 1 : alpha, .norm_in = true, .norm_out = l > 0};
+     }},
+    {.name = "pre", .source = "Xiong et al. 2020", .norm_final = true,
      .alpha = nullptr,
      .sublayer = [](int, int, float) -> SublayerNorm { return {.norm_in = true}; }},
-    {.name = "post",
-     .source = "Vaswani et al. 2017",
-     .norm_final = false,
+    {.name = "post", .source = "Vaswani et al. 2017", .norm_final = false,
      .alpha = nullptr,
      .sublayer = [](int, int, float) -> SublayerNorm { return {.norm_out = true}; }},
-    {.name = "deepnorm",
-     .source = "Wang et al. 2022",
-     .norm_final = false,
+    {.name = "deepnorm", .source = "Wang et al. 2022", .norm_final = false,
      .alpha = [](int L) { return float(std::sqrt(std::sqrt(double(L)))); },
      .sublayer = [](int, int, float alpha) -> SublayerNorm { return {.alpha = alpha, .norm_out = true}; }},
     // Post-LN for the first quarter of the depth, Pre-LN after.
-    {.name = "mixln",
-     .source = "Li et al. 2024",
-     .norm_final = true,
+    {.name = "mixln", .source = "Li et al. 2024", .norm_final = true,
      .alpha = nullptr,
      .sublayer = [](int l, int L, float) -> SublayerNorm {
-    bool post = l / 2 < std::max(1, L / 8);
-    return {.norm_in = !post, .norm_out = post};
-}},
+         bool post = l / 2 < std::max(1, L / 8);
+         return {.norm_in = !post, .norm_out = post};
+     }},
     // y = MHA(x) + x with normed q, k, v;  x' = FFN(Norm(y)) + Norm(y): the norm after attention serves both.
-    {.name = "hybridnorm",
-     .source = "Zhuo et al. 2025",
-     .norm_final = true,
+    {.name = "hybridnorm", .source = "Zhuo et al. 2025", .norm_final = true,
      .alpha = nullptr,
      .sublayer = [](int l, int, float) -> SublayerNorm {
-    return {.norm_out = is_attention(l), .norm_qkv = is_attention(l)};
-}},
-    {.name = "scaledpost",
-     .source = "the KEEL paper's attempt 1, eq. 24",
-     .norm_final = false,
+         return {.norm_out = is_attention(l), .norm_qkv = is_attention(l)};
+     }},
+    {.name = "scaledpost", .source = "the KEEL paper's attempt 1, eq. 24", .norm_final = false,
      .alpha = [](int L) { return float(L); },
      .sublayer = [](int, int, float alpha) -> SublayerNorm { return {.alpha = alpha, .norm_out = true}; }},
 };
+// clang-format on
 
 inline std::string placement_names() {
     std::string names;
@@ -351,8 +344,8 @@ struct ModelConfig {
     SublayerNorm sublayer(int l) const { return placements[norm].sublayer(l, L, alpha); }
 };
 
-// Floating-point operations of one training step a token: forward 2, backward 4 a weight, and causal attention
-// counted once (half of the T x T products); recomputation is not counted.
+// Floating-point operations of a training step per token: for each weight 2 forward and 4 backward, and of attention's
+// T x T products the causal half; recomputation is not counted.
 inline double flops_per_token(const ModelConfig& c, int T) {
     return 6.0 * (12.0 * c.C * c.C * (c.L / 2) + double(c.Vp()) * c.C) + 6.0 * c.C * double(T) * (c.L / 2);
 }
@@ -360,7 +353,7 @@ inline double flops_per_token(const ModelConfig& c, int T) {
 // ----------------------------------------------------------------------------------------------------
 // The parameter table
 //
-// A matrix is (out, in), row-major. qkvw's rows are q, then k, then v, with head h at h*D.
+// A matrix is (out, in), row-major. qkvw's rows are those of q, then k, then v; in each, head h starts at row h*D.
 
 enum Tensor {
     WTE,
@@ -384,12 +377,12 @@ struct TensorRow {
     TensorPlace place;
     int (*rows)(const ModelConfig&);
     int (*cols)(const ModelConfig&);
-    // Initialised uniform with variance 1/fan_in (bound sqrt(3/fan_in)) and decayed; 0: a gain, starts as 1, no decay.
+    // A matrix starts uniform with variance 1/fan_in (bound sqrt(3/fan_in)) and decays; 0: a gain starts as 1.
     int (*fan_in)(const ModelConfig&);
     bool (*exists)(const ModelConfig&, const SublayerNorm&);
 };
 
-namespace table {  // the words that the table's rows are written in
+namespace table {  // the functions that the rows of the table name
 using Config = const ModelConfig&;
 using Norm = const SublayerNorm&;
 inline int one(Config) { return 1; }
@@ -407,23 +400,25 @@ inline bool norm_qkv(Config, Norm s) { return s.norm_qkv; }
 inline bool norm_final(Config c, Norm) { return c.norm_final(); }
 }  // namespace table
 
+// clang-format off
 inline const TensorRow tensor_rows[NUM_TENSORS] = {
-    // name         place           rows          cols      fan_in       exists where
-    {"wte", BEFORE_BLOCKS, table::Vp, table::C, table::C, table::always},
-    {"wpe", BEFORE_BLOCKS, table::max_T, table::C, table::C, table::always},
-    {"gamma_in", EVERY_SUBLAYER, table::one, table::C, table::none, table::norm_in},
-    {"qkvw", ATTENTION, table::C3, table::C, table::C, table::always},
-    {"gamma_q", ATTENTION, table::one, table::D, table::none, table::norm_qkv},
-    {"gamma_k", ATTENTION, table::one, table::D, table::none, table::norm_qkv},
-    {"gamma_v", ATTENTION, table::one, table::D, table::none, table::norm_qkv},
-    {"attprojw", ATTENTION, table::C, table::C, table::C, table::always},
-    {"fcw", FEED_FORWARD, table::C4, table::C, table::C, table::always},
-    {"fcprojw", FEED_FORWARD, table::C, table::C4, table::C4, table::always},
-    {"gamma_out", EVERY_SUBLAYER, table::one, table::C, table::none, table::norm_out},
-    {"gamma_final", AFTER_BLOCKS, table::one, table::C, table::none, table::norm_final},
+    // name         place           rows          cols       fan_in       exists where
+    {"wte",         BEFORE_BLOCKS,  table::Vp,    table::C,  table::C,    table::always},
+    {"wpe",         BEFORE_BLOCKS,  table::max_T, table::C,  table::C,    table::always},
+    {"gamma_in",    EVERY_SUBLAYER, table::one,   table::C,  table::none, table::norm_in},
+    {"qkvw",        ATTENTION,      table::C3,    table::C,  table::C,    table::always},
+    {"gamma_q",     ATTENTION,      table::one,   table::D,  table::none, table::norm_qkv},
+    {"gamma_k",     ATTENTION,      table::one,   table::D,  table::none, table::norm_qkv},
+    {"gamma_v",     ATTENTION,      table::one,   table::D,  table::none, table::norm_qkv},
+    {"attprojw",    ATTENTION,      table::C,     table::C,  table::C,    table::always},
+    {"fcw",         FEED_FORWARD,   table::C4,    table::C,  table::C,    table::always},
+    {"fcprojw",     FEED_FORWARD,   table::C,     table::C4, table::C4,   table::always},
+    {"gamma_out",   EVERY_SUBLAYER, table::one,   table::C,  table::none, table::norm_out},
+    {"gamma_final", AFTER_BLOCKS,   table::one,   table::C,  table::none, table::norm_final},
 };
+// clang-format on
 
-// One tensor of a model: its row of the table with the shape filled in.
+// One tensor of a model: its row of the table with the model's shape filled in.
 struct TensorInfo {
     Tensor id;
     int layer;         // sub-layer; -1 outside the blocks
@@ -434,13 +429,13 @@ struct TensorInfo {
     float bound;         // weights start uniform in [-bound, bound); 0: a gain, starts as 1
     float bound_tail;    // the same from row tail_row on (DeepNorm scales V alone of q, k and v)
     size_t tail_row;
-    size_t used_rows;  // rows after these are padding, always zero (wte's)
+    size_t used_rows;  // the rows after these are padding and always zero (only wte has any)
     bool decay;
     size_t size() const { return rows * cols; }
 };
 
-// What the ranks of a run reduce, gather and divide among themselves at one time: ranks * shard elements of memory, of
-// which rank r owns [r * shard, (r+1) * shard). The padding at a bucket's end is in memory only, never in a file.
+// Parameters that the ranks of a run reduce, gather and divide among themselves in one call: ranks * shard elements
+// of memory, of which rank r owns [r * shard, (r+1) * shard). The padding at a bucket's end is in no file.
 struct Bucket {
     size_t first;        // first element in memory
     size_t shard;        // elements that each rank owns
@@ -467,11 +462,11 @@ struct ParameterLayout {
     size_t count = 0;                 // elements in all
     size_t size = 0;                  // the same in memory, padding included
     size_t shard_size = 0;            // elements that each rank owns, padding included
-    int ranks = 1;                    // that share them
+    int ranks = 1;                    // that share the parameters
     std::vector<Bucket> buckets;
     static constexpr size_t absent = SIZE_MAX;
 
-    // sharing_ranks: 0 where none share, and memory is in file order.
+    // sharing_ranks: how many ranks share the parameters, in buckets; 0: none do, and memory is in file order.
     explicit ParameterLayout(const ModelConfig& c, int sharing_ranks = 0)
         : ranks(std::max(1, sharing_ranks)), index(size_t(c.L) + 1) {
         for (auto& row : index) row.fill(absent);
@@ -489,7 +484,7 @@ struct ParameterLayout {
         return buckets.size() > 1 && t.layer >= 0 && t.decay ? 1 + size_t(t.layer) / 2 : 0;
     }
 
-    // What a rank owns, in the parameter order: at most one range of each tensor. A rank alone owns all of them.
+    // The ranges that a rank owns, in the parameter order: at most one of each tensor. A single rank owns all tensors.
     std::vector<ShardRange> owned(int rank) const {
         std::vector<ShardRange> ranges;
         for (size_t i = 0; i < tensors.size(); i++) {
@@ -507,7 +502,7 @@ struct ParameterLayout {
         return n;
     }
 
-    // The same where memory holds two blocks at a time, one after another in the same place: of gradients at -z 2.
+    // The gradients' layout at -z 2: memory holds two blocks at a time, and block m + 2 takes the place of block m.
     ParameterLayout with_two_blocks() const {
         ParameterLayout l = *this;
         size_t block = buckets[1].shard * size_t(ranks);
@@ -570,8 +565,8 @@ private:
     }
 };
 
-// The parameters, or the gradients, of one sub-layer: w[QKVW]. Null where the placement has none. l = -1: of those
-// outside the blocks.
+// Pointers to the parameters of sub-layer l, or to their gradients: w[QKVW], null where the placement has no such
+// tensor. l = -1: the tensors outside the blocks.
 template <class T>
 struct SublayerTensors {
     T* tensor[NUM_TENSORS];
@@ -627,45 +622,47 @@ template <class Real>
 constexpr RealType real_type = sizeof(Real) == 8 ? REAL_FP64 : REAL_FP32;
 
 // The words of the header. A training state holds beside the model all that a bit-exact resume needs.
+// clang-format off
 enum HeaderWord {
-    H_MAGIC = 0,    // the bytes 'K','E','E','L'
-    H_VERSION = 1,  // 1
-    H_KIND = 2,     // FileKind
-    H_TYPE = 3,     // RealType of the stored reals
+    H_MAGIC = 0,            // the bytes 'K','E','E','L'
+    H_VERSION = 1,          // 1
+    H_KIND = 2,             // FileKind
+    H_TYPE = 3,             // RealType of the stored reals
     H_MAX_T = 4,
     H_V = 5,
     H_VP = 6,
     H_L = 7,
     H_H = 8,
     H_C = 9,
-    H_NORM = 10,   // NormPlacement
-    H_ALPHA = 11,  // bits of the FP32 alpha, 1 where there is none
-    H_B = 12,
-    H_T = 13,            // debug state: the batch; training state: micro-batch (sequences) and sequence length
-    H_STEP = 14,         // int64, steps finished
-    H_BRANCH_BF16 = 16,  // 1: the branch was computed in BF16
+    H_NORM = 10,            // NormPlacement
+    H_ALPHA = 11,           // bits of the FP32 alpha, 1 where there is none
+    H_B = 12,               // sequences of the batch (debug state) or of the micro-batch (training state)
+    H_T = 13,               // sequence length, of the same two kinds of file
+    H_STEP = 14,            // int64, steps finished
+    H_BRANCH_BF16 = 16,     // 1: the branch was computed in BF16
     // from here on: training state only
-    H_RECOMPUTE = 17,     // 0 none, -1 gelu, 1 layer, K: every K-th z is kept
-    H_TOTAL_BATCH = 18,   // int64, tokens a step
-    H_STEPS = 20,         // int64, length of the schedule
-    H_WARMUP = 22,        // int64, steps
-    H_LR = 24,            // double
-    H_WEIGHT_DECAY = 26,  // double
-    H_CLIP = 28,          // double
-    H_SEED = 30,          // uint64
-    H_TRAIN_TOKENS = 32,  // int64, tokens of the training split: a resume on other data is refused
+    H_RECOMPUTE = 17,       // 0 none, -1 gelu, 1 layer, K: every K-th z is kept
+    H_TOTAL_BATCH = 18,     // int64, tokens a step
+    H_STEPS = 20,           // int64, length of the schedule
+    H_WARMUP = 22,          // int64, steps
+    H_LR = 24,              // double
+    H_WEIGHT_DECAY = 26,    // double
+    H_CLIP = 28,            // double
+    H_SEED = 30,            // uint64
+    H_TRAIN_TOKENS = 32,    // int64, tokens of the training split: a resume on other data is refused
     H_RANKS = 34,
-    H_RANK = 35,         // the file is of rank H_RANK of H_RANKS: it has what that rank owns
-    H_VAL_EVERY = 36,    // int64, steps; this and the next two decide what the log's val_loss is
-    H_VAL_BATCHES = 38,  // int64
-    H_VAL_TOKENS = 40,   // int64, tokens of the validation split
-    H_SKIPPED = 42,  // int64, steps so far that updated nothing, as their loss or gradient was not finite: AdamW's bias
-                     // corrections count the others
-    H_SKIPPED_IN_ROW = 44,  // int64, of them the last ones without a finite step between
-    H_MOMENTS_BF16 = 46,
-    H_GRADS_BF16 = 47,  // 1: --moments bf16, --grads bf16
-    H_HOPS = 48,        // K of --train hops:K; 0: the data are files
+    H_RANK = 35,            // the file holds what rank H_RANK of H_RANKS owns
+    H_VAL_EVERY = 36,       // int64, steps; this and the next two decide the log's val_loss
+    H_VAL_BATCHES = 38,     // int64
+    H_VAL_TOKENS = 40,      // int64, tokens of the validation split
+    H_SKIPPED = 42,         // int64, steps that updated nothing, as their loss or gradient was not finite: AdamW's
+                            // bias corrections count only the others
+    H_SKIPPED_IN_ROW = 44,  // int64, how many steps were skipped since the last finite one
+    H_MOMENTS_BF16 = 46,    // 1: --moments bf16
+    H_GRADS_BF16 = 47,      // 1: --grads bf16
+    H_HOPS = 48,            // K of --train hops:K; 0: the data are files
 };
+// clang-format on
 
 struct FileHeader {
     std::array<int32_t, 256> word{};
@@ -704,11 +701,11 @@ inline FileHeader make_header(FileKind kind, RealType type, const ModelConfig& c
     return h;
 }
 
-// Bounds that keep every product of two dimensions inside int and every tensor's size inside size_t.
+// Bounds that keep 4*C and Vp inside int, and B*T*ranks and every tensor's size inside int64_t.
 inline constexpr int MAX_L = 1 << 17, MAX_C = 1 << 17, MAX_V = 1 << 24, MAX_T = 1 << 24, MAX_B = 1 << 20,
                      MAX_RANKS = 1 << 16;
 
-// Empty if the shape is one that both trainers can hold, else what is wrong with it.
+// What is wrong with a model's shape; empty if both trainers can hold it.
 inline std::string config_fault(const ModelConfig& c) {
     if (c.L < 2 || c.L % 2 || c.L > MAX_L) return format("L (-L) must be even, from 2 to %d, and is %d", MAX_L, c.L);
     if (c.C < 1 || c.C > MAX_C) return format("C (-C) must be from 1 to %d and is %d", MAX_C, c.C);
@@ -722,17 +719,17 @@ inline std::string config_fault(const ModelConfig& c) {
     return "";
 }
 
-// The largest numbers of a run, in flags and in files alike: a product of two of them that the program takes stays
-// inside an int64.
+// The largest numbers of a run, in flags and in files alike: any product that the program forms of them stays inside
+// int64_t.
 inline constexpr int MAX_HOPS = 9;  // of --train hops:K (keel/hops.h)
 inline constexpr double MAX_STEPS = 1e15, MAX_TOTAL_BATCH = 1e12, MAX_VAL_BATCHES = 1e9, MAX_RATE = 1e9,
                         MAX_CLIP = 1e30;
 
-// Empty if the words of a training state are those of a run that can be, else what is wrong with them.
+// What is wrong with the words of a training state; empty if a run can have them.
 inline std::string state_fault(const FileHeader& h);
 
-// Elements of a model's parameters in sub-layers [first, last), without the table of its tensors: nothing is allocated
-// on the word of a file. -1: what stands outside the blocks.
+// Number of a model's parameters in sub-layers [first, last), where -1 is what stands outside the blocks. It needs no
+// ParameterLayout, as nothing may be allocated on the word of a broken file.
 inline size_t parameter_count(const ModelConfig& c, int first, int last, bool matrices_only = false) {
     size_t count = 0;
     for (int l = first; l < last; l++) {
@@ -748,7 +745,7 @@ inline size_t parameter_count(const ModelConfig& c, int first, int last, bool ma
 }
 inline size_t parameter_count(const ModelConfig& c) { return parameter_count(c, -1, c.L); }
 
-// What ParameterLayout(c, ranks).owned_count(rank) gives, without the table: the matrices of all blocks are alike.
+// ParameterLayout(c, ranks).owned_count(rank) without the layout: the matrices of all blocks have the same shapes.
 inline size_t owned_parameter_count(const ModelConfig& c, int ranks, int rank) {
     size_t blocks = size_t(c.L) / 2, block = parameter_count(c, 0, 2, true), owned = 0;
     ranks = std::max(1, ranks);
@@ -759,7 +756,7 @@ inline size_t owned_parameter_count(const ModelConfig& c, int ranks, int rank) {
     return owned;
 }
 
-// Bytes of a file with this header, the CRC included. 0 where B and T cannot be, or no file is as long.
+// Bytes of a file with this header, the CRC included; 0 where B or T is out of bounds, or no file can be that long.
 inline size_t expected_file_size(const FileHeader& h) {
     ModelConfig c = h.model();
     size_t reals = h.word[H_KIND] == FILE_STATE ? 3 * owned_parameter_count(c, h.word[H_RANKS], h.word[H_RANK])
@@ -775,6 +772,10 @@ inline size_t expected_file_size(const FileHeader& h) {
     return sizeof(FileHeader) + reals * real_size(h.word[H_TYPE]) + ints * 4 + 4;
 }
 
+struct CloseFile {
+    void operator()(FILE* file) const { fclose(file); }
+};
+
 // Reads one of our files. The constructor checks the header and the file's size against each other, so that nothing is
 // allocated on the word of a broken file; finish() checks the CRC of everything read.
 class FileReader {
@@ -783,7 +784,7 @@ public:
     std::string path;
 
     FileReader(const std::string& path, FileKind kind) : path(path) {
-        int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a pipe must not make us wait
+        int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // opening a pipe must not wait for its writer
         if (fd >= 0) file.reset(fdopen(fd, "rb"));
         struct stat st;
         if (!file || fstat(fd, &st) != 0)
@@ -826,7 +827,7 @@ public:
         crc = crc32_parallel(out, bytes, crc);
     }
 
-    // n reals, widened or rounded from the file's type to ours.
+    // Reads n reals, widened or rounded from the file's type to Real.
     template <class Real>
     void read_reals(Real* out, size_t n) {
         int type = header.word[H_TYPE];
@@ -872,20 +873,17 @@ public:
     }
 
 private:
-    struct Close {
-        void operator()(FILE* f) const { fclose(f); }
-    };
-    std::unique_ptr<FILE, Close> file;
+    std::unique_ptr<FILE, CloseFile> file;
     uint32_t crc = 0;
 };
 
-// After a rename: the folder's entry reaches the disk too.
+// Flushes the folder of a file just renamed: without it a crash could undo the rename.
 inline void sync_folder(const std::string& file_path) {
     std::string folder = std::filesystem::path(file_path).parent_path().string();
     int fd = open(folder.empty() ? "." : folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (fd < 0) return;  // not every file system lets a folder be opened; the rename itself has succeeded
-    bool failed =
-        fsync(fd) != 0 && errno != EINVAL && errno != ENOTSUP;  // these two: the file system has nothing to sync
+    // EINVAL and ENOTSUP say that this file system does not flush folders.
+    bool failed = fsync(fd) != 0 && errno != EINVAL && errno != ENOTSUP;
     std::string why = errno_text();
     close(fd);
     if (failed)
@@ -893,8 +891,8 @@ inline void sync_folder(const std::string& file_path) {
              why);
 }
 
-// Writes a small file: whoever reads it finds all of the old text or all of the new. advice: what to do where it cannot
-// be written.
+// Replaces a small file: a reader finds all of the old text or all of the new. advice: what the user is to do where it
+// cannot be written.
 inline void replace_file(const std::string& path, const std::string& text, const char* advice) {
     std::string temporary = path + ".tmp";
     FILE* out = fopen(temporary.c_str(), "we");
@@ -908,7 +906,7 @@ inline void replace_file(const std::string& path, const std::string& text, const
     sync_folder(path);
 }
 
-// Writes beside the target and renames when everything is on the disk: whoever finds the file finds it whole.
+// Writes one of our files beside its target and renames it once everything is on the disk: the target is always whole.
 class FileWriter {
 public:
     explicit FileWriter(const std::string& path) : path(path), temporary(path + ".tmp") {
@@ -1002,7 +1000,7 @@ struct DebugState {
     }
 };
 
-// Bytes of one in the host's memory, tokens aside.
+// Bytes of a DebugState in the host's memory, tokens aside.
 template <class Real>
 size_t debug_state_bytes(const ModelConfig& c, int64_t B, int T) {
     return sizeof(Real) *
@@ -1033,7 +1031,7 @@ public:
 
     TokenSource() = default;
 
-    // paths: files; a single one may be a glob.
+    // paths: files, or a single glob. flag: the one to name in errors.
     TokenSource(const std::vector<std::string>& paths, const char* flag) {
         pattern = paths.size() == 1 ? paths[0] : format("%zu files", paths.size());
         std::vector<std::string> names = paths;
@@ -1049,7 +1047,7 @@ public:
         if (count == 0) fail("%s: expected text or token shards in '%s', found nothing", flag, pattern);
     }
 
-    // Tokens [first, first + n) of the row, each checked against V.
+    // Reads tokens [first, first + n) of the row into out (n) and checks that each is below V.
     void read(size_t first, size_t n, int V, int* out) const {
         auto file = std::upper_bound(files.begin(), files.end(), first,
                                      [](size_t at, const TokenFile& f) { return at < f.first + f.count; });
@@ -1070,7 +1068,7 @@ public:
 
 private:
     static int open_file(const std::string& path) {
-        int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a pipe must not make us wait
+        int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // opening a pipe must not wait for its writer
         if (fd < 0)
             throw DataError(format("%s: cannot be read (%s); expected a text file or a .bin shard", path,
                                    errno_text()));
@@ -1122,8 +1120,7 @@ private:
         close(fd);
         if (done < bytes.size())
             throw DataError(format("%s: expected %zu tokens as at the start of the run, found fewer; the file has been "
-                                   "cut short, "
-                                   "restore it",
+                                   "cut short, restore it",
                                    file.path, file.count));
         for (size_t i = 0; i < n; i++) {
             out[i] = shards ? bytes[2 * i] | bytes[2 * i + 1] << 8 : bytes[i];
@@ -1137,8 +1134,8 @@ private:
 
 // Deals the sequences of tokens [start, start + count) of a source, or those that a generator makes. An epoch divides
 // the tokens into n = (count-1)/T sequences of T inputs (targets are one further on) and shuffles them; the fewer than
-// T tokens that do not fill a sequence are others in every epoch. Sequence s is a function of (seed, s) alone: a resume
-// needs no state of the loader, and any rank can read any part of any batch.
+// T tokens left over are other ones in every epoch. Sequence s is a function of (seed, s) alone: a resume needs no
+// state of the loader, and any rank can read any sequence of any batch.
 class Loader {
 public:
     Loader(const TokenSource& source, size_t start, size_t count, int T, int V, uint64_t seed, bool shuffle)
@@ -1149,13 +1146,13 @@ public:
         while ((uint64_t(1) << (2 * half_bits)) < sequences) half_bits++;
     }
 
-    // generate(s, n, row) makes the first n tokens of sequence s; there is no last one.
+    // generate(s, n, row) makes the first n tokens of sequence s, for any s: there is no last sequence.
     using Generate = std::function<void(uint64_t s, int n, int* row)>;
     Loader(Generate generate, int T) : generate(std::move(generate)), T(size_t(T)), sequences(SIZE_MAX) {}
 
     size_t sequences_per_epoch() const { return sequences; }
 
-    // First token of sequence s, counted from the start of training.
+    // Where sequence s, counted from the start of training, begins in the source's row of tokens.
     size_t position(uint64_t s) const {
         uint64_t epoch = s / sequences, i = s % sequences;
         if (!shuffle) return start + size_t(i) * T;
@@ -1177,7 +1174,7 @@ public:
 
 private:
     const TokenSource* source = nullptr;
-    Generate generate;  // empty: the source's
+    Generate generate;  // empty: sequences come from the source
     size_t start = 0, T, sequences = 0, spare = 0;
     int V = 0, half_bits = 0;
     uint64_t seed = 0;
@@ -1204,8 +1201,8 @@ private:
 // ----------------------------------------------------------------------------------------------------
 // The command line: one row a flag, from which parsing, -h and the README's table come
 
-// What decides a run's numbers beside its model and its batch. A training state holds these, and a resume takes from it
-// what the command line does not say.
+// What decides a run's numbers beside its model and its batch. A training state holds these settings, and a resume
+// takes from it those that the command line does not give.
 struct Settings {
     int64_t steps = 400, warmup = 0;
     double lr = 0, weight_decay = 0.01, clip = 1.0;
@@ -1227,13 +1224,13 @@ struct Options : Settings {
 
 struct Flag {
     const char *short_name, *long_name, *argument;
-    const char* fallback;  // what is chosen where it is not given; null: the member's own value
+    const char* fallback;  // the default as -h shows it; null: the member's initial value
     const char* help;
     std::variant<std::string Options::*, std::vector<std::string> Options::*, int64_t Options::*, double Options::*,
                  bool Options::*>
         member;
-    double least = 0, most = 9e18;   // of a number
-    HeaderWord stored_in = H_MAGIC;  // of a setting: its words in a training state
+    double least = 0, most = 9e18;   // the bounds of a number
+    HeaderWord stored_in = H_MAGIC;  // where a training state holds a setting; H_MAGIC: it is none
     bool is_setting() const { return stored_in != H_MAGIC; }
 };
 
@@ -1254,7 +1251,7 @@ inline const Flag flags[] = {
     {"-d", "--total-batch", "TOKENS", "by -C",
      "tokens a step, of all ranks, a multiple of B*T*ranks; B*T*ranks where only -b is given", &Options::total_batch, 1,
      MAX_TOTAL_BATCH},
-    {"", "--norm", "NAME", nullptr, "norm placement: ", &Options::norm},  // the table's names follow
+    {"", "--norm", "NAME", nullptr, "norm placement: ", &Options::norm},  // help_text adds the names
     {"-a", "--alpha", "A", "by --norm", "weight of the shortcut, where the placement has one (keel: L)",
      &Options::alpha, 1e-30, 1e30},
     {"-l", "--lr", "X", "by -L", "peak learning rate", &Options::lr, 0, MAX_RATE, H_LR},
@@ -1311,7 +1308,7 @@ inline const Flag flags[] = {
     {"-h", "--help", "", "", "this list", &Options::help},
 };
 
-// What a flag that is not given means, as text.
+// The default of a flag, as -h shows it.
 inline std::string default_text(const Flag& f) {
     if (f.fallback) return f.fallback;
     const Options o;
@@ -1379,17 +1376,13 @@ inline Options parse_command_line(int argc, const char* const* argv) {
                     fail("%s: expected %s after it, found the flag %s; a value like that is given as %s=%s", word,
                          flag->argument, value, flag->long_name, value);
         }
-        if (auto* text = std::get_if<std::string Options::*>(&flag->member)) {
-            if (value.empty()) fail("%s: expected %s, found an empty word", word, flag->argument);
-            o.*(*text) = value;
-        } else if (auto* list = std::get_if<std::vector<std::string> Options::*>(&flag->member)) {
-            if (value.empty()) fail("%s: expected %s, found an empty word", word, flag->argument);
-            o.*(*list) = {value};
-        } else if (auto* integer = std::get_if<int64_t Options::*>(&flag->member)) {
+        if (auto* integer = std::get_if<int64_t Options::*>(&flag->member))
             o.*(*integer) = parse_integer(word.c_str(), value, flag->least, flag->most);
-        } else if (auto* real = std::get_if<double Options::*>(&flag->member)) {
+        else if (auto* real = std::get_if<double Options::*>(&flag->member))
             o.*(*real) = parse_real(word.c_str(), value, flag->least, flag->most);
-        }
+        else if (value.empty()) fail("%s: expected %s, found an empty word", word, flag->argument);
+        else if (auto* text = std::get_if<std::string Options::*>(&flag->member)) o.*(*text) = value;
+        else if (auto* list = std::get_if<std::vector<std::string> Options::*>(&flag->member)) o.*(*list) = {value};
     }
     if (o.resume && o.out.empty()) fail("-y: expected the run's folder with -o, found none; add -o DIR");
     if (o.resume && !o.init.empty()) fail("-y: goes on from -o, and -e starts from another file; give one of the two");
@@ -1411,7 +1404,7 @@ inline Options parse_command_line(int argc, const char* const* argv) {
     return o;
 }
 
-// A CRC only tells of accidents: whoever makes a file makes its CRC too.
+// The CRC does not spare these checks: it tells of accidents only, as whoever forges a file forges its CRC too.
 inline std::string state_fault(const FileHeader& h) {
     ModelConfig c = h.model();
     int B = h.word[H_B], T = h.word[H_T], level = h.word[H_RECOMPUTE];
@@ -1452,13 +1445,13 @@ inline std::string state_fault(const FileHeader& h) {
     return "";
 }
 
-// What the backward pass computes again: none keeps everything; gelu drops u and GELU's output; layer keeps only z; a
-// number K keeps every K-th z. Stored in a training state as 0, -1, 1 and K.
+// What the backward pass computes again. none: nothing; gelu: u and GELU's output; layer: all but z; an even number K:
+// all but every K-th z. A training state holds the level as 0, -1, 1 or K.
 struct Recompute {
     int level = 0;
     bool drops_u() const { return level == -1 || drops_all(); }  // u and GELU's output
     bool drops_all() const { return level == 1; }                // all activations of a branch
-    bool segments() const { return level >= 2; }  // all z and activations but those of the K sub-layers at work
+    bool segments() const { return level >= 2; }                 // all but every K-th z, K sub-layers at a time
     std::string name() const {
         return level == 0 ? "none" : level == -1 ? "gelu" : level == 1 ? "layer" : format("%d", level);
     }
@@ -1474,70 +1467,69 @@ struct Recompute {
     }
 };
 
-// Where a sub-layer's z and activations are: each kind has a buffer of slots as large as one sub-layer's. What is kept
-// until the backward pass has a slot of its own, the rest shares some.
+// Where the z and the activations of each sub-layer lie. Each kind has a buffer of slots, and a slot holds one
+// sub-layer's. What is kept until the backward pass has a slot of its own; the rest shares slots.
 struct ActivationSlots {
     size_t L, K;     // sub-layers; every K-th z is kept
-    size_t count;    // sub-layers whose activations are there at the same time, half of them attention
+    size_t count;    // sub-layers whose activations exist at the same time, half of them attention
     bool u_dropped;  // u and GELU's output have one slot
     ActivationSlots(int L, Recompute r)
-        : L(size_t(L)), K(r.segments() ? size_t(r.level) : 1), count(r.segments()    ? std::min(K, this->L)
-                                                                     : r.drops_all() ? 2
-                                                                                     : this->L),
-          u_dropped(r.drops_u()) {}
+        : L(size_t(L)), K(r.segments() ? size_t(r.level) : 1), count(size_t(L)), u_dropped(r.drops_u()) {
+        if (r.segments()) count = std::min(K, count);
+        if (r.drops_all()) count = 2;
+    }
 
     size_t kept_z() const { return (L + K - 1) / K + 1; }    // x_0 = "z_{-1}", every K-th z from there, z_{L-1}
-    size_t segment_z() const { return std::min(K, L) - 1; }  // the others of one segment
+    size_t segment_z() const { return std::min(K, L) - 1; }  // the z between two kept ones
     bool z_is_kept(int l) const { return size_t(l + 1) % K == 0 || size_t(l + 1) == L; }
     size_t z_slot(int l) const { return z_is_kept(l) ? (size_t(l + 1) + K - 1) / K : size_t(l + 1) % K - 1; }
 
-    size_t of(int l) const {
-        return size_t(l) % count;
-    }  // an attention's qkv, y, lse and a feed-forward's h are of(l) / 2
+    // The slot of sub-layer l; an attention's qkv, y and lse and a feed-forward's h are in slot of(l) / 2.
+    size_t of(int l) const { return size_t(l) % count; }
     size_t u_count() const { return u_dropped ? 1 : count; }
     size_t gelu_count() const { return u_dropped ? 1 : count / 2; }
     size_t u_of(int l) const { return u_dropped ? 0 : of(l); }
     size_t gelu_of(int l) const { return u_dropped ? 0 : of(l) / 2; }
 };
 
-// How the GPU trainer keeps what the optimizer works on; each is 4 bytes a parameter in FP32, 2 in BF16 with stochastic
-// rounding.
+// The types of AdamW's two moments and of the gradients in the GPU trainer: each takes 4 bytes a parameter in FP32, or
+// 2 in BF16 with stochastic rounding.
 struct StateTypes { bool moments_bf16 = false, grads_bf16 = false; };
 
 // Everything that decides a run's numbers.
 struct RunConfig : Settings {
     ModelConfig model;
-    int T = 0;                // sequence length, at most model.max_seq_len
-    int B = 0;                // micro-batch, sequences; 0: still to be chosen by memory
-    int64_t total_batch = 0;  // tokens a step
-    bool recompute_chosen = false;
+    int T = 0;                      // sequence length, at most model.max_seq_len
+    int B = 0;                      // micro-batch, sequences; 0: still to be chosen by memory
+    int64_t total_batch = 0;        // tokens a step
+    bool recompute_chosen = false;  // false: recompute, too, is still to be chosen by memory
     Recompute recompute;
     StateTypes types;
     std::string tune;         // --tune's table, which decides how products are summed; "": none
-    int ranks = 0, rank = 0;  // of the run, and which of them this process is; 0: alone, started by no launcher
+    int ranks = 0, rank = 0;  // ranks of the run, 0 where no launcher started it; which of them this process is
     int zero = 0;             // the ZeRO level
-    // So far, not settings: steps that updated nothing, and how many of them are the last ones. AdamW's bias
-    // corrections count the others.
+    // Not settings but counts: the steps so far that updated nothing, and how many of them came last, in a row. AdamW's
+    // bias corrections count only the other steps.
     int64_t skipped = 0, skipped_in_row = 0;
 
     int64_t batch_sequences() const { return total_batch / T; }
     int64_t rank_sequences() const { return batch_sequences() / std::max(1, ranks); }
     int accumulation() const { return int(rank_sequences() / B); }
-    // The first sequence of this rank's part of a micro-step: micro-batches go around the ranks, so that the ranks
-    // together read the batch of one.
+    // The first sequence of this rank's micro-batch: the ranks take micro-batches in rotation, so that together they
+    // read the batch that a single rank would.
     uint64_t sequence(int64_t step, int micro) const {
         return uint64_t(step - 1) * uint64_t(batch_sequences()) +
                (uint64_t(micro) * uint64_t(std::max(1, ranks)) + uint64_t(rank)) * uint64_t(B);
     }
 };
 
-// How a run's memory is shared out among its ranks; 0 ranks: alone.
+// How the ranks of a run divide its memory among them; ranks 0: no launcher started it.
 struct Sharing {
     int ranks = 0, rank = 0, zero = 0;
     Sharing() = default;
     explicit Sharing(const RunConfig& run) : ranks(run.ranks), rank(run.rank), zero(run.zero) {}
-    bool states() const { return ranks > 0 && zero >= 1; }     // moments, and masters, of what the rank owns alone
-    bool gradients() const { return ranks > 0 && zero >= 2; }  // gradients of two blocks at a time
+    bool states() const { return ranks > 0 && zero >= 1; }     // moments and master weights only of what the rank owns
+    bool gradients() const { return ranks > 0 && zero >= 2; }  // gradients only of two blocks at a time
     ParameterLayout grad_layout(const ParameterLayout& layout) const {
         return gradients() ? layout.with_two_blocks() : layout;
     }
@@ -1553,8 +1545,8 @@ inline double learning_rate(const RunConfig& run, int64_t s) {
     return least + (run.lr - least) * (1 + std::cos(M_PI * progress)) / 2;
 }
 
-// AdamW's (Loshchilov and Hutter 2019). KEEL's branch gradients shrink as 1/alpha: their RMS is 3e-6 at L = 1024, and
-// the usual epsilon of 1e-8 would slow them.
+// AdamW's constants (Loshchilov and Hutter 2019). KEEL's branch gradients shrink as 1/alpha: their RMS is 3e-6 at L =
+// 1024, and the usual epsilon of 1e-8 would slow them.
 inline constexpr double BETA1 = 0.9, BETA2 = 0.95, ADAM_EPSILON = 1e-12;
 
 // ----------------------------------------------------------------------------------------------------
@@ -1590,14 +1582,14 @@ inline int64_t default_total_batch(int C, int T) { return int64_t(T) * 16 * std:
 //     L = 64    2.133   2.006           1.975   1.975   2.018   2.017   2.157
 //     L = 256   2.136   2.042   2.029           2.043   2.065
 //
-// The optimum is flat, about a factor of two wide; smaller batches were expected to want less, and do not down to 1024
-// tokens.
+// The optimum is flat, about a factor of two wide. A smaller batch was expected to want a lower rate; down to 1024
+// tokens it does not.
 inline double default_lr(const ModelConfig& c) { return 9e-3 * std::min(1.0, std::cbrt(128.0 / c.L)); }
 
 // ----------------------------------------------------------------------------------------------------
 // What a run is: flags over the file it starts from, over the defaults of -L
 
-// The settings of a run in the words of its training state, and back, but for what the command line says.
+// Writes the settings of a run into the words of its training state.
 inline void store_settings(FileHeader& h, const Settings& settings) {
     Options o;
     static_cast<Settings&>(o) = settings;
@@ -1607,6 +1599,7 @@ inline void store_settings(FileHeader& h, const Settings& settings) {
         if (auto* real = std::get_if<double Options::*>(&f.member)) h.set(f.stored_in, o.*(*real));
     }
 }
+// Reads them back, except those that the command line gives.
 inline void restore_settings(Settings& settings, Options o, const FileHeader& state) {
     for (const Flag& f : flags) {
         if (!f.is_setting() || o.has(f.long_name)) continue;
@@ -1616,8 +1609,8 @@ inline void restore_settings(Settings& settings, Options o, const FileHeader& st
     settings = o;
 }
 
-// The model of a run. init: header of the model file of -e or of the state that -y goes on from, or null. V: the data's
-// vocabulary. data_T: the sequence length that the data asks for, or 0.
+// The model of a run. init: the header of -e's model file or of the state that -y goes on from, or null. V: the size of
+// the data's vocabulary. data_T: the sequence length that the data asks for, or 0.
 inline ModelConfig resolve_model(const Options& o, const FileHeader* init, int V, int data_T) {
     ModelConfig m;
     if (init) {
@@ -1652,7 +1645,7 @@ inline ModelConfig resolve_model(const Options& o, const FileHeader* init, int V
     return m;
 }
 
-// V: 0 where there is no data (sampling alone). ranks, rank: as in RunConfig. The rest as above.
+// A run. init, V and data_T: as above, with V 0 where there is no data (sampling alone). ranks, rank: as in RunConfig.
 inline RunConfig resolve_run(const Options& o, const FileHeader* init, int V, int data_T = 0, int ranks = 0,
                              int rank = 0) {
     RunConfig run;
@@ -1662,15 +1655,15 @@ inline RunConfig resolve_run(const Options& o, const FileHeader* init, int V, in
     bool resume = init && init->word[H_KIND] == FILE_STATE;
     run.T = o.seq_len ? int(o.seq_len) : resume ? init->word[H_T] : m.max_seq_len;
     run.B = o.batch ? int(o.batch) : resume ? init->word[H_B] : 0;
-    int64_t share = int64_t(run.T) * std::max(1, ranks);  // the least that -d can be: a sequence for each rank
+    int64_t least = int64_t(run.T) * std::max(1, ranks);  // tokens of the smallest -d: a sequence for each rank
     run.total_batch = o.total_batch ? o.total_batch
                       : resume      ? init->get<int64_t>(H_TOTAL_BATCH)
-                      : o.batch     ? o.batch * share
-                                    : int64_t(round_up(size_t(default_total_batch(m.C, run.T)), size_t(share)));
-    // Other ranks than those of the checkpoint, and its micro-batch does not fit them: it is chosen anew.
-    if (resume && !o.batch && init->word[H_RANKS] != std::max(1, ranks) && run.total_batch % (run.B * share)) run.B = 0;
-    if (run.total_batch % (std::max(run.B, 1) * share))
-        fail("-d: expected a multiple of %lld tokens (%sT%s), found %lld", (std::max(run.B, 1) * share),
+                      : o.batch     ? o.batch * least
+                                    : int64_t(round_up(size_t(default_total_batch(m.C, run.T)), size_t(least)));
+    // Where the checkpoint's micro-batch does not fit another number of ranks, it is chosen anew.
+    if (resume && !o.batch && init->word[H_RANKS] != std::max(1, ranks) && run.total_batch % (run.B * least)) run.B = 0;
+    if (run.total_batch % (std::max(run.B, 1) * least))
+        fail("-d: expected a multiple of %lld tokens (%sT%s), found %lld", (std::max(run.B, 1) * least),
              run.B ? "B*" : "", ranks > 1 ? " times the ranks" : "", run.total_batch);
     if (run.batch_sequences() > INT_MAX)
         fail("-d: expected at most %d sequences of -t tokens, found %lld; give a smaller -d or a larger -t", INT_MAX,
@@ -1695,9 +1688,9 @@ inline RunConfig resolve_run(const Options& o, const FileHeader* init, int V, in
 // Comparing two debug states (--check)
 
 // The largest relative L2 error of a right computation, for the coarsest of the types involved: 1e-10 in FP64, 1e-4 in
-// FP32 (a right one stays under 1e-5); with a BF16 branch 3e-2, where the q, k and v gains of hybridnorm sum few and
-// nearly cancelling terms. From L = 64 on, the placements whose highway must be FP32 are held to what a BF16 highway
-// fails.
+// FP32 (a right one stays under 1e-5), 3e-2 with a BF16 branch, 1e-1 for hybridnorm's q, k and v gains there, whose
+// gradients sum few and nearly cancelling terms. From L = 64 on, the placements whose highway must be FP32 are held to
+// what a BF16 highway fails.
 inline double check_tolerance(const ModelConfig& c, const std::string& tensor, int type, bool branch_bf16) {
     if (type == REAL_BF16 || branch_bf16) {
         bool fp32_highway = c.L >= 64 && (c.norm == KEEL || c.norm == DEEPNORM || c.norm == SCALEDPOST);
@@ -1737,7 +1730,7 @@ CheckRow compare_tensor(const std::string& name, const std::string& shape, const
     return row;
 }
 
-// A row per tensor; x and dx have one for each sub-layer's input and for what the last gives.
+// A row for each tensor; x and dx have one for each sub-layer's input and one for the last one's output.
 template <class Real>
 std::vector<CheckRow> compare_debug_states(const DebugState<Real>& file, const DebugState<Real>& ours) {
     std::vector<CheckRow> rows;

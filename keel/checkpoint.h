@@ -21,7 +21,7 @@ inline FileHeader state_header(RealType type, bool branch_bf16, const RunConfig&
     return h;
 }
 
-// -y: a run goes on bit for bit only in the numbers that it began in.
+// -y: refuses a checkpoint of a build with other types, as this one cannot go on from it bit for bit.
 inline void check_same_build(const FileHeader& state, RealType type, bool branch_bf16) {
     auto numbers = [](int type, bool bf16) { return format("type %d%s", type, bf16 ? " with a branch in BF16" : ""); };
     if (state.word[H_TYPE] != type || (state.word[H_BRANCH_BF16] != 0) != branch_bf16)
@@ -30,7 +30,8 @@ inline void check_same_build(const FileHeader& state, RealType type, bool branch
              numbers(type, branch_bf16), numbers(state.word[H_TYPE], state.word[H_BRANCH_BF16] != 0));
 }
 
-// What this rank owns, in the order of a file's body: the parameters (sections 1), or those and both moments (3).
+// Calls take(section, range) for all that this rank owns, in the order of a file's body: the parameters (sections 1),
+// or the parameters and both moments (3).
 template <IsTrainer Trainer, class Take>
 void each_owned_range(Trainer& trainer, int sections, Take take) {
     const std::vector<ShardRange> owned = trainer.layout().owned(trainer.run.rank);
@@ -38,7 +39,7 @@ void each_owned_range(Trainer& trainer, int sections, Take take) {
         for (const ShardRange& range : owned) take(Section(section), range);
 }
 
-// The sections into memory; returns where they end. trainer.saved() follows.
+// Copies what this rank owns to out and returns where it ends; the copy is complete after trainer.saved().
 template <IsTrainer Trainer>
 typename Trainer::Real* save_owned(Trainer& trainer, int sections, typename Trainer::Real* out) {
     each_owned_range(trainer, sections, [&](Section section, const ShardRange& range) {
@@ -48,7 +49,7 @@ typename Trainer::Real* save_owned(Trainer& trainer, int sections, typename Trai
     return out;
 }
 
-// A file's body straight from the trainer, a chunk of at most 64 MiB at a time.
+// Writes a file's body straight from the trainer, in chunks of at most 64 MiB.
 template <IsTrainer Trainer>
 void save_body(Trainer& trainer, FileWriter& out, int sections) {
     std::vector<typename Trainer::Real> chunk;
@@ -73,11 +74,11 @@ void write_model(const std::string& path, Trainer& trainer, int64_t step) {
     out.commit();
 }
 
-// The reverse: takes what this rank owns from the body of a file that has the sections of the ranges `stored`. Reading
-// ends where they end. trainer.loaded() follows, after the last file.
+// Loads what this rank owns from the body of a file that holds the ranges `stored` in each of its sections. The caller
+// calls trainer.loaded() after the last file.
 template <IsTrainer Trainer>
 void load_body(Trainer& trainer, FileReader& in, const std::vector<ShardRange>& stored, int sections) {
-    std::vector<ShardRange> own(trainer.layout().tensors.size());  // of each tensor
+    std::vector<ShardRange> own(trainer.layout().tensors.size());  // this rank's range of each tensor
     for (const ShardRange& range : trainer.layout().owned(trainer.run.rank)) own[range.tensor] = range;
     std::vector<typename Trainer::Real> chunk;
     for (int section = 0; section < sections; section++)
@@ -92,14 +93,14 @@ void load_body(Trainer& trainer, FileReader& in, const std::vector<ShardRange>& 
             }
 }
 
-// The parameters that a model, or a debug state, begins with.
+// Loads the parameters, with which the bodies of models and debug states begin.
 template <IsTrainer Trainer>
 void load_parameters(Trainer& trainer, FileReader& in) {
     load_body(trainer, in, ParameterLayout(in.header.model()).owned(0), 1);
     trainer.loaded();
 }
 
-// A checkpoint of any number of ranks. Files that have nothing of this rank's are not read.
+// Loads a checkpoint that any number of ranks wrote; files that hold nothing of what this rank owns are not read.
 template <IsTrainer Trainer>
 void load_states(Trainer& trainer, const StateFiles& files) {
     FileHeader first = FileReader(files.path(0), FILE_STATE).header;
@@ -120,14 +121,14 @@ void load_states(Trainer& trainer, const StateFiles& files) {
     trainer.loaded();
 }
 
-// Checkpoints of a run: the state first, then its model, as a resume writes a model that is missing. Where the host's
-// memory holds a snapshot of parameters and moments, training stalls for that copy only, and a thread writes the files
-// beside it. One write at a time: the next waits for it, and so does the run's end. An error in it is thrown by the
-// next call.
+// Writes the checkpoints of a run: the state first, then the model, which a resume can make from the state if it is
+// missing. Where the host's memory has room for a snapshot of parameters and moments, training stalls only while that
+// is taken, and a thread writes the files meanwhile. The next checkpoint and the run's end wait until a write under way
+// has ended. An error in it is thrown by the next call.
 //
-// Of several ranks each writes its own state, always from a snapshot. When all states are on the disk, which the ranks
-// tell each other with a step's numbers, rank 0 writes the model, and when it has, the checkpoint counts. All ranks
-// make the same calls.
+// With several ranks each writes its own state, always from a snapshot. Once all states are on the disk, which the
+// ranks tell each other with a step's numbers, rank 0 writes the model, and only then does the checkpoint count. All
+// ranks make the same calls.
 template <IsTrainer Trainer>
 class CheckpointWriter {
 public:
@@ -141,31 +142,29 @@ public:
         try {
             snapshot = typename Trainer::HostArray(snapshot_count(trainer.layout(), ranks));
         } catch (const Error& e) {
-            if (ranks) throw;  // free memory is not always memory that can be had, such as pinned memory in a container
+            if (ranks) throw;  // free memory cannot always be had: a container may limit pinned memory
             print("note       training waits while a checkpoint is written: no snapshot (%s)\n", std::string(e.what()));
             return;
         }
-        take_snapshot();  // touches its pages, which would stall the first checkpoint
+        take_snapshot();  // touches its pages, which would make the first checkpoint stall longer
     }
     ~CheckpointWriter() {
         if (thread.joinable()) thread.join();
     }
 
-    // Reals of a snapshot: what this rank owns, and of several ranks the model on rank 0.
+    // Reals of a snapshot: what this rank owns, and in a launched run's rank 0 the whole model.
     static size_t snapshot_count(const ParameterLayout& layout, const Ranks& ranks) {
         return SECTIONS * layout.owned_count(ranks.rank()) + (ranks && ranks.rank() == 0 ? layout.count : 0);
     }
 
-    // Where steps are being skipped, nothing is removed for the new checkpoint: it may hold what cannot be trained.
+    // While steps are being skipped, no older checkpoint is removed: the new one may hold weights beyond repair.
     void write(int64_t step) {
         wait();
         double start = seconds();
-        job = {step,
-               trainer.run.skipped_in_row > 0 ? 0 : keep,
-               0,
-               0,
-               state_header(real_type<Real>, Trainer::branch_bf16, trainer.run, step, data),
-               make_header(FILE_MODEL, real_type<Real>, trainer.run.model, step, Trainer::branch_bf16)};
+        job = {.step = step,
+               .keep = trainer.run.skipped_in_row > 0 ? 0 : keep,
+               .state = state_header(real_type<Real>, Trainer::branch_bf16, trainer.run, step, data),
+               .model = make_header(FILE_MODEL, real_type<Real>, trainer.run.model, step, Trainer::branch_bf16)};
         error = nullptr;
         if (snapshot.size()) {
             take_snapshot();
@@ -177,17 +176,17 @@ public:
         finish();
     }
 
-    // Of several ranks: the model of a checkpoint whose states are all there.
+    // With several ranks: writes the model that a killed run left missing beside a whole set of states.
     void write_model(int64_t step) {
-        job = {step, 0,  0,
-               0,    {}, make_header(FILE_MODEL, real_type<Real>, trainer.run.model, step, Trainer::branch_bf16)};
+        job = {.step = step,
+               .model = make_header(FILE_MODEL, real_type<Real>, trainer.run.model, step, Trainer::branch_bf16)};
         take_snapshot();
         if (ranks.rank() == 0) write_files(MODEL);
         if (error) std::rethrow_exception(std::exchange(error, nullptr));
     }
 
-    // Between steps: says what has been written, or throws why it could not be. all: the RankFlags that all ranks gave
-    // to the step.
+    // Called after each step: prints what has been written, or throws why it could not be. all: the RankFlags that all
+    // ranks gave to the step.
     void poll(unsigned all = 0) {
         if (phase != NOTHING && done.load(std::memory_order_acquire) && (!ranks || error || (all & flag_of_phase())))
             advance();
@@ -201,14 +200,13 @@ public:
         }
     }
     unsigned flags() const { return phase != NOTHING && done.load(std::memory_order_acquire) ? flag_of_phase() : 0u; }
-    int64_t last_step() const { return last; }  // of the newest that is whole and on the disk; -1: none
 
 private:
     enum Phase { NOTHING, STATE, MODEL, STATE_AND_MODEL };
     struct Job {
-        int64_t step, keep;
-        double stalled, written;  // seconds
-        FileHeader state, model;
+        int64_t step = -1, keep = 0;
+        double stalled = 0, written = 0;  // seconds
+        FileHeader state = {}, model = {};
     };
 
     unsigned flag_of_phase() const { return phase == STATE ? STATE_WRITTEN : MODEL_WRITTEN; }
@@ -219,7 +217,7 @@ private:
         trainer.saved();
     }
 
-    // False where there are no more threads, and the caller must write.
+    // Starts a thread that writes; false where there is none to be had and the caller must write.
     bool start_writing(Phase what) {
         phase = what, done = false;
         try {
@@ -244,7 +242,7 @@ private:
                 if (phase == NOTHING && !ranks) {  // there is no snapshot
                     save_body(trainer, out, state ? SECTIONS : 1);
                 } else {
-                    size_t model = ranks ? SECTIONS * owned : 0;  // where it is in the snapshot
+                    size_t model = ranks ? SECTIONS * owned : 0;  // where the model starts in the snapshot
                     out.write(snapshot.data() + (state ? 0 : model),
                               (state ? SECTIONS * owned : trainer.layout().count) * sizeof(Real));
                 }
@@ -270,7 +268,6 @@ private:
     void finish() {
         phase = NOTHING;
         if (error) std::rethrow_exception(std::exchange(error, nullptr));
-        last = job.step;
         if (ranks && ranks.rank() == 0) remove_old_checkpoints(folder, job.step, job.keep);
         print("checkpoint | %s | training stalled for %.1f ms, written in %.0f ms\n", state_path(folder, job.step),
               job.stalled * 1e3, job.written * 1e3);
@@ -279,12 +276,12 @@ private:
     Trainer& trainer;
     const DataSplit& data;
     std::string folder;
-    int64_t keep, last = -1;
+    int64_t keep;
     std::vector<CsvLog*> logs;
     Ranks ranks;
     size_t owned;                          // reals of the parameters that this rank owns
     typename Trainer::HostArray snapshot;  // empty: checkpoints are written while training waits
-    Job job{};
+    Job job;
     Phase phase = NOTHING;
     std::exception_ptr error;
     std::atomic<bool> done = false;

@@ -14,17 +14,17 @@ inline void check(cublasStatus_t status, const char* what) {
 
 constexpr size_t GEMM_WORKSPACE = 32 << 20;  // bytes, what NVIDIA recommends for Hopper
 
-// How cuBLASLt does a product of one shape; made at its first use.
+// How cuBLASLt computes the products of one shape; made at the first of them.
 struct GemmPlan {
     cublasLtMatmulDesc_t operation;
     cublasLtMatrixLayout_t a, b, d;
     cublasLtMatmulAlgo_t algorithm;
 };
-using GemmKey =
-    std::tuple<bool, bool, size_t, size_t, size_t, bool, bool>;  // a, b transposed; m, n, k; FP32 result; added to it
+// a transposed, b transposed; m, n, k; whether the result is FP32, and whether the product is added to it
+using GemmKey = std::tuple<bool, bool, size_t, size_t, size_t, bool, bool>;
 
 // --tune FILE: the fastest of cuBLASLt's algorithms for each shape of product, as measured on this GPU with this
-// cuBLASLt. Rows of others stay in the file.
+// cuBLASLt. Rows of other GPUs and versions stay in the file.
 class TuningTable {
 public:
     static constexpr const char* COLUMNS = "gpu,cublaslt,a_transposed,b_transposed,m,n,k,inputs,result,beta,first_us,"
@@ -69,7 +69,7 @@ public:
         return row == rows.end() ? nullptr : &row->second.algorithm;
     }
 
-    // Takes a row in, and the file with it.
+    // Adds a row, and writes the file anew.
     void add(const GemmKey& shape, const cublasLtMatmulAlgo_t& algorithm, double first_us, double best_us) {
         rows[key(shape)] = {algorithm, format("%.2f,%.2f", first_us, best_us)};
         std::string text = std::string(COLUMNS) + "\n";
@@ -114,11 +114,11 @@ private:
     }
 };
 
-// Of the sums over blocks (add_partials in train_keel.cu): the blocks of one, how many rows are added at a time, and
-// counters for both rounds.
+// Sums over thread blocks run in two rounds (add_partials in train_keel.cu): the last of every FAN_IN blocks to arrive
+// adds up their rows, and the last of those adds up the results. Each group has an arrival counter, and so has the end.
 constexpr unsigned FAN_IN = 16, MAX_PARTIAL_BLOCKS = 1024, ARRIVAL_COUNTERS = 1 + MAX_PARTIAL_BLOCKS / FAN_IN;
 
-// What every layer needs to run: the stream, matrix products, and scratch memory that layers use one after another.
+// What every layer needs to run: the stream, matrix products, and scratch memory that one layer after another uses.
 class Device {
 public:
     cudaStream_t stream = nullptr;
@@ -147,17 +147,17 @@ public:
     void zero(const DeviceArray<T>& a) {
         if (a.size()) CUDA(cudaMemsetAsync(a.data(), 0, a.size() * sizeof(T), stream));
     }
-    // n numbers in [-1, 1) to time a product on: zeros take less power, and run faster
+    // n random numbers in [-1, 1) to time a product on: zeros take less power and run faster.
     DeviceArray<branch_t> random_matrix(size_t n);
     template <class T>
     void copy(T* to, const T* from, size_t n) {
         CUDA(cudaMemcpyAsync(to, from, n * sizeof(T), cudaMemcpyDefault, stream));
     }
 
-    int product_multiprocessors = 0;      // of the GPU, that products may use; 0: all
-    std::unique_ptr<TuningTable> tuning;  // of --tune; null without
+    int product_multiprocessors = 0;      // how many of the GPU's a product may use; 0: all
+    std::unique_ptr<TuningTable> tuning;  // --tune's table; null without
 
-    // While one lives, with `on`, a product of a shape that the table does not have is measured.
+    // While a Tuning with `on` lives, products of shapes that the table lacks are measured.
     struct Tuning {
         Device& device;
         Tuning(Device& device, bool on) : device(device) { device.measuring = on && device.tuning; }
@@ -165,7 +165,7 @@ public:
         Tuning(const Tuning&) = delete;
         Tuning& operator=(const Tuning&) = delete;
     };
-    // Bytes of scratch that measuring a product (m,n,k) takes: a, b, d and what fills the L2 between.
+    // Bytes of scratch that measuring a product (m,n,k) takes: a, b, d and the buffer that flushes the L2.
     static size_t tuning_bytes(size_t m, size_t n, size_t k, bool fp32_out) {
         return (m * k + k * n) * sizeof(branch_t) + m * n * (fp32_out ? 4 : 2) + twice_l2();
     }
@@ -177,15 +177,11 @@ public:
     void product(Out* d, const branch_t* a, bool a_transposed, const branch_t* b, bool b_transposed, size_t m, size_t n,
                  size_t k, bool accumulate) {
         const GemmPlan& plan = gemm_plan({a_transposed, b_transposed, m, n, k, sizeof(Out) == 4, accumulate});
-        float one = 1, beta = accumulate ? 1 : 0;
-        check(cublasLtMatmul(handle, plan.operation, &one, a, plan.a, b, plan.b, &beta, d, plan.d, d, plan.d,
-                             &plan.algorithm, workspace.data(), workspace.size(), stream),
-              "cublasLtMatmul");
+        multiply(plan, plan.algorithm, d, a, b, accumulate);
     }
 
-    // Operations a second of a large product in the branch's type, what every rate is compared with: the median of a
-    // few. The matrices hold random numbers, as zeros take less power and run faster; they are as large as the machine
-    // and the memory that is left.
+    // Operations a second of a large product in the branch's type, with which every rate is compared: the median of 15.
+    // The matrices are as large as the GPU and the memory that is left allow.
     double matrix_rate() {
         size_t n = 256;
         while (n < 8192 && n < size_t(gpu_properties().multiProcessorCount) * 64) n *= 2;
@@ -209,8 +205,15 @@ public:
 private:
     cublasLtHandle_t handle = nullptr;
     std::map<GemmKey, GemmPlan> plans;
-
     bool measuring = false;
+
+    void multiply(const GemmPlan& plan, const cublasLtMatmulAlgo_t& algorithm, void* d, const branch_t* a,
+                  const branch_t* b, bool accumulate) {
+        float one = 1, beta = accumulate ? 1 : 0;
+        check(cublasLtMatmul(handle, plan.operation, &one, a, plan.a, b, plan.b, &beta, d, plan.d, d, plan.d,
+                             &algorithm, workspace.data(), workspace.size(), stream),
+              "cublasLtMatmul");
+    }
 
     static size_t twice_l2() {
         int bytes = 0;
@@ -218,7 +221,7 @@ private:
         return 2 * size_t(bytes);
     }
 
-    // A shape's algorithm is the first that cuBLASLt's heuristic names: the same on every run. With --tune it is the
+    // A shape's algorithm is the first that cuBLASLt's heuristic names, the same on every run; with --tune it is the
     // table's.
     const GemmPlan& gemm_plan(const GemmKey& key) {
         if (auto found = plans.find(key); found != plans.end()) return found->second;
@@ -227,23 +230,13 @@ private:
         GemmPlan plan{};
         cublasOperation_t op_a = ta ? CUBLAS_OP_T : CUBLAS_OP_N, op_b = tb ? CUBLAS_OP_T : CUBLAS_OP_N;
         check(cublasLtMatmulDescCreate(&plan.operation, CUBLAS_COMPUTE_32F, CUDA_R_32F), "cublasLtMatmulDescCreate");
-        check(cublasLtMatmulDescSetAttribute(plan.operation, CUBLASLT_MATMUL_DESC_TRANSA, &op_a, sizeof op_a), "CUBLASL"
-                                                                                                               "T_"
-                                                                                                               "MATMUL_"
-                                                                                                               "DESC_"
-                                                                                                               "TRANS"
-                                                                                                               "A");
-        check(cublasLtMatmulDescSetAttribute(plan.operation, CUBLASLT_MATMUL_DESC_TRANSB, &op_b, sizeof op_b), "CUBLASL"
-                                                                                                               "T_"
-                                                                                                               "MATMUL_"
-                                                                                                               "DESC_"
-                                                                                                               "TRANS"
-                                                                                                               "B");
-        int32_t multiprocessors = product_multiprocessors;
-        if (multiprocessors > 0)
-            check(cublasLtMatmulDescSetAttribute(plan.operation, CUBLASLT_MATMUL_DESC_SM_COUNT_TARGET, &multiprocessors,
-                                                 sizeof multiprocessors),
-                  "CUBLASLT_MATMUL_DESC_SM_COUNT_TARGET");
+        auto set = [&](cublasLtMatmulDescAttributes_t which, const auto& value, const char* what) {
+            check(cublasLtMatmulDescSetAttribute(plan.operation, which, &value, sizeof value), what);
+        };
+        set(CUBLASLT_MATMUL_DESC_TRANSA, op_a, "CUBLASLT_MATMUL_DESC_TRANSA");
+        set(CUBLASLT_MATMUL_DESC_TRANSB, op_b, "CUBLASLT_MATMUL_DESC_TRANSB");
+        if (int32_t most = product_multiprocessors; most > 0)
+            set(CUBLASLT_MATMUL_DESC_SM_COUNT_TARGET, most, "CUBLASLT_MATMUL_DESC_SM_COUNT_TARGET");
         auto layout = [](cublasLtMatrixLayout_t* l, cudaDataType type, size_t rows, size_t cols) {
             check(cublasLtMatrixLayoutCreate(l, type, rows, cols, int64_t(rows)), "cublasLtMatrixLayoutCreate");
         };
@@ -252,21 +245,18 @@ private:
         layout(&plan.d, out_type, m, n);
         cublasLtMatmulPreference_t preference;
         check(cublasLtMatmulPreferenceCreate(&preference), "cublasLtMatmulPreferenceCreate");
-        size_t bytes = GEMM_WORKSPACE;
-        check(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &bytes,
-                                                   sizeof bytes),
-              "workspace");
-        // A product that is split along k adds its parts in FP32, never in BF16.
+        auto prefer = [&](cublasLtMatmulPreferenceAttributes_t which, const auto& value, const char* what) {
+            check(cublasLtMatmulPreferenceSetAttribute(preference, which, &value, sizeof value), what);
+        };
+        prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, GEMM_WORKSPACE, "workspace");
+        // A product that is split along k adds its partial sums in FP32, never in BF16.
         uint32_t schemes = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
-        check(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &schemes,
-                                                   sizeof schemes),
-              "reduction");
-        // In bytes. A tensor starts where the one before it ends: every size is a multiple of 8 elements in BF16, of
-        // one in FP32.
-        uint32_t alignment = BRANCH_BF16 ? 16 : 4;
+        prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, schemes, "reduction");
+        // A tensor starts where the one before it ends: every size is a multiple of 8 elements in BF16, of one in FP32.
+        uint32_t alignment = BRANCH_BF16 ? 16 : 4;  // bytes
         for (auto which : {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
                            CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
-            check(cublasLtMatmulPreferenceSetAttribute(preference, which, &alignment, sizeof alignment), "alignment");
+            prefer(which, alignment, "alignment");
         cublasLtMatmulHeuristicResult_t results[MOST_CANDIDATES] = {};
         int found = 0;
         cublasStatus_t status =
@@ -281,7 +271,7 @@ private:
         try {
             if (tuned && usable(plan, *tuned)) plan.algorithm = *tuned;
             else if (measuring) plan.algorithm = fastest(plan, key, {results, size_t(found)});
-        } catch (...) {  // no memory for its scratch, or no room for its table
+        } catch (...) {  // no memory for the scratch matrices, or no disk for the table
             destroy(plan);
             throw;
         }
@@ -310,17 +300,13 @@ private:
         DeviceArray<branch_t> a = random_matrix(m * k), b = random_matrix(k * n);
         DeviceArray<char> d(m * n * (fp32_out ? 4 : 2)), other(twice_l2());
         zero(d);
-        float one = 1, beta = accumulate ? 1 : 0;
         Stopwatch watch(stream);
-        std::vector<std::vector<float>> times(results.size());
-        for (int round = -1; round < ROUNDS; round++)  // -1: warm-up
+        std::vector<std::vector<float>> times(results.size());  // milliseconds
+        for (int round = -1; round < ROUNDS; round++)           // -1: warm-up
             for (size_t i = 0; i < results.size(); i++) {
                 zero(other);
                 watch.start();
-                check(cublasLtMatmul(handle, plan.operation, &one, a.data(), plan.a, b.data(), plan.b, &beta, d.data(),
-                                     plan.d, d.data(), plan.d, &results[i].algo, workspace.data(), workspace.size(),
-                                     stream),
-                      "cublasLtMatmul");
+                multiply(plan, results[i].algo, d.data(), a.data(), b.data(), accumulate);
                 float ms = watch.stop();
                 if (round >= 0) times[i].push_back(ms);
             }

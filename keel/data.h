@@ -3,7 +3,7 @@
 
 #include "hops.h"
 
-// The trainer's sources, which lie beside the program.
+// The data of -i; by default the trainer's own sources, which lie beside the program.
 inline TokenSource open_training_data(const Options& o) {
     if (!o.train.empty()) return TokenSource(o.train, "-i");
     std::error_code ignored;
@@ -61,7 +61,8 @@ struct DataSplit {
                         : Loader(val, val_start, val_count, run.T, run.model.V, seed, false);
     }
 
-    // Every token against V, before anything is written; beyond 2^27 tokens (seconds of reading), as they are read.
+    // Checks the first 2^27 tokens, which take seconds to read, against V before anything is written; later ones are
+    // checked as they are read.
     void check_tokens(int V) const {
         if (programs.hops && V <= 'z')
             fail("-i: expected a model of V above %d for %s, found V = %d; use another model", int('z'), train.pattern,
@@ -76,8 +77,8 @@ struct DataSplit {
         }
     }
 
-    // Nats a token: the loss of a model that knows of the training data how frequent each token is, and nothing more.
-    // From its first 2^22.
+    // The loss, in nats a token, of a model that knows how frequent each token is and nothing more; taken from the
+    // first 2^22 training tokens.
     double unigram_entropy(int V) const {
         size_t n = programs.hops ? size_t(1) << 18 : std::min(train_count, size_t(1) << 22);
         std::vector<size_t> counts(static_cast<size_t>(V));
@@ -101,8 +102,7 @@ struct DataSplit {
         size_t need = size_t(run.total_batch) + 1;
         if ((train_count - 1) / size_t(run.T) < size_t(run.batch_sequences()))
             fail("-i: expected at least %zu tokens to train on, one batch of -d %lld and a target, found %zu; give "
-                 "more "
-                 "data or a smaller -d",
+                 "more data or a smaller -d",
                  need, run.total_batch, train_count);
     }
     void check_validation(const RunConfig& run) const {

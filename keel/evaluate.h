@@ -1,12 +1,13 @@
-// keel/evaluate.h: what is done with a model beside training it: validation, --dump and --check, --ablate.
+// keel/evaluate.h: what a run does with a model beside training it: validation, --dump and --check, --ablate.
 #pragma once
 
 #include "checkpoint.h"
 
-// For the log: a NaN has no sign that means anything.
+// A number as the logs have it: without the sign of a NaN, which means nothing.
 inline std::string number_text(double x) { return std::isnan(x) ? "nan" : format("%.9g", x); }
 
-// The mean loss over the first -m batches of the validation data, in order. Micro-batches go around the ranks.
+// The mean loss over the first -m batches of the validation data, in order; the ranks take micro-batches in rotation.
+// hops: counts the answers of programs; null for files.
 template <IsTrainer Trainer>
 double validate(Trainer& trainer, const Loader& loader, const RunConfig& run, const Ranks& ranks = {},
                 HopAccuracy* hops = nullptr) {
@@ -18,19 +19,21 @@ double validate(Trainer& trainer, const Loader& loader, const RunConfig& run, co
         int b = int(std::min(size_t(run.B), sequences - s));
         loader.batch(s, b, tokens.data(), targets.data());
         sum += trainer.evaluate(tokens.data(), targets.data(), b, hops ? predictions.data() : nullptr);
-        for (int i = 0; hops && i < b; i++)
+        if (!hops) continue;
+        for (int i = 0; i < b; i++)
             for (const HopPrograms::Answer& answer :
                  hops->programs.answers(uint64_t(run.seed), s + uint64_t(i), run.T)) {
                 size_t at = size_t(i) * size_t(run.T) + size_t(answer.position);
                 hops->add(answer, predictions[at] == targets[at]);
             }
     }
-    for (std::vector<int64_t>* counts : {hops ? &hops->count : nullptr, hops ? &hops->right : nullptr})
-        for (size_t h = 0; counts && h < counts->size(); h++) (*counts)[h] = int64_t(ranks.sum(double((*counts)[h])));
+    if (hops)
+        for (auto* counts : {&hops->count, &hops->right})
+            for (int64_t& n : *counts) n = int64_t(ranks.sum(double(n)));
     return ranks.sum(sum) / (double(sequences) * run.T);
 }
 
-// Before --dump computes anything: its file can be written, and replaces nothing but an older dump.
+// Fails, before --dump computes anything, unless its file can be written and replaces nothing but an older dump.
 inline void check_dump_target(const std::string& path) {
     namespace fs = std::filesystem;
     std::error_code error;
@@ -49,7 +52,7 @@ inline void check_dump_target(const std::string& path) {
         fail("--dump: expected a new file or an older dump, found something else in %s; give another name", path);
 }
 
-// --dump: one batch's debug state.
+// --dump: writes one batch's debug state.
 template <IsTrainer Trainer>
 int dump_debug_state(const Options& o, Trainer& trainer, const Loader& data) {
     const RunConfig& run = trainer.run;
@@ -62,7 +65,7 @@ int dump_debug_state(const Options& o, Trainer& trainer, const Loader& data) {
     return 0;
 }
 
-// --check: 0 if every tensor of the file is what this build computes from its parameters and tokens.
+// --check: exit status 0 if every tensor of the file is what this build computes from its parameters and tokens.
 template <IsTrainer Trainer>
 int check_debug_state(const Options& o) {
     using Real = typename Trainer::Real;
@@ -77,15 +80,15 @@ int check_debug_state(const Options& o) {
     require_memory(2 * debug_state_bytes<Real>(run.model, run.B, run.T), available_memory(), advice);
     DebugState<Real> file = DebugState<Real>::read(o.check), ours;
     Trainer trainer(run, nullptr);
-    FileReader again(o.check, FILE_DEBUG);  // the parameters are what a debug state starts with, as a model does
+    FileReader again(o.check, FILE_DEBUG);  // its body starts with the parameters, as a model's does
     load_parameters(trainer, again);
     ours.tokens = file.tokens, ours.targets = file.targets;
     trainer.debug_pass(ours, run.B, run.T);
     return print_check_table(compare_debug_states(file, ours)) ? 0 : 1;
 }
 
-// --ablate: the validation loss with the branch of one sub-layer removed, F_l = 0 and so z_l = alpha_l x_l before its
-// norm; for one, or each in turn.
+// --ablate: the validation loss with the branch of one sub-layer removed, so that F_l = 0 and z_l = alpha_l x_l; for
+// the sub-layer given, or for one after another.
 template <IsTrainer Trainer>
 int run_ablation(const Options& o, Trainer& trainer, const Loader& val) {
     const RunConfig& run = trainer.run;

@@ -6,8 +6,8 @@
 
 #include "../keel_common.h"
 
-// The output folder: model_00001000.bin, state_00001000_00000.bin, log.csv, probe.csv, probe_weights.csv, hops.csv,
-// ablate.csv
+// The output folder holds model_00001000.bin and state_00001000_00000.bin for each checkpoint, log.csv, and where asked
+// for probe.csv, probe_weights.csv, hops.csv and ablate.csv.
 
 inline std::string model_path(const std::string& folder, int64_t step) {
     return format("%s/model_%08lld.bin", folder, step);
@@ -16,7 +16,7 @@ inline std::string state_path(const std::string& folder, int64_t step, int rank 
     return format("%s/state_%08lld_%05d.bin", folder, step, rank);
 }
 
-// The files in a folder whose name fits the pattern, "state_%lld_00000.bin%n", with their step, from the newest on.
+// The files of a folder whose names fit a pattern such as "state_%lld_00000.bin%n", each with its step, newest first.
 inline std::vector<std::pair<long long, std::string>> files_by_step(const std::string& folder, const char* pattern) {
     std::vector<std::pair<long long, std::string>> found;
     std::error_code ignored;
@@ -33,14 +33,14 @@ inline std::vector<std::pair<long long, std::string>> files_by_step(const std::s
 inline constexpr const char *STATE_PATTERN = "state_%lld_00000.bin%n", *ANY_STATE_PATTERN = "state_%lld_%*5[0-9].bin%n",
                             *MODEL_PATTERN = "model_%lld.bin%n";
 
-// --keep: removes all but the newest checkpoints up to this step. Later ones are not this run's: a resume passed them
-// over.
+// --keep: of the checkpoints up to this step, removes all but the newest `keep`. Those of later steps are damaged ones
+// that a resume passed over, and stay.
 inline void remove_old_checkpoints(const std::string& folder, int64_t step, int64_t keep) {
     if (keep == 0) return;
     for (auto [counted, removed] :
          {std::pair{STATE_PATTERN, ANY_STATE_PATTERN}, std::pair{MODEL_PATTERN, MODEL_PATTERN}}) {
         int64_t seen = 0;
-        long long oldest = 0;  // that stays
+        long long oldest = 0;  // the first step that stays
         for (const auto& file : files_by_step(folder, counted))
             if (file.first <= step && ++seen == keep) oldest = file.first;
         for (const auto& [file_step, path] : files_by_step(folder, removed))
@@ -48,7 +48,7 @@ inline void remove_old_checkpoints(const std::string& folder, int64_t step, int6
     }
 }
 
-// What a killed run left half-written.
+// Removes what a killed run left half-written.
 inline void remove_unfinished_files(const std::string& folder) {
     for (const char* pattern : {"state_%lld_%*5[0-9].bin.tmp%n", "model_%lld.bin.tmp%n"})
         for (const auto& file : files_by_step(folder, pattern)) unlink(file.second.c_str());
@@ -58,11 +58,11 @@ inline void remove_unfinished_files(const std::string& folder) {
 struct StateFiles {
     std::string folder;
     int64_t step = -1;  // -1: none
-    int ranks = 0;      // that wrote it
+    int ranks = 0;      // how many wrote it
     explicit operator bool() const { return step >= 0; }
     std::string path(int rank) const { return state_path(folder, step, rank); }
 
-    // One of the files, which must be of this checkpoint: `first` is the header of rank 0's.
+    // Opens a rank's file, which must belong to the checkpoint of rank 0's file, whose header is `first`.
     FileReader open(int rank, const FileHeader& first) const {
         FileReader in(path(rank), FILE_STATE);
         FileHeader expected = first;
@@ -71,7 +71,7 @@ struct StateFiles {
             fail("%s: expected rank %d of the checkpoint of %s, found another's", path(rank), rank, path(0));
         return in;
     }
-    // Of a file that is not there, its path; "" where all are.
+    // The path of a file that is missing; "" where none is.
     std::string missing() const {
         for (int r = 0; r < ranks; r++)
             if (access(path(r).c_str(), F_OK) != 0) return path(r);
@@ -79,25 +79,24 @@ struct StateFiles {
     }
 };
 
-// Removes states that a killed run left without those of its other ranks, of later steps than this one.
+// Removes states of steps after `after` that a killed run left without those of its other ranks.
 inline void remove_incomplete_states(const std::string& folder, int64_t after) {
     for (const auto& [step, path] : files_by_step(folder, ANY_STATE_PATTERN)) {
         if (step <= after) continue;
         bool incomplete = access(state_path(folder, step).c_str(), F_OK) != 0;
         try {
-            if (!incomplete)
-                incomplete =
-                    !StateFiles{folder, step, FileReader(state_path(folder, step), FILE_STATE).header.word[H_RANKS]}
-                         .missing()
-                         .empty();
-        } catch (const Error&) {  // damaged: to be seen, not to be removed
+            if (!incomplete) {
+                int ranks = FileReader(state_path(folder, step), FILE_STATE).header.word[H_RANKS];
+                incomplete = !StateFiles{folder, step, ranks}.missing().empty();
+            }
+        } catch (const Error&) {  // a damaged file is left for the user to see
         }
         if (incomplete) unlink(path.c_str());
     }
 }
 
-// The newest checkpoint in the folder whose states are all whole, or none where there is none at all. What is passed
-// over is named on stderr. Of several ranks each reads a part of the files, and all come to the same answer.
+// The newest checkpoint of the folder whose states are all whole, or none where the folder has no checkpoint. Those
+// passed over are named on stderr. The ranks divide the files among them to read, and all return the same answer.
 template <class Ranks>
 StateFiles newest_states(const std::string& folder, Ranks& ranks) {
     std::vector<std::pair<long long, std::string>> found;
@@ -145,7 +144,7 @@ StateFiles newest_states(const std::string& folder, Ranks& ranks) {
     }
 }
 
-// Before anything is written: the folder can be made and written, and no other run is in it.
+// Fails, before anything is written, unless the folder can be made and written and holds no other run.
 inline void check_output_folder(const std::string& folder, bool resume) {
     namespace fs = std::filesystem;
     std::error_code error;
@@ -166,7 +165,7 @@ inline void check_output_folder(const std::string& folder, bool resume) {
         fail("-o: %s cannot be written (%s); give a folder that can", probe, errno_text());
 }
 
-// -y where no checkpoint is: a fresh start, unless models show that a run has been here whose states are gone.
+// -y in a folder without checkpoints starts fresh, unless models in it show that a run has lost its states.
 inline void check_fresh_resume(const std::string& folder) {
     std::error_code ignored;
     for (const auto& entry : std::filesystem::directory_iterator(folder, ignored))
@@ -177,7 +176,7 @@ inline void check_fresh_resume(const std::string& folder) {
     print("starting   fresh, as there is no checkpoint in %s\n", folder);
 }
 
-// Makes the folder and those above it, each on the disk before the next.
+// Makes the folder and those above it; each is on the disk before the next is made.
 inline void create_output_folder(const std::string& folder) {
     std::filesystem::path path;
     for (const auto& part : std::filesystem::path(folder)) {
@@ -189,8 +188,8 @@ inline void create_output_folder(const std::string& folder) {
     }
 }
 
-// One run in a folder at a time. The lock is the kernel's, on a file that names its holder: it ends with the process,
-// however that ends, and the file that a killed run leaves stands in nobody's way.
+// Keeps a second run out of the folder. The lock is the kernel's, on a file that names its holder: it ends with the
+// process, however that ends, and the file that a killed run leaves behind blocks nobody.
 class FolderLock {
 public:
     FolderLock() = default;
@@ -209,17 +208,15 @@ public:
                 close(fd);
                 fail("-o: %s is in use by %s; wait for it, end it, or give another folder", folder, holder);
             }
-            struct stat ours, there;  // the holder before us may have removed the file between our open and our lock
+            struct stat ours, there;  // the last holder may have removed the file between our open and our lock
             if (fstat(fd, &ours) == 0 && stat(path.c_str(), &there) == 0 && ours.st_ino == there.st_ino &&
                 ours.st_dev == there.st_dev)
                 break;
             close(fd);
         }
-        char host[128] = "?";
-        gethostname(host, sizeof host - 1);
-        std::string text = format("process %d on %s", int(getpid()), host);
+        std::string text = process_name();
         if (ftruncate(fd, 0) != 0 || pwrite(fd, text.data(), text.size(), 0) != ssize_t(text.size())) {
-        }  // on a full disk it is a lock without a name
+        }  // on a full disk the lock names no holder
     }
     ~FolderLock() {
         if (fd < 0) return;
@@ -238,8 +235,8 @@ private:
     int fd = -1;
 };
 
-// The rows of a csv file of ours up to a step: whole lines that start with a step in order. Anything else in it is
-// dropped: a killed run leaves half a line, a crashed machine leaves zeros.
+// Calls row(step, line) for the rows of a log up to last_step: whole lines that start with a step, in order. Anything
+// else is dropped: a killed run leaves half a line, a crashed machine leaves zeros.
 template <class Row>
 void read_csv_rows(const std::string& path, int64_t last_step, Row row) {
     int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
@@ -267,12 +264,12 @@ void read_csv_rows(const std::string& path, int64_t last_step, Row row) {
 // A csv file that a resumed run continues: rows of later steps than the checkpoint's are dropped first.
 class CsvLog {
 public:
-    CsvLog() = default;  // drops its rows: of the ranks that have no files
+    CsvLog() = default;  // one that drops its rows, for the ranks that write no files
     CsvLog(const std::string& path, const std::string& columns, int64_t resume_step) : path(path) {
         std::string kept = columns + "\n";
         if (resume_step >= 0) read_csv_rows(path, resume_step, [&](int64_t, const std::string& line) { kept += line; });
-        replace_file(path, kept, "free some space or give another -o");  // on the disk: rows from now on go to the new
-                                                                         // file, no crash may bring the old one back
+        // It is on the disk before a row is added: no crash may bring the old file back.
+        replace_file(path, kept, "free some space or give another -o");
         file.reset(fopen(path.c_str(), "ae"));
         if (!file) fail("%s: could not be written (%s)", path, errno_text());
     }
@@ -281,22 +278,19 @@ public:
         if (fprintf(file.get(), "%s\n", text.c_str()) < 0 || fflush(file.get()) != 0)
             fail("%s: could not be written (%s); free some space and go on by -y", path, errno_text());
     }
-    // May be called while another thread adds rows: what was there before the call is on the disk after it.
+    // The rows from before the call are on the disk after it; another thread may add rows meanwhile.
     void sync() {
         if (fsync(fileno(file.get())) != 0 && errno != EINVAL)
             fail("%s: could not be written (%s); free some space and go on by -y", path, errno_text());
     }
 
 private:
-    struct Close {
-        void operator()(FILE* f) const { fclose(f); }
-    };
     std::string path;
-    std::unique_ptr<FILE, Close> file;
+    std::unique_ptr<FILE, CloseFile> file;
 };
 
-// The same for the disk: bytes that may still be written to a folder, or to the nearest one above it that exists;
-// SIZE_MAX where the file system does not say.
+// Bytes that may still be written to a folder, or to the nearest one above it that exists; SIZE_MAX where the file
+// system does not say.
 inline size_t free_space(const std::string& folder) {
     std::filesystem::path path = std::filesystem::absolute(folder);
     struct statvfs fs;
@@ -307,13 +301,13 @@ inline size_t free_space(const std::string& folder) {
     return fs.f_blocks ? size_t(fs.f_bavail) * size_t(fs.f_frsize) : SIZE_MAX;
 }
 
-// A checkpoint's two files.
+// Bytes of a checkpoint's model and states; the headers of other ranks' states are left out.
 inline size_t checkpoint_bytes(const ModelConfig& c, RealType type) {
     return expected_file_size(make_header(FILE_STATE, type, c, 0)) +
            expected_file_size(make_header(FILE_MODEL, type, c, 0));
 }
 
-// Empty if a checkpoint fits beside those that are there, which stay until it is whole.
+// The fault if a checkpoint does not fit beside the older ones, which stay until it is whole; empty if it fits.
 inline std::string space_fault(const std::string& folder, size_t bytes) {
     size_t free = free_space(folder);
     if (free >= bytes) return "";

@@ -24,15 +24,15 @@ inline void check(cudaError_t error, const char* what) {
 }
 #define CUDA(call) check(call, #call)
 
-// Buffers share an allocation at multiples of this, cudaMalloc's own alignment in bytes.
+// cudaMalloc's own alignment in bytes, at multiples of which buffers that share an allocation start.
 constexpr size_t ALIGNMENT = 256;
 
-// A buffer in the device's memory, of its own or in that of another.
+// A buffer in the device's memory: an allocation of its own, or a piece of another's.
 template <class T>
 class DeviceArray {
 public:
     DeviceArray() = default;
-    // The next n elements of an allocation: `free` is where it goes on.
+    // Takes the next n elements of an allocation at `free`, and moves `free` behind them.
     DeviceArray(char*& free, size_t n) : pointer(as_elements(free)), n(n), borrowed(true) {
         free += round_up(n * sizeof(T), ALIGNMENT);
     }
@@ -63,7 +63,7 @@ private:
     bool borrowed = false;  // from another array
 };
 
-// A buffer in the host's memory from which the device copies by itself.
+// A buffer in page-locked host memory, to and from which the device copies by itself.
 template <class T>
 class PinnedArray {
 public:
@@ -98,13 +98,13 @@ inline bool launches_overlap(const void* first_kernel) {
     return overlap;
 }
 
-// kernel<<<grid, block, shared_bytes, stream>>>(arguments...), and its error. The kernel calls begin_kernel() before it
-// touches global memory.
+// kernel<<<grid, block, shared_bytes, stream>>>(arguments...) and the check for its error. The kernel calls
+// begin_kernel() before it touches global memory.
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), size_t grid, unsigned block, size_t shared_bytes, cudaStream_t stream,
             Arguments... arguments) {
     if (grid > size_t(INT_MAX)) fail("a kernel needs %zu blocks, more than a grid has; use a smaller -b", grid);
-    if (shared_bytes > 48 << 10)  // beyond what a kernel may use unasked
+    if (shared_bytes > 48 << 10)  // more bytes than a kernel gets without asking
         CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)));
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(unsigned(grid)), config.blockDim = dim3(block), config.dynamicSmemBytes = shared_bytes,
@@ -125,9 +125,9 @@ inline int shared_limit() {
     return bytes;
 }
 inline size_t ceil_div(size_t n, size_t d) { return (n + d - 1) / d; }
-constexpr unsigned THREADS = 256;  // of a block, where nothing speaks for another number
+constexpr unsigned THREADS = 256;  // of a block, for kernels that need no other number
 
-// A kernel of at least so many threads, in blocks of THREADS, without shared memory.
+// Launches at least `threads` threads of a kernel that uses no shared memory.
 template <class... Parameters, class... Arguments>
 void launch_threads(void (*kernel)(Parameters...), size_t threads, cudaStream_t stream, Arguments... arguments) {
     launch(kernel, ceil_div(threads, THREADS), THREADS, 0, stream, arguments...);
@@ -164,12 +164,12 @@ inline float median(std::vector<float>& values) {
 // Launches recorded once and repeated at the cost of one.
 struct Graph {
     cudaGraphExec_t launches = nullptr;
-    size_t nodes = 0, bytes = 0;  // bytes: of the device's memory
+    size_t nodes = 0, bytes = 0;  // bytes of the device's memory that it takes
 
     template <class Action>
     void record(cudaStream_t stream, Action action) {
         cudaGraph_t graph = nullptr;
-        // Relaxed: what action asks of the driver beside its launches (a kernel's attributes, a heuristic) is allowed.
+        // Relaxed, so that action may ask the driver for more than launches: a kernel's attributes, a heuristic.
         CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeRelaxed));
         try {
             action();
@@ -221,8 +221,9 @@ inline void require_gpu() {
              p.major, p.minor);
 }
 
+// Bytes that a run may take: the reserve is for the graphs, the kernels' code and the matrices that matrix_rate
+// multiplies (384 MiB, 768 in FP32).
 inline size_t available_gpu_memory() {
-    // for the graphs, the kernels' code and the product that matrix_rate times (384 MiB, 768 in FP32)
     size_t free = 0, total = 0, reserve = size_t(1) << 30;
     CUDA(cudaMemGetInfo(&free, &total));
     return free > reserve ? free - reserve : 0;

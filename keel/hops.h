@@ -1,4 +1,4 @@
-// keel/hops.h: data that are made as they are read, to measure what depth is for.
+// keel/hops.h: training data that are made as they are read, to measure what depth is for.
 #pragma once
 
 #include "folder.h"
@@ -8,25 +8,25 @@
 //
 //     bfb;kak;fkf;...;2bk;1ka;3ba;...         b is f, k is a, f is k: two lookups from b lead to k
 //
-// A program has 2K + 1 variables, the first letters of the alphabet, each of which is assigned another one, so that all
-// of them make one cycle, drawn anew for each program. An assignment is name, what it is, and the name again; they come
-// in random order, so that a lookup leads back or forth. Then queries, no two alike: a number of lookups, 1 to K, a
-// name, and the answer follows. K + 1 lookups backwards are no shorter than K forwards, so no query of h lookups can be
-// answered by fewer; but one after the first may be shortened by an answer before it. They are there to be learnt from,
-// and only the first of a program is measured.
+// A program has 2K + 1 variables, the first letters of the alphabet. Each is assigned another one, such that all of
+// them make one cycle, drawn anew for each program. An assignment is a name, its value, and the name again; assignments
+// come in random order, so that a lookup leads back or forth in the text. Queries follow, no two alike: a number of
+// lookups, 1 to K, a name, and the answer. h lookups forwards are 2K + 1 - h backwards, which are more, so no query
+// can be answered by fewer; but a query after the first may be shortened by an answer before it. Those after the first
+// are there to be learnt from, and only the first of a program is measured.
 //
-// The loss is that of all characters, as for any text: what an assignment says cannot be foreseen, so most of it is
-// entropy that no model removes. Why the name stands twice: a lookup needs two things at once, that a value knows whose
-// it is and that a query finds it, and neither alone lowers the loss. Foreseeing the second name teaches the first.
-// Without it ("kf;...;2bk;") 77 % of one lookup and none of two are right after 2500 steps of hops:2 (-L 8 -C 64 -H 4
-// -b 16 -u 200 -l 6e-3), with it all of both from step 1000 on. Why a query says how many lookups it takes, and its
-// answer is a name: each number of lookups is then a step on from the one before, which is asked as well. Where chains
-// of names end in a digit that alone is asked for, two lookups are still at chance after 2500 steps.
+// The loss is that of all characters, as for any text. The assignments cannot be foreseen, so most of it is entropy
+// that no model removes. The name stands twice because a lookup needs two abilities at once, a value that knows whose
+// it is and a query that finds the value, and neither alone lowers the loss; foreseeing the second name teaches the
+// first. Without it ("kf;...;2bk;") 77 % of one lookup and none of two are right after 2500 steps of hops:2 (-L 8 -C 64
+// -H 4 -b 16 -u 200 -l 6e-3), with it all of both from step 1000 on. A query says how many lookups it takes and its
+// answer is a name, so that h lookups are one more than the h - 1 of another query. Where chains of names end in a
+// digit and only the digit is asked for, two lookups are still at chance after 2500 steps.
 struct HopPrograms {
     int hops = 0;  // K, one digit of a program; 0: the data are files
 
     struct Answer {
-        int position, hops;  // the answer is the target of this position, that of the name, and takes so many lookups
+        int position, hops;  // the answer is the target at `position`, which holds the name, and takes `hops` lookups
     };
 
     int variables() const { return 2 * hops + 1; }
@@ -36,9 +36,9 @@ struct HopPrograms {
     // The accuracy at the first query without a lookup: every other name is as likely.
     double chance() const { return 1.0 / (variables() - 1); }
 
-    // Characters row[0..n) of sequence s: as many whole programs as fit, and ends of line. A function of (seed, s,
-    // validation) alone: training and validation draw from counters that differ in the top bit of their third word.
-    // answers gets the first of each program.
+    // Fills row (n) with sequence s: as many whole programs as fit, then ends of line. The characters are a function of
+    // (seed, s, validation) alone: training and validation draw from counters that differ in the top bit of their third
+    // word. answers gets the first answer of each program.
     void sequence(uint64_t seed, uint64_t s, bool validation, int n, int* row,
                   std::vector<Answer>* answers = nullptr) const {
         Philox block{};
@@ -49,7 +49,7 @@ struct HopPrograms {
                                STREAM_PROGRAMS);
             return int(uint64_t(block.word[drawn++ % 4]) * uint64_t(bound) >> 32);
         };
-        // The first `count` places of a random permutation of [0, size).
+        // A random order of [0, size), of which only the first `count` places are shuffled.
         auto permutation = [&](int size, int count) {
             std::vector<int> order(static_cast<size_t>(size));
             for (int i = 0; i < size; i++) order[size_t(i)] = i;
@@ -58,8 +58,8 @@ struct HopPrograms {
         };
         int at = 0;
         while (at + length() <= n) {
-            std::vector<int> letter =
-                permutation(variables(), variables());  // of place i of the cycle: name(i) is name(i + 1)
+            // The variable at place i of the cycle has the letter letter[i], and its value is the name at place i + 1.
+            std::vector<int> letter = permutation(variables(), variables());
             auto name = [&](int place) { return 'a' + letter[size_t(place % variables())]; };
             auto put = [&](std::initializer_list<int> characters) {
                 for (int c : characters) row[at++] = c;
@@ -88,7 +88,7 @@ struct HopPrograms {
         return k;
     }
 
-    // Where the answers of validation sequence s of T + 1 characters are.
+    // The answers that are measured in validation sequence s, of T + 1 characters.
     std::vector<Answer> answers(uint64_t seed, uint64_t s, int T) const {
         std::vector<Answer> found;
         std::vector<int> row(size_t(T) + 1);
@@ -97,8 +97,8 @@ struct HopPrograms {
     }
 };
 
-// For programs: how many queries of each number of lookups there were, and how many were answered right. Index 0 is for
-// all together.
+// How many queries of each number of lookups a validation has measured, and how many of them were answered right. Index
+// 0 counts all together.
 struct HopAccuracy {
     HopPrograms programs;
     std::vector<int64_t> count, right;

@@ -1,4 +1,4 @@
-// keel/matmul.h: numbers on the CPU: their type, buffers of them, the exponential and the matrix product.
+// keel/matmul.h: the CPU's numbers: their type, buffers of them, the exponential and the matrix product.
 #pragma once
 
 #include <omp.h>
@@ -26,7 +26,7 @@ constexpr int VECTOR_BYTES = 16, REGISTER_ROWS = 6;
 typedef real vec __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));  // aligned like a real
 constexpr int LANES = VECTOR_BYTES / int(sizeof(real));
 
-// A buffer whose pages are first touched by whoever uses them, aligned for vectors and for huge pages.
+// A buffer aligned for vectors. Nothing is written to it at first: a page goes near the thread that first touches it.
 template <class T>
 class Buffer {
 public:
@@ -59,9 +59,9 @@ private:
     size_t n = 0;
 };
 
-// exp as 2^n e^r with |r| <= ln(2)/2 and the Taylor series of e^r: its degree is where the next term is below half a
-// unit in the last place. Unlike libm's it vectorises inside a loop.
-// Exact to 1.5 ulp from x = -87 to 88 (FP64: -708 to 709.5); below it gives 0, from 88.5 on infinity.
+// exp as 2^n e^r with |r| <= ln(2)/2 and the Taylor series of e^r, which ends where the next term is below half a unit
+// in the last place. Unlike libm's it vectorises inside a loop. It is exact to 1.5 ulp from x = -87 to 88 (FP64: -708
+// to 709.5), 0 below, and infinite from 88.5 on.
 inline real exponential(real x) {
     constexpr bool fp64 = sizeof(real) == 8;
     constexpr int degree = fp64 ? 13 : 7;
@@ -96,7 +96,7 @@ inline real exponential(real x) {
 // are free, the same code serves x W^T, dy W and dy^T x. A sum over k runs in order within a block of DEPTH and over
 // the blocks, whatever the tile: so no bit of C depends on M, on N or on the threads.
 
-constexpr int TILE_M = REGISTER_ROWS, TILE_N = 2 * LANES;  // of C in registers
+constexpr int TILE_M = REGISTER_ROWS, TILE_N = 2 * LANES;  // the tile of C in registers
 constexpr int DEPTH = 256;                                 // k of a block: a TILE_N panel of B stays in the L1 cache
 constexpr int BLOCK_M = 12 * TILE_M;                       // rows of an A block: it stays in the L2 cache
 constexpr int BLOCK_N = 2048;                              // columns of a B block: it stays in the L3 cache
@@ -132,7 +132,7 @@ inline void multiply_tile(int K, const real* a, const real* b, real* c, size_t c
     }
 }
 
-// `width` rows of m (or its columns, if given transposed) as one panel (K,width), short of rows filled with zeros.
+// Copies `width` rows of m (or its columns, if given transposed) into a panel (K,width); rows that m lacks are zeros.
 template <int width>
 inline void pack_panel(const Matrix& m, int rows, int K, real* panel) {
     if (rows == width && m.row == 1) {
@@ -166,7 +166,7 @@ inline void multiply_block(int M, int N, int K, const real* a, const real* b, re
         }
 }
 
-// A thread's panels. Grown once to the size of the largest block.
+// A thread's panels, which grow to the size of the largest block.
 struct Panels {
     std::vector<real> a, b;
     Panels() : a(size_t(BLOCK_M) * DEPTH) {}
@@ -180,7 +180,7 @@ inline Panels& thread_panels() {
     return panels;
 }
 
-// The product for small matrices, inside one thread (attention's tiles).
+// The product of small matrices by one thread, such as attention's tiles.
 void small_product(int M, int N, int K, Matrix a, Matrix b, real* c, size_t c_row, bool accumulate) {
     Panels& panels = thread_panels();
     real* bp = panels.b_panels(round_up(size_t(N), TILE_N) * DEPTH);
@@ -197,7 +197,7 @@ void small_product(int M, int N, int K, Matrix a, Matrix b, real* c, size_t c_ro
     }
 }
 
-// The product on all threads: they pack a block of B together, then each takes tiles of C.
+// The product by all threads: they pack a block of B together, then each computes blocks of C.
 void product(size_t M, size_t N, size_t K, Matrix a, Matrix b, real* c, size_t c_row, bool accumulate) {
 #ifdef KEEL_CBLAS
     auto order = [](const Matrix& m) { return m.col == 1 ? CblasNoTrans : CblasTrans; };
@@ -243,12 +243,12 @@ void product(size_t M, size_t N, size_t K, Matrix a, Matrix b, real* c, size_t c
 #endif
 }
 
-// Operations a second of this product on this machine, what every rate is compared with: the median of a few.
+// Operations a second of this product on this machine, with which every rate is compared: the median of 15.
 inline double product_rate() {
     constexpr size_t M = 1024, N = 768, K = 256;
     Buffer<real> a(M * K), b(N * K), c(M * N);
     a.zero(), b.zero();
-    std::vector<double> times;
+    std::vector<double> times;  // seconds
     for (int i = 0; i < 15; i++) {
         double start = seconds();
         product(M, N, K, row_major(a.data(), K), row_major(b.data(), K).transposed(), c.data(), N, false);
@@ -258,12 +258,12 @@ inline double product_rate() {
     return 2.0 * M * N * K / times[times.size() / 2];
 }
 
-// A thread that waits for the others spins, by GCC's OpenMP for about a millisecond before it sleeps. On a core that
-// another program wants too, that millisecond is taken from the very thread that is waited for: a step then takes not
-// twice but a hundred times as long. The limit is read when the runtime is loaded, so it is set in the environment of a
-// fresh start of the program.
+// Starts the program again with a limit on OpenMP's spinning, unless one is set. In GCC's OpenMP a thread that waits
+// for the others spins for about a millisecond before it sleeps. On a core that another program wants too, that
+// millisecond is taken from the very thread that it waits for: a step then takes not twice but a hundred times as long.
+// The runtime reads the limit from the environment when it is loaded.
 inline void limit_spinning(char** argv) {
     if (getenv("GOMP_SPINCOUNT") || getenv("OMP_WAIT_POLICY")) return;
     setenv("GOMP_SPINCOUNT", "1000", 1);
-    execv("/proc/self/exe", argv);  // comes back only where this cannot be done, and then nothing but time is lost
+    execv("/proc/self/exe", argv);  // returns only where it fails, and then nothing but time is lost
 }

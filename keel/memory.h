@@ -5,12 +5,10 @@
 
 #include "../keel_common.h"
 
-// Memory: a table of what will be allocated, printed and held against what there is before anything is
-
-// Bytes that this process may still take: of the machine, of its control group, of its address space.
+// Bytes that this process may still take: the least that the machine, its control group and its address space leave.
 inline size_t available_memory() {
     size_t available = SIZE_MAX;
-    auto number = [](const char* path, const char* key) {  // -1 where there is none
+    auto number = [](const char* path, const char* key) {  // the number after key, or the first; -1: there is none
         FILE* f = fopen(path, "r");
         if (!f) return -1LL;
         char word[256];
@@ -66,12 +64,12 @@ inline void print_memory_table(const std::vector<MemoryRow>& rows) {
     print("  %-38s %12s\n", "in all", bytes_text(double(total_bytes(rows))));
 }
 
-// Fills in the micro-batch and the level of recomputation that B = 0 and `auto` leave open: of those that fit into the
-// memory, the ones of least cost. most_tokens: of a micro-batch, where more sequences than one have a choice.
-// bytes(B, recompute), cost(B, recompute): what a micro-batch takes, and its time a token in any unit.
+// Chooses the micro-batch and the level of recomputation where B = 0 and `auto` leave them open: the pair of least cost
+// that fits into `available` bytes. most_tokens: the largest micro-batch to try, unless one sequence is longer.
+// bytes(B, recompute), cost(B, recompute): the memory that a run takes, and its time a token in any unit.
 template <class Bytes, class Cost>
 void choose_micro_batch(RunConfig& run, size_t available, int64_t most_tokens, Bytes bytes, Cost cost) {
-    int root = 2;  // K + L/K is least at the square root
+    int root = 2;  // -r K keeps z for K + L/K sub-layers, least at K = sqrt(L)
     while ((root + 2) * (root + 2) <= run.model.L) root += 2;
     std::vector<Recompute> levels = {{0}, {-1}, {1}, {root}};
     if (run.recompute_chosen) levels = {run.recompute};

@@ -1,9 +1,8 @@
 // keel/nccl.h: what travels between the GPUs of a run.
 //
-// One communicator and one stream of its own, beside the stream that computes; events fork and join them, in a graph as
-// outside one. All ranks make the same calls in the same order. NCCL's sums depend on the number of ranks and the
-// network's shape alone, so each run of a machine has the same bits.
-
+// One communicator has a stream of its own beside the stream that computes; events fork and join the two, inside a
+// graph and outside. All ranks make the same calls in the same order. NCCL's sums depend only on the number of ranks
+// and the network's shape, so that every run on the same machines has the same bits.
 #pragma once
 
 #include "gpu.h"
@@ -18,32 +17,30 @@ inline void check(ncclResult_t result, const char* what) {
 
 class Communicator {
 public:
-    struct UniqueId {  // what rank 0 gives all
+    struct UniqueId {  // the communicator's id, which rank 0 makes for all
         ncclUniqueId id{};
         explicit UniqueId(bool first) {
             if (first) NCCL(ncclGetUniqueId(&id));
         }
     };
-    // Multiprocessors that NCCL's kernels take at most, and that products leave them while gradients are on their way.
+    // Multiprocessors that NCCL's kernels may take, and that products leave to them while gradients are on their way.
     static constexpr int MULTIPROCESSORS = 16;
 
     const size_t rank, ranks;
     cudaStream_t stream = nullptr;
-    size_t bytes_sent =
-        0;  // by this rank, as a ring sends them, of what has been asked for so far: a graph's launches are not counted
+    size_t bytes_sent = 0;  // by this rank's calls so far, as a ring sends them; a graph's replays are not counted
 
     Communicator(const Launch& launch, const UniqueId& unique_id)
         : rank(size_t(launch.rank)), ranks(size_t(launch.ranks)) {
         int devices = 0;
         CUDA(cudaGetDeviceCount(&devices));
         CUDA(cudaSetDevice(launch.local_rank % devices));  // a launcher may also show each process its own GPU alone
-        setenv("NCCL_ALGO", "Ring",
-               0);  // every collective alike, whatever its size: the order of its sums is the ring's
+        setenv("NCCL_ALGO", "Ring", 0);  // whatever a message's size: the ring fixes the order of its sums
         ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
         config.maxCTAs = MULTIPROCESSORS;
         NCCL(ncclCommInitRankConfig(&comm, launch.ranks, unique_id.id, launch.rank, &config));
-        CUDA(cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking,
-                                          -5));  // the highest there is: what it waits for is the network
+        // -5 is the highest priority: this stream waits for the network, not for multiprocessors.
+        CUDA(cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, -5));
         for (cudaEvent_t* event : {&forked, &joined}) CUDA(cudaEventCreateWithFlags(event, cudaEventDisableTiming));
     }
     ~Communicator() {
@@ -54,12 +51,12 @@ public:
     Communicator(const Communicator&) = delete;
     Communicator& operator=(const Communicator&) = delete;
 
-    // What is on its way is given up, as this rank ends by an error.
+    // Gives up what is on its way, as this rank ends by an error.
     void abort() {
         if (comm) ncclCommAbort(std::exchange(comm, nullptr));
     }
 
-    // What comes next on our stream follows all that is on the other; and the reverse.
+    // fork: what comes next on the communicator's stream waits for all that `from` holds; join is the reverse.
     void fork(cudaStream_t from) {
         CUDA(cudaEventRecord(forked, from));
         CUDA(cudaStreamWaitEvent(stream, forked, 0));
@@ -74,14 +71,14 @@ public:
         NCCL(ncclReduceScatter(bucket, sum, shard, ncclFloat32, ncclSum, comm, stream));
         bytes_sent += (ranks - 1) * shard * sizeof(float);
     }
-    // bucket (ranks, shard): each rank's shard to all
+    // bucket (ranks, shard): every rank's own shard goes to all
     template <class T>
     void all_gather(T* bucket, size_t shard) {
         NCCL(ncclAllGather(bucket + rank * shard, bucket, shard * sizeof(T), ncclInt8, comm, stream));
         bytes_sent += (ranks - 1) * shard * sizeof(T);
     }
 
-    // Waits for the event, and sees meanwhile whether the network still works.
+    // Waits for the event, and looks meanwhile whether the network still works.
     void wait(cudaEvent_t event) {
         for (int queries = 1;; queries++) {
             cudaError_t state = cudaEventQuery(event);
@@ -95,7 +92,7 @@ public:
         }
     }
 
-    // all (ranks, bytes) on the host from mine (bytes) of each rank
+    // all (ranks, bytes) = mine (bytes) of every rank, in rank order, on the host
     void gather(const void* mine, void* all, size_t bytes) {
         if (host.size() < ranks * bytes)
             host = PinnedArray<char>(ranks * bytes), memory = DeviceArray<char>(ranks * bytes);

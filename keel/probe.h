@@ -3,11 +3,10 @@
 
 #include "folder.h"
 
-// The probe: of a probed step, a row for each sub-layer in probe.csv and one for each parameter tensor in
-// probe_weights.csv
+// Every probed step adds a row for each sub-layer to probe.csv and one for each parameter tensor to probe_weights.csv.
 //
-// Without its branch, sub-layer l is the map x_l -> RMSNorm(alpha x_l + F; gamma) with F held fixed. Its Jacobian at
-// one row is
+// The shortcut of sub-layer l is the map x_l -> RMSNorm(alpha x_l + F; gamma) with F held fixed. Its Jacobian at one
+// row is
 //
 //     diag(gamma_l) (alpha_l / rms(z_l)) (I - zh zh^T / C),   zh = z_l / rms(z_l)
 //
@@ -15,32 +14,32 @@
 // matrix whose entries alpha gamma / rms(z) the paper's eq. 14-19 estimate, with rms(z) = sqrt(alpha^2 + 1). Here
 // rms(z) is each row's own and gamma each channel's own:
 //
-//     shortcut_gain         mean over rows of ||A_l||_F / sqrt(C),              A_l = diag(alpha_l gamma_l / rms(z_l)),
-//     alpha_l I without an outer norm shortcut_gain_to_top  mean over rows of ||A_{L-1} ... A_l||_F / sqrt(C)
+//     shortcut_gain         mean over rows of ||A_l||_F / sqrt(C), where A_l = diag(alpha_l gamma_l / rms(z_l)), or
+//                           alpha_l I without an outer norm
+//     shortcut_gain_to_top  mean over rows of ||A_{L-1} ... A_l||_F / sqrt(C)
 //
 // The product is taken row by row and channel by channel, and averaged after: the product of the averages is another
-// number. A product of diagonal matrices with entries a_i g_c has the norm |prod a_i| ||prod g_c||, so that rows and
-// channels are multiplied up apart.
+// number. A product of diagonal matrices with entries a_i g_c has the norm |prod a_i| ||prod g_c||, so the factors of
+// the rows and those of the channels are multiplied up apart.
 
-// Of one sub-layer, summed over the micro-batches of a step.
+// Sums for one sub-layer over the micro-batches of a step.
 struct SublayerProbe {
-    double x = 0, f = 0, z = 0;  // sums of squares of x_l, F(u_l) and z_l
-    double shortcut = 0,
-           shortcut_to_top =
-               0;           // sums over rows of alpha_l / rms(z_l), and of its product over the sub-layers from l on
-    double dx = 0, df = 0;  // sums of squares of dL/dx_l and dL/dF_l
+    double x = 0, f = 0, z = 0;  // squares of x_l, F(u_l) and z_l
+    // over rows: alpha_l / rms(z_l), and its product over the sub-layers from l on
+    double shortcut = 0, shortcut_to_top = 0;
+    double dx = 0, df = 0;  // squares of dL/dx_l and dL/dF_l
 };
 
 struct StepProbe {
     std::vector<SublayerProbe> sublayers;  // (L)
-    std::vector<double> gamma,
-        gamma_to_top;  // (L) rms over channels of gamma_out_l, and of its product over the sub-layers from l on
-    std::vector<double> weights, gradients,
-        updates;  // sums of squares of each tensor: before the update, before the clip, of what the update adds
+    // (L): rms over channels of gamma_out_l, and of its product over the sub-layers from l on
+    std::vector<double> gamma, gamma_to_top;
+    // (tensors): squares of the weights before the update, of the gradients before the clip, of what the update adds
+    std::vector<double> weights, gradients, updates;
 
     explicit StepProbe(const ModelConfig& c) : sublayers(size_t(c.L)) {}
 
-    // Of one micro-batch. r: 1 / rms(z_l) of each row, (L,rows); not read where no norm follows.
+    // Adds the shortcut gains of one micro-batch. r (L,rows): 1 / rms(z_l), not read where there is no outer norm.
     template <class Real>
     void add_shortcuts(const ModelConfig& c, const Real* r, size_t rows) {
         std::vector<double> to_top(rows, 1.0);
@@ -55,8 +54,8 @@ struct StepProbe {
         }
     }
 
-    // The sums of several ranks, each of its sequences and, of gradients and updates, of the parameters that it owns;
-    // in rank order. gather(mine, all, bytes) gives each rank what all have.
+    // Adds up the sums of all ranks in rank order: a rank has those of its sequences, and of the gradients and updates
+    // of the parameters that it owns. gather(mine, all, bytes) gives each rank what all have.
     template <class Gather>
     void add_ranks(int ranks, Gather gather) {
         std::vector<double> mine(sublayers.size() * sizeof(SublayerProbe) / sizeof(double) + gradients.size() +
@@ -78,7 +77,7 @@ struct StepProbe {
         });
     }
 
-    // gamma_of(l): gamma_out_l (C) as the forward pass read it, null where there is none.
+    // gamma_of(l): gamma_out_l (C) as the forward pass has read it, null where there is none.
     template <class GammaOf>
     void set_gains(const ModelConfig& c, GammaOf gamma_of) {
         std::vector<double> product(size_t(c.C), 1.0);
@@ -96,18 +95,18 @@ struct StepProbe {
 };
 
 struct ProbeLog {
-    ProbeLog() = default;  // drops its rows: of the ranks that have no files
+    ProbeLog() = default;  // one that drops its rows, for the ranks that write no files
     static constexpr const char* COLUMNS = "step,sublayer,kind,rms_x,rms_f,rms_z,shortcut_gain,shortcut_gain_to_top,dx_"
                                            "norm,df_norm,grad_norm,update_norm";
-    static constexpr const char* WEIGHT_COLUMNS =
-        "step,sublayer,tensor,weight_norm,grad_norm,update_norm";  // sublayer -1: outside the blocks
+    // sublayer -1: outside the blocks
+    static constexpr const char* WEIGHT_COLUMNS = "step,sublayer,tensor,weight_norm,grad_norm,update_norm";
     CsvLog sublayers, weights;
     ProbeLog(const std::string& folder, int64_t resume_step)
         : sublayers(folder + "/probe.csv", COLUMNS, resume_step),
           weights(folder + "/probe_weights.csv", WEIGHT_COLUMNS, resume_step) {}
 };
 
-// rms over rows and channels, norms over all elements; grad_norm and update_norm of a sub-layer over all its tensors.
+// An rms is over rows and channels, a norm over all elements, a sub-layer's grad_norm or update_norm over its tensors.
 inline void write_probe(ProbeLog& log, const RunConfig& run, const ParameterLayout& layout, int64_t step,
                         const StepProbe& probe) {
     double rows = double(run.total_batch), elements = rows * run.model.C;

@@ -1,8 +1,8 @@
 // keel/ranks.h: the processes of one run, on one machine or many.
 //
-// Who they are comes from the launcher's environment. What they compute travels by MPI or NCCL (each trainer's
-// Communicator); that all of them are still there, and why one is not, by the lifeline below: a transport that waits
-// for a dead rank would wait for ever.
+// The launcher's environment says who they are. What they compute travels by MPI or NCCL (each trainer's Communicator).
+// The lifeline below tells whether all of them still live, and why one does not: MPI or NCCL alone would wait for a
+// dead rank for ever.
 #pragma once
 
 #include <netdb.h>
@@ -24,7 +24,7 @@
 // This process among those that mpirun, srun or another launcher has started.
 struct Launch {
     int rank = 0, ranks = 0;              // ranks 0: no launcher
-    int local_rank = 0, local_ranks = 0;  // of those on this machine; local_ranks 0: not known
+    int local_rank = 0, local_ranks = 0;  // among the ranks on this machine; local_ranks 0: not known
     std::string launcher;
 
     static Launch from_environment() {
@@ -50,11 +50,6 @@ struct Launch {
         }
         return {};
     }
-    std::string name() const {  // "process 1234 on node7"
-        char host[128] = "?";
-        gethostname(host, sizeof host - 1);
-        return format("process %d on %s", int(getpid()), host);
-    }
 
 private:
     static int64_t parse(const char* name, int64_t least, int64_t most) {
@@ -77,7 +72,8 @@ inline void check_mpi(int error, const char* what) {
     fail("%s: %s", what, text);
 }
 
-// MPI from here to the end of the scope. Left by an error it is not closed: MPI_Finalize would wait for the others.
+// MPI from here to the end of the scope. An error that leaves the scope does not close it: MPI_Finalize would wait for
+// the other ranks.
 struct MpiSession {
     explicit MpiSession(const Launch& launch) {
         int provided, ranks = 0, rank = 0;
@@ -95,23 +91,23 @@ struct MpiSession {
     MpiSession(const MpiSession&) = delete;
     MpiSession& operator=(const MpiSession&) = delete;
 
-    // Whether the launcher speaks MPI's language: srun does with --mpi=pmix or pmi2 alone.
+    // Whether the launcher has prepared MPI: srun does so only with --mpi=pmix or pmi2.
     static bool offered() { return getenv("OMPI_COMM_WORLD_SIZE") || getenv("PMI_SIZE") || getenv("PMIX_RANK"); }
 };
 #endif
 
-// A connection between rank 0 and each other rank, over TCP, with a thread at each end. The kernel closes a process's
+// A TCP connection between rank 0 and each other rank, with a thread at each end. The kernel closes a process's
 // connections when it ends, however it ends: so rank 0 sees at once that a rank has died, tells the others which, and
-// all end. Of a machine that falls silent it is told by heartbeats. A rank that ends by an error says why before. None
-// waits for a step that cannot be finished.
+// all end. A machine that falls silent shows by missing heartbeats, and a rank that ends by an error first says why. So
+// no rank waits for a step that cannot be finished.
 class Lifeline {
 public:
-    static constexpr double START = 120;  // seconds until all must be there
-    // Seconds until a rank is given up; ten signs of life are due in them. Not const: a test makes it smaller.
+    static constexpr double START = 120;  // seconds in which all ranks must have connected
+    // Seconds of silence after which a rank is given up; ten signs of life are due in that time. Tests make it smaller.
     static inline double silence = 20;
 
-    // `exchange` gives all ranks rank 0's "host:port", where MPI can; else it comes from the environment. unique_id:
-    // bytes of rank 0's for all (NCCL's id).
+    // exchange gives rank 0's "host:port" to all ranks by MPI; where it is empty, the address comes from the
+    // environment. unique_id: bytes of rank 0 that all ranks get (NCCL's id).
     Lifeline(const Launch& launch, const std::function<void(std::string&)>& exchange, std::span<char> unique_id)
         : launch(launch) {
         if (launch.ranks > 1) launch.rank == 0 ? gather_ranks(exchange, unique_id) : find_rank_0(exchange, unique_id);
@@ -121,17 +117,17 @@ public:
     Lifeline(const Lifeline&) = delete;
     Lifeline& operator=(const Lifeline&) = delete;
 
-    // This rank ends by an error. Rank 0 prints the text, of whichever rank comes first; the others end with it. To be
-    // followed by the process's end.
+    // Ends all ranks, as this one ends by an error: rank 0 prints the text of the first rank to fail, and the others
+    // end with it. The caller then ends the process.
     void fail_all(const std::string& program, const std::string& text) {
         if (launch.rank == 0) {
             end_with(program + ": " + text, ERROR, text, false);
             return;
         }
         for (Peer& peer : peers)
-            send_message(peer, ERROR, format("rank %d (%s): %s", launch.rank, launch.name(), text));
+            send_message(peer, ERROR, format("rank %d (%s): %s", launch.rank, process_name(), text));
         failing = true;
-        for (int i = 0; i < 300 && !rank_0_gone; i++) usleep(10000);  // it prints, then goes; where it does not, we do
+        for (int i = 0; i < 300 && !rank_0_gone; i++) usleep(10000);  // rank 0 prints and ends, or else we print
         if (!rank_0_gone) fprintf(stderr, "%s: rank %d: %s\n", program.c_str(), launch.rank, text.c_str());
     }
 
@@ -146,7 +142,7 @@ private:
         int fd = -1, rank = -1;
         std::string name;      // "process 1234 on node7"
         double heard = 0;      // when it last gave a sign of life
-        bool left = false;     // with a goodbye
+        bool left = false;     // it has said goodbye
         std::string received;  // bytes of a message that is not whole yet
     };
     Launch launch;
@@ -163,7 +159,7 @@ private:
         bytes += text;
         std::lock_guard lock(sending);
         if (peer.fd >= 0 && send(peer.fd, bytes.data(), bytes.size(), MSG_NOSIGNAL | MSG_DONTWAIT) < 0) {
-        }  // that it is gone is seen where we read
+        }  // read_bytes sees that the peer is gone
     }
 
     // Waits for one message; false if the connection ends or nothing comes in time.
@@ -175,7 +171,7 @@ private:
         }
         return true;
     }
-    static bool read_bytes(Peer& peer) {  // what is there; false at the connection's end
+    static bool read_bytes(Peer& peer) {  // what has come so far; false at the connection's end
         char bytes[4096];
         ssize_t n = recv(peer.fd, bytes, sizeof bytes, MSG_DONTWAIT);
         if (n > 0) peer.received.append(bytes, size_t(n)), peer.heard = seconds();
@@ -192,8 +188,8 @@ private:
         return true;
     }
 
-    // Where rank 0 listens, from the environment: a shared file that rank 0 writes, MASTER_ADDR and MASTER_PORT, or the
-    // first node of Slurm's step with a port of the job's number.
+    // Rank 0's address from the environment: MASTER_ADDR and MASTER_PORT, or the first node of Slurm's step and a port
+    // made of the job's number.
     std::string fixed_address() const {
         if (const char* host = getenv("MASTER_ADDR"))
             return format("%s:%s", host, getenv("MASTER_PORT") ? getenv("MASTER_PORT") : "29400");
@@ -250,12 +246,12 @@ private:
             if (peer.fd < 0 || !receive_message(peer, head, peer.name, seconds() + 10) || head.kind != HELLO ||
                 head.ranks != uint32_t(launch.ranks) || head.rank == 0 || head.rank >= head.ranks ||
                 peers[head.rank - 1].fd >= 0) {
-                if (peer.fd >= 0) close(peer.fd);  // none of ours
+                if (peer.fd >= 0) close(peer.fd);  // it is none of this run's ranks
                 continue;
             }
             peer.rank = int(head.rank);
             setsockopt(peer.fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
-            send_message(peer, HELLO, std::string(unique_id.data(), unique_id.size()) + launch.name());
+            send_message(peer, HELLO, std::string(unique_id.data(), unique_id.size()) + process_name());
             peers[head.rank - 1] = std::move(peer);
             connected++;
         }
@@ -281,7 +277,7 @@ private:
         Peer peer;
         peer.rank = 0;
         for (double until = seconds() + START;;) {
-            if (!exchange && file) {  // read anew each time: an earlier run may have left one
+            if (!exchange && file) {  // read again each time: an earlier run may have left an old address
                 char text[300] = "";
                 if (FILE* in = fopen(file, "re")) {
                     if (fscanf(in, "%299s", text) != 1) *text = 0;
@@ -292,7 +288,7 @@ private:
             MessageHead head;
             std::string given;
             if (!address.empty() && connect_to(peer, address)) {
-                send_message(peer, HELLO, launch.name());
+                send_message(peer, HELLO, process_name());
                 if (receive_message(peer, head, given, seconds() + START) && head.kind == HELLO &&
                     given.size() >= unique_id.size()) {
                     std::copy_n(given.begin(), unique_id.size(), unique_id.begin());
@@ -333,7 +329,7 @@ private:
             for (Peer& peer : peers) polled.push_back({peer.left ? -1 : peer.fd, POLLIN, 0});
             poll(polled.data(), nfds_t(polled.size()), 100);
             double before = std::exchange(now, seconds());
-            if (now - before > silence / 2)  // it is we who were stopped
+            if (now - before > silence / 2)  // this process was stopped, not the others
                 for (Peer& peer : peers) peer.heard = now;
             for (size_t i = 0; i < peers.size() && !stop; i++)
                 if (!peers[i].left) attend(peers[i], polled[i].revents != 0, now);
@@ -358,7 +354,7 @@ private:
         }
         if (peer.left || stop) return;
         if (!open && launch.rank != 0) rank_0_gone = true;
-        if (failing) return;  // we know why
+        if (failing) return;  // by this rank's own error, which rank 0 has been sent
         if (open && now - peer.heard < silence) return;
         std::string how = open ? format("has given no sign of life for %.0f s", silence) : "has died";
         text = format("rank %d (%s) %s; all ranks end, and -y goes on from the last whole checkpoint", peer.rank,
@@ -366,18 +362,18 @@ private:
         end_with(text, DEATH, text, true);
     }
 
-    // Prints why, once, tells the others where this is rank 0, and ends the process if asked to.
+    // Once: prints why, tells the others if this is rank 0, and ends the process if asked to.
     void end_with(const std::string& ours, Kind kind, const std::string& for_others, bool exit_now) {
         if (ended.exchange(true)) {
             if (exit_now) stop = true;
             return;
         }
-        // Before the others know: when the first of them ends, a launcher may end us.
+        // Printed before the others know: when the first of them ends, a launcher may end this process too.
         if (!ours.empty())
             fprintf(stderr, "%s%s\n", exit_now ? format("rank %d: ", launch.rank).c_str() : "", ours.c_str());
         if (launch.rank == 0)
             for (Peer& peer : peers) send_message(peer, kind, for_others);
-        if (launch.rank == 0) usleep(200000);  // the others read before our end becomes theirs
+        if (launch.rank == 0) usleep(200000);  // time for the others to read it: a launcher may end them with us
         if (exit_now) _exit(1);
     }
 
@@ -390,7 +386,7 @@ private:
     }
 };
 
-// Of a build that has one rank.
+// The Communicator of a build that has one rank.
 struct NoCommunicator {
     struct UniqueId {
         explicit UniqueId(bool) {}
@@ -399,16 +395,16 @@ struct NoCommunicator {
     void gather(const void*, void*, size_t) {}
 };
 
-// What the ranks of a run tell each other beside tensors: a few bytes of each, to all. Alone, all of it is a copy.
+// Exchanges what ranks tell each other beside tensors: a few bytes from each to all. A rank alone gets its own back.
 class Ranks {
 public:
-    // all: the bytes of each rank, in rank order
+    // all (ranks, bytes): mine of every rank, in rank order
     using Gather = std::function<void(const void* mine, void* all, size_t bytes)>;
 
     Ranks() = default;
     Ranks(const Launch& launch, Gather gather) : launch(launch), gather_bytes(std::move(gather)) {}
 
-    explicit operator bool() const { return launch.ranks > 0; }  // started by a launcher, be it as one
+    explicit operator bool() const { return launch.ranks > 0; }  // a launcher started it, perhaps as the only rank
     int rank() const { return launch.rank; }
     int count() const { return std::max(1, launch.ranks); }
 
@@ -418,7 +414,7 @@ public:
         if (gather_bytes) gather_bytes(&mine, all.data(), sizeof mine);
         return all;
     }
-    void broadcast(void* data, size_t bytes) const {  // rank 0's
+    void broadcast(void* data, size_t bytes) const {  // rank 0's data to all
         if (!gather_bytes) return;
         std::vector<char> all(bytes * size_t(count()));
         gather_bytes(data, all.data(), bytes);
@@ -441,7 +437,7 @@ private:
     Gather gather_bytes;
 };
 
-// The ranks of a run, held together: by the lifeline, by what carries tensors, by MPI where this build has it.
+// What connects this process to the other ranks: MPI where the build has it, the lifeline, and what carries tensors.
 template <class Trainer>
 struct RankSession {
     Launch launch;

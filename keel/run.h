@@ -8,12 +8,12 @@
 #include "evaluate.h"
 #include "sample.h"
 
-// SIGTERM, SIGINT and SIGUSR1 ask a run to finish its step, write a checkpoint and end with 0: a scheduler can take the
-// machine back. A second one ends it at once. Two within 50 ms are one: some programs send it to a process and to its
-// group.
+// SIGTERM, SIGINT and SIGUSR1 ask a run to finish its step, write a checkpoint and end with status 0, so that a
+// scheduler can take the machine back. A second signal ends it at once. Two within 50 ms count as one: some programs
+// signal a process and its group.
 class StopSignals {
 public:
-    // To the end of the process: one that comes when the run has just ended must not turn its exit status.
+    // Lasts to the end of the process: a signal just after the run's end must not change its exit status.
     static void watch() {
         struct sigaction action = {};
         action.sa_handler = handle;
@@ -49,7 +49,7 @@ inline double seconds_since_launch() {
     return std::max(0.0, double(now.tv_sec) + double(now.tv_nsec) * 1e-9 - atof(field) / double(sysconf(_SC_CLK_TCK)));
 }
 
-// From the process's start to the end of the first step, and where the time went.
+// What the time from the process's start to the end of the first step went to.
 class StartClock {
 public:
     StartClock() : last(seconds()) { add("program", seconds_since_launch()); }
@@ -85,8 +85,8 @@ inline void print_run(const RunConfig& run, const ParameterLayout& layout, const
           run.lr, run.warmup, run.weight_decay, run.clip, run.seed);
 }
 
-// While an error ends a rank, nothing may wait for ever: what a device still has to do may wait for ranks that are
-// gone.
+// Ends the process 20 seconds after an error has left its scope: what frees the device could else wait for ever for
+// ranks that are gone.
 struct EndByAlarm {
     const bool armed;
     const int exceptions = std::uncaught_exceptions();
@@ -96,7 +96,7 @@ struct EndByAlarm {
     }
 };
 
-// One run: what it starts from, what it takes, its steps. run() goes through the functions below it in their order.
+// One run: what it starts from, what it takes, its steps. run() calls the functions below in the order they stand in.
 template <IsTrainer Trainer>
 class Run {
     using Real = typename Trainer::Real;
@@ -137,7 +137,7 @@ private:
     // ----- Before anything is written
 
     bool first_rank() const { return ranks.rank() == 0; }
-    bool alone() const { return !o.check.empty() || !o.dump.empty() || !o.ablate.empty(); }  // what one rank does
+    bool needs_one_rank() const { return !o.check.empty() || !o.dump.empty() || !o.ablate.empty(); }
     bool wants_checkpoints() const {
         return !o.out.empty() && o.dump.empty() && o.ablate.empty() && o.checkpoint_every > 0;
     }
@@ -153,14 +153,14 @@ private:
         if (ranks && o.probe > 0 && !Trainer::probes_ranks)
             fail("--probe: expected a run started alone, found one started by %s; leave it out, or use train_keel_cpu",
                  session.launch.launcher);
-        if (ranks.count() > 1 && alone())
+        if (ranks.count() > 1 && needs_one_rank())
             fail("--dump, --check and --ablate: expected one rank, found %d; start one", ranks.count());
     }
 
-    // The file of -e, or the newest checkpoint of -o.
+    // Opens what the run starts from: the file of -e, or the newest checkpoint of -o.
     void find_start() {
         if (!o.out.empty() && o.dump.empty()) {
-            if (first_rank())  // the model of an ablation may be in it
+            if (first_rank())  // the model to ablate may lie in -o
                 check_output_folder(o.out, o.resume || !o.ablate.empty());
             if (first_rank() && std::filesystem::is_directory(o.out)) lock = FolderLock(o.out);
             if (o.resume) resume_from = newest_states(o.out, ranks);
@@ -179,7 +179,7 @@ private:
                  kind(data->programs.hops));
         }
         config = resolve_run(o, init ? &init->header : nullptr, data->natural_vocabulary(), data->natural_seq_len(),
-                             !alone() && ranks ? ranks.count() : 0, ranks.rank());
+                             !needs_one_rank() && ranks ? ranks.count() : 0, ranks.rank());
         Trainer::check_model(config.model);
         if (Trainer::on_host && (config.types.moments_bf16 || config.types.grads_bf16))
             fail("-y: expected a checkpoint with FP32 moments and gradients, found BF16 ones; resume with "
@@ -196,7 +196,7 @@ private:
         if (resume_from) same_count("-i", "training", H_TRAIN_TOKENS, data->train_count);
         if (resume_from && config.val_every > 0) same_count("-j", "validation", H_VAL_TOKENS, data->val_count);
         if (o.sample_every > 0) prompt_tokens(o.prompt, o.has("--prompt"), config.model.V);
-        // Nothing is worse to find than ranks that train on different data or models.
+        // Ranks that train on different data or models would go unnoticed. -z stands where the header has the step.
         FileHeader same = state_header(real_type<Real>, Trainer::branch_bf16, config, config.zero, *data);
         same.word[H_RANK] = 0;
         std::vector<uint32_t> sums = ranks.gather(crc32(&same, sizeof same));
@@ -207,8 +207,7 @@ private:
                      r);
     }
 
-    // Looks at every token beside what the device does until the first step; the answer is waited for before anything
-    // is written.
+    // Checks every token while the device is made ready; run() waits for the result before anything is written.
     void read_all_tokens() {
         auto look = [data = data.get(), V = config.model.V] {
             data->check_tokens(V);
@@ -221,14 +220,14 @@ private:
         }
     }
 
-    // Plans, shows and compares with what there is, before any of it is taken.
+    // Plans the memory, prints the plan and compares it with what there is, before any is taken.
     void plan_memory() {
         const ModelConfig& model = config.model;
         MemoryRow beside = Trainer::memory_beside(config, o);
         size_t available = Trainer::available_memory();
-        if (ranks && Trainer::on_host && session.launch.local_ranks > 1)  // they share the machine's
+        if (ranks && Trainer::on_host && session.launch.local_ranks > 1)  // which share the machine's
             available /= size_t(session.launch.local_ranks);
-        for (size_t others : ranks.gather(available)) available = std::min(available, others);  // all choose the same
+        for (size_t others : ranks.gather(available)) available = std::min(available, others);  // all choose alike
         Trainer::choose_memory_plan(config, available > beside.bytes ? available - beside.bytes : 0);
         if (!o.dump.empty())
             require_memory(debug_state_bytes<Real>(model, config.B, config.T), available_memory(),
@@ -243,7 +242,7 @@ private:
         size_t snapshot =
             CheckpointWriter<Trainer>::snapshot_count(ParameterLayout(model, config.ranks), ranks) * sizeof(Real);
         if (wants_checkpoints()) {
-            size_t with_thread = snapshot + (size_t(8) << 20);  // the stack of the thread that writes
+            size_t with_thread = snapshot + (size_t(8) << 20);  // 8 MiB: the stack of the thread that writes
             if (Trainer::on_host) host_left -= std::min(host_left, total_bytes(memory));
             in_background = with_thread <= host_left || ranks;
             if (in_background && Trainer::on_host) memory.push_back({"snapshot for checkpoints", with_thread});
@@ -289,13 +288,13 @@ private:
 
     void open_logs(double data_entropy) {
         divergence.emplace(config.steps, config.warmup, data_entropy);
-        if (resume_from)  // the detector takes up where the log of a resumed run ends
+        if (resume_from)  // the detector gets the losses of the steps already done
             read_csv_rows(o.out + "/log.csv", step, [&](int64_t row_step, const std::string& line) {
                 divergence->add(row_step, atof(line.c_str() + std::min(line.size(), line.find(',') + 1)));
             });
         if (!o.out.empty() && first_rank()) {
             create_output_folder(o.out);
-            if (!lock) {  // the folder is new, or was a moment ago
+            if (!lock) {  // the folder is new, unless another run has just made it
                 lock = FolderLock(o.out);
                 check_output_folder(o.out, o.resume && resume_from);
             }
@@ -310,16 +309,15 @@ private:
         } else if (o.probe > 0) {
             probe_log = std::make_unique<ProbeLog>();
         }
-        ranks.barrier();  // the folder is there
+        ranks.barrier();  // until rank 0 has made the folder
         if (!o.out.empty() && access(o.out.c_str(), W_OK) != 0)
             fail("-o: expected the folder %s of rank 0 on all ranks, found none that can be written (%s); give one "
-                 "that "
-                 "all share",
+                 "that all share",
                  o.out, errno_text());
     }
 
     void open_checkpoints() {
-        // A run that was killed between a checkpoint's two files has the state, and the model is in it.
+        // A run killed between a checkpoint's two files has left the state, from which the model can be made.
         bool no_model = resume_from && log && !std::filesystem::exists(model_path(o.out, step));
         if (wants_checkpoints()) {
             std::vector<CsvLog*> logs;
@@ -347,7 +345,7 @@ private:
     bool due_at(int64_t s, int64_t every) const { return every > 0 && (s % every == 0 || s == config.steps); }
     bool due(int64_t every) const { return due_at(step, every); }
     bool probing(int64_t s) const { return o.probe > 0 && s % o.probe == 0; }
-    // Nothing but the next step comes after this one: the trainer can have that before this one's result is known.
+    // Whether nothing comes between step s and the next: the trainer can have that one before s's result is known.
     bool goes_straight_on(int64_t s) const {
         return !overdue && !due_at(s, config.val_every) && !(checkpoints && due_at(s, o.checkpoint_every)) &&
                !due_at(s, o.sample_every) && !probing(s) && !probing(s + 1);
@@ -357,9 +355,9 @@ private:
         if (step >= config.steps && resume_from)
             print("the run has its %lld steps; -x with a larger number goes on\n", config.steps);
         if (config.steps == 0) {
-            validation_due();
+            validate_if_due();
             checkpoint();
-            sample_due();
+            sample_if_due();
         }
         started = step;
         static_assert(Trainer::steps_in_flight <= 2);
@@ -378,7 +376,7 @@ private:
             print("skipped    %lld of %lld steps, whose loss or gradient was not finite\n", trainer->run.skipped, step);
     }
 
-    // Gives the trainer the next step, and the one after it where nothing comes between.
+    // Gives the trainer the next step, and the one after it where nothing comes between the two.
     void start_steps() {
         while (!data_error && started < config.steps && !stop_asked() &&
                (started == step || (started < step + Trainer::steps_in_flight && goes_straight_on(started)))) {
@@ -387,7 +385,7 @@ private:
                 unsigned flags = (StopSignals::asked() ? STOP_ASKED : 0u) | (checkpoints ? checkpoints->flags() : 0u);
                 trainer->start(*train_data, started + 1, probing(started + 1) ? probe_log.get() : nullptr, flags);
                 started++;
-            } catch (const DataError&) {  // the steps in flight have theirs
+            } catch (const DataError&) {  // the steps in flight have their data
                 data_error = std::current_exception();
             }
         }
@@ -399,12 +397,12 @@ private:
         std::rethrow_exception(data_error);
     }
 
-    // The oldest step that was started, and all that is due after it.
+    // Finishes the oldest step in flight and does all that is due after it.
     void finish_step() {
         StepResult result;
         try {
             result = trainer->finish();
-        } catch (const DataError&) {  // of any rank: it and the steps after it have updated nothing
+        } catch (const DataError&) {  // on any rank: this step and those after it have updated nothing
             data_error = std::current_exception(), started = step;
             return;
         }
@@ -422,31 +420,29 @@ private:
         if (trainer->run.skipped_in_row >= o.max_skips) end_after_skips(result);
         if (std::string kind = divergence->add(step, result.loss); !kind.empty()) warn_of_divergence(kind);
         if (checkpoints) checkpoints->poll(result.all);
-        // While steps are skipped the parameters stay those of the last checkpoint or go bad: only the run's end is
-        // worth one.
+        // While steps are skipped the parameters stay as they are, perhaps beyond repair: no checkpoint but at the end.
         if ((overdue || due(o.checkpoint_every)) && (!skipped || step == config.steps)) checkpoint();
-        sample_due();
+        sample_if_due();
     }
 
     void report(const StepResult& result, double elapsed, bool skipped) {
         double tokens_per_second = double(config.total_batch) / elapsed, lr = learning_rate(config, step);
         double mfu = flops_per_token(config.model, config.T) * tokens_per_second / rate;
         print("step %lld/%lld | loss %.4f | grad norm %.3g | lr %.2e | %.0f ms | %.0f tokens/s | %.0f %% of matrix "
-              "rate "
-              "| %s left\n",
+              "rate | %s left\n",
               step, config.steps, result.loss, result.norm, lr, elapsed * 1e3, tokens_per_second, 100 * mfu,
               duration_text(spent / double(steps_here) * double(config.steps - step)));
         if (skipped)
             print("skipped    step %lld, whose loss or gradient is not finite: nothing is updated; %lld in a row, %lld "
                   "in all\n",
                   step, trainer->run.skipped_in_row, trainer->run.skipped);
-        std::string val_loss = validation_due();
+        std::string val_loss = validate_if_due();
         if (log)
             log->row(format("%lld,%s,%s,%.9g,%s,%.3f,%.1f,%.4f", step, number_text(result.loss), val_loss, lr,
                             number_text(result.norm), elapsed * 1e3, tokens_per_second, mfu));
     }
 
-    std::string validation_due() {  // the loss as text, empty where none is measured
+    std::string validate_if_due() {  // the loss as text, empty where none is measured
         if (!due(config.val_every)) return "";
         if (ranks) trainer->gather_weights();
         HopAccuracy hops(data->programs);
@@ -457,8 +453,7 @@ private:
         return number_text(val_loss);
     }
 
-    // Where the disk has no room for a checkpoint, training goes on and the next step tries again; the run's end may
-    // not.
+    // Where the disk has no room for a checkpoint, training goes on and the next step tries again; the run's end fails.
     void checkpoint() {
         if (!checkpoints || newest == step) return;
         std::string fault = space_fault(o.out, checkpoint_bytes(config.model, real_type<Real>));
@@ -471,7 +466,7 @@ private:
         if (!overdue) checkpoints->write(step), newest = step;
     }
 
-    void sample_due() {
+    void sample_if_due() {
         if (ranks && due(o.sample_every)) trainer->gather_weights();
         if (due(o.sample_every) && !stop_asked() && first_rank())
             print_sample(*trainer, o, config.T, uint64_t(config.seed), step);
@@ -503,7 +498,7 @@ private:
         fprintf(stderr, "warning: %s\n", text.c_str());
     }
 
-    // ----- In the order in which they are made, the reverse of that in which they end.
+    // ----- Members, in the order in which they are made; they are destroyed in the reverse.
     const Options& o;
     RankSession<Trainer>& session;
     StartClock clock;
@@ -514,7 +509,7 @@ private:
     std::unique_ptr<DataSplit> data;
     RunConfig config;
     std::future<double> unigram_entropy;
-    bool in_background = false;  // checkpoints are written by a thread
+    bool in_background = false;  // a thread writes the checkpoints
     std::optional<Trainer> trainer;
     std::optional<EndByAlarm> unwinding;
     std::optional<Loader> train_data, val_data;
@@ -524,17 +519,17 @@ private:
     std::unique_ptr<CheckpointWriter<Trainer>> checkpoints;
 
     double rate = 1;                       // of matrix products, operations a second
-    int64_t step = 0, started = 0;         // steps done; given to the trainer, the last of them in flight
+    int64_t step = 0, started = 0;         // steps done; steps given to the trainer, done or in flight
     std::array<double, 2> began{};         // when the steps in flight were started, seconds
     double spent = 0, ended = 0;           // seconds in steps; when the last one ended
     int64_t steps_here = 0;                // steps done by this process
-    int64_t newest = -1, known_good = -1;  // steps of checkpoints: the last; one from which a finite step was made
-    bool overdue = false;                  // a checkpoint for which the disk had no room
-    bool told_to_stop = false;             // of several ranks: what a step has told all of them
+    int64_t newest = -1, known_good = -1;  // steps of checkpoints: the last; the last that a finite step followed
+    bool overdue = false;                  // a checkpoint waits for room on the disk
+    bool told_to_stop = false;             // by the flags of the last step, which are the same on all ranks
     std::exception_ptr data_error;
 };
 
-// The program: what a user can mend is one line on stderr and exit status 1.
+// The main of a trainer: an error that the user can mend is one line on stderr and exit status 1.
 template <IsTrainer Trainer>
 int trainer_main(int argc, char** argv) {
     setvbuf(stdout, nullptr, _IOLBF, 0);
@@ -542,7 +537,7 @@ int trainer_main(int argc, char** argv) {
     RankSession<Trainer> session;
     try {
         session.launch = Launch::from_environment();
-        if (session.launch.rank > 0 && !freopen("/dev/null", "w", stdout)) {}  // rank 0 speaks for all
+        if (session.launch.rank > 0 && !freopen("/dev/null", "w", stdout)) {}  // rank 0 prints for all
         const Options o = parse_command_line(argc, argv);
         if (!o.help) return Run<Trainer>(o, session).run();
         fputs(help_text(argv[0], Trainer::ranks_by
@@ -559,6 +554,6 @@ int trainer_main(int argc, char** argv) {
     fflush(stdout);
     if (session.lifeline) session.lifeline->fail_all(program, text);
     else if (session.launch.rank == 0) fprintf(stderr, "%s: %s\n", program.c_str(), text.c_str());
-    if (session.launch.ranks > 1) _exit(1);  // nothing is left that may wait for the others
+    if (session.launch.ranks > 1) _exit(1);  // no destructor may wait for the others
     return 1;
 }

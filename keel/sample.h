@@ -3,10 +3,8 @@
 
 #include "checkpoint.h"
 
-// Sampling
-
-// One token from logits (V): the likeliest for temperature 0, else from softmax(logits / temperature) over the top_k
-// likeliest (0: over all; of equals the lower token counts as likelier). uniform in [0, 1).
+// Draws a token from logits (V): the likeliest for temperature 0, else by softmax(logits / temperature) over the top_k
+// likeliest (0: over all; of equals the lower token counts as likelier). uniform: a random number in [0, 1).
 template <class Real>
 int sample_token(const Real* logits, int V, double temperature, int top_k, double uniform) {
     std::vector<int> order(static_cast<size_t>(V));
@@ -49,7 +47,7 @@ inline void print_token(int token, int V) {
     else putchar(token == '\n' || token == '\t' || token >= 32 ? token : '.');
 }
 
-// Prints the prompt and count more tokens. When the window is full, the second half of the text goes on in a new one.
+// Prints the prompt and -g more tokens. Each time the window (tokens) is full, its second half starts a new one.
 template <IsTrainer Trainer>
 void print_sample(Trainer& trainer, const Options& o, int window, uint64_t seed, int64_t step) {
     int V = trainer.run.model.V;
@@ -80,7 +78,7 @@ inline void print_model(const RunConfig& run, const ParameterLayout& layout) {
     print("; %s parameters; %s\n", count_text(double(layout.count)), placements[m.norm].source);
 }
 
-// Sampling alone: -e model.bin --prompt TEXT
+// Sampling without training: -e model.bin --prompt TEXT
 template <IsTrainer Trainer>
 int run_sampling(const Options& o, FileReader& file) {
     RunConfig run = resolve_run(o, &file.header, 0);
@@ -88,7 +86,7 @@ int run_sampling(const Options& o, FileReader& file) {
     prompt_tokens(o.prompt, true, run.model.V);
     require_memory(Trainer::sampling_bytes(run.model, run.T), Trainer::available_memory(),
                    "a smaller -t or a larger machine");
-    RunConfig least = run;  // nothing is trained: the least memory for activations
+    RunConfig least = run;  // what takes the least memory for activations, as nothing is trained
     least.B = least.T = 1, least.total_batch = 1, least.recompute = {1}, least.recompute_chosen = true;
     Trainer trainer(least, nullptr);
     load_parameters(trainer, file);

@@ -1,4 +1,4 @@
-// keel/trainer.h: what a run asks of a trainer, as a concept. train_keel_cpu.cpp and train_keel.cu each have one.
+// keel/trainer.h: what a run asks of a trainer, as a concept; train_keel_cpu.cpp and train_keel.cu each have a Trainer.
 #pragma once
 
 #include <concepts>
@@ -7,9 +7,9 @@
 #include "probe.h"
 #include "ranks.h"
 
-// Mean loss over the step's tokens, and norm of the gradient before it is clipped. Where either is not finite, nothing
-// has been updated and the gradients are zero for the next step. A DataError from its start, too, has left parameters
-// and moments alone.
+// The mean loss over the step's tokens, and the norm of the gradient before it is clipped. Where either is not finite,
+// nothing has been updated and the gradients are zero for the next step. Nor does a step whose start threw a DataError
+// update anything.
 struct StepResult {
     double loss, norm;
     unsigned any = 0, all = 0;  // the RankFlags that any of the ranks, and that all of them, gave to the step
@@ -17,20 +17,20 @@ struct StepResult {
 
 // What a rank tells the others with each step's numbers, so that all act on it at the same step.
 enum RankFlag : unsigned {
-    STOP_ASKED = 1,     // by a signal
-    DATA_LOST = 2,      // its part of the batch could not be read: the step updates nothing
+    STOP_ASKED = 1,     // a signal has asked it to stop
+    DATA_LOST = 2,      // its sequences could not be read: the step updates nothing
     STATE_WRITTEN = 4,  // its file of a checkpoint's states is on the disk
-    MODEL_WRITTEN = 8,  // and the checkpoint's model
+    MODEL_WRITTEN = 8,  // so is the checkpoint's model
 };
 
 // What ranks add up, in rank order, at the end of a step.
 struct StepShare {
-    double loss_sum = 0, grad_squares = 0;  // over its targets; over the gradients that it owns
+    double loss_sum = 0, grad_squares = 0;  // over the rank's targets; over the gradients that it owns
     uint64_t flags = 0;
 };
 
-// After a step with DATA_LOST: the same DataError on all ranks, that of the first whose data could not be read. mine:
-// "" where they could.
+// After a step with DATA_LOST: throws on all ranks the DataError of the first rank whose data could not be read. mine:
+// this rank's error, "" if it has none.
 template <class Communicator>
 [[noreturn]] void throw_lost_data(Communicator& communicator, const RunConfig& run, const std::string& mine) {
     struct { char text[512]; } ours{};
@@ -48,15 +48,15 @@ enum Section { PARAMETERS, FIRST_MOMENTS, SECOND_MOMENTS, SECTIONS };
 // What carries bytes between the ranks of a run; constructed in each of them.
 template <class C>
 concept IsCommunicator = requires(C c, const Launch& launch, const void* mine, void* all, size_t bytes) {
-    typename C::UniqueId;  // bytes of rank 0's that all need: made by a UniqueId(true), empty as a UniqueId(false)
+    typename C::UniqueId;  // bytes that all need from rank 0, where UniqueId(true) makes them; UniqueId(false): blank
     requires std::constructible_from<C, const Launch&, const typename C::UniqueId&>;
-    c.gather(mine, all, bytes);  // all (ranks, bytes) from mine (bytes) of each
+    c.gather(mine, all, bytes);  // all (ranks, bytes) = mine (bytes) of every rank, in rank order
 };
 
-// The first part can be asked before a Trainer is made. What a user can mend throws an Error.
+// The first half is asked before a Trainer is made. What a user can mend throws an Error.
 //
 // A Trainer(run, communicator) then uses the run's model, B, T, recompute, ranks and the optimizer's settings; its
-// parameters are not yet set, its moments zero. communicator: null alone.
+// parameters are not yet set, its moments zero. communicator: null where no launcher started the run.
 template <class T>
 concept IsTrainer =
     IsCommunicator<typename T::Communicator> &&
@@ -66,8 +66,8 @@ concept IsTrainer =
         { T::branch_bf16 } -> std::convertible_to<bool>;  // header word H_BRANCH_BF16
         { T::on_host } -> std::convertible_to<bool>;      // available_memory is the host's; it refuses the GPU's flags
         { T::steps_in_flight } -> std::convertible_to<int>;   // steps that may have been started and not finished
-        { T::ranks_by } -> std::convertible_to<const char*>;  // what ranks talk by; null where this build has one rank,
-        { T::ranks_needs } -> std::convertible_to<const char*>;  // which this would change
+        { T::ranks_by } -> std::convertible_to<const char*>;  // by what ranks talk; null where the build has one rank
+        { T::ranks_needs } -> std::convertible_to<const char*>;  // what to install for a build with more
         { T::probes_ranks } -> std::convertible_to<bool>;        // --probe works on several ranks
         T::require_machine();                                    // throws where there is nothing to compute on
         T::check_model(c);                                       // throws where this build cannot run the shape
@@ -77,9 +77,8 @@ concept IsTrainer =
         // What else it takes, with its name for the table: samples and probe, or the debug states of --dump (one) and
         // --check (two) where they lie in that memory. B may still be 0.
         { T::memory_beside(run, o) } -> std::same_as<MemoryRow>;
-        {
-            T::sampling_bytes(c, window)
-        } -> std::same_as<size_t>;  // a Trainer of B = T = 1, recompute 1, and its Generator
+        // Bytes of a Trainer of B = T = 1, recompute 1, and of its Generator.
+        { T::sampling_bytes(c, window) } -> std::same_as<size_t>;
     } &&
     requires(T t, Section section, const ShardRange& range, size_t n, typename T::Real* out, const typename T::Real* in,
              const Loader& data, int64_t step, ProbeLog* probe, unsigned flags, const int* tokens, int* predictions,
@@ -88,35 +87,35 @@ concept IsTrainer =
         { t.run } -> std::same_as<RunConfig&>;  // the constructor's; the run counts its skipped steps here
         { t.layout() } -> std::same_as<const ParameterLayout&>;
 
-        // Parameters and moments, in and out. Both walk the layout's owned() ranges of this rank: n elements from the
-        // first-th of a range on. loaded() and saved() follow when all have been asked for; of several ranks, each
-        // calls the first. save_model, too, is called by all: rank 0 gets all parameters in their order.
-        t.initialise(uint64_t());  // of a seed
+        // Parameters and moments, in and out. load and save take n elements, from the first-th on, of a range that this
+        // rank owns. loaded() and saved() complete what has been asked for; all ranks call loaded(), and save_model,
+        // which gives rank 0 all parameters in their order.
+        t.initialise(uint64_t());  // from a seed
         t.load(section, range, n, n, in);
         t.loaded();
         t.save(section, range, n, n, out);
         t.save_model(out);
         t.saved();
-        t.gather_weights();  // of several ranks, by each: what evaluate and a Generator read is whole
+        t.gather_weights();  // called by all ranks before evaluate or a Generator, which read all weights
 
-        // Sum of the losses of b <= B sequences, (b,T). predictions, if given, gets the likeliest token after each,
-        // (b,T); of equals the lower.
+        // The sum of the losses of b <= B sequences, (b,T). predictions (b,T), if given, gets the likeliest token after
+        // each; of equals the lower.
         { t.evaluate(tokens, tokens, l, predictions) } -> std::same_as<double>;
-        t.ablate(l);  // evaluate leaves out the branch of sub-layer l: F_l = 0, z_l = alpha_l x_l; -1: of none
+        t.ablate(l);  // from now on evaluate leaves out the branch of sub-layer l, z_l = alpha_l x_l; -1: of none
 
-        // One step: start gives it to the trainer, finish waits for the oldest one started and not yet finished. Steps
-        // come in order, and what comes between two of them finds none in flight. probe: null where the step is not
-        // probed. flags: RankFlags of this rank. Of several ranks, finish throws a DataError on all where one's data
-        // could not be read.
+        // start gives the trainer a step, finish waits for the oldest one that is started and not finished. Steps come
+        // in order, and no other call comes while one is in flight. probe: null where the step is not probed. flags:
+        // this rank's RankFlags. Where the data of one rank could not be read, finish throws a DataError on all.
         t.start(data, step, probe, flags);
         { t.finish() } -> std::same_as<StepResult>;
-        { t.step_bytes } -> std::convertible_to<size_t>;  // of several ranks: sent by this one in the first step
+        { t.step_bytes } -> std::convertible_to<size_t>;  // bytes that this rank sent in the first step
 
-        t.debug_pass(debug, l, l);                    // of B sequences of T: fills what s.tokens and s.targets lead to
+        t.debug_pass(debug, l, l);  // (debug, B, T): one forward and backward pass of its tokens fills in the rest
         { t.matrix_rate() } -> std::same_as<double>;  // operations a second of a large matrix product, measured
         { t.machine_name() } -> std::same_as<std::string>;
 
-        // Feeds tokens and keeps what attention needs of them; feed returns the logits (V) after the last, on the host.
+        // A Generator keeps what attention needs of the tokens fed; feed returns the logits (V) after the last, on the
+        // host.
         requires std::constructible_from<typename T::Generator, decltype((t.model)), int>;
         requires requires(typename T::Generator g) {
             { g.feed(tokens, l) } -> std::same_as<const typename T::Real*>;

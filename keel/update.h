@@ -1,20 +1,19 @@
-// keel/update.h: where the GPU keeps each gradient, the optimizer's work list, and what a micro-step is expected to
-// take.
+// keel/update.h: where the GPU keeps each gradient, the optimizer's work list, and the time predicted for a micro-step.
 #pragma once
 
 #include "gpu.h"
 
-// Where each tensor's gradient is. With --grads bf16 the matrices of the blocks are in BF16; embeddings, to which a
-// batch adds many times, and gains, which are few, stay in FP32.
+// Where each tensor's gradient is. With --grads bf16 the blocks' matrices have theirs in BF16; those of the embeddings,
+// to which a batch adds many times, and of the gains, which are few, stay in FP32.
 struct GradientLayout {
     std::vector<std::array<size_t, NUM_TENSORS>> at;  // [layer + 1][tensor], in grads or in grads_bf16
-    size_t fp32 = 0, bf16 = 0, largest = 0;           // elements of the two; of the largest matrix in BF16
+    size_t fp32 = 0, bf16 = 0, largest = 0;           // elements of grads, of grads_bf16, of its largest matrix
     static bool is_block_matrix(Tensor t) { return t == QKVW || t == ATTPROJW || t == FCW || t == FCPROJW; }
 
     GradientLayout(const ParameterLayout& layout, int L, bool matrices_bf16, Sharing sharing = {})
         : at(size_t(L) + 1), matrices_bf16(matrices_bf16) {
         for (auto& row : at) row.fill(ParameterLayout::absent);
-        if (sharing.ranks > 0) {  // as they are reduced
+        if (sharing.ranks > 0) {  // in buckets, as the ranks reduce them
             ParameterLayout places = sharing.grad_layout(layout);
             for (const TensorInfo& t : places.tensors) at[size_t(t.layer + 1)][t.id] = t.offset;
             fp32 = places.size;
@@ -34,18 +33,18 @@ private:
     bool matrices_bf16;
 };
 
-// Some elements of one tensor, a block's work: all tensors in one launch, each with its own decay.
+// Elements of one tensor that a thread block updates: one launch updates all tensors, each with its own decay.
 struct UpdateChunk {
-    size_t first;             // in the parameter order: what its random numbers are drawn by
+    size_t first;             // its first element in the parameter order, by which its random numbers are drawn
     size_t parameter, copy;   // where it starts in the parameters (or masters), and in their copy
-    size_t gradient, moment;  // the same in grads or grads_bf16, and in the moments
-    int count;
-    bool decayed, bf16;  // bf16: the gradient is
-    bool master;         // its FP32 weights are in masters
+    size_t gradient, moment;  // where it starts in grads or grads_bf16, and in the moments
+    int count;                // elements
+    bool decayed, bf16;       // bf16: its gradient is in grads_bf16
+    bool master;              // its FP32 weights are in masters
 };
 constexpr int UPDATE_CHUNK = 8192;  // elements
 
-// Of all parameters, or from -z 1 on of what the rank owns.
+// The chunks of all parameters, or from -z 1 on of what the rank owns.
 inline std::vector<UpdateChunk> update_chunks(const ParameterLayout& layout, const GradientLayout& gradients,
                                               Sharing sharing = {}) {
     std::vector<UpdateChunk> chunks;
@@ -68,10 +67,10 @@ inline std::vector<UpdateChunk> update_chunks(const ParameterLayout& layout, con
     return chunks;
 }
 
-// Seconds of a micro-step of B sequences: a rough model of one large GPU, which need only put the choices in their
-// order. Matrix products at the rate that their tiles fill the multiprocessors, the kernels' bytes, and a floor for
-// each of the graph's nodes. The rates are those of an H100 or H200, a quarter off for what is not at its peak; bytes
-// and nodes a block are counted in dev/doc/speed.md.
+// Seconds of a micro-step of B sequences on one large GPU, by a rough model that need only put the choices in order:
+// the time of matrix products, at a rate that falls where their tiles do not fill the multiprocessors, of the kernels'
+// bytes, and of each of the graph's nodes. The rates are three quarters of an H100's or H200's peak; dev/doc/speed.md
+// counts the bytes and nodes of a block.
 inline double predicted_seconds(const ModelConfig& c, int B, int T, Recompute r, StateTypes types = {}) {
     constexpr double matrix_rate = 600e12, memory_rate = 3e12, node_seconds = 2e-6, multiprocessors = 132;
     double rows = double(B) * T, blocks = c.L / 2;
@@ -80,8 +79,8 @@ inline double predicted_seconds(const ModelConfig& c, int B, int T, Recompute r,
     double filled = std::min(1.0, std::ceil(rows / 128) * std::ceil(c.C / 128.0) / multiprocessors);
     double bytes = rows * blocks * c.C * (226 + (r.level == -1 ? 28 : r.level == 1 ? 54 : r.segments() ? 80 : 0));
     double weights = 12.0 * c.C * c.C * blocks + double(c.Vp()) * c.C;
-    bytes += weights * (2 * (again ? 3 : 2) +
-                        (types.grads_bf16 ? 12 : 8));  // a micro-batch reads them, and adds to their gradients
+    // A micro-batch reads the weights, and adds to their gradients.
+    bytes += weights * (2 * (again ? 3 : 2) + (types.grads_bf16 ? 12 : 8));
     double nodes = blocks * (22 + (r.level == -1 ? 1 : again ? 6 : 0) + (types.grads_bf16 ? 4 : 0));
     return operations / (matrix_rate * filled) + bytes / memory_rate + nodes * node_seconds;
 }
