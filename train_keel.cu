@@ -1959,7 +1959,7 @@ struct Model {
     float* gradient(Tensor id, int l = -1) { return gradients(l).gain(id); }
 
     // Where masters are apart, a tensor of the blocks is made whole where its gradient will be, and this rank's shard
-    // copied from there.
+    // and the BF16 copy are made from there: every rank has the same, and none sends anything.
     void initialise(uint64_t seed) {
         const std::vector<ShardRange> owned = layout.owned(sharing.rank);
         auto range = owned.begin();
@@ -1972,10 +1972,13 @@ struct Model {
                            seed);
             bool ours = range != owned.end() && range->tensor == i;
             if (apart && ours) device.copy(owned_weights(*range), whole + range->first, range->count);
-            if (apart) CUDA(cudaMemsetAsync(whole, 0, t.size() * sizeof(float), device.stream));
             if (ours) ++range;
+            if (!apart) continue;
+            launch_threads(round_kernel, t.size(), device.stream, branch_params() + t.offset, whole, t.size());
+            CUDA(cudaMemsetAsync(whole, 0, t.size() * sizeof(float), device.stream));
         }
-        parameters_changed();
+        if (BRANCH_BF16) round_params();
+        device.synchronize();
     }
 
     // The FP32 weights of a range that this rank owns.

@@ -416,10 +416,10 @@ TEST_CASE("A state whose numbers cannot be is refused although its CRC is right,
         h.set(H_TOTAL_BATCH, int64_t(1) << 36), h.word[H_B] = h.word[H_T] = 1;
     }, "total batch");  // the fuzzer's: 2^36 micro-batches
     refused(FILE_STATE, good, [](FileHeader& h) { h.set(H_STEP, int64_t(-1)); }, "the step");
-    refused(FILE_STATE, good, [](FileHeader& h) { h.set(H_STEPS, INT64_MIN); }, "number of steps");
-    refused(FILE_STATE, good, [](FileHeader& h) { h.set(H_WARMUP, INT64_MAX); }, "warm-up");
-    refused(FILE_STATE, good, [](FileHeader& h) { h.set(H_VAL_BATCHES, int64_t(0)); }, "validation batches");
-    refused(FILE_STATE, good, [](FileHeader& h) { h.set(H_LR, double(NAN)); }, "learning rate");
+    refused(FILE_STATE, good, [](FileHeader& h) { h.set(H_STEPS, INT64_MIN); }, "--steps");
+    refused(FILE_STATE, good, [](FileHeader& h) { h.set(H_WARMUP, INT64_MAX); }, "--warmup");
+    refused(FILE_STATE, good, [](FileHeader& h) { h.set(H_VAL_BATCHES, int64_t(0)); }, "--val-batches");
+    refused(FILE_STATE, good, [](FileHeader& h) { h.set(H_LR, double(NAN)); }, "--lr");
     refused(FILE_STATE, good, [](FileHeader& h) { h.set(H_CLIP, -1.0); }, "clip");
     refused(FILE_STATE, good, [](FileHeader& h) { h.set(H_SKIPPED, int64_t(25)); }, "skipped steps");
     refused(FILE_STATE, good, [](FileHeader& h) { h.word[H_RANKS] = 0; }, "rank 0 of 0");

@@ -594,7 +594,7 @@ TEST_SUITE("ends") {
         INFO(r.out << r.err);
         CHECK(r.code == 1);
         CHECK(r.err.find("expected 6") != std::string::npos);
-        CHECK(r.err.find("the file has been cut, restore it") != std::string::npos);
+        CHECK(r.err.find("the file has been cut short, restore it") != std::string::npos);
         CHECK(newest_states(p / "run", *std::make_unique<Ranks>()));
     }
 
