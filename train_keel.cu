@@ -109,7 +109,7 @@ __device__ __forceinline__ float fast_exp2(float x) {
 }
 #endif
 
-// Every kernel's first statement, but for what it can do without reading or writing global memory: launch() lets a
+// The first statement of every kernel, which only work that touches no global memory may precede: launch() lets a
 // kernel start before the one before it has ended. The next kernel waits for the end of this one alone, and yet may
 // read what earlier ones wrote: its blocks come only once each block here is past its own wait, so that of all kernels
 // before it this one alone is still running.
@@ -163,8 +163,7 @@ __device__ inline float warp_max(float value) {
     return value;
 }
 
-// True in all threads of the block that comes last of `blocks` to this point; what the others wrote before is visible
-// to it.
+// True in all threads of the last of `blocks` blocks to arrive here; it sees what the others wrote before.
 __device__ inline bool last_to_arrive(unsigned* arrived, unsigned blocks) {
     __syncthreads();
     bool last = false;
@@ -173,7 +172,7 @@ __device__ inline bool last_to_arrive(unsigned* arrived, unsigned blocks) {
         last = atomicAdd(arrived, 1u) == blocks - 1;
     }
     if (!__syncthreads_or(last)) return false;
-    if (threadIdx.x == 0) *arrived = 0;  // for the next kernel
+    if (threadIdx.x == 0) *arrived = 0;  // again, for the next kernel
     __threadfence();
     return true;
 }
@@ -203,12 +202,12 @@ __device__ void add_partials(T* partial, int n, unsigned* arrived, Out out) {
 // The layers: each forward beside its backward. A backward adds to gradients of parameters, and sets those of inputs.
 
 // All that changes from step to step is read from the device's memory, so that a graph of launches serves every step.
-struct StepSettings {  // comes from the host
+struct StepSettings {  // written by the host
     double lr, weight_decay;
     double max_norm;  // of the gradient; 0: no clipping
     uint64_t seed;    // of stochastic rounding
 };
-struct StepState {              // goes to the host
+struct StepState {              // read by the host
     double loss_sum;            // over the step's targets
     double grad_squares, norm;  // of all gradients, before clipping
     float clip;                 // the factor of every gradient
@@ -216,12 +215,12 @@ struct StepState {              // goes to the host
     float step_size;            // lr / (1 - b1^n)
     float v_scale;              // 1 / (1 - b2^n)
     float decay;                // lr * weight decay
-    unsigned any, all;          // of several ranks: RankFlags
+    unsigned any, all;          // with several ranks: RankFlags
 };
 
 struct UpdateCounts {   // stays on the device
     long long updates;  // steps that updated the parameters so far
-    int data_lost;      // of several ranks: 1 from the step on in which a rank's data could not be read
+    int data_lost;      // with several ranks: 1 from the step in which a rank's data could not be read
 };
 
 // out (rows,N) = in (rows,K) W^T, W (N,K).  2 rows N K operations
@@ -238,7 +237,7 @@ __device__ __forceinline__ __nv_bfloat16 round_stochastic(float x, uint32_t rand
     return __ushort_as_bfloat16(uint16_t(bits >> 16));
 }
 
-// What the random numbers of a gradient's rounding are a function of, beside the element: the same on a resume.
+// Beside the element, what the random numbers of a gradient's rounding depend on: the same after a resume.
 struct RoundingState {
     const StepSettings* settings;  // seed
     const UpdateCounts* counts;    // finished steps
@@ -246,8 +245,8 @@ struct RoundingState {
 };
 
 // The gradient of a matrix (N,K). In FP32 products add to it. With --grads bf16 a product makes its addend in
-// `scratch`, and a kernel adds that with stochastic rounding: rounded to nearest, addends below 2^-9 of the sum would
-// be lost one and all.
+// `scratch`, and a kernel adds it with stochastic rounding: rounding to nearest would lose every addend below 2^-9 of
+// the sum.
 struct MatrixGradient {
     float* fp32;  // null with bf16
     __nv_bfloat16* bf16;
@@ -394,7 +393,7 @@ struct HighwayPoint {
     branch_t* u;             // (rows,C), null: not wanted
 };
 
-// The same columns of two tensors.
+// The same columns of two tensors, which one lane loads together.
 template <class A, class B, int N>
 struct Both {
     Pack<A, N> a;
@@ -451,7 +450,7 @@ __device__ void row_norms(const HighwayPoint& p, float* x, int row, int C, int l
     for (int c = lane * N; c < C; c += WARP * N) store_u<N>(p, load<N>(x + c), r_in, c, size_t(row) * C + c);
 }
 
-// u at a point, again
+// Makes u at a point again, from z and the stored norms.
 template <int N>
 __device__ void restore_u(const HighwayPoint& p, int row, int C, int lane) {
     float r_out = p.gamma_out ? p.r_out[row] : 1, r_in = p.gamma_in ? p.r_in[row] : 1;
@@ -514,8 +513,7 @@ struct HighwayGradients {
     float *dgamma_out, *dgamma_in;  // (C), added to; null as the gains are
 };
 
-// From point l to point l-1: the last line of sub-layer l's backward and the first two of sub-layer l-1's, as a point
-// meets them:
+// From point l to point l-1: the last line of sub-layer l's backward and the first two of sub-layer l-1's.
 //     dx_l     = alpha_l dz_l + (norm_in ? RMSNorm_backward(du_l, x_l) : du_l)
 //     dz_{l-1} = norm_out ? RMSNorm_backward(dx_l, z_{l-1}) : dx_l
 //     dF_{l-1} = dz_{l-1}
@@ -1465,10 +1463,10 @@ void add_sum(Device& device, double* out, const T* values, size_t n) {
 // ----------------------------------------------------------------------------------------------------
 // The parameters: AdamW (Loshchilov and Hutter 2019), initial values, the branch's copy
 
-// clip = min(1, max_norm / norm), and whether norm and loss are finite: x * 0 is 0 for a finite x alone. Then the step
-// counts, and AdamW's numbers follow from the count n of steps that did: a skipped one leaves no trace. Of several
-// ranks (shares), loss and norm are what they add up to, in rank order; where one's data were lost, neither this step
-// nor a later one that is under way updates anything.
+// clip = min(1, max_norm / norm), and whether norm and loss are finite: x * 0 is 0 for a finite x alone. AdamW's
+// numbers follow from n, the steps so far that were finite, so that a skipped one leaves no trace. With several ranks
+// (shares), loss and norm are the ranks' sums in rank order; once one rank's data are lost, neither this step nor one
+// in flight updates anything.
 __global__ void prepare_update_kernel(StepState* state, const StepSettings* settings, UpdateCounts* counts,
                                       const StepShare* shares, int ranks) {
     begin_kernel();
@@ -1583,8 +1581,8 @@ __global__ void adamw_kernel(float* params, float* masters, branch_t* branch_cop
     else update_chunk(p, branch_copy, g, m, v, chunk, s, seed, counter);
 }
 
-// Initial weights, the bits of initialise_tensor in keel_common.h: a thread draws four.
-// The part of TensorInfo (keel_common.h) that this needs. bound 0: a gain, all ones
+// Initial weights, with the bits of initialise_tensor in keel_common.h; a thread draws four. TensorStart is what the
+// kernel needs of TensorInfo. bound 0: a gain, all ones
 struct TensorStart {
     size_t rows, cols, used_rows, tail_row;
     float bound, bound_tail;
@@ -1766,25 +1764,27 @@ struct Model {
     ActivationSlots slots;
     StateTypes types;
     Sharing sharing;
-    ParameterLayout grad_layout;  // of several ranks: of grads
+    ParameterLayout grad_layout;  // with several ranks: of grads, which differs from layout at -z 2 alone
     GradientLayout gradient_layout;
     Device device;
     Communicator* communicator;  // null: alone
-    // Of several ranks: a bucket's weights are complete; in the backward pass, its gradients have gone.
+    // With several ranks, recorded when a bucket's weights are complete, and in the backward pass when its gradients
+    // have been reduced.
     std::vector<cudaEvent_t> bucket_events;
 
-    DeviceArray<char> memory;                // what the buffers below are parts of
+    DeviceArray<char> memory;                // the one allocation that the buffers below share
     DeviceArray<float> params, grads, m, v;  // in parameter order; m, v: AdamW's moments
     // Instead of those in FP32 with --grads bf16 and --moments bf16.
     DeviceArray<__nv_bfloat16> grads_bf16, m_bf16, v_bf16;
     DeviceArray<float> grad_scratch;    // with --grads bf16: one matrix's gradient
     DeviceArray<branch_t> branch_copy;  // params in BF16, which the matrix products read; the FP32 build reads params
-    // Of several ranks: FP32 weights of the blocks, in the BF16 build from -z 1 on, of what this one owns, params then
-    // holding bucket 0 alone; the step's gradients of what it owns, all ranks' added up; what a reduce-scatter brings;
-    // the step's numbers of each rank; this one's RankFlags.
-    DeviceArray<float> masters, shard_grads, incoming;
-    DeviceArray<StepShare> shares;
-    DeviceArray<uint64_t> rank_flags;
+    // With several ranks:
+    DeviceArray<float> masters;        // FP32 weights of this rank's shards of the blocks (BF16 from -z 1 on, where
+                                       // params holds bucket 0 alone)
+    DeviceArray<float> shard_grads;    // of this rank's shards, the step's gradients summed over the ranks
+    DeviceArray<float> incoming;       // what a reduce-scatter brings
+    DeviceArray<StepShare> shares;     // the step's numbers of each rank
+    DeviceArray<uint64_t> rank_flags;  // this rank's RankFlags
 
     // The highway is stored once, as z: kept holds x_0 = "z_{-1}", z_0, ..., z_{L-1}, or with -r K every K-th of them
     // and the last, the others of one segment being in segment. r_out, r_in (L+1, rows): the norms' two numbers a row.
@@ -1905,7 +1905,7 @@ struct Model {
                         Device::tuning_bytes(C, size_t(c.Vp()), head_rows(c, rows), true));
     }
 
-    // All buffers are parts of one allocation. Not const: the tests give each its own, with guards on the CPU headers
+    // All buffers share one allocation. Not const: the tests give each its own, with guards on the CPU headers
     // that catch a stray index; and so does KEEL_SANITIZE in the environment, for compute-sanitizer, which sees no
     // overrun from one part into the next.
     static inline bool one_allocation = !getenv("KEEL_SANITIZE");
@@ -2005,9 +2005,9 @@ struct Model {
     // ----- Several ranks. What travels is on the communicator's stream, in the order of the calls; events hold the two
     // streams together.
 #ifdef KEEL_NCCL
-    // In the backward pass, when all gradients of a bucket are there: this rank's shard of them, added up over the
-    // ranks, goes to shard_grads, while the next block's backward computes. Their memory is zero when bucket_events[i]
-    // comes.
+    // Called in the backward pass when a bucket's gradients are complete: sums them over the ranks and adds this rank's
+    // shard to shard_grads, while the next block's backward runs. At bucket_events[i] the bucket's memory is zero
+    // again.
     void reduce_bucket(size_t i) {
         const Bucket& bucket = grad_layout.buckets[i];
         float* of_bucket = grads.data() + bucket.first;
@@ -2018,7 +2018,7 @@ struct Model {
         CUDA(cudaMemsetAsync(of_bucket, 0, bucket.shard * communicator->ranks * sizeof(float), communicator->stream));
         CUDA(cudaEventRecord(bucket_events[i], communicator->stream));
     }
-    // From -z 1 on: the weights that the others have updated. Those of bucket i are whole when bucket_events[i] comes.
+    // From -z 1 on: gathers the weights that the other ranks have updated; bucket i's are complete at bucket_events[i].
     void gather_updates() {
         communicator->fork(device.stream);
         for (size_t i = 0; i < layout.buckets.size(); i++) {
@@ -2029,7 +2029,7 @@ struct Model {
             CUDA(cudaEventRecord(bucket_events[i], communicator->stream));
         }
     }
-    // Of an array over all parameters: each rank's shard to all.
+    // Gathers an array over all parameters: every rank's shard goes to all.
     template <class T>
     void gather_buckets(const DeviceArray<T>& of) {
         communicator->fork(device.stream);
@@ -2376,7 +2376,7 @@ private:
 };
 
 // ----------------------------------------------------------------------------------------------------
-// The step and what else a run asks of a trainer (run_trainer in keel_common.h has the run)
+// The trainer: the step, and what else a run asks for (keel/trainer.h)
 
 struct Trainer {
     using Real = float;
@@ -2394,7 +2394,7 @@ struct Trainer {
 
     RunConfig run;
     Model model;
-    PinnedArray<int> staging[2];              // batches on their way to the device, by turns
+    PinnedArray<int> staging[2];              // batches on their way to the device, used alternately
     cudaEvent_t staged[2] = {};               // the device has the batch
     uint64_t batches = 0;                     // staged so far
     PinnedArray<StepSettings> settings;       // one for each step under way
@@ -2460,7 +2460,7 @@ struct Trainer {
             } catch (const DataError& e) {
                 if (!communicator) throw;
                 lost[slot] = e.what();
-                flags |= DATA_LOST;  // the others wait for this one: it goes on with the tokens it has
+                flags |= DATA_LOST;  // the other ranks wait for this one's sums: it computes on with the tokens it has
             }
             bool gather = micro == 0 && model.sharing.states();
             if (replay) CUDA(cudaGraphLaunch((gather ? first_micro_step : micro_step).launches, device.stream));

@@ -419,13 +419,14 @@ struct Model {
     ActivationSlots slots;
     Sharing sharing;
 
-    // As layout and grad_layout have them. m, v: AdamW's moments, from -z 1 on of what the rank owns alone.
+    // params and grads lie as layout and grad_layout say. m, v: AdamW's moments, from -z 1 on only of this rank's
+    // shards.
     Buffer<real> params, grads, m, v;
-    // Of several ranks: the step's gradients of what this one owns, all ranks' added up.
+    // With several ranks: of this rank's shards, the step's gradients summed over the ranks.
     Buffer<real> shard_grads;
-    // What AdamW updates: all parameters, or from -z 1 on what the rank owns.
+    // What AdamW updates: all parameters, or from -z 1 on this rank's shards.
     std::vector<ShardRange> update_ranges;
-    // Of several ranks: called in the backward pass when a bucket's gradients are complete.
+    // With several ranks: called in the backward pass when a bucket's gradients are complete.
     std::function<void(size_t bucket)> bucket_done;
 
     // The highway is stored once, as z: kept holds x_0 = "z_{-1}", z_0, ..., z_{L-1}, or with -r K every K-th of them
@@ -853,7 +854,8 @@ struct Trainer {
                 data.batch(run.sequence(step, micro), run.B, tokens.data(), targets.data());
             } catch (const DataError& e) {
                 if (run.ranks == 0) throw;
-                lost = e.what(), flags |= DATA_LOST;  // the others wait for this one: it goes on with the tokens it has
+                lost = e.what(),
+                flags |= DATA_LOST;  // the others wait for this rank: it computes on with the tokens it has
             }
             loss += model.forward_backward(tokens.data(), targets.data(), run.B, real(1.0 / double(run.total_batch)));
         }
@@ -877,8 +879,8 @@ struct Trainer {
     }
 
     // ----- Several ranks
-    // In the backward pass, when all gradients of a bucket are there: this rank's part of them, added up over the
-    // ranks, goes to shard_grads.
+    // Called in the backward pass when a bucket's gradients are complete: sums them over the ranks and adds this rank's
+    // shard to shard_grads.
 #ifdef KEEL_MPI
     void reduce_bucket(size_t i) {
         const Bucket& bucket = model.grad_layout.buckets[i];
@@ -899,7 +901,7 @@ struct Trainer {
 #endif
     void gather_weights() {}  // they are whole after each step
 
-    // The step's loss and norm, of all ranks. Each adds up its own part, then all add up the parts in rank order.
+    // The step's loss and norm over all ranks: each rank sums its own, then the sums are added in rank order.
     StepResult share_step(double loss, unsigned flags, const std::string& lost) {
         StepShare mine{loss, sum_of_squares(model.shard_grads.data(), model.shard_grads.size()), flags}, sum{0, 0, 0};
         std::vector<StepShare> shares(size_t(run.ranks));
