@@ -1847,11 +1847,11 @@ struct Model {
         size_t rows = size_t(B) * size_t(T), C = size_t(c.C), points = size_t(c.L) + 1;
         ActivationSlots slots(c.L, r);
         visit(counts.masters ? "parameters outside the blocks" : "parameters", &Model::params, counts.parameters);
-        visit("parameters of this rank's part", &Model::masters, counts.masters);
+        visit("parameters of this rank's shards", &Model::masters, counts.masters);
         visit("gradients", &Model::grads, counts.grads);
         visit("gradients in BF16", &Model::grads_bf16, counts.grads_bf16);
         visit("gradient of one matrix", &Model::grad_scratch, counts.grad_scratch);
-        visit("gradients of this rank's part", &Model::shard_grads, counts.shard_grads);
+        visit("gradients of this rank's shards", &Model::shard_grads, counts.shard_grads);
         visit("gradients from the other ranks", &Model::incoming, counts.incoming);
         visit("AdamW's first moment", &Model::m, counts.moments);
         visit("AdamW's second moment", &Model::v, counts.moments);
@@ -1907,7 +1907,7 @@ struct Model {
 
     // All buffers share one allocation. Not const: the tests give each its own, with guards on the CPU headers
     // that catch a stray index; and so does KEEL_SANITIZE in the environment, for compute-sanitizer, which sees no
-    // overrun from one part into the next.
+    // overrun from one buffer into the next.
     static inline bool one_allocation = !getenv("KEEL_SANITIZE");
 
     Model(const ModelConfig& config, int B, int T, Recompute recompute, StateTypes types = {}, Sharing sharing = {},

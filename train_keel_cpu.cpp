@@ -463,7 +463,7 @@ struct Model {
         return {
             {"parameters", &Model::params, layout.size},
             {"gradients", &Model::grads, s.grad_layout(layout).size},
-            {"gradients of this rank's part", &Model::shard_grads, s.ranks > 0 ? layout.shard_size : 0},
+            {"gradients of this rank's shards", &Model::shard_grads, s.ranks > 0 ? layout.shard_size : 0},
             {"AdamW's first moment", &Model::m, s.states() ? layout.shard_size : layout.size},
             {"AdamW's second moment", &Model::v, s.states() ? layout.shard_size : layout.size},
             {"highway z", &Model::kept, slots.kept_z() * rows * C},

@@ -116,7 +116,7 @@ def tables():
                 exposed_gather = max(0.0, seconds(data_ranks, 2 * m.count / stages, collectives) - 1 / 3 * micro)
                 row.append(f"{((micro_batches + stages - 1) * micro + exposed_reduce + exposed_gather) * 1e3:,.0f}")
             rows.append(row)
-    yield table(["model", "blocks a unit", "no stages, ms a step", "2 stages", "4 stages", "8 stages"], rows)
+    yield table(["model", "blocks a bucket", "no stages, ms a step", "2 stages", "4 stages", "8 stages"], rows)
 
 
 def main():
