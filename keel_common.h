@@ -119,6 +119,8 @@ inline double seconds() {
     return std::chrono::duration<double>(clock::now().time_since_epoch()).count();
 }
 
+inline constexpr bool SET = false, ADD = true;  // a matrix product replaces what is there, or adds to it
+
 inline size_t round_up(size_t n, size_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 inline std::string errno_text() { return strerror(errno); }
@@ -283,7 +285,8 @@ struct PlacementRow {
 // clang-format off
 // A new row goes to the end: a file names its placement by the number of its row (CONTRIBUTING.md).
 inline const PlacementRow placements[NUM_PLACEMENTS] = {
-    // The first attention has neither alpha nor outer norm, the first feed-forward no alpha (section 3.1).
+    // The exceptions of section 3.1: sub-layer 0 has neither alpha nor outer norm, sub-layer 1 no alpha. From sub-layer
+    // 2 on the inner norm changes nothing in a new model, whose x_l has an rms of 1: its gain is what is learnt.
     {.name = "keel", .source = "Chen and Wei 2026, arXiv 2601.19895, eq. 8", .norm_final = false,
      .alpha = [](int L) { return float(L); },
      .sublayer = [](int l, int, float alpha) -> SublayerNorm {
@@ -480,8 +483,9 @@ struct ParameterLayout {
     // Where a tensor starts, or `absent` where the placement does not have it.
     size_t offset(Tensor id, int layer = -1) const { return index[size_t(layer + 1)][id]; }
 
+    static size_t block_bucket(int l) { return 1 + size_t(l) / 2; }  // of the block that sub-layer l is in
     size_t bucket_of(const TensorInfo& t) const {
-        return buckets.size() > 1 && t.layer >= 0 && t.decay ? 1 + size_t(t.layer) / 2 : 0;
+        return buckets.size() > 1 && t.layer >= 0 && t.decay ? block_bucket(t.layer) : 0;
     }
 
     // The ranges that a rank owns, in the parameter order: at most one of each tensor. A single rank owns all tensors.

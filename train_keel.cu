@@ -8,9 +8,9 @@
 // train_keel_cpu.cpp does the same passes as plain loops, is the reference for each of them, and divides them
 // otherwise. With z_l = alpha_l x_l + F_l(u_l):
 //
-//     -> x_l -> u_l -> F_l -> z_l -> x_{l+1} -> u_{l+1} -> F_{l+1} -> z_{l+1} ->
-//        |--- sub-layer l ------------|--- sub-layer l+1 -------------|           there: from x to x
-//                            |---- point l+1 ------|                              here: from z to u, and F between
+//     z_{l-1} -norm_out-> x_l -norm_in-> u_l -F_l-> z_l -norm_out-> x_{l+1} -norm_in-> u_{l+1}
+//                         |-------------- sub-layer l --------------|                                there
+//     |--------------- point l ------------|        |---------------- point l+1 -------------|      here
 //
 // What lies between two branches reads and writes the same rows: it is one kernel forward and one backward.
 //
@@ -226,7 +226,7 @@ struct UpdateCounts {   // stays on the device
 // out (rows,N) = in (rows,K) W^T, W (N,K).  2 rows N K operations
 template <class Out>
 void matmul_forward(Device& device, Out* out, const branch_t* in, const branch_t* w, size_t rows, size_t K, size_t N) {
-    device.product(out, w, true, in, false, N, rows, K, false);  // out^T (N,rows) = W in^T
+    device.product(out, w, TRANSPOSED, in, PLAIN, N, rows, K, SET);  // out^T (N,rows) = W in^T
 }
 
 // x in BF16, up or down at random (16 random bits) so that the mean is x: they are added below BF16's last bit, whose
@@ -276,14 +276,14 @@ __global__ void add_rounded_kernel(__nv_bfloat16* g, const float* addend, size_t
 // din (rows,K) = dout W,  dW (N,K) += dout^T in.  4 rows N K operations; dW adds in FP32
 void matmul_backward(Device& device, branch_t* din, const MatrixGradient& dw, const branch_t* dout, const branch_t* in,
                      const branch_t* w, size_t rows, size_t K, size_t N) {
-    device.product(dw.bf16 ? dw.scratch : dw.fp32, in, false, dout, true, K, N, rows,
-                   !dw.bf16);  // dW^T (K,N) += in^T dout
+    // dW^T (K,N) += in^T dout
+    device.product(dw.bf16 ? dw.scratch : dw.fp32, in, PLAIN, dout, TRANSPOSED, K, N, rows, dw.bf16 ? SET : ADD);
     if (dw.bf16) {
         bool fours = N * K % 4 == 0 && dw.first % 4 == 0 && reinterpret_cast<size_t>(dw.bf16) % 8 == 0;
         launch_threads(fours ? add_rounded_kernel<4> : add_rounded_kernel<1>, N * K / (fours ? 4 : 1), device.stream,
                        dw.bf16, dw.scratch, N * K, dw.first, dw.rounding);
     }
-    device.product(din, w, false, dout, false, K, rows, N, false);  // din^T (K,rows) = W^T dout^T
+    device.product(din, w, PLAIN, dout, PLAIN, K, rows, N, SET);  // din^T (K,rows) = W^T dout^T
 }
 
 // ----- Embedding
@@ -513,14 +513,15 @@ struct HighwayGradients {
     float *dgamma_out, *dgamma_in;  // (C), added to; null as the gains are
 };
 
-// From point l to point l-1: the last line of sub-layer l's backward and the first two of sub-layer l-1's.
+// Backward at point l, which ends sub-layer l's backward and begins sub-layer l-1's; z is z_{l-1}:
 //     dx_l     = alpha_l dz_l + (norm_in ? RMSNorm_backward(du_l, x_l) : du_l)
 //     dz_{l-1} = norm_out ? RMSNorm_backward(dx_l, z_{l-1}) : dx_l
 //     dF_{l-1} = dz_{l-1}
 //     RMSNorm_backward(dy, x): xh = x r;  dg += sum_rows dy xh;  dx = r (g dy - xh mean(g dy xh))
-// The second line is where Post-LN dies: it divides by rms(z), about sqrt(2) where x and F(x) are of one size, L times
-// over: 2^(-L/2) (the paper's eq. 14-15). KEEL's alpha = L makes rms(z) about sqrt(alpha^2 + 1), and the first line's
-// alpha takes back what the second took: (alpha / sqrt(alpha^2 + 1))^L -> 1 (eq. 18-19).
+// The line of dz_{l-1} is where Post-LN dies: with gains of 1, and F of x's size and orthogonal to it, it divides the
+// shortcut by rms(z), about sqrt(2), L times over: 2^(-L/2) (the paper's eq. 14-15). KEEL's alpha = L makes rms(z) =
+// sqrt(alpha^2 + 1), and the alpha in the line of dx_l takes back what was divided: (alpha/sqrt(alpha^2 + 1))^L -> 1
+// (eq. 18-19).
 //
 // In BF16 16 bytes an element: du 2, dz 4, z 4 in, dz 4, df 2 out; 6 more where u of the point before is made again
 // (before.u not null), 4 more where dx is wanted. Shared: HIGHWAY_FLOATS * C floats a warp: z, a gradient, the sums
@@ -2090,7 +2091,7 @@ struct Model {
 #endif
     void await_bucket(size_t i) { CUDA(cudaStreamWaitEvent(device.stream, bucket_events[i], 0)); }
 
-    // z_l (rows,C), l = 0..L-1; of -1 x_0, as the embedding gives it.
+    // z(l) is z_l (rows,C) for l = 0..L-1; z(-1) is x_0.
     float* z(int l) {
         return (slots.z_is_kept(l) ? kept : segment).data() +
                slots.z_slot(l) * size_t(B) * size_t(T) * size_t(config.C);
@@ -2199,7 +2200,7 @@ struct Model {
         embedding_forward(device, z(-1), tokens, parameter(WTE), parameter(WPE), b, T, config.C, 0);
         highway_norms(device, point(0), rows, config.C);
         for (int l = 0; l < config.L; l++) {
-            if (gather && is_attention(l)) await_bucket(1 + size_t(l) / 2);
+            if (gather && is_attention(l)) await_bucket(ParameterLayout::block_bucket(l));
             sublayer_forward(l, b);
             if (!probing) continue;
             ProbeSums* sums = probe.data() + l;
@@ -2249,7 +2250,7 @@ struct Model {
             int begin = (end - 1) / K * K;                     // the segment's first sub-layer
             if (end < config.L) forward_again(begin, end, b);  // the last segment's activations are still there
             for (int l = end - 1; l >= begin; l--) {
-                size_t bucket = 1 + size_t(l) / 2;  // of several ranks
+                size_t bucket = ParameterLayout::block_bucket(l);  // of several ranks
                 if (sharing.gradients() && !is_attention(l) && bucket + 2 < layout.buckets.size())
                     await_bucket(bucket + 2);  // its gradients were where this block's come
                 branch_backward(l, b);
@@ -2258,6 +2259,7 @@ struct Model {
             }
             end = begin;
         }
+        // dz is now dz_{-1} = dx_0.
         embedding_backward(device, gradient(WTE), gradient(WPE), dz.data(), tokens, b, T, config.C, config.V);
         if (communicator) reduce_bucket(0), await_bucket(0);
     }

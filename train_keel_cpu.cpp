@@ -1,15 +1,16 @@
 // train_keel_cpu.cpp: trains a GPT of KEEL highway blocks on a CPU (arXiv 2601.19895), as plain loops with OpenMP.
 //
 // It is the reference that every other trainer is compared with. It reads in the order data flows: the layers (each
-// forward beside its backward), the sub-layer, the model, the optimizer, sampling, the step. What it stands on is in
-// keel/: the exponential and the matrix product (matmul.h), the run around the steps (run.h), what ranks exchange
-// (mpi.h). The same source builds in FP32 and, with -DKEEL_FP64, in FP64: the yardstick.
+// forward beside its backward), the sub-layer, the model, the optimizer, sampling, the step. What it stands on:
+// keel_common.h defines the model (x_0 ... logits), the norm placements and the parameters; keel/ has the exponential
+// and the matrix product (matmul.h), the run around the steps (run.h) and what ranks exchange (mpi.h). The same source
+// builds in FP32 and, with -DKEEL_FP64, in FP64: the yardstick.
 //
 // train_keel.cu does the same passes on a GPU and divides them otherwise. With z_l = alpha_l x_l + F_l(u_l):
 //
-//     -> x_l -> u_l -> F_l -> z_l -> x_{l+1} -> u_{l+1} -> F_{l+1} -> z_{l+1} ->
-//        |--- sub-layer l ------------|--- sub-layer l+1 -------------|           here: from x to x
-//                            |---- point l+1 ------|                              there: from z to u, and F between
+//     z_{l-1} -norm_out-> x_l -norm_in-> u_l -F_l-> z_l -norm_out-> x_{l+1} -norm_in-> u_{l+1}
+//                         |-------------- sub-layer l --------------|                                here
+//     |--------------- point l ------------|        |---------------- point l+1 -------------|      there
 //
 // Every result has the same bits for any number of threads: the order of each sum depends on shapes alone, threads
 // share out whole outputs, and there are no atomics.
@@ -23,8 +24,8 @@
 // ----------------------------------------------------------------------------------------------------
 // The layers: each forward beside its backward. A backward adds to gradients of parameters, and sets those of inputs.
 
-// x (B,T,C) = sqrt(C) * (wte[token] + wpe[position]); positions start at `first`.
-// The factor makes x_0 of order 1, as a norm would: beside it the branches of a new model are neither lost nor loud.
+// x (B,T,C) = sqrt(C) * (wte[token] + wpe[position]); positions start at `first`, which is 0 but for a KV cache.
+// The factor gives x_0 an rms of sqrt(2) at first, close to what a norm would.
 void embedding_forward(real* x, const int* tokens, const real* wte, const real* wpe, int B, int T, int C, int first) {
     real scale = std::sqrt(real(C));
     #pragma omp parallel for collapse(2) schedule(static)
@@ -36,7 +37,8 @@ void embedding_forward(real* x, const int* tokens, const real* wte, const real* 
         }
 }
 
-// dwte[token] += sqrt(C) dx, dwpe[position] += sqrt(C) dx. Rows meet in dwte, so threads share out columns, not rows.
+// dwte[token] += sqrt(C) dx, dwpe[position] += sqrt(C) dx. Rows with one token add to one row of dwte, so each thread
+// has columns of its own.
 void embedding_backward(real* dwte, real* dwpe, const real* dx, const int* tokens, int B, int T, int C) {
     real scale = std::sqrt(real(C));
     constexpr int columns = 16;
@@ -141,13 +143,13 @@ void qkv_norm_backward(real* dqkv, real* const dg[3], const real* qkv, const rea
 
 // out (rows,N) = in (rows,K) W^T, W (N,K)
 void matmul_forward(real* out, const real* in, const real* w, size_t rows, int K, int N) {
-    product(rows, N, K, row_major(in, K), row_major(w, K).transposed(), out, N, false);
+    product(rows, N, K, row_major(in, K), row_major(w, K).transposed(), out, N, SET);
 }
 
 // din (rows,K) = dout W,  dW (N,K) += dout^T in
 void matmul_backward(real* din, real* dw, const real* dout, const real* in, const real* w, size_t rows, int K, int N) {
-    product(rows, K, N, row_major(dout, N), row_major(w, K), din, K, false);
-    product(N, K, rows, row_major(dout, N).transposed(), row_major(in, K), dw, K, true);
+    product(rows, K, N, row_major(dout, N), row_major(w, K), din, K, SET);
+    product(N, K, rows, row_major(dout, N).transposed(), row_major(in, K), dw, K, ADD);
 }
 
 // Causal attention, y = softmax(q k^T / sqrt(D)) v for every head: y (B,Tq,C), lse (B,Tq,H), qkv (B,T,3C). Queries are
@@ -177,7 +179,7 @@ void attention_forward(real* y, real* lse, const real* qkv, int B, int T, int C,
                     int nk = std::min(ATT, q0 + nq - k0);
                     Matrix k = row_major(heads + C + size_t(k0) * stride, stride);
                     Matrix v = row_major(heads + 2 * C + size_t(k0) * stride, stride);
-                    small_product(nq, nk, D, q, k.transposed(), p, ATT, false);
+                    small_product(nq, nk, D, q, k.transposed(), p, ATT, SET);
                     for (int i = 0; i < nq; i++) {
                         real *row = p + i * ATT, before = m[i], added = 0;
                         int visible = std::clamp(q0 + i - k0 + 1, 0, ATT);
@@ -192,7 +194,7 @@ void attention_forward(real* y, real* lse, const real* qkv, int B, int T, int C,
                         sum[i] = shrink * sum[i] + added;
                         for (int d = 0; d < D && k0 > 0; d++) out[size_t(i) * C + d] *= shrink;
                     }
-                    small_product(nq, D, nk, row_major(p, ATT), v, out, C, k0 > 0);
+                    small_product(nq, D, nk, row_major(p, ATT), v, out, C, k0 > 0 ? ADD : SET);
                 }
                 for (int i = 0; i < nq; i++) {
                     for (int d = 0; d < D; d++) out[size_t(i) * C + d] /= sum[i];
@@ -223,8 +225,8 @@ void attention_backward(real* dqkv, const real* dy, const real* qkv, const real*
                            v = row_major(qkv + at_v, stride);
                     Matrix dout = row_major(dy + at_y, C);
                     real p[ATT * ATT], ds[ATT * ATT];
-                    small_product(nq, nk, D, q, k.transposed(), p, ATT, false);
-                    small_product(nq, nk, D, dout, v.transposed(), ds, ATT, false);
+                    small_product(nq, nk, D, q, k.transposed(), p, ATT, SET);
+                    small_product(nq, nk, D, dout, v.transposed(), ds, ATT, SET);
                     for (int i = 0; i < nq; i++) {
                         real *pi = p + i * ATT, *dsi = ds + i * ATT, row_lse = lse[(size_t(b) * T + q0 + i) * H + h],
                              delta = 0;
@@ -239,9 +241,9 @@ void attention_backward(real* dqkv, const real* dy, const real* qkv, const real*
                         std::fill(pi + visible, pi + nk, real(0)), std::fill(dsi + visible, dsi + nk, real(0));
                     }
                     Matrix pm = row_major(p, ATT), dsm = row_major(ds, ATT);
-                    small_product(nk, D, nq, pm.transposed(), dout, dqkv + at_v, stride, q0 > k0);
-                    small_product(nk, D, nq, dsm.transposed(), q, dqkv + at_k, stride, q0 > k0);
-                    small_product(nq, D, nk, dsm, k, dqkv + at_q, stride, k0 > 0);
+                    small_product(nk, D, nq, pm.transposed(), dout, dqkv + at_v, stride, q0 > k0 ? ADD : SET);
+                    small_product(nk, D, nq, dsm.transposed(), q, dqkv + at_k, stride, q0 > k0 ? ADD : SET);
+                    small_product(nq, D, nk, dsm, k, dqkv + at_q, stride, k0 > 0 ? ADD : SET);
                 }
         }
 }
@@ -306,7 +308,8 @@ struct BranchActivations {
     real* gelu;        // (rows,4C)
 };
 
-// f (rows,C) = attention(u (rows,C)), rows = B * (T - first). f may be null: then only the activations are made.
+// f (rows,C) = attention(u (rows,C)), rows = B * (T - first), first: the positions that are in the KV cache already, 0
+// in training. f null: only the activations are made.
 void attention_branch_forward(real* f, const BranchActivations& a, const real* u, const SublayerTensors<real>& w,
                               const ModelConfig& c, int B, int T, int first) {
     size_t rows = size_t(B) * size_t(T - first), start = size_t(first) * 3 * size_t(c.C);
@@ -339,7 +342,7 @@ void attention_branch_backward(real* du, const real* df, real* dqkv, const Branc
     matmul_backward(du, dw[QKVW], dqkv, u, w[QKVW], rows, c.C, 3 * c.C);
 }
 
-// f (rows,C) = gelu(u fcw^T) fcprojw^T. f may be null.
+// f (rows,C) = gelu(u fcw^T) fcprojw^T. f null: only h is made, to be recomputed from.
 void feed_forward_branch_forward(real* f, const BranchActivations& a, const real* u, const SublayerTensors<real>& w,
                                  const ModelConfig& c, size_t rows) {
     matmul_forward(a.h, u, w[FCW], rows, c.C, 4 * c.C);
@@ -368,10 +371,10 @@ void highway_forward(real* x, real* z, const real* f, const real* gamma, real al
     }
 }
 
-// dx = alpha dz + du', where du' is du taken through the inner norm; dx may be dz.
-void highway_backward(real* dx, const real* dz, const real* du, real alpha, size_t n) {
+// dx_l = alpha_l dz_l + dx_branch, where dx_branch is du_l taken through the inner norm; dx_l may be dz_l.
+void shortcut_backward(real* dx, const real* dz, const real* dx_branch, real alpha, size_t n) {
     #pragma omp parallel for simd schedule(static)
-    for (index_t i = 0; i < index_t(n); i++) dx[i] = alpha * dz[i] + du[i];
+    for (index_t i = 0; i < index_t(n); i++) dx[i] = alpha * dz[i] + dx_branch[i];
 }
 
 // x_{l+1} (rows,C) in x, in place of x_l, rows = B * (T - first); z gets z_l, f is scratch:
@@ -516,7 +519,7 @@ struct Model {
         }
     }
 
-    // z_l (rows,C), l = 0..L-1; of -1 x_0, as the embedding gives it.
+    // z(l) is z_l (rows,C) for l = 0..L-1; z(-1) is x_0.
     real* z(int l) {
         return (slots.z_is_kept(l) ? kept : segment).data() +
                slots.z_slot(l) * size_t(B) * size_t(T) * size_t(config.C);
@@ -552,9 +555,10 @@ struct Model {
     //     dz_l = norm_out ? RMSNorm_backward(dx_{l+1}, z_l) : dx_{l+1}
     //     dF_l = dz_l                        -> branch backward -> du_l
     //     dx_l = alpha_l * dz_l + (norm_in ? RMSNorm_backward(du_l, x_l) : du_l)
-    // The first line is where Post-LN dies: it divides the shortcut by rms(z_l), about sqrt(2) where x and F(x) are of
-    // one size, L times over: 2^(-L/2) (the paper's eq. 14-15). KEEL's alpha = L makes rms(z_l) = sqrt(alpha^2 + 1),
-    // and the third line's alpha takes back what the first took: (alpha/sqrt(alpha^2 + 1))^L -> 1 (eq. 18-19).
+    // The line of dz_l is where Post-LN dies: with gains of 1, and F of x's size and orthogonal to it, it divides the
+    // shortcut by rms(z_l), about sqrt(2), L times over: 2^(-L/2) (the paper's eq. 14-15). KEEL's alpha = L makes
+    // rms(z_l) = sqrt(alpha^2 + 1), and the alpha in the line of dx_l takes back what was divided:
+    // (alpha/sqrt(alpha^2 + 1))^L -> 1 (eq. 18-19).
     void sublayer_backward(int l, int b) {
         SublayerNorm norm = config.sublayer(l);
         SublayerTensors<real> w = weights(l), dw = gradients(l);
@@ -577,14 +581,16 @@ struct Model {
             if (recompute.drops_u()) gelu_forward(a.gelu, a.h, rows * 4 * size_t(config.C));
             feed_forward_branch_backward(du_l, df, dbranch.data(), a, u_l, w, dw, config, rows);
         }
-        if (norm.norm_in) rmsnorm_backward(du_l, dw[GAMMA_IN], du_l, x_l, w[GAMMA_IN], rows, config.C, partial);
-        highway_backward(dx_l, dz, du_l, real(norm.alpha), n);
+        real* dx_branch = du_l;  // in its place
+        if (norm.norm_in) rmsnorm_backward(dx_branch, dw[GAMMA_IN], du_l, x_l, w[GAMMA_IN], rows, config.C, partial);
+        shortcut_backward(dx_l, dz, dx_branch, real(norm.alpha), n);
         if (probe) probe->sublayers[size_t(l)].dx += sum_of_squares(dx_l, n);
     }
 
-    // logits = x wte^T, a chunk of rows at a time; returns the sum of the losses. With backward, dx = dlogits wte and
-    // dwte += dlogits^T x as well, so that logits and their gradients never exist for more than a chunk.
-    // logits_out (rows,V) and predictions (rows), the likeliest tokens, are filled where given.
+    // logits = u_L wte^T, u_L = norm_final ? RMSNorm(x_L) : x_L, a chunk of rows at a time; returns the sum of the
+    // losses. With backward, dx = du_L = dlogits wte and dwte += dlogits^T u_L as well, so that logits and their
+    // gradients never exist for more than a chunk. logits_out (rows,V) and predictions (rows), the likeliest tokens,
+    // are filled where given.
     double head(const real* in, const int* targets, size_t rows, bool backward, real scale, real* logits_out,
                 int* predictions = nullptr) {
         size_t C = size_t(config.C), V = size_t(config.V), Vp = size_t(config.Vp()),
@@ -593,7 +599,7 @@ struct Model {
         for (size_t i = 0; i < rows; i += chunk) {
             size_t n = std::min(chunk, rows - i);
             const real* xi = in + i * C;
-            product(n, V, C, row_major(xi, C), row_major(wte, C).transposed(), logits.data(), Vp, false);
+            product(n, V, C, row_major(xi, C), row_major(wte, C).transposed(), logits.data(), Vp, SET);
             for (size_t r = 0; logits_out && r < n; r++)
                 memcpy(logits_out + (i + r) * V, &logits[r * Vp], V * sizeof(real));
             for (size_t r = 0; predictions && r < n; r++)
@@ -602,8 +608,8 @@ struct Model {
                                   config.Vp());
             if (!backward) continue;
             cross_entropy_backward(logits.data(), row_lse.data(), targets + i, n, config.V, config.Vp(), scale);
-            product(n, C, V, row_major(logits.data(), Vp), row_major(wte, C), dx.data() + i * C, C, false);
-            product(V, C, n, row_major(logits.data(), Vp).transposed(), row_major(xi, C), dwte, C, true);
+            product(n, C, V, row_major(logits.data(), Vp), row_major(wte, C), dx.data() + i * C, C, SET);
+            product(V, C, n, row_major(logits.data(), Vp).transposed(), row_major(xi, C), dwte, C, ADD);
         }
         double sum = 0;
         for (size_t i = 0; i < rows; i++) sum += double(losses[i]);
@@ -648,8 +654,9 @@ struct Model {
         record(&DebugState<real>::x, config.L, x);
         double loss =
             head(final_norm_forward(rows), targets, rows, true, scale, debug ? debug->logits.data() : nullptr);
+        real *du_L = dx.data(), *dx_L = du_L;  // in its place
         if (real* gamma = weights()[GAMMA_FINAL])
-            rmsnorm_backward(dx.data(), gradients()[GAMMA_FINAL], dx.data(), x.data(), gamma, rows, config.C,
+            rmsnorm_backward(dx_L, gradients()[GAMMA_FINAL], du_L, x.data(), gamma, rows, config.C,
                              gain_partial.data());
         record(&DebugState<real>::dx, config.L, dx);
         int K = recompute.segments() ? recompute.level : config.L;
@@ -663,7 +670,7 @@ struct Model {
             }
             for (int l = end - 1; l >= begin; l--) {
                 sublayer_backward(l, b);  // leaves x_l in x
-                if (bucket_done && is_attention(l)) bucket_done(1 + size_t(l) / 2);
+                if (bucket_done && is_attention(l)) bucket_done(ParameterLayout::block_bucket(l));
                 record(&DebugState<real>::x, l, x);
                 record(&DebugState<real>::dx, l, dx);
             }
@@ -710,15 +717,15 @@ struct Model {
 // The optimizer: AdamW (Loshchilov and Hutter 2019)
 
 // With the clipped gradient g:  m = b1 m + (1-b1) g,  v = b2 v + (1-b2) g^2,
-//     p -= lr wd p,   p -= lr mhat / (sqrt(vhat) + eps),   mhat = m / (1 - b1^s), vhat = v / (1 - b2^s)
-// at update s = 1, 2, ... (steps that were skipped are not counted); gains are not decayed. Leaves the gradients at
+//     p -= lr wd p,   p -= lr mhat / (sqrt(vhat) + eps),   mhat = m / (1 - b1^n), vhat = v / (1 - b2^n)
+// at update n = 1, 2, ... (steps that were skipped are not counted); gains are not decayed. Leaves the gradients at
 // zero for the next step. Where the model is probed, notes the sum of squares of each tensor's update.
 void adamw_update(Model& model, const RunConfig& run, int64_t step, double norm) {
     double lr = learning_rate(run, step);
     real clip = real(run.clip > 0 ? std::min(1.0, run.clip / norm) : 1.0);
     real b1 = real(BETA1), b2 = real(BETA2), eps = real(ADAM_EPSILON);
-    double s = double(step - run.skipped);
-    real step_size = real(lr / (1 - std::pow(BETA1, s))), v_scale = real(1 / (1 - std::pow(BETA2, s)));
+    double n = double(step - run.skipped);
+    real step_size = real(lr / (1 - std::pow(BETA1, n))), v_scale = real(1 / (1 - std::pow(BETA2, n)));
     Buffer<real> before(model.probe ? model.params.size() : 0);
     std::copy(model.params.data(), model.params.data() + before.size(), before.data());
     bool sharded = model.sharing.states();
@@ -793,7 +800,7 @@ public:
         real* last = x.data() + (rows - 1) * C;
         if (real* gamma = model.weights()[GAMMA_FINAL]) rmsnorm_forward(last, last, gamma, 1, c.C);
         product(1, size_t(c.V), C, row_major(last, C), row_major(model.weights()[WTE], C).transposed(), logits.data(),
-                size_t(c.Vp()), false);
+                size_t(c.Vp()), SET);
         return logits.data();
     }
     void clear() { length = 0; }

@@ -118,6 +118,8 @@ private:
 // adds up their rows, and the last of those adds up the results. Each group has an arrival counter, and so has the end.
 constexpr unsigned FAN_IN = 16, MAX_PARTIAL_BLOCKS = 1024, ARRIVAL_COUNTERS = 1 + MAX_PARTIAL_BLOCKS / FAN_IN;
 
+constexpr bool PLAIN = false, TRANSPOSED = true;  // how a product reads a factor
+
 // What every layer needs to run: the stream, matrix products, and scratch memory that one layer after another uses.
 class Device {
 public:
@@ -193,10 +195,10 @@ public:
         std::vector<float> times(15);  // milliseconds
         Stopwatch watch(stream);
         for (int i = 0; i < 32; i++)  // 50 ms on a large GPU, in which the clocks rise
-            product(out.data(), b.data(), true, a.data(), false, n, n, n, false);
+            product(out.data(), b.data(), TRANSPOSED, a.data(), PLAIN, n, n, n, SET);
         for (float& ms : times) {
             watch.start();
-            product(out.data(), b.data(), true, a.data(), false, n, n, n, false);
+            product(out.data(), b.data(), TRANSPOSED, a.data(), PLAIN, n, n, n, SET);
             ms = watch.stop();
         }
         return 2.0 * double(n) * double(n) * double(n) / (median(times) * 1e-3);

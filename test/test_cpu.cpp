@@ -538,7 +538,7 @@ TEST_SUITE("layers") {
         check_gradient("f", f.data(), dz, loss);
         check_gradient("gamma", g.data(), dg, loss);
         std::vector<real> none(24, 0);
-        highway_backward(dz.data(), dz.data(), none.data(), real(2.5), 24);
+        shortcut_backward(dz.data(), dz.data(), none.data(), real(2.5), 24);
         check_gradient("x", x0.data(), dz, loss);
     }
 }

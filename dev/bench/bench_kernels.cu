@@ -140,7 +140,7 @@ void bench_highway(Device& device, int rows, int C) {
         cpu::rmsnorm_backward(du.data(), dg.data() + C, du.data(), x.data(), g.data() + 3 * C, size_t(rows), C,
                               blocks.data());
         dx = dzs;
-        cpu::highway_backward(dx.data(), dx.data(), du.data(), alpha, n);
+        cpu::shortcut_backward(dx.data(), dx.data(), du.data(), alpha, n);
         cpu::rmsnorm_backward(dx.data(), dg.data(), dx.data(), zo.data(), g.data() + 2 * C, size_t(rows), C,
                               blocks.data());
         backward(0, true);

@@ -119,7 +119,7 @@ CODE = {
     "sum": (r"z_l = α_l x_l + F_l(u_l)", "the sum of shortcut and branch", CPU, "void highway_forward(", "zi[c] = alpha", 1),
     "norm_out": (r"x_{l+1} = \Norm(z_l)", "where the placement has an outer norm; else the sum itself", CPU, "void highway_forward(", "if (gamma)", 2),
     "norm_backward": (r"\d x = r (g * \d y - x̂ \mean(g * \d y * x̂))", "through a norm: r is 1/rms; the second term takes away what would only change the length", CPU, "inline void rmsnorm_row_backward(", "for (int c = 0; c < C; c++) {", 5),
-    "shortcut": (r"\d x_l = α_l \d z_l + \d u_l", "down the shortcut, and what comes back from the branch", CPU, "void highway_backward(", "dx[i] = alpha", 1),
+    "shortcut": (r"\d x_l = α_l \d z_l + \d u_l", "down the shortcut, and what comes back from the branch", CPU, "void shortcut_backward(", "dx[i] = alpha", 1),
     "alpha": (r"α_l = L", "KEEL’s row in the table of placements", COMMON, "inline const PlacementRow placements", '{.name = "keel"', 5),
     "inner": (r"x_{l+1} = \Norm(α x_l + F_l(\Norm(x_l)))", "the whole backward pass of a KEEL sub-layer, top to bottom", CPU, "// dx_l in dx, in place of dx_{l+1}:", "dz_l = norm_out", 3),
     "fp32": (r"z_l, u_l", "the GPU trainer: branch_t is BF16; what lies on the highway is float", "train_keel.cu", "struct HighwayPoint {", "struct HighwayPoint {", 7),
