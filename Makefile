@@ -193,7 +193,7 @@ build/test_gpu_bf16_sanitized: $(GPU_TEST) $(CUDA_ON_CPU) FORCE
 	$(call on_cpu,$(filter-out -g,$(SANITIZE)) -Wno-maybe-uninitialized -DKEEL_NO_MAIN,,doctest-dev)
 
 build/test_cuda_on_cpu: test/cuda_on_cpu/test_cuda_on_cpu.cpp $(CUDA_ON_CPU) FORCE
-	$(call on_cpu,,,doctest-dev)
+	$(call on_cpu,-O1,,doctest-dev)
 
 # nccl.h over MPI: mpirun -np 3 build/test_nccl
 build/test_nccl: test/cuda_on_cpu/test_nccl.cpp $(CUDA_ON_CPU) FORCE

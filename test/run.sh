@@ -45,38 +45,38 @@ skip() {  # how many suites, and why
 }
 
 if python=$(dev/tools/find_python.sh torch numpy 2>/dev/null); then
-    suite 30 "$python" dev/reference/make_dumps.py --check
-    suite 20 "$python" test/test_reference.py
+    suite 6 "$python" dev/reference/make_dumps.py --check
+    suite 25 "$python" test/test_reference.py
 else
     skip 2 "the dumps against PyTorch, and the reference: no Python with torch and numpy (Debian: python3-torch)"
 fi
 if any_python=$(dev/tools/find_python.sh json 2>/dev/null); then
-    suite 30 "$any_python" test/test_data.py
+    suite 35 "$any_python" test/test_data.py
     suite 60 "$any_python" test/test_bench_gpu.py
-    suite 60/200 "$any_python" test/test_card.py
+    suite 50/200 "$any_python" test/test_card.py
 else
     skip 3 "the data scripts, the GPU's benchmarks and the rehearsal of dev/card.sh: no Python"
 fi
 suite 10 dev/tools/format.sh --check
-suite 30 test/test_build.sh
-suite 40 build/test_run
-suite 20 build/test_faults
-suite 60/200 build/crash_test
-suite 20 build/test_cpu_fp32
-suite 20 build/test_cpu_fp64
-suite 60/120 build/test_gpu_bf16_on_cpu
-suite 60/120 build/test_gpu_fp32_on_cpu
-suite 30 build/test_cuda_on_cpu
+suite 25 test/test_build.sh
+suite 60 build/test_run
+suite 5/15 build/test_faults
+suite 40/150 build/crash_test
+suite 5 build/test_cpu_fp32
+suite 8 build/test_cpu_fp64
+suite 65/130 build/test_gpu_bf16_on_cpu
+suite 60/130 build/test_gpu_fp32_on_cpu
+suite 2 build/test_cuda_on_cpu
 if [ "$(dev/tools/mpi.sh compile)" ] && command -v mpirun >/dev/null; then
-    suite 60 build/test_ranks
-    suite 20 test/test_cluster.sh
+    suite 60/80 build/test_ranks
+    suite 15 test/test_cluster.sh
     # shellcheck disable=SC2046
-    suite 10 env CUDA_ON_CPU_NCCL_TIMEOUT=5 $(dev/tools/mpi.sh mpirun 3) build/test_nccl  # a rank that does not come is given up soon
+    suite 5 env CUDA_ON_CPU_NCCL_TIMEOUT=5 $(dev/tools/mpi.sh mpirun 3) build/test_nccl  # a rank that does not come is given up soon
 else
     skip 3 "several ranks: no MPI (Debian: libopenmpi-dev, openmpi-bin)"
 fi
 if python=$(dev/tools/find_python.sh torch numpy matplotlib plotly 2>/dev/null || dev/tools/find_python.sh numpy matplotlib 2>/dev/null); then
-    suite 60 "$python" test/test_lesson.py
+    suite 45 "$python" test/test_lesson.py
 else
     skip 1 "the experiments and the lesson: no Python with numpy and matplotlib (Debian: python3-matplotlib)"
 fi

@@ -41,7 +41,7 @@ Result run(const Words& words, const std::map<std::string, std::string>& environ
         size_t last = told.rfind("\nstep ");
         if (last != std::string::npos && atoi(told.c_str() + last + 6) >= kill_at) break;
         ended = waitpid(child, &status, WNOHANG) == child;
-        std::this_thread::sleep_for(std::chrono::microseconds(200));
+        std::this_thread::sleep_for(std::chrono::milliseconds(1));
     }
     if (kill_at > 0 && !ended) kill(child, SIGKILL);
     if (!ended) waitpid(child, &status, 0);
