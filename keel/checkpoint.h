@@ -161,10 +161,8 @@ public:
     void write(int64_t step) {
         wait();
         double start = seconds();
-        job = {.step = step,
-               .keep = trainer.run.skipped_in_row > 0 ? 0 : keep,
-               .state = state_header(real_type<Real>, Trainer::branch_bf16, trainer.run, step, data),
-               .model = make_header(FILE_MODEL, real_type<Real>, trainer.run.model, step, Trainer::branch_bf16)};
+        job = new_job(step);
+        job.keep = trainer.run.skipped_in_row > 0 ? 0 : keep;
         error = nullptr;
         if (snapshot.size()) {
             take_snapshot();
@@ -178,8 +176,7 @@ public:
 
     // With several ranks: writes the model that a killed run left missing beside a whole set of states.
     void write_model(int64_t step) {
-        job = {.step = step,
-               .model = make_header(FILE_MODEL, real_type<Real>, trainer.run.model, step, Trainer::branch_bf16)};
+        job = new_job(step);
         take_snapshot();
         if (ranks.rank() == 0) write_files(MODEL);
         if (error) std::rethrow_exception(std::exchange(error, nullptr));
@@ -209,6 +206,13 @@ private:
         FileHeader state = {}, model = {};
     };
 
+    Job new_job(int64_t step) const {
+        Job j;
+        j.step = step;
+        j.state = state_header(real_type<Real>, Trainer::branch_bf16, trainer.run, step, data);
+        j.model = make_header(FILE_MODEL, real_type<Real>, trainer.run.model, step, Trainer::branch_bf16);
+        return j;
+    }
     unsigned flag_of_phase() const { return phase == STATE ? STATE_WRITTEN : MODEL_WRITTEN; }
 
     void take_snapshot() {
