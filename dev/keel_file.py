@@ -35,7 +35,7 @@ class FileError(Exception):
 # Norm placements
 
 NORMS = ("keel", "pre", "post", "deepnorm", "mixln", "hybridnorm", "scaledpost")  # header [10] indexes this
-FINAL_NORM = ("pre", "mixln", "hybridnorm")  # placements whose last sub-layer leaves the stream unnormalised
+FINAL_NORM = ("pre", "mixln", "hybridnorm")  # placements with a norm before the logits
 
 
 class SubLayer(NamedTuple):

@@ -5,9 +5,10 @@
 #   --brief            leaves out the tables of what is right
 #   --programs FOLDER  takes the four trainers that are there under their names; without, make builds them
 #   --jobs N           comparisons at a time [1]
-#   --norms 'A B ...'  these placements alone [all seven]
+#   --norms 'A B ...'  these placements alone [all]
 cd "$(dirname "$0")/.." || exit 1
-brief='' programs='' jobs=1 norms='keel pre post deepnorm mixln hybridnorm scaledpost'
+brief='' programs='' jobs=1
+norms=$(sed -n 's/.*norm placement: \(.*\) \[keel\]$/\1/p' README.md | tr -d ,)  # as -h lists them
 while [ $# -gt 0 ]; do
     case $1 in
         --brief) brief=1 ;;

@@ -752,7 +752,8 @@ TEST_SUITE("more bad input and faults") {
             }
             p.fails({"./train_keel_cpu", f.long_name}, {f.long_name, "expected", "found"});
             p.fails({"./train_keel_cpu", f.long_name, ""}, {f.long_name, "expected", "found"});
-            p.fails({"./train_keel_cpu", f.long_name, "2", f.long_name, "2"}, {"twice"});
+            std::string value = format("%.0f", std::clamp(2.0, std::ceil(f.least), f.most));
+            p.fails({"./train_keel_cpu", f.long_name, value, f.long_name, value}, {"twice"});
             Words wrong;
             if (integer || real) wrong = {"12x", "nan", "1e9999", " 5", "--"};
             if (integer) wrong = wrong + Words{"0x10", "1.5", "1e3", "99999999999999999999", f.least > 0 ? "0" : "-5"};

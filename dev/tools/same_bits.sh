@@ -1,15 +1,15 @@
 #!/bin/bash
 # same_bits.sh [REF]: shows that the working tree computes the very bits that git's REF [HEAD] does, for a change of the
 # sources that is to change no result. It builds both in every kind that needs no GPU, REF in build/same_bits/COMMIT,
-# trains tiny models of all seven placements with each, and compares byte for byte what they write: debug states,
+# trains tiny models of all placements with each, and compares byte for byte what they write: debug states,
 # models, training states, tables without their columns of time, samples. A line a build; exit 1 if a file differs.
 #   --binaries A B     compares the programs that two folders, or their build/, hold; builds nothing
 #   --builds 'X Y'     these builds alone [all four]
-#   --norms 'X Y'      these placements alone [all seven]
+#   --norms 'X Y'      these placements alone [all]
 # What was written stays in build/same_bits/a (REF) and b. Two sides run at a time, of two threads each.
 cd "$(dirname "$0")/../.." || exit 1
 builds='train_keel_cpu train_keel_cpu_fp64 train_keel_on_cpu train_keel_fp32_on_cpu'
-norms='keel pre post deepnorm mixln hybridnorm scaledpost'
+norms=$(sed -n 's/.*norm placement: \(.*\) \[keel\]$/\1/p' README.md | tr -d ,)  # as -h lists them
 ref=HEAD folders=()
 while [ $# -gt 0 ]; do
     case $1 in
