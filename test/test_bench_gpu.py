@@ -575,26 +575,20 @@ def test_time_that_is_up(folder):
     trainer.write_text(f"#!/bin/sh\nsleep 600 &\necho $! >{pid}\nwait\n")
     trainer.chmod(0o755)
     state = lambda: run("ps", "-o", "stat=", "-p", pid.read_text().strip()).stdout.strip()
-    # On a busy machine the signal may come when the trainer has started and the benchmark does not know it yet: once more.
-    for attempt in range(5):
-        pid.unlink(missing_ok=True)
-        child = subprocess.Popen(
-            [sys.executable, "dev/bench/bench_gpu.py", "--rows", "keel_L1024_C256"],
-            cwd=ROOT,
-            stdout=subprocess.DEVNULL,
-            env={**os.environ, "TRAINER": str(trainer)},
-        )
-        while not (pid.exists() and pid.read_text().endswith("\n")) and child.poll() is None:
-            bench_gpu.time.sleep(0.02)
-        child.terminate()
-        assert child.wait(300) == 143, child.returncode
-        end = bench_gpu.time.monotonic() + 5
-        while state() not in ("", "Z") and bench_gpu.time.monotonic() < end:  # gone, or dead and not yet waited for
-            bench_gpu.time.sleep(0.02)
-        if state() in ("", "Z"):
-            return
-        os.kill(int(pid.read_text()), signal.SIGKILL)
-    raise AssertionError(f"what the benchmark had started lived on {attempt + 1} times")
+    child = subprocess.Popen(
+        [sys.executable, "dev/bench/bench_gpu.py", "--rows", "keel_L1024_C256"],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "TRAINER": str(trainer)},
+    )
+    while not (pid.exists() and pid.read_text().endswith("\n")) and child.poll() is None:
+        bench_gpu.time.sleep(0.02)
+    child.terminate()
+    assert child.wait(300) == 143, child.returncode
+    end = bench_gpu.time.monotonic() + 60
+    while state() not in ("", "Z") and bench_gpu.time.monotonic() < end:  # gone, or dead and not yet waited for
+        bench_gpu.time.sleep(0.02)
+    assert state() in ("", "Z"), state()
 
 
 def test_operations_are_the_trainers(folder):

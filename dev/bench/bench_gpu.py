@@ -112,10 +112,14 @@ class Process:
                 time.sleep(0.5)
 
         begin = time.monotonic()
+        # A signal that ends us waits until the program is there to be ended with us.
+        take_signals = lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         try:
             child = subprocess.Popen([str(word) for word in command], cwd=ROOT, stdout=subprocess.PIPE,
-                                     stderr=subprocess.PIPE, text=True, start_new_session=True)
+                                     stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=take_signals)
         except OSError as error:
+            take_signals()
             raise Failed(f"{command[0]}: {error.strerror}") from None
         errors = []
 
@@ -126,6 +130,7 @@ class Process:
         threads = [threading.Thread(target=watch_memory), threading.Thread(target=lambda: errors.extend(child.stderr))]
         stop = threading.Timer(max(1, deadline - begin), end_all)
         try:
+            take_signals()
             for thread in threads + [stop]:
                 thread.start()
             for line in child.stdout:
