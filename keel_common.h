@@ -93,17 +93,19 @@ T printable(T value) {
 inline const char* printable(const std::string& text) { return text.c_str(); }
 inline const char* printable(const std::filesystem::path& path) { return path.c_str(); }
 
-// format("%s has %d layers", name, L)
-template <class... Arguments>
-std::string format(Pattern<std::type_identity_t<Arguments>...> pattern, const Arguments&... arguments) {
-    if constexpr (sizeof...(Arguments) == 0) {
-        return pattern.text;
-    } else {
-        std::string text(size_t(std::max(snprintf(nullptr, 0, pattern.text, printable(arguments)...), 0)), '\0');
-        snprintf(text.data(), text.size() + 1, pattern.text, printable(arguments)...);
-        return text;
+// format("%s has %d layers", name, L). An object, as std::format would be found beside a function.
+inline constexpr struct {
+    template <class... Arguments>
+    std::string operator()(Pattern<std::type_identity_t<Arguments>...> pattern, const Arguments&... arguments) const {
+        if constexpr (sizeof...(Arguments) == 0) {
+            return pattern.text;
+        } else {
+            std::string text(size_t(std::max(snprintf(nullptr, 0, pattern.text, printable(arguments)...), 0)), '\0');
+            snprintf(text.data(), text.size() + 1, pattern.text, printable(arguments)...);
+            return text;
+        }
     }
-}
+} format;
 template <class... Arguments>
 void print(Pattern<std::type_identity_t<Arguments>...> pattern, const Arguments&... arguments) {
     fputs(format(pattern, arguments...).c_str(), stdout);
@@ -1324,7 +1326,7 @@ inline std::string default_text(const Flag& f) {
 
 inline std::string help_text(const char* program, const std::string& ranks) {
     std::string text =
-        format("KEEL trainer %s\nusage: %s [flags]    (this build runs on %s)\n\n", KEEL_VERSION, program, ranks);
+        format("usage: %s [flags]    (KEEL trainer %s; this build runs on %s)\n\n", program, KEEL_VERSION, ranks);
     for (const Flag& f : flags) {
         std::string help = f.help + (f.long_name == std::string("--norm") ? placement_names() : "");
         std::string fallback = default_text(f), tail = fallback.empty() ? "" : format(" [%s]", fallback);
@@ -1426,8 +1428,10 @@ inline std::string state_fault(const FileHeader& h) {
         if (!f.is_setting()) continue;
         bool integer = std::holds_alternative<int64_t Options::*>(f.member);
         double x = integer ? double(h.get<int64_t>(f.stored_in)) : h.get<double>(f.stored_in);
-        if (!(x >= f.least && x <= f.most))
-            return format("%s must be from %g to %g and is %g", f.long_name, f.least, f.most, x);
+        if (x >= f.least && x <= f.most) continue;
+        return integer ? format("%s must be from %.0f to %.0f and is %lld", f.long_name, f.least, f.most,
+                                h.get<int64_t>(f.stored_in))
+                       : format("%s must be from %g to %g and is %g", f.long_name, f.least, f.most, x);
     }
     struct {
         HeaderWord word;

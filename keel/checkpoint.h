@@ -34,9 +34,17 @@ inline void check_same_build(const FileHeader& state, RealType type, bool branch
 // or the parameters and both moments (3).
 template <IsTrainer Trainer, class Take>
 void each_owned_range(Trainer& trainer, int sections, Take take) {
-    const std::vector<ShardRange> owned = trainer.layout().owned(trainer.run.rank);
+    std::vector<ShardRange> ranges;  // neighbours in memory as one: of a rank alone, all parameters
+    const ParameterLayout& layout = trainer.layout();
+    auto bucket_of = [&](const ShardRange& r) { return layout.bucket_of(layout.tensors[r.tensor]); };
+    for (const ShardRange& r : layout.owned(trainer.run.rank)) {
+        bool neighbour = !ranges.empty() && ranges.back().memory + ranges.back().count == r.memory &&
+                         bucket_of(ranges.back()) == bucket_of(r);
+        if (neighbour) ranges.back().count += r.count;
+        else ranges.push_back(r);
+    }
     for (int section = 0; section < sections; section++)
-        for (const ShardRange& range : owned) take(Section(section), range);
+        for (const ShardRange& range : ranges) take(Section(section), range);
 }
 
 // Copies what this rank owns to out and returns where it ends; the copy is complete after trainer.saved().
@@ -49,11 +57,11 @@ typename Trainer::Real* save_owned(Trainer& trainer, int sections, typename Trai
     return out;
 }
 
-// Writes a file's body straight from the trainer, in chunks of at most 64 MiB.
+// Writes a file's body straight from the trainer, in chunks of at most 1 MiB.
 template <IsTrainer Trainer>
 void save_body(Trainer& trainer, FileWriter& out, int sections) {
     std::vector<typename Trainer::Real> chunk;
-    constexpr size_t most = (size_t(64) << 20) / sizeof(typename Trainer::Real);
+    constexpr size_t most = (size_t(1) << 20) / sizeof(typename Trainer::Real);
     each_owned_range(trainer, sections, [&](Section section, const ShardRange& range) {
         for (size_t at = 0; at < range.count; at += chunk.size()) {
             chunk.resize(std::min(range.count - at, most));
@@ -84,7 +92,7 @@ void load_body(Trainer& trainer, FileReader& in, const std::vector<ShardRange>& 
     for (int section = 0; section < sections; section++)
         for (const ShardRange& range : stored)
             for (size_t at = range.first, end = range.first + range.count; at < end; at += chunk.size()) {
-                chunk.resize(std::min(end - at, size_t(4) << 20));
+                chunk.resize(std::min(end - at, size_t(1) << 18));
                 in.read_reals(chunk.data(), chunk.size());
                 const ShardRange& ours = own[range.tensor];
                 size_t from = std::max(at, ours.first), to = std::min(at + chunk.size(), ours.first + ours.count);
@@ -98,6 +106,54 @@ template <IsTrainer Trainer>
 void load_parameters(Trainer& trainer, FileReader& in) {
     load_body(trainer, in, ParameterLayout(in.header.model()).owned(0), 1);
     trainer.loaded();
+}
+
+// The newest checkpoint of the folder whose states are all whole, or none where the folder has no checkpoint. Those
+// passed over are named on stderr. The ranks divide the files among them to read, and all return the same answer.
+inline StateFiles newest_states(const std::string& folder, const Ranks& ranks) {
+    std::vector<std::pair<long long, std::string>> found;
+    if (ranks.rank() == 0) found = files_by_step(folder, STATE_PATTERN);
+    int damaged = 0;
+    for (size_t i = 0;; i++) {
+        struct {
+            int64_t step;
+            int32_t ranks, damaged;
+        } candidate = {-1, 0, damaged};
+        if (ranks.rank() == 0 && i < found.size()) {
+            candidate = {found[i].first, 0, damaged};
+            try {
+                candidate.ranks = FileReader(found[i].second, FILE_STATE).header.word[H_RANKS];
+                if (std::string path = StateFiles{folder, candidate.step, candidate.ranks}.missing(); !path.empty()) {
+                    candidate.ranks = 0;
+                    fprintf(stderr, "skipping a checkpoint: expected the file %s, found none\n", path.c_str());
+                }
+            } catch (const Error& e) {
+                damaged++;
+                fprintf(stderr, "skipping a checkpoint: %s\n", e.what());
+            }
+        }
+        ranks.broadcast(&candidate, sizeof candidate);
+        StateFiles states{folder, candidate.step, candidate.ranks};
+        if (!states) {
+            if (candidate.damaged > 0)
+                fail("-y: expected a whole checkpoint in %s, found %d, all damaged; restore one, or move the folder "
+                     "away to start fresh",
+                     folder, candidate.damaged);
+            return states;
+        }
+        int whole = candidate.ranks > 0;
+        try {
+            for (int r = ranks.rank(); whole && r < states.ranks; r += ranks.count()) {
+                FileHeader first = FileReader(states.path(0), FILE_STATE).header;
+                states.open(r, first).finish();
+            }
+        } catch (const Error& e) {
+            whole = 0;
+            fprintf(stderr, "skipping a checkpoint: %s\n", e.what());
+        }
+        if (ranks.all(whole)) return states;
+        damaged += candidate.ranks > 0;
+    }
 }
 
 // Loads a checkpoint that any number of ranks wrote; files that hold nothing of what this rank owns are not read.
@@ -143,7 +199,7 @@ public:
             snapshot = typename Trainer::HostArray(snapshot_count(trainer.layout(), ranks));
         } catch (const Error& e) {
             if (ranks) throw;  // free memory cannot always be had: a container may limit pinned memory
-            print("note       training waits while a checkpoint is written: no snapshot (%s)\n", std::string(e.what()));
+            print("note       training waits while a checkpoint is written: no snapshot (%s)\n", e.what());
             return;
         }
         take_snapshot();  // touches its pages, which would make the first checkpoint stall longer

@@ -38,7 +38,7 @@ public:
             reported[0] = true;
             return format("instability: the loss has been at %.3f or so since a spike %lld steps ago and does not "
                           "return to the %.3f before it; a smaller -l or a longer -u may help",
-                          average(0, 5), (above * w), lowest);
+                          average(0, 5), above * w, lowest);
         }
         if (mean.size() < 10 || (step < warmup + 10 * w && mean.size() < 20) || unigram < 0.1) return "";
         double last = average(0, 5), earlier = average(5, 5);

@@ -95,55 +95,6 @@ inline void remove_incomplete_states(const std::string& folder, int64_t after) {
     }
 }
 
-// The newest checkpoint of the folder whose states are all whole, or none where the folder has no checkpoint. Those
-// passed over are named on stderr. The ranks divide the files among them to read, and all return the same answer.
-template <class Ranks>
-StateFiles newest_states(const std::string& folder, Ranks& ranks) {
-    std::vector<std::pair<long long, std::string>> found;
-    if (ranks.rank() == 0) found = files_by_step(folder, STATE_PATTERN);
-    int damaged = 0;
-    for (size_t i = 0;; i++) {
-        struct {
-            int64_t step;
-            int32_t ranks, damaged;
-        } candidate = {-1, 0, damaged};
-        if (ranks.rank() == 0 && i < found.size()) {
-            candidate = {found[i].first, 0, damaged};
-            try {
-                candidate.ranks = FileReader(found[i].second, FILE_STATE).header.word[H_RANKS];
-                if (std::string path = StateFiles{folder, candidate.step, candidate.ranks}.missing(); !path.empty()) {
-                    candidate.ranks = 0;
-                    fprintf(stderr, "skipping a checkpoint: expected the file %s, found none\n", path.c_str());
-                }
-            } catch (const Error& e) {
-                damaged++;
-                fprintf(stderr, "skipping a checkpoint: %s\n", e.what());
-            }
-        }
-        ranks.broadcast(&candidate, sizeof candidate);
-        StateFiles states{folder, candidate.step, candidate.ranks};
-        if (!states) {
-            if (candidate.damaged > 0)
-                fail("-y: expected a whole checkpoint in %s, found %d, all damaged; restore one, or move the folder "
-                     "away to start fresh",
-                     folder, candidate.damaged);
-            return states;
-        }
-        int whole = candidate.ranks > 0;
-        try {
-            for (int r = ranks.rank(); whole && r < states.ranks; r += ranks.count()) {
-                FileHeader first = FileReader(states.path(0), FILE_STATE).header;
-                states.open(r, first).finish();
-            }
-        } catch (const Error& e) {
-            whole = 0;
-            fprintf(stderr, "skipping a checkpoint: %s\n", e.what());
-        }
-        if (ranks.all(whole)) return states;
-        damaged += candidate.ranks > 0;
-    }
-}
-
 // Fails, before anything is written, unless the folder can be made and written and holds no other run.
 inline void check_output_folder(const std::string& folder, bool resume) {
     namespace fs = std::filesystem;

@@ -31,8 +31,8 @@ struct StepShare {
 
 // After a step with DATA_LOST: throws on all ranks the DataError of the first rank whose data could not be read. mine:
 // this rank's error, "" if it has none.
-template <class Communicator>
-[[noreturn]] void throw_lost_data(Communicator& communicator, const RunConfig& run, const std::string& mine) {
+template <class C>
+[[noreturn]] void throw_lost_data(C& communicator, const RunConfig& run, const std::string& mine) {
     struct { char text[512]; } ours{};
     if (!mine.empty()) snprintf(ours.text, sizeof ours.text, "rank %d: %s", run.rank, mine.c_str());
     std::vector<decltype(ours)> all(size_t(run.ranks));

@@ -499,17 +499,17 @@ inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc
             size_t elements = size_t(l.batch_count - 1) * size_t(l.batch_stride) + (l.cols - 1) * size_t(l.ld) + l.rows;
             if ((i == 2 && product.beta == 0) || memory().contains(matrices[i].first, elements * element_bytes(l.type)))
                 continue;
-            report_misuse(format("cublasLtMatmul: expected %s's %zu bytes inside one device allocation, found them "
-                                 "outside",
-                                 names[i], elements * element_bytes(l.type)),
+            report_misuse(formatted("cublasLtMatmul: expected %s's %zu bytes inside one device allocation, found them "
+                                    "outside",
+                                    names[i], elements * element_bytes(l.type)),
                           true);
             return cudaErrorInvalidValue;
         }
         size_t aux_bytes = ((d->cols - 1) * size_t(desc->aux_ld) + d->rows) * element_bytes(d->type);
         if (has_aux && !memory().contains(desc->aux, aux_bytes)) {
-            report_misuse(format("cublasLtMatmul: expected the epilogue's %zu auxiliary bytes inside one device "
-                                 "allocation, found them outside",
-                                 aux_bytes),
+            report_misuse(formatted("cublasLtMatmul: expected the epilogue's %zu auxiliary bytes inside one device "
+                                    "allocation, found them outside",
+                                    aux_bytes),
                           true);
             return cudaErrorInvalidValue;
         }
@@ -519,9 +519,9 @@ inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc
                 return cudaErrorInvalidValue;
             }
         if (needed && !memory().contains(workspace, needed)) {
-            report_misuse(format("cublasLtMatmul: expected a workspace of %zu bytes inside one device allocation, "
-                                 "found it outside",
-                                 needed),
+            report_misuse(formatted("cublasLtMatmul: expected a workspace of %zu bytes inside one device allocation, "
+                                    "found it outside",
+                                    needed),
                           true);
             return cudaErrorInvalidValue;
         }

@@ -32,8 +32,8 @@ __forceinline__ T shuffle(unsigned mask, T value, unsigned source, int line) {
     unsigned lane = w.current->index % 32;
     Warp& warp = w.warps[w.current->index / 32];
     if (!(mask & warp.exists & (1u << source)))
-        w.misuse(format("a shuffle (line %d, mask 0x%08x): expected a source lane of the mask, found lane %u", line,
-                        mask, source));
+        w.misuse(formatted("a shuffle (line %d, mask 0x%08x): expected a source lane of the mask, found lane %u", line,
+                           mask, source));
     memcpy(&warp.value[lane], &value, sizeof value);
     warp.source[lane] = source;
     uint64_t result;
@@ -83,7 +83,8 @@ template <class T>
 std::atomic_ref<T> atomic(T* p) {
     maybe_yield(8);
     if (reinterpret_cast<uintptr_t>(p) % sizeof(T))
-        device().misuse(format("an atomic: expected an address aligned to %zu bytes, found %p", sizeof(T), (void*)p));
+        device().misuse(formatted("an atomic: expected an address aligned to %zu bytes, found %p", sizeof(T),
+                                  (void*)p));
     return std::atomic_ref<T>(*p);
 }
 template <class T, class Change>

@@ -60,10 +60,10 @@ struct Allocation {
         size_t before = damaged_at(first(), size_t(data - first())),
                after = damaged_at(data + bytes, size_t(last() - data) - bytes);
         if (before != size_t(data - first()))
-            return format("a write %zu bytes before an allocation of %zu bytes", size_t(data - first()) - before,
-                          bytes);
+            return formatted("a write %zu bytes before an allocation of %zu bytes", size_t(data - first()) - before,
+                             bytes);
         if (after != size_t(last() - data) - bytes)
-            return format("a write at offset %zu of an allocation of %zu bytes", bytes + after, bytes);
+            return formatted("a write at offset %zu of an allocation of %zu bytes", bytes + after, bytes);
         return "";
     }
 };
@@ -167,12 +167,12 @@ __attribute__((no_sanitize("address", "undefined"))) inline void on_fault(int nu
     std::string place = current_place ? current_place(p) : "";
     std::string message = place.empty() ? "host access to " : "in " + place + ": access to ";
     if (a)
-        message += format("%sdevice memory, allocation of %zu bytes + offset %td",
-                          freed                              ? "freed "
-                          : p < a->first() || p >= a->last() ? "a guard page of "
-                                                             : "",
-                          a->bytes, p - a->data);
-    else message += format("address %p, which is no device memory", (void*)p);
+        message += formatted("%sdevice memory, allocation of %zu bytes + offset %td",
+                             freed                              ? "freed "
+                             : p < a->first() || p >= a->last() ? "a guard page of "
+                                                                : "",
+                             a->bytes, p - a->data);
+    else message += formatted("address %p, which is no device memory", (void*)p);
     if (a || !place.empty()) {
         message = "CUDA on CPU: " + message + "\n";
         if (write(2, message.data(), message.size()) < 0) _exit(1);

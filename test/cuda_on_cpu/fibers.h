@@ -181,9 +181,10 @@ struct Worker {
         Fiber& self = *current;
         if (at_barrier == 0) barrier_line = line, barrier_sum = 0;
         else if (line != barrier_line)
-            misuse(format("expected every thread of the block at the __syncthreads of line %d, found this one at line "
-                          "%d",
-                          barrier_line, line));
+            misuse(formatted("expected every thread of the block at the __syncthreads of line %d, found this one at "
+                             "line "
+                             "%d",
+                             barrier_line, line));
         barrier_sum += number;
         self.wait = Wait::syncthreads, self.line = line;
         if (++at_barrier == threads) {
@@ -222,14 +223,14 @@ struct Worker {
     Group& join(Warp& warp, Wait wait, unsigned mask, int line, unsigned bit) {
         auto wrong = [&](const std::string& what) { misuse(operation(wait, line, mask) + ": " + what); };
         if (!(mask & bit))
-            wrong(format("expected the calling lane in its own mask, found lane %d outside it", __builtin_ctz(bit)));
+            wrong(formatted("expected the calling lane in its own mask, found lane %d outside it", __builtin_ctz(bit)));
         if (wait >= Wait::mma && warp.exists != ~0u)
-            wrong(format("expected a warp of 32 lanes, found %d", __builtin_popcount(warp.exists)));
+            wrong(formatted("expected a warp of 32 lanes, found %d", __builtin_popcount(warp.exists)));
         if (mask & warp.ended) wrong(ended_lanes(mask & warp.ended));
         for (int i = 0; i < warp.pending; i++) {
             Group& other = warp.groups[i];
             auto meets = [&] {
-                return format("lanes 0x%08x at ", other.arrived) + operation(other.wait, other.line, other.mask);
+                return formatted("lanes 0x%08x at ", other.arrived) + operation(other.wait, other.line, other.mask);
             };
             if (other.mask == mask && other.wait == wait && (wait < Wait::mma || other.line == line)) return other;
             if (other.mask == mask) wrong("expected all lanes of the mask at the same operation, found " + meets());
@@ -240,10 +241,10 @@ struct Worker {
         return warp.groups[warp.pending++];
     }
     static std::string operation(Wait wait, int line, unsigned mask) {
-        return format("%s (line %d, mask 0x%08x)", wait_name(wait), line, mask);
+        return formatted("%s (line %d, mask 0x%08x)", wait_name(wait), line, mask);
     }
     static std::string ended_lanes(unsigned lanes) {
-        return format("expected all lanes of the mask, found that lanes 0x%08x ended", lanes);
+        return formatted("expected all lanes of the mask, found that lanes 0x%08x ended", lanes);
     }
 
     void end_thread() {
@@ -265,9 +266,10 @@ struct Worker {
                                       "the one before, "
                                       "found a thread that ended without");
         if (!self.copies.empty())
-            fail(place(self) + format(": expected a cp_async_wait for every cp_async_16, found %zu never waited for at "
-                                      "the thread's end",
-                                      self.copies.size()));
+            fail(place(self) + formatted(": expected a cp_async_wait for every cp_async_16, found %zu never waited for "
+                                         "at "
+                                         "the thread's end",
+                                         self.copies.size()));
     }
 
     // A fiber serves thread after thread, block after block; home jumps into it for the first time.
@@ -306,10 +308,10 @@ struct Worker {
         size_t before = damaged_at(shared - shared_canary, shared_canary),
                after = damaged_at(shared + shared_bytes, shared_canary);
         if (before == shared_canary && after == shared_canary) return;
-        std::string where = before != shared_canary ? format("%zu bytes before it", shared_canary - before)
-                                                    : format("at offset %zu", shared_bytes + after);
+        std::string where = before != shared_canary ? formatted("%zu bytes before it", shared_canary - before)
+                                                    : formatted("at offset %zu", shared_bytes + after);
         fail("kernel " + kernel_name(launch->function) + ", block " + text(blockIdx) +
-             format(": expected writes inside the block's %zu bytes of shared memory, found one ", shared_bytes) +
+             formatted(": expected writes inside the block's %zu bytes of shared memory, found one ", shared_bytes) +
              where);
         shared = nullptr;
     }
@@ -325,17 +327,18 @@ struct Worker {
             if (f.wait != Wait::ended && (!example || (f.wait == Wait::syncthreads && example->wait != f.wait)))
                 example = &f;
             std::string key = f.wait == Wait::ended         ? "ended"
-                              : f.wait == Wait::syncthreads ? format("at __syncthreads (line %d)", f.line)
+                              : f.wait == Wait::syncthreads ? formatted("at __syncthreads (line %d)", f.line)
                                                             : "at " + operation(f.wait, f.line, f.mask);
             auto& entry = waiters[key];
             if (entry.first++ == 0) entry.second = &f;
         }
         std::string found;
         for (auto& [key, entry] : waiters)
-            found += format("%s%u %s, the first of them thread ", found.empty() ? "" : "; ", entry.first, key.c_str()) +
-                     text(entry.second->thread);
+            found +=
+                formatted("%s%u %s, the first of them thread ", found.empty() ? "" : "; ", entry.first, key.c_str()) +
+                text(entry.second->thread);
         fail(place(*example) +
-             (barrier ? format(": deadlock: expected all %u threads of the block at __syncthreads, found ", threads)
+             (barrier ? formatted(": deadlock: expected all %u threads of the block at __syncthreads, found ", threads)
                       : std::string(": deadlock: expected all lanes of the mask at the warp's operation, found ")) +
              found);
     }
@@ -476,7 +479,7 @@ inline std::string place_of_worker(const void* fault) {
     if (!worker || !worker->launch) return "";
     const Fiber& fiber = *worker->current;
     bool overflow = fiber.stack && fault >= fiber.stack && fault < fiber.stack + stack_guard;
-    return worker->place(fiber) + (overflow ? format(", whose stack of %zu KiB is full", stack_bytes >> 10) : "");
+    return worker->place(fiber) + (overflow ? formatted(", whose stack of %zu KiB is full", stack_bytes >> 10) : "");
 }
 
 // All blocks, in random order.

@@ -11,14 +11,14 @@ inline bool in_shared(const Worker& w, const void* p, size_t bytes) {
 }
 inline void expect_aligned(const char* what, const void* p, size_t alignment) {
     if (reinterpret_cast<uintptr_t>(p) % alignment)
-        device().misuse(format("%s: expected an address aligned to %zu bytes, found %p", what, alignment, p));
+        device().misuse(formatted("%s: expected an address aligned to %zu bytes, found %p", what, alignment, p));
 }
 inline void expect_shared(const char* what, const void* p, size_t bytes) {
     Worker& w = device();
     if (!in_shared(w, p, bytes))
-        w.misuse(format("%s: expected %zu bytes inside the block's %zu bytes of shared memory, found them at offset "
-                        "%td",
-                        what, bytes, w.shared_bytes, (const char*)p - w.shared));
+        w.misuse(formatted("%s: expected %zu bytes inside the block's %zu bytes of shared memory, found them at offset "
+                           "%td",
+                           what, bytes, w.shared_bytes, (const char*)p - w.shared));
 }
 
 struct MmaOperands {
@@ -97,8 +97,8 @@ T& shared() {
     cuda_on_cpu::Worker& w = cuda_on_cpu::device();
     static_assert(alignof(T) <= 128, "shared memory is aligned to 128 bytes");
     if (sizeof(T) > w.shared_bytes)
-        w.misuse(cuda_on_cpu::format("shared<T>(): expected a launch with %zu bytes of shared memory, found %zu",
-                                     sizeof(T), w.shared_bytes));
+        w.misuse(cuda_on_cpu::formatted("shared<T>(): expected a launch with %zu bytes of shared memory, found %zu",
+                                        sizeof(T), w.shared_bytes));
     return *reinterpret_cast<T*>(w.shared);
 }
 

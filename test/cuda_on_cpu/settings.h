@@ -115,12 +115,12 @@ inline std::string kernel_name(const void* function) {
 }
 
 template <class... Values>
-std::string format(const char* pattern, Values... values) {
+std::string formatted(const char* pattern, Values... values) {
     char text[1024];
     snprintf(text, sizeof text, pattern, values...);
     return text;
 }
-inline std::string text(uint3 v) { return format("(%u,%u,%u)", v.x, v.y, v.z); }
+inline std::string text(uint3 v) { return formatted("(%u,%u,%u)", v.x, v.y, v.z); }
 
 // Misuse by the device, or of it by the host. Device misuse ends the context, as on a card: later calls fail too.
 inline void report_misuse(const std::string& message, bool sticky) {
