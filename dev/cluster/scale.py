@@ -36,7 +36,7 @@ class Model:
         self.count = self.outer + self.blocks * self.block
 
     def shards(self, ranks):
-        """Elements that a rank owns of unit 0 and of each block, padding included."""
+        """Elements that a rank owns of bucket 0 and of each block, padding included."""
         return [math.ceil(math.ceil(n / ranks) / 128) * 128 for n in (self.outer, self.block)]
 
     def token_seconds(self):
@@ -58,7 +58,7 @@ def memory(model, ranks, zero):
     """Bytes of a rank in the BF16 build, without activations: FP32 weights, gradients and moments, BF16 weights."""
     outer, block = model.shards(ranks)
     size, shard = ranks * (outer + model.blocks * block), outer + model.blocks * block
-    # FP32 weights and two moments; from -z 1 on all ranks have unit 0 in FP32, and each its part of the rest
+    # FP32 weights and two moments; from -z 1 on all ranks have bucket 0 in FP32, and each its part of the rest
     states = 12 * size if zero == 0 else 4 * ranks * outer + 4 * (shard - outer) + 8 * shard
     gradients = 4 * size if zero < 2 else 4 * ranks * (outer + 2 * block)
     return states + gradients + 2 * size + 4 * shard + 4 * max(outer, block)  # BF16 weights, gradients of the rank's part, what a reduce-scatter brings
@@ -92,10 +92,10 @@ def tables():
     rows = []
     for name, m in MODELS:
         for ranks in (8, 64, 1024):
-            units, token = 1 + m.blocks, m.token_seconds()
+            buckets, token = 1 + m.blocks, m.token_seconds()
             reduced = bytes_sent(m, ranks, 1, 1, 2) - bytes_sent(m, ranks, 1, 0, 2)  # of a micro-step
             gathered = bytes_sent(m, ranks, 1, 0, 2)                                 # of a step
-            reduce, gather, hops = seconds(ranks, reduced, units), seconds(ranks, gathered, units), seconds(ranks, 0, units)
+            reduce, gather, hops = seconds(ranks, reduced, buckets), seconds(ranks, gathered, buckets), seconds(ranks, 0, buckets)
             hide_reduce, hide_gather = reduce / (2 / 3 * token), gather / (1 / 3 * token)
             rows.append([name, ranks, gib(reduced), gib(gathered), f"{reduce * 1e3:,.0f}", f"{gather * 1e3:,.0f}", f"{hops * 1e3:,.0f}", f"{4096 * token * 1e3:,.0f}",
                          f"{hide_reduce:,.0f}", f"{hide_gather:,.0f}", f"{max(hide_reduce, hide_gather) * ranks / 1e6:,.2f}"])
@@ -106,10 +106,10 @@ def tables():
     # of each block, and 1F1B's bubble of stages - 1 micro-batches.
     rows, ranks, batch = [], 1024, 2**22
     for name, m in MODELS:
-        for blocks_a_unit in (1, 16):
-            row = [name, blocks_a_unit]
+        for blocks_a_bucket in (1, 16):
+            row = [name, blocks_a_bucket]
             for stages in (1, 2, 4, 8):
-                data_ranks, collectives = ranks // stages, 1 + m.blocks // stages // blocks_a_unit
+                data_ranks, collectives = ranks // stages, 1 + m.blocks // stages // blocks_a_bucket
                 micro_batches = batch // data_ranks // m.T
                 micro = m.T * m.token_seconds() / stages
                 exposed_reduce = max(0.0, seconds(data_ranks, 4 * m.count / stages, collectives) - 2 / 3 * micro)
