@@ -42,8 +42,9 @@ export NVCC
 
 # The GPU trainer built by a plain C++ compiler and run on the CPU: test/cuda_on_cpu has headers of the toolkit's names.
 # Names of kernels come from the symbol table, hence -rdynamic. Kernels read memory as vectors and as bits, hence
-# -fno-strict-aliasing.
-ON_CPU    = $(FLAGS) -fno-strict-aliasing -rdynamic -Itest/cuda_on_cpu -I. -x c++
+# -fno-strict-aliasing. g++ may round a*b + c once in one use of it and twice in another, so that a kernel that stores a
+# number in two types would store two, hence -ffp-contract=off.
+ON_CPU    = $(FLAGS) -ffp-contract=off -fno-strict-aliasing -rdynamic -Itest/cuda_on_cpu -I. -x c++
 ON_CPU_LIBRARIES = -x none -lboost_context -pthread -ldl
 CUDA_ON_CPU = $(wildcard test/cuda_on_cpu/*.h)
 SANITIZE  = -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all

@@ -81,8 +81,7 @@ if [ ${#folders[@]} = 0 ]; then
     possible=''
     for build in $builds; do
         [[ $build == *on_cpu ]] && target=build/$build || target=$build
-        # Where g++ makes one rounding of a*b + c in a kernel depends on what it inlines: here, nowhere. (What nvcc does is
-        # in the kernels' code, which make card hashes.)
+        # An older Makefile lets g++ choose, by what it inlines, where a*b + c of a kernel is rounded once.
         [[ $build == *on_cpu ]] && options=(CXXFLAGS='-O1 -march=native -ffp-contract=off') || options=()
         if ! make --no-print-directory -C "$work/$commit" "$target" "${options[@]}"; then
             echo "SKIPPED: $build: $ref does not build here"
