@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DOWN = 5  # seconds between SIGTERM and SIGKILL
 RECORDER = "cupti_idle.so"
 # Of a program that runs beside others: a thread that waits must not spin, or it takes the cores from them.
-BESIDE = {"OMP_NUM_BESIDE": str(max(1, min(4, os.cpu_count() // 4))), "OMP_WAIT_POLICY": "passive"}
+BESIDE = {"OMP_NUM_THREADS": str(max(1, min(4, os.cpu_count() // 4))), "OMP_WAIT_POLICY": "passive"}
 SANITIZE = {**BESIDE, "KEEL_SANITIZE": "1"}  # train_keel: a buffer an allocation, no large product
 
 # Models and numbers of steps: on a card ...
