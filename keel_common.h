@@ -246,14 +246,12 @@ constexpr Philox philox(uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2, uin
 }
 
 // The last word of the counter: it lets one seed serve every purpose below without drawing a number twice.
+// clang-format off
 enum PhiloxStream : uint32_t {
-    STREAM_WEIGHTS = 0,
-    STREAM_DATA = 1,
-    STREAM_SAMPLE = 2,
-    STREAM_GRADIENTS = 3,
-    STREAM_MOMENTS = 4,
-    STREAM_PROGRAMS = 5
+    STREAM_WEIGHTS = 0, STREAM_DATA = 1, STREAM_SAMPLE = 2,
+    STREAM_GRADIENTS = 3, STREAM_MOMENTS = 4, STREAM_PROGRAMS = 5
 };
+// clang-format on
 
 // Uniform in [0, 1) with 24 bits: exact in FP32.
 constexpr float uniform24(uint32_t word) { return float(word >> 8) * 0x1p-24f; }
@@ -360,21 +358,11 @@ inline double flops_per_token(const ModelConfig& c, int T) {
 //
 // A matrix is (out, in), row-major. qkvw's rows are those of q, then k, then v; in each, head h starts at row h*D.
 
+// clang-format off
 enum Tensor {
-    WTE,
-    WPE,
-    GAMMA_IN,
-    QKVW,
-    GAMMA_Q,
-    GAMMA_K,
-    GAMMA_V,
-    ATTPROJW,
-    FCW,
-    FCPROJW,
-    GAMMA_OUT,
-    GAMMA_FINAL,
-    NUM_TENSORS
+    WTE, WPE, GAMMA_IN, QKVW, GAMMA_Q, GAMMA_K, GAMMA_V, ATTPROJW, FCW, FCPROJW, GAMMA_OUT, GAMMA_FINAL, NUM_TENSORS
 };
+// clang-format on
 enum TensorPlace { BEFORE_BLOCKS, EVERY_SUBLAYER, ATTENTION, FEED_FORWARD, AFTER_BLOCKS };
 
 struct TensorRow {
@@ -1671,7 +1659,7 @@ inline RunConfig resolve_run(const Options& o, const FileHeader* init, int V, in
     // Where the checkpoint's micro-batch does not fit another number of ranks, it is chosen anew.
     if (resume && !o.batch && init->word[H_RANKS] != std::max(1, ranks) && run.total_batch % (run.B * least)) run.B = 0;
     if (run.total_batch % (std::max(run.B, 1) * least))
-        fail("-d: expected a multiple of %lld tokens (%sT%s), found %lld", (std::max(run.B, 1) * least),
+        fail("-d: expected a multiple of %lld tokens (%sT%s), found %lld", std::max(run.B, 1) * least,
              run.B ? "B*" : "", ranks > 1 ? " times the ranks" : "", run.total_batch);
     if (run.batch_sequences() > INT_MAX)
         fail("-d: expected at most %d sequences of -t tokens, found %lld; give a smaller -d or a larger -t", INT_MAX,

@@ -82,12 +82,19 @@ void write_model(const std::string& path, Trainer& trainer, int64_t step) {
     out.commit();
 }
 
+// This rank's range of each tensor, in the parameter order; of count 0 where it owns none of it.
+template <IsTrainer Trainer>
+std::vector<ShardRange> own_ranges(Trainer& trainer) {
+    std::vector<ShardRange> own(trainer.layout().tensors.size());
+    for (const ShardRange& range : trainer.layout().owned(trainer.run.rank)) own[range.tensor] = range;
+    return own;
+}
+
 // Loads what this rank owns from the body of a file that holds the ranges `stored` in each of its sections. The caller
 // calls trainer.loaded() after the last file.
 template <IsTrainer Trainer>
 void load_body(Trainer& trainer, FileReader& in, const std::vector<ShardRange>& stored, int sections) {
-    std::vector<ShardRange> own(trainer.layout().tensors.size());  // this rank's range of each tensor
-    for (const ShardRange& range : trainer.layout().owned(trainer.run.rank)) own[range.tensor] = range;
+    const std::vector<ShardRange> own = own_ranges(trainer);
     std::vector<typename Trainer::Real> chunk;
     for (int section = 0; section < sections; section++)
         for (const ShardRange& range : stored)
@@ -161,8 +168,7 @@ template <IsTrainer Trainer>
 void load_states(Trainer& trainer, const StateFiles& files) {
     FileHeader first = FileReader(files.path(0), FILE_STATE).header;
     ParameterLayout stored(first.model(), files.ranks);
-    std::vector<ShardRange> own(stored.tensors.size());
-    for (const ShardRange& range : trainer.layout().owned(trainer.run.rank)) own[range.tensor] = range;
+    const std::vector<ShardRange> own = own_ranges(trainer);
     for (int rank = 0; rank < files.ranks; rank++) {
         const std::vector<ShardRange> ranges = stored.owned(rank);
         bool needed = std::any_of(ranges.begin(), ranges.end(), [&](const ShardRange& r) {
