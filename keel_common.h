@@ -30,6 +30,7 @@
 #include <span>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <system_error>
 #include <thread>
 #include <type_traits>
@@ -339,7 +340,8 @@ struct ModelConfig {
     int H = 0;            // heads
     int C = 0;            // channels
     NormPlacement norm = KEEL;
-    float alpha = 1;  // 1 where the placement has none
+    float alpha = 1;         // 1 where the placement has none
+    uint32_t tokenizer = 0;  // the CRC-32 of the file that says what its tokens mean; 0: bytes, or not known
 
     int Vp() const { return int(round_up(size_t(V), 128)); }  // V padded, the rows of wte
     int D() const { return C / H; }                           // channels of a head
@@ -604,12 +606,12 @@ void initialise_tensor(Real* out, const TensorInfo& t, size_t tensor_index, uint
 // Every file is a header of 256 int32, a body of reals and tokens, and the CRC-32 of all bytes before it.
 
 inline constexpr int FILE_VERSION = 1;  // what makes a new one: dev/doc/files.md
-enum FileKind { FILE_MODEL = 1, FILE_STATE = 2, FILE_DEBUG = 3 };
+enum FileKind { FILE_MODEL = 1, FILE_STATE = 2, FILE_DEBUG = 3, FILE_TOKENIZER = 4 };
 enum RealType { REAL_FP32 = 0, REAL_BF16 = 1, REAL_FP64 = 2 };
 
 inline const char* kind_name(int kind) {
-    const char* names[] = {"?", "model", "training state", "debug state"};
-    return kind >= 1 && kind <= 3 ? names[kind] : names[0];
+    const char* names[] = {"?", "model", "training state", "debug state", "tokenizer"};
+    return kind >= 1 && kind <= 4 ? names[kind] : names[0];
 }
 inline size_t real_size(int type) { return type == REAL_FP64 ? 8 : type == REAL_FP32 ? 4 : 2; }
 template <class Real>
@@ -655,6 +657,11 @@ enum HeaderWord {
     H_MOMENTS_BF16 = 46,    // 1: --moments bf16
     H_GRADS_BF16 = 47,      // 1: --grads bf16
     H_HOPS = 48,            // K of --train hops:K; 0: the data are files
+    // of all kinds that have a model
+    H_TOKENIZER = 49,       // uint32, CRC-32 of the tokenizer's file; 0: bytes, or a vocabulary that is not known
+    // of a tokenizer, which has H_V and none of the others
+    H_SPLIT = 7,            // Tokenizer::Split
+    H_SPECIALS = 8,         // how many of the V entries, the last ones, are special tokens
 };
 // clang-format on
 
@@ -677,6 +684,7 @@ struct FileHeader {
         c.max_seq_len = word[H_MAX_T], c.V = word[H_V], c.L = word[H_L], c.H = word[H_H], c.C = word[H_C];
         c.norm = NormPlacement(word[H_NORM]);
         c.alpha = get<float>(H_ALPHA);
+        c.tokenizer = get<uint32_t>(H_TOKENIZER);
         return c;
     }
 };
@@ -690,6 +698,7 @@ inline FileHeader make_header(FileKind kind, RealType type, const ModelConfig& c
     h.word[H_L] = c.L, h.word[H_H] = c.H, h.word[H_C] = c.C;
     h.word[H_NORM] = c.norm;
     h.set(H_ALPHA, c.alpha);
+    h.set(H_TOKENIZER, c.tokenizer);
     h.set(H_STEP, step);
     h.word[H_BRANCH_BF16] = branch_bf16;
     return h;
@@ -776,6 +785,7 @@ class FileReader {
 public:
     FileHeader header;
     std::string path;
+    size_t body = 0;  // bytes between the header and the CRC
 
     FileReader(const std::string& path, FileKind kind) : path(path) {
         int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // opening a pipe must not wait for its writer
@@ -798,6 +808,8 @@ public:
         if (w[H_KIND] != kind)
             fail("%s: expected a %s (kind %d), found a %s (kind %d); give the other file", path, kind_name(kind),
                  int(kind), kind_name(w[H_KIND]), w[H_KIND]);
+        body = size - sizeof header - 4;
+        if (kind == FILE_TOKENIZER) return;  // keel/tokenizer.h looks at the rest
         if (w[H_TYPE] < 0 || w[H_TYPE] > 2)
             fail("%s: expected reals of type 0, 1 or 2, found %d; the file is damaged", path, w[H_TYPE]);
         ModelConfig c = header.model();
@@ -851,9 +863,9 @@ public:
         }
     }
 
-    // Reads what is left of the body and compares the CRC.
-    void finish() {
-        size_t left = expected_file_size(header) - 4 - size_t(ftello(file.get()));
+    // Reads what is left of the body, compares the CRC and returns it.
+    uint32_t finish() {
+        size_t left = sizeof header + body - size_t(ftello(file.get()));
         std::vector<char> chunk(std::min(left, size_t(8) << 20));
         while (left > 0) {
             size_t n = std::min(left, chunk.size());
@@ -864,6 +876,7 @@ public:
         read(&stored, 4);
         if (stored != computed)
             fail("%s: expected CRC-32 %08x, found %08x; the file is damaged, use another copy", path, stored, computed);
+        return stored;
     }
 
 private:
@@ -1002,12 +1015,54 @@ size_t debug_state_bytes(const ModelConfig& c, int64_t B, int T) {
 }
 
 // ----------------------------------------------------------------------------------------------------
-// Data: text files (a byte is a token, V = 256) or llm.c's token shards (.bin)
+// Data: text files (a byte is a token, V = 256, unless a tokenizer encodes them) or llm.c's token shards (.bin)
 //
 // All files of a glob, in the order of their names, are one long row of tokens. Files are opened for each read and not
 // kept open, so that ten thousand of them, or a terabyte, cost neither memory nor file descriptors.
 
-inline constexpr int SHARD_MAGIC = 20240520, SHARD_VERSION = 1, GPT2_VOCABULARY = 50257;
+// llm.c's two kinds of shards; V where no tokenizer says it.
+struct ShardFormat { int magic, version, token_bytes, V; };
+inline constexpr int GPT2_VOCABULARY = 50257, LLAMA3_VOCABULARY = 128256;
+inline constexpr ShardFormat shard_formats[] = {{20240520, 1, 2, GPT2_VOCABULARY}, {20240801, 7, 4, LLAMA3_VOCABULARY}};
+
+// clang-format off
+// What people have beside text and shards, by a file's first bytes, and the command that makes of it what is read here.
+struct ForeignFormat { std::string_view start; const char *name, *command; };
+inline const ForeignFormat foreign_formats[] = {
+    {{"\xFF\xFE\0\0", 4},  "UTF-32",         "iconv -f UTF-32 -t UTF-8 FILE > text.txt"},
+    {"\xFF\xFE",           "UTF-16",         "iconv -f UTF-16 -t UTF-8 FILE > text.txt"},
+    {"\xFE\xFF",           "UTF-16",         "iconv -f UTF-16 -t UTF-8 FILE > text.txt"},
+    {"\x1F\x8B",           "gzip",           "gunzip -k FILE"},
+    {"BZh91AY&SY",         "bzip2",          "bunzip2 -k FILE"},
+    {"\xFD""7zXZ",          "xz",             "unxz -k FILE"},
+    {"\x28\xB5\x2F\xFD",   "Zstandard",      "unzstd FILE"},
+    {"PK\x03\x04",         "zip",            "unzip FILE"},
+    {"%PDF-",              "PDF",            "pdftotext FILE"},
+    {"PAR1",               "Parquet",        "python3 data/tokenizer.py encode -t TOKENIZER -o DIR FILE"},
+    {"\x93NUMPY",          "NumPy's .npy",   "python3 data/shards.py convert -o DIR FILE"},
+    {"BIN.TOK\n",          "LLM.Q's tokens", "python3 data/shards.py convert -o DIR FILE"},
+    {"KEEL",               "a file of a KEEL trainer", "python3 dev/keel_file.py FILE, which says of which kind"},
+};
+// clang-format on
+
+// Fails where a file is not text, by its name and its first bytes. Text may have any encoding that leaves ASCII as it
+// is, but no zero bytes.
+inline void refuse_foreign(const std::string& path, std::string_view head) {
+    for (const ForeignFormat& f : foreign_formats)
+        if (head.starts_with(f.start)) {
+            std::string command = f.command;
+            command.replace(command.find("FILE"), 4, path);
+            fail("%s: expected text or a .bin shard, found %s; use: %s", path, f.name, command);
+        }
+    if (path.ends_with(".bin"))
+        fail("%s: expected a token shard (magic %d, version %d), found no header; if it is nanoGPT's, use: python3 "
+             "data/shards.py convert -o DIR %s",
+             path, shard_formats[0].magic, shard_formats[0].version, path);
+    if (size_t zero = head.find('\0'); zero != head.npos)
+        fail("%s: expected text, found a zero byte at %zu; if it is UTF-16, use: iconv -f UTF-16LE -t UTF-8 %s > "
+             "text.txt",
+             path, zero, path);
+}
 
 struct TokenFile {
     std::string path;
@@ -1020,8 +1075,10 @@ class TokenSource {
 public:
     std::string pattern;
     std::vector<TokenFile> files;
-    bool shards = false;  // uint16 tokens behind a header, else bytes
-    size_t count = 0;     // tokens in all
+    const ShardFormat* shards = nullptr;  // null: text
+    size_t count = 0;                     // tokens in all
+    // The tokens of text that has been encoded (keel/data.h); null: a byte is a token.
+    std::shared_ptr<const std::vector<int>> encoded;
 
     TokenSource() = default;
 
@@ -1043,6 +1100,10 @@ public:
 
     // Reads tokens [first, first + n) of the row into out (n) and checks that each is below V.
     void read(size_t first, size_t n, int V, int* out) const {
+        if (encoded) {
+            std::copy_n(encoded->begin() + ptrdiff_t(first), n, out);
+            return;
+        }
         auto file = std::upper_bound(files.begin(), files.end(), first,
                                      [](size_t at, const TokenFile& f) { return at < f.first + f.count; });
         while (n > 0) {
@@ -1060,7 +1121,6 @@ public:
         return false;
     }
 
-private:
     static int open_file(const std::string& path) {
         int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // opening a pipe must not wait for its writer
         if (fd < 0)
@@ -1069,39 +1129,47 @@ private:
         return fd;
     }
 
+private:
     void add(const std::string& path, const char* flag) {
         int fd = open_file(path);
         struct stat st{};
-        int32_t header[256] = {};
-        bool shard = path.ends_with(".bin");
+        std::string head(size_t(1) << 16, '\0');
         bool readable = fstat(fd, &st) == 0 && S_ISREG(st.st_mode);
-        bool whole_header = shard && pread(fd, header, sizeof header, 0) == ssize_t(sizeof header);
+        head.resize(size_t(std::max<ssize_t>(readable ? pread(fd, head.data(), head.size(), 0) : 0, 0)));
         close(fd);
         size_t size = size_t(st.st_size);
         if (!readable) fail("%s: expected a file, found something else; name files or a quoted glob", path);
         if (size == 0) fail("%s: the file is empty; leave it out of %s", path, flag);
+        int32_t header[256] = {};
+        memcpy(header, head.data(), std::min(sizeof header, head.size()));
+        const ShardFormat* shard = nullptr;
+        for (const ShardFormat& f : shard_formats)
+            if (header[0] == f.magic && header[1] == f.version) shard = &f;
+        if (!shard) refuse_foreign(path, head);
+        if (shard && !path.ends_with(".bin"))
+            fail("%s: expected a token shard's name to end in .bin; use: mv %s %s.bin", path, path, path);
+        auto kind = [](const ShardFormat* f) {
+            return f ? format("a shard of %d-byte tokens", f->token_bytes) : "text";
+        };
         if (!files.empty() && shard != shards)
-            fail("%s: expected %s like the files before it, found %s; train on one kind", path,
-                 shards ? "a .bin shard" : "text", shard ? "a .bin shard" : "text");
+            fail("%s: expected %s like the files before it, found %s; train on one kind", path, kind(shards),
+                 kind(shard));
         shards = shard;
         TokenFile file{path, count, size, st.st_dev, st.st_ino};
         if (shard) {
-            if (!whole_header || header[0] != SHARD_MAGIC || header[1] != SHARD_VERSION)
-                fail("%s: expected a token shard (magic %d, version %d), found %d, %d; see data/shards.py", path,
-                     SHARD_MAGIC, SHARD_VERSION, header[0], header[1]);
-            size_t found = (size - sizeof header) / 2;
-            if (header[2] < 0 || size != sizeof header + 2 * size_t(header[2]))
+            size_t width = size_t(shard->token_bytes), body = size - std::min(size, sizeof header);
+            if (header[2] < 0 || body != width * size_t(header[2]))
                 fail("%s: expected %d tokens from its header, found %zu; fetch the shard again", path, header[2],
-                     found);
-            file.count = found;
-            if (found == 0) return;
+                     body / width);
+            file.count = size_t(header[2]);
+            if (file.count == 0) return;
         }
         files.push_back(file);
         count += file.count;
     }
 
     void read_from(const TokenFile& file, size_t first, size_t n, int V, int* out) const {
-        size_t width = shards ? 2 : 1, offset = (shards ? 1024 : 0) + first * width;
+        size_t width = shards ? size_t(shards->token_bytes) : 1, offset = (shards ? 1024 : 0) + first * width;
         std::vector<unsigned char> bytes(n * width);
         int fd = open_file(file.path);
         size_t done = 0;
@@ -1117,11 +1185,13 @@ private:
                                    "cut short, restore it",
                                    file.path, file.count));
         for (size_t i = 0; i < n; i++) {
-            out[i] = shards ? bytes[2 * i] | bytes[2 * i + 1] << 8 : bytes[i];
-            if (out[i] >= V)
-                fail("%s: expected tokens below the model's V = %d, found %d at token %zu; use other data or another "
+            uint32_t token = 0;
+            memcpy(&token, &bytes[i * width], width);
+            if (token >= uint32_t(V))
+                fail("%s: expected tokens below the model's V = %d, found %u at token %zu; use other data or another "
                      "model",
-                     file.path, V, out[i], first + i);
+                     file.path, V, token, first + i);
+            out[i] = int(token);
         }
     }
 };
@@ -1206,12 +1276,12 @@ struct Settings {
 struct Options : Settings {
     std::vector<std::string> train, val;  // default: the trainer's own sources; their last tenth
     std::string out, init, prompt = "\n", dump, check, ablate, recompute = "auto";
-    std::string norm = "keel", tune, moments = "fp32", grads = "fp32";
+    std::string norm = "keel", tune, moments = "fp32", grads = "fp32", tokenizer;
     int64_t layers = 64, channels = 0, heads = 0, seq_len = 0, batch = 0, total_batch = 0;
     int64_t checkpoint_every = 1000, sample_every = 200;
     int64_t sample_tokens = 256, top_k = 40, zero = 0, probe = 0, keep = 3, max_skips = 10;
     double alpha = 0, temperature = 0.8;
-    bool resume = false, stop_on_divergence = false, help = false;
+    bool resume = false, stop_on_divergence = false, special = false, help = false;
     std::set<std::string> given;  // long names of the flags on the command line
     bool has(const char* long_name) const { return given.count(long_name) > 0; }
 };
@@ -1230,9 +1300,12 @@ struct Flag {
 
 inline const Flag flags[] = {
     {"-i", "--train", "PATH|GLOB", "own sources",
-     "training data: text (a byte is a token), llm.c .bin shards, or hops:K, programs without end", &Options::train},
+     "training data: text, llm.c .bin shards, or hops:K, programs without end", &Options::train},
     {"-j", "--val", "PATH|GLOB", "last tenth", "validation data; by default the last tenth of -i, never trained on",
      &Options::val},
+    {"", "--tokenizer", "FILE", "bytes",
+     "the vocabulary of text, prompts and samples, made by data/tokenizer.py; without it a byte is a token",
+     &Options::tokenizer},
     {"-o", "--out", "DIR", "none", "folder for log.csv and checkpoints; without it nothing is written", &Options::out},
     {"-e", "--init", "FILE", "none",
      "start from this model file; with --prompt and no -i, -o or -x, only sample from it", &Options::init},
@@ -1286,8 +1359,10 @@ inline const Flag flags[] = {
     {"-s", "--sample-every", "N", nullptr, "steps between samples of text; 0: never, not even at the end",
      &Options::sample_every, 0},
     {"-g", "--sample-tokens", "N", nullptr, "tokens a sample", &Options::sample_tokens, 1, 1e9},
-    {"", "--prompt", "TEXT", "a newline", "what samples start with; for V other than 256, token ids such as 15496,995",
-     &Options::prompt},
+    {"", "--prompt", "TEXT", "a new text",
+     "what samples start with; for shards without --tokenizer, token ids such as 15496,995", &Options::prompt},
+    {"", "--special", "", nullptr, "special tokens in --prompt, such as <|endoftext|>, are those tokens, not text",
+     &Options::special},
     {"", "--temperature", "X", nullptr, "of the samples; 0: always the likeliest token", &Options::temperature, 0, 1e9},
     {"", "--top-k", "N", nullptr, "sample from the N likeliest tokens; 0: from all", &Options::top_k, 0, MAX_V},
     {"", "--probe", "N", nullptr,
@@ -1605,9 +1680,15 @@ inline void restore_settings(Settings& settings, Options o, const FileHeader& st
     settings = o;
 }
 
-// The model of a run. init: the header of -e's model file or of the state that -y goes on from, or null. V: the size of
-// the data's vocabulary. data_T: the sequence length that the data asks for, or 0.
-inline ModelConfig resolve_model(const Options& o, const FileHeader* init, int V, int data_T) {
+// What the tokens of the data are: their number, and the CRC-32 of the tokenizer's file, 0 where there is none.
+struct Vocabulary {
+    int V;
+    uint32_t tokenizer = 0;
+};
+
+// The model of a run. init: the header of -e's model file or of the state that -y goes on from, or null; its V is the
+// model's. data_T: the sequence length that the data asks for, or 0.
+inline ModelConfig resolve_model(const Options& o, const FileHeader* init, Vocabulary vocabulary, int data_T) {
     ModelConfig m;
     if (init) {
         m = init->model();
@@ -1624,6 +1705,7 @@ inline ModelConfig resolve_model(const Options& o, const FileHeader* init, int V
             fail("--norm: expected %s as in the %s, found %s; leave it out", placements[m.norm].name, source, o.norm);
         if (o.seq_len > m.max_seq_len)
             fail("-t: expected at most %d, the longest sequence of the model, found %lld", m.max_seq_len, o.seq_len);
+        if (vocabulary.tokenizer) m.tokenizer = vocabulary.tokenizer;
         return m;
     }
     m.L = int(o.layers);
@@ -1633,7 +1715,7 @@ inline ModelConfig resolve_model(const Options& o, const FileHeader* init, int V
     m.H = o.heads ? int(o.heads) : default_heads(m.C);
     if (m.C % m.H) fail("-H: expected a divisor of C = %d, found %d", m.C, m.H);
     m.max_seq_len = o.seq_len ? int(o.seq_len) : data_T ? data_T : default_seq_len(m.C);
-    m.V = V;
+    m.V = vocabulary.V, m.tokenizer = vocabulary.tokenizer;
     const PlacementRow& row = placements[m.norm];
     if (o.has("--alpha") && !row.alpha) fail("-a: %s has no alpha; leave it out or use --norm keel", row.name);
     m.alpha = o.has("--alpha") ? float(o.alpha) : row.alpha ? row.alpha(m.L) : 1.0f;
@@ -1641,11 +1723,12 @@ inline ModelConfig resolve_model(const Options& o, const FileHeader* init, int V
     return m;
 }
 
-// A run. init, V and data_T: as above, with V 0 where there is no data (sampling alone). ranks, rank: as in RunConfig.
-inline RunConfig resolve_run(const Options& o, const FileHeader* init, int V, int data_T = 0, int ranks = 0,
-                             int rank = 0) {
+// A run. init, vocabulary and data_T: as above, with V 0 where there is no data (sampling alone). ranks, rank: as in
+// RunConfig.
+inline RunConfig resolve_run(const Options& o, const FileHeader* init, Vocabulary vocabulary, int data_T = 0,
+                             int ranks = 0, int rank = 0) {
     RunConfig run;
-    run.model = resolve_model(o, init, V, data_T);
+    run.model = resolve_model(o, init, vocabulary, data_T);
     run.ranks = ranks, run.rank = rank, run.zero = int(o.zero);
     const ModelConfig& m = run.model;
     bool resume = init && init->word[H_KIND] == FILE_STATE;

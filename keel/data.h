@@ -2,6 +2,64 @@
 #pragma once
 
 #include "hops.h"
+#include "memory.h"
+#include "tokenizer.h"
+
+// A run leaves its tokenizer beside its models under this name.
+inline std::string tokenizer_path(const std::string& folder) { return folder + "/tokenizer.bin"; }
+
+// What the run's tokens mean: --tokenizer's file; else the one beside the model of -e or the state of -y, which name
+// theirs by its CRC-32; else bytes. init: that model or state, or null.
+inline Tokenizer open_tokenizer(const Options& o, const FileReader* init) {
+    std::string path = o.tokenizer;
+    ModelConfig model = init ? init->header.model() : ModelConfig{};
+    if (path.empty() && model.tokenizer) {
+        path = tokenizer_path(std::filesystem::absolute(init->path).parent_path());
+        if (access(path.c_str(), F_OK) != 0)
+            fail("--tokenizer: expected the tokenizer of CRC-32 %08x, with which %s was trained, found none, nor %s; "
+                 "give it by --tokenizer FILE",
+                 model.tokenizer, init->path, path);
+    }
+    if (path.empty()) return {};
+    Tokenizer t = Tokenizer::read(path);
+    if (model.tokenizer && model.tokenizer != t.crc)
+        fail("--tokenizer: expected the tokenizer of CRC-32 %08x, with which %s was trained, found %s of CRC-32 %08x; "
+             "give that one",
+             model.tokenizer, init->path, path, t.crc);
+    if (init && model.V != t.V())
+        fail("--tokenizer: expected V = %d as in %s, found %d tokens in %s; give the one it was trained with", model.V,
+             init->path, t.V(), path);
+    return t;
+}
+
+// Encodes the files of a text source, each of them a document. The tokens stay in memory.
+inline void encode_source(TokenSource& source, const Tokenizer& t, int threads) {
+    constexpr size_t block = size_t(64) << 20;  // bytes
+    auto tokens = std::make_shared<std::vector<int>>();
+    size_t bytes = source.count, done = 0;
+    for (const TokenFile& file : source.files) {
+        std::unique_ptr<FILE, CloseFile> in(fdopen(TokenSource::open_file(file.path), "rb"));
+        if (t.separator() >= 0) tokens->push_back(t.separator());
+        std::string text;
+        for (bool more = true; more;) {
+            size_t had = text.size();
+            text.resize(had + std::min(block, file.count));
+            size_t got = fread(text.data() + had, 1, text.size() - had, in.get());
+            more = had + got == text.size();
+            text.resize(had + got);
+            size_t end = more ? last_cut(text) : text.size();  // 0: a block without a place to cut
+            t.encode_parallel(std::string_view(text).substr(0, end), threads, *tokens);
+            text.erase(0, end), done += end;
+            double left = double(bytes - std::min(bytes, done)) / double(done + 1) * double(tokens->size());
+            if (left * sizeof(int) > double(available_memory()))
+                fail("%s: its tokens need %s more of memory, which has %s; write shards: python3 data/tokenizer.py "
+                     "encode -t %s -o DIR FILES",
+                     source.pattern, bytes_text(left * sizeof(int)), bytes_text(double(available_memory())), t.path);
+        }
+        if (ferror(in.get())) fail("%s: could not be read to its end (%s)", file.path, errno_text());
+    }
+    source.count = tokens->size(), source.encoded = tokens;
+}
 
 // The data of -i; by default the trainer's own sources, which lie beside the program.
 inline TokenSource open_training_data(const Options& o) {
@@ -26,8 +84,16 @@ struct DataSplit {
     HopPrograms programs;
     TokenSource train, val;
     size_t train_count = 0, val_start = 0, val_count = 0;  // 0 for programs
+    Tokenizer tokenizer;
+    size_t text_bytes = 0;  // what a tokenizer has encoded, and in what time
+    double encode_seconds = 0;
 
-    explicit DataSplit(const Options& o) : programs{o.train.size() == 1 ? HopPrograms::parse(o.train[0]) : 0} {
+    // threads: to encode text with.
+    explicit DataSplit(const Options& o, Tokenizer vocabulary = {}, int threads = 1)
+        : programs{o.train.size() == 1 ? HopPrograms::parse(o.train[0]) : 0}, tokenizer(std::move(vocabulary)) {
+        if (programs.hops && tokenizer.crc)
+            fail("--tokenizer: expected none with -i %s, which is made of characters, found %s; leave it out",
+                 o.train[0], tokenizer.path);
         if (programs.hops) {
             if (!o.val.empty())
                 fail("-j: expected none with -i %s, whose validation programs are its own, found '%s'; leave it out",
@@ -36,6 +102,7 @@ struct DataSplit {
             return;
         }
         train = open_training_data(o);
+        encode(train, threads);
         if (o.val.empty()) {
             val = train;
             val_start = train_count = train.count - train.count / 10;
@@ -43,12 +110,17 @@ struct DataSplit {
             return;
         }
         val = TokenSource(o.val, "-j");
-        if (val.shards != train.shards)
+        if (!val.shards != !train.shards)
             fail("-j: expected %s like -i, found %s", train.shards ? "shards" : "text", val.shards ? "shards" : "text");
         if (val.same_file(train)) fail("-j: a file is in -i as well; validate on data that training never sees");
+        encode(val, threads);
         train_count = train.count, val_count = val.count;
     }
-    int natural_vocabulary() const { return train.shards ? GPT2_VOCABULARY : 256; }
+    Vocabulary vocabulary() const {
+        return {tokenizer.crc || !train.shards ? tokenizer.V() : train.shards->V, tokenizer.crc};
+    }
+    // What the tokens of a model of V mean; null where nothing says it: shards, and no --tokenizer.
+    const Tokenizer* meaning(int V) const { return tokenizer.V() == V ? &tokenizer : nullptr; }
     int natural_seq_len() const { return programs.hops ? programs.length() - 1 : 0; }  // 0: any
 
     Loader loader(const RunConfig& run, bool training) const {
@@ -69,7 +141,7 @@ struct DataSplit {
                  V);
         if (programs.hops) return;
         for (const TokenSource* source : {&train, &val}) {
-            if (!source->shards && V >= 256) continue;
+            if (source->encoded || (!source->shards && V >= 256)) continue;
             std::vector<int> chunk(1 << 16);
             size_t n = std::min(source->count, size_t(1) << 27);
             for (size_t at = 0; at < n; at += chunk.size())
@@ -95,6 +167,9 @@ struct DataSplit {
         return sum / double(n);
     }
     void check_lengths(const RunConfig& run) const {
+        if (!programs.hops && !train.shards && !tokenizer.crc && run.model.V > 256)
+            fail("-i: expected --tokenizer FILE for text and a model of V = %d, found none; a byte is no token of it",
+                 run.model.V);
         if (programs.hops && run.T < natural_seq_len())
             fail("-t: expected at least %d, a whole program of -i %s, found %d; give a larger -t or fewer hops",
                  natural_seq_len(), train.pattern, run.T);
@@ -110,5 +185,14 @@ struct DataSplit {
             fail("-j: expected at least T + 1 = %d tokens to validate on, found %zu; give more data, a smaller -t, or "
                  "-v 0",
                  run.T + 1, val_count);
+    }
+
+private:
+    void encode(TokenSource& source, int threads) {
+        if (source.shards || !tokenizer.crc) return;
+        double begin = seconds();
+        text_bytes += source.count;
+        encode_source(source, tokenizer, threads);
+        encode_seconds += seconds() - begin;
     }
 };

@@ -6,19 +6,28 @@
 // A number as the logs have it: without the sign of a NaN, which means nothing.
 inline std::string number_text(double x) { return std::isnan(x) ? "nan" : format("%.9g", x); }
 
-// The mean loss over the first -m batches of the validation data, in order; the ranks take micro-batches in rotation.
-// hops: counts the answers of programs; null for files.
+// What models of different vocabularies compare by is bits_per_byte: the loss is a token's, and tokens of a larger
+// vocabulary stand for more text. A special token costs bits and stands for none.
+struct Validation {
+    double loss;           // nats a token
+    double bits_per_byte;  // of the targets' text; NaN where what the tokens mean is not known
+};
+
+// Over the first -m batches of the validation data, in order; the ranks take micro-batches in rotation. meaning: of the
+// tokens, or null. hops: counts the answers of programs; null for files.
 template <IsTrainer Trainer>
-double validate(Trainer& trainer, const Loader& loader, const RunConfig& run, const Ranks& ranks = {},
-                HopAccuracy* hops = nullptr) {
+Validation validate(Trainer& trainer, const Loader& loader, const RunConfig& run, const Tokenizer* meaning,
+                    const Ranks& ranks = {}, HopAccuracy* hops = nullptr) {
     size_t sequences = std::min(size_t(run.val_batches) * size_t(run.batch_sequences()), loader.sequences_per_epoch());
     std::vector<int> tokens(size_t(run.B) * size_t(run.T)), targets(tokens.size()),
         predictions(hops ? tokens.size() : 0);
-    double sum = 0;
+    double sum = 0, bytes = 0;
     for (size_t s = size_t(ranks.rank()) * size_t(run.B); s < sequences; s += size_t(ranks.count()) * size_t(run.B)) {
         int b = int(std::min(size_t(run.B), sequences - s));
         loader.batch(s, b, tokens.data(), targets.data());
         sum += trainer.evaluate(tokens.data(), targets.data(), b, hops ? predictions.data() : nullptr);
+        for (size_t i = 0; meaning && i < size_t(b) * size_t(run.T); i++)
+            bytes += double(meaning->text_bytes(targets[i]));
         if (!hops) continue;
         for (int i = 0; i < b; i++)
             for (const HopPrograms::Answer& answer :
@@ -30,7 +39,8 @@ double validate(Trainer& trainer, const Loader& loader, const RunConfig& run, co
     if (hops)
         for (auto* counts : {&hops->count, &hops->right})
             for (int64_t& n : *counts) n = int64_t(ranks.sum(double(n)));
-    return ranks.sum(sum) / (double(sequences) * run.T);
+    sum = ranks.sum(sum), bytes = ranks.sum(bytes);
+    return {sum / (double(sequences) * run.T), bytes > 0 ? sum / M_LN2 / bytes : NAN};
 }
 
 // Fails, before --dump computes anything, unless its file can be written and replaces nothing but an older dump.
@@ -102,7 +112,7 @@ int run_ablation(const Options& o, Trainer& trainer, const Loader& val) {
     double whole = 0;
     auto evaluate = [&](int l, const char* kind) {
         trainer.ablate(l);
-        double loss = validate(trainer, val, run), perplexity = std::exp(loss);
+        double loss = validate(trainer, val, run, nullptr).loss, perplexity = std::exp(loss);
         if (l < 0) whole = perplexity;
         std::string row = format("%d,%s,%s,%s,%s", l, kind, number_text(loss), number_text(perplexity),
                                  number_text(perplexity - whole));

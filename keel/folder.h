@@ -218,7 +218,13 @@ public:
     CsvLog() = default;  // one that drops its rows, for the ranks that write no files
     CsvLog(const std::string& path, const std::string& columns, int64_t resume_step) : path(path) {
         std::string kept = columns + "\n";
-        if (resume_step >= 0) read_csv_rows(path, resume_step, [&](int64_t, const std::string& line) { kept += line; });
+        if (resume_step >= 0)
+            read_csv_rows(path, resume_step, [&](int64_t, const std::string& line) {
+                auto commas = [](const std::string& text) { return std::count(text.begin(), text.end(), ','); };
+                // Columns that an older program did not know are empty.
+                size_t missing = size_t(std::max<ptrdiff_t>(0, commas(columns) - commas(line)));
+                kept += line.substr(0, line.size() - 1) + std::string(missing, ',') + "\n";
+            });
         // It is on the disk before a row is added: no crash may bring the old file back.
         replace_file(path, kept, "free some space or give another -o");
         file.reset(fopen(path.c_str(), "ae"));

@@ -78,6 +78,13 @@ inline void print_run(const RunConfig& run, const ParameterLayout& layout, const
     else
         print("data       %s: %s tokens to train on, %s to validate on\n", data.train.pattern,
               count_text(double(data.train_count)), count_text(double(data.val_count)));
+    if (const Tokenizer& t = data.tokenizer; t.crc) {
+        print("tokenizer  %s: V %d, %s split", t.path, t.V(), split_names[int(t.split)]);
+        if (size_t tokens = data.train.count + (data.val_start ? 0 : data.val.count); data.text_bytes)
+            print("; %.2f bytes a token, encoded at %.0f MB/s", double(data.text_bytes) / double(tokens),
+                  double(data.text_bytes) * 1e-6 / data.encode_seconds);
+        print("\n");
+    }
     if (run.ranks > 0) print("ranks      %d, -z %d\n", run.ranks, run.zero);
     print("training   %lld steps of %lld tokens (%s%d x %d x %d), peak LR %g, warm-up %lld, weight decay %g, clip %g, "
           "seed %llu\n",
@@ -172,13 +179,14 @@ private:
     }
 
     void resolve() {
-        data = std::make_unique<DataSplit>(o);
+        int threads = int(std::thread::hardware_concurrency()) / std::max(1, session.launch.local_ranks);
+        data = std::make_unique<DataSplit>(o, open_tokenizer(o, init.get()), threads);
         if (int hops = resume_from ? init->header.word[H_HOPS] : data->programs.hops; hops != data->programs.hops) {
             auto kind = [](int k) { return k ? format("hops:%d", k) : std::string("files"); };
             fail("-i: expected %s as in the checkpoint, found %s; give the same data", kind(hops),
                  kind(data->programs.hops));
         }
-        config = resolve_run(o, init ? &init->header : nullptr, data->natural_vocabulary(), data->natural_seq_len(),
+        config = resolve_run(o, init ? &init->header : nullptr, data->vocabulary(), data->natural_seq_len(),
                              !needs_one_rank() && ranks ? ranks.count() : 0, ranks.rank());
         Trainer::check_model(config.model);
         if (Trainer::on_host && (config.types.moments_bf16 || config.types.grads_bf16))
@@ -195,7 +203,7 @@ private:
         };
         if (resume_from) same_count("-i", "training", H_TRAIN_TOKENS, data->train_count);
         if (resume_from && config.val_every > 0) same_count("-j", "validation", H_VAL_TOKENS, data->val_count);
-        if (o.sample_every > 0) prompt_tokens(o.prompt, o.has("--prompt"), config.model.V);
+        if (o.sample_every > 0) prompt_tokens(o, meaning(), config.model.V);
         // Ranks that train on different data or models would go unnoticed. -z stands where the header has the step.
         FileHeader same = state_header(real_type<Real>, Trainer::branch_bf16, config, config.zero, *data);
         same.word[H_RANK] = 0;
@@ -298,11 +306,13 @@ private:
                 lock = FolderLock(o.out);
                 check_output_folder(o.out, o.resume && resume_from);
             }
+            keep_tokenizer();
             remove_unfinished_files(o.out);
             remove_incomplete_states(o.out, step);
             int64_t kept = resume_from ? step : -1;
             log = std::make_unique<CsvLog>(o.out + "/log.csv",
-                                           "step,loss,val_loss,lr,grad_norm,ms,tokens_per_second,mfu", kept);
+                                           "step,loss,val_loss,lr,grad_norm,ms,tokens_per_second,mfu,val_bits_per_byte",
+                                           kept);
             if (o.probe > 0) probe_log = std::make_unique<ProbeLog>(o.out, kept);
             if (data->programs.hops)
                 hops_log = std::make_unique<CsvLog>(o.out + "/hops.csv", HopAccuracy::COLUMNS, kept);
@@ -314,6 +324,17 @@ private:
             fail("-o: expected the folder %s of rank 0 on all ranks, found none that can be written (%s); give one "
                  "that all share",
                  o.out, errno_text());
+    }
+
+    // Leaves the tokenizer beside the models, which are worth little without it.
+    void keep_tokenizer() const {
+        const Tokenizer& t = data->tokenizer;
+        std::string path = tokenizer_path(o.out);
+        if (!t.crc) return;
+        if (access(path.c_str(), F_OK) != 0) replace_file(path, t.file(), "free some space or give another -o");
+        else if (uint32_t there = Tokenizer::read(path).crc; there != t.crc)
+            fail("-o: expected no tokenizer but %s, of CRC-32 %08x, found %s of %08x; give another folder", t.path,
+                 t.crc, path, there);
     }
 
     void open_checkpoints() {
@@ -436,21 +457,26 @@ private:
             print("skipped    step %lld, whose loss or gradient is not finite: nothing is updated; %lld in a row, %lld "
                   "in all\n",
                   step, trainer->run.skipped_in_row, trainer->run.skipped);
-        std::string val_loss = validate_if_due();
+        auto [val_loss, bits_per_byte] = validate_if_due();
         if (log)
-            log->row(format("%lld,%s,%s,%.9g,%s,%.3f,%.1f,%.4f", step, number_text(result.loss), val_loss, lr,
-                            number_text(result.norm), elapsed * 1e3, tokens_per_second, mfu));
+            log->row(format("%lld,%s,%s,%.9g,%s,%.3f,%.1f,%.4f,%s", step, number_text(result.loss), val_loss, lr,
+                            number_text(result.norm), elapsed * 1e3, tokens_per_second, mfu, bits_per_byte));
     }
 
-    std::string validate_if_due() {  // the loss as text, empty where none is measured
-        if (!due(config.val_every)) return "";
+    const Tokenizer* meaning() const { return data->meaning(config.model.V); }
+
+    std::pair<std::string, std::string> validate_if_due() {  // loss and bits per byte, empty where none is measured
+        if (!due(config.val_every)) return {};
         if (ranks) trainer->gather_weights();
         HopAccuracy hops(data->programs);
-        double val_loss = validate(*trainer, *val_data, config, ranks, data->programs.hops ? &hops : nullptr);
-        print("validation | loss %.4f | perplexity %.3f\n", val_loss, std::exp(val_loss));
+        auto [loss, bits_per_byte] =
+            validate(*trainer, *val_data, config, meaning(), ranks, data->programs.hops ? &hops : nullptr);
+        bool known = std::isfinite(bits_per_byte);
+        print("validation | loss %.4f | perplexity %.3f%s\n", loss, std::exp(loss),
+              known ? format(" | %.4f bits per byte", bits_per_byte) : "");
         if (data->programs.hops) hops.print();
         if (hops_log) hops.write(*hops_log, step);
-        return number_text(val_loss);
+        return {number_text(loss), known ? number_text(bits_per_byte) : ""};
     }
 
     // Where the disk has no room for a checkpoint, training goes on and the next step tries again; the run's end fails.
@@ -469,7 +495,7 @@ private:
     void sample_if_due() {
         if (ranks && due(o.sample_every)) trainer->gather_weights();
         if (due(o.sample_every) && !stop_asked() && first_rank())
-            print_sample(*trainer, o, config.T, uint64_t(config.seed), step);
+            print_sample(*trainer, o, meaning(), config.T, uint64_t(config.seed), step);
         fflush(stdout);
     }
 

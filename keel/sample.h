@@ -26,11 +26,16 @@ int sample_token(const Real* logits, int V, double temperature, int top_k, doubl
     return order[size_t(std::max_element(p.begin(), p.end()) - p.begin())];
 }
 
-// The prompt as tokens: bytes where V = 256, else ids separated by commas.
-inline std::vector<int> prompt_tokens(const std::string& prompt, bool given, int V) {
+// The prompt as tokens, by default what comes before a text. meaning: of the model's tokens; null where it is not
+// known, and the prompt is ids separated by commas.
+inline std::vector<int> prompt_tokens(const Options& o, const Tokenizer* meaning, int V) {
     std::vector<int> tokens;
-    if (V == 256) {
-        for (unsigned char c : prompt) tokens.push_back(c);
+    const std::string& prompt = o.prompt;
+    bool given = o.has("--prompt");
+    if (meaning) {
+        if (!given && meaning->separator() >= 0) return {meaning->separator()};
+        if (o.special) meaning->encode_with_specials(prompt, tokens);
+        else meaning->encode(prompt, tokens);
         return tokens;
     }
     if (!given) return {V - 1};  // GPT-2's <|endoftext|> is its last token
@@ -42,19 +47,20 @@ inline std::vector<int> prompt_tokens(const std::string& prompt, bool given, int
     return tokens;
 }
 
-inline void print_token(int token, int V) {
-    if (V != 256) print("%d ", token);
-    else putchar(token == '\n' || token == '\t' || token >= 32 ? token : '.');
-}
-
 // Prints the prompt and -g more tokens. Each time the window (tokens) is full, its second half starts a new one.
 template <IsTrainer Trainer>
-void print_sample(Trainer& trainer, const Options& o, int window, uint64_t seed, int64_t step) {
+void print_sample(Trainer& trainer, const Options& o, const Tokenizer* meaning, int window, uint64_t seed,
+                  int64_t step) {
     int V = trainer.run.model.V;
-    std::vector<int> text = prompt_tokens(o.prompt, o.has("--prompt"), V);
+    std::vector<int> text = prompt_tokens(o, meaning, V);
+    TextStream stream;
+    auto print_token = [&](int token) {
+        print("%s", meaning ? stream.add(meaning->token(token)) : format("%d ", token));
+        fflush(stdout);
+    };
     typename Trainer::Generator generator(trainer.model, window);
     print("--- sample%s\n", step > 0 ? format(" at step %lld", step) : "");
-    for (int token : text) print_token(token, V);
+    for (int token : text) print_token(token);
     size_t fed = text.size() > size_t(window) ? text.size() - size_t(window) : 0;
     for (int64_t i = 0; i < o.sample_tokens; i++) {
         if (generator.size() + int(text.size() - fed) > window) {
@@ -65,10 +71,9 @@ void print_sample(Trainer& trainer, const Options& o, int window, uint64_t seed,
         fed = text.size();
         Philox draw = philox(seed, uint32_t(i), uint32_t(step), uint32_t(uint64_t(step) >> 32), STREAM_SAMPLE);
         text.push_back(sample_token(logits, V, o.temperature, int(o.top_k), draw.word[0] * 0x1p-32));
-        print_token(text.back(), V);
-        fflush(stdout);
+        print_token(text.back());
     }
-    print("\n---\n");
+    print("%s\n---\n", stream.add("", true));
 }
 
 inline void print_model(const RunConfig& run, const ParameterLayout& layout) {
@@ -81,9 +86,11 @@ inline void print_model(const RunConfig& run, const ParameterLayout& layout) {
 // Sampling without training: -e model.bin --prompt TEXT
 template <IsTrainer Trainer>
 int run_sampling(const Options& o, FileReader& file) {
-    RunConfig run = resolve_run(o, &file.header, 0);
+    RunConfig run = resolve_run(o, &file.header, {});
     Trainer::check_model(run.model);
-    prompt_tokens(o.prompt, true, run.model.V);
+    Tokenizer tokenizer = open_tokenizer(o, &file);
+    const Tokenizer* meaning = tokenizer.V() == run.model.V ? &tokenizer : nullptr;
+    prompt_tokens(o, meaning, run.model.V);
     require_memory(Trainer::sampling_bytes(run.model, run.T), Trainer::available_memory(),
                    "a smaller -t or a larger machine");
     RunConfig least = run;  // what takes the least memory for activations, as nothing is trained
@@ -92,6 +99,6 @@ int run_sampling(const Options& o, FileReader& file) {
     load_parameters(trainer, file);
     file.finish();
     print_model(run, trainer.layout());
-    print_sample(trainer, o, run.T, run.seed, file.header.get<int64_t>(H_STEP));
+    print_sample(trainer, o, meaning, run.T, run.seed, file.header.get<int64_t>(H_STEP));
     return 0;
 }

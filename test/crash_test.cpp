@@ -572,7 +572,7 @@ std::string flips() {
     succeeds(with(base, {"-o", place / "run"}), place);
     succeeds(with(base, {"--dump", place / "dump.bin"}), place);
     std::string shard(1024, '\0');
-    int32_t header[] = {SHARD_MAGIC, SHARD_VERSION, 4000};
+    int32_t header[] = {shard_formats[0].magic, shard_formats[0].version, 4000};
     memcpy(shard.data(), header, sizeof header);
     for (int i = 0; i < 4000; i++) shard += char(dice()), shard += char(dice() % 100);
     spill(place / "shard.bin", shard);

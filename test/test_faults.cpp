@@ -317,7 +317,7 @@ TEST_CASE("Checkpoints written in the background, from the snapshot, and while t
     DataSplit data(parse_command_line(3, std::array<const char*, 3>{"train", "-i", p.text.c_str()}.data()));
     FileReader file(state_path(p / "background", 24), FILE_STATE);
     Options o;
-    RunConfig config = resolve_run(o, &file.header, 0);
+    RunConfig config = resolve_run(o, &file.header, {});
     Trainer trainer(config);
     load_body(trainer, file, trainer.layout().owned(0), SECTIONS), trainer.loaded(), file.finish();
     CsvLog log(p / "log.csv", "step", -1);

@@ -1448,7 +1448,7 @@ TEST_SUITE("training") {
             Outcome expected = run_steps(whole, data, 4, 6);
 
             FileReader file(path, FILE_STATE);
-            RunConfig stored = resolve_run({}, &file.header, 0);
+            RunConfig stored = resolve_run({}, &file.header, {});
             CHECK(stored.types.moments_bf16 == types.moments_bf16);
             CHECK(stored.types.grads_bf16 == types.grads_bf16);
             Trainer resumed(stored);

@@ -53,7 +53,7 @@ def test_check_finds_a_wrong_value(folder):
 def test_model_file_loads(folder):
     """PyTorch loads a trained model file and finds the loss that the trainer finds."""
     text = folder / "text.txt"
-    text.write_bytes(bytes((i * i // 7) % 251 for i in range(4000)))
+    text.write_bytes(bytes(1 + (i * i // 7) % 251 for i in range(4000)))
     succeed(CPU, *SMALL, "-i", text, "-x", "5", "-s", "0", "-o", folder / "run")
     model_path = folder / "run" / "model_00000005.bin"
     succeed(CPU, "-i", text, "-e", model_path, "-b", "2", "--dump", folder / "d.bin")
@@ -67,7 +67,7 @@ def test_model_file_loads(folder):
 def test_state_file_reads(folder):
     """The reader takes a training state apart into parameters and both moments."""
     text = folder / "text.txt"
-    text.write_bytes(bytes((i * i // 7) % 251 for i in range(4000)))
+    text.write_bytes(bytes(1 + (i * i // 7) % 251 for i in range(4000)))
     succeed(CPU, *SMALL, "-i", text, "-x", "3", "-s", "0", "-o", folder / "run")
     state = keel_file.read(folder / "run" / "state_00000003_00000.bin")
     model = keel_file.read(folder / "run" / "model_00000003.bin")

@@ -10,12 +10,13 @@ void fuzz(const unsigned char* data, size_t size) {
     std::vector<const char*> argv;
     for (const std::string& w : words) argv.push_back(w.c_str());
     Options o = parse_command_line(int(argv.size()), argv.data());
-    prompt_tokens(o.prompt, o.has("--prompt"), 256);
-    RunConfig run = resolve_run(o, nullptr, 256);
+    static const Tokenizer bytes;
+    prompt_tokens(o, &bytes, 256);
+    RunConfig run = resolve_run(o, nullptr, {256});
     if (run.total_batch % run.T || run.batch_sequences() < 1 || (run.B && run.accumulation() < 1)) abort();
     if (double lr = learning_rate(run, 1); !std::isfinite(lr)) abort();
     learning_rate(run, run.steps), learning_rate(run, run.steps / 2);
-    prompt_tokens(o.prompt, true, GPT2_VOCABULARY);
+    prompt_tokens(o, nullptr, GPT2_VOCABULARY);
 }
 
 std::vector<Bytes> seeds() {

@@ -3,7 +3,7 @@
 
 void fuzz(const unsigned char* data, size_t size) {
     FileReader in(file_of(keel_file(data, size, FILE_MODEL), ".bin"), FILE_MODEL);
-    RunConfig run = resolve_run(Options(), &in.header, 0);
+    RunConfig run = resolve_run(Options(), &in.header, {});
     ParameterLayout layout(run.model);
     if (layout.count != parameter_count(run.model)) abort();
     std::vector<float> params(layout.count);

@@ -3,7 +3,7 @@
 
 void fuzz(const unsigned char* data, size_t size) {
     FileReader in(file_of(keel_file(data, size, FILE_STATE), ".bin"), FILE_STATE);
-    RunConfig run = resolve_run(Options(), &in.header, 0);
+    RunConfig run = resolve_run(Options(), &in.header, {});
     if ((run.B > 0 && run.accumulation() < 1) || run.T > run.model.max_seq_len || run.skipped_in_row > run.skipped)
         abort();
     if (double lr = learning_rate(run, in.header.get<int64_t>(H_STEP) + 1); !std::isfinite(lr) || lr < 0) abort();
