@@ -1054,10 +1054,12 @@ inline void refuse_foreign(const std::string& path, std::string_view head) {
             command.replace(command.find("FILE"), 4, path);
             fail("%s: expected text or a .bin shard, found %s; use: %s", path, f.name, command);
         }
+    int32_t word[2] = {};
+    memcpy(word, head.data(), std::min(sizeof word, head.size()));
     if (path.ends_with(".bin"))
-        fail("%s: expected a token shard (magic %d, version %d), found no header; if it is nanoGPT's, use: python3 "
-             "data/shards.py convert -o DIR %s",
-             path, shard_formats[0].magic, shard_formats[0].version, path);
+        fail("%s: expected a token shard (magic %d, version %d), found %d, %d; if it is nanoGPT's, without a header, "
+             "use: python3 data/shards.py convert -o DIR %s",
+             path, shard_formats[0].magic, shard_formats[0].version, word[0], word[1], path);
     if (size_t zero = head.find('\0'); zero != head.npos)
         fail("%s: expected text, found a zero byte at %zu; if it is UTF-16, use: iconv -f UTF-16LE -t UTF-8 %s > "
              "text.txt",

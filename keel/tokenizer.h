@@ -23,7 +23,8 @@
 // What a text has at one place: a character, the start of one that its end cuts off, or bytes that can begin none.
 struct Character {
     enum { WHOLE, CUT, INVALID } state;
-    int bytes;      // of INVALID: as many as a decoder replaces by one U+FFFD (Unicode 16.0, section 3.9, "maximal subpart")
+    int bytes;      // of INVALID: as many as a decoder replaces by one U+FFFD (Unicode 16.0, section 3.9, "maximal
+                    // subpart")
     uint32_t code;  // U+FFFD where it is not WHOLE
 };
 
@@ -274,9 +275,9 @@ public:
     void encode_parallel(std::string_view text, int threads, std::vector<int>& out) const;
 
 private:
-    std::string all;               // the bytes of all tokens
+    std::string all;                 // the bytes of all tokens
     std::vector<uint32_t> start{0};  // (V+1): where each begins in `all`
-    std::vector<uint64_t> slots;   // of the hash table: the hash's upper half, and the rank + 1; 0: free
+    std::vector<uint64_t> slots;     // of the hash table: the hash's upper half, and the rank + 1; 0: free
     struct Nothing {};
     explicit Tokenizer(Nothing) {}
 

@@ -1,4 +1,5 @@
-// keel/unicode.h: classes of characters, written by dev/tools/unicode_table.py from Python's unicodedata, Unicode 16.0.0.
+// keel/unicode.h: classes of characters, written by dev/tools/unicode_table.py from Python's unicodedata,
+// Unicode 16.0.0.
 #pragma once
 
 #include <cstdint>

@@ -285,7 +285,8 @@ TEST_SUITE("the run") {
         Place p;
         succeeds(p.tiny({"-o", p / "a", "-v", "4", "-n", "4"}));
         std::string log = slurp(p / "a/log.csv");
-        CHECK(log.substr(0, log.find('\n')) == "step,loss,val_loss,lr,grad_norm,ms,tokens_per_second,mfu");
+        CHECK(log.substr(0, log.find('\n')) == "step,loss,val_loss,lr,grad_norm,ms,tokens_per_second,mfu,val_bits_per_"
+                                               "byte");
         CHECK(std::count(log.begin(), log.end(), '\n') == 7);
         std::stringstream in(log);
         std::string line;
