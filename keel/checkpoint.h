@@ -4,7 +4,6 @@
 #include <atomic>
 #include <exception>
 
-#include "data.h"
 #include "trainer.h"
 
 inline FileHeader state_header(RealType type, bool branch_bf16, const RunConfig& run, int64_t step,

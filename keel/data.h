@@ -1,6 +1,8 @@
 // keel/data.h: what a run trains and validates on.
 #pragma once
 
+#include <functional>
+
 #include "hops.h"
 #include "memory.h"
 #include "tokenizer.h"
@@ -60,6 +62,72 @@ inline void encode_source(TokenSource& source, const Tokenizer& t, int threads) 
     }
     source.count = tokens->size(), source.encoded = tokens;
 }
+
+// Deals the sequences of tokens [start, start + count) of a source, or those that a generator makes. An epoch divides
+// the tokens into n = (count-1)/T sequences of T inputs (targets are one further on) and shuffles them; the fewer than
+// T tokens left over are other ones in every epoch. Sequence s is a function of (seed, s) alone: a resume needs no
+// state of the loader, and any rank can read any sequence of any batch.
+class Loader {
+public:
+    Loader(const TokenSource& source, size_t start, size_t count, int T, int V, uint64_t seed, bool shuffle)
+        : source(&source), start(start), T(size_t(T)), V(V), seed(seed), shuffle(shuffle) {
+        sequences = count > size_t(T) ? (count - 1) / size_t(T) : 0;
+        spare = sequences ? count - 1 - sequences * size_t(T) : 0;
+        half_bits = 1;
+        while ((uint64_t(1) << (2 * half_bits)) < sequences) half_bits++;
+    }
+
+    // generate(s, n, row) makes the first n tokens of sequence s, for any s: there is no last sequence.
+    using Generate = std::function<void(uint64_t s, int n, int* row)>;
+    Loader(Generate generate, int T) : generate(std::move(generate)), T(size_t(T)), sequences(SIZE_MAX) {}
+
+    size_t sequences_per_epoch() const { return sequences; }
+
+    // Where sequence s, counted from the start of training, begins in the source's row of tokens.
+    size_t position(uint64_t s) const {
+        uint64_t epoch = s / sequences, i = s % sequences;
+        if (!shuffle) return start + size_t(i) * T;
+        size_t shift =
+            philox(seed, uint32_t(epoch), uint32_t(epoch >> 32), 0xFFFFFFFFu, STREAM_DATA).word[0] % (spare + 1);
+        return start + shift + size_t(permuted(i, epoch)) * T;
+    }
+
+    // Sequences s .. s+B-1 as tokens (B,T) and targets (B,T).
+    void batch(uint64_t s, int B, int* tokens, int* targets) const {
+        std::vector<int> row(T + 1);
+        for (int b = 0; b < B; b++) {
+            if (generate) generate(s + uint64_t(b), int(T + 1), row.data());
+            else source->read(position(s + uint64_t(b)), T + 1, V, row.data());
+            std::copy(row.begin(), row.end() - 1, tokens + size_t(b) * T);
+            std::copy(row.begin() + 1, row.end(), targets + size_t(b) * T);
+        }
+    }
+
+private:
+    const TokenSource* source = nullptr;
+    Generate generate;  // empty: sequences come from the source
+    size_t start = 0, T, sequences = 0, spare = 0;
+    int V = 0, half_bits = 0;
+    uint64_t seed = 0;
+    bool shuffle = false;
+
+    // A permutation of [0, sequences) without a table: a Feistel network is a bijection of 2*half_bits bits, whatever
+    // its round function; what falls outside is sent through again until it lands inside (Black and Rogaway 2002,
+    // "cycle walking").
+    uint64_t permuted(uint64_t i, uint64_t epoch) const {
+        const uint64_t mask = (uint64_t(1) << half_bits) - 1;
+        do {
+            uint64_t left = i >> half_bits, right = i & mask;
+            for (uint32_t round = 0; round < 6; round++) {
+                uint32_t f = philox(seed ^ (epoch >> 32), uint32_t(right), uint32_t(epoch), round, STREAM_DATA).word[0];
+                std::swap(left, right);
+                right = (right ^ f) & mask;
+            }
+            i = left << half_bits | right;
+        } while (i >= sequences);
+        return i;
+    }
+};
 
 // The data of -i; by default the trainer's own sources, which lie beside the program.
 inline TokenSource open_training_data(const Options& o) {

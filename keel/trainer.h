@@ -3,7 +3,7 @@
 
 #include <concepts>
 
-#include "memory.h"
+#include "data.h"
 #include "probe.h"
 #include "ranks.h"
 
