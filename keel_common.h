@@ -800,7 +800,9 @@ public:
         read(&header, sizeof header);
         const auto& w = header.word;
         if (memcmp(&w[H_MAGIC], "KEEL", 4) != 0)
-            fail("%s: expected the bytes KEEL at its start, found others; give a file that a KEEL trainer wrote", path);
+            fail("%s: expected the bytes KEEL at its start, found others; %s", path,
+                 kind == FILE_TOKENIZER ? "python3 data/tokenizer.py import makes a tokenizer of those of others"
+                                        : "give a file that a KEEL trainer wrote");
         if (w[H_VERSION] != FILE_VERSION)
             fail("%s: expected file version %d, found %d; use the trainer that wrote it", path, FILE_VERSION,
                  w[H_VERSION]);

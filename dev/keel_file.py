@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Reads and writes the trainers' binary files: model, training state, debug state (NumPy only).
 
-    python3 dev/keel_file.py FILE      prints the header and a table of the tensors
+    python3 dev/keel_file.py FILE      prints the header and a table of the tensors; of a tokenizer its tokens
 
 A file is a header of 256 int32 (1024 bytes), the tensors that `tensor_table` lists, in that order, and
 the CRC-32 of all bytes before it; everything little-endian. This module also holds what decides which
@@ -20,7 +20,7 @@ import numpy as np
 HEADER_BYTES = 1024
 MAGIC = int.from_bytes(b"KEEL", "little")
 VERSION = 1
-MODEL, STATE, DEBUG = 1, 2, 3
+MODEL, STATE, DEBUG, TOKENIZER = 1, 2, 3, 4  # tokenizers are data/tokenizer.py's, and only printed here
 KINDS = {MODEL: "model", STATE: "training state", DEBUG: "debug state"}
 FP32, BF16, FP64 = 0, 1, 2
 TYPES = {FP32: "fp32", BF16: "bf16", FP64: "fp64"}
@@ -260,11 +260,26 @@ def write(path, file):
 # ---------------------------------------------------------------------------------------------------------
 # The command
 
+def print_tokenizer(raw, path):
+    """The header, then a line a token: id and bytes."""
+    V, split, specials = (int(i) for i in np.frombuffer(raw[:HEADER_BYTES], "<i4")[[5, 7, 8]])
+    if len(raw) < HEADER_BYTES + 4 or zlib.crc32(raw[:-4]) != int.from_bytes(raw[-4:], "little"):
+        raise FileError(f"{path}: CRC-32: expected another for these bytes; the file is damaged, copy or write it again")
+    print(f"tokenizer {raw[-4:][::-1].hex()}, V {V}, split {split}, of them {specials} special tokens\n")
+    at = HEADER_BYTES
+    for id in range(V):
+        length = int.from_bytes(raw[at : at + 2], "little")
+        print(f"{id:7} {raw[at + 2 : at + 2 + length]!r}" + (" special" if id >= V - specials else ""))
+        at += 2 + length
+
+
 def print_file(file):
     cfg = file.cfg
     print(f"{KINDS[file.kind]}, {TYPES[file.type]}, step {file.step}" + (", branch BF16" if file.branch_bf16 else ""))
     print(f"L {cfg.L}  C {cfg.C}  H {cfg.H}  D {cfg.D}  V {cfg.V}  Vp {cfg.Vp}  max T {cfg.max_T}  "
           f"norm {cfg.norm}  alpha {cfg.alpha:.9g}" + (f"  B {file.B}  T {file.T}" if file.kind == DEBUG else ""))
+    if file.header[49]:
+        print(f"tokenizer {int(file.header[49]) % 2**32:08x}")
     print(f"{sum(int(np.prod(s)) for _, s in parameter_table(cfg))} parameters\n")
     print(f"{'tensor':<18} {'shape':<18} {'rms':>12} {'min':>12} {'max':>12}")
     for name, a in file.tensors.items():
@@ -279,8 +294,10 @@ if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: python3 dev/keel_file.py FILE")
     try:
-        print_file(read(sys.argv[1]))
-    except FileError as e:
-        sys.exit(str(e))
+        with open(sys.argv[1], "rb") as f:
+            raw = f.read() if f.read(12) == struct.pack("<3i", MAGIC, VERSION, TOKENIZER) and f.seek(0) == 0 else None
+        print_tokenizer(raw, sys.argv[1]) if raw else print_file(read(sys.argv[1]))
     except BrokenPipeError:  # `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (FileError, OSError) as e:
+        sys.exit(str(e))

@@ -909,6 +909,190 @@ TEST_SUITE("more bad input and faults") {
 }
 
 // ----------------------------------------------------------------------------------------------------
+TEST_SUITE("tokenizers") {
+    // A tokenizer's file: the bytes, then the merges, then the special tokens.
+    void spill_tokenizer(const std::string& path, const Words& merges, const Words& specials = {"<|endoftext|>"}) {
+        FileHeader h;
+        memcpy(&h.word[H_MAGIC], "KEEL", 4);
+        h.word[H_VERSION] = 1, h.word[H_KIND] = FILE_TOKENIZER, h.word[H_SPLIT] = int(Split::CL100K);
+        h.word[H_V] = int(256 + merges.size() + specials.size()), h.word[H_SPECIALS] = int(specials.size());
+        std::string bytes((const char*)&h, sizeof h);
+        auto add = [&](const std::string& token) { bytes += {char(token.size()), '\0'}, bytes += token; };
+        for (int b = 0; b < 256; b++) add(std::string(1, char(b)));
+        for (const std::string& token : merges + specials) add(token);
+        bytes += "crc.";
+        mend_crc(bytes);
+        spill(path, bytes);
+    }
+    const Words merges = {"li", "ne", "line", " line", " o", " of", ", "};
+
+    // What data/tokenizer.py encode writes of one text, in one of llm.c's formats.
+    std::string shard(const Tokenizer& t, const std::string& text, const ShardFormat& f) {
+        std::vector<int> tokens;
+        if (t.separator() >= 0) tokens.push_back(t.separator());
+        t.encode(text, tokens);
+        int32_t header[256] = {f.magic, f.version, int32_t(tokens.size())};
+        std::string bytes((const char*)header, sizeof header);
+        for (int token : tokens) bytes.append((const char*)&token, size_t(f.token_bytes));
+        return bytes;
+    }
+
+    TEST_CASE("Text with --tokenizer trains as the shards of its tokens do, on each trainer: the same log, the same "
+              "bits; and goes on so") {
+        for (const char* binary : {"./train_keel_cpu", "build/train_keel_on_cpu"}) {
+            Place p;
+            spill_tokenizer(p / "tok.bin", merges);
+            Tokenizer t = Tokenizer::read(p / "tok.bin");
+            spill(p / "short.bin", shard(t, slurp(p.text), shard_formats[0]));
+            spill(p / "long.bin", shard(t, slurp(p.text), shard_formats[1]));
+            auto command = [&](const std::string& data, const std::string& out, const char* steps = "4") -> Words {
+                return {binary, "-i", data,  "--tokenizer", p / "tok.bin", "-L", "4", "-C", "64", "-t", "16",   "-b",
+                        "2",    "-x", steps, "-u",          "1",           "-v", "2", "-s", "0",  "-o", p / out};
+            };
+            Result r = succeeds(command(p.text, "text"));
+            CHECK_MESSAGE(r.out.find("V 264, cl100k's split; ") != std::string::npos, r.out);
+            CHECK_MESSAGE(r.out.find(" bits per byte\n") != std::string::npos, r.out);
+            succeeds(command(p / "short.bin", "short")), succeeds(command(p / "long.bin", "long"));
+            for (const char* other : {"short/", "long/"}) {
+                for (const char* file : {"model_00000004.bin", "state_00000004_00000.bin", "tokenizer.bin"})
+                    CHECK(slurp(p / "text/" + file) == slurp(p / other + file));
+                CHECK(log_without_times(p / "text/log.csv") == log_without_times(p / other + "log.csv"));
+            }
+            CHECK(slurp(p / "text/tokenizer.bin") == slurp(p / "tok.bin"));
+            CHECK(FileReader(p / "text/model_00000004.bin", FILE_MODEL).header.model().tokenizer == t.crc);
+            fs::remove(p / "tok.bin");  // a resume takes the one beside the state
+            Words go_on = command(p.text, "text", "6") + Words{"-y"};
+            go_on.erase(go_on.begin() + 3, go_on.begin() + 5);
+            succeeds(go_on);
+            fs::copy(p / "long/tokenizer.bin", p / "tok.bin");
+            succeeds(command(p / "long.bin", "long", "6") + Words{"-y"});
+            CHECK(slurp(p / "text/model_00000006.bin") == slurp(p / "long/model_00000006.bin"));
+            // its prompt and samples are text; a special token's name is, unless asked for
+            auto sample = [&](const Words& more) {
+                return succeeds(Words{binary, "-e", p / "text/model_00000006.bin", "-g", "5", "--prompt"} + more).out;
+            };
+            std::string plain = sample({"line 7, \u4E2D\r\n<|endoftext|>"});
+            CHECK_MESSAGE(plain.find("\nline 7, \u4E2D\r\n<|endoftext|>") != std::string::npos, plain);
+            CHECK(sample({"line 7, \u4E2D\r\n<|endoftext|>", "--special"}) != plain);
+        }
+    }
+
+    std::vector<Words> rows_of(const std::string& log) {  // the cells of each row, the header's too
+        std::vector<Words> rows;
+        std::stringstream in(slurp(log));
+        for (std::string row; std::getline(in, row);) {
+            rows.push_back({""});
+            for (char c : row)
+                if (c == ',') rows.back().push_back("");
+                else rows.back().back() += c;
+        }
+        return rows;
+    }
+
+    TEST_CASE("Bits per byte are the loss over the bytes of the targets' text") {
+        Place p;
+        spill_tokenizer(p / "tok.bin", merges);
+        succeeds(p.tiny({"-o", p / "bytes"})), succeeds(p.tiny({"-o", p / "tokens", "--tokenizer", p / "tok.bin"}));
+        Tokenizer t = Tokenizer::read(p / "tok.bin");
+        std::vector<int> row = {t.separator()};
+        t.encode(slurp(p.text), row);
+        size_t count = row.size() / 10, start = row.size() - count, targets = (count - 1) / 8 * 8, bytes = 0;
+        targets = std::min(targets, size_t(16 * 2 * 8));  // -m batches of -b sequences of -t tokens
+        for (size_t i = 1; i <= targets; i++) bytes += t.token(row[start + i]).size();
+        for (auto [folder, scale] : {std::pair{"bytes", 1.0}, {"tokens", double(targets) / double(bytes)}}) {
+            Words last = rows_of(p / folder + "/log.csv").back();
+            REQUIRE(last.size() == 9);
+            CHECK(atof(last[8].c_str()) == doctest::Approx(atof(last[2].c_str()) / M_LN2 * scale).epsilon(1e-7));
+        }
+    }
+
+    TEST_CASE("A model and a state refuse another tokenizer, or none, and name both") {
+        Place p;
+        spill_tokenizer(p / "tok.bin", merges),
+            spill_tokenizer(p / "other.bin", {"li", "ne", "line", " l", " o", " of", ", "});
+        spill_tokenizer(p / "small.bin", {"li"});
+        auto crc = [&](const char* name) { return format("%08x", Tokenizer::read(p / name).crc); };
+        Words tokenizer = {"--tokenizer", p / "tok.bin"};
+        succeeds(p.tiny(tokenizer + Words{"-o", p / "run"})), succeeds(p.tiny({"-o", p / "bytes"}));
+        std::string model = p / "run/model_00000006.bin";
+        Words sample = {"./train_keel_cpu", "-e", model, "--prompt", "line"};
+        p.fails(sample + Words{"--tokenizer", p / "other.bin"},
+                {"--tokenizer", crc("tok.bin"), model, p / "other.bin", crc("other.bin")});
+        p.fails(p.tiny({"-o", p / "run", "-y", "--tokenizer", p / "other.bin"}),
+                {crc("tok.bin"), crc("other.bin"), "state_"});
+        p.fails(p.tiny({"-o", p / "bytes", "-y", "--tokenizer", p / "small.bin"}), {"V = 256", "258 tokens", "state_"});
+        p.fails({"./train_keel_cpu", "-e", p / "bytes/model_00000006.bin", "--prompt", "a", "--tokenizer",
+                 p / "tok.bin"},
+                {"V = 256", "264"});
+        fs::create_directory(p / "bare"), fs::copy(model, p / "bare/model.bin");
+        p.fails({"./train_keel_cpu", "-e", p / "bare/model.bin", "--prompt", "line"},
+                {"--tokenizer", crc("tok.bin"), "found none", "bare/tokenizer.bin"});
+        succeeds(Words{"./train_keel_cpu", "-e", p / "bare/model.bin", "--prompt", "line"} + tokenizer);
+        fs::create_directory(p / "taken"), fs::copy(p / "other.bin", p / "taken/tokenizer.bin");
+        p.fails(p.tiny(tokenizer + Words{"-o", p / "taken"}),
+                {"-o", "taken/tokenizer.bin", crc("tok.bin"), crc("other.bin")});
+        p.fails(p.tiny({"--tokenizer", model}), {model, "expected a tokenizer (kind 4), found a model (kind 1)"});
+        p.fails(p.tiny({"--tokenizer", p.text}), {p.text, "data/tokenizer.py import"});
+        p.fails({"./train_keel_cpu", "-e", p / "tok.bin", "--prompt", "a"}, {"expected a model", "found a tokenizer"});
+        Words hops = p.tiny(tokenizer);
+        hops[2] = "hops:1";
+        p.fails(hops, {"--tokenizer", "hops:1", p / "tok.bin"});
+        // a model of shards whose vocabulary is not known takes no text as bytes, but its tokenizer, once it is there
+        spill(p / "s.bin", shard(Tokenizer::read(p / "tok.bin"), slurp(p.text), shard_formats[0]));
+        Words shards = p.tiny({"-o", p / "unknown"});
+        shards[2] = p / "s.bin";
+        succeeds(shards);
+        p.fails(p.tiny({"-e", p / "unknown/model_00000006.bin"}), {"--tokenizer", "V = 50257", "byte"});
+    }
+
+    TEST_CASE("A run whose log has no bits per byte yet goes on, and the column is added") {
+        Place p;
+        succeeds(p.tiny({"-o", p / "run"}));
+        std::string older;
+        for (Words& row : rows_of(p / "run/log.csv")) {
+            for (size_t i = 0; i + 1 < row.size(); i++) older += (i ? "," : "") + row[i];
+            older += "\n";
+        }
+        spill(p / "run/log.csv", older);
+        Words more = p.tiny({"-o", p / "run", "-y"});
+        *(std::find(more.begin(), more.end(), "-x") + 1) = "8";
+        succeeds(more);
+        std::vector<Words> rows = rows_of(p / "run/log.csv");
+        REQUIRE(rows.size() == 9);
+        for (size_t i = 0; i < rows.size(); i++) {
+            REQUIRE(rows[i].size() == 9);
+            CHECK(rows[i][8].empty() == (i > 0 && i < 8));
+        }
+    }
+
+    TEST_CASE("What is not text is not trained on: each kind is named, with the command that helps, in a .txt and a "
+              ".bin") {
+        Place p;
+        Words files;
+        for (const ForeignFormat& f : foreign_formats) {
+            for (const char* ending : {".txt", ".bin"}) {
+                std::string path = p / format("%zu%s", files.size(), ending), command = f.command;
+                spill(path, std::string(f.start) + std::string(500, 'x'));
+                Words words = p.tiny();
+                words[2] = path;
+                p.fails(words, {path, f.name, command.substr(0, command.find("FILE"))});
+                files.push_back(path);
+            }
+        }
+        auto refused = [&](const std::string& name, const std::string& content, const Words& expected) {
+            Words words = p.tiny();
+            words[2] = p / name;
+            spill(p / name, content);
+            p.fails(words, expected);
+        };
+        std::string tokens(2000, '\1');
+        refused("train.bin", tokens, {"nanoGPT", "data/shards.py convert -o DIR", p / "train.bin"});
+        refused("utf16", std::string("a\0b\0", 4) + "c", {"zero byte at 1", "iconv -f UTF-16LE"});
+        refused("X.BIN", shard(Tokenizer(), "abc", shard_formats[0]), {"mv " + (p / "X.BIN")});
+    }
+}
+
+// ----------------------------------------------------------------------------------------------------
 // train_keel as it is: on the GPU where there is one, else built with test/cuda_on_cpu and its kernels run on the CPU.
 TEST_SUITE("the GPU trainer") {
     const std::string gpu_fp32 = "build/train_keel_fp32_on_cpu", gpu_bf16 = "build/train_keel_on_cpu";
