@@ -17,6 +17,7 @@
 
 #include <atomic>
 #include <exception>
+#include <functional>
 #include <mutex>
 
 #include "../keel_common.h"
