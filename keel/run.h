@@ -1,7 +1,6 @@
 // keel/run.h: a run from its command line to its last checkpoint, for any trainer.
 #pragma once
 
-#include <future>
 #include <optional>
 
 #include "divergence.h"

@@ -11,6 +11,7 @@
 #pragma once
 
 #include <atomic>
+#include <future>
 #include <queue>
 #include <string_view>
 
@@ -154,7 +155,7 @@ inline size_t piece_end(Split split, std::string_view text, size_t at) {
 // Where a text may be cut without a change of its tokens: behind a line break between two characters that are not white
 // space. Returns the last such place in [1, text.size()), or 0 where there is none.
 inline size_t last_cut(std::string_view text) {
-    auto is_dark = [&](size_t first, size_t end) {
+    auto is_solid = [&](size_t first, size_t end) {
         Character c = character_at(text.substr(first, end - first));
         return c.state == Character::WHOLE && class_of[c.code] != SPACE;
     };
@@ -162,7 +163,7 @@ inline size_t last_cut(std::string_view text) {
         if (text[at - 1] != '\n') continue;
         size_t before = at - 2;  // the start of the character before the line break
         while (before > 0 && at - before < 5 && (text[before] & 0xC0) == 0x80) before--;
-        if (is_dark(at, text.size()) && is_dark(before, at - 1)) return at;
+        if (is_solid(at, text.size()) && is_solid(before, at - 1)) return at;
     }
     return 0;
 }
@@ -193,6 +194,9 @@ public:
         if (split < 0 || split > 3) damaged(format("its split must be from 0 to 3 and is %d", split));
         if (t.specials < 0 || t.specials > V - 256)
             damaged(format("it must have 0 to %d special tokens and has %d", V - 256, t.specials));
+        if (t.split == Split::BYTES && V - t.specials != 256)
+            damaged(format("without a split it must have 256 tokens beside the special ones and has %d",
+                           V - t.specials));
         std::string body(in.body, '\0');
         in.read(body.data(), body.size());
         t.crc = in.finish();
@@ -377,12 +381,13 @@ inline void Tokenizer::encode_parallel(std::string_view text, int threads, std::
     auto work = [&] {
         for (size_t i; (i = taken++) < chunks.size();) encode(chunks[i], tokens[i]);
     };
-    std::vector<std::thread> others;
+    std::vector<std::future<void>> others;
     try {
-        for (int t = 1; t < std::min(threads, int(chunks.size())); t++) others.emplace_back(work);
+        for (size_t t = 1; t < std::min(size_t(std::max(1, threads)), chunks.size()); t++)
+            others.push_back(std::async(std::launch::async, work));
     } catch (const std::system_error&) {  // no more threads
     }
     work();
-    for (std::thread& thread : others) thread.join();
+    for (std::future<void>& other : others) other.get();
     for (const std::vector<int>& part : tokens) out.insert(out.end(), part.begin(), part.end());
 }
