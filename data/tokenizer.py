@@ -150,6 +150,12 @@ def encoder(tok):
     return tiktoken.Encoding("keel", pat_str=PATTERNS[tok.split], mergeable_ranks=tok.id_of, special_tokens=tok.specials)
 
 
+def need_library(tok):
+    """A missing package shows before anything is written, or a worker is started."""
+    if tok.split:
+        import_or_explain("tiktoken", "tiktoken")
+
+
 def piece_encoder(tok):
     """A function (UTF-8 bytes, whether they begin a document) -> array of tokens, the separator first where they do."""
     separator = [] if tok.separator is None else [tok.separator]
@@ -424,6 +430,7 @@ def train(pieces, size, split, names):
 
 def encode_pieces(tok, pieces, workers):
     """Yield (tokens, bytes of text, share) for each of `pieces`, in order, tokenized by `workers` processes."""
+    need_library(tok)
     if workers == 1 or tok.split == 0:  # bytes: a worker would cost more than it saves
         encode = piece_encoder(tok)
         for text, opens, share in pieces:
@@ -479,8 +486,7 @@ def encode_batch(pieces):
 
 def write_text_shards(tok, args, settings, pieces):
     """shards.write_shards() for text and the options of add_writer_options() and add_workers_option()."""
-    if tok.split:
-        import_or_explain("tiktoken", "tiktoken")  # a missing package shows before anything is written
+    need_library(tok)
     shards.write_shards(
         args.out, args.prefix, args.shard_tokens, args.val_tokens, settings | {"tokenizer": f"CRC-32 {tok.crc:08x}"},
         lambda start: encode_pieces(tok, pieces(start), args.workers), tok.typecode, tok.data)
