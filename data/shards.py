@@ -158,7 +158,8 @@ def read_pieces(paths, sizes, start=0, fetch=lambda path: path, field="text", an
             pieces = read_parquet(local, start, field)
         elif local == "-":
             file = sys.stdin.buffer
-            pieces = read_jsonl(file, "standard input", 0, start, field) if jsonl else read_text(file, "standard input", 0, start, any_bytes)
+            name = "standard input"
+            pieces = read_jsonl(file, name, 0, start, field) if jsonl else read_text(file, name, 0, start, any_bytes)
         else:
             pieces = read_file(local, size, start, field, any_bytes)
         # A reader yields None for a piece that `start` skips: counted, but neither decoded nor tokenized.
@@ -498,7 +499,8 @@ def write_shards(folder, prefix, shard_tokens, val_tokens, settings, pieces, typ
             raise DataError(f"{writer.progress_path}: a run from standard input cannot be gone on with, nor told from this one:"
                             f" choose another --prefix, or remove {os.path.join(folder, prefix)}_*")
         if writer.finished:
-            print(f"{os.path.join(folder, prefix)}_*: complete already, {writer.tokens:,} tokens in {writer.shards} shards", file=sys.stderr)
+            print(f"{os.path.join(folder, prefix)}_*: complete already, {writer.tokens:,} tokens in {writer.shards} shards",
+                  file=sys.stderr)
             return
         if writer.shards:
             print(f"going on after shard {writer.shards}, {writer.tokens:,} tokens", file=sys.stderr)

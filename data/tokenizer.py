@@ -164,7 +164,15 @@ def piece_encoder(tok):
         ids = lambda text: text.translate(table)  # noqa: E731
     else:
         encoding = encoder(tok)
-        ids = lambda text: encoding.encode_ordinary(text.decode())  # noqa: E731
+
+        def ids(text):
+            try:
+                return encoding.encode_ordinary(text.decode())
+            except BaseException as error:
+                if type(error).__name__ != "PanicException":  # of the library's Rust; derived from BaseException alone
+                    raise
+                raise DataError("tiktoken cannot split a text with so much white space at one place, about a million characters:"
+                                f" take some out; the text begins with {text[:60]!r}") from None
 
     def encode(text, opens):
         tokens = array.array(tok.typecode, separator if opens else [])
@@ -341,7 +349,8 @@ def prove_ranks(tok, model, theirs, path):
     made = [tok.id_of.get(bytes(map(BYTE_OF.get, left + right)), -1) for left, right in merges]
     for before, after, (left, right) in zip(made, made[1:], merges[1:]):
         if after < before:
-            raise DataError(f"{path}: its ids are not in the order of its merges: {left + right!r} has a lower id than the one merged before it")
+            raise DataError(f"{path}: its ids are not in the order of its merges: {left + right!r} has a lower id than the token of the"
+                            " merge before it")
     listed = set(merges)
     for rank, token in enumerate(tok.ranks):
         pair = merge_below(tok, token, rank)
@@ -509,7 +518,6 @@ def write_new(path, data):
             if file.read() != data:
                 raise DataError(f"{path} exists and is another: remove it, or choose another -o")
     else:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         shards.write_whole(path, data)
 
 
@@ -521,10 +529,13 @@ def print_written(tok, path):
 def run_train(args):
     names = list(dict.fromkeys([ENDOFTEXT, *args.special]))
     inputs, start = shards.fingerprints(args.files), time.monotonic()
-    import_or_explain("tiktoken", "tokenizers tiktoken")  # a missing package shows before hours of work
+    import_or_explain("tiktoken", "tokenizers tiktoken")  # what is missing or in the way shows before hours of work
+    if os.path.exists(args.out):
+        raise DataError(f"{args.out} exists: remove it, or choose another -o")
+    os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
 
     def pieces(files):
-        return shards.read_pieces(files, [size for _, size, _ in inputs], field=args.field)
+        return shards.read_pieces(files, [size for _, size, _ in inputs], field=args.field, jsonl=args.jsonl)
 
     tok = train(pieces(args.files), args.vocabulary, SPLITS.index(args.split), names)
     write_new(args.out, tok.data)
