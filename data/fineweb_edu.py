@@ -81,10 +81,11 @@ def main():
     parser.add_argument("--tokenizer", metavar="NAME|FILE", default="gpt2",
                         help="a tokenizer file, or what tokenizer.py import takes (default: %(default)s)")
     folder = os.path.join(os.path.dirname(os.path.abspath(__file__)), "fineweb_edu_SAMPLE")
-    shards.add_writer_options(parser, folder, "fineweb_edu", 100_000_000)
+    shards.add_writer_options(parser, folder, "fineweb_edu", None)
     tokenizer.add_workers_option(parser)
     args = parser.parse_args()
     args.out = args.out.replace("SAMPLE", args.sample) if args.out == folder else args.out
+    args.val_tokens = args.shard_tokens if args.val_tokens is None else args.val_tokens
     tok = tokenizer.load(args.tokenizer)
     if args.local:
         tokenizer.write_file_shards(tok, args, args.local)

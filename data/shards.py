@@ -621,15 +621,15 @@ def usable_cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def add_writer_options(parser, folder=None, prefix=None, val_tokens=0, val_help=None):
-    """folder, prefix, val_tokens: defaults; without a folder one must be given."""
+def add_writer_options(parser, folder=None, prefix=None, val_tokens=0):
+    """The defaults; what has none must be given. val_tokens None: as many as a shard."""
     shown = f" (default: {folder})" if folder else ""
     parser.add_argument("-o", "--out", metavar="DIR", default=folder, required=folder is None, help="folder of the shards" + shown)
     parser.add_argument("--prefix", metavar="NAME", default=prefix, required=prefix is None,
                         help="first part of the shards' names" + (f" (default: {prefix})" if prefix else ""))
     parser.add_argument("--shard-tokens", metavar="N", type=positive, default=100_000_000, help="tokens a shard (default: %(default)s)")
     parser.add_argument("--val-tokens", metavar="N", type=natural, default=val_tokens,
-                        help="tokens of the first shard, for validation; 0: no such shard (default: %(default)s)")
+                        help=f"tokens of the first shard, for validation; 0: no such shard (default: {'as a shard' if val_tokens is None else val_tokens})")
 
 
 def run(main):

@@ -202,14 +202,11 @@ def load(source, split=None, specials=None):
 
 def special_entries(first, specials, source):
     """{name: id} -> the entries from id `first` on, "" where there is a gap."""
-    entries = [""] * (max(specials.values(), default=first - 1) + 1 - first)
+    by_id = {number: name for name, number in specials.items()}
     for name, number in specials.items():
-        if number < first or entries[number - first]:
-            raise DataError(f"{source}: special tokens are expected behind the {first} others, one an id, found {name!r} at {number}")
-        if number - first > 1 << 16:
-            raise DataError(f"{source}: special token {name!r} at {number} lies too far behind the {first} others")
-        entries[number - first] = name
-    return entries
+        if not first <= number < first + (1 << 16) or by_id[number] != name:
+            raise DataError(f"{source}: special tokens are expected right behind the {first} others, one an id, found {name!r} at {number}")
+    return [by_id.get(number, "") for number in range(first, max(by_id, default=first - 1) + 1)]
 
 
 def from_ranks(ranks, split, specials, source):
