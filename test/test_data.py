@@ -652,10 +652,9 @@ class Libraries(Case):
                 os.dup2(stderr, 2)
 
     def test_cl100k_keeps_its_ids(self):
-        try:
-            tok = tokenizer.load("cl100k_base")
-        except shards.DataError as error:
-            self.skipTest(str(error))
+        if "TIKTOKEN_CACHE_DIR" not in os.environ:
+            self.skipTest("TIKTOKEN_CACHE_DIR is to name a folder that holds tiktoken's cl100k_base")
+        tok = tokenizer.load("cl100k_base")
         self.assertEqual((tok.size, tok.split, tok.separator, tok.entries.count("")), (100277, 2, 100257, 16))
         theirs = tokenizers.Tokenizer.from_str(json.dumps(tokenizer.to_hugging_face(tok)))
         self.assertEqual(theirs.token_to_id("<|endofprompt|>"), 100276)
@@ -744,9 +743,10 @@ class Interruption(Case):
 
     def test_kill_with_workers_leaves_none_behind(self):
         self.fake("tiktoken", FAKE_TIKTOKEN + "\n    import time; time.sleep(0.2)\n")
-        texts = self.write_jsonl("a.jsonl", [f"document {i} " * (i % 50) for i in range(2500)])
+        texts = self.write_jsonl("a.jsonl", [f"document {i} " * (i % 50) for i in range(1000)])
+        large = self.write("b.txt", "words and é漢\nlines " * 50_000)
         command = self.command("tokenizer", "encode", "-o", self.out, "-t", "gpt2", "--prefix", "x", "--shard-tokens", 300_000,
-                               "--val-tokens", 300_000, "--workers", 2, texts)
+                               "--val-tokens", 300_000, "--workers", 2, texts, large)
         process = subprocess.Popen(command, env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         children_file = f"/proc/{process.pid}/task/{process.pid}/children"
         children = []
