@@ -629,7 +629,8 @@ def add_writer_options(parser, folder=None, prefix=None, val_tokens=0):
                         help="first part of the shards' names" + (f" (default: {prefix})" if prefix else ""))
     parser.add_argument("--shard-tokens", metavar="N", type=positive, default=100_000_000, help="tokens a shard (default: %(default)s)")
     parser.add_argument("--val-tokens", metavar="N", type=natural, default=val_tokens,
-                        help=f"tokens of the first shard, for validation; 0: no such shard (default: {'as a shard' if val_tokens is None else val_tokens})")
+                        help="tokens of the first shard, for validation; 0: no such shard"
+                        f" (default: {'as a shard' if val_tokens is None else val_tokens})")
 
 
 def run(main):

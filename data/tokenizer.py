@@ -187,17 +187,22 @@ def piece_encoder(tok):
 
 def load(source, split=None, specials=None):
     """A tokenizer file, or what import takes: see import's help. split, specials: of a rank file alone."""
-    if (split or specials) and not (os.path.isfile(source) and not source.endswith(".json")):
-        raise DataError(f"{source}: --split and --special are for a .tiktoken file; this one brings its own")
     if source == "bytes":
-        return Tokenizer([bytes([byte]) for byte in range(256)], 0, [ENDOFTEXT], source)
-    if os.path.splitext(source)[1] in (".bin", ".json", ".tiktoken") or os.path.exists(source):
+        tok = Tokenizer([bytes([byte]) for byte in range(256)], 0, [ENDOFTEXT], source)
+    elif os.path.splitext(source)[1] in (".bin", ".json", ".tiktoken") or os.path.exists(source):
         with open(source, "rb") as file:
             data = file.read()
         if data[:4] == b"KEEL":
-            return parse_tokenizer(data, source)
-        return from_hugging_face(data, source) if source.endswith(".json") else from_rank_file(data, source, split, specials)
-    return from_tiktoken(source)
+            tok = parse_tokenizer(data, source)
+        elif source.endswith(".json"):
+            tok = from_hugging_face(data, source)
+        else:
+            return from_rank_file(data, source, split, specials)
+    else:
+        tok = from_tiktoken(source)
+    if split or specials:
+        raise DataError(f"{source}: --split and --special are for a .tiktoken file; this one brings its own")
+    return tok
 
 
 def special_entries(first, specials, source):
@@ -240,8 +245,8 @@ def known_split(pattern, source):
 
 
 def from_rank_file(data, path, split, specials):
-    known_split, known_specials = KNOWN_RANK_FILES.get(hashlib.sha256(data).hexdigest(), (split, None))
-    if known_split is None:
+    usual_split, usual_specials = KNOWN_RANK_FILES.get(hashlib.sha256(data).hexdigest(), (split, None))
+    if usual_split is None:
         raise DataError(f"{path}: which --split goes with these ranks, {', '.join(SPLITS[1:])}? The file does not say it")
     ranks = {}
     for number, line in enumerate(data.splitlines(), 1):
@@ -250,8 +255,8 @@ def from_rank_file(data, path, split, specials):
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except ValueError:
             raise DataError(f"{path}: line {number}: expected a token in base64 and its rank, found {line[:60]!r}") from None
-    if not specials and known_specials and split in (None, known_split):
-        return from_ranks(ranks, known_split, known_specials, path)
+    if usual_specials and not specials:
+        return from_ranks(ranks, usual_split if split is None else split, usual_specials, path)
     placed = {}
     for text in specials or [ENDOFTEXT]:
         name, _, number = text.rpartition("=")
@@ -260,7 +265,7 @@ def from_rank_file(data, path, split, specials):
         if name in placed:
             raise DataError(f"--special {name!r} is given twice")
         placed[name] = int(number)
-    return from_ranks(ranks, known_split if split is None else split, placed, path)
+    return from_ranks(ranks, usual_split if split is None else split, placed, path)
 
 
 def byte_letters():
@@ -319,7 +324,7 @@ def from_hugging_face(data, path):
 
 
 def hugging_face_split(pre_tokenizer, model, path):
-    parts = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer])
+    parts = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer]) or [None]
     kinds, last = [part and part.get("type") for part in parts], parts[-1] or {}
     if last.get("add_prefix_space") or kinds not in (["ByteLevel"], ["Split", "ByteLevel"]):
         raise DataError(f"{path}: pre_tokenizer: expected ByteLevel, or Split and ByteLevel, without add_prefix_space,"
@@ -362,10 +367,9 @@ def prove_ranks(tok, model, theirs, path):
             pass  # a part of a character
     theirs.no_truncation()
     theirs.no_padding()
-    names = [name.encode() for name in tok.entries] + tok.ranks  # ids may have been renumbered: compare bytes
     encoding = encoder(tok)
     for text, their in zip(texts, theirs.encode_batch(texts, add_special_tokens=False)):
-        ours = [letters(tok.ranks[i]) for i in encoding.encode_ordinary(text)]
+        ours = [letters(tok.ranks[i]) for i in encoding.encode_ordinary(text)]  # no ids: theirs may have been renumbered
         if ours != their.tokens:
             raise DataError(f"{path}: by rank {text!r} is {ours}, by its merges {their.tokens}: a vocabulary that cannot be imported")
 
@@ -605,8 +609,7 @@ def run_count(args):
 
 
 def add_workers_option(parser):
-    cores = shards.usable_cores()
-    parser.add_argument("--workers", metavar="N", type=shards.positive, default=cores,
+    parser.add_argument("--workers", metavar="N", type=shards.positive, default=shards.usable_cores(),
                         help="tokenizer processes (default: %(default)s, the cores there are)")
 
 
@@ -630,7 +633,8 @@ def main():
     sub = command(run_train, "train", "Train a byte-level BPE on text.", files=True, out="TOK.bin")
     sub.add_argument("-V", "--vocabulary", metavar="N", type=shards.positive, required=True, help="ids, special tokens among them")
     sub.add_argument("--split", choices=SPLITS[1:], default="cl100k", help="default: %(default)s")
-    sub.add_argument("--special", metavar="TEXT", action="append", default=[], help=f"a special token after {ENDOFTEXT}, as often as need be")
+    sub.add_argument("--special", metavar="TEXT", action="append", default=[],
+                     help=f"a special token after {ENDOFTEXT}, as often as need be")
 
     sub = command(run_import, "import", "Take a vocabulary of others: a rank file of tiktoken's form, a tokenizer.json of Hugging Face's"
                   " (byte-level BPE), a name of tiktoken's (gpt2, r50k_base, cl100k_base), or bytes.", out="TOK.bin")
