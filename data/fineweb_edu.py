@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""FineWeb-Edu's samples of 10 or 100 billion tokens, as token shards of GPT-2's vocabulary.
+"""FineWeb-Edu's samples of 10 or 100 billion tokens, as token shards, by default of GPT-2's vocabulary.
 
     pip install huggingface_hub pyarrow tiktoken
     python3 data/fineweb_edu.py                      sample-10BT into data/fineweb_edu_10BT/
@@ -11,6 +11,7 @@ Needs 2 GB of disk for each file and 2 for each billion tokens; OUT/parquet may 
 
     fineweb_edu_val_000000.bin          the first 100 million tokens, for validation
     fineweb_edu_train_000001.bin ...    all others
+    tokenizer.bin                       the vocabulary
 
 An interrupted run goes on, downloads included, when the same command is given again. The first run notes the
 data set's revision, and later ones keep to it.
@@ -21,6 +22,7 @@ import json
 import os
 
 import shards
+import tokenizer
 
 REPOSITORY = "HuggingFaceFW/fineweb-edu"
 
@@ -55,7 +57,7 @@ def list_files(hub, sample, revision):
     return commit, files
 
 
-def write_sample(args):
+def write_sample(args, tok):
     hub = shards.import_or_explain("huggingface_hub", "huggingface_hub pyarrow tiktoken")
     shards.import_or_explain("pyarrow.parquet", "huggingface_hub pyarrow tiktoken")
     commit, files = list_files(hub, args.sample, args.revision or noted_revision(args.out, args.prefix))
@@ -66,11 +68,8 @@ def write_sample(args):
                        local_dir=os.path.join(args.out, "parquet"))
 
     paths, sizes = [path for path, _ in files], [size for _, size in files]
-    shards.write_shards(
-        args.out, args.prefix, args.tokenizer, args.shard_tokens, args.val_tokens or args.shard_tokens, args.workers,
-        {"dataset": REPOSITORY, "sample": args.sample, "revision": commit, "files": len(files)},
-        lambda start: shards.read_documents(paths, sizes, start, fetch),
-    )
+    settings = {"dataset": REPOSITORY, "sample": args.sample, "revision": commit, "files": len(files)}
+    tokenizer.write_text_shards(tok, args, settings, lambda start: shards.read_pieces(paths, sizes, start, fetch))
 
 
 def main():
@@ -79,15 +78,19 @@ def main():
     parser.add_argument("--revision", metavar="COMMIT", help="the data set's (default: as noted by the run in DIR, else the newest)")
     parser.add_argument("--max-files", metavar="N", type=shards.positive, help="only the first N parquet files (default: all)")
     parser.add_argument("--local", metavar="FILE", nargs="+", help="text, .jsonl or .parquet files to take instead of fetching")
-    parser.add_argument("--tokenizer", choices=shards.TOKENIZERS, default="gpt2", help="default: %(default)s")
-    shards.add_writer_options(parser, prefix="fineweb_edu")
-    shards.add_workers_option(parser)
+    parser.add_argument("--tokenizer", metavar="NAME|FILE", default="gpt2",
+                        help="a tokenizer file, or what tokenizer.py import takes (default: %(default)s)")
+    folder = os.path.join(os.path.dirname(os.path.abspath(__file__)), "fineweb_edu_SAMPLE")
+    shards.add_writer_options(parser, folder, "fineweb_edu", None)
+    tokenizer.add_workers_option(parser)
     args = parser.parse_args()
-    args.out = args.out or os.path.join(os.path.dirname(os.path.abspath(__file__)), f"fineweb_edu_{args.sample}")
+    args.out = args.out.replace("SAMPLE", args.sample) if args.out == folder else args.out
+    args.val_tokens = args.shard_tokens if args.val_tokens is None else args.val_tokens
+    tok = tokenizer.load(args.tokenizer)
     if args.local:
-        shards.write_file_shards(args, args.local)
+        tokenizer.write_file_shards(tok, args, args.local)
     else:
-        write_sample(args)
+        write_sample(args, tok)
 
 
 if __name__ == "__main__":

@@ -1,51 +1,45 @@
 #!/usr/bin/env python3
-"""Token shards: tokenize documents and write them in llm.c's .bin format; look into such files.
+"""Token shards, llm.c's .bin format: look into one, and make them of others' token files. Text becomes shards by tokenizer.py.
 
-    python3 data/shards.py -o DIR --prefix NAME [--tokenizer gpt2|bytes] FILES...
-    python3 data/shards.py --info FILE.bin
-    python3 data/shards.py --decode FILE.bin [--count N]
-    python3 data/shards.py --encode "text"              ids, separated by commas
-    python3 data/shards.py --decode-ids 1,2,3           text; '-' reads the ids from stdin
+    python3 data/shards.py FILE.bin                             print a shard's header and first tokens
+    python3 data/shards.py convert -o DIR --prefix NAME FILES...
 
-FILES: a .jsonl file holds a document a line, in the field "text"; a .parquet file (needs pyarrow) a
-document a row, in the column "text"; any other file is one document of UTF-8 text, read whole.
+A shard is 256 int32, then the tokens, all little-endian:
+    (20240520, 1, number of tokens, zeros) and uint16, or, of a vocabulary of more than 65536 ids,
+    (20240801, 7, number of tokens, zeros) and uint32.
 
-A shard is 256 int32 (20240520, 1, number of tokens, zeros), then the tokens as uint16, all
-little-endian. The first is NAME_val_000000.bin, for validation; the others are
-NAME_train_000001.bin and so on. A document that does not fit is split, so that every shard but the last is full.
+With a validation shard that is NAME_val_000000.bin; the others are NAME_train_000001.bin and so on. A document that
+does not fit is split, so that every shard but the last is full.
 
-Tokenizers:
-    gpt2   tiktoken's, 50257 ids; <|endoftext|> (50256) stands before each document.
-    bytes  each byte of the UTF-8 text is a token. A newline closes a document that does not end in
-           one: documents stay apart without an id that no text holds, and a text file's tokens are its bytes.
+convert takes, and tells apart by their first bytes,
+    .npy   a NumPy array of integers
+    LLM.Q's token files ("BIN.TOK", version 2); masks in them are left out
+    others: uint16 without a header, as nanoGPT's prepare.py writes them
 
 An interrupted run goes on when the same command is given again, and its shards are, byte for byte,
-those of a run never interrupted. Standard library only, except for tiktoken (gpt2) and pyarrow (.parquet).
+those of a run never interrupted. Standard library only, but for pyarrow (.parquet).
 """
 
 import argparse
 import array
-import collections
-import concurrent.futures
+import ast
 import fcntl
 import importlib
 import json
-import multiprocessing
 import os
 import re
-import signal
+import struct
 import sys
-import threading
 import time
 import zlib
 
-MAGIC, VERSION = 20240520, 1
+FORMATS = {"H": (20240520, 1), "I": (20240801, 7)}  # tokens' type in arrays -> the header's first two words
 HEADER_INTS = 256
 HEADER_BYTES = 4 * HEADER_INTS
 MAX_TOKENS = 2**31 - 1  # a shard's: the header holds the count as int32
 
-# Text that goes to a worker process at once: enough that the transfer costs little beside the tokenizing.
-BATCH_BYTES = 1 << 18
+# Text of a large file is read and tokenized in pieces of about so many bytes.
+PIECE_BYTES = 1 << 16
 
 
 class DataError(Exception):
@@ -70,29 +64,32 @@ def little_endian(integers):
     return integers
 
 
-def header_bytes(count):
-    return little_endian(array.array("i", [MAGIC, VERSION, count] + [0] * (HEADER_INTS - 3))).tobytes()
+def header_bytes(count, typecode):
+    return little_endian(array.array("i", [*FORMATS[typecode], count] + [0] * (HEADER_INTS - 3))).tobytes()
 
 
 def read_header(path):
-    """Return a shard's token count, after checking that the file is a whole shard."""
+    """Return a shard's (token count, tokens' type in arrays), after checking that the file is a whole shard."""
     with open(path, "rb") as file:
         header = array.array("i", file.read(HEADER_BYTES)[: HEADER_BYTES // 4 * 4])
         size = os.fstat(file.fileno()).st_size
     if size < HEADER_BYTES:
         raise DataError(f"{path}: expected a header of {HEADER_BYTES} bytes, the file has {size}")
-    header = little_endian(header)
-    if header[0] != MAGIC or header[1] != VERSION:
-        raise DataError(f"{path}: not a token shard: expected {MAGIC}, {VERSION} at its start, found {header[0]}, {header[1]}")
-    if size != HEADER_BYTES + 2 * header[2]:
-        raise DataError(f"{path}: {header[2]} tokens need {HEADER_BYTES + 2 * header[2]} bytes, the file has {size}: write it again")
-    return header[2]
+    magic, version, count = little_endian(header)[:3]
+    typecode = next((code for code, start in FORMATS.items() if start == (magic, version)), None)
+    if typecode is None:
+        expected = " or ".join(f"{magic}, {version}" for magic, version in FORMATS.values())
+        raise DataError(f"{path}: not a token shard: expected {expected} at its start, found {magic}, {version}")
+    needed = HEADER_BYTES + array.array(typecode).itemsize * count
+    if size != needed:
+        raise DataError(f"{path}: {count} tokens need {needed} bytes, the file has {size}: write it again")
+    return count, typecode
 
 
 def read_shard(path, count=None):
-    """Return the first `count` tokens of a shard (all of them for None) as array('H')."""
-    total = read_header(path)
-    tokens = array.array("H")
+    """Return the first `count` tokens of a shard (all of them for None) as array('H') or array('I')."""
+    total, typecode = read_header(path)
+    tokens = array.array(typecode)
     with open(path, "rb") as file:
         file.seek(HEADER_BYTES)
         tokens.fromfile(file, total if count is None else min(count, total))
@@ -139,198 +136,127 @@ def fingerprint(path):
 
 
 # ------------------------------------------------------------------------------------------------
-# Tokenizers: document() for training data, encode() and decode() for prompts and samples
-
-
-class BytesTokenizer:
-    ids = 256
-
-    def document(self, text):
-        """(n,) UTF-8 bytes -> array('H') of n or n+1 tokens"""
-        if not text.endswith(b"\n"):
-            text += b"\n"
-        wide = bytearray(2 * len(text))  # each byte zero-extended to a little-endian uint16
-        wide[::2] = text
-        return little_endian(array.array("H", bytes(wide)))
-
-    def encode(self, text):
-        return list(text.encode("utf-8", "surrogateescape"))
-
-    def decode(self, ids):
-        return bytes(ids)  # of a list: bytes() of an array would be its memory
-
-
-class Gpt2Tokenizer:
-    ids = 50257
-
-    def __init__(self):
-        tiktoken = import_or_explain("tiktoken", "tiktoken")
-        try:  # the first use fetches the vocabulary, by a library whose errors are not OSErrors
-            self.encoding = tiktoken.get_encoding("gpt2")
-        except Exception as error:
-            raise DataError(
-                f"tiktoken cannot load its gpt2 vocabulary ({one_line(error)}): its first use needs the network,"
-                " or TIKTOKEN_CACHE_DIR set to a folder that holds it"
-            ) from None
-
-    def document(self, text):
-        """UTF-8 bytes -> array('H'), <|endoftext|> first; in the text itself that string is ordinary text"""
-        tokens = array.array("H", [self.encoding.eot_token])
-        tokens.extend(array.array("H", self.encoding.encode_ordinary(text.decode())))
-        return tokens
-
-    def encode(self, text):
-        return self.encoding.encode(text, allowed_special={"<|endoftext|>"})
-
-    def decode(self, ids):
-        return self.encoding.decode_bytes(ids)
-
-
-TOKENIZERS = {"gpt2": Gpt2Tokenizer, "bytes": BytesTokenizer}
-
-
-def print_decoded(name, ids):
-    tokenizer = TOKENIZERS[name]()
-    if max(ids, default=0) >= tokenizer.ids:
-        raise DataError(f"token {max(ids)} is not one of {name}'s, 0 to {tokenizer.ids - 1}: choose another --tokenizer")
-    for start in range(0, len(ids), 1 << 20):  # in pieces, as a list of Python integers takes 20 times a shard's memory
-        sys.stdout.buffer.write(tokenizer.decode(list(ids[start : start + (1 << 20)])))
-
-
-# ------------------------------------------------------------------------------------------------
 # Documents
 
 
-def read_documents(paths, sizes, start=0, fetch=lambda path: path, ignore_encoding=False):
-    """Yield (text as UTF-8 bytes, share of the input read) for each document from number `start` on.
+def fingerprints(paths):
+    """[fingerprint] of files; standard input has none, and only its name stands for it."""
+    return [["-", 0, 0] if path == "-" else fingerprint(path) for path in paths]
 
-    fetch(path) returns where the file lies; it is called when the file's turn comes.
+
+def read_pieces(paths, sizes, start=0, fetch=lambda path: path, field="text", any_bytes=False, jsonl=False):
+    """Yield (UTF-8 bytes, whether a document begins, share of the input read) for each piece from number `start` on.
+
+    A piece is a document or, of a large text file, a part that last_cut() says can be tokenized alone.
+    fetch(path) returns where the file lies; it is called when the file's turn comes. any_bytes: text need not be
+    UTF-8. jsonl: - (standard input) holds a document a line.
     """
-    total, before = sum(sizes), 0
+    total, before = max(sum(sizes), 1), 0
     for path, size in zip(paths, sizes):
         local = fetch(path)
-        if local.endswith(".jsonl"):
-            reader = read_jsonl
-        elif local.endswith(".parquet"):
-            reader = read_parquet
+        if local.endswith(".parquet"):
+            pieces = read_parquet(local, start, field)
+        elif local == "-":
+            file = sys.stdin.buffer
+            name = "standard input"
+            pieces = read_jsonl(file, name, 0, start, field) if jsonl else read_text(file, name, 0, start, any_bytes)
         else:
-            reader = read_text
-        # A reader yields None for a document that `start` skips: counted, but neither decoded nor tokenized.
-        for text, share in reader(local, start, ignore_encoding):
+            pieces = read_file(local, size, start, field, any_bytes)
+        # A reader yields None for a piece that `start` skips: counted, but neither decoded nor tokenized.
+        for text, opens, share in pieces:
             if start > 0:
                 start -= 1
             else:
-                yield text, (before + share * size) / total
+                yield text, opens, (before + share * size) / total
         before += size
 
 
-def read_text(path, skip, ignore_encoding):
-    if skip:
-        yield None, 1.0
-        return
+def read_file(path, size, skip, field, any_bytes):
     with open(path, "rb") as file:
-        text = file.read()
-    if not ignore_encoding:
-        try:
-            text.decode()
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"{path}: not UTF-8: byte 0x{text[error.start]:02x} at offset {error.start}; convert it (iconv), or --tokenizer bytes"
-            ) from None
-    yield text, 1.0
+        yield from read_jsonl(file, path, size, skip, field) if path.endswith(".jsonl") else read_text(file, path, size, skip, any_bytes)
 
 
-def read_jsonl(path, skip, ignore_encoding):
-    size, position = os.path.getsize(path), 0
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            position += len(line)
-            if not line.strip():
-                continue
-            if skip > 0:
-                skip -= 1
-                yield None, position / size
-                continue
+def last_cut(text):
+    """The last place in UTF-8 bytes where no split has a piece reach over, 0 where there is none.
+
+    That is behind a line end between two characters that are not white space: it ends a piece in every split, whether
+    text follows or not. For text with other line ends, or none, also before a space behind such a character. Python's white space
+    is a little more than that of the splits, so every place is one of theirs.
+    """
+    for mark, length in (b"\n", 1), (b" ", 0):
+        place = text.rfind(mark, 1)
+        while place > 0:
+            # At most four bytes are a character; a part of one at the far end is ignored.
+            before = text[max(0, place - 4) : place].decode(errors="ignore")[-1:]
+            after = text[place + 1 : place + 5].decode(errors="ignore")[:1] if length else "x"
+            if before and after and not before.isspace() and not after.isspace():
+                return place + length
+            place = text.rfind(mark, 1, place)
+    return 0
+
+
+def read_text(file, path, size, skip, any_bytes):
+    rest, position, opens = b"", 0, True
+    while True:
+        block = file.read(max(PIECE_BYTES, len(rest)))  # twice as much where there was no cut: never quadratic
+        text = rest + block
+        cut = last_cut(text) if block else len(text)
+        piece, rest = text[:cut], text[cut:]
+        if skip > 0 and piece:
+            skip -= 1
+            yield None, opens, 0.0
+        elif piece:
             try:
-                text = json.loads(line)["text"].encode("utf-8", "replace")  # a lone surrogate becomes '?'
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise DataError(f'{path}: line {number}: expected a JSON object with a string "text", found {line[:60]!r}') from None
-            yield text, position / size
+                any_bytes or piece.decode()
+            except UnicodeDecodeError as error:
+                raise DataError(f"{path}: not UTF-8: byte 0x{piece[error.start]:02x} at offset {position + error.start}:"
+                                " convert it (iconv -f latin1 -t utf-8, or from whatever it is)") from None
+            yield piece, opens, (position + cut) / size if size else 0.0
+        position += cut
+        opens = opens and not piece
+        if not block:
+            break
+    if position == 0:
+        raise DataError(f"{path}: no text")
 
 
-def read_parquet(path, skip, ignore_encoding):
+def read_jsonl(file, path, size, skip, field):
+    position = 0
+    for number, line in enumerate(file, 1):
+        position += len(line)
+        if not line.strip():
+            continue
+        share = position / size if size else 0.0
+        if skip > 0:
+            skip -= 1
+            yield None, True, share
+            continue
+        try:
+            text = json.loads(line)[field].encode("utf-8", "replace")  # a lone surrogate becomes '?'
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise DataError(f'{path}: line {number}: expected a JSON object with a string "{field}", found {line[:60]!r}') from None
+        yield text, True, share
+
+
+def read_parquet(path, skip, field):
     parquet = import_or_explain("pyarrow.parquet", "pyarrow")
     try:
         file = parquet.ParquetFile(path)
-        if "text" not in file.schema_arrow.names:
-            raise DataError(f'{path}: expected a column "text", found {", ".join(file.schema_arrow.names)}')
+        if field not in file.schema_arrow.names:
+            raise DataError(f'{path}: expected a column "{field}", found {", ".join(file.schema_arrow.names)}')
         row, rows = 0, file.metadata.num_rows
         for group in range(file.num_row_groups):
             count = file.metadata.row_group(group).num_rows
             if skip >= count:
                 texts = [None] * count
             else:
-                texts = file.read_row_group(group, columns=["text"]).column("text").to_pylist()
+                texts = file.read_row_group(group, columns=[field]).column(field).to_pylist()
             skip = max(0, skip - count)
             for text in texts:
                 row += 1
-                yield (text or "").encode("utf-8", "replace"), row / rows
+                yield (text or "").encode("utf-8", "replace"), True, row / rows
     except ValueError as error:  # what pyarrow raises for a file that is broken or none of its own
         raise DataError(f"{path}: not a parquet file that can be read ({error}): fetch it again") from None
-
-
-def tokenize(documents, name, workers):
-    """Yield (tokens, share) for each of `documents`, in order, tokenized by `workers` processes."""
-    if name == "bytes" or workers == 1:  # bytes: a worker would cost more than it saves
-        tokenizer = TOKENIZERS[name]()
-        for text, share in documents:
-            yield tokenizer.document(text), share
-        return
-    # Spawned, not forked: a fork would inherit the lock on the output folder and hold it after the parent.
-    pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker, (name,))
-    try:
-        pending = collections.deque()  # bounded, so that memory is too
-        for texts, shares in batches(documents):
-            pending.append((pool.submit(tokenize_batch, texts), shares))
-            if len(pending) >= 3 * workers:
-                future, shares = pending.popleft()
-                yield from zip(future.result(), shares)
-        while pending:
-            future, shares = pending.popleft()
-            yield from zip(future.result(), shares)
-    except concurrent.futures.process.BrokenProcessPool:
-        raise DataError("a tokenizer process died (out of memory?): the same command goes on; try fewer --workers") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def batches(documents):
-    texts, shares, size = [], [], 0
-    for text, share in documents:
-        texts.append(text)
-        shares.append(share)
-        size += len(text)
-        if size >= BATCH_BYTES:
-            yield texts, shares
-            texts, shares, size = [], [], 0
-    if texts:
-        yield texts, shares
-
-
-def start_worker(name):
-    global worker_tokenizer
-    worker_tokenizer = TOKENIZERS[name]()
-
-    def exit_with_parent():  # a killed parent closes no queue: its workers would wait for ever
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=exit_with_parent, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer, in one line
-
-
-def tokenize_batch(texts):
-    return [worker_tokenizer.document(text) for text in texts]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -338,9 +264,9 @@ def tokenize_batch(texts):
 
 
 class ShardWriter:
-    """Writes documents' tokens to PREFIX_val_000000.bin, PREFIX_train_000001.bin, ..., resumably.
+    """Writes pieces' tokens to PREFIX_val_000000.bin, PREFIX_train_000001.bin, ..., resumably.
 
-    PREFIX_progress.json says at which document and token the last whole shard ends. At a border
+    PREFIX_progress.json says at which piece and token the last whole shard ends. At a border
       1. the shard is complete and synced as NAME.bin.tmp,
       2. the progress file that counts it replaces the one before,
       3. the shard is renamed to NAME.bin;
@@ -348,27 +274,30 @@ class ShardWriter:
     count is none of ours, so it stops the run rather than being overwritten.
 
     A shard is closed only when a token comes that it has no room for, so no shard is ever empty.
+    val_tokens 0: no validation shard. typecode: the tokens' in arrays. tokenizer: content of a file tokenizer.bin, which
+    lies in the folder from the first shard on; another one there stops the run.
     """
 
-    def __init__(self, folder, prefix, shard_tokens, val_tokens, settings):
+    def __init__(self, folder, prefix, shard_tokens, val_tokens, settings, typecode="H", tokenizer=None):
         if os.path.basename(prefix) != prefix or not prefix:
             raise DataError(f"--prefix {prefix!r}: expected a file name's first part, without a folder")
         self.folder, self.prefix = folder, prefix
         self.shard_tokens, self.val_tokens = shard_tokens, val_tokens
+        self.typecode, self.tokenizer = typecode, tokenizer
         self.settings = json.loads(json.dumps(settings | {"shard_tokens": shard_tokens, "val_tokens": val_tokens}))
         self.progress_path = os.path.join(folder, prefix + "_progress.json")
         self.file = None  # the shard being written
         self.room = 0  # tokens that still fit in it
         self.shards = 0  # whole ones
         self.tokens = 0  # in all shards
-        self.documents = 0  # whose tokens are all in
-        self.document_tokens = 0  # of the next document, already in
+        self.pieces = 0  # whose tokens are all in
+        self.piece_tokens = 0  # of the next piece, already in
         self.finished = False
         os.makedirs(folder, exist_ok=True)
         self.lock()
         try:
             self.load_progress()
-            self.refuse_other_shards()
+            self.refuse_others()
         except BaseException:
             self.close()
             raise
@@ -384,10 +313,13 @@ class ShardWriter:
             pass  # some network file systems have no locks
 
     def path(self, shard):
-        return os.path.join(self.folder, f"{self.prefix}_{'train' if shard else 'val'}_{shard:06d}.bin")
+        """Of the shard-th one, from 0 on."""
+        number = shard if self.val_tokens else shard + 1
+        kind = "train" if number else "val"
+        return os.path.join(self.folder, f"{self.prefix}_{kind}_{number:06d}.bin")
 
     def capacity(self, shard):
-        return self.shard_tokens if shard else self.val_tokens
+        return self.val_tokens if shard == 0 and self.val_tokens else self.shard_tokens
 
     def load_progress(self):
         try:
@@ -395,7 +327,7 @@ class ShardWriter:
                 progress = json.load(file)
             stored = dict(progress["settings"])
             self.shards, self.tokens = progress["shards"], progress["tokens"]
-            self.documents, self.document_tokens = progress["documents"], progress["document_tokens"]
+            self.pieces, self.piece_tokens = progress["pieces"], progress["piece_tokens"]
             self.finished = progress["finished"]
         except FileNotFoundError:
             return
@@ -414,7 +346,7 @@ class ShardWriter:
             os.replace(last + ".tmp", last)
             sync_folder(self.folder)
         for shard in range(self.shards):
-            count = read_header(self.path(shard))
+            count, _ = read_header(self.path(shard))
             if count != self.capacity(shard) and not (self.finished and shard == self.shards - 1):
                 raise DataError(f"{self.path(shard)}: expected {self.capacity(shard)} tokens, found {count}: remove"
                                 f" {os.path.join(self.folder, self.prefix)}_* to start again")
@@ -424,13 +356,18 @@ class ShardWriter:
             "settings": self.settings,
             "shards": self.shards,
             "tokens": self.tokens,
-            "documents": self.documents,
-            "document_tokens": self.document_tokens,
+            "pieces": self.pieces,
+            "piece_tokens": self.piece_tokens,
             "finished": self.finished,
         }
         write_whole(self.progress_path, (json.dumps(progress, indent=1) + "\n").encode())
 
-    def refuse_other_shards(self):
+    def refuse_others(self):
+        path = os.path.join(self.folder, "tokenizer.bin")
+        if self.tokenizer is not None and os.path.exists(path):
+            with open(path, "rb") as file:
+                if file.read() != self.tokenizer:
+                    raise DataError(f"{path} is another vocabulary than this run's: choose another folder, or encode with -t {path}")
         name = re.compile(re.escape(self.prefix) + r"_(val|train)_\d{6,}\.bin")
         ours = {os.path.basename(self.path(shard)) for shard in range(self.shards)}
         for found in sorted(os.listdir(self.folder)):
@@ -439,10 +376,10 @@ class ShardWriter:
                                 " remove it, or choose another --prefix or folder")
 
     def add(self, tokens):
-        """Append the next document's tokens, an array('H'). After a resume, `documents` says which is the next."""
-        if self.document_tokens > len(tokens):
+        """Append the next piece's tokens, an array of the writer's typecode. After a resume, `pieces` says which is the next."""
+        if self.piece_tokens > len(tokens):
             raise self.changed_input()
-        rest = memoryview(little_endian(tokens))[self.document_tokens :]
+        rest = memoryview(little_endian(tokens))[self.piece_tokens :]
         while len(rest):
             if self.room == 0:
                 if self.file:
@@ -453,12 +390,12 @@ class ShardWriter:
             rest = rest[len(piece) :]
             self.room -= len(piece)
             self.tokens += len(piece)
-            self.document_tokens += len(piece)
-        self.documents += 1
-        self.document_tokens = 0
+            self.piece_tokens += len(piece)
+        self.pieces += 1
+        self.piece_tokens = 0
 
     def changed_input(self):
-        return DataError(f"{self.progress_path}: document {self.documents} is shorter than it was, or missing: the input"
+        return DataError(f"{self.progress_path}: piece {self.pieces} of the text is shorter than it was, or missing: the input"
                          f" has changed; remove {os.path.join(self.folder, self.prefix)}_* to start again")
 
     def open_shard(self):
@@ -469,11 +406,13 @@ class ShardWriter:
     def close_shard(self):
         path, count = self.path(self.shards), self.capacity(self.shards) - self.room
         self.file.seek(0)
-        self.file.write(header_bytes(count))
+        self.file.write(header_bytes(count, self.typecode))
         self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()
         self.file = None
+        if self.shards == 0 and self.tokenizer is not None:
+            write_whole(os.path.join(self.folder, "tokenizer.bin"), self.tokenizer)
         self.shards += 1
         self.save_progress()
         os.replace(path + ".tmp", path)
@@ -483,8 +422,8 @@ class ShardWriter:
         """Close the last shard, which need not be full."""
         if self.file is None and self.shards > 0:
             raise self.changed_input()
-        if self.shards == 0:
-            raise DataError(f"the documents have {self.tokens} tokens, all of them in the validation shard of {self.val_tokens}:"
+        if self.file is None or (self.shards == 0 and self.val_tokens):
+            raise DataError(f"the text has {self.tokens} tokens, all of them in the validation shard of {self.val_tokens}:"
                             " no training shard; give more text or a smaller --val-tokens")
         self.finished = True
         self.close_shard()
@@ -520,22 +459,25 @@ class ProgressLine:
     def __init__(self):
         self.start = self.last = time.monotonic()
         self.terminal = sys.stderr.isatty()
-        self.first = None  # (tokens, share) where this run began
+        self.text = 0  # bytes, of this run
+        self.first = None  # share where this run began
 
-    def show(self, writer, share, end=False):
+    def show(self, writer, text, share, end=False):
+        """text: bytes more than at the last call; share of the input: 0 to 1, 0 for unknown."""
         now = time.monotonic()
+        self.text += text
         if self.first is None:
-            self.first = (writer.tokens, share)
+            self.first = share
         if not end and now - self.last < (0.5 if self.terminal else 10.0):
             return
         self.last = now
         seconds = max(now - self.start, 1e-9)
-        tokens, done = writer.tokens - self.first[0], share - self.first[1]
-        line = f"{writer.documents:,} documents, {writer.tokens:,} tokens, shard {writer.shards}, {tokens / seconds:,.0f} tokens/s"
+        line = (f"{self.text / 1e6:,.1f} MB of text, {self.text / 1e6 / seconds:,.2f} MB/s, {writer.tokens:,} tokens,"
+                f" {writer.shards} shards")
         if end:
             line += f", done in {duration(seconds)}"
-        elif done > 0:
-            line += f", {100 * share:.1f} %, {duration(seconds / done * (1 - share))} left"
+        elif share > self.first:
+            line += f", {100 * share:.1f} %, {duration(seconds / (share - self.first) * (1 - share))} left"
         if self.terminal:
             sys.stderr.write("\r\033[K" + line + ("\n" if end else ""))
         else:
@@ -547,40 +489,108 @@ def duration(seconds):
     return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
 
 
-def write_shards(folder, prefix, tokenizer, shard_tokens, val_tokens, workers, inputs, documents):
-    """Tokenize and write all documents, going on where an earlier run with the same settings stopped.
+def write_shards(folder, prefix, shard_tokens, val_tokens, settings, pieces, typecode, tokenizer=None):
+    """Write pieces' tokens, going on where an earlier run with the same settings stopped.
 
-    inputs: settings that name the input; documents(start): iterator of (text as UTF-8 bytes, share of the input read).
+    settings: what names the input; pieces(start): iterator of (tokens, bytes of text, share of the input read).
     """
-    TOKENIZERS[tokenizer]()  # a missing package shows before anything is written
-    with ShardWriter(folder, prefix, shard_tokens, val_tokens, {"tokenizer": tokenizer} | inputs) as writer:
+    with ShardWriter(folder, prefix, shard_tokens, val_tokens, settings, typecode, tokenizer) as writer:
+        if (writer.shards or writer.finished) and ["-", 0, 0] in settings.get("inputs", []):
+            raise DataError(f"{writer.progress_path}: a run from standard input cannot be gone on with, nor told from this one:"
+                            f" choose another --prefix, or remove {os.path.join(folder, prefix)}_*")
         if writer.finished:
-            print(f"{os.path.join(folder, prefix)}_*: complete already, {writer.documents:,} documents, {writer.tokens:,} tokens"
-                  f" in {writer.shards} shards", file=sys.stderr)
+            print(f"{os.path.join(folder, prefix)}_*: complete already, {writer.tokens:,} tokens in {writer.shards} shards",
+                  file=sys.stderr)
             return
         if writer.shards:
-            print(f"going on after shard {writer.shards - 1}, document {writer.documents:,}", file=sys.stderr)
+            print(f"going on after shard {writer.shards}, {writer.tokens:,} tokens", file=sys.stderr)
         progress = ProgressLine()
-        for tokens, share in tokenize(documents(writer.documents), tokenizer, workers):
+        for tokens, text, share in pieces(writer.pieces):
             writer.add(tokens)
-            progress.show(writer, share)
+            progress.show(writer, text, share)
         writer.finish()
-        progress.show(writer, 1.0, end=True)
-
-
-def write_file_shards(args, files):
-    """write_shards() for local files and the options of add_writer_options()."""
-    inputs = [fingerprint(path) for path in files]
-    sizes = [size for _, size, _ in inputs]
-    ignore_encoding = args.tokenizer == "bytes"
-    write_shards(
-        args.out, args.prefix, args.tokenizer, args.shard_tokens, args.val_tokens or args.shard_tokens, args.workers,
-        {"inputs": inputs}, lambda start: read_documents(files, sizes, start, ignore_encoding=ignore_encoding),
-    )
+        progress.show(writer, 0, 1.0, end=True)
 
 
 # ------------------------------------------------------------------------------------------------
-# Command line
+# Others' token files
+
+
+def token_file(path):
+    """Return (offset of the first token in bytes, tokens' type in arrays, number of tokens) of another program's token file."""
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        start = file.read(1024)
+        if start[:4] in [struct.pack("<i", magic) for magic, _ in FORMATS.values()]:
+            raise DataError(f"{path}: a shard of ours already: it needs no convert")
+        if start[:8] == b"BIN.TOK\n" and len(start) == 1024:
+            version, width, count, _, masks = struct.unpack_from("<5i", start, 8)
+            if (version, width) != (2, 4):
+                raise DataError(f"{path}: LLM.Q's token files of version 2 and 4 bytes a token are expected, found {version} and {width}")
+            if masks:
+                print(f"{path}: its masks are left out", file=sys.stderr)
+            offset, typecode = 1024, "i"
+        elif start[:6] == b"\x93NUMPY":
+            offset, typecode, count = numpy_header(file, path)
+        else:
+            offset, typecode, count = 0, "H", size // 2
+            if size % 2:
+                raise DataError(f"{path}: uint16 tokens without a header are expected, found an odd number of bytes, {size}")
+    if size < offset + count * array.array(typecode).itemsize:
+        raise DataError(f"{path}: {count} tokens are expected behind byte {offset}, the file has only {size} bytes")
+    return offset, typecode, count
+
+
+def numpy_header(file, path):
+    try:
+        file.seek(6)
+        version = file.read(2)[0]
+        length, = struct.unpack("<H" if version == 1 else "<I", file.read(2 if version == 1 else 4))
+        header = ast.literal_eval(file.read(length).decode())
+        count = 1
+        for extent in header["shape"]:
+            count *= extent
+        typecode = {"u1": "B", "u2": "H", "i2": "h", "u4": "I", "i4": "i", "u8": "Q", "i8": "q"}.get(header["descr"].lstrip("<|"))
+    except (ValueError, SyntaxError, KeyError, TypeError, AttributeError, IndexError, struct.error):
+        raise DataError(f"{path}: not a NumPy file that can be read") from None
+    if typecode is None or header["fortran_order"]:
+        raise DataError(f"{path}: a NumPy array of little-endian integers in C's order is expected, found {brief(header['descr'])}")
+    return file.tell(), typecode, count
+
+
+def read_token_file(path):
+    """Yield its tokens, in arrays of at most 2^18."""
+    offset, typecode, count = token_file(path)
+    with open(path, "rb") as file:
+        file.seek(offset)
+        while count:
+            tokens = array.array(typecode)
+            tokens.fromfile(file, min(count, 1 << 18))
+            count -= len(tokens)
+            yield little_endian(tokens)
+
+
+def convert(args):
+    inputs, largest = fingerprints(args.files), 0
+    for path in args.files:
+        for tokens in read_token_file(path):
+            low, high = min(tokens), max(tokens)
+            if low < 0 or high > MAX_TOKENS:
+                raise DataError(f"{path}: tokens from 0 to {MAX_TOKENS} are expected, found {low if low < 0 else high}")
+            largest = max(largest, high)
+    typecode = "H" if largest < 1 << 16 else "I"
+
+    def pieces(start):
+        total, done = sum(token_file(path)[2] for path in args.files), 0
+        for path in args.files:
+            for tokens in read_token_file(path):
+                done += len(tokens)
+                if start > 0:
+                    start -= 1
+                else:
+                    yield array.array(typecode, tokens), 0, done / total
+
+    write_shards(args.out, args.prefix, args.shard_tokens, args.val_tokens, {"converted": inputs}, pieces, typecode)
 
 
 class Parser(argparse.ArgumentParser):
@@ -596,32 +606,31 @@ def one_line(message):
     return " ".join(str(message).split())
 
 
-def positive(text):
-    value = int(text) if text.isascii() and text.isdigit() else 0
-    if not 1 <= value <= MAX_TOKENS:
-        raise argparse.ArgumentTypeError(f"expected a number from 1 to {MAX_TOKENS}, found {text!r}")
+def natural(text, least=0):
+    value = int(text) if text.isascii() and text.isdigit() else -1
+    if not least <= value <= MAX_TOKENS:
+        raise argparse.ArgumentTypeError(f"expected a number from {least} to {MAX_TOKENS}, found {text!r}")
     return value
+
+
+def positive(text):
+    return natural(text, 1)
 
 
 def usable_cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def add_writer_options(parser, folder=None, prefix=None, val_tokens=None):
+def add_writer_options(parser, folder=None, prefix=None, val_tokens=0):
+    """The defaults; what has none must be given. val_tokens None: as many as a shard."""
     shown = f" (default: {folder})" if folder else ""
-    parser.add_argument("-o", "--out", metavar="DIR", default=folder, help="folder of the shards" + shown)
-    if prefix is None:
-        parser.add_argument("--prefix", metavar="NAME", help="first part of the shards' names")
-    else:
-        parser.set_defaults(prefix=prefix)
+    parser.add_argument("-o", "--out", metavar="DIR", default=folder, required=folder is None, help="folder of the shards" + shown)
+    parser.add_argument("--prefix", metavar="NAME", default=prefix, required=prefix is None,
+                        help="first part of the shards' names" + (f" (default: {prefix})" if prefix else ""))
     parser.add_argument("--shard-tokens", metavar="N", type=positive, default=100_000_000, help="tokens a shard (default: %(default)s)")
-    parser.add_argument("--val-tokens", metavar="N", type=positive, default=val_tokens,
-                        help=f"tokens of the first shard, for validation (default: {val_tokens or 'as a shard'})")
-
-
-def add_workers_option(parser):
-    parser.add_argument("--workers", metavar="N", type=positive, default=usable_cores(),
-                        help="tokenizer processes (default: %(default)s, the cores there are)")
+    parser.add_argument("--val-tokens", metavar="N", type=natural, default=val_tokens,
+                        help="tokens of the first shard, for validation; 0: no such shard"
+                        f" (default: {'as a shard' if val_tokens is None else val_tokens})")
 
 
 def run(main):
@@ -637,47 +646,26 @@ def run(main):
         fail("interrupted: the same command goes on at the last whole shard")
 
 
-def main():
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", metavar="FILES", nargs="*", help="text, .jsonl or .parquet files to write as shards")
-    parser.add_argument("--tokenizer", choices=TOKENIZERS,
-                        help="default: gpt2; for --decode bytes where the file has no token above 255")
-    add_writer_options(parser)
-    add_workers_option(parser)
-    parser.add_argument("--count", metavar="N", type=positive, help="tokens for --info (default: 16) and --decode (default: all)")
-    actions = parser.add_mutually_exclusive_group()
-    actions.add_argument("--info", metavar="FILE.bin", help="print a shard's header and first tokens")
-    actions.add_argument("--decode", metavar="FILE.bin", help="print a shard as text")
-    actions.add_argument("--encode", metavar="TEXT", help="print a text's token ids; <|endoftext|> in it is that token")
-    actions.add_argument("--decode-ids", metavar="IDS", help="print ids, separated by commas or spaces, as text; - reads stdin")
-    args = parser.parse_args()
+def show(path, count):
+    total, typecode = read_header(path)
+    magic, version = FORMATS[typecode]
+    print(f"{path}: magic {magic}, version {version}, {total:,} tokens, {os.path.getsize(path):,} bytes")
+    print("first tokens:", ", ".join(map(str, read_shard(path, count))))
 
-    if args.files and not (args.info is args.decode is args.encode is args.decode_ids is None):
-        parser.error(f"FILES are for writing shards, and go with none of --info, --decode, --encode, --decode-ids: {args.files[0]}")
-    if args.info is not None:
-        count = read_header(args.info)
-        first = read_shard(args.info, args.count or 16)
-        print(f"{args.info}: magic {MAGIC}, version {VERSION}, {count:,} tokens, {HEADER_BYTES + 2 * count:,} bytes")
-        print("first tokens:", ", ".join(map(str, first)))
-    elif args.decode is not None:
-        tokens = read_shard(args.decode, args.count)
-        name = args.tokenizer or ("bytes" if max(read_shard(args.decode), default=0) < 256 else "gpt2")
-        print_decoded(name, tokens)
-    elif args.encode is not None:
-        print(",".join(map(str, TOKENIZERS[args.tokenizer or "gpt2"]().encode(args.encode))))
-    elif args.decode_ids is not None:
-        text = sys.stdin.read() if args.decode_ids == "-" else args.decode_ids
-        words = text.replace(",", " ").split()
-        for word in words:
-            if not (word.isascii() and word.isdigit()):
-                parser.error(f"--decode-ids: expected token ids, found {word!r}")
-        print_decoded(args.tokenizer or "gpt2", [int(word) for word in words])
+
+def main():
+    converting = sys.argv[1:2] == ["convert"]
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if converting:
+        parser.prog += " convert"
+        parser.add_argument("files", metavar="FILES", nargs="+", help="others' token files, in the order of their tokens")
+        add_writer_options(parser)
+        convert(parser.parse_args(sys.argv[2:]))
     else:
-        args.tokenizer = args.tokenizer or "gpt2"
-        for option, value in [("FILES", args.files), ("-o DIR", args.out), ("--prefix NAME", args.prefix)]:
-            if not value:
-                parser.error(f"no {option} given")
-        write_file_shards(args, args.files)
+        parser.add_argument("file", metavar="FILE.bin", help="a shard")
+        parser.add_argument("--count", metavar="N", type=positive, default=16, help="print the first N tokens (default: %(default)s)")
+        args = parser.parse_args()
+        show(args.file, args.count)
 
 
 if __name__ == "__main__":

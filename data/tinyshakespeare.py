@@ -4,7 +4,7 @@
     python3 data/tinyshakespeare.py                      fetch data/tinyshakespeare/tiny_shakespeare.txt
     python3 data/tinyshakespeare.py --tokenizer gpt2     and write shards (needs tiktoken)
 
-The .txt trains a model on bytes as it is. The shards hold the tokens of llm.c's tinyshakespeare.py: a speech is a
+The .txt trains a model on bytes as it is. GPT-2's shards hold the tokens of llm.c's tinyshakespeare.py: a speech is a
 document, the first 32768 tokens are tiny_shakespeare_val_000000.bin, the others
 tiny_shakespeare_train_000001.bin. What is there already is neither fetched nor written again.
 """
@@ -15,6 +15,7 @@ import os
 import urllib.request
 
 import shards
+import tokenizer
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SIZE = 1115394  # bytes
@@ -51,17 +52,19 @@ def provide_text(path, local):
 
 
 def read_speeches(path, start):
-    """Yield (speech, share read), speeches ending at an empty line, which belongs to the one before it."""
-    text, _ = next(shards.read_text(path, 0, False))
+    """Yield (speech, True, share read), speeches ending at an empty line, which belongs to the one before it."""
+    with open(path, "rb") as file:
+        text = file.read()
     speeches = [speech + b"\n\n" for speech in text.split(b"\n\n")]
     speeches[-1] = speeches[-1][:-2]
     for number, speech in itertools.islice(enumerate(speeches, 1), start, None):
-        yield speech, number / len(speeches)
+        yield speech, True, number / len(speeches)
 
 
 def main():
     parser = shards.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokenizer", choices=shards.TOKENIZERS, help="write shards too (default: only the text)")
+    parser.add_argument("--tokenizer", metavar="NAME|FILE",
+                        help="write shards too, by a tokenizer file or what tokenizer.py import takes (default: only the text)")
     parser.add_argument("--local", metavar="FILE", help="a text to take instead of fetching, of any size")
     folder = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tinyshakespeare")
     shards.add_writer_options(parser, folder, "tiny_shakespeare", VAL_TOKENS)
@@ -71,8 +74,9 @@ def main():
     provide_text(path, args.local)
     print(path)
     if args.tokenizer:
-        shards.write_shards(args.out, args.prefix, args.tokenizer, args.shard_tokens, args.val_tokens, 1,
-                            {"inputs": [shards.fingerprint(path)]}, lambda start: read_speeches(path, start))
+        args.workers = 1
+        tokenizer.write_text_shards(tokenizer.load(args.tokenizer), args, {"inputs": [shards.fingerprint(path)]},
+                                    lambda start: read_speeches(path, start))
 
 
 if __name__ == "__main__":
