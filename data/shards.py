@@ -2,7 +2,7 @@
 """Token shards, llm.c's .bin format: look into one, and make them of others' token files. Text becomes shards by tokenizer.py.
 
     python3 data/shards.py FILE.bin                             print a shard's header and first tokens
-    python3 data/shards.py convert -o DIR --prefix NAME FILES...
+    python3 data/shards.py convert -o DIR [--prefix NAME] FILES...
 
 A shard is 256 int32, then the tokens, all little-endian:
     (20240520, 1, number of tokens, zeros) and uint16, or, of a vocabulary of more than 65536 ids,
@@ -621,12 +621,12 @@ def usable_cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def add_writer_options(parser, folder=None, prefix=None, val_tokens=0):
-    """The defaults; what has none must be given. val_tokens None: as many as a shard."""
+def add_writer_options(parser, folder=None, prefix="", val_tokens=0):
+    """The defaults; a folder that has none must be given. val_tokens None: as many as a shard."""
     shown = f" (default: {folder})" if folder else ""
     parser.add_argument("-o", "--out", metavar="DIR", default=folder, required=folder is None, help="folder of the shards" + shown)
-    parser.add_argument("--prefix", metavar="NAME", default=prefix, required=prefix is None,
-                        help="first part of the shards' names" + (f" (default: {prefix})" if prefix else ""))
+    parser.add_argument("--prefix", metavar="NAME", default=prefix,
+                        help="first part of the shards' names (default: %(default)s)")
     parser.add_argument("--shard-tokens", metavar="N", type=positive, default=100_000_000, help="tokens a shard (default: %(default)s)")
     parser.add_argument("--val-tokens", metavar="N", type=natural, default=val_tokens,
                         help="tokens of the first shard, for validation; 0: no such shard"
@@ -659,7 +659,7 @@ def main():
     if converting:
         parser.prog += " convert"
         parser.add_argument("files", metavar="FILES", nargs="+", help="others' token files, in the order of their tokens")
-        add_writer_options(parser)
+        add_writer_options(parser, prefix="tokens")
         convert(parser.parse_args(sys.argv[2:]))
     else:
         parser.add_argument("file", metavar="FILE.bin", help="a shard")

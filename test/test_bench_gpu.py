@@ -290,7 +290,7 @@ def test_torch_reads_shards(folder):
     shard = folder / "pieces.bin"
     DATA.mkdir(parents=True, exist_ok=True)
     tokens = bench_gpu.shards.read_shard(str(bench_gpu.data_file(50257, DATA)), 300)
-    shard.write_bytes(bench_gpu.shards.header_bytes(300) + bench_gpu.shards.little_endian(tokens).tobytes())
+    shard.write_bytes(bench_gpu.shards.header_bytes(300, "H") + bench_gpu.shards.little_endian(tokens).tobytes())
     ours, theirs = losses_and_norms(folder, shard, "--norm", "pre", "-L", "2", "-C", "4", "-H", "1", "-t", "8", "-d", "32", "-x", "2")
     for a, b in zip(ours, theirs):
         near(a[0], b[0], 1e-4), near(a[1], b[1], 1e-4)

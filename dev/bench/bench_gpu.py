@@ -231,7 +231,7 @@ def data_file(V, folder):
     if not shard.exists():
         pieces = re.findall(rb"\w+|\s+|[^\w\s]", text.read_bytes())
         tokens = shards.array.array("H", (zlib.crc32(piece) % 50256 for piece in pieces))
-        shards.write_whole(str(shard), shards.header_bytes(len(tokens)) + shards.little_endian(tokens).tobytes())
+        shards.write_whole(str(shard), shards.header_bytes(len(tokens), "H") + shards.little_endian(tokens).tobytes())
     return shard
 
 
