@@ -35,6 +35,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import signal
 import struct
 import sys
@@ -228,8 +229,10 @@ def from_tiktoken(name):
     tiktoken = import_or_explain("tiktoken", "tiktoken")
     if name not in tiktoken.list_encoding_names():
         raise DataError(f"{name}: expected bytes, a .tiktoken file, a tokenizer.json, or one of tiktoken's: gpt2, r50k_base, cl100k_base")
-    if name.startswith("o200k"):
+    if name.startswith("o200k"):  # here and below: refused before it is fetched
         raise DataError(f"{name}: it splits text by an expression of its own, which is none of {', '.join(SPLITS[1:])}")
+    if name.startswith("p50k"):
+        raise DataError(f"{name}: a special token stands in the midst of its ranks, 50256: take gpt2, which is the same below it")
     try:  # the first use fetches the vocabulary, by a library whose errors are not OSErrors
         encoding = tiktoken.get_encoding(name)
     except Exception as error:
@@ -415,6 +418,16 @@ def to_hugging_face(tok):
 # Text to a vocabulary, text to tokens
 
 
+def bounded(text):
+    """A text in parts none of which has a run of more than 4096 characters without, or of nothing but, white space.
+
+    The trainer's time grows with the square of a word's length, and a million equal letters would take it days.
+    """
+    if " " * 4096 not in text and max(map(len, text.split(" "))) <= 4096:
+        return [text]  # the usual case, found fast
+    return re.findall(r"(?s:.)*?(?:\S{4096}|\s{4096}|\Z)", text)
+
+
 def train(pieces, size, split, names):
     """The byte-level BPE of `size` ids that Hugging Face's trainer makes of the pieces' text, special names last."""
     tokenizers = import_or_explain("tokenizers", "tokenizers tiktoken")
@@ -428,7 +441,7 @@ def train(pieces, size, split, names):
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     trainer = trainers.BpeTrainer(vocab_size=256 + merges, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=[],
                                   show_progress=sys.stderr.isatty())
-    theirs.train_from_iterator((text.decode() for text, _, _ in pieces), trainer)
+    theirs.train_from_iterator((bounded(text.decode()) for text, _, _ in pieces), trainer)
     ids = theirs.get_vocab()
     tokens = [bytes(map(BYTE_OF.get, word)) for word in sorted(ids, key=ids.get)]
     tokens = [bytes([byte]) for byte in range(256)] + [token for token in tokens if len(token) > 1]  # merges in their order
@@ -608,6 +621,15 @@ def run_count(args):
         line("in all", *totals)
 
 
+def special_name(text):
+    try:
+        if text.encode():
+            return text
+    except UnicodeEncodeError:
+        pass
+    raise argparse.ArgumentTypeError(f"expected a special token's text in UTF-8, found {text!r}")
+
+
 def add_workers_option(parser):
     parser.add_argument("--workers", metavar="N", type=shards.positive, default=shards.usable_cores(),
                         help="tokenizer processes (default: %(default)s, the cores there are)")
@@ -633,14 +655,14 @@ def main():
     sub = command(run_train, "train", "Train a byte-level BPE on text.", files=True, out="TOK.bin")
     sub.add_argument("-V", "--vocabulary", metavar="N", type=shards.positive, required=True, help="ids, special tokens among them")
     sub.add_argument("--split", choices=SPLITS[1:], default="cl100k", help="default: %(default)s")
-    sub.add_argument("--special", metavar="TEXT", action="append", default=[],
+    sub.add_argument("--special", metavar="TEXT", type=special_name, action="append", default=[],
                      help=f"a special token after {ENDOFTEXT}, as often as need be")
 
     sub = command(run_import, "import", "Take a vocabulary of others: a rank file of tiktoken's form, a tokenizer.json of Hugging Face's"
                   " (byte-level BPE), a name of tiktoken's (gpt2, r50k_base, cl100k_base), or bytes.", out="TOK.bin")
     sub.add_argument("source", metavar="SOURCE", help="FILE.tiktoken, tokenizer.json, a name, or bytes")
     sub.add_argument("--split", choices=SPLITS[1:], help="a rank file's, where it is not known")
-    sub.add_argument("--special", metavar="TEXT[=ID]", action="append",
+    sub.add_argument("--special", metavar="TEXT[=ID]", type=special_name, action="append",
                      help=f"a rank file's special token, as often as need be; the next free id where none is given (default: {ENDOFTEXT})")
 
     sub = command(run_export, "export", "Write a tokenizer.json for Hugging Face's tokenizers and transformers.", out="tokenizer.json")
