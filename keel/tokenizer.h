@@ -152,18 +152,22 @@ inline size_t piece_end(Split split, std::string_view text, size_t at) {
     return end == text.size() || last == at ? end : last;
 }
 
-// Where a text may be cut without a change of its tokens: behind a line break between two characters that are not white
-// space. Returns the last such place in [1, text.size()), or 0 where there is none.
+// Where a text may be cut without a change of its tokens: before a space behind a character that is not white space,
+// and behind a line break between two such characters. Returns the last such place in [1, text.size()), 0 where there
+// is none.
 inline size_t last_cut(std::string_view text) {
     auto is_solid = [&](size_t first, size_t end) {
         Character c = character_at(text.substr(first, end - first));
         return c.state == Character::WHOLE && class_of[c.code] != SPACE;
     };
-    for (size_t at = text.size(); at-- > 2;) {
-        if (text[at - 1] != '\n') continue;
-        size_t before = at - 2;  // the start of the character before the line break
-        while (before > 0 && at - before < 5 && (text[before] & 0xC0) == 0x80) before--;
-        if (is_solid(at, text.size()) && is_solid(before, at - 1)) return at;
+    auto is_solid_before = [&](size_t end) {
+        size_t first = end - 1;
+        while (first > 0 && end - first < 4 && (text[first] & 0xC0) == 0x80) first--;
+        return is_solid(first, end);
+    };
+    for (size_t at = text.size(); at-- > 1;) {
+        if (text[at] == ' ' && is_solid_before(at)) return at;
+        if (text[at - 1] == '\n' && at > 1 && is_solid(at, text.size()) && is_solid_before(at - 1)) return at;
     }
     return 0;
 }
