@@ -171,7 +171,7 @@ build/%_tsan: test/%.cpp test/long.h test/files.h test/numbers.h train_keel_cpu.
 build/train_keel_cpu_valgrind: train_keel_cpu.cpp $(HEADERS) FORCE
 	$(call program,g++ valgrind,$(CXX) $(FLAGS) -O1 -g $(if $(filter x86_64,$(shell uname -m)),-march=x86-64-v3))
 
-SANITIZED = build/test_cpu_asan build/test_faults_asan build/test_cpu_tsan build/test_faults_tsan \
+SANITIZED = $(foreach suite,cpu faults tokenizer,build/test_$(suite)_asan build/test_$(suite)_tsan) \
             build/train_keel_cpu_valgrind
 
 # libFuzzer's targets, under ASan and UBSan.

@@ -106,11 +106,19 @@ def characters():
 # Vocabularies and encoders
 
 
+# Those that know the characters of Unicode 16.0, as the trainers do.
+VERSIONS = {"tiktoken": "0.14", "tokenizers": "0.23"}
+
+
 def library(name):
+    install = f"({sys.executable} -m pip install --target build/python " + " ".join(f"{n}=={v}.*" for n, v in VERSIONS.items()) + ")"
     try:
-        return __import__(name)
+        module = __import__(name)
     except ImportError:
-        raise suite.Skip(f"no {name} ({sys.executable} -m pip install --target build/python tiktoken tokenizers)") from None
+        raise suite.Skip(f"no {name} {install}") from None
+    if not module.__version__.startswith(VERSIONS[name] + "."):
+        raise suite.Skip(f"{name} {module.__version__} may know other characters than {VERSIONS[name]} {install}")
+    return module
 
 
 def cached(function, made={}):
