@@ -145,6 +145,13 @@ build/test_run: test/test_run.cpp test/long.h test/files.h $(HEADERS) FORCE
 build/test_ranks: test/test_ranks.cpp test/long.h test/files.h $(HEADERS) FORCE
 	$(call program,g++ doctest-dev,$(CXX) $(FLAGS) -O0 -I.)
 
+# Text to tokens and back; and the trainers' encoder as a library, for Python to compare and to time.
+build/test_tokenizer: test/test_tokenizer.cpp test/long.h test/files.h $(HEADERS) FORCE
+	$(call program,g++ doctest-dev,$(CXX) $(FLAGS) -O1 -I.)
+
+build/tokenizer.so: test/tokenizer_library.cpp $(HEADERS) FORCE
+	$(call program,g++,$(CXX) $(FLAGS) -I. -shared -fPIC)
+
 # Faults of numbers, files and folders, on the CPU trainer's code.
 build/test_faults: test/test_faults.cpp test/long.h test/files.h train_keel_cpu.cpp $(HEADERS) FORCE
 	$(call program,g++ doctest-dev,$(CXX) $(FLAGS) -O1 -I. -DKEEL_NO_MAIN)
@@ -164,7 +171,7 @@ build/%_tsan: test/%.cpp test/long.h test/files.h test/numbers.h train_keel_cpu.
 build/train_keel_cpu_valgrind: train_keel_cpu.cpp $(HEADERS) FORCE
 	$(call program,g++ valgrind,$(CXX) $(FLAGS) -O1 -g $(if $(filter x86_64,$(shell uname -m)),-march=x86-64-v3))
 
-SANITIZED = build/test_cpu_asan build/test_faults_asan build/test_cpu_tsan build/test_faults_tsan \
+SANITIZED = $(foreach suite,cpu faults tokenizer,build/test_$(suite)_asan build/test_$(suite)_tsan) \
             build/train_keel_cpu_valgrind
 
 # libFuzzer's targets, under ASan and UBSan.
@@ -241,6 +248,7 @@ build/bench_matmul: dev/bench/bench_matmul.cpp train_keel_cpu.cpp $(HEADERS) FOR
 # Those that take longest to build come first.
 TEST_PROGRAMS = build/test_gpu_bf16_on_cpu build/test_gpu_fp32_on_cpu build/train_keel_on_cpu build/train_keel_fp32_on_cpu build/test_cuda_on_cpu \
                 train_keel_cpu train_keel_cpu_fp64 build/test_cpu_fp32 build/test_cpu_fp64 build/test_faults build/test_run build/test_ranks \
+                build/test_tokenizer build/tokenizer.so \
                 build/crash_test build/crash_shim.so
 # What LONG=1 adds: other readings of the same sources, and what only some of its test cases run.
 LONG_PROGRAMS = build/test_gpu_bf16_sanitized build/train_keel_clang_on_cpu build/memory_table build/bench_kernels_on_cpu build/bench_products_on_cpu

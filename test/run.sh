@@ -6,6 +6,8 @@ cd "$(dirname "$0")/.." || exit 1
 . test/jobs.sh
 # Suites share the cores: a thread of OpenMP that waits must not spin, or each takes the cores from the other (2 minutes instead of 3 seconds).
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
+# Where .ci/run puts Python packages that no suite must have.
+export PYTHONPATH="${PYTHONPATH:+$PYTHONPATH:}$PWD/build/python"
 passed=0 failed=0 skipped=0 failed_suites=()
 
 # Takes the counts from a suite's last summary: doctest's "test cases: N | N passed | N failed", or "N passed, N failed[, N skipped]".
@@ -52,16 +54,18 @@ else
 fi
 if any_python=$(dev/tools/find_python.sh json 2>/dev/null); then
     suite 35 "$any_python" test/test_data.py
+    suite 50/500 "$(dev/tools/find_python.sh tiktoken tokenizers 2>/dev/null || echo "$any_python")" test/test_tokenizer.py
     suite 60 "$any_python" test/test_bench_gpu.py
     suite 50/200 "$any_python" test/test_card.py
 else
-    skip 3 "the data scripts, the GPU's benchmarks and the rehearsal of dev/card.sh: no Python"
+    skip 4 "the data scripts, the encoder beside others, the GPU's benchmarks and the rehearsal of dev/card.sh: no Python"
 fi
 suite 10 dev/tools/format.sh --check
 suite 25 test/test_build.sh
 suite 60 build/test_run
 suite 5/15 build/test_faults
 suite 40/150 build/crash_test
+suite 4/40 build/test_tokenizer
 suite 5 build/test_cpu_fp32
 suite 8 build/test_cpu_fp64
 suite 65/130 build/test_gpu_bf16_on_cpu

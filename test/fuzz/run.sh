@@ -3,7 +3,7 @@
 # stays in build/fuzz_findings; it becomes a test case.
 cd "$(dirname "$0")/../.." || exit 1
 seconds=${1:-60}
-targets=(model state debug data log command_line)
+targets=(model state debug tokenizer data log command_line)
 mkdir -p build/fuzz_findings
 export ASAN_OPTIONS=malloc_context_size=0:quarantine_size_mb=8  # half as fast again; to see where a block came from, run the target on its finding
 one() {
