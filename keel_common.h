@@ -610,7 +610,7 @@ enum RealType { REAL_FP32 = 0, REAL_BF16 = 1, REAL_FP64 = 2 };
 
 inline const char* kind_name(int kind) {
     const char* names[] = {"?", "model", "training state", "debug state", "tokenizer"};
-    return kind >= 1 && kind <= 4 ? names[kind] : names[0];
+    return names[kind > 0 && kind < int(std::size(names)) ? kind : 0];
 }
 inline size_t real_size(int type) { return type == REAL_FP64 ? 8 : type == REAL_FP32 ? 4 : 2; }
 template <class Real>
@@ -659,7 +659,7 @@ enum HeaderWord {
     // of all kinds that have a model
     H_TOKENIZER = 49,       // uint32, CRC-32 of the tokenizer's file; 0: bytes, or a vocabulary that is not known
     // of a tokenizer, which has H_V and none of the others
-    H_SPLIT = 7,            // Tokenizer::Split
+    H_SPLIT = 7,            // Split, in keel/tokenizer.h
     H_SPECIALS = 8,         // how many of the V entries, the last ones, are special tokens
 };
 // clang-format on
@@ -784,7 +784,7 @@ class FileReader {
 public:
     FileHeader header;
     std::string path;
-    size_t body = 0;  // bytes between the header and the CRC
+    size_t body_bytes = 0;  // between the header and the CRC
 
     FileReader(const std::string& path, FileKind kind) : path(path) {
         int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // opening a pipe must not wait for its writer
@@ -809,7 +809,7 @@ public:
         if (w[H_KIND] != kind)
             fail("%s: expected a %s (kind %d), found a %s (kind %d); give the other file", path, kind_name(kind),
                  int(kind), kind_name(w[H_KIND]), w[H_KIND]);
-        body = size - sizeof header - 4;
+        body_bytes = size - sizeof header - 4;
         if (kind == FILE_TOKENIZER) return;  // keel/tokenizer.h looks at the rest
         if (w[H_TYPE] < 0 || w[H_TYPE] > 2)
             fail("%s: expected reals of type 0, 1 or 2, found %d; the file is damaged", path, w[H_TYPE]);
@@ -866,7 +866,7 @@ public:
 
     // Reads what is left of the body, compares the CRC and returns it.
     uint32_t finish() {
-        size_t left = sizeof header + body - size_t(ftello(file.get()));
+        size_t left = sizeof header + body_bytes - size_t(ftello(file.get()));
         std::vector<char> chunk(std::min(left, size_t(8) << 20));
         while (left > 0) {
             size_t n = std::min(left, chunk.size());
@@ -1021,10 +1021,9 @@ size_t debug_state_bytes(const ModelConfig& c, int64_t B, int T) {
 // All files of a glob, in the order of their names, are one long row of tokens. Files are opened for each read and not
 // kept open, so that ten thousand of them, or a terabyte, cost neither memory nor file descriptors.
 
-// llm.c's two kinds of shards; V where no tokenizer says it.
-struct ShardFormat { int magic, version, token_bytes, V; };
-inline constexpr int GPT2_VOCABULARY = 50257, LLAMA3_VOCABULARY = 128256;
-inline constexpr ShardFormat shard_formats[] = {{20240520, 1, 2, GPT2_VOCABULARY}, {20240801, 7, 4, LLAMA3_VOCABULARY}};
+// llm.c's two kinds of shards. V and the token before each document, where no tokenizer says them: GPT-2's, Llama 3's.
+struct ShardFormat { int magic, version, token_bytes, V, separator; };
+inline constexpr ShardFormat shard_formats[] = {{20240520, 1, 2, 50257, 50256}, {20240801, 7, 4, 128256, 128000}};
 
 // clang-format off
 // What people have beside text and shards, by a file's first bytes, and the command that makes of it what is read here.
@@ -1047,7 +1046,7 @@ inline const ForeignFormat foreign_formats[] = {
 // clang-format on
 
 // Fails where a file is not text, by its name and its first bytes. Text may have any encoding that leaves ASCII as it
-// is, but no zero bytes.
+// is, and no zero byte among these.
 inline void refuse_foreign(const std::string& path, std::string_view head) {
     for (const ForeignFormat& f : foreign_formats)
         if (head.starts_with(f.start)) {

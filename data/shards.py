@@ -147,7 +147,7 @@ def fingerprints(paths):
 def read_pieces(paths, sizes, start=0, fetch=lambda path: path, field="text", any_bytes=False, jsonl=False):
     """Yield (UTF-8 bytes, whether a document begins, share of the input read) for each piece from number `start` on.
 
-    A piece is a document or, of a large text file, a part that last_cut() says can be tokenized alone.
+    A piece is a document or, of a large text file, a part that last_boundary() says can be tokenized alone.
     fetch(path) returns where the file lies; it is called when the file's turn comes. any_bytes: text need not be
     UTF-8. jsonl: - (standard input) holds a document a line.
     """
@@ -176,7 +176,7 @@ def read_file(path, size, skip, field, any_bytes):
         yield from read_jsonl(file, path, size, skip, field) if path.endswith(".jsonl") else read_text(file, path, size, skip, any_bytes)
 
 
-def last_cut(text):
+def last_boundary(text):
     """The last place in UTF-8 bytes where no split has a piece reach over, 0 where there is none.
 
     That is behind a line end between two characters that are not white space: it ends a piece in every split, whether
@@ -200,7 +200,7 @@ def read_text(file, path, size, skip, any_bytes):
     while True:
         block = file.read(max(PIECE_BYTES, len(rest)))  # twice as much where there was no cut: never quadratic
         text = rest + block
-        cut = last_cut(text) if block else len(text)
+        cut = last_boundary(text) if block else len(text)
         piece, rest = text[:cut], text[cut:]
         if skip > 0 and piece:
             skip -= 1

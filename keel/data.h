@@ -7,21 +7,24 @@
 #include "memory.h"
 #include "tokenizer.h"
 
-// A run leaves its tokenizer beside its models under this name.
+// A tokenizer lies under this name beside the models of a run and beside the shards that it has written.
 inline std::string tokenizer_path(const std::string& folder) { return folder + "/tokenizer.bin"; }
+inline std::string folder_of(const std::string& file) { return std::filesystem::absolute(file).parent_path(); }
 
-// What the run's tokens mean: --tokenizer's file; else the one beside the model of -e or the state of -y, which name
-// theirs by its CRC-32; else bytes. init: that model or state, or null.
-inline Tokenizer open_tokenizer(const Options& o, const FileReader* init) {
+// The tokenizer of --tokenizer; else the one beside the model of -e or the state of -y, which names its own by its
+// CRC-32; else the one beside shards; else bytes. init: that model or state, or null. shards: their folder, or "".
+inline Tokenizer open_tokenizer(const Options& o, const FileReader* init, const std::string& shards) {
     std::string path = o.tokenizer;
     ModelConfig model = init ? init->header.model() : ModelConfig{};
     if (path.empty() && model.tokenizer) {
-        path = tokenizer_path(std::filesystem::absolute(init->path).parent_path());
+        path = tokenizer_path(folder_of(init->path));
         if (access(path.c_str(), F_OK) != 0)
             fail("--tokenizer: expected the tokenizer of CRC-32 %08x, with which %s was trained, found none, nor %s; "
                  "give it by --tokenizer FILE",
                  model.tokenizer, init->path, path);
     }
+    if (path.empty() && !init && !shards.empty() && access(tokenizer_path(shards).c_str(), F_OK) == 0)
+        path = tokenizer_path(shards);
     if (path.empty()) return {};
     Tokenizer t = Tokenizer::read(path);
     if (model.tokenizer && model.tokenizer != t.crc)
@@ -34,6 +37,9 @@ inline Tokenizer open_tokenizer(const Options& o, const FileReader* init) {
     return t;
 }
 
+// The tokenizer of a model's tokens; null where what they mean is not known, as of shards without a tokenizer.
+inline const Tokenizer* tokenizer_of_model(const Tokenizer& t, int V) { return t.V() == V ? &t : nullptr; }
+
 // Encodes the files of a text source, each of them a document. The tokens stay in memory.
 inline void encode_source(TokenSource& source, const Tokenizer& t, int threads) {
     constexpr size_t block = size_t(64) << 20;  // bytes
@@ -45,18 +51,23 @@ inline void encode_source(TokenSource& source, const Tokenizer& t, int threads) 
         std::string text;
         for (bool more = true; more;) {
             size_t had = text.size();
-            text.resize(had + std::min(block, file.count));
+            text.resize(had + std::min(block, file.count + 1));  // so that a small file's end is seen at once
             size_t got = fread(text.data() + had, 1, text.size() - had, in.get());
             more = had + got == text.size();
             text.resize(had + got);
-            size_t end = more ? last_cut(text) : text.size();  // 0: a block without a place to cut
+            size_t end = more ? last_boundary(text) : text.size();
+            if (more && end == 0) continue;  // a block that cannot be divided
             t.encode_parallel(std::string_view(text).substr(0, end), threads, *tokens);
             text.erase(0, end), done += end;
-            double left = double(bytes - std::min(bytes, done)) / double(done + 1) * double(tokens->size());
-            if (left * sizeof(int) > double(available_memory()))
-                fail("%s: its tokens need %s more of memory, which has %s; write shards: python3 data/tokenizer.py "
-                     "encode -t %s -o DIR FILES",
-                     source.pattern, bytes_text(left * sizeof(int)), bytes_text(double(available_memory())), t.path);
+            size_t left = size_t(double(tokens->size()) / double(done) * double(bytes - std::min(bytes, done)));
+            if (tokens->capacity() - tokens->size() >= left) continue;
+            // Growing keeps the old array until the new one is filled.
+            size_t needed = (tokens->size() + left) * sizeof(int);
+            if (needed > available_memory())
+                fail("%s: its tokens need %s of memory, found %s; write shards: python3 data/tokenizer.py encode -t %s "
+                     "-o DIR FILES",
+                     source.pattern, bytes_text(double(needed)), bytes_text(double(available_memory())), t.path);
+            tokens->reserve(tokens->size() + left + left / 8);
         }
         if (ferror(in.get())) fail("%s: could not be read to its end (%s)", file.path, errno_text());
     }
@@ -153,14 +164,17 @@ struct DataSplit {
     TokenSource train, val;
     size_t train_count = 0, val_start = 0, val_count = 0;  // 0 for programs
     Tokenizer tokenizer;
-    size_t text_bytes = 0;  // what a tokenizer has encoded, and in what time
+    size_t text_bytes = 0, text_tokens = 0;  // what the tokenizer has encoded
     double encode_seconds = 0;
 
-    // threads: to encode text with.
-    explicit DataSplit(const Options& o, Tokenizer vocabulary = {}, int threads = 1)
-        : programs{o.train.size() == 1 ? HopPrograms::parse(o.train[0]) : 0}, tokenizer(std::move(vocabulary)) {
-        if (programs.hops && tokenizer.crc)
-            fail("--tokenizer: expected none with -i %s, which is made of characters, found %s; leave it out",
+    // init: as in open_tokenizer. threads: to encode text with.
+    explicit DataSplit(const Options& o, const FileReader* init = nullptr, int threads = 1)
+        : programs{o.train.size() == 1 ? HopPrograms::parse(o.train[0]) : 0} {
+        if (!programs.hops) train = open_training_data(o);
+        tokenizer = open_tokenizer(o, init, train.shards ? folder_of(train.files[0].path) : "");
+        if (programs.hops && !tokenizer.is_bytes())
+            fail("-i: expected a model and a run of bytes for %s, which is made of characters, found the tokenizer %s; "
+                 "leave it out, or give another -e",
                  o.train[0], tokenizer.path);
         if (programs.hops) {
             if (!o.val.empty())
@@ -169,7 +183,6 @@ struct DataSplit {
             train.pattern = o.train[0];
             return;
         }
-        train = open_training_data(o);
         encode(train, threads);
         if (o.val.empty()) {
             val = train;
@@ -178,17 +191,15 @@ struct DataSplit {
             return;
         }
         val = TokenSource(o.val, "-j");
-        if (!val.shards != !train.shards)
+        if ((val.shards == nullptr) != (train.shards == nullptr))
             fail("-j: expected %s like -i, found %s", train.shards ? "shards" : "text", val.shards ? "shards" : "text");
         if (val.same_file(train)) fail("-j: a file is in -i as well; validate on data that training never sees");
         encode(val, threads);
         train_count = train.count, val_count = val.count;
     }
     Vocabulary vocabulary() const {
-        return {tokenizer.crc || !train.shards ? tokenizer.V() : train.shards->V, tokenizer.crc};
+        return {train.shards && tokenizer.is_bytes() ? train.shards->V : tokenizer.V(), tokenizer.crc};
     }
-    // What the tokens of a model of V mean; null where nothing says it: shards, and no --tokenizer.
-    const Tokenizer* meaning(int V) const { return tokenizer.V() == V ? &tokenizer : nullptr; }
     int natural_seq_len() const { return programs.hops ? programs.length() - 1 : 0; }  // 0: any
 
     Loader loader(const RunConfig& run, bool training) const {
@@ -235,7 +246,7 @@ struct DataSplit {
         return sum / double(n);
     }
     void check_lengths(const RunConfig& run) const {
-        if (!programs.hops && !train.shards && !tokenizer.crc && run.model.V > 256)
+        if (!programs.hops && !train.shards && tokenizer.is_bytes() && run.model.V > 256)
             fail("-i: expected --tokenizer FILE for text and a model of V = %d, found none; a byte is no token of it",
                  run.model.V);
         if (programs.hops && run.T < natural_seq_len())
@@ -257,10 +268,10 @@ struct DataSplit {
 
 private:
     void encode(TokenSource& source, int threads) {
-        if (source.shards || !tokenizer.crc) return;
+        if (source.shards || tokenizer.is_bytes()) return;
         double begin = seconds();
         text_bytes += source.count;
         encode_source(source, tokenizer, threads);
-        encode_seconds += seconds() - begin;
+        text_tokens += source.count, encode_seconds += seconds() - begin;
     }
 };

@@ -6,17 +6,19 @@
 // A number as the logs have it: without the sign of a NaN, which means nothing.
 inline std::string number_text(double x) { return std::isnan(x) ? "nan" : format("%.9g", x); }
 
-// What models of different vocabularies compare by is bits_per_byte: the loss is a token's, and tokens of a larger
-// vocabulary stand for more text. A special token costs bits and stands for none.
+//     bits per byte = sum of the targets' losses in nats / (ln 2 * bytes of text that the targets stand for)
+//
+// Losses a token do not compare between vocabularies, as longer tokens are fewer; bits per byte do, on the same text. A
+// special token costs bits and stands for no byte.
 struct Validation {
     double loss;           // nats a token
-    double bits_per_byte;  // of the targets' text; NaN where what the tokens mean is not known
+    double bits_per_byte;  // NaN where what the tokens mean is not known
 };
 
-// Over the first -m batches of the validation data, in order; the ranks take micro-batches in rotation. meaning: of the
-// tokens, or null. hops: counts the answers of programs; null for files.
+// Over the first -m batches of the validation data, in order; the ranks take micro-batches in rotation. tokenizer: null
+// where it is not known. hops: counts the answers of programs; null for files.
 template <IsTrainer Trainer>
-Validation validate(Trainer& trainer, const Loader& loader, const RunConfig& run, const Tokenizer* meaning,
+Validation validate(Trainer& trainer, const Loader& loader, const RunConfig& run, const Tokenizer* tokenizer,
                     const Ranks& ranks = {}, HopAccuracy* hops = nullptr) {
     size_t sequences = std::min(size_t(run.val_batches) * size_t(run.batch_sequences()), loader.sequences_per_epoch());
     std::vector<int> tokens(size_t(run.B) * size_t(run.T)), targets(tokens.size()),
@@ -26,8 +28,8 @@ Validation validate(Trainer& trainer, const Loader& loader, const RunConfig& run
         int b = int(std::min(size_t(run.B), sequences - s));
         loader.batch(s, b, tokens.data(), targets.data());
         sum += trainer.evaluate(tokens.data(), targets.data(), b, hops ? predictions.data() : nullptr);
-        for (size_t i = 0; meaning && i < size_t(b) * size_t(run.T); i++)
-            bytes += double(meaning->text_bytes(targets[i]));
+        for (size_t i = 0; tokenizer && i < size_t(b) * size_t(run.T); i++)
+            bytes += double(tokenizer->text_bytes(targets[i]));
         if (!hops) continue;
         for (int i = 0; i < b; i++)
             for (const HopPrograms::Answer& answer :

@@ -77,12 +77,14 @@ inline void print_run(const RunConfig& run, const ParameterLayout& layout, const
     else
         print("data       %s: %s tokens to train on, %s to validate on\n", data.train.pattern,
               count_text(double(data.train_count)), count_text(double(data.val_count)));
-    if (const Tokenizer& t = data.tokenizer; t.crc) {
-        print("tokenizer  %s: V %d, %s split", t.path, t.V(), split_names[int(t.split)]);
-        if (size_t tokens = data.train.count + (data.val_start ? 0 : data.val.count); data.text_bytes)
-            print("; %.2f bytes a token, encoded at %.0f MB/s", double(data.text_bytes) / double(tokens),
+    if (const Tokenizer& t = data.tokenizer; !t.is_bytes()) {
+        print("tokenizer  %s: V %d, split %s", t.path, t.V(), split_names[int(t.split())]);
+        if (data.text_bytes)
+            print("; %.2f bytes a token, encoded at %.0f MB/s", double(data.text_bytes) / double(data.text_tokens),
                   double(data.text_bytes) * 1e-6 / data.encode_seconds);
         print("\n");
+    } else if (!tokenizer_of_model(t, run.model.V)) {
+        print("note       no --tokenizer says what the tokens are: prompts and samples are ids\n");
     }
     if (run.ranks > 0) print("ranks      %d, -z %d\n", run.ranks, run.zero);
     print("training   %lld steps of %lld tokens (%s%d x %d x %d), peak LR %g, warm-up %lld, weight decay %g, clip %g, "
@@ -179,7 +181,7 @@ private:
 
     void resolve() {
         int threads = int(std::thread::hardware_concurrency()) / std::max(1, session.launch.local_ranks);
-        data = std::make_unique<DataSplit>(o, open_tokenizer(o, init.get()), threads);
+        data = std::make_unique<DataSplit>(o, init.get(), threads);
         if (int hops = resume_from ? init->header.word[H_HOPS] : data->programs.hops; hops != data->programs.hops) {
             auto kind = [](int k) { return k ? format("hops:%d", k) : std::string("files"); };
             fail("-i: expected %s as in the checkpoint, found %s; give the same data", kind(hops),
@@ -202,7 +204,7 @@ private:
         };
         if (resume_from) same_count("-i", "training", H_TRAIN_TOKENS, data->train_count);
         if (resume_from && config.val_every > 0) same_count("-j", "validation", H_VAL_TOKENS, data->val_count);
-        if (o.sample_every > 0) prompt_tokens(o, meaning(), config.model.V);
+        if (o.sample_every > 0) prompt_tokens(o, tokenizer(), config.model.V);
         // Ranks that train on different data or models would go unnoticed. -z stands where the header has the step.
         FileHeader same = state_header(real_type<Real>, Trainer::branch_bf16, config, config.zero, *data);
         same.word[H_RANK] = 0;
@@ -329,7 +331,7 @@ private:
     void keep_tokenizer() const {
         const Tokenizer& t = data->tokenizer;
         std::string path = tokenizer_path(o.out);
-        if (!t.crc) return;
+        if (t.is_bytes()) return;
         if (access(path.c_str(), F_OK) != 0) replace_file(path, t.file(), "free some space or give another -o");
         else if (uint32_t there = Tokenizer::read(path).crc; there != t.crc)
             fail("-o: expected no tokenizer but %s, of CRC-32 %08x, found %s of %08x; give another folder", t.path,
@@ -462,14 +464,14 @@ private:
                             number_text(result.norm), elapsed * 1e3, tokens_per_second, mfu, bits_per_byte));
     }
 
-    const Tokenizer* meaning() const { return data->meaning(config.model.V); }
+    const Tokenizer* tokenizer() const { return tokenizer_of_model(data->tokenizer, config.model.V); }
 
     std::pair<std::string, std::string> validate_if_due() {  // loss and bits per byte, empty where none is measured
         if (!due(config.val_every)) return {};
         if (ranks) trainer->gather_weights();
         HopAccuracy hops(data->programs);
         auto [loss, bits_per_byte] =
-            validate(*trainer, *val_data, config, meaning(), ranks, data->programs.hops ? &hops : nullptr);
+            validate(*trainer, *val_data, config, tokenizer(), ranks, data->programs.hops ? &hops : nullptr);
         bool known = std::isfinite(bits_per_byte);
         print("validation | loss %.4f | perplexity %.3f%s\n", loss, std::exp(loss),
               known ? format(" | %.4f bits per byte", bits_per_byte) : "");
@@ -494,7 +496,7 @@ private:
     void sample_if_due() {
         if (ranks && due(o.sample_every)) trainer->gather_weights();
         if (due(o.sample_every) && !stop_asked() && first_rank())
-            print_sample(*trainer, o, meaning(), config.T, uint64_t(config.seed), step);
+            print_sample(*trainer, o, tokenizer(), config.T, uint64_t(config.seed), step);
         fflush(stdout);
     }
 

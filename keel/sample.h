@@ -26,19 +26,21 @@ int sample_token(const Real* logits, int V, double temperature, int top_k, doubl
     return order[size_t(std::max_element(p.begin(), p.end()) - p.begin())];
 }
 
-// The prompt as tokens, by default what comes before a text. meaning: of the model's tokens; null where it is not
-// known, and the prompt is ids separated by commas.
-inline std::vector<int> prompt_tokens(const Options& o, const Tokenizer* meaning, int V) {
+// The prompt as tokens, by default what stands before a text. tokenizer: null where it is not known, and the prompt is
+// ids separated by commas.
+inline std::vector<int> prompt_tokens(const Options& o, const Tokenizer* tokenizer, int V) {
     std::vector<int> tokens;
     const std::string& prompt = o.prompt;
     bool given = o.has("--prompt");
-    if (meaning) {
-        if (!given && meaning->separator() >= 0) return {meaning->separator()};
-        if (o.special) meaning->encode_with_specials(prompt, tokens);
-        else meaning->encode(prompt, tokens);
+    if (tokenizer) {
+        if (!given && tokenizer->separator() >= 0) return {tokenizer->separator()};
+        if (o.special) tokenizer->encode_with_specials(prompt, tokens);
+        else tokenizer->encode(prompt, tokens);
         return tokens;
     }
-    if (!given) return {V - 1};  // GPT-2's <|endoftext|> is its last token
+    for (const ShardFormat& f : shard_formats)
+        if (!given && f.V == V) return {f.separator};
+    if (!given) return {V - 1};
     for (size_t at = 0; at <= prompt.size();) {
         size_t comma = std::min(prompt.find(',', at), prompt.size());
         tokens.push_back(int(parse_integer("--prompt", prompt.substr(at, comma - at), 0, V - 1)));
@@ -49,13 +51,13 @@ inline std::vector<int> prompt_tokens(const Options& o, const Tokenizer* meaning
 
 // Prints the prompt and -g more tokens. Each time the window (tokens) is full, its second half starts a new one.
 template <IsTrainer Trainer>
-void print_sample(Trainer& trainer, const Options& o, const Tokenizer* meaning, int window, uint64_t seed,
+void print_sample(Trainer& trainer, const Options& o, const Tokenizer* tokenizer, int window, uint64_t seed,
                   int64_t step) {
     int V = trainer.run.model.V;
-    std::vector<int> text = prompt_tokens(o, meaning, V);
+    std::vector<int> text = prompt_tokens(o, tokenizer, V);
     TextStream stream;
     auto print_token = [&](int token) {
-        print("%s", meaning ? stream.add(meaning->token(token)) : format("%d ", token));
+        print("%s", tokenizer ? stream.add(tokenizer->token(token)) : format("%d ", token));
         fflush(stdout);
     };
     typename Trainer::Generator generator(trainer.model, window);
@@ -73,7 +75,7 @@ void print_sample(Trainer& trainer, const Options& o, const Tokenizer* meaning, 
         text.push_back(sample_token(logits, V, o.temperature, int(o.top_k), draw.word[0] * 0x1p-32));
         print_token(text.back());
     }
-    print("%s\n---\n", stream.add("", true));
+    print("%s\n---\n", stream.finish());
 }
 
 inline void print_model(const RunConfig& run, const ParameterLayout& layout) {
@@ -88,9 +90,9 @@ template <IsTrainer Trainer>
 int run_sampling(const Options& o, FileReader& file) {
     RunConfig run = resolve_run(o, &file.header, {});
     Trainer::check_model(run.model);
-    Tokenizer tokenizer = open_tokenizer(o, &file);
-    const Tokenizer* meaning = tokenizer.V() == run.model.V ? &tokenizer : nullptr;
-    prompt_tokens(o, meaning, run.model.V);
+    Tokenizer its_own = open_tokenizer(o, &file, "");
+    const Tokenizer* tokenizer = tokenizer_of_model(its_own, run.model.V);
+    prompt_tokens(o, tokenizer, run.model.V);  // refuses a bad prompt before the model is loaded
     require_memory(Trainer::sampling_bytes(run.model, run.T), Trainer::available_memory(),
                    "a smaller -t or a larger machine");
     RunConfig least = run;  // what takes the least memory for activations, as nothing is trained
@@ -99,6 +101,6 @@ int run_sampling(const Options& o, FileReader& file) {
     load_parameters(trainer, file);
     file.finish();
     print_model(run, trainer.layout());
-    print_sample(trainer, o, meaning, run.T, run.seed, file.header.get<int64_t>(H_STEP));
+    print_sample(trainer, o, tokenizer, run.T, run.seed, file.header.get<int64_t>(H_STEP));
     return 0;
 }

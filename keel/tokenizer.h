@@ -1,11 +1,15 @@
-// keel/tokenizer.h: text to tokens and back, for prompts, samples and text files.
+// keel/tokenizer.h: text to tokens and back, for prompts, samples and text files: byte-level BPE.
 //
-// A byte-level BPE (Sennrich et al. 2016; on bytes, Radford et al. 2019) does two things to a text. It cuts it into
-// pieces, such as " word", "123" or ".\n", by a fixed pattern. Then each piece starts as single bytes, and two
-// neighbours that together are a token become that token, of all such pairs the one of lowest rank first, until there
-// is none. A token's rank is its id: frequent pairs were learnt first. No token crosses from one piece into the next.
+// Training a vocabulary (Sennrich et al. 2016; on bytes, Radford et al. 2019) starts from the 256 bytes. Again and
+// again the most frequent pair of neighbouring tokens in a text becomes a new token, whose id is the next number. So an
+// id is a rank: the lower, the earlier learnt and the more frequent. data/tokenizer.py trains, by a library, and takes
+// the vocabularies of others; here is encoding with their ranks:
 //
-// data/tokenizer.py trains vocabularies and takes those of others; its file has the layout that Tokenizer::read reads.
+//     cut the text into pieces such as " word", "123" or ".\n" by a fixed pattern; no token goes over a piece's end
+//     of each piece: it is a token as a whole -> that token
+//                    else its parts are its bytes, and while two neighbours joined are a token:
+//                    join the two of lowest rank, of equal ones the leftmost
+//
 // The ids are those of tiktoken 0.14 and of Hugging Face's tokenizers 0.23. A text that is not UTF-8, which they do not
 // take, has ids too, and decodes to the same bytes.
 #pragma once
@@ -14,6 +18,7 @@
 #include <future>
 #include <queue>
 #include <string_view>
+#include <unordered_map>
 
 #include "../keel_common.h"
 #include "unicode.h"
@@ -21,11 +26,11 @@
 // ----------------------------------------------------------------------------------------------------
 // UTF-8
 
-// What a text has at one place: a character, the start of one that its end cuts off, or bytes that can begin none.
+// The UTF-8 character at the start of a text: whole, cut short by the text's end, or invalid.
 struct Character {
-    enum { WHOLE, CUT, INVALID } state;
-    int bytes;      // of INVALID: as many as a decoder replaces by one U+FFFD (Unicode 16.0, section 3.9, "maximal
-                    // subpart")
+    enum { WHOLE, INCOMPLETE, INVALID } state;
+    // Of INVALID: as many as a decoder replaces by one U+FFFD (Unicode 16.0, section 3.9, "maximal subpart").
+    int bytes;
     uint32_t code;  // U+FFFD where it is not WHOLE
 };
 
@@ -33,31 +38,41 @@ inline Character character_at(std::string_view text) {
     auto byte = [&](int i) { return uint32_t(static_cast<unsigned char>(text[size_t(i)])); };
     uint32_t lead = byte(0);
     if (lead < 0x80) return {Character::WHOLE, 1, lead};
-    int bytes = lead < 0xC2 ? 1 : lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : lead < 0xF5 ? 4 : 1;
-    if (bytes == 1) return {Character::INVALID, 1, 0xFFFD};
+    if (lead < 0xC2 || lead > 0xF4) return {Character::INVALID, 1, 0xFFFD};
+    int bytes = lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : 4;
     // The second byte's bounds leave out what has a shorter form, the surrogates, and what is above U+10FFFF.
     uint32_t least = lead == 0xE0 ? 0xA0 : lead == 0xF0 ? 0x90 : 0x80;
     uint32_t most = lead == 0xED ? 0x9F : lead == 0xF4 ? 0x8F : 0xBF;
     uint32_t code = lead & (0x7Fu >> bytes);
     for (int i = 1; i < bytes; i++, least = 0x80, most = 0xBF) {
-        if (size_t(i) == text.size()) return {Character::CUT, i, 0xFFFD};
+        if (size_t(i) == text.size()) return {Character::INCOMPLETE, i, 0xFFFD};
         if (byte(i) < least || byte(i) > most) return {Character::INVALID, i, 0xFFFD};
         code = code << 6 | (byte(i) & 0x3F);
     }
     return {Character::WHOLE, bytes, code};
 }
 
-// Makes text for a terminal of bytes that come token by token: a character waits until it is whole, what can become
-// none is U+FFFD, and a control character, which could move the cursor, is its symbol (U+2400 on).
+// Turns bytes that come token by token into text for a terminal. A character waits until it is whole; bytes that can
+// become none, and the controls U+0080 to U+009F, are U+FFFD; the other controls but tab, LF and CR are their symbols
+// (U+2400 on), so that no sample can steer the terminal.
 class TextStream {
 public:
-    std::string add(std::string_view bytes, bool last = false) {
+    std::string add(std::string_view bytes) {
         waiting += bytes;
+        return take(false);
+    }
+    // What still waits for its rest, which does not come.
+    std::string finish() { return take(true); }
+
+private:
+    std::string waiting;
+
+    std::string take(bool all) {
         std::string out;
         size_t at = 0;
         while (at < waiting.size()) {
             Character c = character_at(std::string_view(waiting).substr(at));
-            if (c.state == Character::CUT && !last) break;
+            if (c.state == Character::INCOMPLETE && !all) break;
             if (c.state != Character::WHOLE || (c.code >= 0x80 && c.code < 0xA0)) out += "\uFFFD";
             else if (c.code == 0x7F) out += "\u2421";
             else if (c.code >= 0x20 || c.code == '\n' || c.code == '\r' || c.code == '\t')
@@ -68,20 +83,28 @@ public:
         waiting.erase(0, at);
         return out;
     }
-
-private:
-    std::string waiting;
 };
 
 // ----------------------------------------------------------------------------------------------------
-// Splits
+// Splits: the patterns that cut text into pieces, also called pre-tokenization
 //
-// The patterns as tiktoken writes them; a ++ or ?+ takes all it can and gives nothing back. They look at a character's
-// class alone, apart from a few of ASCII, so that a loop over classes does what a regular-expression engine would.
+// As tiktoken writes them; a ++ or ?+ takes all it can and gives nothing back.
+//
+//     gpt2    '(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s
+//     cl100k  '(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|
+//             \s+(?!\S)|\s
+//     llama3  as cl100k, without its \s++$
+//
+// They look at the classes of characters alone, \p{L} letters, \p{N} numbers, \s white space, apart from a few
+// characters of ASCII. So a loop over classes does what a regular-expression engine would.
 
-enum CharacterClass : uint8_t { OTHER, LETTER, NUMBER, SPACE };
+enum class Split : int32_t { NONE, GPT2, CL100K, LLAMA3 };  // NONE: each byte is a piece
+inline constexpr const char* split_names[] = {"none", "gpt2", "cl100k", "llama3"};
+
+enum class CharacterClass : uint8_t { OTHER, LETTER, NUMBER, SPACE };
 
 inline const std::vector<CharacterClass> class_of = [] {  // of each code point
+    using enum CharacterClass;
     std::vector<CharacterClass> table(0x110000, OTHER);
     auto fill = [&](std::span<const CodeRange> ranges, CharacterClass c) {
         for (CodeRange r : ranges) std::fill(table.begin() + r.first, table.begin() + r.last + 1, c);
@@ -90,11 +113,9 @@ inline const std::vector<CharacterClass> class_of = [] {  // of each code point
     return table;
 }();
 
-enum class Split : int32_t { BYTES, GPT2, CL100K, LLAMA3 };
-inline constexpr const char* split_names[] = {"none", "GPT-2's", "cl100k's", "Llama 3's"};
-
 // The end of the piece that starts at text[at].
 inline size_t piece_end(Split split, std::string_view text, size_t at) {
+    using enum CharacterClass;
     struct Step {
         CharacterClass kind;
         size_t next;
@@ -105,17 +126,22 @@ inline size_t piece_end(Split split, std::string_view text, size_t at) {
         return {class_of[c.code], i + size_t(c.bytes)};
     };
     auto run = [&](CharacterClass kind, size_t i, int most = INT_MAX) {  // the end of at most so many of one class
-        for (Step s; most > 0 && i < text.size() && (s = look(i)).kind == kind; most--) i = s.next;
+        while (most-- > 0 && i < text.size()) {
+            Step s = look(i);
+            if (s.kind != kind) break;
+            i = s.next;
+        }
         return i;
     };
     auto is_break = [&](size_t i) { return text[i] == '\r' || text[i] == '\n'; };
-    if (split == Split::BYTES) return at + 1;
+    if (split == Split::NONE) return at + 1;
     bool gpt2 = split == Split::GPT2;
 
-    // '(?:[sdmt]|ll|ve|re), in cl100k of either case, where the long s (U+017F) is a form of s
+    // contractions; (?i:s) takes the long s, U+017F, too
     if (text[at] == '\'') {
         auto letter = [&](size_t i) {
-            return i >= text.size() ? '\0' : gpt2 || text[i] < 'A' || text[i] > 'Z' ? text[i] : char(text[i] + 32);
+            char c = i < text.size() ? text[i] : '\0';
+            return !gpt2 && c >= 'A' && c <= 'Z' ? char(c + 32) : c;
         };
         char a = letter(at + 1), b = letter(at + 2);
         if (a == 's' || a == 'd' || a == 'm' || a == 't') return at + 2;
@@ -124,41 +150,45 @@ inline size_t piece_end(Split split, std::string_view text, size_t at) {
     }
     Step first = look(at);
     size_t second = first.next;
+    // At the text's end nothing follows, which the alternatives below treat as they treat white space.
     CharacterClass follows = second < text.size() ? look(second).kind : SPACE;
-    if (gpt2) {
-        //  ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++
+    if (gpt2) {  // letters, numbers or others, with a space before them
         if (first.kind != SPACE) return run(first.kind, second);
         if (text[at] == ' ' && follows != SPACE) return run(follows, second);
     } else {
-        // [^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+
+        // letters, with one character before them that is no line break, letter or number
         if (first.kind == LETTER || (first.kind != NUMBER && !is_break(at) && follows == LETTER))
             return run(LETTER, second);
         if (first.kind == NUMBER) return run(NUMBER, second, 2);
+        // others, with a space before them and line breaks behind them
         if (first.kind == OTHER || (text[at] == ' ' && follows == OTHER)) {
             size_t end = run(OTHER, second);
             while (end < text.size() && is_break(end)) end++;
             return end;
         }
     }
-    // White space: \s++$, in cl100k then \s*[\r\n], then \s+(?!\S)|\s, which leaves the last one to the word after it.
-    // Llama 3's has no \s++$.
+    // white space: all of it at the text's end; in cl100k up to its last line break; else all but the last character,
+    // which is left to the word after it
     size_t end = at, last = at, after_break = 0;
-    for (Step s; end < text.size() && (s = look(end)).kind == SPACE; end = s.next) {
-        last = end;
+    while (end < text.size()) {
+        Step s = look(end);
+        if (s.kind != SPACE) break;
         if (is_break(end)) after_break = end + 1;
+        last = end, end = s.next;
     }
     if (end == text.size() && split != Split::LLAMA3) return end;
     if (after_break && !gpt2) return after_break;
     return end == text.size() || last == at ? end : last;
 }
 
-// Where a text may be cut without a change of its tokens: before a space behind a character that is not white space,
-// and behind a line break between two such characters. Returns the last such place in [1, text.size()), 0 where there
-// is none.
-inline size_t last_cut(std::string_view text) {
+// Where a text may be divided without a change of its tokens: before a space behind a character that is not white
+// space, and behind a "\n" between two such characters. No piece of any split goes on over such a space, and such a
+// "\n" ends a piece whether text follows or not. ("\r\n" is no such place: at a text's end gpt2 takes both together.)
+// Returns the last place in [1, text.size()), 0 where there is none. Those of data/shards.py are among these.
+inline size_t last_boundary(std::string_view text) {
     auto is_solid = [&](size_t first, size_t end) {
         Character c = character_at(text.substr(first, end - first));
-        return c.state == Character::WHOLE && class_of[c.code] != SPACE;
+        return c.state == Character::WHOLE && class_of[c.code] != CharacterClass::SPACE;
     };
     auto is_solid_before = [&](size_t end) {
         size_t first = end - 1;
@@ -179,68 +209,45 @@ class Tokenizer {
 public:
     std::string path;  // "": bytes
     uint32_t crc = 0;  // of its file
-    Split split = Split::BYTES;
-    int specials = 0;  // the last of the V entries; an empty one is an id that nothing has
 
-    // Bytes: every byte is its own token, V = 256.
+    // Bytes: each byte is its own token, V = 256.
     Tokenizer() {
-        for (int b = 0; b < 256; b++) add(std::string(1, char(b)));
-        index_ranks();
+        header.word[H_V] = 256;
+        for (int b = 0; b < 256; b++) body += {'\1', '\0', char(b)};
+        read_tokens();
     }
+    Tokenizer(Tokenizer&&) =
+        default;  // moving leaves the tokens, into which `ids` points, where they are; a copy would not
+    Tokenizer& operator=(Tokenizer&&) = default;
 
     static Tokenizer read(const std::string& path) {
         FileReader in(path, FILE_TOKENIZER);
-        Tokenizer t((Nothing()));
-        int V = in.header.word[H_V], split = in.header.word[H_SPLIT];
-        t.path = path, t.specials = in.header.word[H_SPECIALS], t.split = Split(split);
-        auto damaged = [&](const std::string& what) { fail("%s: %s; the file is damaged", path, what); };
-        if (V < 256 || V > MAX_V) damaged(format("V must be from 256 to %d and is %d", MAX_V, V));
-        if (split < 0 || split > 3) damaged(format("its split must be from 0 to 3 and is %d", split));
-        if (t.specials < 0 || t.specials > V - 256)
-            damaged(format("it must have 0 to %d special tokens and has %d", V - 256, t.specials));
-        if (t.split == Split::BYTES && V - t.specials != 256)
-            damaged(format("without a split it must have 256 tokens beside the special ones and has %d",
-                           V - t.specials));
-        std::string body(in.body, '\0');
-        in.read(body.data(), body.size());
+        Tokenizer t;
+        t.path = path, t.header = in.header;
+        t.body.resize(in.body_bytes);
+        in.read(t.body.data(), t.body.size());
         t.crc = in.finish();
-        std::string_view left = body;
-        for (int id = 0; id < V; id++) {
-            size_t bytes = left.size() < 2 ? SIZE_MAX : uint8_t(left[0]) | size_t(uint8_t(left[1])) << 8;
-            if (left.size() < 2 || left.size() - 2 < bytes) damaged(format("it ends within token %d of %d", id, V));
-            t.add(left.substr(2, bytes));
-            left.remove_prefix(2 + bytes);
-        }
-        if (!left.empty()) damaged(format("%zu bytes are left after its %d tokens", left.size(), V));
-        if (std::string fault = t.index_ranks(); !fault.empty()) damaged(fault);
+        if (std::string fault = t.read_tokens(); !fault.empty()) fail("%s: %s; the file is damaged", path, fault);
         return t;
     }
-
     // The bytes of its file.
     std::string file() const {
-        FileHeader h;
-        memcpy(&h.word[H_MAGIC], "KEEL", 4);
-        h.word[H_VERSION] = FILE_VERSION, h.word[H_KIND] = FILE_TOKENIZER;
-        h.word[H_V] = V(), h.word[H_SPLIT] = int32_t(split), h.word[H_SPECIALS] = specials;
-        std::string bytes(reinterpret_cast<const char*>(&h), sizeof h);
-        auto put = [&](auto value) { bytes.append(reinterpret_cast<const char*>(&value), sizeof value); };
-        for (int id = 0; id < V(); id++) put(uint16_t(token(id).size())), bytes += token(id);
-        put(crc32(bytes.data(), bytes.size()));
-        return bytes;
+        return std::string(reinterpret_cast<const char*>(&header), sizeof header) + body +
+               std::string(reinterpret_cast<const char*>(&crc), sizeof crc);
     }
 
-    int V() const { return int(start.size()) - 1; }
-    int ranks() const { return V() - specials; }
-    bool is_special(int id) const { return id >= ranks(); }
-    // The bytes of a token; of a special token its name.
-    std::string_view token(int id) const {
-        return std::string_view(all).substr(start[size_t(id)], start[size_t(id) + 1] - start[size_t(id)]);
-    }
+    bool is_bytes() const { return path.empty(); }
+    Split split() const { return Split(header.word[H_SPLIT]); }
+    int V() const { return header.word[H_V]; }
+    int mergeable() const { return V() - header.word[H_SPECIALS]; }  // ids below are ranks, others special tokens
+    bool is_special(int id) const { return id >= mergeable(); }
+    // The bytes of a token; of a special token its name, "" where nothing has the id.
+    std::string_view token(int id) const { return tokens[size_t(id)]; }
     // Bytes of text that a token stands for.
     size_t text_bytes(int id) const { return is_special(id) ? 0 : token(id).size(); }
-    // The special token before each document, the first that there is; -1: none.
+    // The special token before each document, the first that there is (tiktoken's eot_token, others' bos); -1: none.
     int separator() const {
-        for (int id = ranks(); id < V(); id++)
+        for (int id = mergeable(); id < V(); id++)
             if (!token(id).empty()) return id;
         return -1;
     }
@@ -253,7 +260,7 @@ public:
     // Adds the tokens of a text, in which the name of a special token is text like any other.
     void encode(std::string_view text, std::vector<int>& out) const {
         for (size_t at = 0, end; at < text.size(); at = end) {
-            end = piece_end(split, text, at);
+            end = piece_end(split(), text, at);
             std::string_view piece = text.substr(at, end - at);
             if (int id = find(piece); id >= 0) out.push_back(id);
             else merge(piece, out);
@@ -264,82 +271,100 @@ public:
         size_t from = 0;
         for (size_t at = 0; at < text.size();) {
             int found = -1;
-            for (int id = ranks(); id < V(); id++)
-                if (!token(id).empty() && text.substr(at).starts_with(token(id)) &&
-                    (found < 0 || token(id).size() > token(found).size()))
-                    found = id;
+            size_t longest = 0;
+            for (int id = mergeable(); id < V(); id++)
+                if (token(id).size() > longest && text.substr(at).starts_with(token(id)))
+                    found = id, longest = token(id).size();
             if (found < 0) {
                 at++;
                 continue;
             }
             encode(text.substr(from, at - from), out);
             out.push_back(found);
-            from = at += token(found).size();
+            from = at += longest;
         }
         encode(text.substr(from), out);
     }
 
     // encode by several threads, the same tokens.
-    void encode_parallel(std::string_view text, int threads, std::vector<int>& out) const;
+    void encode_parallel(std::string_view text, int threads, std::vector<int>& out) const {
+        constexpr size_t chunk_bytes = size_t(1) << 20;  // that a thread takes at once, about
+        std::vector<std::string_view> chunks;
+        for (size_t most = chunk_bytes; !text.empty();) {
+            size_t end = most >= text.size() ? text.size() : last_boundary(text.substr(0, most));
+            if (end == 0) {
+                most *= 2;
+                continue;
+            }
+            chunks.push_back(text.substr(0, end));
+            text.remove_prefix(end), most = chunk_bytes;
+        }
+        std::vector<std::vector<int>> ids(chunks.size());
+        std::atomic<size_t> taken = 0;
+        auto work = [&] {
+            for (size_t i; (i = taken++) < chunks.size();) encode(chunks[i], ids[i]);
+        };
+        std::vector<std::future<void>> others;
+        try {
+            for (size_t t = 1; t < std::min(size_t(std::max(1, threads)), chunks.size()); t++)
+                others.push_back(std::async(std::launch::async, work));
+        } catch (const std::system_error&) {  // no more threads
+        }
+        work();
+        for (std::future<void>& other : others) other.get();
+        for (const std::vector<int>& part : ids) out.insert(out.end(), part.begin(), part.end());
+    }
 
 private:
-    std::string all;                 // the bytes of all tokens
-    std::vector<uint32_t> start{0};  // (V+1): where each begins in `all`
-    std::vector<uint64_t> slots;     // of the hash table: the hash's upper half, and the rank + 1; 0: free
-    struct Nothing {};
-    explicit Tokenizer(Nothing) {}
+    FileHeader header;
+    std::string body;                               // of the file
+    std::vector<std::string_view> tokens;           // (V)
+    std::unordered_map<std::string_view, int> ids;  // of the mergeable tokens
 
-    void add(std::string_view bytes) {
-        all += bytes;
-        start.push_back(uint32_t(all.size()));
-    }
-
-    static uint64_t hash(std::string_view s) {
-        uint64_t h = s.size() * 0x9E3779B97F4A7C15u;
-        auto mix = [&](uint64_t word) { h = (h ^ word) * 0xD6E8FEB86659FD93u, h ^= h >> 32; };
-        for (; s.size() >= 8; s.remove_prefix(8)) {
-            uint64_t word;
-            memcpy(&word, s.data(), 8);
-            mix(word);
+    // Takes the tokens from header and body; returns what is wrong with them, or "".
+    std::string read_tokens() {
+        int specials = header.word[H_SPECIALS];
+        if (V() < 256 || V() > MAX_V) return format("V must be from 256 to %d and is %d", MAX_V, V());
+        if (header.word[H_SPLIT] < 0 || split() > Split::LLAMA3)
+            return format("its split must be from 0 to %d and is %d", int(Split::LLAMA3), header.word[H_SPLIT]);
+        if (specials < 0 || specials > V() - 256)
+            return format("it must have 0 to %d special tokens and has %d", V() - 256, specials);
+        if (split() == Split::NONE && mergeable() != 256)
+            return format("without a split it must have 256 mergeable tokens and has %d", mergeable());
+        tokens.clear(), ids.clear();
+        std::string_view left = body;
+        for (int id = 0; id < V(); id++) {
+            uint16_t bytes = 0;
+            memcpy(&bytes, left.data(), std::min(left.size(), sizeof bytes));
+            if (left.size() < sizeof bytes + bytes) return format("it ends within token %d of %d", id, V());
+            tokens.push_back(left.substr(sizeof bytes, bytes));
+            left.remove_prefix(sizeof bytes + bytes);
         }
-        uint64_t word = 0;
-        for (unsigned char c : s) word = word << 8 | c;
-        mix(word);
-        return h * 0x9E3779B97F4A7C15u;
-    }
-
-    // The rank of some bytes; -1 where they are no token.
-    int find(std::string_view bytes) const {
-        uint64_t h = hash(bytes);
-        for (size_t slot = h;; slot++) {
-            uint64_t entry = slots[slot & (slots.size() - 1)];
-            if (entry == 0) return -1;
-            if ((entry ^ h) >> 32 == 0 && token(int(uint32_t(entry)) - 1) == bytes) return int(uint32_t(entry)) - 1;
-        }
-    }
-
-    // Fills the hash table; returns what is wrong with the vocabulary, or "".
-    std::string index_ranks() {
-        slots.assign(std::bit_ceil(2 * size_t(ranks())), 0);
-        for (int id = 0; id < ranks(); id++) {
+        if (!left.empty()) return format("%zu bytes are left after its %d tokens", left.size(), V());
+        ids.reserve(size_t(mergeable()));
+        for (int id = 0; id < mergeable(); id++) {
             if (token(id).empty()) return format("token %d is empty", id);
-            if (int other = find(token(id)); other >= 0) return format("tokens %d and %d are the same", other, id);
-            uint64_t h = hash(token(id));
-            size_t slot = h;
-            while (slots[slot & (slots.size() - 1)]) slot++;
-            slots[slot & (slots.size() - 1)] = h >> 32 << 32 | uint32_t(id + 1);
+            if (auto [at, is_new] = ids.emplace(token(id), id); !is_new)
+                return format("tokens %d and %d are the same", at->second, id);
         }
         for (int b = 0; b < 256; b++)
-            if (char c = char(b); find({&c, 1}) < 0) return format("no token is the byte %d", b);
+            if (find(std::string(1, char(b))) < 0) return format("no token is the byte %d", b);
         std::set<std::string_view> names;
-        for (int id = ranks(); id < V(); id++)
+        for (int id = mergeable(); id < V(); id++)
             if (!token(id).empty() && !names.insert(token(id)).second)
                 return format("token %d has the name of another special token", id);
         return "";
     }
 
-    // Adds the tokens of a piece that is not a token itself. The parts are a linked list over the bytes at which they
-    // start; the pairs wait in a heap, where one whose parts have changed is passed over.
+    // The rank of some bytes; -1 where they are no token.
+    int find(std::string_view bytes) const {
+        auto at = ids.find(bytes);
+        return at == ids.end() ? -1 : at->second;
+    }
+
+    // Adds the tokens of a piece that is not a token itself. A piece may be a megabyte of one letter, where to look at
+    // all pairs after each merge would take quadratic time. So the pairs wait in a heap. The parts are a linked list
+    // over the bytes at which they start, and a pair of which a part has been merged since is passed over.
     void merge(std::string_view piece, std::vector<int>& out) const {
         struct Pair {
             int rank;
@@ -347,51 +372,25 @@ private:
             bool operator<(const Pair& o) const { return rank != o.rank ? rank > o.rank : first > o.first; }
         };
         size_t n = piece.size();
-        std::vector<size_t> next(n + 1), before(n + 1);
-        std::vector<bool> alive(n + 1, true);
+        std::vector<size_t> next(n + 1), previous(n + 1);
         std::priority_queue<Pair> pairs;
-        auto offer = [&](size_t first) {
+        auto push_pair = [&](size_t first) {
             if (next[first] >= n) return;
             size_t end = next[next[first]];
             if (int rank = find(piece.substr(first, end - first)); rank >= 0) pairs.push({rank, first, end});
         };
-        for (size_t i = 0; i <= n; i++) next[i] = i + 1, before[i] = i - 1;
-        for (size_t i = 0; i + 1 < n; i++) offer(i);
+        for (size_t i = 0; i <= n; i++) next[i] = i + 1, previous[i] = i - 1;
+        for (size_t i = 0; i + 1 < n; i++) push_pair(i);
         while (!pairs.empty()) {
             auto [rank, first, end] = pairs.top();
             pairs.pop();
-            if (!alive[first] || next[first] >= n || next[next[first]] != end) continue;
-            alive[next[first]] = false;
-            next[first] = end, before[end] = first;
-            offer(first);
-            if (first > 0) offer(before[first]);
+            size_t middle = next[first];
+            if (next[middle] != end) continue;
+            next[middle] = n;  // no part starts here any more: n, whose next is no pair's end
+            next[first] = end, previous[end] = first;
+            push_pair(first);
+            if (first > 0) push_pair(previous[first]);
         }
         for (size_t i = 0; i < n; i = next[i]) out.push_back(find(piece.substr(i, next[i] - i)));
     }
 };
-
-inline void Tokenizer::encode_parallel(std::string_view text, int threads, std::vector<int>& out) const {
-    constexpr size_t piece = size_t(1) << 20;  // bytes that a thread takes at once, about
-    std::vector<std::string_view> chunks;
-    while (!text.empty()) {
-        size_t end = text.size() <= piece ? text.size() : last_cut(text.substr(0, piece));
-        for (size_t most = 2 * piece; end == 0; most *= 2)  // no place to cut so far
-            end = most >= text.size() ? text.size() : last_cut(text.substr(0, most));
-        chunks.push_back(text.substr(0, end));
-        text.remove_prefix(end);
-    }
-    std::vector<std::vector<int>> tokens(chunks.size());
-    std::atomic<size_t> taken = 0;
-    auto work = [&] {
-        for (size_t i; (i = taken++) < chunks.size();) encode(chunks[i], tokens[i]);
-    };
-    std::vector<std::future<void>> others;
-    try {
-        for (size_t t = 1; t < std::min(size_t(std::max(1, threads)), chunks.size()); t++)
-            others.push_back(std::async(std::launch::async, work));
-    } catch (const std::system_error&) {  // no more threads
-    }
-    work();
-    for (std::future<void>& other : others) other.get();
-    for (const std::vector<int>& part : tokens) out.insert(out.end(), part.begin(), part.end());
-}

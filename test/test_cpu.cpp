@@ -843,8 +843,8 @@ TEST_SUITE("sampling") {
 
     TEST_CASE("Prompts are bytes for a byte vocabulary and ids for others") {
         const Tokenizer bytes;
-        auto tokens = [](const char* prompt, const Tokenizer* meaning, int V) {
-            return prompt_tokens(parse_command_line(3, std::array{"train", "--prompt", prompt}.data()), meaning, V);
+        auto tokens = [](const char* prompt, const Tokenizer* tokenizer, int V) {
+            return prompt_tokens(parse_command_line(3, std::array{"train", "--prompt", prompt}.data()), tokenizer, V);
         };
         CHECK(tokens("ab\n", &bytes, 256) == std::vector<int>{'a', 'b', '\n'});
         CHECK(prompt_tokens({}, &bytes, 256) == std::vector<int>{'\n'});

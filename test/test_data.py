@@ -555,7 +555,7 @@ class Libraries(Case):
             cuts = 0
             for text in self.strings(3000):
                 data = text.encode()
-                place = shards.last_cut(data)
+                place = shards.last_boundary(data)
                 cuts += place > 0
                 parts = encoding.encode_ordinary(data[:place].decode()) + encoding.encode_ordinary(data[place:].decode())
                 self.assertEqual(parts, encoding.encode_ordinary(text), (split, text, place))

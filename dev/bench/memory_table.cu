@@ -7,7 +7,7 @@ namespace {
 double gib(size_t bytes) { return double(bytes) / double(size_t(1) << 30); }
 
 int memory_table(const Options& o, double memory_gib) {
-    RunConfig run = resolve_run(o, nullptr, {GPT2_VOCABULARY});
+    RunConfig run = resolve_run(o, nullptr, {shard_formats[0].V});
     const ModelConfig& c = run.model;
     size_t available = size_t(memory_gib * double(size_t(1) << 30));
     ParameterLayout layout(c);

@@ -16,7 +16,7 @@ void fuzz(const unsigned char* data, size_t size) {
     if (run.total_batch % run.T || run.batch_sequences() < 1 || (run.B && run.accumulation() < 1)) abort();
     if (double lr = learning_rate(run, 1); !std::isfinite(lr)) abort();
     learning_rate(run, run.steps), learning_rate(run, run.steps / 2);
-    prompt_tokens(o, nullptr, GPT2_VOCABULARY);
+    prompt_tokens(o, nullptr, shard_formats[0].V);
 }
 
 std::vector<Bytes> seeds() {

@@ -18,7 +18,7 @@ void fuzz(const unsigned char* data, size_t size) {
     std::string path = file_of(file, shard ? ".bin" : ".txt");
     TokenSource source({path}, "-i");
     std::vector<int> tokens(source.count);
-    source.read(0, source.count, data[0] & 8 ? GPT2_VOCABULARY : 65536, tokens.data());
+    source.read(0, source.count, data[0] & 8 ? shard_formats[0].V : 65536, tokens.data());
     Loader loader(source, 0, source.count, 4, 65536, 1, data[0] & 16);
     if (loader.sequences_per_epoch() == 0) return;
     int batch[2][8];

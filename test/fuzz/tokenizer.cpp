@@ -62,18 +62,19 @@ void fuzz(const unsigned char* data, size_t size) {
     std::vector<int> tokens, parts, prompt;
     t.encode(text, tokens);
     require(t.decode(tokens) == text);
-    for (int token : tokens) require(token >= 0 && token < t.ranks());
-    size_t cut = last_cut(text);
+    for (int token : tokens) require(token >= 0 && token < t.mergeable());
+    size_t cut = last_boundary(text);
     t.encode(text.substr(0, cut), parts), t.encode(text.substr(cut), parts);
     require(parts == tokens);
     t.encode_with_specials(text, prompt);
     require(t.decode(prompt) == text && prompt.size() <= text.size());
 
     TextStream whole, single;
-    std::string shown;
+    std::string shown, at_once = whole.add(text);
+    at_once += whole.finish();
     for (char c : text) shown += single.add({&c, 1});
-    shown += single.add("", true);
-    require(shown == whole.add(text, true));
+    shown += single.finish();
+    require(shown == at_once);
     for (std::string_view left = shown; !left.empty();) {  // UTF-8 without control characters
         Character c = character_at(left);
         require(c.state == Character::WHOLE && (c.code >= 0xA0 || (c.code >= ' ' && c.code < 0x7F) || c.code == '\n' ||
