@@ -193,6 +193,8 @@ public:
         if (split < 0 || split > 3) damaged(format("its split must be from 0 to 3 and is %d", split));
         if (t.specials < 0 || t.specials > V - 256)
             damaged(format("it must have 0 to %d special tokens and has %d", V - 256, t.specials));
+        if (t.split == Split::BYTES && V - t.specials != 256)
+            damaged(format("without a split it must have 256 tokens beside special ones and has %d", V - t.specials));
         std::string body(in.body, '\0');
         in.read(body.data(), body.size());
         t.crc = in.finish();
