@@ -610,7 +610,7 @@ TEST_CASE("What is neither text nor a shard is named with the command that makes
         CHECK_MESSAGE((error.starts_with(path + ": ") && error.find(says) != error.npos), error);
     }
     // Text in any encoding that leaves ASCII as it is; a byte order mark of UTF-8 is text.
-    for (const char* text : {"\xE9t\xE9", "\xEF\xBB\xBFtext", "B", "KEE", "%PD", "P"})
+    for (const char* text : {"\xE9t\xE9", "\xEF\xBB\xBFtext", "B", "KEEL, a trainer", "%PD", "P"})
         CHECK(TokenSource({place.file("h.txt", text)}, "-i").count == strlen(text));
 }
 
