@@ -1041,7 +1041,7 @@ inline const ForeignFormat foreign_formats[] = {
     {"PAR1",               "Parquet",        "python3 data/tokenizer.py encode -t TOKENIZER -o DIR FILE"},
     {"\x93NUMPY",          "NumPy's .npy",   "python3 data/shards.py convert -o DIR FILE"},
     {"BIN.TOK\n",          "LLM.Q's tokens", "python3 data/shards.py convert -o DIR FILE"},
-    {"KEEL",               "a file of a KEEL trainer", "python3 dev/keel_file.py FILE, which says of which kind"},
+    {{"KEEL\1\0\0\0", 8},  "a file of a KEEL trainer", "python3 dev/keel_file.py FILE, which says of which kind"},
 };
 // clang-format on
 

@@ -220,8 +220,8 @@ TEST_CASE("Splits: the pieces of chosen texts are those of GPT-2, cl100k and Lla
     const Row rows[] = {
         {"Hello| world|!", "", ""},
         {"don|'t| DON|'|T| we|'ll|'ve|'re|'d|'m|'s", "don|'t| DON|'T| we|'ll|'ve|'re|'d|'m|'s", ""},
-        {"'|LL|'|Ve|'|rE|'s|a", "'LL|'Ve|'rE|'s|a", ""},
-        {"'|\u017F|'|\u212A", "'\u017F|'\u212A", ""},  // the long s is an s, the Kelvin sign no contraction
+        {"'|LLa|'|Vea|'|rEa|'s|a|'|Ta", "'LL|a|'Ve|a|'rE|a|'s|a|'T|a", ""},
+        {"'|\u017Fa|'|\u212Aa", "'\u017F|a|'\u212Aa", ""},  // the long s is an s, the Kelvin sign no contraction
         {"''|s| '|s", "''|s| '|s", ""},
         {"12345| 6789|a|1", "123|45| |678|9|a|1", ""},
         {"½²٣٤|x|Ⅷ", "½²٣|٤|x|Ⅷ", ""},
@@ -521,6 +521,7 @@ TEST_CASE("A vocabulary that no encoder can use is refused with what is wrong in
         {"special tokens and has -1", [](Entries&, Split&, int& s) { s = -1; }},
         {"special tokens and has 2147483647", [](Entries&, Split&, int& s) { s = INT_MAX; }},
         {"its split must be from 0 to 3 and is 4", [](Entries&, Split& split, int&) { split = Split(4); }},
+        {"without a split it must have 256 tokens", [](Entries&, Split& split, int&) { split = Split::BYTES; }},
         {"its split must be from 0 to 3 and is -1", [](Entries&, Split& split, int&) { split = Split(-1); }},
     };
     for (const Row& row : rows) {
@@ -612,7 +613,7 @@ TEST_CASE("What is neither text nor a shard is named with the command that makes
         CHECK_MESSAGE((error.starts_with(path + ": ") && error.find(says) != error.npos), error);
     }
     // Text in any encoding that leaves ASCII as it is; a byte order mark of UTF-8 is text.
-    for (const char* text : {"\xE9t\xE9", "\xEF\xBB\xBFtext", "B", "KEE", "%PD", "P"})
+    for (const char* text : {"\xE9t\xE9", "\xEF\xBB\xBFtext", "B", "KEEL, a trainer", "%PD", "P"})
         CHECK(TokenSource({place.file("h.txt", text)}, "-i").count == strlen(text));
 }
 

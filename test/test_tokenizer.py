@@ -32,7 +32,7 @@ STRINGS = int(os.environ.get("STRINGS") or (200_000 if suite.LONG else 20_000))
 # Text that most machines have: this repository, Python's library, packages' documents, locales, translated messages.
 FOLDERS = [ROOT / folder for folder in ("data", "dev", "keel", "test")] + [
     sysconfig.get_path("stdlib"), *(f"/usr/share/{name}" for name in ("doc", "i18n", "locale", "perl", "man"))]
-TEXTS = [folder for pattern in os.environ["TEXTS"].split(":") for folder in sorted(glob.glob(pattern))] if os.environ.get("TEXTS") else FOLDERS
+TEXTS = [folder for pattern in os.environ.get("TEXTS", "").split(":") for folder in sorted(glob.glob(pattern))] or FOLDERS
 BATCH = 1000  # texts or strings that a library gets at once
 
 # ------------------------------------------------------------------------------------------------
@@ -193,8 +193,9 @@ def compare(name, tok, folder, peer, made):
             if found != expected:
                 at = next((i for i, (a, b) in enumerate(zip(found, expected)) if a != b), min(len(found), len(expected)))
                 before = len(b"".join(map(tok.table.__getitem__, found[:at])))
-                raise AssertionError(f"{name}, beside {text.encode()[max(0, before - 40) : before + 40].decode(errors='replace')!r}: {peer} has"
-                                     f" {[tok.table[i] for i in expected[at:][:5]]}, the trainers {[tok.table[i] for i in found[at:][:5]]}")
+                beside = text.encode()[max(0, before - 40) : before + 40].decode(errors="replace")
+                raise AssertionError(f"{name}, beside {beside!r}: {peer} has {[tok.table[i] for i in expected[at:][:5]]},"
+                                     f" the trainers {[tok.table[i] for i in found[at:][:5]]}")
 
     for text in made():
         batch.append(text)
