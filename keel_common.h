@@ -127,6 +127,14 @@ inline size_t round_up(size_t n, size_t multiple) { return (n + multiple - 1) / 
 
 inline std::string errno_text() { return strerror(errno); }
 
+// A path as a shell reads it back: 'my text.txt'
+inline std::string quoted(const std::string& path) {
+    if (path.find_first_of(" \t\n'\"\\$`*?[]()<>|&;!#~{}") == path.npos) return path;
+    std::string text = "'";
+    for (char c : path) text += c == '\'' ? "'\\''" : std::string(1, c);
+    return text + "'";
+}
+
 // "process 1234 on node7"
 inline std::string process_name() {
     char host[128] = "?";
@@ -1032,16 +1040,16 @@ inline const ForeignFormat foreign_formats[] = {
     {{"\xFF\xFE\0\0", 4},  "UTF-32",         "iconv -f UTF-32 -t UTF-8 FILE > text.txt"},
     {"\xFF\xFE",           "UTF-16",         "iconv -f UTF-16 -t UTF-8 FILE > text.txt"},
     {"\xFE\xFF",           "UTF-16",         "iconv -f UTF-16 -t UTF-8 FILE > text.txt"},
-    {"\x1F\x8B",           "gzip",           "gunzip -k FILE"},
-    {"BZh91AY&SY",         "bzip2",          "bunzip2 -k FILE"},
-    {"\xFD""7zXZ",          "xz",             "unxz -k FILE"},
-    {"\x28\xB5\x2F\xFD",   "Zstandard",      "unzstd FILE"},
+    {"\x1F\x8B",           "gzip",           "gzip -dc FILE > text.txt"},
+    {"BZh91AY&SY",         "bzip2",          "bzip2 -dc FILE > text.txt"},
+    {"\xFD""7zXZ",          "xz",             "xz -dc FILE > text.txt"},
+    {"\x28\xB5\x2F\xFD",   "Zstandard",      "zstd -dc FILE > text.txt"},
     {"PK\x03\x04",         "zip",            "unzip FILE"},
     {"%PDF-",              "PDF",            "pdftotext FILE"},
-    {"PAR1",               "Parquet",        "python3 data/tokenizer.py encode -t TOKENIZER -o DIR FILE"},
+    {"PAR1\x15",           "Parquet",        "python3 data/tokenizer.py encode -t TOKENIZER -o DIR FILE"},
     {"\x93NUMPY",          "NumPy's .npy",   "python3 data/shards.py convert -o DIR FILE"},
     {"BIN.TOK\n",          "LLM.Q's tokens", "python3 data/shards.py convert -o DIR FILE"},
-    {{"KEEL\1\0\0\0", 8},  "a file of a KEEL trainer", "python3 dev/keel_file.py FILE, which says of which kind"},
+    {{"KEEL\1\0\0\0", 8},  "a file of a KEEL trainer", "python3 dev/keel_file.py FILE"},
 };
 // clang-format on
 
@@ -1051,7 +1059,7 @@ inline void refuse_foreign(const std::string& path, std::string_view head) {
     for (const ForeignFormat& f : foreign_formats)
         if (head.starts_with(f.start)) {
             std::string command = f.command;
-            command.replace(command.find("FILE"), 4, path);
+            command.replace(command.find("FILE"), 4, quoted(path));
             fail("%s: expected text or a .bin shard, found %s; use: %s", path, f.name, command);
         }
     int32_t word[2] = {};
@@ -1059,11 +1067,17 @@ inline void refuse_foreign(const std::string& path, std::string_view head) {
     if (path.ends_with(".bin"))
         fail("%s: expected a token shard (magic %d, version %d), found %d, %d; if it is nanoGPT's, without a header, "
              "use: python3 data/shards.py convert -o DIR %s",
-             path, shard_formats[0].magic, shard_formats[0].version, word[0], word[1], path);
+             path, shard_formats[0].magic, shard_formats[0].version, word[0], word[1], quoted(path));
+    std::string ending = std::filesystem::path(path).extension();
+    for (char& c : ending) c = char(tolower((unsigned char)c));
+    if (ending == ".jsonl" || ending == ".ndjson")
+        fail("%s: expected text or a .bin shard, found JSON lines; use: python3 data/tokenizer.py encode -t TOKENIZER "
+             "-o DIR %s",
+             path, quoted(path));
     if (size_t zero = head.find('\0'); zero != head.npos)
-        fail("%s: expected text, found a zero byte at %zu; if it is UTF-16, use: iconv -f UTF-16LE -t UTF-8 %s > "
+        fail("%s: expected text, found a zero byte at %zu; if it is UTF-16, use: iconv -f UTF-16%s -t UTF-8 %s > "
              "text.txt",
-             path, zero, path);
+             path, zero, zero % 2 ? "LE" : "BE", quoted(path));
 }
 
 struct TokenFile {
@@ -1088,7 +1102,8 @@ public:
     TokenSource(const std::vector<std::string>& paths, const char* flag) {
         pattern = paths.size() == 1 ? paths[0] : format("%zu files", paths.size());
         std::vector<std::string> names = paths;
-        if (paths.size() == 1 && paths[0].find_first_of("*?[") != std::string::npos) {
+        if (paths.size() == 1 && paths[0].find_first_of("*?[") != std::string::npos &&
+            access(paths[0].c_str(), F_OK) != 0) {
             glob_t matches{};
             names.clear();
             if (::glob(paths[0].c_str(), 0, nullptr, &matches) == 0)
@@ -1149,7 +1164,8 @@ private:
             if (header[0] == f.magic && header[1] == f.version) shard = &f;
         if (!shard) refuse_foreign(path, head);
         if (shard && !path.ends_with(".bin"))
-            fail("%s: expected a token shard's name to end in .bin; use: mv %s %s.bin", path, path, path);
+            fail("%s: expected a token shard's name to end in .bin; use: mv %s %s", path, quoted(path),
+                 quoted(path + ".bin"));
         auto kind = [](const ShardFormat* f) {
             return f ? format("a shard of %d-byte tokens", f->token_bytes) : "text";
         };

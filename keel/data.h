@@ -9,10 +9,11 @@
 
 // A tokenizer lies under this name beside the models of a run and beside the shards that it has written.
 inline std::string tokenizer_path(const std::string& folder) { return folder + "/tokenizer.bin"; }
-inline std::string folder_of(const std::string& file) { return std::filesystem::absolute(file).parent_path(); }
+inline std::string folder_of(const std::string& file) { return std::filesystem::weakly_canonical(file).parent_path(); }
 
 // The tokenizer of --tokenizer; else the one beside the model of -e or the state of -y, which names its own by its
-// CRC-32; else the one beside shards; else bytes. init: that model or state, or null. shards: their folder, or "".
+// CRC-32; else the one in the folder of -y, whose run has no checkpoint yet, or beside shards; else bytes. init: that
+// model or state, or null. shards: their folder, or "".
 inline Tokenizer open_tokenizer(const Options& o, const FileReader* init, const std::string& shards) {
     std::string path = o.tokenizer;
     ModelConfig model = init ? init->header.model() : ModelConfig{};
@@ -23,8 +24,9 @@ inline Tokenizer open_tokenizer(const Options& o, const FileReader* init, const 
                  "give it by --tokenizer FILE",
                  model.tokenizer, init->path, path);
     }
-    if (path.empty() && !init && !shards.empty() && access(tokenizer_path(shards).c_str(), F_OK) == 0)
-        path = tokenizer_path(shards);
+    for (const std::string& folder : {o.resume ? o.out : "", shards})
+        if (path.empty() && !init && !folder.empty() && access(tokenizer_path(folder).c_str(), F_OK) == 0)
+            path = tokenizer_path(folder);
     if (path.empty()) return {};
     Tokenizer t = Tokenizer::read(path);
     if (model.tokenizer && model.tokenizer != t.crc)
@@ -32,7 +34,7 @@ inline Tokenizer open_tokenizer(const Options& o, const FileReader* init, const 
              "give that one",
              model.tokenizer, init->path, path, t.crc);
     if (init && model.V != t.V())
-        fail("--tokenizer: expected V = %d as in %s, found %d tokens in %s; give the one it was trained with", model.V,
+        fail("--tokenizer: expected V = %d as in %s, found %d tokens in %s; give its own, or leave it out", model.V,
              init->path, t.V(), path);
     return t;
 }
@@ -40,11 +42,14 @@ inline Tokenizer open_tokenizer(const Options& o, const FileReader* init, const 
 // The tokenizer of a model's tokens; null where what they mean is not known, as of shards without a tokenizer.
 inline const Tokenizer* tokenizer_of_model(const Tokenizer& t, int V) { return t.V() == V ? &t : nullptr; }
 
-// Encodes the files of a text source, each of them a document. The tokens stay in memory.
-inline void encode_source(TokenSource& source, const Tokenizer& t, int threads) {
+// Encodes the files of a text source, each of them a document. The tokens stay in memory, in that of each of the
+// machine's local_ranks.
+inline void encode_source(TokenSource& source, const Tokenizer& t, int local_ranks) {
     constexpr size_t block = size_t(64) << 20;  // bytes
+    const int threads = int(std::thread::hardware_concurrency()) / std::max(1, local_ranks);
     auto tokens = std::make_shared<std::vector<int>>();
     size_t bytes = source.count, done = 0;
+    bool told = false;
     for (const TokenFile& file : source.files) {
         std::unique_ptr<FILE, CloseFile> in(fdopen(TokenSource::open_file(file.path), "rb"));
         if (t.separator() >= 0) tokens->push_back(t.separator());
@@ -57,16 +62,26 @@ inline void encode_source(TokenSource& source, const Tokenizer& t, int threads) 
             text.resize(had + got);
             size_t end = more ? last_boundary(text) : text.size();
             if (more && end == 0) continue;  // a block that cannot be divided
-            t.encode_parallel(std::string_view(text).substr(0, end), threads, *tokens);
+            std::string_view part = std::string_view(text).substr(0, end);
+            if (size_t zero = part.find('\0'); zero != part.npos)
+                fail("%s: expected text, found a zero byte at %zu; train on text alone", file.path,
+                     done - file.first + zero);
+            size_t valid = had == 0 ? valid_utf8(part.substr(0, size_t(1) << 20)) : SIZE_MAX;
+            if (valid < std::min(part.size(), size_t(1) << 20) && !std::exchange(told, true))
+                print("note       %s is not UTF-8 at byte %zu: what is not becomes tokens of single bytes; if it is "
+                      "Latin-1, use: iconv -f LATIN1 -t UTF-8 %s > text.txt\n",
+                      file.path, valid, quoted(file.path));
+            t.encode_parallel(part, threads, *tokens);
             text.erase(0, end), done += end;
             size_t left = size_t(double(tokens->size()) / double(done) * double(bytes - std::min(bytes, done)));
             if (tokens->capacity() - tokens->size() >= left) continue;
             // Growing keeps the old array until the new one is filled.
             size_t needed = (tokens->size() + left) * sizeof(int);
-            if (needed > available_memory())
+            size_t available = available_memory() / size_t(std::max(1, local_ranks));
+            if (needed > available)
                 fail("%s: its tokens need %s of memory, found %s; write shards: python3 data/tokenizer.py encode -t %s "
                      "-o DIR FILES",
-                     source.pattern, bytes_text(double(needed)), bytes_text(double(available_memory())), t.path);
+                     source.pattern, bytes_text(double(needed)), bytes_text(double(available)), quoted(t.path));
             tokens->reserve(tokens->size() + left + left / 8);
         }
         if (ferror(in.get())) fail("%s: could not be read to its end (%s)", file.path, errno_text());
@@ -167,8 +182,8 @@ struct DataSplit {
     size_t text_bytes = 0, text_tokens = 0;  // what the tokenizer has encoded
     double encode_seconds = 0;
 
-    // init: as in open_tokenizer. threads: to encode text with.
-    explicit DataSplit(const Options& o, const FileReader* init = nullptr, int threads = 1)
+    // init: as in open_tokenizer. local_ranks: as in encode_source.
+    explicit DataSplit(const Options& o, const FileReader* init = nullptr, int local_ranks = 1)
         : programs{o.train.size() == 1 ? HopPrograms::parse(o.train[0]) : 0} {
         if (!programs.hops) train = open_training_data(o);
         tokenizer = open_tokenizer(o, init, train.shards ? folder_of(train.files[0].path) : "");
@@ -183,7 +198,7 @@ struct DataSplit {
             train.pattern = o.train[0];
             return;
         }
-        encode(train, threads);
+        encode(train, local_ranks);
         if (o.val.empty()) {
             val = train;
             val_start = train_count = train.count - train.count / 10;
@@ -194,7 +209,7 @@ struct DataSplit {
         if ((val.shards == nullptr) != (train.shards == nullptr))
             fail("-j: expected %s like -i, found %s", train.shards ? "shards" : "text", val.shards ? "shards" : "text");
         if (val.same_file(train)) fail("-j: a file is in -i as well; validate on data that training never sees");
-        encode(val, threads);
+        encode(val, local_ranks);
         train_count = train.count, val_count = val.count;
     }
     Vocabulary vocabulary() const {
@@ -267,11 +282,11 @@ struct DataSplit {
     }
 
 private:
-    void encode(TokenSource& source, int threads) {
+    void encode(TokenSource& source, int local_ranks) {
         if (source.shards || tokenizer.is_bytes()) return;
         double begin = seconds();
         text_bytes += source.count;
-        encode_source(source, tokenizer, threads);
+        encode_source(source, tokenizer, local_ranks);
         text_tokens += source.count, encode_seconds += seconds() - begin;
     }
 };

@@ -223,7 +223,7 @@ public:
                 auto commas = [](const std::string& text) { return std::count(text.begin(), text.end(), ','); };
                 // Columns that an older program did not know are empty.
                 size_t missing = size_t(std::max<ptrdiff_t>(0, commas(columns) - commas(line)));
-                kept += line.substr(0, line.size() - 1) + std::string(missing, ',') + "\n";
+                kept += line.substr(0, line.find_last_not_of("\r\n") + 1) + std::string(missing, ',') + "\n";
             });
         // It is on the disk before a row is added: no crash may bring the old file back.
         replace_file(path, kept, "free some space or give another -o");

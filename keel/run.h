@@ -180,8 +180,7 @@ private:
     }
 
     void resolve() {
-        int threads = int(std::thread::hardware_concurrency()) / std::max(1, session.launch.local_ranks);
-        data = std::make_unique<DataSplit>(o, init.get(), threads);
+        data = std::make_unique<DataSplit>(o, init.get(), session.launch.local_ranks);
         if (int hops = resume_from ? init->header.word[H_HOPS] : data->programs.hops; hops != data->programs.hops) {
             auto kind = [](int k) { return k ? format("hops:%d", k) : std::string("files"); };
             fail("-i: expected %s as in the checkpoint, found %s; give the same data", kind(hops),
@@ -327,15 +326,20 @@ private:
                  o.out, errno_text());
     }
 
-    // Leaves the tokenizer beside the models, which are worth little without it.
+    // Leaves the tokenizer beside the models, which are worth little without it, in place of a damaged one.
     void keep_tokenizer() const {
         const Tokenizer& t = data->tokenizer;
         std::string path = tokenizer_path(o.out);
-        if (t.is_bytes()) return;
-        if (access(path.c_str(), F_OK) != 0) replace_file(path, t.file(), "free some space or give another -o");
-        else if (uint32_t there = Tokenizer::read(path).crc; there != t.crc)
-            fail("-o: expected no tokenizer but %s, of CRC-32 %08x, found %s of %08x; give another folder", t.path,
-                 t.crc, path, there);
+        std::optional<uint32_t> found;  // the CRC-32 of a whole one
+        try {
+            found = Tokenizer::read(path).crc;
+        } catch (const Error&) {}
+        if (found && *found != t.crc && !(t.is_bytes() && resume_from))
+            fail("-o: expected no tokenizer but the run's own, found %s of CRC-32 %08x; give it by --tokenizer, or "
+                 "give "
+                 "another folder",
+                 path, *found);
+        if (!found && !t.is_bytes()) replace_file(path, t.file(), "free some space or give another -o");
     }
 
     void open_checkpoints() {

@@ -41,6 +41,8 @@ inline std::vector<int> prompt_tokens(const Options& o, const Tokenizer* tokeniz
     for (const ShardFormat& f : shard_formats)
         if (!given && f.V == V) return {f.separator};
     if (!given) return {V - 1};
+    if (prompt.find_first_not_of("0123456789,") != prompt.npos)
+        fail("--prompt: expected token ids such as 15496,995, as no --tokenizer says what text is, found '%s'", prompt);
     for (size_t at = 0; at <= prompt.size();) {
         size_t comma = std::min(prompt.find(',', at), prompt.size());
         tokens.push_back(int(parse_integer("--prompt", prompt.substr(at, comma - at), 0, V - 1)));

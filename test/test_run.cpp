@@ -1036,7 +1036,7 @@ TEST_SUITE("tokenizers") {
         p.fails({"./train_keel_cpu", "-e", p / "tok.bin", "--prompt", "a"}, {"expected a model", "found a tokenizer"});
         Words hops = p.tiny(tokenizer);
         hops[2] = "hops:1";
-        p.fails(hops, {"--tokenizer", "hops:1", p / "tok.bin"});
+        p.fails(hops, {"-i", "hops:1", p / "tok.bin"});
         // a model of shards whose vocabulary is not known takes no text as bytes, but its tokenizer, once it is there
         spill(p / "s.bin", shard(Tokenizer::read(p / "tok.bin"), slurp(p.text), shard_formats[0]));
         Words shards = p.tiny({"-o", p / "unknown"});
