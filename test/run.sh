@@ -65,7 +65,7 @@ suite 25 test/test_build.sh
 suite 60 build/test_run
 suite 5/15 build/test_faults
 suite 40/150 build/crash_test
-suite 4/40 build/test_tokenizer
+suite 4/90 build/test_tokenizer
 suite 5 build/test_cpu_fp32
 suite 8 build/test_cpu_fp64
 suite 65/130 build/test_gpu_bf16_on_cpu

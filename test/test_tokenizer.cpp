@@ -318,7 +318,7 @@ TEST_CASE("A text may be cut where last_boundary says: the tokens of both parts 
 
 TEST_CASE("Several threads find the tokens that one finds, wherever line ends and wide spaces fall") {
     std::mt19937 random(4);
-    const size_t bytes = size_t(lean(2.2, 12.0) * (1 << 20));
+    const size_t bytes = size_t(lean(2.2, 4.0) * (1 << 20));
     std::vector<std::string> texts(5);
     std::string some = random_text(random, 4000);
     for (size_t i = 0; texts[0].size() < bytes; i++) texts[0] += some.substr(random() % some.size(), 200);
@@ -330,9 +330,10 @@ TEST_CASE("Several threads find the tokens that one finds, wherever line ends an
         texts[4] += format("%zu %s", i, i % 100000 ? "\n " : "\n");
     for (const SlowTokenizer& v : tokenizers()) {
         if (!long_tests() && &v != &cl100k()) continue;
+        if (&v - tokenizers().data() == 2 * int(v.tokenizer.split) + 1) continue;  // the order of ranks changes no cut
         for (const std::string& text : texts) {
             Tokens expected = v.encode(text);
-            for (int threads : long_tests() ? Tokens{1, 2, 3, 4, 5, 6, 7, 8} : Tokens{3}) {
+            for (int threads : long_tests() ? Tokens{1, 2, 3, 8} : Tokens{3}) {
                 Tokens found = {-5};
                 v.tokenizer.encode_parallel(text, threads, found);
                 CHECK(found[0] == -5);
@@ -553,14 +554,18 @@ TEST_CASE("Text files are documents: in the order given, each behind the separat
     Place place;
     std::mt19937 random(6);
     std::vector<std::string> names, texts = {training_text(), "\u3000 x\n", random_text(random, 500), " \n"};
-    if (long_tests()) {  // more than a block of 2^26 bytes: one without a place to cut, one with many
-        texts.push_back(std::string((size_t(1) << 26) + 1000, ' '));
-        texts.emplace_back();
-        while (texts.back().size() < (size_t(1) << 26) + (1 << 20)) texts.back() += random_text(random, 1000) + "x\nx";
-    }
+    if (long_tests())  // more than a block of 2^26 bytes: one text without a place to cut, one with many
+        for (char end : {' ', '\n'}) {
+            std::string& text = texts.emplace_back();
+            while (text.size() < (size_t(1) << 26) + (1 << 20)) {
+                std::string part = training_text().substr(0, 4000 + random() % 4000);
+                std::replace(part.begin(), part.end(), '\n', end);
+                text += part;
+            }
+        }
     for (const std::string& text : texts) names.push_back(place.file(format("%zu.txt", names.size()), text));
-    for (size_t i = 0; i < tokenizers().size(); i += 2) {
-        const SlowTokenizer& v = tokenizers()[i];
+    for (const SlowTokenizer& v : tokenizers()) {
+        if (long_tests() && &v != &cl100k()) continue;
         TokenSource source(names, "-i");
         CHECK(!source.shards);
         encode_source(source, v.tokenizer, 2);
