@@ -1029,8 +1029,7 @@ TEST_SUITE("tokenizers") {
                 {"--tokenizer", crc("tok.bin"), "found none", "bare/tokenizer.bin"});
         succeeds(Words{"./train_keel_cpu", "-e", p / "bare/model.bin", "--prompt", "line"} + tokenizer);
         fs::create_directory(p / "taken"), fs::copy(p / "other.bin", p / "taken/tokenizer.bin");
-        p.fails(p.tiny(tokenizer + Words{"-o", p / "taken"}),
-                {"-o", "taken/tokenizer.bin", crc("tok.bin"), crc("other.bin")});
+        p.fails(p.tiny(tokenizer + Words{"-o", p / "taken"}), {"-o", "taken/tokenizer.bin", crc("other.bin")});
         p.fails(p.tiny({"--tokenizer", model}), {model, "expected a tokenizer (kind 4), found a model (kind 1)"});
         p.fails(p.tiny({"--tokenizer", p.text}), {p.text, "data/tokenizer.py import"});
         p.fails({"./train_keel_cpu", "-e", p / "tok.bin", "--prompt", "a"}, {"expected a model", "found a tokenizer"});
