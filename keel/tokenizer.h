@@ -18,7 +18,6 @@
 #include <future>
 #include <queue>
 #include <string_view>
-#include <unordered_map>
 
 #include "../keel_common.h"
 #include "unicode.h"
@@ -228,7 +227,7 @@ public:
         read_tokens();
     }
     Tokenizer(Tokenizer&&) =
-        default;  // moving leaves the tokens, into which `ids` points, where they are; a copy would not
+        default;  // moving leaves the tokens, which point into the body, as they are; a copy would not
     Tokenizer& operator=(Tokenizer&&) = default;
 
     static Tokenizer read(const std::string& path) {
@@ -327,10 +326,14 @@ public:
     }
 
 private:
+    static constexpr uint64_t LOW_HALF = 0xFFFFFFFF;
     FileHeader header;
-    std::string body;                               // of the file
-    std::vector<std::string_view> tokens;           // (V)
-    std::unordered_map<std::string_view, int> ids;  // of the mergeable tokens
+    std::string body;                      // of the file
+    std::vector<std::string_view> tokens;  // (V), in the body
+    // The rank of some bytes, by open addressing: the upper half of their hash, and the rank + 1; 0 is free. At least
+    // twice as many as there are mergeable tokens, a power of two. (By std::unordered_map encoding takes twice the
+    // time.)
+    std::vector<uint64_t> slots;
 
     // Takes the tokens from header and body; returns what is wrong with them, or "".
     std::string read_tokens() {
@@ -342,7 +345,7 @@ private:
             return format("it must have 0 to %d special tokens and has %d", V() - 256, specials);
         if (split() == Split::NONE && mergeable() != 256)
             return format("without a split it must have 256 mergeable tokens and has %d", mergeable());
-        tokens.clear(), ids.clear();
+        tokens.clear(), slots.assign(std::bit_ceil(2 * size_t(mergeable())), 0);
         std::string_view left = body;
         for (int id = 0; id < V(); id++) {
             uint16_t bytes = 0;
@@ -352,11 +355,11 @@ private:
             left.remove_prefix(sizeof bytes + bytes);
         }
         if (!left.empty()) return format("%zu bytes are left after its %d tokens", left.size(), V());
-        ids.reserve(size_t(mergeable()));
         for (int id = 0; id < mergeable(); id++) {
             if (token(id).empty()) return format("token %d is empty", id);
-            if (auto [at, is_new] = ids.emplace(token(id), id); !is_new)
-                return format("tokens %d and %d are the same", at->second, id);
+            size_t slot = slot_of(token(id));
+            if (slots[slot]) return format("tokens %d and %d are the same", find(token(id)), id);
+            slots[slot] = (hash(token(id)) & ~LOW_HALF) | uint64_t(id + 1);
         }
         for (int b = 0; b < 256; b++)
             if (find(std::string(1, char(b))) < 0) return format("no token is the byte %d", b);
@@ -367,16 +370,59 @@ private:
         return "";
     }
 
+    // Eight bytes at a time, mixed by a multiplication (its factor: MurmurHash3's fmix64) and a shift.
+    static uint64_t hash(std::string_view bytes) {
+        uint64_t h = bytes.size();
+        auto mix = [&](uint64_t word) { h = (h ^ word) * 0xFF51AFD7ED558CCD, h ^= h >> 32; };
+        for (; bytes.size() >= 8; bytes.remove_prefix(8)) {
+            uint64_t word;
+            memcpy(&word, bytes.data(), 8);
+            mix(word);
+        }
+        uint64_t word = 0;
+        for (unsigned char c : bytes) word = word << 8 | c;
+        mix(word);
+        return h;
+    }
+    // The slot of some bytes: theirs, or the first free one.
+    size_t slot_of(std::string_view bytes) const {
+        uint64_t h = hash(bytes);
+        for (size_t slot = h;; slot++) {
+            uint64_t entry = slots[slot &= slots.size() - 1];
+            if (!entry || ((entry ^ h) <= LOW_HALF && tokens[(entry & LOW_HALF) - 1] == bytes)) return slot;
+        }
+    }
     // The rank of some bytes; -1 where they are no token.
-    int find(std::string_view bytes) const {
-        auto at = ids.find(bytes);
-        return at == ids.end() ? -1 : at->second;
+    int find(std::string_view bytes) const { return int(slots[slot_of(bytes)] & LOW_HALF) - 1; }
+
+    // Adds the tokens of a piece that is not a token itself.
+    void merge(std::string_view piece, std::vector<int>& out) const {
+        constexpr size_t most = 64;  // bytes of a piece whose pairs are all looked at after each merge
+        if (piece.size() > most) return merge_long(piece, out);
+        struct Part {
+            size_t start;
+            int rank;  // of this part and the next joined; INT_MAX: they are no token
+        } parts[most + 1];
+        size_t count = piece.size();
+        for (size_t i = 0; i <= count; i++) parts[i].start = i;  // the last one is the piece's end
+        auto look = [&](Part* p) {
+            int rank = p + 2 > parts + count ? -1 : find(piece.substr(p->start, p[2].start - p->start));
+            p->rank = rank < 0 ? INT_MAX : rank;
+        };
+        for (Part* p = parts; p <= parts + count; p++) look(p);
+        auto lower = [](const Part& a, const Part& b) { return a.rank < b.rank; };
+        for (Part* best; (best = std::min_element(parts, parts + count, lower))->rank < INT_MAX;) {
+            std::copy(best + 2, parts + count + 1, best + 1), count--;
+            look(best);
+            if (best > parts) look(best - 1);
+        }
+        for (Part* p = parts; p < parts + count; p++)
+            out.push_back(find(piece.substr(p->start, p[1].start - p->start)));
     }
 
-    // Adds the tokens of a piece that is not a token itself. A piece may be a megabyte of one letter, where to look at
-    // all pairs after each merge would take quadratic time. So the pairs wait in a heap. The parts are a linked list
-    // over the bytes at which they start, and a pair of which a part has been merged since is passed over.
-    void merge(std::string_view piece, std::vector<int>& out) const {
+    // The same in n log n steps: a piece can be a megabyte of one letter. The pairs wait in a heap. The parts are a
+    // linked list over the bytes at which they start, and a pair of which a part has been merged since is passed over.
+    void merge_long(std::string_view piece, std::vector<int>& out) const {
         struct Pair {
             int rank;
             size_t first, end;  // the bytes that the two parts cover

@@ -330,7 +330,8 @@ TEST_CASE("Several threads find the tokens that one finds, wherever line ends an
         texts[4] += format("%zu %s", i, i % 100000 ? "\n " : "\n");
     for (const SlowTokenizer& v : tokenizers()) {
         if (!long_tests() && &v != &cl100k()) continue;
-        if (&v - tokenizers().data() == 2 * int(v.tokenizer.split()) + 1) continue;  // the order of ranks changes no cut
+        if (&v - tokenizers().data() == 2 * int(v.tokenizer.split()) + 1)
+            continue;  // the order of ranks changes no cut
         for (const std::string& text : texts) {
             Tokens expected = v.encode(text);
             for (int threads : long_tests() ? Tokens{1, 2, 3, 8} : Tokens{3}) {
@@ -522,7 +523,7 @@ TEST_CASE("A vocabulary that no encoder can use is refused with what is wrong in
         {"special tokens and has -1", [](Entries&, Split&, int& s) { s = -1; }},
         {"special tokens and has 2147483647", [](Entries&, Split&, int& s) { s = INT_MAX; }},
         {"its split must be from 0 to 3 and is 4", [](Entries&, Split& split, int&) { split = Split(4); }},
-        {"without a split it must have 256 tokens", [](Entries&, Split& split, int&) { split = Split::NONE; }},
+        {"without a split it must have 256 mergeable tokens", [](Entries&, Split& split, int&) { split = Split::NONE; }},
         {"its split must be from 0 to 3 and is -1", [](Entries&, Split& split, int&) { split = Split(-1); }},
     };
     for (const Row& row : rows) {
