@@ -154,7 +154,7 @@ def read_pieces(paths, sizes, start=0, fetch=lambda path: path, field="text", an
     total, before = max(sum(sizes), 1), 0
     for path, size in zip(paths, sizes):
         local = fetch(path)
-        if local.endswith(".parquet"):
+        if local.lower().endswith(".parquet"):
             pieces = read_parquet(local, start, field)
         elif local == "-":
             file = sys.stdin.buffer
@@ -173,7 +173,7 @@ def read_pieces(paths, sizes, start=0, fetch=lambda path: path, field="text", an
 
 def read_file(path, size, skip, field, any_bytes):
     with open(path, "rb") as file:
-        yield from read_jsonl(file, path, size, skip, field) if path.endswith(".jsonl") else read_text(file, path, size, skip, any_bytes)
+        yield from read_jsonl(file, path, size, skip, field) if path.lower().endswith((".jsonl", ".ndjson")) else read_text(file, path, size, skip, any_bytes)
 
 
 def last_boundary(text):
@@ -206,11 +206,14 @@ def read_text(file, path, size, skip, any_bytes):
             skip -= 1
             yield None, opens, 0.0
         elif piece:
+            if (zero := piece.find(b"\0")) >= 0:
+                raise DataError(f"{path}: expected text, found a zero byte at offset {position + zero}: unpack an archive, convert UTF-16"
+                                " (iconv -f UTF-16 -t UTF-8), leave other files out")
             try:
                 any_bytes or piece.decode()
             except UnicodeDecodeError as error:
                 raise DataError(f"{path}: not UTF-8: byte 0x{piece[error.start]:02x} at offset {position + error.start}:"
-                                " convert it (iconv -f latin1 -t utf-8, or from whatever it is)") from None
+                                " leave it out if it is no text, else convert it (iconv -f latin1 -t utf-8, or from whatever it is)") from None
             yield piece, opens, (position + cut) / size if size else 0.0
         position += cut
         opens = opens and not piece
@@ -422,6 +425,8 @@ class ShardWriter:
         """Close the last shard, which need not be full."""
         if self.file is None and self.shards > 0:
             raise self.changed_input()
+        if self.tokens == 0:
+            raise DataError("the files have no documents; give text")
         if self.file is None or (self.shards == 0 and self.val_tokens):
             raise DataError(f"the text has {self.tokens} tokens, all of them in the validation shard of {self.val_tokens}:"
                             " no training shard; give more text or a smaller --val-tokens")
@@ -494,8 +499,10 @@ def write_shards(folder, prefix, shard_tokens, val_tokens, settings, pieces, typ
 
     settings: what names the input; pieces(start): iterator of (tokens, bytes of text, share of the input read).
     """
+    global goes_on
+    goes_on = ["-", 0, 0] not in settings.get("inputs", [])
     with ShardWriter(folder, prefix, shard_tokens, val_tokens, settings, typecode, tokenizer) as writer:
-        if (writer.shards or writer.finished) and ["-", 0, 0] in settings.get("inputs", []):
+        if (writer.shards or writer.finished) and not goes_on:
             raise DataError(f"{writer.progress_path}: a run from standard input cannot be gone on with, nor told from this one:"
                             f" choose another --prefix, or remove {os.path.join(folder, prefix)}_*")
         if writer.finished:
@@ -633,17 +640,23 @@ def add_writer_options(parser, folder=None, prefix="", val_tokens=0):
                         f" (default: {'as a shard' if val_tokens is None else val_tokens})")
 
 
+goes_on = False  # whether the same command, after an interruption, does
+
+
 def run(main):
     """Call main; what the user can put right becomes one line on stderr and exit status 1."""
     try:
+        sys.stdout.reconfigure(errors="backslashreplace")  # special tokens have any characters, a terminal perhaps not
         main()
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, such as head, has seen enough; stdout's own flush at exit must not complain
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except IsADirectoryError as error:
+        fail(f"{error.filename}: expected a file, found a folder; name its files: {os.path.join(error.filename, '*')}")
     except (DataError, OSError) as error:
         fail(error)
     except KeyboardInterrupt:
-        fail("interrupted: the same command goes on at the last whole shard")
+        fail("interrupted" + (": the same command goes on at the last whole shard" if goes_on else ""))
 
 
 def show(path, count):

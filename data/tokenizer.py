@@ -9,8 +9,9 @@
     python3 data/tokenizer.py count -t TOK.bin FILES...              tokens, bytes and bytes a token
 
 FILES: a .jsonl file holds a document a line, in the field "text"; a .parquet file (needs pyarrow) a document a row,
-in the column "text"; any other file is one document of UTF-8 text; - is standard input. Before each document
-stands the vocabulary's first special token; in the text, special tokens' names are ordinary text.
+in the column "text"; any other file is one document of UTF-8 text; - is standard input. They are taken in the order
+given (the trainers take those of a glob in the order of LC_ALL=C). Before each document stands the vocabulary's first
+special token; in the text, special tokens' names are ordinary text.
 
 A tokenizer file, little-endian: 256 int32 (bytes 'KEEL', 1, 4, then at [5] the number of ids V, [7] the split, [8] the
 number of special entries S, zeros), V entries in the order of ids, each uint16 length and bytes, and the
@@ -23,7 +24,8 @@ the leftmost first, until none have one. The last S are special tokens' names; a
           2 cl100k   numbers of at most three digits, line ends apart: GPT-4's
           3 llama3   as cl100k, but for white space at the text's end: Llama 3's, and Hugging Face's copies of cl100k
 
-Standard library only, but for tiktoken (encode, count), tokenizers (train, import of a tokenizer.json) and pyarrow.
+Standard library only, but for tiktoken (encode, count), tokenizers (train, import of a tokenizer.json) and pyarrow. The
+trainers' own encoder, keel/tokenizer.h, gives the ids of these libraries: test/test_tokenizer.py shows it.
 """
 
 import argparse
@@ -441,7 +443,9 @@ def train(pieces, size, split, names):
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     trainer = trainers.BpeTrainer(vocab_size=256 + merges, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=[],
                                   show_progress=sys.stderr.isatty())
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the library would answer it only when it has read all text
     theirs.train_from_iterator((bounded(text.decode()) for text, _, _ in pieces), trainer)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     ids = theirs.get_vocab()
     tokens = [bytes(map(BYTE_OF.get, word)) for word in sorted(ids, key=ids.get)]
     tokens = [bytes([byte]) for byte in range(256)] + [token for token in tokens if len(token) > 1]  # merges in their order

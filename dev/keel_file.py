@@ -262,14 +262,14 @@ def write(path, file):
 
 def print_tokenizer(raw, path):
     """The header, then a line a token: id and bytes."""
-    V, split, specials = (int(i) for i in np.frombuffer(raw[:HEADER_BYTES], "<i4")[[5, 7, 8]])
     if len(raw) < HEADER_BYTES + 4 or zlib.crc32(raw[:-4]) != int.from_bytes(raw[-4:], "little"):
         raise FileError(f"{path}: CRC-32: expected another for these bytes; the file is damaged, copy or write it again")
-    print(f"tokenizer {raw[-4:][::-1].hex()}, V {V}, split {split}, of them {specials} special tokens\n")
+    V, split, specials = (int(i) for i in np.frombuffer(raw[:HEADER_BYTES], "<i4")[[5, 7, 8]])
+    print(f"tokenizer {raw[-4:][::-1].hex()}, V {V}, {specials} of them special, split {split}\n")
     at = HEADER_BYTES
-    for id in range(V):
+    for token in range(V):
         length = int.from_bytes(raw[at : at + 2], "little")
-        print(f"{id:7} {raw[at + 2 : at + 2 + length]!r}" + (" special" if id >= V - specials else ""))
+        print(f"{token:7} {raw[at + 2 : at + 2 + length]!r}" + (" special" if token >= V - specials else ""))
         at += 2 + length
 
 
@@ -295,8 +295,9 @@ if __name__ == "__main__":
         sys.exit("usage: python3 dev/keel_file.py FILE")
     try:
         with open(sys.argv[1], "rb") as f:
-            raw = f.read() if f.read(12) == struct.pack("<3i", MAGIC, VERSION, TOKENIZER) and f.seek(0) == 0 else None
-        print_tokenizer(raw, sys.argv[1]) if raw else print_file(read(sys.argv[1]))
+            is_tokenizer = f.read(12) == struct.pack("<3i", MAGIC, VERSION, TOKENIZER)
+            f.seek(0)
+            print_tokenizer(f.read(), sys.argv[1]) if is_tokenizer else print_file(read(sys.argv[1]))
     except BrokenPipeError:  # `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (FileError, OSError) as e:

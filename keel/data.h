@@ -9,7 +9,12 @@
 
 // A tokenizer lies under this name beside the models of a run and beside the shards that it has written.
 inline std::string tokenizer_path(const std::string& folder) { return folder + "/tokenizer.bin"; }
-inline std::string folder_of(const std::string& file) { return std::filesystem::weakly_canonical(file).parent_path(); }
+// The folder in which a file lies, or that to which a link leads.
+inline std::string folder_of(const std::string& file) {
+    std::error_code fault;
+    std::filesystem::path path = std::filesystem::canonical(file, fault);
+    return (fault ? std::filesystem::absolute(file) : path).parent_path();
+}
 
 // The tokenizer of --tokenizer; else the one beside the model of -e or the state of -y, which names its own by its
 // CRC-32; else the one in the folder of -y, whose run has no checkpoint yet, or beside shards; else bytes. init: that
@@ -42,13 +47,36 @@ inline Tokenizer open_tokenizer(const Options& o, const FileReader* init, const 
 // The tokenizer of a model's tokens; null where what they mean is not known, as of shards without a tokenizer.
 inline const Tokenizer* tokenizer_of_model(const Tokenizer& t, int V) { return t.V() == V ? &t : nullptr; }
 
+// Where the first MiB of a file stops being UTF-8; npos where it does not.
+inline size_t find_no_utf8(std::string_view text) {
+    text = text.substr(0, size_t(1) << 20);
+    for (size_t at = 0; at < text.size();) {
+        Character c = character_at(text.substr(at));
+        if (c.state == Character::INVALID) return at;
+        at += size_t(c.bytes);
+    }
+    return text.npos;
+}
+
 // Encodes the files of a text source, each of them a document. The tokens stay in memory, in that of each of the
 // machine's local_ranks.
 inline void encode_source(TokenSource& source, const Tokenizer& t, int local_ranks) {
     constexpr size_t block = size_t(64) << 20;  // bytes
-    const int threads = int(std::thread::hardware_concurrency()) / std::max(1, local_ranks);
+    local_ranks = std::max(1, local_ranks);
     auto tokens = std::make_shared<std::vector<int>>();
     size_t bytes = source.count, done = 0;
+    // Makes room for what the rest of the text needs at the rate so far. Growing keeps the old array until it is
+    // copied.
+    auto make_room = [&] {
+        size_t left = size_t(double(tokens->size()) / double(done) * double(bytes - std::min(bytes, done)));
+        if (tokens->capacity() - tokens->size() >= left) return;
+        size_t needed = (tokens->size() + left) * sizeof(int), available = available_memory() / size_t(local_ranks);
+        if (needed > available)
+            fail("%s: its tokens need %s of memory, found %s; write shards: python3 data/tokenizer.py encode -t %s -o "
+                 "DIR FILES",
+                 source.pattern, bytes_text(double(needed)), bytes_text(double(available)), quoted(t.path));
+        tokens->reserve(tokens->size() + left + left / 8);
+    };
     bool told = false;
     for (const TokenFile& file : source.files) {
         std::unique_ptr<FILE, CloseFile> in(fdopen(TokenSource::open_file(file.path), "rb"));
@@ -66,23 +94,14 @@ inline void encode_source(TokenSource& source, const Tokenizer& t, int local_ran
             if (size_t zero = part.find('\0'); zero != part.npos)
                 fail("%s: expected text, found a zero byte at %zu; train on text alone", file.path,
                      done - file.first + zero);
-            size_t valid = had == 0 ? valid_utf8(part.substr(0, size_t(1) << 20)) : SIZE_MAX;
-            if (valid < std::min(part.size(), size_t(1) << 20) && !std::exchange(told, true))
-                print("note       %s is not UTF-8 at byte %zu: what is not becomes tokens of single bytes; if it is "
-                      "Latin-1, use: iconv -f LATIN1 -t UTF-8 %s > text.txt\n",
-                      file.path, valid, quoted(file.path));
-            t.encode_parallel(part, threads, *tokens);
+            if (size_t at = find_no_utf8(part); !told && done == file.first && at != part.npos)
+                told = true, print("note       %s is not UTF-8 at byte %zu: such bytes become tokens of their own; if "
+                                   "it "
+                                   "is Latin-1, use: iconv -f LATIN1 -t UTF-8 %s > text.txt\n",
+                                   file.path, at, quoted(file.path));
+            t.encode_parallel(part, int(std::thread::hardware_concurrency()) / local_ranks, *tokens);
             text.erase(0, end), done += end;
-            size_t left = size_t(double(tokens->size()) / double(done) * double(bytes - std::min(bytes, done)));
-            if (tokens->capacity() - tokens->size() >= left) continue;
-            // Growing keeps the old array until the new one is filled.
-            size_t needed = (tokens->size() + left) * sizeof(int);
-            size_t available = available_memory() / size_t(std::max(1, local_ranks));
-            if (needed > available)
-                fail("%s: its tokens need %s of memory, found %s; write shards: python3 data/tokenizer.py encode -t %s "
-                     "-o DIR FILES",
-                     source.pattern, bytes_text(double(needed)), bytes_text(double(available)), quoted(t.path));
-            tokens->reserve(tokens->size() + left + left / 8);
+            make_room();
         }
         if (ferror(in.get())) fail("%s: could not be read to its end (%s)", file.path, errno_text());
     }

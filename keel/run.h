@@ -326,7 +326,7 @@ private:
                  o.out, errno_text());
     }
 
-    // Leaves the tokenizer beside the models, which are worth little without it, in place of a damaged one.
+    // Leaves the tokenizer beside the models, which are worth little without it; on a resume in place of a damaged one.
     void keep_tokenizer() const {
         const Tokenizer& t = data->tokenizer;
         std::string path = tokenizer_path(o.out);
@@ -334,12 +334,12 @@ private:
         try {
             found = Tokenizer::read(path).crc;
         } catch (const Error&) {}
-        if (found && *found != t.crc && !(t.is_bytes() && resume_from))
-            fail("-o: expected no tokenizer but the run's own, found %s of CRC-32 %08x; give it by --tokenizer, or "
-                 "give "
-                 "another folder",
-                 path, *found);
-        if (!found && !t.is_bytes()) replace_file(path, t.file(), "free some space or give another -o");
+        if (found == t.crc) return;
+        bool another = t.is_bytes() ? found.has_value() : access(path.c_str(), F_OK) == 0;
+        if (another && !(resume_from && (t.is_bytes() || !found)))
+            fail("-o: expected no tokenizer but the run's own, found %s%s; give it by --tokenizer, or another folder",
+                 path, found ? format(" of CRC-32 %08x", *found) : "");
+        if (!t.is_bytes()) replace_file(path, t.file(), "free some space or give another -o");
     }
 
     void open_checkpoints() {

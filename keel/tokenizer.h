@@ -51,17 +51,6 @@ inline Character character_at(std::string_view text) {
     return {Character::WHOLE, bytes, code};
 }
 
-// How many of the first bytes of a text are UTF-8, a character that the end cuts short counted.
-inline size_t valid_utf8(std::string_view text) {
-    size_t at = 0;
-    while (at < text.size()) {
-        Character c = character_at(text.substr(at));
-        if (c.state == Character::INVALID) return at;
-        at += size_t(c.bytes);
-    }
-    return at;
-}
-
 // Turns bytes that come token by token into text for a terminal. A character waits until it is whole; bytes that can
 // become none, and the controls U+0080 to U+009F, are U+FFFD; the other controls but tab, LF and CR are their symbols
 // (U+2400 on), so that no sample can steer the terminal.

@@ -1036,6 +1036,27 @@ TEST_SUITE("tokenizers") {
         Words hops = p.tiny(tokenizer);
         hops[2] = "hops:1";
         p.fails(hops, {"-i", "hops:1", p / "tok.bin"});
+        // It is found beside a model behind a link, beside shards, and in the folder of a run without a checkpoint.
+        auto finds_it = [&](const Words& words) {
+            std::string out = succeeds(words).out;
+            CHECK_MESSAGE(out.find("V 264") != std::string::npos, out);
+        };
+        fs::create_symlink(model, p / "link.bin");
+        finds_it({"./train_keel_cpu", "-e", p / "link.bin", "--prompt", "line"});
+        fs::create_directory(p / "shards"), fs::copy(p / "tok.bin", p / "shards/tokenizer.bin");
+        spill(p / "shards/s.bin", shard(Tokenizer::read(p / "tok.bin"), slurp(p.text), shard_formats[0]));
+        Words on_shards = p.tiny();
+        on_shards[2] = p / "shards/s.bin";
+        finds_it(on_shards);
+        fs::create_directory(p / "killed"), fs::copy(p / "tok.bin", p / "killed/tokenizer.bin");
+        p.fails(p.tiny({"-o", p / "killed"}), {"-o", "killed/tokenizer.bin", crc("tok.bin"), "--tokenizer"});
+        finds_it(p.tiny({"-o", p / "killed", "-y"}));
+        spill(p / "run/tokenizer.bin", "damaged");
+        p.fails(p.tiny({"-o", p / "run", "-y"}), {p / "run/tokenizer.bin"});
+        Words longer = p.tiny(tokenizer + Words{"-o", p / "run", "-y"});
+        *(std::find(longer.begin(), longer.end(), "-x") + 1) = "8";
+        succeeds(longer);
+        CHECK(slurp(p / "run/tokenizer.bin") == slurp(p / "tok.bin"));
         // a model of shards whose vocabulary is not known takes no text as bytes, but its tokenizer, once it is there
         spill(p / "s.bin", shard(Tokenizer::read(p / "tok.bin"), slurp(p.text), shard_formats[0]));
         Words shards = p.tiny({"-o", p / "unknown"});
@@ -1050,7 +1071,7 @@ TEST_SUITE("tokenizers") {
         std::string older;
         for (Words& row : rows_of(p / "run/log.csv")) {
             for (size_t i = 0; i + 1 < row.size(); i++) older += (i ? "," : "") + row[i];
-            older += "\n";
+            older += row[0] == "3" ? "\r\n" : "\n";  // one that an editor has changed
         }
         spill(p / "run/log.csv", older);
         Words more = p.tiny({"-o", p / "run", "-y"});
@@ -1061,6 +1082,7 @@ TEST_SUITE("tokenizers") {
         for (size_t i = 0; i < rows.size(); i++) {
             REQUIRE(rows[i].size() == 9);
             CHECK(rows[i][8].empty() == (i > 0 && i < 8));
+            CHECK(rows[i][7].find('\r') == std::string::npos);
         }
     }
 
@@ -1087,6 +1109,9 @@ TEST_SUITE("tokenizers") {
         std::string tokens(2000, '\1');
         refused("train.bin", tokens, {"nanoGPT", "data/shards.py convert -o DIR", p / "train.bin"});
         refused("utf16", std::string("a\0b\0", 4) + "c", {"zero byte at 1", "iconv -f UTF-16LE"});
+        refused("texts.JSONL", "{\"text\": \"a\"}\n",
+                {"JSON lines", "encode -t TOKENIZER -o DIR " + (p / "texts.JSONL")});
+        refused("my text.gz", "\x1F\x8B", {"gzip -dc '" + (p / "my text.gz") + "' > text.txt"});
         refused("X.BIN", shard(Tokenizer(), "abc", shard_formats[0]), {"mv " + (p / "X.BIN")});
     }
 }

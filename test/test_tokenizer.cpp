@@ -523,7 +523,8 @@ TEST_CASE("A vocabulary that no encoder can use is refused with what is wrong in
         {"special tokens and has -1", [](Entries&, Split&, int& s) { s = -1; }},
         {"special tokens and has 2147483647", [](Entries&, Split&, int& s) { s = INT_MAX; }},
         {"its split must be from 0 to 3 and is 4", [](Entries&, Split& split, int&) { split = Split(4); }},
-        {"without a split it must have 256 mergeable tokens", [](Entries&, Split& split, int&) { split = Split::NONE; }},
+        {"without a split it must have 256 mergeable tokens",
+         [](Entries&, Split& split, int&) { split = Split::NONE; }},
         {"its split must be from 0 to 3 and is -1", [](Entries&, Split& split, int&) { split = Split(-1); }},
     };
     for (const Row& row : rows) {

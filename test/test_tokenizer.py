@@ -14,6 +14,7 @@ import heapq
 import json
 import os
 import random
+import subprocess
 import sys
 import sysconfig
 import zlib
@@ -287,6 +288,36 @@ def test_bytes_come_back(folder):
             ids = ours.encode(bytes(text))
             assert ours.decode(ids, len(text)) == text, f"{name}: {bytes(text)!r} is {ours.decode(ids, len(text))!r}"
             assert b"".join(map(tok.table.__getitem__, ids)) == text, f"{name}: {bytes(text)!r}: {ids}"
+
+
+def test_training_from_text_is_training_from_its_shards(folder):
+    """The trainer sees in text files the very tokens that data/tokenizer.py encode writes of them: the same model, state and
+    validation, for tokens of 16 and of 32 bits."""
+    library("tiktoken")
+    documents = {"a b.txt": "".join(text for _, text in texts(0.1)).replace("\0", " "), "c.txt": "CR LF,\r\n中文。\r\n\u3000全角\r\n" * 300 + "\t \n ", "d.txt": " \n"}
+    for name, text in documents.items():
+        (folder / name).write_bytes(text.encode())
+    trained = vocabularies()[1][1]
+    for number, gaps in enumerate(([], [""] * 65536)):
+        tok = tokenizer.Tokenizer(trained.ranks, trained.split, ["<|endoftext|>", *gaps], "a vocabulary")
+        (folder / "tok.bin").write_bytes(tok.data)
+        run(sys.executable, ROOT / "data/tokenizer.py", "encode", "-t", folder / "tok.bin", "-o", folder / f"shards{number}",
+            "--shard-tokens", "9000", *(folder / name for name in documents))
+        for source, data in ("text", "*.txt"), ("shards", f"shards{number}/text_train_*.bin"):
+            run(ROOT / "train_keel_cpu", "--tokenizer", folder / "tok.bin", "-i", folder / data, "-o", folder / f"{source}_run{number}",
+                *"-L 4 -C 16 -t 16 -b 4 -x 4 -v 2 -s 0".split())
+        for name in "model_00000004.bin", "state_00000004_00000.bin", "tokenizer.bin":
+            text, shards = ((folder / f"{source}_run{number}" / name).read_bytes() for source in ("text", "shards"))
+            assert text == shards, name
+        text, shards = ([row[:5] + row[8:] for row in map(lambda line: line.split(","), (folder / f"{source}_run{number}/log.csv").open())]
+                        for source in ("text", "shards"))
+        assert text == shards and float(text[-1][-1]) > 0, (text, shards)
+
+
+def run(*command):
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))})
+    assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
 
 
 if __name__ == "__main__":
