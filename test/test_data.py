@@ -840,7 +840,7 @@ class BadInput(Case):
         self.encode_error("--prefix", "a/b", good, says="'a/b'")
         self.run_error("tokenizer", "encode", "-t", "bytes", good, says="-o/--out")
         self.run_error("tokenizer", "encode", "-o", self.out, good, says="-t/--tokenizer")
-        self.run_error("shards", "convert", "-o", self.out, good, says="--prefix")
+        self.run_error("shards", "convert", "-o", self.out, good, says="odd number of bytes")
         self.assertFalse(os.path.exists(self.out) and os.listdir(self.out))
 
     @unittest.skipIf(os.geteuid() == 0, "root may read every file")
