@@ -215,8 +215,8 @@ public:
         for (int b = 0; b < 256; b++) body += {'\1', '\0', char(b)};
         read_tokens();
     }
-    Tokenizer(Tokenizer&&) =
-        default;  // moving leaves the tokens, which point into the body, as they are; a copy would not
+    // Moved and not copied: its tokens point into its body.
+    Tokenizer(Tokenizer&&) = default;
     Tokenizer& operator=(Tokenizer&&) = default;
 
     static Tokenizer read(const std::string& path) {
@@ -334,7 +334,7 @@ private:
             return format("it must have 0 to %d special tokens and has %d", V() - 256, specials);
         if (split() == Split::NONE && mergeable() != 256)
             return format("without a split it must have 256 mergeable tokens and has %d", mergeable());
-        tokens.clear(), slots.assign(std::bit_ceil(2 * size_t(mergeable())), 0);
+        tokens.clear();
         std::string_view left = body;
         for (int id = 0; id < V(); id++) {
             uint16_t bytes = 0;
@@ -344,6 +344,7 @@ private:
             left.remove_prefix(sizeof bytes + bytes);
         }
         if (!left.empty()) return format("%zu bytes are left after its %d tokens", left.size(), V());
+        slots.assign(std::bit_ceil(2 * size_t(mergeable())), 0);
         for (int id = 0; id < mergeable(); id++) {
             if (token(id).empty()) return format("token %d is empty", id);
             size_t slot = slot_of(token(id));
