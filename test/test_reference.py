@@ -76,14 +76,25 @@ def test_state_file_reads(folder):
     assert "wte" in succeed(sys.executable, ROOT / "dev/keel_file.py", folder / "run" / "model_00000003.bin")
 
 
+def test_tokenizer_file_is_printed(folder):
+    """The reader prints a tokenizer's tokens, and of a model the checksum of its own."""
+    succeed(sys.executable, ROOT / "data/tokenizer.py", "import", "bytes", "-o", folder / "tok.bin")
+    printed = succeed(sys.executable, ROOT / "dev/keel_file.py", folder / "tok.bin").splitlines()
+    assert printed[0].endswith(", V 257, 1 of them special, split 0") and "b'a'" in printed[2 + ord("a")], printed
+    succeed(CPU, *SMALL, "--tokenizer", folder / "tok.bin", "-x", "1", "-s", "0", "-o", folder / "run")
+    assert printed[0].split(",")[0] in succeed(sys.executable, ROOT / "dev/keel_file.py", folder / "run" / "model_00000001.bin")
+
+
 def test_damage_is_refused(folder):
     """The reader refuses a file with a flipped bit, in one line."""
     succeed(CPU, *SMALL, "--dump", folder / "d.bin")
-    raw = bytearray((folder / "d.bin").read_bytes())
-    raw[5000] ^= 1
-    (folder / "d.bin").write_bytes(raw)
-    done = run(sys.executable, ROOT / "dev/keel_file.py", folder / "d.bin")
-    assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    succeed(sys.executable, ROOT / "data/tokenizer.py", "import", "bytes", "-o", folder / "tok.bin")
+    for name, at in ("d.bin", 5000), ("tok.bin", 1100):
+        raw = bytearray((folder / name).read_bytes())
+        raw[at] ^= 1
+        (folder / name).write_bytes(raw)
+        done = run(sys.executable, ROOT / "dev/keel_file.py", folder / name)
+        assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1, done.stderr
 
 
 if __name__ == "__main__":
