@@ -54,7 +54,7 @@ else
 fi
 if any_python=$(dev/tools/find_python.sh json 2>/dev/null); then
     suite 35 "$any_python" test/test_data.py
-    suite 50/500 "$(dev/tools/find_python.sh tiktoken tokenizers 2>/dev/null || echo "$any_python")" test/test_tokenizer.py
+    suite 35/150 "$(dev/tools/find_python.sh tiktoken tokenizers 2>/dev/null || echo "$any_python")" test/test_tokenizer.py
     suite 60 "$any_python" test/test_bench_gpu.py
     suite 50/200 "$any_python" test/test_card.py
 else

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The trainers' encoder beside tiktoken and Hugging Face's tokenizers: the same ids on text found here and on strings of all Unicode.
 
-    test/test_tokenizer.py                                                  3 MB and 20 000 strings; LONG=1: 30 MB, 200 000
+    test/test_tokenizer.py                                                  3 MB and 20 000 strings; LONG=1: 10 MB, 100 000
     MB=100 STRINGS=1000000 TEXTS='/usr/share/doc:/usr/src/*' test/test_tokenizer.py     on the texts of these folders
 
 Vocabularies are trained here on the spot; VOCABULARIES=gpt2.bin:cl100k.bin compares these tokenizer files too, or
@@ -28,8 +28,8 @@ import suite
 import tokenizer
 from tokenizer_library import Trainers
 
-MEGABYTES = float(os.environ.get("MB") or (30 if suite.LONG else 3))
-STRINGS = int(os.environ.get("STRINGS") or (200_000 if suite.LONG else 20_000))
+MEGABYTES = float(os.environ.get("MB") or (10 if suite.LONG else 3))
+STRINGS = int(os.environ.get("STRINGS") or (100_000 if suite.LONG else 20_000))
 # Text that most machines have: this repository, Python's library, packages' documents, locales, translated messages.
 FOLDERS = [ROOT / folder for folder in ("data", "dev", "keel", "test")] + [
     sysconfig.get_path("stdlib"), *(f"/usr/share/{name}" for name in ("doc", "i18n", "locale", "perl", "man"))]
