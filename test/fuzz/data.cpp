@@ -9,7 +9,7 @@ void fuzz(const unsigned char* data, size_t size) {
         file.resize(1024);
         memcpy(file.data(), data + 1, std::min<size_t>(size - 1, 12));
         if (size > 13) file.insert(file.end(), data + 13, data + size);
-        int32_t count = int32_t(file.size() - 1024) / (data[1] == (shard_formats[1].magic & 0xFF) ? 4 : 2);
+        int32_t count = int32_t(file.size() - 1024) / (file[0] == (shard_formats[1].magic & 0xFF) ? 4 : 2);
         if (data[0] & 2) memcpy(&file[8], &count, 4);
         if (data[0] & 4) file.resize(size_t(data[0]) * 16);  // cut
     } else {
