@@ -10,8 +10,8 @@
 
 FILES: a .jsonl file holds a document a line, in the field "text"; a .parquet file (needs pyarrow) a document a row,
 in the column "text"; any other file is one document of UTF-8 text; - is standard input. They are taken in the order
-given (the trainers take those of a glob in the order of LC_ALL=C). Before each document stands the vocabulary's first
-special token; in the text, special tokens' names are ordinary text.
+given, those of a quoted glob in the order of their names' bytes, as the trainers do. Before each document stands the
+vocabulary's first special token; in the text, special tokens' names are ordinary text.
 
 A tokenizer file, little-endian: 256 int32 (bytes 'KEEL', 1, 4, then at [5] the number of ids V, [7] the split, [8] the
 number of special entries S, zeros), V entries in the order of ids, each uint16 length and bytes, and the
@@ -33,6 +33,7 @@ import array
 import base64
 import collections
 import concurrent.futures
+import glob
 import hashlib
 import json
 import multiprocessing
@@ -684,7 +685,14 @@ def main():
     sub = command(run_count, "count", "Print how many tokens files have, separators among them, and bytes a token.", files=True)
     add_workers_option(sub)
     args = parser.parse_args()
+    if isinstance(getattr(args, "files", None), list):
+        args.files = [path for name in args.files for path in globbed(name)]
     args.function(args)
+
+
+def globbed(name):
+    """A file, or those of a quoted glob, in the order in which the trainers take them."""
+    return not os.path.exists(name) and sorted(glob.glob(name), key=os.fsencode) or [name]
 
 
 if __name__ == "__main__":
