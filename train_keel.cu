@@ -273,9 +273,9 @@ __global__ void add_rounded_kernel(__nv_bfloat16* g, const float* addend, size_t
     store<N>(g + at, sum);
 }
 
-// din (rows,K) = dout W,  dW (N,K) += dout^T in.  4 rows N K operations; dW adds in FP32
-void matmul_backward(Device& device, branch_t* din, const MatrixGradient& dw, const branch_t* dout, const branch_t* in,
-                     const branch_t* w, size_t rows, size_t K, size_t N) {
+// dW (N,K) += dout^T in.  2 rows N K operations, in FP32
+void matmul_backward_weight(Device& device, const MatrixGradient& dw, const branch_t* dout, const branch_t* in,
+                            size_t rows, size_t K, size_t N) {
     // dW^T (K,N) += in^T dout
     device.product(dw.bf16 ? dw.scratch : dw.fp32, in, PLAIN, dout, TRANSPOSED, K, N, rows, dw.bf16 ? SET : ADD);
     if (dw.bf16) {
@@ -283,6 +283,12 @@ void matmul_backward(Device& device, branch_t* din, const MatrixGradient& dw, co
         launch_threads(fours ? add_rounded_kernel<4> : add_rounded_kernel<1>, N * K / (fours ? 4 : 1), device.stream,
                        dw.bf16, dw.scratch, N * K, dw.first, dw.rounding);
     }
+}
+
+// din (rows,K) = dout W and the weight's gradient.  4 rows N K operations
+void matmul_backward(Device& device, branch_t* din, const MatrixGradient& dw, const branch_t* dout, const branch_t* in,
+                     const branch_t* w, size_t rows, size_t K, size_t N) {
+    matmul_backward_weight(device, dw, dout, in, rows, K, N);
     device.product(din, w, PLAIN, dout, PLAIN, K, rows, N, SET);  // din^T (K,rows) = W^T dout^T
 }
 
@@ -304,48 +310,66 @@ __global__ void embedding_forward_kernel(float* x, const int* tokens, const floa
     store<N>(x + at, out);
 }
 
-// One batch as the device gets it: tokens and targets (rows), and the rows sorted by their token, so that each token's
-// gradient is one block's sum in the order of the rows. bucket k has the rows order[start[k]] .. order[start[k + 1] -
-// 1].
+// One batch as the device gets it: tokens and targets (rows), and the rows sorted by their token, in chunks of at most
+// CHUNK_ROWS rows of one token, so that each token's gradient is a sum in the order of the rows, of which a frequent
+// one's is made by many blocks. Chunk k has the rows order[start[k]] .. order[start[k + 1] - 1], and of the tokens that
+// occur the j-th has the chunks first[j] .. first[j + 1] - 1.
 struct TokenBatch {
+    static constexpr int CHUNK_ROWS = 64;
     int *tokens, *targets, *order;  // (rows)
-    int* start;                     // (rows + 1), of which buckets + 1 are used
-    int* buckets;                   // (1) how many different tokens occur
+    int *start, *first;             // (rows + 1), of which chunks + 1 and different + 1 are used
+    int *chunks, *different;        // (1) how many chunks there are, and how many different tokens
     int* number;                    // (1) of the micro-batch in its step, from 0
     TokenBatch(int* base, size_t rows)
-        : tokens(base), targets(base + rows), order(base + 2 * rows), start(base + 3 * rows),
-          buckets(base + 4 * rows + 1), number(buckets + 1) {}
-    static size_t size(size_t rows) { return 4 * rows + 3; }
+        : tokens(base), targets(base + rows), order(base + 2 * rows), start(base + 3 * rows), first(start + rows + 1),
+          chunks(first + rows + 1), different(chunks + 1), number(chunks + 2) {}
+    static size_t size(size_t rows) { return 5 * rows + 5; }
+    static size_t most_chunks(size_t rows, size_t V) { return std::min(rows, V + rows / CHUNK_ROWS); }
 
     // On the host, from tokens (rows): a counting sort, stable. count: scratch (V+1)
     void sort(size_t rows, int V, std::vector<int>& count) {
         count.assign(size_t(V) + 1, 0);
         for (size_t i = 0; i < rows; i++) count[size_t(tokens[i]) + 1]++;
-        *buckets = 0;
+        *chunks = *different = 0;
         for (int v = 0; v < V; v++) {
-            if (count[size_t(v) + 1]) start[(*buckets)++] = count[size_t(v)];
-            count[size_t(v) + 1] += count[size_t(v)];
+            int begin = count[size_t(v)], end = begin + count[size_t(v) + 1];
+            if (begin < end) first[(*different)++] = *chunks;
+            for (int i = begin; i < end; i += CHUNK_ROWS) start[(*chunks)++] = i;
+            count[size_t(v) + 1] = end;
         }
-        start[*buckets] = int(rows);
+        start[*chunks] = int(rows), first[*different] = *chunks;
         for (size_t i = 0; i < rows; i++) order[count[size_t(tokens[i])]++] = int(i);
-        for (size_t k = size_t(*buckets) + 1; k <= rows; k++) start[k] = 0;  // not used, but copied
+        std::fill(start + *chunks + 1, start + rows + 1, 0);  // not used, but copied
+        std::fill(first + *different + 1, first + rows + 1, 0);
     }
 };
 
-// dwte[token] += sqrt(C) * sum of dx (rows,C) over the token's rows; a block a token.  4 bytes an element, 8 for each
-// of dwte that occurs
-__global__ void embedding_backward_kernel(float* dwte, const float* dx, const int* tokens, const int* order,
-                                          const int* start, const int* buckets, int C) {
+// dwte[token] += sqrt(C) * sum of dx (rows,C) over the token's rows, in two kernels: sums over the rows of a chunk, in
+// sums (chunks,C), then over the chunks of a token; a block each.  4 bytes an element, 8 for each of sums and of dwte
+__global__ void embedding_chunk_kernel(float* sums, const float* dx, const int* order, const int* start,
+                                       const int* chunks, int C) {
     begin_kernel();
-    int bucket = blockIdx.x;
-    if (bucket >= *buckets) return;
-    int begin = start[bucket], end = start[bucket + 1];
-    float scale = sqrtf(float(C));
-    float* out = dwte + size_t(tokens[order[begin]]) * C;
+    int chunk = blockIdx.x;
+    if (chunk >= *chunks) return;
+    int begin = start[chunk], end = start[chunk + 1];
     for (int c = threadIdx.x; c < C; c += blockDim.x) {
         float sum = 0;
+#pragma unroll 8
         for (int i = begin; i < end; i++) sum += dx[size_t(order[i]) * C + c];
-        out[c] += scale * sum;
+        sums[size_t(chunk) * C + c] = sum;
+    }
+}
+__global__ void embedding_token_kernel(float* dwte, const float* sums, TokenBatch batch, int C) {
+    begin_kernel();
+    int j = blockIdx.x;
+    if (j >= *batch.different) return;
+    int begin = batch.first[j], end = batch.first[j + 1];
+    float* out = dwte + size_t(batch.tokens[batch.order[batch.start[begin]]]) * C;
+    for (int c = threadIdx.x; c < C; c += blockDim.x) {
+        float sum = 0;
+#pragma unroll 8
+        for (int k = begin; k < end; k++) sum += sums[size_t(k) * C + c];
+        out[c] += sqrtf(float(C)) * sum;
     }
 }
 
@@ -367,12 +391,14 @@ void embedding_forward(Device& device, float* x, const int* tokens, const float*
                    C, first);
 }
 
-void embedding_backward(Device& device, float* dwte, float* dwpe, const float* dx, const TokenBatch& batch, int B,
-                        int T, int C, int V) {
-    size_t most_buckets = std::min(size_t(B) * size_t(T), size_t(V));
+// sums: scratch (TokenBatch::most_chunks, C), at most as large as dx
+void embedding_backward(Device& device, float* dwte, float* dwpe, float* sums, const float* dx, const TokenBatch& batch,
+                        int B, int T, int C, int V) {
+    size_t rows = size_t(B) * size_t(T);
     unsigned threads = unsigned(std::min<size_t>(1024, round_up(size_t(C), WARP)));
-    launch(embedding_backward_kernel, most_buckets, threads, 0, device.stream, dwte, dx, batch.tokens, batch.order,
-           batch.start, batch.buckets, C);
+    launch(embedding_chunk_kernel, TokenBatch::most_chunks(rows, size_t(V)), threads, 0, device.stream, sums, dx,
+           batch.order, batch.start, batch.chunks, C);
+    launch(embedding_token_kernel, std::min(rows, size_t(V)), threads, 0, device.stream, dwte, sums, batch, C);
     launch_threads(position_backward_kernel, size_t(T) * size_t(C), device.stream, dwpe, dx, B, T, C);
 }
 
@@ -604,13 +630,13 @@ inline int most_channels() { return shared_limit() / (HIGHWAY_FLOATS * 4); }  //
 inline unsigned row_warps(int C, int floats) {
     return unsigned(std::clamp(std::min(112 << 10, shared_limit()) / (floats * 4 * C), 1, 8));
 }
-// Blocks of a kernel that sums over rows: 2^18 / C, so that partial sums stay near 3 MiB, but at least two for each of
-// the 132 multiprocessors of a large GPU.
-inline size_t most_gain_blocks(int C) {
-    return std::clamp<size_t>((size_t(1) << 18) / size_t(C), 264, MAX_PARTIAL_BLOCKS);
-}
-inline size_t gain_blocks(size_t rows, unsigned warps, int C) {
-    return std::min(ceil_div(rows, warps), most_gain_blocks(C));
+// Launches a kernel that sums over rows, a row a warp at a time: as many blocks as the GPU holds at once, so that all
+// end together.
+template <class... Parameters, class... Arguments>
+void launch_gains(void (*kernel)(Parameters...), size_t rows, unsigned warps, size_t shared_bytes, cudaStream_t stream,
+                  Arguments... arguments) {
+    size_t blocks = std::min<size_t>(resident_blocks(kernel, warps * WARP, shared_bytes), MAX_PARTIAL_BLOCKS);
+    launch(kernel, std::min(ceil_div(rows, warps), blocks), warps * WARP, shared_bytes, stream, arguments...);
 }
 
 // Whether a row can be read four numbers at a time: it is whole fours, and the gains start at whole fours (after
@@ -643,8 +669,8 @@ void highway_backward(Device& device, const HighwayPoint& p, const HighwayPoint&
                       float alpha, bool last_point, size_t rows, int C, float* partial) {
     unsigned warps = row_warps(C, HIGHWAY_FLOATS);
     auto* kernel = in_fours(C, {p, before}) ? highway_backward_kernel<4> : highway_backward_kernel<1>;
-    launch(kernel, gain_blocks(rows, warps, C), warps * WARP, warps * size_t(C) * HIGHWAY_FLOATS * 4, device.stream, p,
-           before, g, alpha, last_point, int(rows), C, partial, device.arrived.data());
+    launch_gains(kernel, rows, warps, warps * size_t(C) * HIGHWAY_FLOATS * 4, device.stream, p, before, g, alpha,
+                 last_point, int(rows), C, partial, device.arrived.data());
 }
 
 // ----- HybridNorm's RMSNorm of every head's q, k and v: qkv (rows,3,H,D), a gain (D) for each of the three
@@ -710,8 +736,8 @@ void qkv_norm_forward(Device& device, branch_t* out, const branch_t* qkv, const 
 void qkv_norm_backward(Device& device, branch_t* dqkv, const branch_t* qkv, const QkvGains& g, size_t rows, int H,
                        int D, float* partial) {
     unsigned warps = row_warps(D, 3);
-    launch(qkv_norm_backward_kernel, gain_blocks(rows, warps, H * D), warps * WARP, warps * size_t(D) * 3 * 4,
-           device.stream, dqkv, qkv, g, int(rows), H, D, partial, device.arrived.data());
+    launch_gains(qkv_norm_backward_kernel, rows, warps, warps * size_t(D) * 3 * 4, device.stream, dqkv, qkv, g,
+                 int(rows), H, D, partial, device.arrived.data());
 }
 
 // ----- Attention
@@ -724,31 +750,18 @@ void qkv_norm_backward(Device& device, branch_t* dqkv, const branch_t* qkv, cons
 // lse = m + log(sum) is all that the backward needs to have the probabilities again: p = exp(s - lse). With s = q k^T /
 // sqrt(D):
 //     dv = p^T dy,   dp = dy v^T,   ds = p (dp - sum_j p dp),   dq = ds k / sqrt(D),   dk = ds^T q / sqrt(D)
-// and sum_j p_ij dp_ij = dy_i . y_i = delta_i. dk and dv are sums over queries and dq one over keys: a kernel for each,
-// so that no sum crosses blocks (the scores are made twice: 7 products of tiles instead of 5, and the same bits
-// always). Operations of a head: forward 4 T^2 D / 2 (half of the scores are masked), backward 14 T^2 D / 2.
+// and sum_j p_ij dp_ij = dy_i . y_i = delta_i. dq is a sum over keys, and dk and dv are sums over queries: a kernel for
+// each, so that no sum crosses blocks (the scores are made twice: 7 products of tiles instead of 5, and the same bits
+// always). dq's comes first, and has delta of its rows from dy and y on its way. Operations of a head: forward 4 T^2 D
+// / 2 (half of the scores are masked), backward 14 T^2 D / 2.
 
 // In either build attention_forward makes y (B,Tq,C) and lse (B,H,Tq) from qkv (B,T,3C), and attention_backward dqkv
-// (B,T,3C) from dy, y (B,T,C), qkv and lse (B,H,T); delta (B,H,T) is scratch. D = C / H. (The CPU trainer's lse is
-// (rows,H).) In the kernels `head` is b * H + h.
+// (B,T,3C) from dy, y (B,T,C), qkv and lse (B,H,T); delta (B,H,T) is scratch, made by dq's kernel for dk's and dv's. D
+// = C / H. (The CPU trainer's lse is (rows,H).) In the kernels `head` is b * H + h.
 struct AttentionShape {
     int T, C, H, first;
     __host__ __device__ int queries() const { return T - first; }
 };
-
-// delta (B,H,T) = sum_d dy y; a warp a row and head.  4 bytes an element in BF16
-__global__ void attention_delta_kernel(float* delta, const branch_t* dy, const branch_t* y, int B, int T, int H,
-                                       int D) {
-    begin_kernel();
-    size_t head = size_t(blockIdx.x) * (blockDim.x / WARP) + threadIdx.x / WARP;
-    int lane = threadIdx.x % WARP;
-    if (head >= size_t(B) * T * H) return;
-    float sum = 0;
-    for (int d = lane; d < D; d += WARP) sum += float(dy[head * D + d]) * float(y[head * D + d]);
-    sum = warp_sum(sum);
-    size_t row = head / H, b = row / T;
-    if (lane == 0) delta[(b * H + head % H) * T + row % T] = sum;
-}
 
 #ifdef KEEL_FP32
 // Without tensor cores, for any D: a block has 8 rows, a warp each, and meets 32 rows of the other side at a time, a
@@ -816,6 +829,33 @@ __global__ void attention_forward_kernel(float* y, float* lse, const float* qkv,
     if (lane == 0) lse[head * Tq + query - shape.first] = m + logf(sum);
 }
 
+// delta and dq: a warp a query.
+__global__ void attention_backward_q_kernel(float* dqkv, float* delta, const float* dy, const float* y,
+                                            const float* qkv, const float* lse, AttentionShape shape) {
+    begin_kernel();
+    auto& s = shared<PlainShared>();
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, T = shape.T, C = shape.C, H = shape.H, D = C / H;
+    int tiles = (T + PLAIN_WARPS - 1) / PLAIN_WARPS, q0 = int(blockIdx.x % tiles) * PLAIN_WARPS, query = q0 + warp;
+    size_t head = blockIdx.x / tiles, b = head / H, stride = 3 * size_t(C), at = b * T * stride + head % H * D,
+           at_y = b * T * C + head % H * D;
+    const float *q = qkv + at, *k = q + C, *v = k + C, *dout = dy + at_y, *out = y + at_y;
+    float *dq = dqkv + at + size_t(query) * stride, scale = 1 / sqrtf(float(D));
+    float row_lse = query < T ? lse[head * T + query] : 0, row_delta = 0;
+    for (int d = lane; d < D && query < T; d += WARP)
+        row_delta += dout[size_t(query) * C + d] * out[size_t(query) * C + d];
+    row_delta = warp_sum(row_delta);
+    if (lane == 0 && query < T) delta[head * T + query] = row_delta;
+    for (int k0 = 0; k0 < min(q0 + PLAIN_WARPS, T); k0 += WARP) {
+        bool visible = query < T && k0 + lane <= query;
+        float score = scale * tile_dot(s, q, stride, q0, T, k, stride, k0, T, D);
+        float dp = tile_dot(s, dout, C, q0, T, v, stride, k0, T, D);
+        s.ds[warp][lane] = visible ? scale * expf(score - row_lse) * (dp - row_delta) : 0;
+        __syncwarp();
+        if (query < T) add_weighted(dq, 1, k0 == 0, s.ds[warp], k + size_t(k0) * stride, stride, min(WARP, T - k0), D);
+        __syncwarp();
+    }
+}
+
 // dk and dv: a warp a key.
 __global__ void attention_backward_kv_kernel(float* dqkv, const float* dy, const float* qkv, const float* lse,
                                              const float* delta, AttentionShape shape) {
@@ -843,28 +883,6 @@ __global__ void attention_backward_kv_kernel(float* dqkv, const float* dy, const
     }
 }
 
-// dq: a warp a query.
-__global__ void attention_backward_q_kernel(float* dqkv, const float* dy, const float* qkv, const float* lse,
-                                            const float* delta, AttentionShape shape) {
-    begin_kernel();
-    auto& s = shared<PlainShared>();
-    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, T = shape.T, C = shape.C, H = shape.H, D = C / H;
-    int tiles = (T + PLAIN_WARPS - 1) / PLAIN_WARPS, q0 = int(blockIdx.x % tiles) * PLAIN_WARPS, query = q0 + warp;
-    size_t head = blockIdx.x / tiles, b = head / H, stride = 3 * size_t(C), at = b * T * stride + head % H * D;
-    const float *q = qkv + at, *k = q + C, *v = k + C, *dout = dy + b * T * C + head % H * D;
-    float *dq = dqkv + at + size_t(query) * stride, scale = 1 / sqrtf(float(D));
-    float row_lse = query < T ? lse[head * T + query] : 0, row_delta = query < T ? delta[head * T + query] : 0;
-    for (int k0 = 0; k0 < min(q0 + PLAIN_WARPS, T); k0 += WARP) {
-        bool visible = query < T && k0 + lane <= query;
-        float score = scale * tile_dot(s, q, stride, q0, T, k, stride, k0, T, D);
-        float dp = tile_dot(s, dout, C, q0, T, v, stride, k0, T, D);
-        s.ds[warp][lane] = visible ? scale * expf(score - row_lse) * (dp - row_delta) : 0;
-        __syncwarp();
-        if (query < T) add_weighted(dq, 1, k0 == 0, s.ds[warp], k + size_t(k0) * stride, stride, min(WARP, T - k0), D);
-        __syncwarp();
-    }
-}
-
 void attention_forward(Device& device, float* y, float* lse, const float* qkv, int B, int T, int C, int H, int first) {
     launch(attention_forward_kernel, ceil_div(size_t(T - first), PLAIN_WARPS) * B * H, PLAIN_WARPS * WARP,
            sizeof(PlainShared), device.stream, y, lse, qkv, AttentionShape{T, C, H, first});
@@ -874,10 +892,9 @@ void attention_backward(Device& device, float* dqkv, float* delta, const float* 
                         const float* lse, int B, int T, int C, int H) {
     AttentionShape shape{T, C, H, 0};
     size_t blocks = ceil_div(size_t(T), PLAIN_WARPS) * B * H;
-    launch_threads(attention_delta_kernel, size_t(B) * T * H * WARP, device.stream, delta, dy, y, B, T, H, C / H);
+    launch(attention_backward_q_kernel, blocks, PLAIN_WARPS * WARP, sizeof(PlainShared), device.stream, dqkv, delta, dy,
+           y, qkv, lse, shape);
     launch(attention_backward_kv_kernel, blocks, PLAIN_WARPS * WARP, sizeof(PlainShared), device.stream, dqkv, dy, qkv,
-           lse, delta, shape);
-    launch(attention_backward_q_kernel, blocks, PLAIN_WARPS * WARP, sizeof(PlainShared), device.stream, dqkv, dy, qkv,
            lse, delta, shape);
 }
 #else
@@ -1116,6 +1133,84 @@ __global__ void __launch_bounds__(ATT_WARPS* WARP)
                [&](int m, int half) { return 1 / sum[m][half]; });
 }
 
+template <int D, int ROWS, int N>
+struct AttentionQShared {
+    branch_t q[ROWS * D], dy[ROWS * D], k[2][N * D], v[2][N * D];
+};
+
+// delta and dq: a warp has queries, and meets the keys up to them.
+template <int D, int M, int N>
+__global__ void __launch_bounds__(ATT_WARPS* WARP)
+    attention_backward_q_kernel(branch_t* dqkv, float* delta, const branch_t* dy, const branch_t* y,
+                                const branch_t* qkv, const float* lse, AttentionShape shape) {
+    begin_kernel();
+    constexpr int ROWS = att_rows(M);
+    auto& s = shared<AttentionQShared<D, ROWS, N>>();
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, T = shape.T, C = shape.C, H = shape.H;
+    int tiles = (T + ROWS - 1) / ROWS, q0 = (tiles - 1 - int(blockIdx.x % tiles)) * ROWS, end = min(q0 + ROWS, T),
+        warp_q0 = q0 + warp * 16 * M;
+    size_t head = blockIdx.x / tiles, b = head / H, stride = 3 * size_t(C), at = b * T * stride + head % H * D,
+           at_y = b * T * C + head % H * D;
+    const branch_t *q = qkv + at, *k = q + C, *v = k + C, *dout = dy + at_y, *out = y + at_y;
+    float scale = LOG2_E / sqrtf(float(D)), row_lse[M][2], row_delta[M][2];
+
+    load_tile<ROWS, D>(s.q, q, stride, q0, T);
+    load_tile<ROWS, D>(s.dy, dout, C, q0, T);
+    load_tile<N, D>(s.k[0], k, stride, 0, end);
+    load_tile<N, D>(s.v[0], v, stride, 0, end);
+    cp_async_commit();
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            int query = warp_q0 + 16 * m + 8 * half + lane / 4;
+            float sum = 0;  // of every fourth 8 channels: four lanes have a row
+            for (int d = lane % 4 * 8; d < D && query < T; d += 32) {
+                auto dys = load<8>(dout + size_t(query) * C + d), ys = load<8>(out + size_t(query) * C + d);
+#pragma unroll
+                for (int i = 0; i < 8; i++) sum += float(dys[i]) * float(ys[i]);
+            }
+            sum += __shfl_xor_sync(ALL_LANES, sum, 1);
+            sum += __shfl_xor_sync(ALL_LANES, sum, 2);
+            if (lane % 4 == 0 && query < T) delta[head * T + query] = sum;
+            row_delta[m][half] = sum;
+            row_lse[m][half] = query < T ? LOG2_E * lse[head * T + query] : 0;
+        }
+    WarpTile<M, D> dq;
+    dq.zero();
+    for (int k0 = 0; k0 < end; k0 += N) {
+        int now = k0 / N % 2;
+        if (k0 + N < end) {
+            load_tile<N, D>(s.k[1 - now], k, stride, k0 + N, end);
+            load_tile<N, D>(s.v[1 - now], v, stride, k0 + N, end);
+        }
+        cp_async_commit();
+        cp_async_wait<1>();
+        __syncthreads();
+        if (k0 < warp_q0 + 16 * M && warp_q0 < T) {
+            bool masked = k0 + N > warp_q0;
+            WarpTile<M, N> p, ds;
+            tile_product<M, N, D>(p, s.q, warp * 16 * M, s.k[now], lane);
+            tile_product<M, N, D>(ds, s.dy, warp * 16 * M, s.v[now], lane);
+#pragma unroll
+            for (int m = 0; m < M; m++)
+#pragma unroll
+                for (int n = 0; n < N / 8; n++)
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        int column = n * 8 + lane % 4 * 2 + i % 2, query = warp_q0 + 16 * m + i / 2 * 8 + lane / 4;
+                        float probability = fast_exp2(scale * p.v[m][n][i] - row_lse[m][i / 2]);
+                        ds.v[m][n][i] =
+                            masked && k0 + column > query ? 0 : probability * (ds.v[m][n][i] - row_delta[m][i / 2]);
+                    }
+            add_tile_product<M, N, D>(dq, ds, s.k[now], lane);
+        }
+        __syncthreads();
+    }
+    cp_async_wait<0>();
+    store_rows(dqkv + at, stride, warp_q0, T, dq, lane, [&](int, int) { return scale * LN_2; });
+}
+
 template <int D, int ROWS, int STAGE>
 struct AttentionKvShared {
     branch_t k[ROWS * D], v[ROWS * D], q[2][STAGE * D], dy[2][STAGE * D];
@@ -1188,74 +1283,6 @@ __global__ void __launch_bounds__(ATT_WARPS* WARP)
     store_rows(dqkv + at + 2 * C, stride, warp_k0, T, dv, lane, [](int, int) { return 1.0f; });
 }
 
-template <int D, int ROWS, int N>
-struct AttentionQShared {
-    branch_t q[ROWS * D], dy[ROWS * D], k[2][N * D], v[2][N * D];
-};
-
-// dq: a warp has queries, and meets the keys up to them.
-template <int D, int M, int N>
-__global__ void __launch_bounds__(ATT_WARPS* WARP)
-    attention_backward_q_kernel(branch_t* dqkv, const branch_t* dy, const branch_t* qkv, const float* lse,
-                                const float* delta, AttentionShape shape) {
-    begin_kernel();
-    constexpr int ROWS = att_rows(M);
-    auto& s = shared<AttentionQShared<D, ROWS, N>>();
-    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, T = shape.T, C = shape.C, H = shape.H;
-    int tiles = (T + ROWS - 1) / ROWS, q0 = (tiles - 1 - int(blockIdx.x % tiles)) * ROWS, end = min(q0 + ROWS, T),
-        warp_q0 = q0 + warp * 16 * M;
-    size_t head = blockIdx.x / tiles, b = head / H, stride = 3 * size_t(C), at = b * T * stride + head % H * D;
-    const branch_t *q = qkv + at, *k = q + C, *v = k + C, *dout = dy + b * T * C + head % H * D;
-    float scale = LOG2_E / sqrtf(float(D)), row_lse[M][2], row_delta[M][2];
-#pragma unroll
-    for (int m = 0; m < M; m++)
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            int query = warp_q0 + 16 * m + 8 * half + lane / 4;
-            row_lse[m][half] = query < T ? LOG2_E * lse[head * T + query] : 0;
-            row_delta[m][half] = query < T ? delta[head * T + query] : 0;
-        }
-
-    load_tile<ROWS, D>(s.q, q, stride, q0, T);
-    load_tile<ROWS, D>(s.dy, dout, C, q0, T);
-    load_tile<N, D>(s.k[0], k, stride, 0, end);
-    load_tile<N, D>(s.v[0], v, stride, 0, end);
-    cp_async_commit();
-    WarpTile<M, D> dq;
-    dq.zero();
-    for (int k0 = 0; k0 < end; k0 += N) {
-        int now = k0 / N % 2;
-        if (k0 + N < end) {
-            load_tile<N, D>(s.k[1 - now], k, stride, k0 + N, end);
-            load_tile<N, D>(s.v[1 - now], v, stride, k0 + N, end);
-        }
-        cp_async_commit();
-        cp_async_wait<1>();
-        __syncthreads();
-        if (k0 < warp_q0 + 16 * M && warp_q0 < T) {
-            bool masked = k0 + N > warp_q0;
-            WarpTile<M, N> p, ds;
-            tile_product<M, N, D>(p, s.q, warp * 16 * M, s.k[now], lane);
-            tile_product<M, N, D>(ds, s.dy, warp * 16 * M, s.v[now], lane);
-#pragma unroll
-            for (int m = 0; m < M; m++)
-#pragma unroll
-                for (int n = 0; n < N / 8; n++)
-#pragma unroll
-                    for (int i = 0; i < 4; i++) {
-                        int column = n * 8 + lane % 4 * 2 + i % 2, query = warp_q0 + 16 * m + i / 2 * 8 + lane / 4;
-                        float probability = fast_exp2(scale * p.v[m][n][i] - row_lse[m][i / 2]);
-                        ds.v[m][n][i] =
-                            masked && k0 + column > query ? 0 : probability * (ds.v[m][n][i] - row_delta[m][i / 2]);
-                    }
-            add_tile_product<M, N, D>(dq, ds, s.k[now], lane);
-        }
-        __syncthreads();
-    }
-    cp_async_wait<0>();
-    store_rows(dqkv + at, stride, warp_q0, T, dq, lane, [&](int, int) { return scale * LN_2; });
-}
-
 // The kernels of each D that the BF16 build has.
 template <class Action>
 void by_head_size(int D, Action action) {
@@ -1278,17 +1305,16 @@ void attention_forward(Device& device, branch_t* y, float* lse, const branch_t* 
 void attention_backward(Device& device, branch_t* dqkv, float* delta, const branch_t* dy, const branch_t* qkv,
                         const branch_t* y, const float* lse, int B, int T, int C, int H) {
     AttentionShape shape{T, C, H, 0};
-    launch_threads(attention_delta_kernel, size_t(B) * T * H * WARP, device.stream, delta, dy, y, B, T, H, C / H);
     by_head_size(C / H, [&](auto size) {
         constexpr int D = size;
         using Tiles = AttentionTiles<D>;
         constexpr int KV_ROWS = att_rows(Tiles::KV_M), Q_ROWS = att_rows(Tiles::Q_M);
+        launch(attention_backward_q_kernel<D, Tiles::Q_M, Tiles::Q_N>, ceil_div(size_t(T), Q_ROWS) * B * H,
+               ATT_WARPS * WARP, sizeof(AttentionQShared<D, Q_ROWS, Tiles::Q_N>), device.stream, dqkv, delta, dy, y,
+               qkv, lse, shape);
         launch(attention_backward_kv_kernel<D, Tiles::KV_M, Tiles::KV_N, Tiles::KV_STAGE>,
                ceil_div(size_t(T), KV_ROWS) * B * H, ATT_WARPS * WARP,
                sizeof(AttentionKvShared<D, KV_ROWS, Tiles::KV_STAGE>), device.stream, dqkv, dy, qkv, lse, delta, shape);
-        launch(attention_backward_q_kernel<D, Tiles::Q_M, Tiles::Q_N>, ceil_div(size_t(T), Q_ROWS) * B * H,
-               ATT_WARPS * WARP, sizeof(AttentionQShared<D, Q_ROWS, Tiles::Q_N>), device.stream, dqkv, dy, qkv, lse,
-               delta, shape);
     });
 }
 #endif
@@ -1334,6 +1360,17 @@ void gelu_forward(Device& device, branch_t* out, const branch_t* h, size_t n) {
 }
 void gelu_backward(Device& device, branch_t* dh, const branch_t* h, size_t n) {
     launch_threads(gelu_backward_kernel, n / WIDE, device.stream, dh, h, n);
+}
+
+// Backward through a product that read gelu(h), and through GELU: dh (rows,K) = (dout W) gelu'(h), dout (rows,N),
+// W (N,K). cuBLASLt multiplies by gelu'(h) what is still in registers where it offers that: 4 bytes an element in BF16
+// instead of 8. It reads the h that is stored, and so do gelu_forward and every level of recomputation: all have the
+// same bits. In FP32, the build for comparisons, the kernel is exact where cuBLASLt may approximate.
+void matmul_gelu_backward(Device& device, branch_t* dh, const branch_t* dout, const branch_t* w, const branch_t* h,
+                          size_t rows, size_t K, size_t N) {
+    if (BRANCH_BF16 && device.product_dgelu(dh, w, PLAIN, dout, PLAIN, h, K, rows, N)) return;
+    device.product(dh, w, PLAIN, dout, PLAIN, K, rows, N, SET);
+    gelu_backward(device, dh, h, rows * K);
 }
 
 // ----- Cross entropy
@@ -1746,8 +1783,8 @@ void feed_forward_branch_backward(Device& device, branch_t* du, const branch_t* 
                                   const SublayerTensors<branch_t>& w, const SublayerGradients& dw, const ModelConfig& c,
                                   size_t rows, const BranchScratch& s) {
     size_t C = size_t(c.C);
-    matmul_backward(device, s.dbranch, dw.matrix(FCPROJW), df, a.gelu, w[FCPROJW], rows, 4 * C, C);
-    gelu_backward(device, s.dbranch, a.h, rows * 4 * C);
+    matmul_backward_weight(device, dw.matrix(FCPROJW), df, a.gelu, rows, 4 * C, C);
+    matmul_gelu_backward(device, s.dbranch, df, w[FCPROJW], a.h, rows, 4 * C, C);
     matmul_backward(device, du, dw.matrix(FCW), s.dbranch, a.u, w[FCW], rows, C, 4 * C);
 }
 
@@ -1809,11 +1846,14 @@ struct Model {
     bool probing = false;
     int ablated = -1;  // the sub-layer whose branch evaluate leaves out; -1: none
 
-    // Logits of so many rows at a time that 64 M elements hold them, whatever V is: 128 MiB in BF16.
-    // Not const: a test makes it smaller.
-    static inline size_t head_elements = size_t(1) << 26;
+    // Logits come in chunks of rows, as equal as whole tiles of a product allow, of at most 2^28 elements whatever V
+    // is: 512 MiB in BF16. Each chunk reads and writes the whole of wte's gradient, so that few are better. Not const:
+    // a test makes it smaller.
+    static inline size_t head_elements = size_t(1) << 28;
     static size_t head_rows(const ModelConfig& c, size_t rows) {
-        return std::min(rows, std::max<size_t>(16, head_elements / size_t(c.Vp())));
+        constexpr size_t TILE = 128;  // rows
+        size_t most = std::max<size_t>(1, head_elements / size_t(c.Vp()) / TILE) * TILE, chunks = ceil_div(rows, most);
+        return std::min(rows, round_up(ceil_div(rows, chunks), TILE));
     }
 
     // What the parameters' buffers hold, in elements.
@@ -1879,7 +1919,8 @@ struct Model {
         visit("attention's delta", &Model::delta, rows * size_t(c.H));
         visit("logits, a chunk", &Model::logits, head_rows(c, rows) * size_t(c.Vp()));
         visit("losses", &Model::losses, rows);
-        visit("gains' gradients, partial sums", &Model::gain_partial, std::min(rows, most_gain_blocks(c.C)) * 3 * C);
+        visit("gains' gradients, partial sums", &Model::gain_partial,
+              std::min<size_t>(rows, MAX_PARTIAL_BLOCKS) * 3 * C);
         visit("tokens", &Model::batch, TokenBatch::size(rows));
         visit("step's numbers out", &Model::state, 1);
         visit("step's numbers in", &Model::settings, 1);
@@ -1898,12 +1939,15 @@ struct Model {
         return rows;
     }
 
-    // What --tune measures on, for the largest product of a micro-step of B sequences: of a layer (N,K) that is dW,
-    // whose result is FP32. A validation's products are a forward's; sampling measures none.
+    // What --tune measures on, for the largest product of a micro-step of B sequences: a dW, whose result is FP32, or
+    // the gradient through GELU, which has three matrices (rows,4C) or (4C,rows). A validation's products are a
+    // forward's; sampling measures none.
     static size_t tuning_bytes(const ModelConfig& c, int B, int T) {
         size_t rows = size_t(B) * size_t(T), C = size_t(c.C);
-        return std::max(Device::tuning_bytes(C, 4 * C, rows, true),
-                        Device::tuning_bytes(C, size_t(c.Vp()), head_rows(c, rows), true));
+        return std::max({Device::tuning_bytes(C, 4 * C, rows, true, Epilogue::ADD),
+                         Device::tuning_bytes(4 * C, rows, C, !BRANCH_BF16,
+                                              BRANCH_BF16 ? Epilogue::DGELU : Epilogue::SET),
+                         Device::tuning_bytes(C, size_t(c.Vp()), head_rows(c, rows), true, Epilogue::ADD)});
     }
 
     // All buffers share one allocation. Not const: the tests give each its own, with guards on the CPU headers
@@ -2260,7 +2304,8 @@ struct Model {
             end = begin;
         }
         // dz is now dz_{-1} = dx_0.
-        embedding_backward(device, gradient(WTE), gradient(WPE), dz.data(), tokens, b, T, config.C, config.V);
+        embedding_backward(device, gradient(WTE), gradient(WPE), scratch_x(), dz.data(), tokens, b, T, config.C,
+                           config.V);
         if (communicator) reduce_bucket(0), await_bucket(0);
     }
 

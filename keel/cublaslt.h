@@ -14,20 +14,26 @@ inline void check(cublasStatus_t status, const char* what) {
 
 constexpr size_t GEMM_WORKSPACE = 32 << 20;  // bytes, what NVIDIA recommends for Hopper
 
+// What becomes of a product ab: d = ab, d += ab, or d = ab gelu'(h) element by element, h lying as d does.
+enum class Epilogue { SET, ADD, DGELU };
+constexpr const char* epilogue_names[] = {"set", "add", "dgelu"};
+
 // How cuBLASLt computes the products of one shape; made at the first of them.
 struct GemmPlan {
     cublasLtMatmulDesc_t operation;
     cublasLtMatrixLayout_t a, b, d;
     cublasLtMatmulAlgo_t algorithm;
+    bool offered;  // by this cuBLASLt; only DGELU may be missing
 };
-// a transposed, b transposed; m, n, k; whether the result is FP32, and whether the product is added to it
-using GemmKey = std::tuple<bool, bool, size_t, size_t, size_t, bool, bool>;
+// a transposed, b transposed; m, n, k; whether the result is FP32
+using GemmKey = std::tuple<bool, bool, size_t, size_t, size_t, bool, Epilogue>;
 
 // --tune FILE: the fastest of cuBLASLt's algorithms for each shape of product, as measured on this GPU with this
 // cuBLASLt. Rows of other GPUs and versions stay in the file.
 class TuningTable {
 public:
-    static constexpr const char* COLUMNS = "gpu,cublaslt,a_transposed,b_transposed,m,n,k,inputs,result,beta,first_us,"
+    static constexpr const char* COLUMNS = "gpu,cublaslt,a_transposed,b_transposed,m,n,k,inputs,result,epilogue,first_"
+                                           "us,"
                                            "best_us,algorithm";
     static constexpr int KEY_COLUMNS = 10;
 
@@ -90,9 +96,9 @@ private:
     std::map<std::string, Row> rows;
 
     std::string key(const GemmKey& shape) const {
-        auto [ta, tb, m, n, k, fp32_out, accumulate] = shape;
-        return format("%s,%d,%d,%zu,%zu,%zu,%s,%s,%d", machine, ta, tb, m, n, k, BRANCH_BF16 ? "bf16" : "fp32",
-                      fp32_out ? "fp32" : "bf16", accumulate);
+        auto [ta, tb, m, n, k, fp32_out, epilogue] = shape;
+        return format("%s,%d,%d,%zu,%zu,%zu,%s,%s,%s", machine, ta, tb, m, n, k, BRANCH_BF16 ? "bf16" : "fp32",
+                      fp32_out ? "fp32" : "bf16", epilogue_names[int(epilogue)]);
     }
 
     void parse(const std::string& line, int number) {
@@ -167,9 +173,10 @@ public:
         Tuning(const Tuning&) = delete;
         Tuning& operator=(const Tuning&) = delete;
     };
-    // Bytes of scratch that measuring a product (m,n,k) takes: a, b, d and the buffer that flushes the L2.
-    static size_t tuning_bytes(size_t m, size_t n, size_t k, bool fp32_out) {
-        return (m * k + k * n) * sizeof(branch_t) + m * n * (fp32_out ? 4 : 2) + twice_l2();
+    // Bytes of scratch that measuring a product (m,n,k) takes: a, b, d, DGELU's h and the buffer that flushes the L2.
+    static size_t tuning_bytes(size_t m, size_t n, size_t k, bool fp32_out, Epilogue epilogue) {
+        size_t h = epilogue == Epilogue::DGELU ? m * n : 0;
+        return (m * k + k * n + h) * sizeof(branch_t) + m * n * (fp32_out ? 4 : sizeof(branch_t)) + twice_l2();
     }
 
     // ----- Matrix products, all by cuBLASLt, whose matrices are column-major: d (m,n) = a (m,k) b (k,n), or d += a b.
@@ -178,8 +185,16 @@ public:
     template <class Out>
     void product(Out* d, const branch_t* a, bool a_transposed, const branch_t* b, bool b_transposed, size_t m, size_t n,
                  size_t k, bool accumulate) {
-        const GemmPlan& plan = gemm_plan({a_transposed, b_transposed, m, n, k, sizeof(Out) == 4, accumulate});
-        multiply(plan, plan.algorithm, d, a, b, accumulate);
+        Epilogue epilogue = accumulate ? Epilogue::ADD : Epilogue::SET;
+        const GemmPlan& plan = gemm_plan({a_transposed, b_transposed, m, n, k, sizeof(Out) == 4, epilogue});
+        multiply(plan, plan.algorithm, d, a, b, epilogue);
+    }
+    // d = a b gelu'(h), h (m,n); false, and nothing done, where this cuBLASLt does not offer it for the shape.
+    bool product_dgelu(branch_t* d, const branch_t* a, bool a_transposed, const branch_t* b, bool b_transposed,
+                       const branch_t* h, size_t m, size_t n, size_t k) {
+        const GemmPlan& plan = gemm_plan({a_transposed, b_transposed, m, n, k, false, Epilogue::DGELU}, h);
+        if (plan.offered) multiply(plan, plan.algorithm, d, a, b, Epilogue::DGELU, h);
+        return plan.offered;
     }
 
     // Operations a second of a large product in the branch's type, with which every rate is compared: the median of 15.
@@ -210,11 +225,18 @@ private:
     bool measuring = false;
 
     void multiply(const GemmPlan& plan, const cublasLtMatmulAlgo_t& algorithm, void* d, const branch_t* a,
-                  const branch_t* b, bool accumulate) {
-        float one = 1, beta = accumulate ? 1 : 0;
+                  const branch_t* b, Epilogue epilogue, const branch_t* h = nullptr) {
+        float one = 1, beta = epilogue == Epilogue::ADD ? 1 : 0;
+        if (epilogue == Epilogue::DGELU)  // the one argument that lies in the description
+            set(plan, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, h, "CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER");
         check(cublasLtMatmul(handle, plan.operation, &one, a, plan.a, b, plan.b, &beta, d, plan.d, d, plan.d,
                              &algorithm, workspace.data(), workspace.size(), stream),
               "cublasLtMatmul");
+    }
+
+    template <class Value>
+    static void set(const GemmPlan& plan, cublasLtMatmulDescAttributes_t which, const Value& value, const char* what) {
+        check(cublasLtMatmulDescSetAttribute(plan.operation, which, &value, sizeof value), what);
     }
 
     static size_t twice_l2() {
@@ -224,21 +246,23 @@ private:
     }
 
     // A shape's algorithm is the first that cuBLASLt's heuristic names, the same on every run; with --tune it is the
-    // table's.
-    const GemmPlan& gemm_plan(const GemmKey& key) {
+    // table's. h: DGELU's, as aligned as those to come.
+    const GemmPlan& gemm_plan(const GemmKey& key, const branch_t* h = nullptr) {
         if (auto found = plans.find(key); found != plans.end()) return found->second;
-        auto [ta, tb, m, n, k, fp32_out, accumulate] = key;
+        auto [ta, tb, m, n, k, fp32_out, epilogue] = key;
         cudaDataType in_type = BRANCH_BF16 ? CUDA_R_16BF : CUDA_R_32F, out_type = fp32_out ? CUDA_R_32F : CUDA_R_16BF;
         GemmPlan plan{};
         cublasOperation_t op_a = ta ? CUBLAS_OP_T : CUBLAS_OP_N, op_b = tb ? CUBLAS_OP_T : CUBLAS_OP_N;
         check(cublasLtMatmulDescCreate(&plan.operation, CUBLAS_COMPUTE_32F, CUDA_R_32F), "cublasLtMatmulDescCreate");
-        auto set = [&](cublasLtMatmulDescAttributes_t which, const auto& value, const char* what) {
-            check(cublasLtMatmulDescSetAttribute(plan.operation, which, &value, sizeof value), what);
-        };
-        set(CUBLASLT_MATMUL_DESC_TRANSA, op_a, "CUBLASLT_MATMUL_DESC_TRANSA");
-        set(CUBLASLT_MATMUL_DESC_TRANSB, op_b, "CUBLASLT_MATMUL_DESC_TRANSB");
+        set(plan, CUBLASLT_MATMUL_DESC_TRANSA, op_a, "CUBLASLT_MATMUL_DESC_TRANSA");
+        set(plan, CUBLASLT_MATMUL_DESC_TRANSB, op_b, "CUBLASLT_MATMUL_DESC_TRANSB");
         if (int32_t most = product_multiprocessors; most > 0)
-            set(CUBLASLT_MATMUL_DESC_SM_COUNT_TARGET, most, "CUBLASLT_MATMUL_DESC_SM_COUNT_TARGET");
+            set(plan, CUBLASLT_MATMUL_DESC_SM_COUNT_TARGET, most, "CUBLASLT_MATMUL_DESC_SM_COUNT_TARGET");
+        if (epilogue == Epilogue::DGELU) {
+            set(plan, CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_EPILOGUE_DGELU, "CUBLASLT_MATMUL_DESC_EPILOGUE");
+            set(plan, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, int64_t(m), "CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD");
+            set(plan, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, h, "CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER");
+        }
         auto layout = [](cublasLtMatrixLayout_t* l, cudaDataType type, size_t rows, size_t cols) {
             check(cublasLtMatrixLayoutCreate(l, type, rows, cols, int64_t(rows)), "cublasLtMatrixLayoutCreate");
         };
@@ -265,14 +289,21 @@ private:
             cublasLtMatmulAlgoGetHeuristic(handle, plan.operation, plan.a, plan.b, plan.d, plan.d, preference,
                                            measuring ? MOST_CANDIDATES : 1, results, &found);
         cublasLtMatmulPreferenceDestroy(preference);
-        if (status != CUBLAS_STATUS_SUCCESS || found == 0)
+        plan.offered = status == CUBLAS_STATUS_SUCCESS && found > 0;
+        if (!plan.offered && epilogue != Epilogue::DGELU) {
+            destroy(plan);
             fail("cuBLASLt has no algorithm for a product of %zu x %zu x %zu (%s); use another -C or the FP32 build", m,
                  n, k, cublasLtGetStatusString(status));
-        plan.algorithm = results[0].algo;
+        }
+        if (!plan.offered) return plans[key] = plan;
+        std::vector<cublasLtMatmulAlgo_t> candidates;
+        for (auto& result : std::span(results, size_t(found))) candidates.push_back(result.algo);
+        split_sum(plan, candidates, results[0].wavesCount, k);
+        plan.algorithm = candidates[0];
         const cublasLtMatmulAlgo_t* tuned = tuning ? tuning->find(key) : nullptr;
         try {
             if (tuned && usable(plan, *tuned)) plan.algorithm = *tuned;
-            else if (measuring) plan.algorithm = fastest(plan, key, {results, size_t(found)});
+            else if (measuring) plan.algorithm = fastest(plan, key, candidates);
         } catch (...) {  // no memory for the scratch matrices, or no disk for the table
             destroy(plan);
             throw;
@@ -292,23 +323,44 @@ private:
                result.workspaceSize <= GEMM_WORKSPACE;
     }
 
+    // Where the first algorithm fills less than half of the GPU, as for a dW of few tiles and a sum over thousands of
+    // rows, the same with that sum in slices goes before it: cuBLASLt adds up their FP32 results in order. waves: what
+    // the algorithm fills, as cuBLASLt tells it.
+    static constexpr size_t MOST_SLICES = 16, LEAST_SLICE = 1024;
+    void split_sum(const GemmPlan& plan, std::vector<cublasLtMatmulAlgo_t>& candidates, float waves, size_t k) {
+        size_t most = waves > 0 ? size_t(std::min(1 / waves, float(MOST_SLICES))) : 1;
+        for (size_t slices = std::bit_floor(std::min(most, k / LEAST_SLICE)); slices > 1; slices /= 2) {
+            cublasLtMatmulAlgo_t split = candidates[0];
+            int32_t count = int32_t(slices);
+            uint32_t scheme = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
+            bool known = cublasLtMatmulAlgoConfigSetAttribute(&split, CUBLASLT_ALGO_CONFIG_SPLITK_NUM, &count,
+                                                              sizeof count) == CUBLAS_STATUS_SUCCESS &&
+                         cublasLtMatmulAlgoConfigSetAttribute(&split, CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME, &scheme,
+                                                              sizeof scheme) == CUBLAS_STATUS_SUCCESS;
+            if (!known || !usable(plan, split)) continue;
+            candidates.insert(candidates.begin(), split);
+            return;
+        }
+    }
+
     // The algorithm of least median time, in rounds over all of them, on scratch matrices of random numbers with the
     // product's own beta; before each product the L2 is filled with something else. The heuristic's first stays unless
     // another takes 2 % less: that much is noise.
     static constexpr int MOST_CANDIDATES = 16, ROUNDS = 7;
     cublasLtMatmulAlgo_t fastest(const GemmPlan& plan, const GemmKey& key,
-                                 std::span<const cublasLtMatmulHeuristicResult_t> results) {
-        auto [ta, tb, m, n, k, fp32_out, accumulate] = key;
-        DeviceArray<branch_t> a = random_matrix(m * k), b = random_matrix(k * n);
-        DeviceArray<char> d(m * n * (fp32_out ? 4 : 2)), other(twice_l2());
+                                 const std::vector<cublasLtMatmulAlgo_t>& candidates) {
+        auto [ta, tb, m, n, k, fp32_out, epilogue] = key;
+        DeviceArray<branch_t> a = random_matrix(m * k), b = random_matrix(k * n), h;
+        if (epilogue == Epilogue::DGELU) h = random_matrix(m * n);
+        DeviceArray<char> d(m * n * (fp32_out ? 4 : sizeof(branch_t))), other(twice_l2());
         zero(d);
         Stopwatch watch(stream);
-        std::vector<std::vector<float>> times(results.size());  // milliseconds
-        for (int round = -1; round < ROUNDS; round++)           // -1: warm-up
-            for (size_t i = 0; i < results.size(); i++) {
+        std::vector<std::vector<float>> times(candidates.size());  // milliseconds
+        for (int round = -1; round < ROUNDS; round++)              // -1: warm-up
+            for (size_t i = 0; i < candidates.size(); i++) {
                 zero(other);
                 watch.start();
-                multiply(plan, results[i].algo, d.data(), a.data(), b.data(), accumulate);
+                multiply(plan, candidates[i], d.data(), a.data(), b.data(), epilogue, h.data());
                 float ms = watch.stop();
                 if (round >= 0) times[i].push_back(ms);
             }
@@ -320,9 +372,11 @@ private:
         if (medians[best] > 0.98f * medians[0]) best = 0;
         print("tuned      %5zu x %6zu x %6zu%s%s, %s%s: %.1f us, the first of %zu algorithms %.1f us (%.1f %% less)\n",
               m, n, k, ta ? ", a^T" : "", tb ? ", b^T" : "", fp32_out ? "into FP32" : "into BF16",
-              accumulate ? ", added" : "", medians[best] * 1e3, results.size(), medians[0] * 1e3,
-              100 * (1 - medians[best] / medians[0]));
-        tuning->add(key, results[best].algo, medians[0] * 1e3, medians[best] * 1e3);
-        return results[best].algo;
+              epilogue == Epilogue::ADD     ? ", added"
+              : epilogue == Epilogue::DGELU ? ", times GELU's slope"
+                                            : "",
+              medians[best] * 1e3, candidates.size(), medians[0] * 1e3, 100 * (1 - medians[best] / medians[0]));
+        tuning->add(key, candidates[best], medians[0] * 1e3, medians[best] * 1e3);
+        return candidates[best];
     }
 };

@@ -98,14 +98,28 @@ inline bool launches_overlap(const void* first_kernel) {
     return overlap;
 }
 
+// Without asking a kernel gets 48 KiB.
+template <class... Parameters>
+void allow_shared(void (*kernel)(Parameters...), size_t bytes) {
+    if (bytes > 48 << 10) CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
+}
+// Blocks of a kernel that the GPU holds at once.
+template <class... Parameters>
+size_t resident_blocks(void (*kernel)(Parameters...), unsigned block, size_t shared_bytes) {
+    int blocks = 0, multiprocessors = 0;
+    allow_shared(kernel, shared_bytes);
+    CUDA(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, int(block), shared_bytes));
+    CUDA(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, 0));
+    return size_t(blocks) * size_t(multiprocessors);
+}
+
 // kernel<<<grid, block, shared_bytes, stream>>>(arguments...) and the check for its error. The kernel calls
 // begin_kernel() before it touches global memory.
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), size_t grid, unsigned block, size_t shared_bytes, cudaStream_t stream,
             Arguments... arguments) {
     if (grid > size_t(INT_MAX)) fail("a kernel needs %zu blocks, more than a grid has; use a smaller -b", grid);
-    if (shared_bytes > 48 << 10)  // more bytes than a kernel gets without asking
-        CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)));
+    allow_shared(kernel, shared_bytes);
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(unsigned(grid)), config.blockDim = dim3(block), config.dynamicSmemBytes = shared_bytes,
     config.stream = stream;

@@ -77,10 +77,10 @@ inline double predicted_seconds(const ModelConfig& c, int B, int T, Recompute r,
     bool again = r.drops_all() || r.segments();
     double operations = rows * flops_per_token(c, T) * (again ? 4.0 / 3 : 1);
     double filled = std::min(1.0, std::ceil(rows / 128) * std::ceil(c.C / 128.0) / multiprocessors);
-    double bytes = rows * blocks * c.C * (226 + (r.drops_all() ? 54 : r.drops_u() ? 28 : r.segments() ? 80 : 0));
+    double bytes = rows * blocks * c.C * (208 + (r.drops_all() ? 54 : r.drops_u() ? 28 : r.segments() ? 80 : 0));
     double weights = 12.0 * c.C * c.C * blocks + double(c.Vp()) * c.C;
     // A micro-batch reads the weights, and adds to their gradients.
     bytes += weights * (2 * (again ? 3 : 2) + (types.grads_bf16 ? 12 : 8));
-    double nodes = blocks * (22 + (again ? 6 : r.drops_u() ? 1 : 0) + (types.grads_bf16 ? 4 : 0));
+    double nodes = blocks * (20 + (again ? 6 : r.drops_u() ? 1 : 0) + (types.grads_bf16 ? 4 : 0));
     return operations / (matrix_rate * filled) + bytes / memory_rate + nodes * node_seconds;
 }

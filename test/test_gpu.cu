@@ -278,13 +278,42 @@ TEST_SUITE("layers") {
                 compare("x, " + at, x, x_gpu.values());
 
                 auto expected_wte = dwte, expected_wpe = dwpe;
-                Field<float> dwte_gpu(dwte), dwpe_gpu(dwpe), dx_gpu(dx);
+                Field<float> dwte_gpu(dwte), dwpe_gpu(dwpe), dx_gpu(dx), sums(n);
                 cpu::embedding_backward(expected_wte.data(), expected_wpe.data(), dx.data(), tokens.data(), B, T, C);
-                embedding_backward(device(), dwte_gpu.data(), dwpe_gpu.data(), dx_gpu.data(),
+                embedding_backward(device(), dwte_gpu.data(), dwpe_gpu.data(), sums.data(), dx_gpu.data(),
                                    TokenBatch(batch.data(), rows), B, T, C, V);
                 compare("dwte, " + at, expected_wte, dwte_gpu.values());
                 compare("dwpe, " + at, expected_wpe, dwpe_gpu.values());
+                sums.values();  // none behind them
             }
+        }
+    }
+
+    TEST_CASE("A batch's rows are sorted by token, in order, in chunks of at most 64 rows of one token") {
+        for (auto [rows, V] : {std::pair<size_t, int>{1, 1}, {64, 1}, {65, 1}, {1000, 3}, {500, 300}, {37, 50257}}) {
+            std::vector<int> memory(TokenBatch::size(rows), -1), count, seen;
+            TokenBatch batch(memory.data(), rows);
+            auto tokens = random_tokens(rows, V, 1);
+            std::copy(tokens.begin(), tokens.end(), batch.tokens);
+            batch.sort(rows, V, count);
+            REQUIRE(batch.number + 1 == memory.data() + memory.size());
+            REQUIRE(size_t(*batch.chunks) <= TokenBatch::most_chunks(rows, size_t(V)));
+            int last = -1;
+            for (int j = 0; j < *batch.different; j++)
+                for (int k = batch.first[j]; k < batch.first[j + 1]; k++) {
+                    int first = batch.start[k], end = batch.start[k + 1], token = tokens[size_t(batch.order[first])];
+                    bool full = k + 1 == batch.first[j + 1] || end - first == TokenBatch::CHUNK_ROWS;
+                    CHECK((first < end && end - first <= TokenBatch::CHUNK_ROWS && full));
+                    CHECK((k == batch.first[j] ? token > last : token == last));
+                    last = token;
+                    for (int i = first; i < end; i++) {
+                        CHECK(tokens[size_t(batch.order[i])] == token);
+                        CHECK((i == batch.start[batch.first[j]] || batch.order[i] > batch.order[i - 1]));
+                        seen.push_back(batch.order[i]);
+                    }
+                }
+            std::sort(seen.begin(), seen.end());
+            for (size_t i = 0; i < rows; i++) CHECK((seen.size() == rows && seen[i] == int(i)));
         }
     }
 
@@ -518,6 +547,37 @@ TEST_SUITE("layers") {
         }
     }
 
+    TEST_CASE("A weight's gradient whose few tiles would leave most of the GPU idle is a sum over slices of the rows, "
+              "added up in order") {
+        Comparison compare("dw", FP32_TOLERANCE);
+        size_t K = 64, N = 64;
+        for (auto [rows, slices] :
+             {std::pair<size_t, size_t>{1500, 1}, {2100, 2}, {4500, 4}}) {  // of 4 multiprocessors
+            auto in = random_branch(rows * K, 1), dout = random_branch(rows * N, 2), dw = random_floats(N * K, 3);
+            auto whole = dw, sliced = dw;
+            for (size_t n = 0; n < N; n++)
+                for (size_t k = 0; k < K; k++) {
+                    float total = 0, all = 0;
+                    for (size_t s = 0; s < slices; s++) {
+                        float sum = 0;
+                        for (size_t row = rows * s / slices; row < rows * (s + 1) / slices; row++)
+                            sum += in[row * K + k] * dout[row * N + n], all += in[row * K + k] * dout[row * N + n];
+                        total = s ? total + sum : sum;
+                    }
+                    sliced[n * K + k] += total, whole[n * K + k] += all;
+                }
+            Field<branch_t> in_gpu(in), dout_gpu(dout);
+            Field<float> dw_gpu(dw);
+            matmul_backward_weight(device(), {dw_gpu.data(), nullptr, nullptr, 0, {}}, dout_gpu.data(), in_gpu.data(),
+                                   rows, K, N);
+            compare(format("%zu rows", rows), whole, dw_gpu.values());
+#ifdef CUDA_ON_CPU
+            CHECK_MESSAGE(same_bits(dw_gpu.values(), sliced), rows << " rows, " << slices << " slices");
+            CHECK(same_bits(whole, sliced) == (slices == 1));
+#endif
+        }
+    }
+
     // (B,H,T) as the GPU has it to (B,T,H) as the CPU has it
     std::vector<float> heads_last(const std::vector<float>& values, int B, int T, int H) {
         std::vector<float> out(values.size());
@@ -614,6 +674,46 @@ TEST_SUITE("layers") {
                 compare(format("backward, %zu in %g", n, scale), dh, dh_gpu.values());
                 CHECK(out_gpu.values()[0] == 0);
             }
+    }
+
+    size_t launches_of(const std::string& kernel) {
+        size_t launches = 0;
+#ifdef CUDA_ON_CPU
+        for (auto& [name, count] : cuda_on_cpu::launched_kernels())
+            if (name.find(kernel) != std::string::npos) launches += count;
+#endif
+        return launches;
+    }
+
+    TEST_CASE("The gradient through a product and GELU is the CPU's, in cuBLASLt's epilogue and, where it has none, by "
+              "a kernel") {
+        Comparison compare("dh", 2 * BRANCH_TOLERANCE);  // the kernel's operand is rounded once before
+        for (bool epilogues : {true, false}) {
+#ifdef CUDA_ON_CPU
+            cuda_on_cpu::settings().epilogues = epilogues;
+#endif
+            Device fresh;  // which has asked cuBLASLt nothing yet
+            for (auto [rows, N] : {std::pair<size_t, size_t>{1, 64}, {37, 64}, {130, 128}}) {
+                size_t K = 4 * N;
+                auto dout = random_branch(rows * N, 1), w = random_branch(N * K, 2), h = random_branch(rows * K, 3, 3);
+                std::vector<float> dh(rows * K), dw(N * K);
+                cpu::matmul_backward(dh.data(), dw.data(), dout.data(), h.data(), w.data(), rows, int(K), int(N));
+                cpu::gelu_backward(dh.data(), h.data(), rows * K);
+                Field<branch_t> dout_gpu(dout), w_gpu(w), h_gpu(h), dh_gpu(rows * K);
+                size_t before = launches_of("gelu_backward_kernel");
+                matmul_gelu_backward(fresh, dh_gpu.data(), dout_gpu.data(), w_gpu.data(), h_gpu.data(), rows, K, N);
+                fresh.synchronize();
+                compare(format("%zu rows, N %zu%s", rows, N, epilogues ? "" : ", no epilogue"), dh, dh_gpu.values());
+#ifdef CUDA_ON_CPU
+                CHECK(launches_of("gelu_backward_kernel") - before == (bf16 && epilogues ? 0 : 1));
+#else
+                (void)before;
+#endif
+            }
+        }
+#ifdef CUDA_ON_CPU
+        cuda_on_cpu::settings().epilogues = true;
+#endif
     }
 
     TEST_CASE("Cross entropy is the CPU's; padded columns are not read, and their gradients are zero") {
@@ -1121,19 +1221,24 @@ TEST_SUITE("model") {
 #endif
 
     TEST_CASE("Logits in several chunks of rows give the gradients of one chunk") {
-        ModelConfig c = small_config(PRE, 4, 300, 24);
-        auto tokens = random_tokens(48, c.V, 1), targets = random_tokens(48, c.V, 2);
+        ModelConfig c = small_config(PRE, 2, 300, 80);
+        auto tokens = random_tokens(320, c.V, 1), targets = random_tokens(320, c.V, 2);
         DebugState<float> states[2];
         size_t before = Model::head_elements;
         for (int i = 0; i < 2; i++) {
-            if (i == 1) Model::head_elements = 20 * size_t(c.Vp());
-            CHECK(Model::head_rows(c, 48) == (i == 1 ? 20 : 48));
-            Trainer trainer(test_run(c, 2, 24));
+            if (i == 1) Model::head_elements = 150 * size_t(c.Vp());
+            CHECK(Model::head_rows(c, 320) == (i == 1 ? 128 : 320));  // 128, 128 and 64
+            Trainer trainer(test_run(c, 4, 80));
             set_parameters(trainer, test_parameters(trainer.model.layout, 3));
             states[i].tokens = tokens, states[i].targets = targets;
-            trainer.debug_pass(states[i], 2, 24);
+            trainer.debug_pass(states[i], 4, 80);
             Model::head_elements = before;
         }
+        c.V = 50257;  // 2^28 logits are 5336 rows: seven chunks, as equal as whole tiles allow
+        CHECK(Model::head_rows(c, 32768) == 4736);
+        CHECK(Model::head_rows(c, 1000) == 1000);
+        c.V = 1 << 22;  // more than 2^28 / 128
+        CHECK(Model::head_rows(c, 1000) == 128);
         // cuBLASLt may add in another order for another number of rows
         Comparison compare("chunks against one", BRANCH_TOLERANCE);
         for (const CheckRow& row : compare_debug_states(states[0], states[1])) compare.error(row.name, row.error);
@@ -1372,35 +1477,65 @@ TEST_SUITE("training") {
 
     TEST_CASE("Every level of recomputation gives the bits of none, in losses, gradients and parameters") {
         TestData data;
-        for (NormPlacement norm : {KEEL, HYBRIDNORM, PRE})
-            for (int accumulation : {1, 2}) {
-                std::vector<float> expected_grads;
-                Outcome expected;
-                for (int level : {0, -1, 1, 2, 4, 6, 8, 64}) {
-                    if (!long_tests() && (accumulation != (norm == KEEL ? 2 : 1) || (norm != KEEL && level > 4)))
-                        continue;
-                    RunConfig run = test_run(small_config(norm, 8, 256, 12), 2, 12, accumulation, {level});
-                    Loader loader = data.loader(run);
-                    Trainer trainer(run);
-                    trainer.initialise(1);
-                    poison(trainer.model);
-                    trainer.begin_step(1, 0);
-                    for (int micro = 0; micro < accumulation; micro++) {
-                        trainer.stage_batch(loader, uint64_t(micro) * 2, micro);
-                        trainer.micro_batch(false);
-                    }
-                    auto grads = host(trainer.model.grads);
-                    trainer.model.device.zero(trainer.model.grads);
-                    Outcome outcome = run_steps(trainer, data, 1, 2);
-                    if (level == 0) expected_grads = grads, expected = outcome;
-                    std::string at = format("%s -r %s, %d micro-batches", placements[norm].name,
-                                            Recompute{level}.name().c_str(), accumulation);
-                    CHECK_MESSAGE(same_bits(expected_grads, grads),
-                                  at << ": gradients differ by " << relative_error(expected_grads, grads));
-                    CHECK_MESSAGE(expected == outcome, at);
+        struct Case {
+            NormPlacement norm;
+            int accumulation;
+            bool epilogues;  // whether cuBLASLt has GELU's backward in a product's epilogue
+        };
+        std::vector<Case> cases = {{KEEL, 2, true}, {HYBRIDNORM, 1, true}, {PRE, 1, true}};
+        if (long_tests()) cases.insert(cases.end(), {{KEEL, 1, true}, {HYBRIDNORM, 2, true}, {PRE, 2, true}});
+#ifdef CUDA_ON_CPU
+        if (bf16) cases.push_back({KEEL, 1, false});
+#endif
+        for (auto [norm, accumulation, epilogues] : cases) {
+#ifdef CUDA_ON_CPU
+            cuda_on_cpu::settings().epilogues = epilogues;
+#endif
+            std::vector<float> expected_grads;
+            Outcome expected;
+            for (int level : {0, -1, 1, 2, 4, 6, 8, 64}) {
+                if (!long_tests() && (norm != KEEL || !epilogues) && level > 4) continue;
+                RunConfig run = test_run(small_config(norm, 8, 256, 12), 2, 12, accumulation, {level});
+                Loader loader = data.loader(run);
+                Trainer trainer(run);
+                trainer.initialise(1);
+                poison(trainer.model);
+                trainer.begin_step(1, 0);
+                for (int micro = 0; micro < accumulation; micro++) {
+                    trainer.stage_batch(loader, uint64_t(micro) * 2, micro);
+                    trainer.micro_batch(false);
                 }
+                auto grads = host(trainer.model.grads);
+                trainer.model.device.zero(trainer.model.grads);
+                Outcome outcome = run_steps(trainer, data, 1, 2);
+                if (level == 0) expected_grads = grads, expected = outcome;
+                std::string at =
+                    format("%s -r %s, %d micro-batches%s", placements[norm].name, Recompute{level}.name().c_str(),
+                           accumulation, epilogues ? "" : ", GELU's backward by a kernel");
+                CHECK_MESSAGE(same_bits(expected_grads, grads),
+                              at << ": gradients differ by " << relative_error(expected_grads, grads));
+                CHECK_MESSAGE(expected == outcome, at);
             }
+        }
+#ifdef CUDA_ON_CPU
+        cuda_on_cpu::settings().epilogues = true;
+#endif
     }
+
+#ifdef CUDA_ON_CPU  // there a product is one node
+    TEST_CASE("A block is twenty launches, and one more where GELU's backward is a kernel") {
+        TestData data;
+        size_t nodes[2];
+        for (int blocks : {1, 2}) {
+            RunConfig run = test_run(small_config(PRE, 2 * blocks, 256, 16), 2, 16);
+            Trainer trainer(run);
+            trainer.initialise(1);
+            run_steps(trainer, data, 1, 2);
+            nodes[blocks - 1] = trainer.micro_step.nodes;
+        }
+        CHECK(nodes[1] - nodes[0] == (bf16 ? 20 : 21));
+    }
+#endif
 
 #ifdef CUDA_ON_CPU  // a card shows the same at full width by its losses
     TEST_CASE("At 1024 sub-layers every level of recomputation gives the gradients of none, bit for bit, and takes the "

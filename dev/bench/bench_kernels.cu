@@ -105,7 +105,7 @@ void bench_highway(Device& device, int rows, int C) {
     Ring<float> z0(n, sets), z1(n, sets), dz(n, sets), numbers(size_t(rows) * 4, sets), gains(size_t(C) * 4, 1),
         dgains(size_t(C) * 2, 1);
     Ring<branch_t> f(n, sets), u0(n, sets), u1(n, sets), df(n, sets);
-    DeviceArray<float> partial(most_gain_blocks(C) * 2 * size_t(C));
+    DeviceArray<float> partial(MAX_PARTIAL_BLOCKS * 2 * size_t(C));
     fill(device, z0, 1, 1), fill(device, f, 1, 2), fill(device, dz, 1, 3), fill(device, gains, 1, 4);
     CUDA(cudaMemsetAsync(dgains.all.data(), 0, dgains.all.size() * 4, device.stream));
     auto point = [&](int which, int i) {

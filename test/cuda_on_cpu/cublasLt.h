@@ -1,6 +1,8 @@
 // cuBLASLt's matrix product on the CPU: a stream operation, checked as the library checks it, each sum over k in order.
 #pragma once
 
+#include <optional>
+
 #include "cuda_fp8.h"
 #include "cuda_runtime.h"
 
@@ -68,6 +70,11 @@ enum cublasLtReductionScheme_t {
     CUBLASLT_REDUCTION_SCHEME_MASK = 7,
 };
 
+enum cublasLtMatmulAlgoConfigAttributes_t {
+    CUBLASLT_ALGO_CONFIG_SPLITK_NUM = 2,
+    CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME = 3,
+};
+
 struct cublasLtContext {};
 struct cublasLtMatmulDescOpaque_t {
     int32_t trans_a = CUBLAS_OP_N, trans_b = CUBLAS_OP_N;
@@ -88,7 +95,9 @@ struct cublasLtMatmulPreferenceOpaque_t {
     uint64_t max_workspace = 0;
     uint32_t alignment[4] = {256, 256, 256, 256};
 };
-struct cublasLtMatmulAlgo_t { uint64_t data[8]; };
+struct cublasLtMatmulAlgo_t {
+    uint64_t data[8];
+};  // here [0] a mark, [1] workspace, [2] slices of k, [3] how they are added
 using cublasLtHandle_t = cublasLtContext*;
 using cublasLtMatmulDesc_t = cublasLtMatmulDescOpaque_t*;
 using cublasLtMatrixLayout_t = cublasLtMatrixLayoutOpaque_t*;
@@ -247,10 +256,20 @@ inline cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPrefere
                                                value, bytes);
         case CUBLASLT_MATMUL_PREF_SEARCH_MODE:
         case CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK:
-            return CUBLAS_STATUS_SUCCESS;  // one algorithm, which splits nothing
+            return CUBLAS_STATUS_SUCCESS;  // the algorithms here split nothing unless they are told to
         default:
             return CUBLAS_STATUS_INVALID_VALUE;
     }
+}
+
+inline cublasStatus_t cublasLtMatmulAlgoConfigSetAttribute(cublasLtMatmulAlgo_t* algo,
+                                                           cublasLtMatmulAlgoConfigAttributes_t attribute,
+                                                           const void* value, size_t bytes) {
+    uint32_t number;
+    if (!algo || cuda_on_cpu::read_attribute(number, value, bytes)) return CUBLAS_STATUS_INVALID_VALUE;
+    if (attribute != CUBLASLT_ALGO_CONFIG_SPLITK_NUM && attribute != CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME)
+        return CUBLAS_STATUS_INVALID_VALUE;
+    return algo->data[attribute] = number, CUBLAS_STATUS_SUCCESS;
 }
 
 namespace cuda_on_cpu {
@@ -272,7 +291,7 @@ inline float gelu_slope(float h) {
 struct Product {
     Layout a, b, c, d;
     bool trans_a, trans_b;
-    size_t m, n, k;
+    size_t m, n, k, slices;  // slices: of k
     float alpha, beta;
     const void *A, *B, *C;
     void* D;
@@ -305,6 +324,7 @@ inline cublasStatus_t check_layouts(const cublasLtMatmulDescOpaque_t* desc, cons
     for (const Layout* l : {a, b, c, d})
         if (l->type != CUDA_R_32F && size_t(l->ld) * element_bytes(l->type) % 16) return CUBLAS_STATUS_NOT_SUPPORTED;
     if (desc->epilogue != CUBLASLT_EPILOGUE_DEFAULT) {
+        if (!settings().epilogues) return CUBLAS_STATUS_NOT_SUPPORTED;
         if (desc->aux_ld < int64_t(m) || desc->aux_ld % 8) return CUBLAS_STATUS_INVALID_VALUE;
         if (a->batch_count > 1) return CUBLAS_STATUS_NOT_SUPPORTED;
     }
@@ -366,6 +386,15 @@ inline void multiply_panels(const float* a, const float* b, size_t K, float (&su
     memcpy(sums, sum, sizeof sum);
 }
 
+// Bytes of workspace that an algorithm takes for a result (m,n), or none where there is no such algorithm: sums of
+// slices of k are kept in FP32.
+inline std::optional<size_t> workspace_of(const cublasLtMatmulAlgo_t& algo, uint64_t m, uint64_t n, uint64_t k) {
+    uint64_t slices = algo.data[2];
+    if (algo.data[0] != 0x6b63 || slices < 1 || slices > k) return {};
+    if ((slices > 1) != (algo.data[3] == CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE)) return {};
+    return size_t(algo.data[1] + (slices > 1 ? slices * m * n * sizeof(float) : 0));
+}
+
 inline void run_product(const Product& p) {
     size_t panels_m = (p.m + tile_m - 1) / tile_m, panels_n = (p.n + tile_n - 1) / tile_n;
     static std::vector<float> a, b;  // one product runs at a time
@@ -395,8 +424,13 @@ inline void run_product(const Product& p) {
     pool().run(panels_n, [&](size_t panel) {
         size_t column = panel * tile_n;
         for (size_t row = 0; row < p.m; row += tile_m) {
-            alignas(32) float sums[tile_n][tile_m];
-            multiply_panels(&a[row * p.k], &b[column * p.k], p.k, sums);
+            alignas(32) float sums[tile_n][tile_m] = {}, slice[tile_n][tile_m];
+            for (size_t i = 0; i < p.slices; i++) {
+                size_t first = p.k * i / p.slices, count = p.k * (i + 1) / p.slices - first;
+                multiply_panels(&a[row * p.k + first * tile_m], &b[column * p.k + first * tile_n], count, slice);
+                for (size_t j = 0; j < tile_n; j++)
+                    for (size_t l = 0; l < tile_m; l++) sums[j][l] = i ? sums[j][l] + slice[j][l] : slice[j][l];
+            }
             for (size_t j = 0; j < std::min(tile_n, p.n - column); j++)
                 for (size_t i = 0; i < std::min(tile_m, p.m - row); i++) {
                     float value = alpha * sums[j][i];
@@ -432,8 +466,9 @@ inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cu
         if (*found == requested) break;
         if (workspace > preference->max_workspace) continue;
         cublasLtMatmulHeuristicResult_t result{};
-        result.algo.data[0] = 0x6b63, result.algo.data[1] = workspace;
-        result.workspaceSize = workspace, result.state = CUBLAS_STATUS_SUCCESS, result.wavesCount = 1;
+        result.algo.data[0] = 0x6b63, result.algo.data[1] = workspace, result.algo.data[2] = 1;
+        result.workspaceSize = workspace, result.state = CUBLAS_STATUS_SUCCESS;
+        result.wavesCount = float(((d->rows + 127) / 128) * ((d->cols + 127) / 128)) / 4;  // of multiprocessors
         results[(*found)++] = result;
     }
     return CUBLAS_STATUS_SUCCESS;
@@ -447,9 +482,11 @@ inline cublasStatus_t cublasLtMatmulAlgoCheck(cublasLtHandle_t handle, cublasLtM
     if (!handle) return CUBLAS_STATUS_NOT_INITIALIZED;
     if (!algo || !result) return CUBLAS_STATUS_INVALID_VALUE;
     if (cublasStatus_t status = cuda_on_cpu::check_layouts(desc, a, b, c, d)) return status;
-    if (algo->data[0] != 0x6b63) return CUBLAS_STATUS_INVALID_VALUE;
+    std::optional<size_t> workspace =
+        cuda_on_cpu::workspace_of(*algo, d->rows, d->cols, desc->trans_a ? a->rows : a->cols);
+    if (!workspace) return CUBLAS_STATUS_INVALID_VALUE;
     *result = {};
-    result->algo = *algo, result->workspaceSize = size_t(algo->data[1]), result->state = CUBLAS_STATUS_SUCCESS,
+    result->algo = *algo, result->workspaceSize = *workspace, result->state = CUBLAS_STATUS_SUCCESS,
     result->wavesCount = 1;
     return CUBLAS_STATUS_SUCCESS;
 }
@@ -470,8 +507,10 @@ inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc
     if (has_aux && !desc->aux) return CUBLAS_STATUS_INVALID_VALUE;
     if (has_aux && reinterpret_cast<uintptr_t>(desc->aux) % 16) return CUBLAS_STATUS_NOT_SUPPORTED;
     if (C == D && (c->ld != d->ld || c->type != d->type)) return CUBLAS_STATUS_INVALID_VALUE;
-    size_t needed = algo ? size_t(algo->data[1]) : 0;
-    if (algo && algo->data[0] != 0x6b63) return CUBLAS_STATUS_INVALID_VALUE;
+    uint64_t k = desc->trans_a ? a->rows : a->cols;
+    std::optional<size_t> workspace_wanted = algo ? workspace_of(*algo, d->rows, d->cols, k) : 0;
+    if (!workspace_wanted) return CUBLAS_STATUS_INVALID_VALUE;
+    size_t needed = *workspace_wanted;
     if (needed > workspace_bytes || (needed && !workspace)) return CUBLAS_STATUS_INVALID_VALUE;
     if (needed && reinterpret_cast<uintptr_t>(workspace) % 16) return CUBLAS_STATUS_INVALID_VALUE;
 
@@ -483,7 +522,8 @@ inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc
                     desc->trans_b != 0,
                     d->rows,
                     d->cols,
-                    desc->trans_a ? a->rows : a->cols,
+                    k,
+                    algo ? size_t(algo->data[2]) : 1,
                     *static_cast<const float*>(alpha),
                     *static_cast<const float*>(beta),
                     A,

@@ -23,6 +23,7 @@ struct Settings {
     int threads;           // OS threads that run a grid
     bool protect;          // device memory is out of the host's reach
     bool trace;            // the program ends with a table of the kernels that it launched
+    bool epilogues;        // whether cuBLASLt has GELU in its epilogues
     int ptx;               // what the kernels look built for: 90, or 80, where they cannot wait for the kernel before
 };
 
@@ -38,6 +39,7 @@ inline Settings& settings() {
                         int(std::max(1L, number("CUDA_ON_CPU_THREADS", std::min(2L, hardware)))),
                         number("CUDA_ON_CPU_PROTECT", 1) != 0,
                         number("CUDA_ON_CPU_TRACE", 0) != 0,
+                        number("CUDA_ON_CPU_EPILOGUES", 1) != 0,
                         int(number("CUDA_ON_CPU_PTX", 90))};
     }();
     return values;
