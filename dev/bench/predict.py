@@ -117,19 +117,12 @@ def head_chunks(rows, Vp, without):
         return math.ceil(rows / chunk), rows // chunk * padded(chunk) + padded(rows % chunk)
     most = max(128, 2**28 // Vp // 128 * 128)
     chunk = min(rows, padded(math.ceil(rows / math.ceil(rows / most))))
-    return math.ceil(rows / chunk), padded(rows)
-
-
-def embedding_seconds(rows, V, without):
-    """What the rows of the most frequent token cost, which are added up in turn."""
-    frequent = FREQUENT.get(V, 0.05) * rows
-    turn = frequent if "embedding" in without else 64 + frequent / 64  # stretches of 64 rows, then their sums
-    return turn / 4 * ROW_GROUP
+    return math.ceil(rows / chunk), rows  # whole tiles but for the last
 
 
 def wave_factor(rows, C):
     """How much longer highway_backward takes with blocks by C alone, where the GPU has not as many places."""
-    warps = min(8, (112 << 10) // (16 * C))
+    warps = max(1, min(8, (112 << 10) // (16 * C)))
     places = MULTIPROCESSORS * min((227 << 10) // (warps * 16 * C + 1024), 65536 // (72 * 32 * warps))
     waves = min(math.ceil(rows / warps), max(264, min(1024, 2**18 // C))) / places
     # The last wave takes as long as a full one, or its share of one: the mean, as its blocks, alone on a
@@ -186,7 +179,8 @@ def step_terms(L, C, V, T, total_batch, B, recompute, matrix_rate, copy_rate, wi
         chunks * 8 * Vp * C, launches=3 * chunks, once=activations + 12 * Vp * C)
     add(micro_steps, MEMORY, 0, rows * 4 * Vp, of_copy=CLASSIFIER, launches=chunks)
     add(micro_steps, MEMORY, 0, rows * 16 * C, of_copy=EMBEDDING, launches=3 if "embedding" in without else 4)
-    terms[MEMORY] += micro_steps * embedding_seconds(rows, V, without)
+    in_turn = FREQUENT.get(V, 0.05) * rows  # one block adds up all of them, or 64 and then the sums of such stretches
+    terms[MEMORY] += micro_steps * (in_turn if "embedding" in without else 64 + in_turn / 64) / 4 * ROW_GROUP
     add(1, MEMORY, 0, 34 * parameters(L, C, V, T), of_copy=ADAMW)
     add(1, MEMORY, 0, 4 * parameters(L, C, V, T), of_copy=NORM)
     return terms
@@ -266,7 +260,45 @@ CARDS = {
 }
 
 
-def products_table(card):
+# Each table's rows, the first of them its head.
+
+
+def steps(card):
+    """(name, step_terms' arguments, MFU in % of so many seconds) of each model that fits the card."""
+    for name, plan in card.plans.items():
+        row = ROWS[name]
+        operations = counted_operations(row.L, row.C, row.V, row.T) * row.total_batch
+        yield (name, (row.L, row.C, row.V, row.T, row.total_batch, *plan, card.matrix * 1e12, card.copy * 1e12),
+               lambda seconds, operations=operations: 100 * operations / (seconds * card.matrix * 1e12))
+
+
+def models(card):
+    yield (card.name, "tokens a step", "micro-batch, recompute", "floor, ms", "predicted, ms", "floor / predicted",
+           "predicted tokens/s", "its MFU")
+    for name, step, mfu in steps(card):
+        (floor, predicted), tokens = step_seconds(*step), step[4]
+        yield (f"`{name}`", f"{tokens}", f"{step[5]}, {step[6]}", f"{floor * 1e3:.0f}", f"{predicted * 1e3:.0f}",
+               f"{floor / predicted:.2f}", f"{tokens / predicted:.0f}", f"{mfu(predicted):.1f} %")
+
+
+def terms(card):
+    sums = [[mfu(seconds) for seconds in itertools.accumulate(step_terms(*step).values())]
+            for _, step, mfu in steps(card)]
+    yield card.name, *(f"`{name}`" for name in card.plans)
+    yield from ((term, *(f"{mfu:.1f} %" for mfu in row)) for term, row in zip(TERMS, zip(*sums)))
+
+
+def changes(card):
+    *sure, unsure = CHANGES
+    yield f"tokens/s won, {card.name}", *sure, unsure, f"all but {unsure}", "MFU"
+    for name, step, mfu in steps(card):
+        without = lambda *changes: step_seconds(*step, without=changes)[1]
+        won = lambda *changes: f"{100 * (without(*changes) / without() - 1):+.1f} %"
+        yield (f"`{name}`", *map(won, sure), f"0 to {won(unsure)}", won(*sure),
+               f"{mfu(without(*sure)):.1f} -> {mfu(without()):.1f} %")
+
+
+def products(card):
     shapes = ((1024, 8192), (768, 32768), (256, 32768), (256, 65536))
     columns = [product_gains(C, rows, 1024, card.matrix * 1e12, card.copy * 1e12) for C, rows in shapes]
     yield "tokens/s won", *(f"C = {C}, {rows} rows" for C, rows in shapes)
@@ -275,40 +307,20 @@ def products_table(card):
         yield way, *(f"{100 * gains[way] / (block - gains[way]):+.1f} %" for gains, block in columns)
 
 
-def models_table(card, what):
-    table = {"terms": [("MFU", *TERMS)], "changes": [("tokens/s won", *CHANGES, "all but split", "MFU")],
-             None: [(card.name, "tokens a step", "micro-batch, recompute", "floor, ms", "predicted, ms",
-                     "floor / predicted", "predicted tokens/s", "its MFU")]}[what]
-    for name, (B, recompute) in card.plans.items():
-        row = ROWS[name]
-        shape = row.L, row.C, row.V, row.T
-        step = *shape, row.total_batch, B, recompute, card.matrix * 1e12, card.copy * 1e12
-        mfu = lambda seconds: 100 * counted_operations(*shape) * row.total_batch / (seconds * card.matrix * 1e12)
-        floor, predicted = step_seconds(*step)
-        won = lambda without: 100 * (step_seconds(*step, without=without)[1] / predicted - 1)
-        columns = f"{row.total_batch}", f"{B}, {recompute}", f"{floor * 1e3:.0f}", f"{predicted * 1e3:.0f}", \
-            f"{floor / predicted:.2f}", f"{row.total_batch / predicted:.0f}", f"{mfu(predicted):.1f} %"
-        if what == "terms":
-            columns = (f"{mfu(seconds):.1f} %" for seconds in itertools.accumulate(step_terms(*step).values()))
-        if what == "changes":  # what it wins is not sure of the last
-            all_but = won([*CHANGES][:-1])
-            columns = *(f"{won([change]):+.1f} %" for change in [*CHANGES][:-1]), f"0 to {won(['split']):+.1f} %", \
-                f"{all_but:+.1f} %", f"{mfu(predicted * (1 + all_but / 100)):.1f} -> {mfu(predicted):.1f} %"
-        table.append((f"`{name}`", *columns))
-    return zip(*table) if what == "terms" else table
-
-
 def main():
     parser = argparse.ArgumentParser(prog="dev/bench/predict.py", description=__doc__.split("\n\n")[0])
     parser.add_argument("--card", choices=CARDS, default="h100", help="whose rates and memory [%(default)s]")
     parser.add_argument("--matrix", type=float, metavar="TFLOP/s", help="rate of a large BF16 product")
     parser.add_argument("--copy", type=float, metavar="TB/s", help="bytes read and written by a copy")
-    for what in ("terms", "changes", "products"):
-        parser.add_argument("--" + what, dest="what", action="store_const", const=what, help="see speed.md")
+    for table, text in ((terms, "what lies between the floor and the prediction"),
+                        (changes, "what each change to the step wins"),
+                        (products, "ways of doing the matrix products")):
+        parser.add_argument(f"--{table.__name__}", dest="table", action="store_const", const=table, default=models,
+                            help=text + ", instead of whole models")
     a = parser.parse_args()
     card = CARDS[a.card]
     card = card._replace(matrix=a.matrix or card.matrix, copy=a.copy or card.copy)
-    for i, row in enumerate(products_table(card) if a.what == "products" else models_table(card, a.what)):
+    for i, row in enumerate(a.table(card)):
         print("| " + " | ".join(row) + " |" + ("\n|" + "---|" * len(row) if i == 0 else ""))
 
 
