@@ -5,6 +5,7 @@ import contextlib
 import csv
 import functools
 import io
+import math
 import os
 import re
 import signal
@@ -604,23 +605,42 @@ def test_predictions_are_the_documents(folder):
     """The kernels' operations and bytes add up to speed.md's, recomputation's to the plan's, and its tables are what
     predict.py prints."""
     total = lambda kernels, name: sum(getattr(k, name) for k in kernels)
-    assert (total(predict.FORWARD, "bytes"), total(predict.BACKWARD, "bytes")) == (80, 146)
+    assert (total(predict.FORWARD, "bytes"), total(predict.BACKWARD, "bytes")) == (80, 128)
+    assert (total(predict.FORWARD, "launches"), total(predict.BACKWARD, "launches")) == (8, 12)
     assert (total(predict.FORWARD, "CC"), total(predict.BACKWARD, "CC"), total(predict.FORWARD, "TC"), total(predict.BACKWARD, "TC")) == (24, 48, 2, 7)
-    assert total(predict.FORWARD + predict.BACKWARD, "weights") == 48 + 96
+    assert (total(predict.FORWARD + predict.BACKWARD, "weights"), total(predict.BACKWARD, "added")) == (48, 96)
     assert [total(predict.again(level), "bytes") for level in ("none", "gelu", "layer", "32")] == [0, 28, 54, 80]
+    # without GELU's backward in an epilogue and without delta in dq's kernel: 226 C bytes in 22 kernels
+    names = {k.name for change in ("DGELU", "delta") for k in predict.CHANGES[change]}
+    older = [k for k in predict.BACKWARD if k.name not in names] + predict.CHANGES["DGELU"] + predict.CHANGES["delta"]
+    assert (total(older, "bytes"), total(older, "launches"), total(older, "CC"), total(older, "TC")) == (146, 14, 48, 7)
     # one block, one micro-step, a memory that costs nothing: 72 C^2 + 9 T C / 0.62 operations a token, and the head's
-    floor, predicted = predict.step_seconds(2, 512, 256, 256, 1024, 4, "none", 1e12, 1e30)
+    step = 2, 512, 256, 256, 1024, 4, "none", 1e12
+    floor, predicted = predict.step_seconds(*step, 1e30)
     near(floor, 1024 * (72 * 512**2 + 9 * 256 * 512 / 0.62 + 6 * 256 * 512) / 1e12)
     assert predicted > floor
-    for flags in ([], ["--products"]):
+    for change in predict.CHANGES:  # whatever the model, no change costs
+        for card in predict.CARDS.values():
+            for name, plan in card.plans.items():
+                row = predict.ROWS[name]
+                step = row.L, row.C, row.V, row.T, row.total_batch, *plan, card.matrix * 1e12, card.copy * 1e12
+                assert predict.step_seconds(*step, without=[change])[1] >= predict.step_seconds(*step)[1], (change, name)
+    # the head of GPT-2's shape: 1334 rows of logits at a time, or as many whole tiles as 2^28 elements hold
+    assert [predict.head_chunks(32768, 50304, without)[0] for without in (["chunk"], [])] == [25, 7]
+    assert predict.head_chunks(2048, 50304, []) == (1, 2048) and predict.head_chunks(100, 256, []) == (1, 100)
+    # blocks for places: 341 for 264 at C = 768, 1024 for 396 at C = 256, 264 for 264 at C = 1024
+    for C, blocks, places, waves in ((768, 341, 264, 2), (256, 1024, 396, 3), (1024, 264, 264, 1)):
+        near(predict.wave_factor(32768, C), (waves * places / blocks + 1) / 2)
+    for flags in ([], ["--card", "h200"], ["--terms"], ["--changes"], ["--products"]):
         done = run(sys.executable, "dev/bench/predict.py", *flags)
         assert done.returncode == 0 and done.stdout in (ROOT / "dev/doc/speed.md").read_text(), done.stdout
-    # arithmetic alone: FP8 halves the products' 72 C^2 operations a token; a memory alone: the epilogues save 8 C and 24 C bytes a token
+    # arithmetic alone: FP8 halves the products' 72 C^2 operations a token; a memory alone: an epilogue moves 8 C bytes a
+    # token where the kernel moves 16 C or 24 C
     gains, _ = predict.product_gains(1024, 8192, 1024, 1e12, 1e30)
-    near(gains["FP8 products alone"], 8192 * 36 * 1024**2 / 1e12)
+    near(gains["FP8 products alone"], 8192 * 36 * 1024**2 / 1e12 / predict.PRODUCT)
     gains, _ = predict.product_gains(1024, 8192, 1024, 1e30, 1e12)
-    for way, saved in (("GELU_AUX epilogue", 16 / 0.9 - 8), ("DGELU epilogue", 24 / 0.9 - 8)):
-        near(gains[way], 8192 * saved * 1024 / 1e12 + predict.GAP)
+    for way, won in (("GELU_AUX epilogue", 1), ("GELU's backward as a kernel", -2)):
+        near(gains[way], 8192 * won * 8 / 0.9 * 1024 / 1e12 + math.copysign(predict.GAP, won))
 
 
 def test_no_gpu_is_said(folder):

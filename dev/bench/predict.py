@@ -1,62 +1,94 @@
-"""What a training step must take on a GPU: the operations and bytes of dev/doc/speed.md over a matrix rate and a copy rate.
+"""What a training step must take on a GPU and is predicted to take: the tables of dev/doc/speed.md.
 
-    python3 dev/bench/predict.py [--matrix TFLOP/s] [--copy TB/s]      prints the table of whole models in speed.md
-    python3 dev/bench/predict.py --products                            prints its table of ways of doing the matrix products
+    python3 dev/bench/predict.py [--card h100|h200]    whole models
+    python3 dev/bench/predict.py --terms               what lies between the floor and the prediction
+    python3 dev/bench/predict.py --changes             what changes to the step win
+    python3 dev/bench/predict.py --products            ways of doing the matrix products
+--matrix TFLOP/s and --copy TB/s replace the card's rates.
 
-floor      each kernel's time is its operations at the matrix rate or its bytes at the copy rate, whichever is longer; kernels run one after
-           another. Attention's matrix rate is 0.62 of the products': the most that mma.sync reaches of wgmma's.
-predicted  the same with each kernel at the share of its bound that speed.md predicts for it, and 1 us between two kernels.
-Both are of the level of recomputation and the micro-batch that the step ran with. dev/bench/bench_gpu.py holds measured steps against the floor.
+floor      no kernel is faster than its operations at the matrix rate (attention's at 0.62 of it, the most that mma.sync
+           reaches of wgmma's) or its bytes at the copy rate; kernels run one after another.
+predicted  each kernel at the rate that its kind reaches; on top what a product adds to FP32 gradients, when its
+           arithmetic is over, and 1 us between two kernels.
+Both are of the micro-batch and the level of recomputation that the step runs with.
 """
 
 import argparse
+import itertools
+import math
 from typing import NamedTuple
 
-MMA_SYNC = 0.62  # of the products' rate
 GAP = 1e-6  # seconds between two nodes of a graph
+MULTIPROCESSORS = 132  # of an H100 and an H200
+MMA_SYNC = 0.62  # of the products' rate
+LARGE_PRODUCT = 798e12  # operations a second that an H100 reaches in one, in BF16
+PRODUCT = 650e12 / LARGE_PRODUCT  # a layer's product beside it, guessed: tails of waves, short sums
+# FlashAttention-2 on a Hopper, causal, D = 64, T = 1024. Without the mask it reaches 295e12 forward and 239e12 backward
+# (Dao-AILab/flash-attention, pull request 2688, which does not name the card; in 1791, D = 128, T = 8192, causal, it
+# is 284e12 and 287e12). The mask's share is guessed: of 36 tiles 8 lie on the diagonal and are half in vain; T = 2048
+# has 0.84 and 0.77 with the mask on an RTX 4090 (apache/tvm, tl_doc/flash_perf.md), the forward 0.87 on an H20 (1310).
+FLASH_FORWARD, FLASH_BACKWARD = 0.80 * 295e12, 0.77 * 239e12
+# Ours beside it, guessed. As shares of mma.sync's rate; the backward runs 7 products of tiles where 5 are counted.
+ATTENTION = 0.85 * FLASH_FORWARD / (MMA_SYNC * LARGE_PRODUCT)
+ATTENTION_BACKWARD = 0.80 * FLASH_BACKWARD * 7 / 5 / (MMA_SYNC * LARGE_PRODUCT)
+# Of a copy's rate, at C = 1024 and at C = 256, from the bytes in flight of speed.md. Products bound by memory, as at
+# C = 256, are taken to be as good as the highway's forward.
+HIGHWAY, HIGHWAY_BACKWARD = (0.90, 0.80), (0.82, 0.74)
+DELTA = (0.40, 0.40)  # attention_delta: a warp's load is 64 bytes
+CLASSIFIER, EMBEDDING, ADAMW, NORM = (0.82, 0.82), (0.8, 0.8), (0.92, 0.92), (0.9, 0.9)
+ROW_GROUP = 0.7e-6  # seconds for 4 rows that a thread loads together and adds in turn: a latency
+# The most frequent token's share of what bench_gpu.py trains on: text, words and signs. (Of GPT-2's tokens: 0.045.)
+FREQUENT = {256: 0.29, 50257: 0.25}
 
 
 class Kernel(NamedTuple):
-    """Per token of a block (two sub-layers): operations a * C^2 + b * T * C, bytes in units of C. Per block: bytes of weights in units of C^2."""
+    """Of a block (two sub-layers). Operations a token: CC * C^2 + TC * T * C, as executed."""
     name: str
-    CC: float  # a
-    TC: float  # b: as executed
-    bytes: float
-    weights: float
-    share: tuple  # of its bound that is predicted at C = 1024 and at C = 256
+    CC: float
+    TC: float
+    bytes: float  # a token, in units of C
+    weights: float = 0  # bytes of weights, in units of C^2
+    added: float = 0  # bytes of FP32 gradients read and written once the tile's arithmetic is over, in units of C^2
+    of_matrix: float = PRODUCT  # share of the matrix rate, attention's of MMA_SYNC times it
+    of_copy: tuple = HIGHWAY
     launches: int = 1
-    counted: float = None  # b as MFU counts it; None: as executed
 
 
-PRODUCT, HIGHWAY, HIGHWAY_BACKWARD, ATTENTION, ATTENTION_BACKWARD = (1, 1), (0.90, 0.80), (0.82, 0.74), (0.85, 0.85), (0.75, 0.75)
 FORWARD = [
-    Kernel("product qkv", 6, 0, 8, 6, PRODUCT),
-    Kernel("attention", 0, 2, 8, 0, ATTENTION),
-    Kernel("product attproj", 2, 0, 4, 2, PRODUCT),
-    Kernel("highway forward, twice", 0, 0, 24, 0, HIGHWAY, 2),
-    Kernel("product fc", 8, 0, 10, 8, PRODUCT),
-    Kernel("GELU", 0, 0, 16, 0, HIGHWAY),
-    Kernel("product fcproj", 8, 0, 10, 8, PRODUCT),
+    Kernel("product qkv", 6, 0, 8, 6),
+    Kernel("attention", 0, 2, 8, of_matrix=ATTENTION),
+    Kernel("product attproj", 2, 0, 4, 2),
+    Kernel("highway forward, twice", 0, 0, 24, launches=2),
+    Kernel("product fc", 8, 0, 10, 8),
+    Kernel("GELU", 0, 0, 16),
+    Kernel("product fcproj", 8, 0, 10, 8),
 ]
-# A product's backward reads BF16 weights (2 bytes) and reads and writes FP32 gradients (8).
 BACKWARD = [
-    Kernel("products fcproj", 16, 0, 20, 8 + 32, PRODUCT, 2),
-    Kernel("GELU", 0, 0, 24, 0, HIGHWAY),
-    Kernel("products fc", 16, 0, 20, 8 + 32, PRODUCT, 2),
-    Kernel("products attproj", 4, 0, 8, 2 + 8, PRODUCT, 2),
-    Kernel("attention, delta", 0, 0, 4, 0, HIGHWAY),
-    Kernel("attention, dk and dv, dq", 0, 7, 22, 0, ATTENTION_BACKWARD, 2, 5),
-    Kernel("products qkv", 12, 0, 16, 6 + 24, PRODUCT, 2),
-    Kernel("highway backward, twice", 0, 0, 32, 0, HIGHWAY_BACKWARD, 2),
+    Kernel("products fcproj", 16, 0, 28, 8, 32, launches=2),
+    Kernel("products fc", 16, 0, 20, 8, 32, launches=2),
+    Kernel("products attproj", 4, 0, 8, 2, 8, launches=2),
+    Kernel("attention, dq, dk and dv", 0, 7, 24, of_matrix=ATTENTION_BACKWARD, launches=2),
+    Kernel("products qkv", 12, 0, 16, 6, 24, launches=2),
+    Kernel("highway backward, twice", 0, 0, 32, of_copy=HIGHWAY_BACKWARD, launches=2),
 ]
-# What a level of recomputation runs again: u, which the highway's backward then reads and writes on its way (6 bytes an element), and GELU;
-# then the branches up to their last products; then z itself, the whole forward pass.
-U_AGAIN = Kernel("u again, twice", 0, 0, 12, 0, HIGHWAY_BACKWARD, 0)
+# What a level of recomputation runs again: u, which the highway's backward then reads and writes on its way (6 bytes an
+# element), and GELU; then the branches up to their last products; then z itself, the whole forward pass.
+U_AGAIN = Kernel("u again, twice", 0, 0, 12, of_copy=HIGHWAY_BACKWARD, launches=0)
 AGAIN = {
     "none": [],
     "gelu": [U_AGAIN] + [k for k in FORWARD if k.name == "GELU"],
     "layer": [U_AGAIN] + [k for k in FORWARD if k.name in ("product qkv", "attention", "product fc", "GELU")],
     "K": FORWARD,
+}
+# Changes, and for those of a kernel what stands in the list without them; step_terms knows the others.
+CHANGES = {
+    "DGELU": [Kernel("products fcproj", 16, 0, 20, 8, 32, launches=2), Kernel("GELU, backward", 0, 0, 24)],
+    "chunk": [],
+    "embedding": [],
+    "delta": [Kernel("attention, dq, dk and dv", 0, 7, 22, of_matrix=ATTENTION_BACKWARD, launches=2),
+              Kernel("attention, delta", 0, 0, 4, of_copy=DELTA)],
+    "gain blocks": [],
+    "split": [],
 }
 
 
@@ -65,80 +97,130 @@ def again(recompute):
     return AGAIN["K" if recompute.isdigit() else recompute]
 
 
+def padded(V):
+    return (V + 127) // 128 * 128
+
+
 def parameters(L, C, V, T):
-    Vp = (V + 127) // 128 * 128
-    return 6 * C * C * L + (Vp + T) * C  # gains aside
+    return 6 * C * C * L + (padded(V) + T) * C  # gains aside
 
 
 def counted_operations(L, C, V, T):
     """Of a token, as MFU counts them: causal attention once, recomputation not."""
-    Vp = (V + 127) // 128 * 128
-    return 6 * (12 * C * C * (L // 2) + Vp * C) + 6 * C * T * (L // 2)
+    return 6 * (12 * C * C * (L // 2) + padded(V) * C) + 6 * C * T * (L // 2)
 
 
-def least_seconds(kernel, rows, C, T, matrix_rate, copy_rate):
-    operations, bytes = rows * (kernel.CC * C * C + kernel.TC * T * C), rows * kernel.bytes * C + kernel.weights * C * C
-    return max(operations / (matrix_rate * (MMA_SYNC if kernel.TC else 1)), bytes / copy_rate)
+def head_chunks(rows, Vp, without):
+    """(chunks, rows that its tiles of 128 compute) of the classifier's rows."""
+    if "chunk" in without:
+        chunk = min(rows, max(16, 2**26 // Vp))
+        return math.ceil(rows / chunk), rows // chunk * padded(chunk) + padded(rows % chunk)
+    most = max(128, 2**28 // Vp // 128 * 128)
+    chunk = min(rows, padded(math.ceil(rows / math.ceil(rows / most))))
+    return math.ceil(rows / chunk), rows  # whole tiles but for the last
 
 
-def step_seconds(L, C, V, T, total_batch, B, recompute, matrix_rate, copy_rate):
-    """(floor, predicted) of a step of total_batch tokens in micro-batches of B sequences. Rates in operations and bytes a second."""
-    rows, micro_steps, Vp = B * T, total_batch // (B * T), (V + 127) // 128 * 128
-    wide = 0 if C >= 512 else 1
-    floor = predicted = 0.0
+def wave_factor(rows, C):
+    """How much longer highway_backward takes with blocks by C alone, where the GPU has not as many places."""
+    warps = max(1, min(8, (112 << 10) // (16 * C)))
+    places = MULTIPROCESSORS * min((227 << 10) // (warps * 16 * C + 1024), 65536 // (72 * 32 * warps))
+    waves = min(math.ceil(rows / warps), max(264, min(1024, 2**18 // C))) / places
+    # The last wave takes as long as a full one, or its share of one: the mean, as its blocks, alone on a
+    # multiprocessor, are bound by latency.
+    return (math.ceil(waves) / waves + 1) / 2 if waves > 1 else 1
 
-    def add_least(times, least, share, launches):
-        nonlocal floor, predicted
-        floor += times * least
-        predicted += times * (least / share + launches * GAP)
 
-    def add(times, operations, bytes, share, launches):
-        add_least(times, max(operations / matrix_rate, bytes / copy_rate), share, launches)
+def split_seconds(rows, C, matrix_rate, copy_rate, without):
+    """Of a block's dW (N,K): its partial sums where cuBLASLt splits the sum over rows, or what an empty GPU costs."""
+    seconds = 0
+    for N, K in ((3 * C, C), (C, C), (4 * C, C), (C, 4 * C)):
+        tiles = math.ceil(N / 128) * math.ceil(K / 128)
+        if 2 * tiles >= MULTIPROCESSORS:
+            continue
+        if "split" in without:
+            seconds += 2 * rows * N * K / (PRODUCT * matrix_rate) * (MULTIPROCESSORS / tiles - 1)
+        else:  # FP32, written and read, under 20 MB: in the L2, at twice the rate of a copy
+            seconds += min(16, MULTIPROCESSORS // tiles) * N * K * 8 / (2 * copy_rate)
+    return seconds
 
-    for kernel in FORWARD + BACKWARD + again(recompute):
-        add_least(micro_steps * (L // 2), least_seconds(kernel, rows, C, T, matrix_rate, copy_rate), kernel.share[wide], kernel.launches)
-    # The head: logits are written, turned into their gradient in place and read twice; three products with wte, whose FP32 gradient is added to.
-    add(micro_steps, rows * 6 * Vp * C, rows * (6 * Vp + 8 * C) + 12 * Vp * C, 1, 3)
-    add(micro_steps, 0, rows * 4 * Vp, 0.82, 1)
-    add(micro_steps, 0, rows * 16 * C, 0.8, 2)  # embedding, forward and backward
-    add(1, 0, 34 * parameters(L, C, V, T), 0.92, 1)  # AdamW
-    add(1, 0, 4 * parameters(L, C, V, T), 0.9, 1)  # norm
-    return floor, predicted
+
+FLOOR, PRODUCTS, ATTENTIONS, MEMORY, ADDED, WAITS = TERMS = (
+    "the floor", "products at 650 of 798 TFLOP/s", "attention at 0.85 and 0.8 of FlashAttention-2",
+    "kernels bound by memory at 0.74 to 0.92 of a copy", "FP32 gradients, partial sums of dW", "1 us a kernel")
+
+
+def step_terms(L, C, V, T, total_batch, B, recompute, matrix_rate, copy_rate, without=()):
+    """{term: seconds} of a step of total_batch tokens in micro-batches of B sequences: the floor, and what comes on top
+    in the prediction. Rates in operations and bytes a second. without: changes that are not made."""
+    rows, micro_steps, Vp = B * T, total_batch // (B * T), padded(V)
+    terms = dict.fromkeys(TERMS, 0.0)
+
+    def add(times, term, operations, bytes, added=0, of_matrix=PRODUCT, of_copy=HIGHWAY, launches=1, longer=1, once=0):
+        """operations: as many as take the floor's time at the matrix rate. once: the floor's bytes, where fewer."""
+        least = max(operations / matrix_rate, (once or bytes + added) / copy_rate)
+        main = longer * max(operations / (of_matrix * matrix_rate), bytes / (of_copy[C < 512] * copy_rate))
+        parts = {FLOOR: least, ADDED: added / copy_rate, WAITS: launches * GAP, term: main - least}
+        for name, seconds in parts.items():
+            terms[name] += times * seconds
+
+    backward = {k.name: k for k in BACKWARD + [k for change in without for k in CHANGES[change]]}
+    for k in FORWARD + list(backward.values()) + again(recompute):
+        term = ATTENTIONS if k.TC else PRODUCTS if k.CC else MEMORY
+        operations = rows * (k.CC * C * C + k.TC * T * C / MMA_SYNC)
+        longer = wave_factor(rows, C) if "gain blocks" in without and k.of_copy == HIGHWAY_BACKWARD else 1
+        add(micro_steps * (L // 2), term, operations, rows * k.bytes * C + k.weights * C * C, k.added * C * C,
+            k.of_matrix, k.of_copy, k.launches, longer)
+    terms[ADDED] += micro_steps * (L // 2) * split_seconds(rows, C, matrix_rate, copy_rate, without)
+    # The head: logits are written, turned into their gradient in place and read twice; of each chunk two products read
+    # wte and the third adds to its FP32 gradient.
+    chunks, computed = head_chunks(rows, Vp, without)
+    activations = rows * (6 * Vp + 8 * C)
+    add(micro_steps, PRODUCTS, (4 * computed + 2 * rows) * Vp * C, activations + chunks * 4 * Vp * C,
+        chunks * 8 * Vp * C, launches=3 * chunks, once=activations + 12 * Vp * C)
+    add(micro_steps, MEMORY, 0, rows * 4 * Vp, of_copy=CLASSIFIER, launches=chunks)
+    add(micro_steps, MEMORY, 0, rows * 16 * C, of_copy=EMBEDDING, launches=3 if "embedding" in without else 4)
+    in_turn = FREQUENT.get(V, 0.05) * rows  # one block adds up all of them, or 64 and then the sums of such stretches
+    terms[MEMORY] += micro_steps * (in_turn if "embedding" in without else 64 + in_turn / 64) / 4 * ROW_GROUP
+    add(1, MEMORY, 0, 34 * parameters(L, C, V, T), of_copy=ADAMW)
+    add(1, MEMORY, 0, 4 * parameters(L, C, V, T), of_copy=NORM)
+    return terms
+
+
+def step_seconds(*step, without=()):
+    """(floor, predicted) of step_terms' step."""
+    terms = step_terms(*step, without=without)
+    return terms[FLOOR], sum(terms.values())
 
 
 def product_gains(C, rows, T, matrix_rate, copy_rate):
-    """{way: seconds of a block that it wins}, as dev/bench/bench_products.cu measures them, and the predicted seconds of a block."""
-    wide = 0 if C >= 512 else 1
-    block = sum(least_seconds(k, rows, C, T, matrix_rate, copy_rate) / k.share[wide] + k.launches * GAP for k in FORWARD + BACKWARD)
+    """{way: seconds of a block that it wins}, as dev/bench/bench_products.cu does them, and a block's seconds."""
+    one, two = (step_seconds(L, C, 256, T, rows, rows // T, "none", matrix_rate, copy_rate)[1] for L in (2, 4))
+    block = two - one - 12 * C * C * (34 / ADAMW[0] + 4 / NORM[0]) / copy_rate
 
     def product(operations, bytes, rate=matrix_rate):
-        return max(operations / rate, bytes / copy_rate)
+        return max(operations / (PRODUCT * rate), bytes / (HIGHWAY[C < 512] * copy_rate))
 
     def kernel(bytes, launches=1):  # bound by memory, as the highway's
-        return bytes / copy_rate / HIGHWAY[wide] + launches * GAP
+        return bytes / copy_rate / HIGHWAY[C < 512] + launches * GAP
 
-    hidden, narrow, weights, operations = rows * 4 * C, rows * C, 4 * C * C, 8 * rows * C * C  # of fc and of fcproj
-    bytes = 2 * (hidden + narrow + weights)
-    gains = {  # the epilogue writes, or reads, the hidden layer once more; the kernel reads and writes it
-        "GELU_AUX epilogue": product(operations, bytes) + kernel(4 * hidden) - product(operations, bytes + 2 * hidden),
-        "DGELU epilogue": product(operations, bytes) + kernel(6 * hidden) - product(operations, bytes + 2 * hidden),
-    }
-    gains["both epilogues"] = sum(gains.values())
+    hidden, bytes, operations = rows * 4 * C, 2 * (rows * 5 * C + 4 * C * C), 8 * rows * C * C  # of fc and of fcproj
+    # The epilogue writes, or reads, the hidden layer once more; the kernel reads and writes it.
+    epilogue = product(operations, bytes + 2 * hidden) - product(operations, bytes)
+    gains = {"GELU_AUX epilogue": kernel(4 * hidden) - epilogue,
+             "GELU's backward as a kernel": epilogue - kernel(6 * hidden)}
     unadded = rounded = alone = casts = amaxes = chunks = 0.0
     for K, N in ((C, 3 * C), (C, C), (C, 4 * C), (4 * C, C)):
         operations, inputs, outputs, matrix = 2 * rows * K * N, rows * K, rows * N, K * N
-        added, once = product(operations, 2 * (inputs + outputs) + 8 * matrix), product(operations, 2 * (inputs + outputs) + 4 * matrix)
-        unadded += added - once
-        rounded += added - once - kernel(8 * matrix)
-        bf16 = 2 * product(operations, 2 * (inputs + outputs + matrix)) + added  # forward, din; dW
-        fp8 = (product(operations, inputs + matrix + 2 * outputs, 2 * matrix_rate) + product(operations, outputs + matrix + 2 * inputs, 2 * matrix_rate)
-               + product(operations, inputs + outputs + 8 * matrix, 2 * matrix_rate))
-        alone += bf16 - fp8
+        dW, din = product(operations, 2 * (inputs + outputs)), product(operations, 2 * (inputs + outputs + matrix))
+        unadded += 4 * matrix / copy_rate
+        rounded += 4 * matrix / copy_rate - kernel(8 * matrix)
+        alone += dW + 2 * din - sum(product(operations, bytes, 2 * matrix_rate) for bytes in (
+            inputs + matrix + 2 * outputs, outputs + matrix + 2 * inputs, inputs + outputs))
         casts += kernel(4 * (inputs + outputs + matrix), 3)
         amaxes += kernel(2 * (inputs + outputs + matrix), 4)
-        din = product(operations, 2 * (inputs + outputs + matrix))
-        chunks += added + din - max(2 * operations / matrix_rate, (2 * (2 * inputs + outputs + matrix) + 8 * matrix) / copy_rate)  # dout read once
-    gains |= {"--grads bf16": rounded, "if dW were not added": unadded, "FP8 with amax and casts": alone - casts - amaxes, "FP8 with casts": alone - casts,
+        chunks += dW + din - product(2 * operations, 2 * (2 * inputs + outputs + matrix))  # dout is read once
+    gains |= {"--grads bf16": rounded, "if dW were not added": unadded,
+              "FP8 with amax and casts": alone - casts - amaxes, "FP8 with casts": alone - casts,
               "FP8 products alone": alone, "dW and din in chunks of rows": chunks}
     return gains, block
 
@@ -160,30 +242,86 @@ ROWS = {
     "keel_L1024_C256": Row("keel", 1024, 256, 4, 1024, 65536, 256),
     "keel_L1024_C1024": Row("keel", 1024, 1024, 16, 1024, 65536, 50257),
 }
-PLANS = {"keel_L512_C1024": (8, "none"), "pre_L24_C768": (32, "none"), "keel_L1024_C256": (16, "none"), "keel_L1024_C1024": (4, "layer")}  # that fit into 139 GiB
+
+
+class Card(NamedTuple):
+    name: str
+    matrix: float  # TFLOP/s of a large BF16 product
+    copy: float  # TB/s, read and written
+    plans: dict  # micro-batch and recomputation that train_keel's plan takes in the card's memory
+
+
+CARDS = {
+    "h100": Card("H100, 78 GiB", 798, 3.0, {
+        "keel_L512_C1024": (2, "none"), "pre_L24_C768": (128, "none"), "keel_L1024_C256": (16, "gelu")}),
+    "h200": Card("H200, 139 GiB", 790, 4.3, {
+        "keel_L512_C1024": (8, "none"), "pre_L24_C768": (256, "none"), "keel_L1024_C256": (16, "none"),
+        "keel_L1024_C1024": (2, "gelu")}),
+}
+
+
+# Each table's rows, the first of them its head.
+
+
+def steps(card):
+    """(name, step_terms' arguments, MFU in % of so many seconds) of each model that fits the card."""
+    for name, plan in card.plans.items():
+        row = ROWS[name]
+        operations = counted_operations(row.L, row.C, row.V, row.T) * row.total_batch
+        yield (name, (row.L, row.C, row.V, row.T, row.total_batch, *plan, card.matrix * 1e12, card.copy * 1e12),
+               lambda seconds, operations=operations: 100 * operations / (seconds * card.matrix * 1e12))
+
+
+def models(card):
+    yield (card.name, "tokens a step", "micro-batch, recompute", "floor, ms", "predicted, ms", "floor / predicted",
+           "predicted tokens/s", "its MFU")
+    for name, step, mfu in steps(card):
+        (floor, predicted), tokens = step_seconds(*step), step[4]
+        yield (f"`{name}`", f"{tokens}", f"{step[5]}, {step[6]}", f"{floor * 1e3:.0f}", f"{predicted * 1e3:.0f}",
+               f"{floor / predicted:.2f}", f"{tokens / predicted:.0f}", f"{mfu(predicted):.1f} %")
+
+
+def terms(card):
+    sums = [[mfu(seconds) for seconds in itertools.accumulate(step_terms(*step).values())]
+            for _, step, mfu in steps(card)]
+    yield card.name, *(f"`{name}`" for name in card.plans)
+    yield from ((term, *(f"{mfu:.1f} %" for mfu in row)) for term, row in zip(TERMS, zip(*sums)))
+
+
+def changes(card):
+    *sure, unsure = CHANGES
+    yield f"tokens/s won, {card.name}", *sure, unsure, f"all but {unsure}", "MFU"
+    for name, step, mfu in steps(card):
+        without = lambda *changes: step_seconds(*step, without=changes)[1]
+        won = lambda *changes: f"{100 * (without(*changes) / without() - 1):+.1f} %"
+        yield (f"`{name}`", *map(won, sure), f"0 to {won(unsure)}", won(*sure),
+               f"{mfu(without(*sure)):.1f} -> {mfu(without()):.1f} %")
+
+
+def products(card):
+    shapes = ((1024, 8192), (768, 32768), (256, 32768), (256, 65536))
+    columns = [product_gains(C, rows, 1024, card.matrix * 1e12, card.copy * 1e12) for C, rows in shapes]
+    yield "tokens/s won", *(f"C = {C}, {rows} rows" for C, rows in shapes)
+    yield "a block, us", *(f"{block * 1e6:.0f}" for _, block in columns)
+    for way in columns[0][0]:
+        yield way, *(f"{100 * gains[way] / (block - gains[way]):+.1f} %" for gains, block in columns)
 
 
 def main():
     parser = argparse.ArgumentParser(prog="dev/bench/predict.py", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--matrix", type=float, default=790, metavar="TFLOP/s", help="rate of a large BF16 product [%(default)s]")
-    parser.add_argument("--copy", type=float, default=4.3, metavar="TB/s", help="bytes read and written by a copy [%(default)s]")
-    parser.add_argument("--products", action="store_true", help="ways of doing the matrix products instead of whole models")
+    parser.add_argument("--card", choices=CARDS, default="h100", help="whose rates and memory [%(default)s]")
+    parser.add_argument("--matrix", type=float, metavar="TFLOP/s", help="rate of a large BF16 product")
+    parser.add_argument("--copy", type=float, metavar="TB/s", help="bytes read and written by a copy")
+    for table, text in ((terms, "what lies between the floor and the prediction"),
+                        (changes, "what each change to the step wins"),
+                        (products, "ways of doing the matrix products")):
+        parser.add_argument(f"--{table.__name__}", dest="table", action="store_const", const=table, default=models,
+                            help=text + ", instead of whole models")
     a = parser.parse_args()
-    if a.products:
-        shapes = ((1024, 8192), (768, 32768), (256, 32768), (256, 65536))
-        columns = [product_gains(C, rows, 1024, a.matrix * 1e12, a.copy * 1e12) for C, rows in shapes]
-        print("| tokens/s won | " + " | ".join(f"C = {C}, {rows} rows" for C, rows in shapes) + " |\n|---|" + "---|" * len(shapes))
-        print("| a block, us | " + " | ".join(f"{block * 1e6:.0f}" for _, block in columns) + " |")
-        for way in columns[0][0]:
-            print(f"| {way} | " + " | ".join(f"{100 * gains[way] / (block - gains[way]):+.1f} %" for gains, block in columns) + " |")
-        return
-    print("| model | tokens a step | micro-batch, recompute | floor, ms | predicted, ms | predicted tokens/s | its MFU |\n|---|---|---|---|---|---|---|")
-    for name, row in ROWS.items():
-        B, recompute = PLANS[name]
-        floor, predicted = step_seconds(row.L, row.C, row.V, row.T, row.total_batch, B, recompute, a.matrix * 1e12, a.copy * 1e12)
-        rate = row.total_batch / predicted
-        mfu = counted_operations(row.L, row.C, row.V, row.T) * rate / (a.matrix * 1e12)
-        print(f"| `{name}` | {row.total_batch} | {B}, {recompute} | {floor * 1e3:.0f} | {predicted * 1e3:.0f} | {rate:.0f} | {100 * mfu:.0f} % |")
+    card = CARDS[a.card]
+    card = card._replace(matrix=a.matrix or card.matrix, copy=a.copy or card.copy)
+    for i, row in enumerate(a.table(card)):
+        print("| " + " | ".join(row) + " |" + ("\n|" + "---|" * len(row) if i == 0 else ""))
 
 
 if __name__ == "__main__":
