@@ -68,19 +68,22 @@ inline std::vector<UpdateChunk> update_chunks(const ParameterLayout& layout, con
 }
 
 // Seconds of a micro-step of B sequences on one large GPU, by a rough model that need only put the choices in order:
-// the time of matrix products, at a rate that falls where their tiles do not fill the multiprocessors, of the kernels'
-// bytes, and of each of the graph's nodes. The rates are three quarters of an H100's or H200's peak; dev/doc/speed.md
-// counts the bytes and nodes of a block.
+// the time of products, at a rate that falls where their tiles do not fill the multiprocessors, or of their bytes where
+// that is longer; of attention; of the other kernels' bytes; and of each of the graph's nodes. The rates are an H100's;
+// dev/doc/speed.md says where they come from, and counts the bytes and nodes of a block.
 inline double predicted_seconds(const ModelConfig& c, int B, int T, Recompute r, StateTypes types = {}) {
-    constexpr double matrix_rate = 600e12, memory_rate = 3e12, node_seconds = 2e-6, multiprocessors = 132;
-    double rows = double(B) * T, blocks = c.L / 2;
+    constexpr double matrix_rate = 650e12, attention_rate = 150e12, memory_rate = 2.6e12, node_seconds = 1e-6,
+                     multiprocessors = 132;
+    double rows = double(B) * T, C = c.C, blocks = c.L / 2;
     bool again = r.drops_all() || r.segments();
-    double operations = rows * flops_per_token(c, T) * (again ? 4.0 / 3 : 1);
-    double filled = std::min(1.0, std::ceil(rows / 128) * std::ceil(c.C / 128.0) / multiprocessors);
-    double bytes = rows * blocks * c.C * (208 + (r.drops_all() ? 54 : r.drops_u() ? 28 : r.segments() ? 80 : 0));
+    double filled = std::min(1.0, std::ceil(rows / 128) * std::ceil(C / 128) / multiprocessors);
+    double operations = rows * C * (12 * C * blocks + c.Vp()) * (again ? 8 : 6) / (matrix_rate * filled);
+    double operands = rows * C * blocks * (104 + (r.segments() ? 32 : r.drops_all() ? 18 : 0)) / memory_rate;
+    double attention = rows * C * blocks * T * (again ? 8 : 6) / attention_rate;
+    double bytes = rows * C * blocks * (72 + (r.segments() ? 40 : r.drops_u() ? 28 : 0));
     double weights = 12.0 * c.C * c.C * blocks + double(c.Vp()) * c.C;
     // A micro-batch reads the weights, and adds to their gradients.
     bytes += weights * (2 * (again ? 3 : 2) + (types.grads_bf16 ? 12 : 8));
     double nodes = blocks * (20 + (again ? 6 : r.drops_u() ? 1 : 0) + (types.grads_bf16 ? 4 : 0));
-    return operations / (matrix_rate * filled) + bytes / memory_rate + nodes * node_seconds;
+    return std::max(operations, operands) + attention + bytes / memory_rate + nodes * node_seconds;
 }

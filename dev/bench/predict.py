@@ -253,7 +253,7 @@ class Card(NamedTuple):
 
 CARDS = {
     "h100": Card("H100, 78 GiB", 798, 3.0, {
-        "keel_L512_C1024": (2, "none"), "pre_L24_C768": (128, "none"), "keel_L1024_C256": (16, "gelu")}),
+        "keel_L512_C1024": (2, "none"), "pre_L24_C768": (128, "none"), "keel_L1024_C256": (8, "none")}),
     "h200": Card("H200, 139 GiB", 790, 4.3, {
         "keel_L512_C1024": (8, "none"), "pre_L24_C768": (256, "none"), "keel_L1024_C256": (16, "none"),
         "keel_L1024_C1024": (2, "gelu")}),

@@ -1455,6 +1455,49 @@ TEST_CASE("an algorithm is usable for a product that cuBLASLt offers, and says h
                                   &checked) == CUBLAS_STATUS_NOT_INITIALIZED);
 }
 
+TEST_CASE("a product whose sum over k an algorithm is told to split adds up its slices in order, in workspace") {
+    constexpr size_t m = 16, n = 8, k = 101, slices = 4;
+    std::vector<float> a = random_matrix<float>(m * k, 1), b = random_matrix<float>(k * n, 2), c(m * n);
+    Device<float> da(a), db(b), dc(c), workspace(slices * m * n);
+    Matmul matmul(false, false, CUDA_R_32F, CUDA_R_32F, m, n, k, m, k, m);
+    cublasLtMatmulHeuristicResult_t first, checked;
+    int count = 0;
+    CHECK(cublasLtMatmulAlgoGetHeuristic(matmul.handle, matmul.desc, matmul.a, matmul.b, matmul.c, matmul.c,
+                                         matmul.preference, 1, &first, &count) == CUBLAS_STATUS_SUCCESS);
+    CHECK(first.wavesCount == 0.25f);  // one tile of 128 x 128 on four multiprocessors
+    auto check = [&](int32_t split, uint32_t scheme) {
+        checked.algo = first.algo;
+        CHECK(cublasLtMatmulAlgoConfigSetAttribute(&checked.algo, CUBLASLT_ALGO_CONFIG_SPLITK_NUM, &split,
+                                                   sizeof split) == CUBLAS_STATUS_SUCCESS);
+        CHECK(cublasLtMatmulAlgoConfigSetAttribute(&checked.algo, CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME, &scheme,
+                                                   sizeof scheme) == CUBLAS_STATUS_SUCCESS);
+        cublasLtMatmulAlgo_t algo = checked.algo;
+        return cublasLtMatmulAlgoCheck(matmul.handle, matmul.desc, matmul.a, matmul.b, matmul.c, matmul.c, &algo,
+                                       &checked);
+    };
+    CHECK(check(0, CUBLASLT_REDUCTION_SCHEME_NONE) == CUBLAS_STATUS_INVALID_VALUE);
+    CHECK(check(102, CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE) == CUBLAS_STATUS_INVALID_VALUE);
+    CHECK(check(slices, CUBLASLT_REDUCTION_SCHEME_NONE) == CUBLAS_STATUS_INVALID_VALUE);
+    CHECK(check(slices, CUBLASLT_REDUCTION_SCHEME_INPLACE) == CUBLAS_STATUS_INVALID_VALUE);
+    CHECK(check(slices, CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE) == CUBLAS_STATUS_SUCCESS);
+    CHECK(checked.workspaceSize == slices * m * n * sizeof(float));
+    CHECK(matmul.run(da.p, db.p, dc.p, 1, 1, &checked.algo, workspace.p, checked.workspaceSize - 1) ==
+          CUBLAS_STATUS_INVALID_VALUE);
+    CHECK(matmul.run(da.p, db.p, dc.p, 1, 1, &checked.algo, workspace.p, checked.workspaceSize) ==
+          CUBLAS_STATUS_SUCCESS);
+    std::vector<float> found = dc.read();
+    for (size_t j = 0; j < n; j++)
+        for (size_t i = 0; i < m; i++) {
+            float total = 0;
+            for (size_t s = 0; s < slices; s++) {
+                float sum = 0;
+                for (size_t l = k * s / slices; l < k * (s + 1) / slices; l++) sum += a[l * m + i] * b[j * k + l];
+                total = s ? total + sum : sum;
+            }
+            CHECK(found[j * m + i] == c[j * m + i] + total);
+        }
+}
+
 TEST_CASE("the device describes itself as a small Hopper") {
     int count, device, value;
     cudaDeviceProp p;
