@@ -283,11 +283,11 @@ private:
         for (auto which : {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
                            CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
             prefer(which, alignment, "alignment");
-        cublasLtMatmulHeuristicResult_t results[MOST_CANDIDATES] = {};
+        cublasLtMatmulHeuristicResult_t results[1 + MOST_CANDIDATES] = {};  // the first is split_sum's
         int found = 0;
         cublasStatus_t status =
             cublasLtMatmulAlgoGetHeuristic(handle, plan.operation, plan.a, plan.b, plan.d, plan.d, preference,
-                                           measuring ? MOST_CANDIDATES : 1, results, &found);
+                                           measuring ? MOST_CANDIDATES : 1, results + 1, &found);
         cublasLtMatmulPreferenceDestroy(preference);
         plan.offered = status == CUBLAS_STATUS_SUCCESS && found > 0;
         if (!plan.offered && epilogue != Epilogue::DGELU) {
@@ -296,10 +296,9 @@ private:
                  n, k, cublasLtGetStatusString(status));
         }
         if (!plan.offered) return plans[key] = plan;
-        std::vector<cublasLtMatmulAlgo_t> candidates;
-        for (auto& result : std::span(results, size_t(found))) candidates.push_back(result.algo);
-        split_sum(plan, candidates, results[0].wavesCount, k);
-        plan.algorithm = candidates[0];
+        std::span candidates(results + 1, size_t(found));
+        if (split_sum(plan, results[0].algo, results[1], k)) candidates = {results, size_t(found) + 1};
+        plan.algorithm = candidates[0].algo;
         const cublasLtMatmulAlgo_t* tuned = tuning ? tuning->find(key) : nullptr;
         try {
             if (tuned && usable(plan, *tuned)) plan.algorithm = *tuned;
@@ -323,24 +322,30 @@ private:
                result.workspaceSize <= GEMM_WORKSPACE;
     }
 
-    // Where the first algorithm fills less than half of the GPU, as for a dW of few tiles and a sum over thousands of
-    // rows, the same with that sum in slices goes before it: cuBLASLt adds up their FP32 results in order. waves: what
-    // the algorithm fills, as cuBLASLt tells it.
+    // Whether the first algorithm fills less than half of the GPU and does not split its sum, as may happen for a dW of
+    // few tiles and thousands of rows: then `split` is the same with the sum in slices, whose FP32 results cuBLASLt
+    // adds up in order.
     static constexpr size_t MOST_SLICES = 16, LEAST_SLICE = 1024;
-    void split_sum(const GemmPlan& plan, std::vector<cublasLtMatmulAlgo_t>& candidates, float waves, size_t k) {
-        size_t most = waves > 0 ? size_t(std::min(1 / waves, float(MOST_SLICES))) : 1;
+    bool split_sum(const GemmPlan& plan, cublasLtMatmulAlgo_t& split, const cublasLtMatmulHeuristicResult_t& first,
+                   size_t k) {
+        float waves = first.wavesCount;  // how often the algorithm fills the GPU
+        int32_t already = 1;
+        size_t written = 0, most = waves > 0 ? size_t(std::min(1 / waves, float(MOST_SLICES))) : 1;
+        cublasLtMatmulAlgoConfigGetAttribute(&first.algo, CUBLASLT_ALGO_CONFIG_SPLITK_NUM, &already, sizeof already,
+                                             &written);
+        if (already > 1) return false;
         for (size_t slices = std::bit_floor(std::min(most, k / LEAST_SLICE)); slices > 1; slices /= 2) {
-            cublasLtMatmulAlgo_t split = candidates[0];
+            split = first.algo;
             int32_t count = int32_t(slices);
             uint32_t scheme = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
-            bool known = cublasLtMatmulAlgoConfigSetAttribute(&split, CUBLASLT_ALGO_CONFIG_SPLITK_NUM, &count,
-                                                              sizeof count) == CUBLAS_STATUS_SUCCESS &&
-                         cublasLtMatmulAlgoConfigSetAttribute(&split, CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME, &scheme,
-                                                              sizeof scheme) == CUBLAS_STATUS_SUCCESS;
-            if (!known || !usable(plan, split)) continue;
-            candidates.insert(candidates.begin(), split);
-            return;
+            if (cublasLtMatmulAlgoConfigSetAttribute(&split, CUBLASLT_ALGO_CONFIG_SPLITK_NUM, &count, sizeof count) ==
+                    CUBLAS_STATUS_SUCCESS &&
+                cublasLtMatmulAlgoConfigSetAttribute(&split, CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME, &scheme,
+                                                     sizeof scheme) == CUBLAS_STATUS_SUCCESS &&
+                usable(plan, split))
+                return true;
         }
+        return false;
     }
 
     // The algorithm of least median time, in rounds over all of them, on scratch matrices of random numbers with the
@@ -348,7 +353,7 @@ private:
     // another takes 2 % less: that much is noise.
     static constexpr int MOST_CANDIDATES = 16, ROUNDS = 7;
     cublasLtMatmulAlgo_t fastest(const GemmPlan& plan, const GemmKey& key,
-                                 const std::vector<cublasLtMatmulAlgo_t>& candidates) {
+                                 std::span<const cublasLtMatmulHeuristicResult_t> candidates) {
         auto [ta, tb, m, n, k, fp32_out, epilogue] = key;
         DeviceArray<branch_t> a = random_matrix(m * k), b = random_matrix(k * n), h;
         if (epilogue == Epilogue::DGELU) h = random_matrix(m * n);
@@ -360,7 +365,7 @@ private:
             for (size_t i = 0; i < candidates.size(); i++) {
                 zero(other);
                 watch.start();
-                multiply(plan, candidates[i], d.data(), a.data(), b.data(), epilogue, h.data());
+                multiply(plan, candidates[i].algo, d.data(), a.data(), b.data(), epilogue, h.data());
                 float ms = watch.stop();
                 if (round >= 0) times[i].push_back(ms);
             }
@@ -376,7 +381,7 @@ private:
               : epilogue == Epilogue::DGELU ? ", times GELU's slope"
                                             : "",
               medians[best] * 1e3, candidates.size(), medians[0] * 1e3, 100 * (1 - medians[best] / medians[0]));
-        tuning->add(key, candidates[best], medians[0] * 1e3, medians[best] * 1e3);
-        return candidates[best];
+        tuning->add(key, candidates[best].algo, medians[0] * 1e3, medians[best] * 1e3);
+        return candidates[best].algo;
     }
 };

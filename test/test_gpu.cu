@@ -549,7 +549,7 @@ TEST_SUITE("layers") {
 
     TEST_CASE("A weight's gradient whose few tiles would leave most of the GPU idle is a sum over slices of the rows, "
               "added up in order") {
-        Comparison compare("dw", FP32_TOLERANCE);
+        Comparison compare("dw", 10 * FP32_TOLERANCE);  // thousands of products a sum, which tensor cores cut off
         size_t K = 64, N = 64;
         for (auto [rows, slices] :
              {std::pair<size_t, size_t>{1500, 1}, {2100, 2}, {4500, 4}}) {  // of 4 multiprocessors

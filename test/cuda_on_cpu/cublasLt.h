@@ -271,6 +271,17 @@ inline cublasStatus_t cublasLtMatmulAlgoConfigSetAttribute(cublasLtMatmulAlgo_t*
         return CUBLAS_STATUS_INVALID_VALUE;
     return algo->data[attribute] = number, CUBLAS_STATUS_SUCCESS;
 }
+inline cublasStatus_t cublasLtMatmulAlgoConfigGetAttribute(const cublasLtMatmulAlgo_t* algo,
+                                                           cublasLtMatmulAlgoConfigAttributes_t attribute, void* value,
+                                                           size_t bytes, size_t* written) {
+    if (!algo || !value || bytes != sizeof(uint32_t)) return CUBLAS_STATUS_INVALID_VALUE;
+    if (attribute != CUBLASLT_ALGO_CONFIG_SPLITK_NUM && attribute != CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME)
+        return CUBLAS_STATUS_INVALID_VALUE;
+    uint32_t number = uint32_t(algo->data[attribute]);
+    memcpy(value, &number, sizeof number);
+    if (written) *written = sizeof number;
+    return CUBLAS_STATUS_SUCCESS;
+}
 
 namespace cuda_on_cpu {
 

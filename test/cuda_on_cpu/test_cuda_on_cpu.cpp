@@ -1481,6 +1481,10 @@ TEST_CASE("a product whose sum over k an algorithm is told to split adds up its 
     CHECK(check(slices, CUBLASLT_REDUCTION_SCHEME_INPLACE) == CUBLAS_STATUS_INVALID_VALUE);
     CHECK(check(slices, CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE) == CUBLAS_STATUS_SUCCESS);
     CHECK(checked.workspaceSize == slices * m * n * sizeof(float));
+    int32_t told = 0;
+    CHECK(cublasLtMatmulAlgoConfigGetAttribute(&checked.algo, CUBLASLT_ALGO_CONFIG_SPLITK_NUM, &told, sizeof told,
+                                               nullptr) == CUBLAS_STATUS_SUCCESS);
+    CHECK(told == slices);
     CHECK(matmul.run(da.p, db.p, dc.p, 1, 1, &checked.algo, workspace.p, checked.workspaceSize - 1) ==
           CUBLAS_STATUS_INVALID_VALUE);
     CHECK(matmul.run(da.p, db.p, dc.p, 1, 1, &checked.algo, workspace.p, checked.workspaceSize) ==
