@@ -162,6 +162,7 @@ public:
         CUDA(cudaMemcpyAsync(to, from, n * sizeof(T), cudaMemcpyDefault, stream));
     }
 
+    const int capability = gpu_properties().major;
     int product_multiprocessors = 0;      // how many of the GPU's a product may use; 0: all
     std::unique_ptr<TuningTable> tuning;  // --tune's table; null without
 
@@ -189,9 +190,12 @@ public:
         const GemmPlan& plan = gemm_plan({a_transposed, b_transposed, m, n, k, sizeof(Out) == 4, epilogue});
         multiply(plan, plan.algorithm, d, a, b, epilogue);
     }
-    // d = a b gelu'(h), h (m,n); false, and nothing done, where this cuBLASLt does not offer it for the shape.
+    // d = a b gelu'(h), h (m,n); false, and nothing done, where this cuBLASLt does not offer it for the shape, or on
+    // GPUs that are not known to gain by it: only compute capability 9.0 and 10.x are (llm.c, pull request 653, found
+    // it slower than a kernel on an RTX 4090; SGLang, 34350, the forward's on an RTX 5090).
     bool product_dgelu(branch_t* d, const branch_t* a, bool a_transposed, const branch_t* b, bool b_transposed,
                        const branch_t* h, size_t m, size_t n, size_t k) {
+        if (capability != 9 && capability != 10) return false;
         const GemmPlan& plan = gemm_plan({a_transposed, b_transposed, m, n, k, false, Epilogue::DGELU}, h);
         if (plan.offered) multiply(plan, plan.algorithm, d, a, b, Epilogue::DGELU, h);
         return plan.offered;

@@ -179,7 +179,7 @@ def step_terms(L, C, V, T, total_batch, B, recompute, matrix_rate, copy_rate, wi
         chunks * 8 * Vp * C, launches=3 * chunks, once=activations + 12 * Vp * C)
     add(micro_steps, MEMORY, 0, rows * 4 * Vp, of_copy=CLASSIFIER, launches=chunks)
     add(micro_steps, MEMORY, 0, rows * 16 * C, of_copy=EMBEDDING, launches=3 if "embedding" in without else 4)
-    in_turn = FREQUENT.get(V, 0.05) * rows  # one block adds up all of them, or 64 and then the sums of such stretches
+    in_turn = FREQUENT.get(V, 0.05) * rows  # one block adds up all of them, or 64 and then the sums of such chunks
     terms[MEMORY] += micro_steps * (in_turn if "embedding" in without else 64 + in_turn / 64) / 4 * ROW_GROUP
     add(1, MEMORY, 0, 34 * parameters(L, C, V, T), of_copy=ADAMW)
     add(1, MEMORY, 0, 4 * parameters(L, C, V, T), of_copy=NORM)
