@@ -17,8 +17,8 @@
 // The highway (x, z, their gradients and norms) is FP32 always. The branches compute in BF16 on tensor cores, or in
 // FP32 with -DKEEL_FP32, the build for comparisons. Weights are FP32, with a BF16 copy for the matrix products.
 //
-// Every result has the same bits in every run on one kind of GPU with one cuBLAS: the order of each sum depends on
-// shapes and the card alone, and no float is added atomically.
+// Every result has the same bits in every run of one program on one kind of GPU with one cuBLAS: the order of each sum
+// depends on shapes, the card and the compiled kernel alone, and no float is added atomically.
 //
 // Conventions, which let a plain C++ compiler build and run this file on machines without a GPU (test/cuda_on_cpu):
 // kernels start through launch(); shared memory is dynamic and reached through shared<T>(); PTX stands in one room.
@@ -181,7 +181,6 @@ __device__ inline bool last_to_arrive(unsigned* arrived, unsigned blocks) {
 // has written its row of partial (blocks,n), which is overwritten. The last block of every FAN_IN adds up their rows in
 // order, the last of those adds up the results, and calls out(i, sum) for each column. arrived: 1 + blocks / FAN_IN
 // rounded up counters, zero before and after.
-
 template <class T, class Out>
 __device__ void add_partials(T* partial, int n, unsigned* arrived, Out out) {
     unsigned group = blockIdx.x / FAN_IN, groups = (gridDim.x + FAN_IN - 1) / FAN_IN, first = group * FAN_IN;
@@ -200,28 +199,6 @@ __device__ void add_partials(T* partial, int n, unsigned* arrived, Out out) {
 
 // ----------------------------------------------------------------------------------------------------
 // The layers: each forward beside its backward. A backward adds to gradients of parameters, and sets those of inputs.
-
-// All that changes from step to step is read from the device's memory, so that a graph of launches serves every step.
-struct StepSettings {  // written by the host
-    double lr, weight_decay;
-    double max_norm;  // of the gradient; 0: no clipping
-    uint64_t seed;    // of stochastic rounding
-};
-struct StepState {              // read by the host
-    double loss_sum;            // over the step's targets
-    double grad_squares, norm;  // of all gradients, before clipping
-    float clip;                 // the factor of every gradient
-    int finite;                 // 0: the step updates nothing
-    float step_size;            // lr / (1 - b1^n)
-    float v_scale;              // 1 / (1 - b2^n)
-    float decay;                // lr * weight decay
-    unsigned any, all;          // with several ranks: RankFlags
-};
-
-struct UpdateCounts {   // stays on the device
-    long long updates;  // steps that updated the parameters so far
-    int data_lost;      // with several ranks: 1 from the step in which a rank's data could not be read
-};
 
 // out (rows,N) = in (rows,K) W^T, W (N,K).  2 rows N K operations
 template <class Out>
@@ -273,7 +250,7 @@ __global__ void add_rounded_kernel(__nv_bfloat16* g, const float* addend, size_t
     store<N>(g + at, sum);
 }
 
-// dW (N,K) += dout^T in.  2 rows N K operations, in FP32
+// dW (N,K) += dout^T in.  2 rows N K operations, added up in FP32
 void matmul_backward_weight(Device& device, const MatrixGradient& dw, const branch_t* dout, const branch_t* in,
                             size_t rows, size_t K, size_t N) {
     // dW^T (K,N) += in^T dout
@@ -285,7 +262,7 @@ void matmul_backward_weight(Device& device, const MatrixGradient& dw, const bran
     }
 }
 
-// din (rows,K) = dout W and the weight's gradient.  4 rows N K operations
+// din (rows,K) = dout W, and dW (N,K) += dout^T in.  4 rows N K operations
 void matmul_backward(Device& device, branch_t* din, const MatrixGradient& dw, const branch_t* dout, const branch_t* in,
                      const branch_t* w, size_t rows, size_t K, size_t N) {
     matmul_backward_weight(device, dw, dout, in, rows, K, N);
@@ -310,52 +287,18 @@ __global__ void embedding_forward_kernel(float* x, const int* tokens, const floa
     store<N>(x + at, out);
 }
 
-// One batch as the device gets it: tokens and targets (rows), and the rows sorted by their token, in chunks of at most
-// CHUNK_ROWS rows of one token, so that each token's gradient is a sum in the order of the rows, of which a frequent
-// one's is made by many blocks. Chunk k has the rows order[start[k]] .. order[start[k + 1] - 1], and of the tokens that
-// occur the j-th has the chunks first[j] .. first[j + 1] - 1.
-struct TokenBatch {
-    static constexpr int CHUNK_ROWS = 64;
-    int *tokens, *targets, *order;  // (rows)
-    int *start, *first;             // (rows + 1), of which chunks + 1 and different + 1 are used
-    int *chunks, *different;        // (1) how many chunks there are, and how many different tokens
-    int* number;                    // (1) of the micro-batch in its step, from 0
-    TokenBatch(int* base, size_t rows)
-        : tokens(base), targets(base + rows), order(base + 2 * rows), start(base + 3 * rows), first(start + rows + 1),
-          chunks(first + rows + 1), different(chunks + 1), number(chunks + 2) {}
-    static size_t size(size_t rows) { return 5 * rows + 5; }
-    static size_t most_chunks(size_t rows, size_t V) { return std::min(rows, V + rows / CHUNK_ROWS); }
-
-    // On the host, from tokens (rows): a counting sort, stable. count: scratch (V+1)
-    void sort(size_t rows, int V, std::vector<int>& count) {
-        count.assign(size_t(V) + 1, 0);
-        for (size_t i = 0; i < rows; i++) count[size_t(tokens[i]) + 1]++;
-        *chunks = *different = 0;
-        for (int v = 0; v < V; v++) {
-            int begin = count[size_t(v)], end = begin + count[size_t(v) + 1];
-            if (begin < end) first[(*different)++] = *chunks;
-            for (int i = begin; i < end; i += CHUNK_ROWS) start[(*chunks)++] = i;
-            count[size_t(v) + 1] = end;
-        }
-        start[*chunks] = int(rows), first[*different] = *chunks;
-        for (size_t i = 0; i < rows; i++) order[count[size_t(tokens[i])]++] = int(i);
-        std::fill(start + *chunks + 1, start + rows + 1, 0);  // not used, but copied
-        std::fill(first + *different + 1, first + rows + 1, 0);
-    }
-};
-
-// dwte[token] += sqrt(C) * sum of dx (rows,C) over the token's rows, in two kernels: sums over the rows of a chunk, in
-// sums (chunks,C), then over the chunks of a token; a block each.  4 bytes an element, 8 for each of sums and of dwte
-__global__ void embedding_chunk_kernel(float* sums, const float* dx, const int* order, const int* start,
-                                       const int* chunks, int C) {
+// dwte[token] += sqrt(C) * sum of dx (rows,C) over the token's rows, in two kernels: the first adds up the rows of each
+// chunk into sums (chunks,C), a block a chunk; the second the chunks of each token, a block a token.  4 bytes an
+// element of dx, 8 of sums and of dwte
+__global__ void embedding_chunk_kernel(float* sums, const float* dx, TokenBatch batch, int C) {
     begin_kernel();
     int chunk = blockIdx.x;
-    if (chunk >= *chunks) return;
-    int begin = start[chunk], end = start[chunk + 1];
+    if (chunk >= *batch.chunks) return;
+    int begin = batch.start[chunk], end = batch.start[chunk + 1];
     for (int c = threadIdx.x; c < C; c += blockDim.x) {
         float sum = 0;
-#pragma unroll 8
-        for (int i = begin; i < end; i++) sum += dx[size_t(order[i]) * C + c];
+#pragma unroll 8  // so many loads are on their way at a time
+        for (int i = begin; i < end; i++) sum += dx[size_t(batch.order[i]) * C + c];
         sums[size_t(chunk) * C + c] = sum;
     }
 }
@@ -396,8 +339,8 @@ void embedding_backward(Device& device, float* dwte, float* dwpe, float* sums, c
                         int B, int T, int C, int V) {
     size_t rows = size_t(B) * size_t(T);
     unsigned threads = unsigned(std::min<size_t>(1024, round_up(size_t(C), WARP)));
-    launch(embedding_chunk_kernel, TokenBatch::most_chunks(rows, size_t(V)), threads, 0, device.stream, sums, dx,
-           batch.order, batch.start, batch.chunks, C);
+    launch(embedding_chunk_kernel, TokenBatch::most_chunks(rows, size_t(V)), threads, 0, device.stream, sums, dx, batch,
+           C);
     launch(embedding_token_kernel, std::min(rows, size_t(V)), threads, 0, device.stream, dwte, sums, batch, C);
     launch_threads(position_backward_kernel, size_t(T) * size_t(C), device.stream, dwpe, dx, B, T, C);
 }
@@ -742,22 +685,19 @@ void qkv_norm_backward(Device& device, branch_t* dqkv, const branch_t* qkv, cons
 
 // ----- Attention
 //
-// Causal, y = softmax(q k^T / sqrt(D)) v for every head: y (B,Tq,C), lse (B,H,Tq), qkv (B,T,3C). Queries are the last
-// Tq = T - first positions of each sequence, keys and values all T (with a KV cache only the new positions ask).
+// Causal, y = softmax(q k^T / sqrt(D)) v for every head, D = C / H: attention_forward makes y (B,Tq,C) and lse (B,H,Tq)
+// from qkv (B,T,3C), attention_backward dqkv (B,T,3C) from dy, y (B,T,C), qkv and lse. Queries are the last Tq = T -
+// first positions of each sequence, keys and values all T (with a KV cache only the new positions ask). In the kernels
+// `head` is b * H + h. (The CPU trainer's lse is (rows,H).)
 //
 // Tiles of scores, never (T,T): a row's largest score m and the sum of exp(s - m) are kept while the tiles of keys
 // pass, and what was summed under an older, smaller m is scaled down (Milakov and Gimelshein 2018; Dao et al. 2022).
-// lse = m + log(sum) is all that the backward needs to have the probabilities again: p = exp(s - lse). With s = q k^T /
-// sqrt(D):
+// lse = m + log(sum) is all that the backward needs: p = exp(s - lse). With s = q k^T / sqrt(D):
 //     dv = p^T dy,   dp = dy v^T,   ds = p (dp - sum_j p dp),   dq = ds k / sqrt(D),   dk = ds^T q / sqrt(D)
-// and sum_j p_ij dp_ij = dy_i . y_i = delta_i. dq is a sum over keys, and dk and dv are sums over queries: a kernel for
-// each, so that no sum crosses blocks (the scores are made twice: 7 products of tiles instead of 5, and the same bits
-// always). dq's comes first, and has delta of its rows from dy and y on its way. Operations of a head: forward 4 T^2 D
-// / 2 (half of the scores are masked), backward 14 T^2 D / 2.
-
-// In either build attention_forward makes y (B,Tq,C) and lse (B,H,Tq) from qkv (B,T,3C), and attention_backward dqkv
-// (B,T,3C) from dy, y (B,T,C), qkv and lse (B,H,T); delta (B,H,T) is scratch, made by dq's kernel for dk's and dv's. D
-// = C / H. (The CPU trainer's lse is (rows,H).) In the kernels `head` is b * H + h.
+// and sum_j p_ij dp_ij = dy_i . y_i = delta_i (B,H,T). dq is a sum over keys, dk and dv over queries: two kernels, so
+// that no sum crosses blocks (7 products of tiles instead of 5, as the scores are made twice, and the same bits
+// always). dq's runs first and leaves delta to the other. Half of the scores are masked: forward 2 T^2 D operations a
+// head, backward 7 T^2 D.
 struct AttentionShape {
     int T, C, H, first;
     __host__ __device__ int queries() const { return T - first; }
@@ -963,15 +903,16 @@ struct WarpTile {
 #pragma unroll
             for (int n = 0; n < COLUMNS / 8; n++) v[m][n][0] = v[m][n][1] = v[m][n][2] = v[m][n][3] = 0;
     }
-    // action(value, m, half, column) for each number of the lane: its row is 16 m + 8 half + g
-    template <class Action>
-    __device__ __forceinline__ void each(int lane, Action action) {
+    // action(value, m, half, column, others' values...) for each number of the lane: its row is 16 m + 8 half + g
+    template <class Action, class... Others>
+    __device__ __forceinline__ void each(int lane, Action action, const Others&... others) {
 #pragma unroll
         for (int m = 0; m < M; m++)
 #pragma unroll
             for (int n = 0; n < COLUMNS / 8; n++)
 #pragma unroll
-                for (int i = 0; i < 4; i++) action(v[m][n][i], m, i / 2, n * 8 + lane % 4 * 2 + i % 2);
+                for (int i = 0; i < 4; i++)
+                    action(v[m][n][i], m, i / 2, n * 8 + lane % 4 * 2 + i % 2, others.v[m][n][i]...);
     }
 };
 
@@ -1056,9 +997,8 @@ __global__ void __launch_bounds__(ATT_WARPS* WARP)
     auto& s = shared<AttentionForwardShared<D, ROWS, N>>();
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, T = shape.T, C = shape.C, H = shape.H,
         Tq = shape.queries();
-    int tiles = (Tq + ROWS - 1) / ROWS;
-    int q0 = shape.first + (tiles - 1 - int(blockIdx.x % tiles)) * ROWS,
-        warp_q0 = q0 + warp * 16 * M;  // the longest rows first
+    int tiles = (Tq + ROWS - 1) / ROWS, q0 = shape.first + (tiles - 1 - int(blockIdx.x % tiles)) * ROWS,
+        warp_q0 = q0 + warp * 16 * M;  // the longest rows come first
     size_t head = blockIdx.x / tiles, b = head / H, stride = 3 * size_t(C);
     const branch_t *q = qkv + b * T * stride + head % H * D, *k = q + C, *v = k + C;
     int end = min(q0 + ROWS, T);             // of the keys that any query here sees
@@ -1070,9 +1010,8 @@ __global__ void __launch_bounds__(ATT_WARPS* WARP)
     cp_async_commit();
     WarpTile<M, D> out;
     out.zero();
-    float largest[M][2],
-        sum[M]
-           [2];  // of rows 16 m + 8 half + g; sum: of this lane's columns, the row's other three lanes join at the end
+    // Of rows 16 m + 8 half + g; sum: of this lane's columns, to which the row's other three lanes add at the end.
+    float largest[M][2], sum[M][2];
 #pragma unroll
     for (int m = 0; m < M; m++) largest[m][0] = largest[m][1] = -INFINITY, sum[m][0] = sum[m][1] = 0;
     for (int k0 = 0; k0 < end; k0 += N) {
@@ -1159,12 +1098,13 @@ __global__ void __launch_bounds__(ATT_WARPS* WARP)
     load_tile<N, D>(s.k[0], k, stride, 0, end);
     load_tile<N, D>(s.v[0], v, stride, 0, end);
     cp_async_commit();
+    // delta of each row from dy and y, while the tiles are on their way; dk's and dv's kernel reads it.
 #pragma unroll
     for (int m = 0; m < M; m++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             int query = warp_q0 + 16 * m + 8 * half + lane / 4;
-            float sum = 0;  // of every fourth 8 channels: four lanes have a row
+            float sum = 0;  // of every fourth group of 8 channels: a row's other three lanes have the rest
             for (int d = lane % 4 * 8; d < D && query < T; d += 32) {
                 auto dys = load<8>(dout + size_t(query) * C + d), ys = load<8>(out + size_t(query) * C + d);
 #pragma unroll
@@ -1192,23 +1132,16 @@ __global__ void __launch_bounds__(ATT_WARPS* WARP)
             WarpTile<M, N> p, ds;
             tile_product<M, N, D>(p, s.q, warp * 16 * M, s.k[now], lane);
             tile_product<M, N, D>(ds, s.dy, warp * 16 * M, s.v[now], lane);
-#pragma unroll
-            for (int m = 0; m < M; m++)
-#pragma unroll
-                for (int n = 0; n < N / 8; n++)
-#pragma unroll
-                    for (int i = 0; i < 4; i++) {
-                        int column = n * 8 + lane % 4 * 2 + i % 2, query = warp_q0 + 16 * m + i / 2 * 8 + lane / 4;
-                        float probability = fast_exp2(scale * p.v[m][n][i] - row_lse[m][i / 2]);
-                        ds.v[m][n][i] =
-                            masked && k0 + column > query ? 0 : probability * (ds.v[m][n][i] - row_delta[m][i / 2]);
-                    }
+            ds.each(lane, [&](float& value, int m, int half, int column, float score) {
+                bool hidden = masked && k0 + column > warp_q0 + 16 * m + 8 * half + lane / 4;
+                value = hidden ? 0 : fast_exp2(scale * score - row_lse[m][half]) * (value - row_delta[m][half]);
+            }, p);
             add_tile_product<M, N, D>(dq, ds, s.k[now], lane);
         }
         __syncthreads();
     }
     cp_async_wait<0>();
-    store_rows(dqkv + at, stride, warp_q0, T, dq, lane, [&](int, int) { return scale * LN_2; });
+    store_rows(dqkv + at, stride, warp_q0, T, dq, lane, [&](int, int) { return scale * LN_2; });  // 1 / sqrt(D)
 }
 
 template <int D, int ROWS, int STAGE>
@@ -1266,14 +1199,9 @@ __global__ void __launch_bounds__(ATT_WARPS* WARP)
                 if (masked && (q0 + column >= T || warp_k0 + 16 * m + 8 * half + lane / 4 > q0 + column)) score = 0;
             });
             add_tile_product<M, N, D>(dv, p, dy_tile, lane);
-#pragma unroll
-            for (int m = 0; m < M; m++)
-#pragma unroll
-                for (int n = 0; n < N / 8; n++)
-#pragma unroll
-                    for (int i = 0; i < 4; i++)
-                        ds.v[m][n][i] =
-                            p.v[m][n][i] * (ds.v[m][n][i] - s.delta[now][first + n * 8 + lane % 4 * 2 + i % 2]);
+            ds.each(lane, [&](float& value, int, int, int column, float probability) {
+                value = probability * (value - s.delta[now][first + column]);
+            }, p);
             add_tile_product<M, N, D>(dk, ds, q_tile, lane);
         }
         __syncthreads();
@@ -1362,10 +1290,10 @@ void gelu_backward(Device& device, branch_t* dh, const branch_t* h, size_t n) {
     launch_threads(gelu_backward_kernel, n / WIDE, device.stream, dh, h, n);
 }
 
-// Backward through a product that read gelu(h), and through GELU: dh (rows,K) = (dout W) gelu'(h), dout (rows,N),
-// W (N,K). cuBLASLt multiplies by gelu'(h) what is still in registers where it offers that: 4 bytes an element in BF16
-// instead of 8. It reads the h that is stored, and so do gelu_forward and every level of recomputation: all have the
-// same bits. In FP32, the build for comparisons, the kernel is exact where cuBLASLt may approximate.
+// Backward through a product that read gelu(h), and through GELU: dh (rows,K) = (dout W) gelu'(h); dout (rows,N),
+// W (N,K), h (rows,K). Where cuBLASLt offers it, the product's epilogue multiplies by gelu'(h): 4 bytes an element in
+// BF16 instead of the 8 of product and kernel. Every level of recomputation reads the same stored h, so has the same
+// bits. The FP32 build, made for comparisons, takes the kernel: cuBLASLt may approximate gelu'.
 void matmul_gelu_backward(Device& device, branch_t* dh, const branch_t* dout, const branch_t* w, const branch_t* h,
                           size_t rows, size_t K, size_t N) {
     if (BRANCH_BF16 && device.product_dgelu(dh, w, PLAIN, dout, PLAIN, h, K, rows, N)) return;
@@ -1538,8 +1466,7 @@ __global__ void share_kernel(StepShare* share, const StepState* state, const uin
 // sum += addend.  12 bytes an element
 __global__ void accumulate_kernel(float* sum, const float* addend, size_t n) {
     begin_kernel();
-    size_t at = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) *
-                4;  // both start at whole fours, and a shard is a multiple of 128
+    size_t at = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * 4;  // a shard is a multiple of 128
     if (at >= n) return;
     auto a = load<4>(sum + at), b = load<4>(addend + at);
     for (int i = 0; i < 4; i++) a[i] += b[i];
@@ -1647,18 +1574,12 @@ DeviceArray<branch_t> Device::random_matrix(size_t n) {
     return matrix;
 }
 
-// The branch's copy of FP32 weights.  6 bytes an element
-__global__ void round_kernel(branch_t* out, const float* in, size_t n) {
+// The branch's copy of FP32 weights; BF16 moments for a file or a snapshot, which hold FP32.  6 bytes an element
+template <class To, class From>
+__global__ void convert_kernel(To* out, const From* in, size_t n) {
     begin_kernel();
     size_t at = size_t(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (at < n) out[at] = branch_t(in[at]);
-}
-
-// BF16 moments for a file or a snapshot, which hold FP32.  6 bytes an element
-__global__ void widen_kernel(float* out, const __nv_bfloat16* in, size_t n) {
-    begin_kernel();
-    size_t at = size_t(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (at < n) out[at] = float(in[at]);
+    if (at < n) out[at] = To(in[at]);
 }
 
 // What the probe sums the squares of: the gradients where grads is given, else values, or values - before.
@@ -1766,15 +1687,12 @@ void attention_branch_backward(Device& device, branch_t* du, const branch_t* df,
                                const BranchScratch& s) {
     size_t rows = size_t(B) * size_t(T), C = size_t(c.C);
     matmul_backward(device, du, dw.matrix(ATTPROJW), df, a.y, w[ATTPROJW], rows, C, C);
-    if (gains[GAMMA_Q]) {
-        QkvGains g{{gains[GAMMA_Q], gains[GAMMA_K], gains[GAMMA_V]},
-                   {dw.gain(GAMMA_Q), dw.gain(GAMMA_K), dw.gain(GAMMA_V)}};
-        qkv_norm_forward(device, a.qkv_normed, a.qkv, g, rows, c.H, c.D());  // one buffer serves all sub-layers
-        attention_backward(device, s.dbranch, s.delta, du, a.qkv_normed, a.y, a.lse, B, T, c.C, c.H);
-        qkv_norm_backward(device, s.dbranch, a.qkv, g, rows, c.H, c.D(), s.partial);
-    } else {
-        attention_backward(device, s.dbranch, s.delta, du, a.qkv, a.y, a.lse, B, T, c.C, c.H);
-    }
+    QkvGains g{{gains[GAMMA_Q], gains[GAMMA_K], gains[GAMMA_V]},
+               {dw.gain(GAMMA_Q), dw.gain(GAMMA_K), dw.gain(GAMMA_V)}};
+    bool normed = g.gamma[0];
+    if (normed) qkv_norm_forward(device, a.qkv_normed, a.qkv, g, rows, c.H, c.D());  // one buffer for all sub-layers
+    attention_backward(device, s.dbranch, s.delta, du, normed ? a.qkv_normed : a.qkv, a.y, a.lse, B, T, c.C, c.H);
+    if (normed) qkv_norm_backward(device, s.dbranch, a.qkv, g, rows, c.H, c.D(), s.partial);
     matmul_backward(device, du, dw.matrix(QKVW), s.dbranch, a.u, w[QKVW], rows, C, 3 * C);
 }
 
@@ -1846,9 +1764,9 @@ struct Model {
     bool probing = false;
     int ablated = -1;  // the sub-layer whose branch evaluate leaves out; -1: none
 
-    // Logits come in chunks of rows, as equal as whole tiles of a product allow, of at most 2^28 elements whatever V
-    // is: 512 MiB in BF16. Each chunk reads and writes the whole of wte's gradient, so that few are better. Not const:
-    // a test makes it smaller.
+    // Logits come in chunks of rows, as few as 2^28 elements a chunk (512 MiB in BF16) allow, as each reads and writes
+    // the whole of wte's gradient: equal but for the last, in whole tiles of a product, of which there is at least one.
+    // Not const: a test makes it smaller.
     static inline size_t head_elements = size_t(1) << 28;
     static size_t head_rows(const ModelConfig& c, size_t rows) {
         constexpr size_t TILE = 128;  // rows
@@ -1858,25 +1776,21 @@ struct Model {
 
     // What the parameters' buffers hold, in elements.
     struct Counts {
-        size_t parameters, branch_copy, masters, grads, grads_bf16, grad_scratch, shard_grads, incoming, moments,
-            moments_bf16, ranks, chunks;
-        Counts(const ParameterLayout& layout, const GradientLayout& g, StateTypes types, Sharing s, int L)
-            : parameters(layout.size), branch_copy(BRANCH_BF16 ? layout.size : 0), masters(0), grads(g.fp32),
-              grads_bf16(g.bf16), grad_scratch(g.largest), shard_grads(0), incoming(0),
-              moments(s.states() ? layout.shard_size : layout.size), moments_bf16(0), ranks(size_t(s.ranks)),
-              chunks(layout.count / UPDATE_CHUNK + size_t(NUM_TENSORS) * size_t(L)) {
+        size_t parameters, branch_copy, masters = 0, grads, grads_bf16, grad_scratch, shard_grads = 0, incoming = 0,
+                                        moments, moments_bf16 = 0, ranks, chunks;
+        Counts(const ModelConfig& c, StateTypes types, Sharing s = {}) {
+            ParameterLayout layout(c, s.ranks);
+            GradientLayout g(layout, c.L, types.grads_bf16, s);
+            parameters = layout.size, branch_copy = BRANCH_BF16 ? layout.size : 0;
+            grads = g.fp32, grads_bf16 = g.bf16, grad_scratch = g.largest;
+            moments = s.states() ? layout.shard_size : layout.size, ranks = size_t(s.ranks);
+            chunks = layout.count / UPDATE_CHUNK + size_t(NUM_TENSORS) * size_t(c.L);
             if (types.moments_bf16) std::swap(moments, moments_bf16);
             if (masters_apart(s))
                 parameters = layout.buckets[0].shard * ranks, masters = layout.shard_size - layout.buckets[0].shard;
             if (ranks > 0)
                 shard_grads = layout.shard_size, incoming = std::max(layout.buckets[0].shard, layout.buckets[1].shard);
         }
-        Counts(const ModelConfig& c, StateTypes types, Sharing s = {})
-            : Counts(ParameterLayout(c, s.ranks), types, s, c.L) {}
-
-    private:
-        Counts(const ParameterLayout& layout, StateTypes types, Sharing s, int L)
-            : Counts(layout, GradientLayout(layout, L, types.grads_bf16, s), types, s, L) {}
     };
     // Whether the FP32 weights of the blocks are of what the rank owns alone: products read the BF16 copy, which all
     // have.
@@ -1940,8 +1854,8 @@ struct Model {
     }
 
     // What --tune measures on, for the largest product of a micro-step of B sequences: a dW, whose result is FP32, or
-    // the gradient through GELU, which has three matrices (rows,4C) or (4C,rows). A validation's products are a
-    // forward's; sampling measures none.
+    // the gradient through GELU, whose h and dh are both (rows,4C). A validation's products are a forward's; sampling
+    // measures none.
     static size_t tuning_bytes(const ModelConfig& c, int B, int T) {
         size_t rows = size_t(B) * size_t(T), C = size_t(c.C);
         return std::max({Device::tuning_bytes(C, 4 * C, rows, true, Epilogue::ADD),
@@ -1960,7 +1874,7 @@ struct Model {
         : config(config), layout(config, sharing.ranks), B(B), T(T), recompute(recompute), slots(config.L, recompute),
           types(types), sharing(sharing), grad_layout(sharing.grad_layout(layout)),
           gradient_layout(layout, config.L, types.grads_bf16, sharing), communicator(communicator) {
-        Counts counts(layout, gradient_layout, types, sharing, config.L);
+        Counts counts(config, types, sharing);
         if (one_allocation)
             memory = DeviceArray<char>(total_bytes(plan(config, counts, B, T, recompute)) - Device::BYTES);
         char* free = memory.data();
@@ -1971,10 +1885,7 @@ struct Model {
         std::vector<UpdateChunk> work = update_chunks(layout, gradient_layout, sharing);
         device.copy(chunks.data(), work.data(), work.size());
         update_blocks = work.size();
-        device.zero(grads), device.zero(grads_bf16), device.zero(state), device.zero(updates), device.zero(batch);
-        for (auto* moment : {&m, &v}) device.zero(*moment);
-        for (auto* moment : {&m_bf16, &v_bf16}) device.zero(*moment);
-        device.zero(shard_grads);
+        device.zero(grads, grads_bf16, m, v, m_bf16, v_bf16, shard_grads, state, updates, batch);
         if (sharing.ranks > 0) bucket_events.resize(layout.buckets.size());
         for (cudaEvent_t& event : bucket_events) CUDA(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
         device.synchronize();
@@ -2019,7 +1930,8 @@ struct Model {
             if (apart && ours) device.copy(owned_weights(*range), whole + range->first, range->count);
             if (ours) ++range;
             if (!apart) continue;
-            launch_threads(round_kernel, t.size(), device.stream, branch_params() + t.offset, whole, t.size());
+            launch_threads(convert_kernel<branch_t, float>, t.size(), device.stream, branch_params() + t.offset, whole,
+                           t.size());
             CUDA(cudaMemsetAsync(whole, 0, t.size() * sizeof(float), device.stream));
         }
         if (BRANCH_BF16) round_params();
@@ -2043,8 +1955,8 @@ struct Model {
         device.synchronize();
     }
     void round_params(cudaStream_t on = nullptr) {
-        launch_threads(round_kernel, params.size(), on ? on : device.stream, branch_params(), params.data(),
-                       params.size());
+        launch_threads(convert_kernel<branch_t, float>, params.size(), on ? on : device.stream, branch_params(),
+                       params.data(), params.size());
     }
 
     // ----- Several ranks. What travels is on the communicator's stream, in the order of the calls; events hold the two
@@ -2103,7 +2015,8 @@ struct Model {
         for (size_t i = 1; masters_apart(sharing) && i < layout.buckets.size(); i++) {
             const Bucket& bucket = layout.buckets[i];
             branch_t* copy = branch_params() + bucket.first + communicator->rank * bucket.shard;
-            launch_threads(round_kernel, bucket.shard, device.stream, copy, master(bucket), bucket.shard);
+            launch_threads(convert_kernel<branch_t, float>, bucket.shard, device.stream, copy, master(bucket),
+                           bucket.shard);
         }
         if (sharing.states()) {
             gather_updates();
@@ -2196,12 +2109,9 @@ struct Model {
     void point_backward(int l, int b, float* dx) {
         HighwayPoint before = l > 0 ? point(l - 1) : HighwayPoint{};
         if (!recompute.drops_u()) before.u = nullptr;  // it was kept
-        HighwayGradients g{dz.data(),
-                           du.data(),
-                           l > 0 ? df.data() : nullptr,
-                           dx,
-                           l > 0 ? gradient(GAMMA_OUT, l - 1) : nullptr,
-                           l < config.L ? gradient(GAMMA_IN, l) : gradient(GAMMA_FINAL)};
+        HighwayGradients g{dz.data(), du.data(), nullptr, dx, nullptr, nullptr};
+        if (l > 0) g.df = df.data(), g.dgamma_out = gradient(GAMMA_OUT, l - 1);
+        g.dgamma_in = l < config.L ? gradient(GAMMA_IN, l) : gradient(GAMMA_FINAL);
         highway_backward(device, point(l), before, g, l < config.L ? config.sublayer(l).alpha : 0, l == config.L,
                          size_t(b) * size_t(T), config.C, gain_partial.data());
     }
@@ -2747,7 +2657,7 @@ struct Trainer {
         size_t most = model.logits.size() * sizeof(branch_t) / sizeof(float);
         for (size_t done = 0; done < n; done += most) {
             size_t m = std::min(most, n - done);
-            launch_threads(widen_kernel, m, model.device.stream, wide, bf16 + first + done, m);
+            launch_threads(convert_kernel<float, __nv_bfloat16>, m, model.device.stream, wide, bf16 + first + done, m);
             model.device.copy(out + done, static_cast<const float*>(wide), m);
         }
     }
@@ -2814,14 +2724,13 @@ struct Trainer {
     }
 
     static MemoryRow memory_beside(const RunConfig& run, const Options& o) {
-        size_t bytes =
-            o.check.empty() && o.dump.empty() && o.sample_every > 0 ? TokenGenerator::bytes(run.model, run.T) : 0;
+        size_t bytes = 0;
+        if (o.check.empty() && o.dump.empty() && o.sample_every > 0) bytes += TokenGenerator::bytes(run.model, run.T);
         ParameterLayout layout(run.model);
+        GradientLayout gradients(layout, run.model.L, run.types.grads_bf16);
         if (o.probe > 0)
-            bytes += layout.count * sizeof(float) +
-                     update_chunks(layout, GradientLayout(layout, run.model.L, run.types.grads_bf16)).size() *
-                         sizeof(double) +
-                     size_t(run.model.L) * sizeof(ProbeSums);
+            bytes += layout.count * sizeof(float) + size_t(run.model.L) * sizeof(ProbeSums) +
+                     update_chunks(layout, gradients).size() * sizeof(double);
         return {"samples, probe", bytes};
     }
 

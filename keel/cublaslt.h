@@ -14,27 +14,26 @@ inline void check(cublasStatus_t status, const char* what) {
 
 constexpr size_t GEMM_WORKSPACE = 32 << 20;  // bytes, what NVIDIA recommends for Hopper
 
-// What becomes of a product ab: d = ab, d += ab, or d = ab gelu'(h) element by element, h lying as d does.
+// What a product a b does to d: d = a b, d += a b, or d = (a b) gelu'(h) element by element, h (m,n) laid out as d.
 enum class Epilogue { SET, ADD, DGELU };
-constexpr const char* epilogue_names[] = {"set", "add", "dgelu"};
+constexpr const char* epilogue_names[] = {"set", "add", "dgelu"};  // in --tune's table
 
 // How cuBLASLt computes the products of one shape; made at the first of them.
 struct GemmPlan {
     cublasLtMatmulDesc_t operation;
     cublasLtMatrixLayout_t a, b, d;
     cublasLtMatmulAlgo_t algorithm;
-    bool offered;  // by this cuBLASLt; only DGELU may be missing
+    bool offered;  // false: this cuBLASLt has no algorithm, which is an error but for DGELU
 };
-// a transposed, b transposed; m, n, k; whether the result is FP32
+// a transposed, b transposed; m, n, k; whether the result is FP32; what becomes of the product
 using GemmKey = std::tuple<bool, bool, size_t, size_t, size_t, bool, Epilogue>;
 
 // --tune FILE: the fastest of cuBLASLt's algorithms for each shape of product, as measured on this GPU with this
 // cuBLASLt. Rows of other GPUs and versions stay in the file.
 class TuningTable {
 public:
-    static constexpr const char* COLUMNS = "gpu,cublaslt,a_transposed,b_transposed,m,n,k,inputs,result,epilogue,first_"
-                                           "us,"
-                                           "best_us,algorithm";
+    static constexpr const char* COLUMNS = "gpu,cublaslt,a_transposed,b_transposed,m,n,k,inputs,result,epilogue,"
+                                           "first_us,best_us,algorithm";
     static constexpr int KEY_COLUMNS = 10;
 
     TuningTable(const std::string& path, std::string gpu, size_t version) : path(path) {
@@ -151,9 +150,12 @@ public:
     Device& operator=(const Device&) = delete;
 
     void synchronize() { CUDA(cudaStreamSynchronize(stream)); }
-    template <class T>
-    void zero(const DeviceArray<T>& a) {
-        if (a.size()) CUDA(cudaMemsetAsync(a.data(), 0, a.size() * sizeof(T), stream));
+    template <class... T>
+    void zero(const DeviceArray<T>&... arrays) {
+        auto fill = [&](void* at, size_t bytes) {
+            if (bytes) CUDA(cudaMemsetAsync(at, 0, bytes, stream));
+        };
+        (fill(arrays.data(), arrays.size() * sizeof(T)), ...);
     }
     // n random numbers in [-1, 1) to time a product on: zeros take less power and run faster.
     DeviceArray<branch_t> random_matrix(size_t n);
@@ -249,8 +251,8 @@ private:
         return 2 * size_t(bytes);
     }
 
-    // A shape's algorithm is the first that cuBLASLt's heuristic names, the same on every run; with --tune it is the
-    // table's. h: DGELU's, as aligned as those to come.
+    // A shape's algorithm is the first that cuBLASLt's heuristic names, or the same with its sum split (split_sum), on
+    // every run; with --tune it is the table's. h, for DGELU: the heuristic looks at its alignment, which all h share.
     const GemmPlan& gemm_plan(const GemmKey& key, const branch_t* h = nullptr) {
         if (auto found = plans.find(key); found != plans.end()) return found->second;
         auto [ta, tb, m, n, k, fp32_out, epilogue] = key;
@@ -287,7 +289,7 @@ private:
         for (auto which : {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
                            CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
             prefer(which, alignment, "alignment");
-        cublasLtMatmulHeuristicResult_t results[1 + MOST_CANDIDATES] = {};  // the first is split_sum's
+        cublasLtMatmulHeuristicResult_t results[1 + MOST_CANDIDATES] = {};  // [0]: room for split_sum's
         int found = 0;
         cublasStatus_t status =
             cublasLtMatmulAlgoGetHeuristic(handle, plan.operation, plan.a, plan.b, plan.d, plan.d, preference,
@@ -326,10 +328,10 @@ private:
                result.workspaceSize <= GEMM_WORKSPACE;
     }
 
-    // Whether the first algorithm fills less than half of the GPU and does not split its sum, as may happen for a dW of
-    // few tiles and thousands of rows: then `split` is the same with the sum in slices, whose FP32 results cuBLASLt
-    // adds up in order.
-    static constexpr size_t MOST_SLICES = 16, LEAST_SLICE = 1024;
+    static constexpr size_t MOST_SLICES = 16, LEAST_SLICE = 1024;  // LEAST_SLICE: of k, which is a dW's rows
+    // A product of few tiles and a long sum, as dW at small C, leaves most of the GPU idle. Where `first` fills less
+    // than half of it and does not split its sum, makes `split`: the same algorithm on 2 to MOST_SLICES slices of k,
+    // whose FP32 results cuBLASLt adds up in order. False where there is none.
     bool split_sum(const GemmPlan& plan, cublasLtMatmulAlgo_t& split, const cublasLtMatmulHeuristicResult_t& first,
                    size_t k) {
         float waves = first.wavesCount;  // how often the algorithm fills the GPU
@@ -353,8 +355,8 @@ private:
     }
 
     // The algorithm of least median time, in rounds over all of them, on scratch matrices of random numbers with the
-    // product's own beta; before each product the L2 is filled with something else. The heuristic's first stays unless
-    // another takes 2 % less: that much is noise.
+    // product's own beta; before each product the L2 is filled with something else. The first candidate, which runs
+    // without --tune, stays unless another takes 2 % less: that much is noise.
     static constexpr int MOST_CANDIDATES = 16, ROUNDS = 7;
     cublasLtMatmulAlgo_t fastest(const GemmPlan& plan, const GemmKey& key,
                                  std::span<const cublasLtMatmulHeuristicResult_t> candidates) {
@@ -379,12 +381,11 @@ private:
         for (size_t i = 1; i < medians.size(); i++)
             if (medians[i] < medians[best]) best = i;
         if (medians[best] > 0.98f * medians[0]) best = 0;
-        print("tuned      %5zu x %6zu x %6zu%s%s, %s%s: %.1f us, the first of %zu algorithms %.1f us (%.1f %% less)\n",
+        print("tuned      %5zu x %6zu x %6zu%s%s, %s, %s: %.1f us, the first of %zu algorithms %.1f us (%.1f %% "
+              "less)\n",
               m, n, k, ta ? ", a^T" : "", tb ? ", b^T" : "", fp32_out ? "into FP32" : "into BF16",
-              epilogue == Epilogue::ADD     ? ", added"
-              : epilogue == Epilogue::DGELU ? ", times GELU's slope"
-                                            : "",
-              medians[best] * 1e3, candidates.size(), medians[0] * 1e3, 100 * (1 - medians[best] / medians[0]));
+              epilogue_names[int(epilogue)], medians[best] * 1e3, candidates.size(), medians[0] * 1e3,
+              100 * (1 - medians[best] / medians[0]));
         tuning->add(key, candidates[best].algo, medians[0] * 1e3, medians[best] * 1e3);
         return candidates[best].algo;
     }

@@ -98,7 +98,7 @@ inline bool launches_overlap(const void* first_kernel) {
     return overlap;
 }
 
-// Without asking a kernel gets 48 KiB.
+// Lets a kernel's blocks have so much shared memory: more than 48 KiB must be asked for.
 template <class... Parameters>
 void allow_shared(void (*kernel)(Parameters...), size_t bytes) {
     if (bytes > 48 << 10) CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));

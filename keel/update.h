@@ -1,7 +1,64 @@
-// keel/update.h: where the GPU keeps each gradient, the optimizer's work list, and the time predicted for a micro-step.
+// keel/update.h: a batch and a step's numbers as the GPU has them, where it keeps each gradient, the optimizer's work
+// list, and the time predicted for a micro-step.
 #pragma once
 
 #include "gpu.h"
+
+// One batch as the device gets it: tokens and targets (rows), and the rows' numbers sorted by token, in chunks of at
+// most CHUNK_ROWS rows of one token. A token's gradient is the sum of its chunks' sums, both in a fixed order, so that
+// many blocks share a frequent token. Chunk k has the rows order[start[k]] .. order[start[k + 1] - 1]; the j-th of the
+// tokens that occur has the chunks first[j] .. first[j + 1] - 1.
+struct TokenBatch {
+    static constexpr int CHUNK_ROWS = 64;
+    int *tokens, *targets, *order;  // (rows)
+    int *start, *first;             // (rows + 1), of which chunks + 1 and different + 1 are used
+    int *chunks, *different;        // (1) how many chunks there are, and how many different tokens
+    int* number;                    // (1) of the micro-batch in its step, from 0
+    TokenBatch(int* base, size_t rows)
+        : tokens(base), targets(base + rows), order(base + 2 * rows), start(base + 3 * rows), first(start + rows + 1),
+          chunks(first + rows + 1), different(chunks + 1), number(chunks + 2) {}
+    static size_t size(size_t rows) { return 5 * rows + 5; }
+    static size_t most_chunks(size_t rows, size_t V) { return std::min(rows, V + rows / CHUNK_ROWS); }
+
+    // On the host, from tokens (rows): a counting sort, stable. count: scratch (V+1)
+    void sort(size_t rows, int V, std::vector<int>& count) {
+        count.assign(size_t(V) + 1, 0);
+        for (size_t i = 0; i < rows; i++) count[size_t(tokens[i]) + 1]++;
+        *chunks = *different = 0;
+        for (int v = 0; v < V; v++) {
+            int begin = count[size_t(v)], end = begin + count[size_t(v) + 1];
+            if (begin < end) first[(*different)++] = *chunks;
+            for (int i = begin; i < end; i += CHUNK_ROWS) start[(*chunks)++] = i;
+            count[size_t(v) + 1] = end;
+        }
+        start[*chunks] = int(rows), first[*different] = *chunks;
+        for (size_t i = 0; i < rows; i++) order[count[size_t(tokens[i])]++] = int(i);
+        std::fill(start + *chunks + 1, start + rows + 1, 0);  // not used, but copied
+        std::fill(first + *different + 1, first + rows + 1, 0);
+    }
+};
+
+// All that changes from step to step is read from the device's memory, so that a graph of launches serves every step.
+struct StepSettings {  // written by the host
+    double lr, weight_decay;
+    double max_norm;  // of the gradient; 0: no clipping
+    uint64_t seed;    // of stochastic rounding
+};
+struct StepState {              // read by the host
+    double loss_sum;            // over the step's targets
+    double grad_squares, norm;  // of all gradients, before clipping
+    float clip;                 // the factor of every gradient
+    int finite;                 // 0: the step updates nothing
+    float step_size;            // lr / (1 - b1^n)
+    float v_scale;              // 1 / (1 - b2^n)
+    float decay;                // lr * weight decay
+    unsigned any, all;          // with several ranks: RankFlags
+};
+
+struct UpdateCounts {   // stays on the device
+    long long updates;  // steps that updated the parameters so far
+    int data_lost;      // with several ranks: 1 from the step in which a rank's data could not be read
+};
 
 // Where each tensor's gradient is. With --grads bf16 the blocks' matrices have theirs in BF16; those of the embeddings,
 // to which a batch adds many times, and of the gains, which are few, stay in FP32.
@@ -69,19 +126,20 @@ inline std::vector<UpdateChunk> update_chunks(const ParameterLayout& layout, con
 
 // Seconds of a micro-step of B sequences on one large GPU, by a rough model that need only put the choices in order:
 // the time of products, at a rate that falls where their tiles do not fill the multiprocessors, or of their bytes where
-// that is longer; of attention; of the other kernels' bytes; and of each of the graph's nodes. The rates are an H100's;
-// dev/doc/speed.md says where they come from, and counts the bytes and nodes of a block.
+// that is longer; of attention; of the other kernels' bytes; and of each of the graph's nodes. The rates are rounded
+// from those that dev/doc/speed.md predicts for an H100; it counts the bytes and nodes of a block too.
 inline double predicted_seconds(const ModelConfig& c, int B, int T, Recompute r, StateTypes types = {}) {
     constexpr double matrix_rate = 650e12, attention_rate = 150e12, memory_rate = 2.6e12, node_seconds = 1e-6,
                      multiprocessors = 132;
     double rows = double(B) * T, C = c.C, blocks = c.L / 2;
     bool again = r.drops_all() || r.segments();
     double filled = std::min(1.0, std::ceil(rows / 128) * std::ceil(C / 128) / multiprocessors);
-    double operations = rows * C * (12 * C * blocks + c.Vp()) * (again ? 8 : 6) / (matrix_rate * filled);
-    double operands = rows * C * blocks * (104 + (r.segments() ? 32 : r.drops_all() ? 18 : 0)) / memory_rate;
+    double weights = C * (12 * C * blocks + c.Vp());
+    double operations = 2 * rows * weights * (again ? 4 : 3) / (matrix_rate * filled);
     double attention = rows * C * blocks * T * (again ? 8 : 6) / attention_rate;
+    // Bytes a token in units of C, of products and of highway and GELU: what a level makes again comes on top.
+    double operands = rows * C * blocks * (104 + (r.segments() ? 32 : r.drops_all() ? 18 : 0)) / memory_rate;
     double bytes = rows * C * blocks * (72 + (r.segments() ? 40 : r.drops_u() ? 28 : 0));
-    double weights = 12.0 * c.C * c.C * blocks + double(c.Vp()) * c.C;
     // A micro-batch reads the weights, and adds to their gradients.
     bytes += weights * (2 * (again ? 3 : 2) + (types.grads_bf16 ? 12 : 8));
     double nodes = blocks * (20 + (again ? 6 : r.drops_u() ? 1 : 0) + (types.grads_bf16 ? 4 : 0));

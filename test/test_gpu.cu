@@ -44,6 +44,18 @@ Device& device() {
     return instance;
 }
 
+// Has cuBLASLt offer GELU's epilogues or not, while it lives; on a GPU the library alone decides.
+struct OfferEpilogues {
+#ifdef CUDA_ON_CPU
+    bool before = cuda_on_cpu::settings().epilogues;
+    explicit OfferEpilogues(bool offered) { cuda_on_cpu::settings().epilogues = offered; }
+    ~OfferEpilogues() { cuda_on_cpu::settings().epilogues = before; }
+#else
+    explicit OfferEpilogues(bool) {}
+    ~OfferEpilogues() {}  // not trivial, so that it is never an unused variable
+#endif
+};
+
 std::vector<float> random_floats(size_t n, uint32_t seed, double scale = 1) {
     return random_numbers<float>(n, seed, scale);
 }
@@ -184,7 +196,7 @@ void set_parameters(Trainer& trainer, const std::vector<float>& params) {
 
 // Fills all that a forward or a backward must write before it reads.
 void poison(Model& model) {
-    Model::Counts counts(model.layout, model.gradient_layout, model.types, model.sharing, model.config.L);
+    Model::Counts counts(model.config, model.types, model.sharing);
     Model::each_buffer(model.config, counts, model.B, model.T, model.recompute,
                        [&]<class T>(const char*, DeviceArray<T> Model::* buffer, size_t) {
         if constexpr (std::is_same_v<T, UpdateChunk> || std::is_same_v<T, UpdateCounts>) return;
@@ -284,7 +296,7 @@ TEST_SUITE("layers") {
                                    TokenBatch(batch.data(), rows), B, T, C, V);
                 compare("dwte, " + at, expected_wte, dwte_gpu.values());
                 compare("dwpe, " + at, expected_wpe, dwpe_gpu.values());
-                sums.values();  // none behind them
+                sums.values();  // checks that nothing behind them was written
             }
         }
     }
@@ -551,8 +563,9 @@ TEST_SUITE("layers") {
               "added up in order") {
         Comparison compare("dw", 10 * FP32_TOLERANCE);  // thousands of products a sum, which tensor cores cut off
         size_t K = 64, N = 64;
-        for (auto [rows, slices] :
-             {std::pair<size_t, size_t>{1500, 1}, {2100, 2}, {4500, 4}}) {  // of 4 multiprocessors
+        for (auto [rows, slices] : {std::pair<size_t, size_t>{1500, 1},
+                                    {2100, 2},
+                                    {4500, 4}}) {  // slices on the CPU headers' 4 multiprocessors
             auto in = random_branch(rows * K, 1), dout = random_branch(rows * N, 2), dw = random_floats(N * K, 3);
             auto whole = dw, sliced = dw;
             for (size_t n = 0; n < N; n++)
@@ -687,11 +700,10 @@ TEST_SUITE("layers") {
 
     TEST_CASE("The gradient through a product and GELU is the CPU's, in cuBLASLt's epilogue and, where it has none, by "
               "a kernel") {
-        Comparison compare("dh", 2 * BRANCH_TOLERANCE);  // the kernel's operand is rounded once before
+        Comparison compare("dh",
+                           2 * BRANCH_TOLERANCE);  // where a kernel does it, it reads a product that is rounded already
         for (bool epilogues : {true, false}) {
-#ifdef CUDA_ON_CPU
-            cuda_on_cpu::settings().epilogues = epilogues;
-#endif
+            OfferEpilogues offer(epilogues);
             Device fresh;  // which has asked cuBLASLt nothing yet
             for (auto [rows, N] : {std::pair<size_t, size_t>{1, 64}, {37, 64}, {130, 128}}) {
                 size_t K = 4 * N;
@@ -700,20 +712,15 @@ TEST_SUITE("layers") {
                 cpu::matmul_backward(dh.data(), dw.data(), dout.data(), h.data(), w.data(), rows, int(K), int(N));
                 cpu::gelu_backward(dh.data(), h.data(), rows * K);
                 Field<branch_t> dout_gpu(dout), w_gpu(w), h_gpu(h), dh_gpu(rows * K);
-                size_t before = launches_of("gelu_backward_kernel");
+                [[maybe_unused]] size_t before = launches_of("gelu_backward_kernel");
                 matmul_gelu_backward(fresh, dh_gpu.data(), dout_gpu.data(), w_gpu.data(), h_gpu.data(), rows, K, N);
                 fresh.synchronize();
                 compare(format("%zu rows, N %zu%s", rows, N, epilogues ? "" : ", no epilogue"), dh, dh_gpu.values());
 #ifdef CUDA_ON_CPU
                 CHECK(launches_of("gelu_backward_kernel") - before == (bf16 && epilogues ? 0 : 1));
-#else
-                (void)before;
 #endif
             }
         }
-#ifdef CUDA_ON_CPU
-        cuda_on_cpu::settings().epilogues = true;
-#endif
     }
 
     TEST_CASE("Cross entropy is the CPU's; padded columns are not read, and their gradients are zero") {
@@ -880,7 +887,7 @@ TEST_SUITE("optimizer") {
         CHECK(same_bits(sum, host(a)));
     }
 
-    // A model of tensors that start and end anywhere; one is longer than a block's stretch.
+    // A model of tensors that start and end anywhere; one is longer than UPDATE_CHUNK.
     ModelConfig odd_config() { return test_config(HYBRIDNORM, 4, 61, 1, 13, 3); }
 
     TEST_CASE("AdamW is the CPU's, with and without clipping, for tensors that start anywhere, and leaves zero "
@@ -1094,7 +1101,8 @@ TEST_SUITE("optimizer") {
             auto a = random_floats(n, 1);
             Field<float> a_gpu(a);
             Field<branch_t> rounded(n);
-            launch(round_kernel, ceil_div(n, THREADS), THREADS, 0, device().stream, rounded.data(), a_gpu.data(), n);
+            launch(convert_kernel<branch_t, float>, ceil_div(n, THREADS), THREADS, 0, device().stream, rounded.data(),
+                   a_gpu.data(), n);
             auto found = rounded.values();
             for (size_t i = 0; i < n; i++) REQUIRE(found[i] == in_branch(a[i]));
         }
@@ -1488,9 +1496,7 @@ TEST_SUITE("training") {
         if (bf16) cases.push_back({KEEL, 1, false});
 #endif
         for (auto [norm, accumulation, epilogues] : cases) {
-#ifdef CUDA_ON_CPU
-            cuda_on_cpu::settings().epilogues = epilogues;
-#endif
+            OfferEpilogues offer(epilogues);
             std::vector<float> expected_grads;
             Outcome expected;
             for (int level : {0, -1, 1, 2, 4, 6, 8, 64}) {
@@ -1517,13 +1523,11 @@ TEST_SUITE("training") {
                 CHECK_MESSAGE(expected == outcome, at);
             }
         }
-#ifdef CUDA_ON_CPU
-        cuda_on_cpu::settings().epilogues = true;
-#endif
     }
 
 #ifdef CUDA_ON_CPU  // there a product is one node
     TEST_CASE("A block is twenty launches, and one more where GELU's backward is a kernel") {
+        OfferEpilogues offer(true);
         TestData data;
         size_t nodes[2];
         for (int blocks : {1, 2}) {
@@ -1891,7 +1895,7 @@ TEST_SUITE("memory and machine") {
     TEST_CASE("Launches overlap where the code can wait and KEEL_OVERLAP is not 0, and code for 8.0 runs one by one") {
         auto before = cuda_on_cpu::settings();
         std::string wanted = getenv("KEEL_OVERLAP") ? getenv("KEEL_OVERLAP") : "";
-        auto kernel = reinterpret_cast<const void*>(round_kernel);
+        auto kernel = reinterpret_cast<const void*>(convert_kernel<branch_t, float>);
         for (const char* value : {"0", "1", ""})
             for (int ptx : {80, 90}) {
                 setenv("KEEL_OVERLAP", value, 1);
