@@ -1133,8 +1133,9 @@ __global__ void __launch_bounds__(ATT_WARPS* WARP)
             tile_product<M, N, D>(p, s.q, warp * 16 * M, s.k[now], lane);
             tile_product<M, N, D>(ds, s.dy, warp * 16 * M, s.v[now], lane);
             ds.each(lane, [&](float& value, int m, int half, int column, float score) {
-                bool hidden = masked && k0 + column > warp_q0 + 16 * m + 8 * half + lane / 4;
-                value = hidden ? 0 : fast_exp2(scale * score - row_lse[m][half]) * (value - row_delta[m][half]);
+                float probability = fast_exp2(scale * score - row_lse[m][half]);
+                int query = warp_q0 + 16 * m + 8 * half + lane / 4;
+                value = masked && k0 + column > query ? 0 : probability * (value - row_delta[m][half]);
             }, p);
             add_tile_product<M, N, D>(dq, ds, s.k[now], lane);
         }
@@ -2378,7 +2379,9 @@ struct Trainer {
                  "them");
         leave_multiprocessors();
         if (!run.tune.empty())
-            model.device.tuning = std::make_unique<TuningTable>(run.tune, tuned_gpu(), cublasLtGetVersion());
+            model.device.tuning =
+                std::make_unique<TuningTable>(run.tune, tuned_gpu(), cublasLtGetVersion(), run.rank == 0);
+        agree_on_algorithms();
         for (int i = 0; i < 2; i++) {
             staging[i] = PinnedArray<int>(TokenBatch::size(rows()));
             CUDA(cudaEventCreateWithFlags(&staged[i], cudaEventDisableTiming));
@@ -2466,7 +2469,16 @@ struct Trainer {
         if (communicator && communicator->ranks > 1 && all >= 4 * Communicator::MULTIPROCESSORS)
             model.device.product_multiprocessors = all - Communicator::MULTIPROCESSORS;
     }
+    void agree_on_algorithms() {
+        if (!communicator) return;
+        model.device.agree = [this](cublasLtMatmulAlgo_t& algorithm) {
+            std::vector<char> all(communicator->ranks * sizeof algorithm);
+            communicator->gather(&algorithm, all.data(), sizeof algorithm);
+            memcpy(&algorithm, all.data(), sizeof algorithm);
+        };
+    }
 #else
+    void agree_on_algorithms() {}
     size_t bytes_sent() const { return 0; }
     void wait(cudaEvent_t event) { CUDA(cudaEventSynchronize(event)); }
     void give_up() {}
@@ -2534,7 +2546,7 @@ struct Trainer {
         TokenBatch batch(model.batch.data(), n);
         device.copy(batch.tokens, tokens, n), device.copy(batch.targets, targets, n);
         device.zero(model.state);
-        Device::Tuning tuning(device, true);
+        Device::Tuning tuning(device, !communicator);  // ranks may evaluate in shapes of their own
         model.evaluate(batch.tokens, batch.targets, b,
                        predictions ? batch.order : nullptr);  // order serves only the backward pass
         device.copy(&state[steps_in_flight], model.state.data(), 1);

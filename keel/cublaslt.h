@@ -3,6 +3,7 @@
 
 #include <cublasLt.h>
 
+#include <functional>
 #include <map>
 #include <tuple>
 
@@ -36,7 +37,8 @@ public:
                                            "first_us,best_us,algorithm";
     static constexpr int KEY_COLUMNS = 10;
 
-    TuningTable(const std::string& path, std::string gpu, size_t version) : path(path) {
+    TuningTable(const std::string& path, std::string gpu, size_t version, bool writes = true)
+        : path(path), writes(writes) {
         std::replace(gpu.begin(), gpu.end(), ',', ' ');
         machine = format("%s,%zu", gpu, version);
         namespace fs = std::filesystem;
@@ -77,6 +79,7 @@ public:
     // Adds a row, and writes the file anew.
     void add(const GemmKey& shape, const cublasLtMatmulAlgo_t& algorithm, double first_us, double best_us) {
         rows[key(shape)] = {algorithm, format("%.2f,%.2f", first_us, best_us)};
+        if (!writes) return;
         std::string text = std::string(COLUMNS) + "\n";
         for (const auto& [key, row] : rows) {
             text += key + "," + row.times + ",";
@@ -92,6 +95,7 @@ private:
         std::string times;
     };
     std::string path, machine;
+    bool writes;
     std::map<std::string, Row> rows;
 
     std::string key(const GemmKey& shape) const {
@@ -164,9 +168,11 @@ public:
         CUDA(cudaMemcpyAsync(to, from, n * sizeof(T), cudaMemcpyDefault, stream));
     }
 
-    const int capability = gpu_properties().major;
     int product_multiprocessors = 0;      // how many of the GPU's a product may use; 0: all
     std::unique_ptr<TuningTable> tuning;  // --tune's table; null without
+    // With several ranks, all of which measure at the same time: gives each the algorithm of rank 0, which writes the
+    // table.
+    std::function<void(cublasLtMatmulAlgo_t&)> agree;
 
     // While a Tuning with `on` lives, products of shapes that the table lacks are measured.
     struct Tuning {
@@ -192,15 +198,21 @@ public:
         const GemmPlan& plan = gemm_plan({a_transposed, b_transposed, m, n, k, sizeof(Out) == 4, epilogue});
         multiply(plan, plan.algorithm, d, a, b, epilogue);
     }
-    // d = a b gelu'(h), h (m,n); false, and nothing done, where this cuBLASLt does not offer it for the shape, or on
-    // GPUs that are not known to gain by it: only compute capability 9.0 and 10.x are (llm.c, pull request 653, found
-    // it slower than a kernel on an RTX 4090; SGLang, 34350, the forward's on an RTX 5090).
+    // d = a b gelu'(h), h (m,n); false, and nothing done, where this cuBLASLt does not offer it for the shape or the
+    // GPU is not known to gain by it.
     bool product_dgelu(branch_t* d, const branch_t* a, bool a_transposed, const branch_t* b, bool b_transposed,
                        const branch_t* h, size_t m, size_t n, size_t k) {
-        if (capability != 9 && capability != 10) return false;
+        if (!dgelu_gains()) return false;
         const GemmPlan& plan = gemm_plan({a_transposed, b_transposed, m, n, k, false, Epilogue::DGELU}, h);
         if (plan.offered) multiply(plan, plan.algorithm, d, a, b, Epilogue::DGELU, h);
         return plan.offered;
+    }
+
+    // Compute capability 9.0 and 10.x: elsewhere others found GELU in epilogues slower than in kernels (llm.c, pull
+    // request 653, on an RTX 4090; SGLang, 34350, forward on an RTX 5090).
+    static bool dgelu_gains() {
+        static const int major = gpu_properties().major;
+        return major == 9 || major == 10;
     }
 
     // Operations a second of a large product in the branch's type, with which every rate is compared: the median of 15.
@@ -303,12 +315,15 @@ private:
         }
         if (!plan.offered) return plans[key] = plan;
         std::span candidates(results + 1, size_t(found));
-        if (split_sum(plan, results[0].algo, results[1], k)) candidates = {results, size_t(found) + 1};
+        bool weight_gradient = !ta && tb;
+        if (weight_gradient && split_sum(plan, results[0].algo, results[1], k))
+            candidates = {results, size_t(found) + 1};
         plan.algorithm = candidates[0].algo;
         const cublasLtMatmulAlgo_t* tuned = tuning ? tuning->find(key) : nullptr;
         try {
             if (tuned && usable(plan, *tuned)) plan.algorithm = *tuned;
             else if (measuring) plan.algorithm = fastest(plan, key, candidates);
+            if (measuring && agree) agree(plan.algorithm);
         } catch (...) {  // no memory for the scratch matrices, or no disk for the table
             destroy(plan);
             throw;
@@ -328,10 +343,11 @@ private:
                result.workspaceSize <= GEMM_WORKSPACE;
     }
 
-    static constexpr size_t MOST_SLICES = 16, LEAST_SLICE = 1024;  // LEAST_SLICE: of k, which is a dW's rows
-    // A product of few tiles and a long sum, as dW at small C, leaves most of the GPU idle. Where `first` fills less
-    // than half of it and does not split its sum, makes `split`: the same algorithm on 2 to MOST_SLICES slices of k,
-    // whose FP32 results cuBLASLt adds up in order. False where there is none.
+    // A dW at small C has few tiles and a long sum, over rows, and leaves most of the GPU idle. Where `first` fills
+    // less than half of it and does not split its sum, makes `split`: the same algorithm on 2 to MOST_SLICES slices of
+    // k, whose FP32 results cuBLASLt adds up in order. False where there is none. Slices are whole steps of any kernel,
+    // as split products are reported to have lost what was left over (facebookexperimental/triton, pull request 2767).
+    static constexpr size_t MOST_SLICES = 16, LEAST_SLICE = 512, WHOLE_STEPS = 128;
     bool split_sum(const GemmPlan& plan, cublasLtMatmulAlgo_t& split, const cublasLtMatmulHeuristicResult_t& first,
                    size_t k) {
         float waves = first.wavesCount;  // how often the algorithm fills the GPU
@@ -341,6 +357,7 @@ private:
                                              &written);
         if (already > 1) return false;
         for (size_t slices = std::bit_floor(std::min(most, k / LEAST_SLICE)); slices > 1; slices /= 2) {
+            if (k % (slices * WHOLE_STEPS)) continue;
             split = first.algo;
             int32_t count = int32_t(slices);
             uint32_t scheme = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;

@@ -129,7 +129,7 @@ inline std::vector<UpdateChunk> update_chunks(const ParameterLayout& layout, con
 // that is longer; of attention; of the other kernels' bytes; and of each of the graph's nodes. The rates are rounded
 // from those that dev/doc/speed.md predicts for an H100; it counts the bytes and nodes of a block too.
 inline double predicted_seconds(const ModelConfig& c, int B, int T, Recompute r, StateTypes types = {}) {
-    constexpr double matrix_rate = 650e12, attention_rate = 150e12, memory_rate = 2.6e12, node_seconds = 1e-6,
+    constexpr double matrix_rate = 650e12, attention_rate = 140e12, memory_rate = 2.6e12, node_seconds = 1e-6,
                      multiprocessors = 132;
     double rows = double(B) * T, C = c.C, blocks = c.L / 2;
     bool again = r.drops_all() || r.segments();

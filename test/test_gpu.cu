@@ -559,26 +559,32 @@ TEST_SUITE("layers") {
         }
     }
 
+    // dw (N,K) += dout^T in with each sum over the rows in slices, added up in order.
+    std::vector<float> sliced_dw(const std::vector<float>& dw, const std::vector<float>& dout,
+                                 const std::vector<float>& in, size_t rows, size_t K, size_t N, size_t slices) {
+        std::vector<float> sums = dw;
+        for (size_t n = 0; n < N; n++)
+            for (size_t k = 0; k < K; k++) {
+                float total = 0;
+                for (size_t s = 0; s < slices; s++) {
+                    float sum = 0;
+                    for (size_t row = rows * s / slices; row < rows * (s + 1) / slices; row++)
+                        sum += in[row * K + k] * dout[row * N + n];
+                    total = s ? total + sum : sum;
+                }
+                sums[n * K + k] += total;
+            }
+        return sums;
+    }
+
     TEST_CASE("A weight's gradient whose few tiles would leave most of the GPU idle is a sum over slices of the rows, "
               "added up in order") {
         Comparison compare("dw", 10 * FP32_TOLERANCE);  // thousands of products a sum, which tensor cores cut off
         size_t K = 64, N = 64;
-        for (auto [rows, slices] : {std::pair<size_t, size_t>{1500, 1},
-                                    {2100, 2},
-                                    {4500, 4}}) {  // slices on the CPU headers' 4 multiprocessors
+        // slices on the CPU headers' 4 multiprocessors; 2100 rows would leave a step of a slice half done
+        for (auto [rows, slices] : {std::pair<size_t, size_t>{900, 1}, {2100, 1}, {1024, 2}, {4096, 4}}) {
             auto in = random_branch(rows * K, 1), dout = random_branch(rows * N, 2), dw = random_floats(N * K, 3);
-            auto whole = dw, sliced = dw;
-            for (size_t n = 0; n < N; n++)
-                for (size_t k = 0; k < K; k++) {
-                    float total = 0, all = 0;
-                    for (size_t s = 0; s < slices; s++) {
-                        float sum = 0;
-                        for (size_t row = rows * s / slices; row < rows * (s + 1) / slices; row++)
-                            sum += in[row * K + k] * dout[row * N + n], all += in[row * K + k] * dout[row * N + n];
-                        total = s ? total + sum : sum;
-                    }
-                    sliced[n * K + k] += total, whole[n * K + k] += all;
-                }
+            auto whole = sliced_dw(dw, dout, in, rows, K, N, 1), sliced = sliced_dw(dw, dout, in, rows, K, N, slices);
             Field<branch_t> in_gpu(in), dout_gpu(dout);
             Field<float> dw_gpu(dw);
             matmul_backward_weight(device(), {dw_gpu.data(), nullptr, nullptr, 0, {}}, dout_gpu.data(), in_gpu.data(),
@@ -590,6 +596,39 @@ TEST_SUITE("layers") {
 #endif
         }
     }
+
+#ifdef CUDA_ON_CPU  // where an algorithm's numbers are known
+    TEST_CASE("A measured product takes the algorithm that the ranks agree on, and a rank that is not to write leaves "
+              "no table") {
+        TemporaryFolder folder;
+        std::string path = folder.path + "/tune.csv";
+        size_t rows = 900, K = 64, N = 64;
+        auto in = random_branch(rows * K, 1), dout = random_branch(rows * N, 2), dw = random_floats(N * K, 3);
+        Field<branch_t> in_gpu(in), dout_gpu(dout);
+        for (bool writes : {false, true}) {
+            Field<float> dw_gpu(dw);
+            Device fresh;
+            int asked = 0;
+            fresh.tuning = std::make_unique<TuningTable>(path, "a GPU", 1, writes);
+            fresh.agree = [&](cublasLtMatmulAlgo_t& algorithm) {  // rank 0's splits the sum, unlike any found here
+                uint32_t slices = 3, scheme = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
+                cublasLtMatmulAlgoConfigSetAttribute(&algorithm, CUBLASLT_ALGO_CONFIG_SPLITK_NUM, &slices, 4);
+                cublasLtMatmulAlgoConfigSetAttribute(&algorithm, CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME, &scheme, 4);
+                asked++;
+            };
+            for (int product = 0; product < 2; product++) {
+                Device::Tuning measuring(fresh, product == 0);
+                dw_gpu.set(dw);
+                matmul_backward_weight(fresh, {dw_gpu.data(), nullptr, nullptr, 0, {}}, dout_gpu.data(), in_gpu.data(),
+                                       rows, K, N);
+                fresh.synchronize();
+                CHECK(same_bits(dw_gpu.values(), sliced_dw(dw, dout, in, rows, K, N, 3)));
+            }
+            CHECK(asked == 1);
+            CHECK(std::filesystem::exists(path) == writes);
+        }
+    }
+#endif
 
     // (B,H,T) as the GPU has it to (B,T,H) as the CPU has it
     std::vector<float> heads_last(const std::vector<float>& values, int B, int T, int H) {

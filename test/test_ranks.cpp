@@ -390,6 +390,24 @@ TEST_SUITE("training") {
         }
     }
 
+    TEST_CASE("With --tune all ranks take the algorithms of rank 0, and a run by its table has the same bits") {
+        Place p;
+        spill(p / "other.txt", slurp(p.text) + "and so on");
+        auto run = [&](const std::string& name) {  // 1024 rows a rank: some algorithms split a dW's sum, others do not
+            Words words = {gpu_bf16.binary, "-t", "1024", "-i", p.text, "-j", p / "other.txt", "-L", "2", "-C", "64"};
+            for (const std::string& word : Words{"-H", "2", "-b", "1", "-x", "2", "-v", "1", "-s", "0"})
+                words.push_back(word);
+            for (const std::string& word : Words{"-o", p / name, "--tune", p / "tune.csv"}) words.push_back(word);
+            p.run(2, words);
+            return p.model(name, 2);
+        };
+        std::string measured = run("measured"), table = slurp(p / "tune.csv");
+        CHECK(std::count(table.begin(), table.end(), '\n') > 10);
+        CHECK(run("by_table") == measured);
+        CHECK(slurp(p / "tune.csv") == table);
+        CHECK(!fs::exists(p / "tune.csv.tmp"));
+    }
+
     // What dev/cluster/scale.py prints.
     int64_t scale(const std::string& words) {
         FILE* pipe = popen(("${PYTHON:-python3} dev/cluster/scale.py " + words).c_str(), "r");

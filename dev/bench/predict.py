@@ -36,7 +36,7 @@ ATTENTION_BACKWARD = 0.80 * FLASH_BACKWARD * 7 / 5 / (MMA_SYNC * LARGE_PRODUCT)
 HIGHWAY, HIGHWAY_BACKWARD = (0.90, 0.80), (0.82, 0.74)
 DELTA = (0.40, 0.40)  # attention_delta: a warp's load is 64 bytes
 CLASSIFIER, EMBEDDING, ADAMW, NORM = (0.82, 0.82), (0.8, 0.8), (0.92, 0.92), (0.9, 0.9)
-ROW_GROUP = 0.7e-6  # seconds for 4 rows that a thread loads together and adds in turn: a latency
+ROW_GROUP = 0.7e-6  # seconds for the 4 or 8 rows that a thread loads together and adds in turn: a latency
 # The most frequent token's share of what bench_gpu.py trains on: text, words and signs. (Of GPT-2's tokens: 0.045.)
 FREQUENT = {256: 0.29, 50257: 0.25}
 
@@ -123,7 +123,7 @@ def head_chunks(rows, Vp, without):
 def wave_factor(rows, C):
     """How much longer highway_backward takes with blocks by C alone, where the GPU has not as many places."""
     warps = max(1, min(8, (112 << 10) // (16 * C)))
-    places = MULTIPROCESSORS * min((227 << 10) // (warps * 16 * C + 1024), 65536 // (72 * 32 * warps))
+    places = MULTIPROCESSORS * min((227 << 10) // (warps * 16 * C + 1024), 65536 // (80 * 32 * warps))
     waves = min(math.ceil(rows / warps), max(264, min(1024, 2**18 // C))) / places
     # The last wave takes as long as a full one, or its share of one: the mean, as its blocks, alone on a
     # multiprocessor, are bound by latency.
@@ -140,7 +140,8 @@ def split_seconds(rows, C, matrix_rate, copy_rate, without):
         if "split" in without:
             seconds += 2 * rows * N * K / (PRODUCT * matrix_rate) * (MULTIPROCESSORS / tiles - 1)
         else:  # FP32, written and read, under 20 MB: in the L2, at twice the rate of a copy
-            seconds += min(16, MULTIPROCESSORS // tiles) * N * K * 8 / (2 * copy_rate)
+            slices = 2 ** int(math.log2(max(1, min(16, MULTIPROCESSORS // tiles, rows // 512))))
+            seconds += slices * N * K * 8 / (2 * copy_rate)
     return seconds
 
 
@@ -174,13 +175,14 @@ def step_terms(L, C, V, T, total_batch, B, recompute, matrix_rate, copy_rate, wi
     # The head: logits are written, turned into their gradient in place and read twice; of each chunk two products read
     # wte and the third adds to its FP32 gradient.
     chunks, computed = head_chunks(rows, Vp, without)
-    activations = rows * (6 * Vp + 8 * C)
+    activations = rows * (6 * Vp + 6 * C)
     add(micro_steps, PRODUCTS, (4 * computed + 2 * rows) * Vp * C, activations + chunks * 4 * Vp * C,
         chunks * 8 * Vp * C, launches=3 * chunks, once=activations + 12 * Vp * C)
     add(micro_steps, MEMORY, 0, rows * 4 * Vp, of_copy=CLASSIFIER, launches=chunks)
     add(micro_steps, MEMORY, 0, rows * 16 * C, of_copy=EMBEDDING, launches=3 if "embedding" in without else 4)
     in_turn = FREQUENT.get(V, 0.05) * rows  # one block adds up all of them, or 64 and then the sums of such chunks
-    terms[MEMORY] += micro_steps * (in_turn if "embedding" in without else 64 + in_turn / 64) / 4 * ROW_GROUP
+    groups = in_turn / 4 if "embedding" in without else (64 + in_turn / 64) / 8
+    terms[MEMORY] += micro_steps * groups * ROW_GROUP
     add(1, MEMORY, 0, 34 * parameters(L, C, V, T), of_copy=ADAMW)
     add(1, MEMORY, 0, 4 * parameters(L, C, V, T), of_copy=NORM)
     return terms
