@@ -694,10 +694,9 @@ void qkv_norm_backward(Device& device, branch_t* dqkv, const branch_t* qkv, cons
 // pass, and what was summed under an older, smaller m is scaled down (Milakov and Gimelshein 2018; Dao et al. 2022).
 // lse = m + log(sum) is all that the backward needs: p = exp(s - lse). With s = q k^T / sqrt(D):
 //     dv = p^T dy,   dp = dy v^T,   ds = p (dp - sum_j p dp),   dq = ds k / sqrt(D),   dk = ds^T q / sqrt(D)
-// and sum_j p_ij dp_ij = dy_i . y_i = delta_i (B,H,T). dq is a sum over keys, dk and dv over queries: two kernels, so
-// that no sum crosses blocks (7 products of tiles instead of 5, as the scores are made twice, and the same bits
-// always). dq's runs first and leaves delta to the other. Half of the scores are masked: forward 2 T^2 D operations a
-// head, backward 7 T^2 D.
+// and sum_j p_ij dp_ij = dy_i . y_i = delta_i (B,H,T), made first. dq is a sum over keys, dk and dv over queries: two
+// kinds of blocks, so that no sum crosses blocks (7 products of tiles instead of 5, as the scores are made twice, and
+// the same bits always). Half of the scores are masked: forward 2 T^2 D operations a head, backward 7 T^2 D.
 struct AttentionShape {
     int T, C, H, first;
     __host__ __device__ int queries() const { return T - first; }
@@ -846,9 +845,12 @@ constexpr int ATT_WARPS = 4;
 template <int D>
 struct AttentionTiles {
     static constexpr int FORWARD_M = 2, FORWARD_N = D == 128 ? 32 : 64;
-    static constexpr int KV_M = D == 128 ? 1 : 2, KV_N = D == 64 ? 16 : 32;
-    static constexpr int KV_STAGE = D == 128 ? 32 : 64;  // rows that are copied at a time
-    static constexpr int Q_M = D == 128 ? 1 : 2, Q_N = D == 64 ? 32 : 64;
+    static constexpr int BACKWARD_M = D == 128 ? 1 : 2,
+                         Q_N = D == 128  ? 48
+                               : D == 64 ? 32
+                                         : 64,
+                         KV_N = D == 64 ? 16 : 32;
+    static constexpr int KV_STAGE = D == 128 ? 32 : 64;  // queries that are copied at a time
 };
 constexpr int att_rows(int M) { return 16 * M * ATT_WARPS; }  // of a block
 
@@ -1077,45 +1079,31 @@ struct AttentionQShared {
     branch_t q[ROWS * D], dy[ROWS * D], k[2][N * D], v[2][N * D];
 };
 
-// delta and dq: a warp has queries, and meets the keys up to them.
+// dq of the queries from q0 on: a warp has queries, and meets the keys up to them.
 template <int D, int M, int N>
-__global__ void __launch_bounds__(ATT_WARPS* WARP)
-    attention_backward_q_kernel(branch_t* dqkv, float* delta, const branch_t* dy, const branch_t* y,
-                                const branch_t* qkv, const float* lse, AttentionShape shape) {
-    begin_kernel();
+__device__ __forceinline__ void attention_dq(branch_t* dqkv, const branch_t* dy, const branch_t* qkv, const float* lse,
+                                             const float* delta, const AttentionShape& shape, size_t head, int q0) {
     constexpr int ROWS = att_rows(M);
     auto& s = shared<AttentionQShared<D, ROWS, N>>();
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, T = shape.T, C = shape.C, H = shape.H;
-    int tiles = (T + ROWS - 1) / ROWS, q0 = (tiles - 1 - int(blockIdx.x % tiles)) * ROWS, end = min(q0 + ROWS, T),
-        warp_q0 = q0 + warp * 16 * M;
-    size_t head = blockIdx.x / tiles, b = head / H, stride = 3 * size_t(C), at = b * T * stride + head % H * D,
-           at_y = b * T * C + head % H * D;
-    const branch_t *q = qkv + at, *k = q + C, *v = k + C, *dout = dy + at_y, *out = y + at_y;
+    int end = min(q0 + ROWS, T), warp_q0 = q0 + warp * 16 * M;
+    size_t b = head / H, stride = 3 * size_t(C), at = b * T * stride + head % H * D;
+    const branch_t *q = qkv + at, *k = q + C, *v = k + C, *dout = dy + b * T * C + head % H * D;
     float scale = LOG2_E / sqrtf(float(D)), row_lse[M][2], row_delta[M][2];
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            int query = warp_q0 + 16 * m + 8 * half + lane / 4;
+            row_lse[m][half] = query < T ? LOG2_E * lse[head * T + query] : 0;
+            row_delta[m][half] = query < T ? delta[head * T + query] : 0;
+        }
 
     load_tile<ROWS, D>(s.q, q, stride, q0, T);
     load_tile<ROWS, D>(s.dy, dout, C, q0, T);
     load_tile<N, D>(s.k[0], k, stride, 0, end);
     load_tile<N, D>(s.v[0], v, stride, 0, end);
     cp_async_commit();
-    // delta of each row from dy and y, while the tiles are on their way; dk's and dv's kernel reads it.
-#pragma unroll
-    for (int m = 0; m < M; m++)
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            int query = warp_q0 + 16 * m + 8 * half + lane / 4;
-            float sum = 0;  // of every fourth group of 8 channels: a row's other three lanes have the rest
-            for (int d = lane % 4 * 8; d < D && query < T; d += 32) {
-                auto dys = load<8>(dout + size_t(query) * C + d), ys = load<8>(out + size_t(query) * C + d);
-#pragma unroll
-                for (int i = 0; i < 8; i++) sum += float(dys[i]) * float(ys[i]);
-            }
-            sum += __shfl_xor_sync(ALL_LANES, sum, 1);
-            sum += __shfl_xor_sync(ALL_LANES, sum, 2);
-            if (lane % 4 == 0 && query < T) delta[head * T + query] = sum;
-            row_delta[m][half] = sum;
-            row_lse[m][half] = query < T ? LOG2_E * lse[head * T + query] : 0;
-        }
     WarpTile<M, D> dq;
     dq.zero();
     for (int k0 = 0; k0 < end; k0 += N) {
@@ -1151,17 +1139,17 @@ struct AttentionKvShared {
     float lse[2][STAGE], delta[2][STAGE];
 };
 
-// dk and dv: a warp has keys, and meets the queries from them on. Scores are made transposed, (keys, queries).
+// dk and dv of the keys from k0 on: a warp has keys, and meets the queries from them on. Scores are made transposed,
+// (keys, queries).
 template <int D, int M, int N, int STAGE>
-__global__ void __launch_bounds__(ATT_WARPS* WARP)
-    attention_backward_kv_kernel(branch_t* dqkv, const branch_t* dy, const branch_t* qkv, const float* lse,
-                                 const float* delta, AttentionShape shape) {
-    begin_kernel();
+__device__ __forceinline__ void attention_dk_dv(branch_t* dqkv, const branch_t* dy, const branch_t* qkv,
+                                                const float* lse, const float* delta, const AttentionShape& shape,
+                                                size_t head, int k0) {
     constexpr int ROWS = att_rows(M);
     auto& s = shared<AttentionKvShared<D, ROWS, STAGE>>();
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, T = shape.T, C = shape.C, H = shape.H;
-    int tiles = (T + ROWS - 1) / ROWS, k0 = int(blockIdx.x % tiles) * ROWS, warp_k0 = k0 + warp * 16 * M;
-    size_t head = blockIdx.x / tiles, b = head / H, stride = 3 * size_t(C), at = b * T * stride + head % H * D;
+    int warp_k0 = k0 + warp * 16 * M;
+    size_t b = head / H, stride = 3 * size_t(C), at = b * T * stride + head % H * D;
     const branch_t *q = qkv + at, *k = q + C, *v = k + C, *dout = dy + b * T * C + head % H * D;
     float scale = LOG2_E / sqrtf(float(D));
 
@@ -1212,6 +1200,44 @@ __global__ void __launch_bounds__(ATT_WARPS* WARP)
     store_rows(dqkv + at + 2 * C, stride, warp_k0, T, dv, lane, [](int, int) { return 1.0f; });
 }
 
+// Both kinds of blocks in one launch, so that the long ones of one kind fill the multiprocessors beside the other's:
+// with 8 sequences of 4 heads each kind alone would have 256 blocks for the 264 places of a Hopper, the longest of
+// which takes eight times as long as the shortest. Heads come in groups, whose inputs stay in the L2 for both kinds; of
+// a group, the longest tiles first.
+constexpr int ATT_GROUP = 512;  // blocks: two for each place of a Hopper
+template <int D>
+__global__ void __launch_bounds__(ATT_WARPS* WARP)
+    attention_backward_kernel(branch_t* dqkv, const branch_t* dy, const branch_t* qkv, const float* lse,
+                              const float* delta, AttentionShape shape) {
+    begin_kernel();
+    using Tiles = AttentionTiles<D>;
+    constexpr int M = Tiles::BACKWARD_M, ROWS = att_rows(M);
+    int tiles = (shape.T + ROWS - 1) / ROWS, group = max(1, ATT_GROUP / (2 * tiles)), blocks = group * 2 * tiles;
+    int first = int(blockIdx.x) / blocks * group, heads = min(group, int(gridDim.x) / (2 * tiles) - first);
+    int at = int(blockIdx.x) % blocks, longer = at / (2 * heads), one = at % (2 * heads);  // longer: tiles of its kind
+    if (one < heads)
+        attention_dq<D, M, Tiles::Q_N>(dqkv, dy, qkv, lse, delta, shape, first + one, (tiles - 1 - longer) * ROWS);
+    else
+        attention_dk_dv<D, M, Tiles::KV_N, Tiles::KV_STAGE>(dqkv, dy, qkv, lse, delta, shape, first + one - heads,
+                                                            longer * ROWS);
+}
+
+// delta (B,H,T) = sum_d dy y, from n = B T C numbers: D / 8 lanes have a row of a head, 8 channels each.  4 bytes an
+// element
+template <int D>
+__global__ void attention_delta_kernel(float* delta, const branch_t* dy, const branch_t* y, size_t n,
+                                       AttentionShape shape) {
+    begin_kernel();
+    size_t at = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * 8, head = at / D, row = head / shape.H, T = shape.T;
+    float sum = 0;
+    if (at < n) {
+        auto dys = load<8>(dy + at), ys = load<8>(y + at);
+        for (int i = 0; i < 8; i++) sum += float(dys[i]) * float(ys[i]);
+    }
+    for (int distance = D / 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(ALL_LANES, sum, distance);
+    if (at < n && at % D == 0) delta[(row / T * shape.H + head % shape.H) * T + row % T] = sum;
+}
+
 // The kernels of each D that the BF16 build has.
 template <class Action>
 void by_head_size(int D, Action action) {
@@ -1237,13 +1263,13 @@ void attention_backward(Device& device, branch_t* dqkv, float* delta, const bran
     by_head_size(C / H, [&](auto size) {
         constexpr int D = size;
         using Tiles = AttentionTiles<D>;
-        constexpr int KV_ROWS = att_rows(Tiles::KV_M), Q_ROWS = att_rows(Tiles::Q_M);
-        launch(attention_backward_q_kernel<D, Tiles::Q_M, Tiles::Q_N>, ceil_div(size_t(T), Q_ROWS) * B * H,
-               ATT_WARPS * WARP, sizeof(AttentionQShared<D, Q_ROWS, Tiles::Q_N>), device.stream, dqkv, delta, dy, y,
-               qkv, lse, shape);
-        launch(attention_backward_kv_kernel<D, Tiles::KV_M, Tiles::KV_N, Tiles::KV_STAGE>,
-               ceil_div(size_t(T), KV_ROWS) * B * H, ATT_WARPS * WARP,
-               sizeof(AttentionKvShared<D, KV_ROWS, Tiles::KV_STAGE>), device.stream, dqkv, dy, qkv, lse, delta, shape);
+        constexpr int ROWS = att_rows(Tiles::BACKWARD_M);
+        size_t n = size_t(B) * size_t(T) * size_t(C);
+        launch_threads(attention_delta_kernel<D>, n / 8, device.stream, delta, dy, y, n, shape);
+        launch(attention_backward_kernel<D>, 2 * ceil_div(size_t(T), ROWS) * B * H, ATT_WARPS * WARP,
+               std::max(sizeof(AttentionQShared<D, ROWS, Tiles::Q_N>),
+                        sizeof(AttentionKvShared<D, ROWS, Tiles::KV_STAGE>)),
+               device.stream, dqkv, dy, qkv, lse, delta, shape);
     });
 }
 #endif

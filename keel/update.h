@@ -139,7 +139,7 @@ inline double predicted_seconds(const ModelConfig& c, int B, int T, Recompute r,
     double attention = rows * C * blocks * T * (again ? 8 : 6) / attention_rate;
     // Bytes a token in units of C, of products and of highway and GELU: what a level makes again comes on top.
     double operands = rows * C * blocks * (104 + (r.segments() ? 32 : r.drops_all() ? 18 : 0)) / memory_rate;
-    double bytes = rows * C * blocks * (72 + (r.segments() ? 40 : r.drops_u() ? 28 : 0));
+    double bytes = rows * C * blocks * (76 + (r.segments() ? 40 : r.drops_u() ? 28 : 0));
     // A micro-batch reads the weights, and adds to their gradients.
     bytes += weights * (2 * (again ? 3 : 2) + (types.grads_bf16 ? 12 : 8));
     double nodes = blocks * (20 + (again ? 6 : r.drops_u() ? 1 : 0) + (types.grads_bf16 ? 4 : 0));

@@ -680,6 +680,8 @@ TEST_SUITE("layers") {
                 if (long_tests() || (T != 127 && T != 128))
                     check_attention(T % 2 ? 2 : 1, T, T % 2 ? 1 : 3, D, compare, compare_y, compare_gradients);
         check_attention(1, 40, 64, 16, compare, compare_y, compare_gradients);
+        check_attention(3, 3, 100, 16, compare, compare_y, compare_gradients);  // two groups of heads
+        if (long_tests()) check_attention(2, 140, 65, 16, compare, compare_y, compare_gradients);
         check_attention(1, lean(500, 1024), 1, 64, compare, compare_y, compare_gradients);
     }
 
@@ -2093,9 +2095,11 @@ TEST_SUITE("coverage") {
         }
         std::vector<std::string> instantiations;
         if (bf16)
-            for (const char* name :
-                 {"attention_forward_kernel", "attention_backward_kv_kernel", "attention_backward_q_kernel"})
-                for (int D : {16, 32, 64, 128}) instantiations.push_back(format("%s<%d,", name, D));  // and its tiles
+            for (int D : {16, 32, 64, 128}) {
+                instantiations.push_back(format("attention_forward_kernel<%d,", D));  // and its tiles
+                for (const char* name : {"attention_backward_kernel", "attention_delta_kernel"})
+                    instantiations.push_back(format("%s<%d>", name, D));
+            }
         for (const char* name : {"embedding_forward_kernel", "highway_forward_kernel", "highway_norms_kernel",
                                  "highway_x_kernel", "highway_backward_kernel"})
             for (int N : {1, 4}) instantiations.push_back(format("%s<%d>", name, N));

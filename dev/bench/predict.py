@@ -14,6 +14,8 @@ Both are of the micro-batch and the level of recomputation that the step runs wi
 """
 
 import argparse
+import functools
+import heapq
 import itertools
 import math
 from typing import NamedTuple
@@ -67,7 +69,8 @@ BACKWARD = [
     Kernel("products fcproj", 16, 0, 28, 8, 32, launches=2),
     Kernel("products fc", 16, 0, 20, 8, 32, launches=2),
     Kernel("products attproj", 4, 0, 8, 2, 8, launches=2),
-    Kernel("attention, dq, dk and dv", 0, 7, 24, of_matrix=ATTENTION_BACKWARD, launches=2),
+    Kernel("attention, delta", 0, 0, 4),
+    Kernel("attention, dq, dk and dv", 0, 7, 14, of_matrix=ATTENTION_BACKWARD),
     Kernel("products qkv", 12, 0, 16, 6, 24, launches=2),
     Kernel("highway backward, twice", 0, 0, 32, of_copy=HIGHWAY_BACKWARD, launches=2),
 ]
@@ -85,8 +88,8 @@ CHANGES = {
     "DGELU": [Kernel("products fcproj", 16, 0, 20, 8, 32, launches=2), Kernel("GELU, backward", 0, 0, 24)],
     "chunk": [],
     "embedding": [],
-    "delta": [Kernel("attention, dq, dk and dv", 0, 7, 22, of_matrix=ATTENTION_BACKWARD, launches=2),
-              Kernel("attention, delta", 0, 0, 4, of_copy=DELTA)],
+    "delta": [Kernel("attention, delta", 0, 0, 4, of_copy=DELTA)],
+    "one backward": [Kernel("attention, dq, dk and dv", 0, 7, 22, of_matrix=ATTENTION_BACKWARD, launches=2)],
     "gain blocks": [],
     "split": [],
 }
@@ -130,6 +133,21 @@ def wave_factor(rows, C):
     return (math.ceil(waves) / waves + 1) / 2 if waves > 1 else 1
 
 
+@functools.cache
+def tail_factor(heads, T, one_launch=False):
+    """How much longer attention takes than its work, as blocks of 128 rows take as long as their rows are far from the
+    mask's corner. one_launch: both kinds of the backward's blocks, in groups of heads, the longest first."""
+    tiles = math.ceil(T / 128)
+    group = max(1, 256 // tiles) if one_launch else 1
+    blocks = [n for first in range(0, heads, group) for n in range(tiles, 0, -1)
+              for _ in range(min(group, heads - first) * (2 if one_launch else 1))]
+    places = [0] * (2 * MULTIPROCESSORS)
+    for n in blocks:
+        heapq.heapreplace(places, places[0] + n)
+    # A block alone on a multiprocessor is as slow as beside another, or twice as fast: the mean.
+    return (max(places) * len(places) / sum(blocks) + 1) / 2
+
+
 def split_seconds(rows, C, matrix_rate, copy_rate, without):
     """Of a block's dW (N,K): its partial sums where cuBLASLt splits the sum over rows, or what an empty GPU costs."""
     seconds = 0
@@ -146,7 +164,7 @@ def split_seconds(rows, C, matrix_rate, copy_rate, without):
 
 
 FLOOR, PRODUCTS, ATTENTIONS, MEMORY, ADDED, WAITS = TERMS = (
-    "the floor", "products at 650 of 798 TFLOP/s", "attention at 0.85 and 0.8 of FlashAttention-2",
+    "the floor", "products at 650 of 798 TFLOP/s", "attention at 0.85 and 0.8 of FlashAttention-2, with its last blocks",
     "kernels bound by memory at 0.74 to 0.92 of a copy", "FP32 gradients, partial sums of dW", "1 us a kernel")
 
 
@@ -169,6 +187,8 @@ def step_terms(L, C, V, T, total_batch, B, recompute, matrix_rate, copy_rate, wi
         term = ATTENTIONS if k.TC else PRODUCTS if k.CC else MEMORY
         operations = rows * (k.CC * C * C + k.TC * T * C / MMA_SYNC)
         longer = wave_factor(rows, C) if "gain blocks" in without and k.of_copy == HIGHWAY_BACKWARD else 1
+        if k.TC:
+            longer = tail_factor(B * C // 64, T, k.TC == 7 and k.launches == 1)  # heads of 64 channels
         add(micro_steps * (L // 2), term, operations, rows * k.bytes * C + k.weights * C * C, k.added * C * C,
             k.of_matrix, k.of_copy, k.launches, longer)
     terms[ADDED] += micro_steps * (L // 2) * split_seconds(rows, C, matrix_rate, copy_rate, without)

@@ -40,9 +40,9 @@ class Model:
         return [math.ceil(math.ceil(n / ranks) / 128) * 128 for n in (self.outer, self.block)]
 
     def token_seconds(self):
-        """Of forward and backward: products at the matrix rate and the kernels' 208 C bytes a block (speed.md), one after the other. Nothing is computed again."""
+        """Of forward and backward: products at the matrix rate and the kernels' 202 C bytes a block (speed.md), one after the other. Nothing is computed again."""
         operations = 6 * (self.blocks * self.block + self.Vp * self.C) + 6 * self.C * self.T * self.blocks
-        return operations / MATRIX_RATE + 208 * self.C * self.blocks / MEMORY_RATE
+        return operations / MATRIX_RATE + 202 * self.C * self.blocks / MEMORY_RATE
 
 
 def bytes_sent(model, ranks, zero, micro_steps, weight_bytes):
