@@ -845,11 +845,8 @@ constexpr int ATT_WARPS = 4;
 template <int D>
 struct AttentionTiles {
     static constexpr int FORWARD_M = 2, FORWARD_N = D == 128 ? 32 : 64;
-    static constexpr int BACKWARD_M = D == 128 ? 1 : 2,
-                         Q_N = D == 128  ? 48
-                               : D == 64 ? 32
-                                         : 64,
-                         KV_N = D == 64 ? 16 : 32;
+    static constexpr int BACKWARD_M = D == 128 ? 1 : 2, KV_N = D == 64 ? 16 : 32;
+    static constexpr int Q_N = D <= 32 ? 64 : D == 64 ? 32 : 48;
     static constexpr int KV_STAGE = D == 128 ? 32 : 64;  // queries that are copied at a time
 };
 constexpr int att_rows(int M) { return 16 * M * ATT_WARPS; }  // of a block
