@@ -844,9 +844,9 @@ void attention_backward(Device& device, float* dqkv, float* delta, const float* 
 constexpr int ATT_WARPS = 4;
 template <int D>
 struct AttentionTiles {
-    static constexpr int FORWARD_M = 2, FORWARD_N = D == 128 ? 32 : 64;
+    static constexpr int FORWARD_M = 2, FORWARD_N = D == 32 || D == 64 ? 64 : 32;
     static constexpr int BACKWARD_M = D == 128 ? 1 : 2, KV_N = D == 64 ? 16 : 32;
-    static constexpr int Q_N = D <= 32 ? 64 : D == 64 ? 32 : 48;
+    static constexpr int Q_N = D == 64 ? 32 : 64;
     static constexpr int KV_STAGE = D == 128 ? 32 : 64;  // queries that are copied at a time
 };
 constexpr int att_rows(int M) { return 16 * M * ATT_WARPS; }  // of a block
@@ -981,6 +981,17 @@ __device__ __forceinline__ void store_rows(branch_t* out, size_t stride, int row
         }
 }
 
+// Blocks for the tiles of B * H heads: x, a head of a group; y, a tile, and in the backward its kind; z, a group. A
+// block that meets few tiles of the other side ends early, so of a group the longest tiles come first, or a few of them
+// would end alone. A group is as large a part of the heads as keeps its q, k, v and dy in the L2: 16 MiB.
+constexpr int ATT_GROUP = 512;  // blocks: twice what a Hopper holds, two a multiprocessor (three at D = 16)
+inline Grid attention_grid(size_t heads, size_t tiles, size_t kinds) {
+    size_t group = std::clamp<size_t>(ATT_GROUP / (kinds * tiles), 1, heads);
+    while (heads % group) group--;
+    return {group, kinds * tiles, heads / group};
+}
+__device__ __forceinline__ unsigned attention_head() { return blockIdx.z * gridDim.x + blockIdx.x; }  // of a block
+
 constexpr float LOG2_E = 1.44269504088896341f, LN_2 = 0.69314718055994531f;
 
 template <int D, int ROWS, int N>
@@ -996,9 +1007,9 @@ __global__ void __launch_bounds__(ATT_WARPS* WARP)
     auto& s = shared<AttentionForwardShared<D, ROWS, N>>();
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, T = shape.T, C = shape.C, H = shape.H,
         Tq = shape.queries();
-    int tiles = (Tq + ROWS - 1) / ROWS, q0 = shape.first + (tiles - 1 - int(blockIdx.x % tiles)) * ROWS,
-        warp_q0 = q0 + warp * 16 * M;  // the longest rows come first
-    size_t head = blockIdx.x / tiles, b = head / H, stride = 3 * size_t(C);
+    unsigned head = attention_head();
+    int q0 = shape.first + int(gridDim.y - 1 - blockIdx.y) * ROWS, warp_q0 = q0 + warp * 16 * M;
+    size_t b = head / H, stride = 3 * size_t(C);
     const branch_t *q = qkv + b * T * stride + head % H * D, *k = q + C, *v = k + C;
     int end = min(q0 + ROWS, T);             // of the keys that any query here sees
     float scale = LOG2_E / sqrtf(float(D));  // scores in units of log 2
@@ -1065,7 +1076,7 @@ __global__ void __launch_bounds__(ATT_WARPS* WARP)
             sum[m][half] += __shfl_xor_sync(ALL_LANES, sum[m][half], 2);
             int query = warp_q0 + 16 * m + 8 * half + lane / 4;
             if (lane % 4 == 0 && query < T)
-                lse[head * Tq + query - shape.first] = LN_2 * (scale * largest[m][half]) + logf(sum[m][half]);
+                lse[size_t(head) * Tq + query - shape.first] = LN_2 * (scale * largest[m][half]) + logf(sum[m][half]);
         }
     store_rows(y + b * Tq * C + head % H * D, C, warp_q0 - shape.first, Tq, out, lane,
                [&](int m, int half) { return 1 / sum[m][half]; });
@@ -1079,11 +1090,12 @@ struct AttentionQShared {
 // dq of the queries from q0 on: a warp has queries, and meets the keys up to them.
 template <int D, int M, int N>
 __device__ __forceinline__ void attention_dq(branch_t* dqkv, const branch_t* dy, const branch_t* qkv, const float* lse,
-                                             const float* delta, const AttentionShape& shape, size_t head, int q0) {
+                                             const float* delta, const AttentionShape& shape, int q0) {
     constexpr int ROWS = att_rows(M);
     auto& s = shared<AttentionQShared<D, ROWS, N>>();
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, T = shape.T, C = shape.C, H = shape.H;
     int end = min(q0 + ROWS, T), warp_q0 = q0 + warp * 16 * M;
+    unsigned head = attention_head();
     size_t b = head / H, stride = 3 * size_t(C), at = b * T * stride + head % H * D;
     const branch_t *q = qkv + at, *k = q + C, *v = k + C, *dout = dy + b * T * C + head % H * D;
     float scale = LOG2_E / sqrtf(float(D)), row_lse[M][2], row_delta[M][2];
@@ -1092,8 +1104,8 @@ __device__ __forceinline__ void attention_dq(branch_t* dqkv, const branch_t* dy,
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             int query = warp_q0 + 16 * m + 8 * half + lane / 4;
-            row_lse[m][half] = query < T ? LOG2_E * lse[head * T + query] : 0;
-            row_delta[m][half] = query < T ? delta[head * T + query] : 0;
+            row_lse[m][half] = query < T ? LOG2_E * lse[size_t(head) * T + query] : 0;
+            row_delta[m][half] = query < T ? delta[size_t(head) * T + query] : 0;
         }
 
     load_tile<ROWS, D>(s.q, q, stride, q0, T);
@@ -1141,11 +1153,12 @@ struct AttentionKvShared {
 template <int D, int M, int N, int STAGE>
 __device__ __forceinline__ void attention_dk_dv(branch_t* dqkv, const branch_t* dy, const branch_t* qkv,
                                                 const float* lse, const float* delta, const AttentionShape& shape,
-                                                size_t head, int k0) {
+                                                int k0) {
     constexpr int ROWS = att_rows(M);
     auto& s = shared<AttentionKvShared<D, ROWS, STAGE>>();
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, T = shape.T, C = shape.C, H = shape.H;
     int warp_k0 = k0 + warp * 16 * M;
+    unsigned head = attention_head();
     size_t b = head / H, stride = 3 * size_t(C), at = b * T * stride + head % H * D;
     const branch_t *q = qkv + at, *k = q + C, *v = k + C, *dout = dy + b * T * C + head % H * D;
     float scale = LOG2_E / sqrtf(float(D));
@@ -1154,8 +1167,8 @@ __device__ __forceinline__ void attention_dk_dv(branch_t* dqkv, const branch_t* 
         load_tile<STAGE, D>(s.q[buffer], q, stride, q0, T);
         load_tile<STAGE, D>(s.dy[buffer], dout, C, q0, T);
         for (int i = threadIdx.x; i < STAGE; i += ATT_WARPS * WARP) {
-            s.lse[buffer][i] = q0 + i < T ? LOG2_E * lse[head * T + q0 + i] : 0;
-            s.delta[buffer][i] = q0 + i < T ? delta[head * T + q0 + i] : 0;
+            s.lse[buffer][i] = q0 + i < T ? LOG2_E * lse[size_t(head) * T + q0 + i] : 0;
+            s.delta[buffer][i] = q0 + i < T ? delta[size_t(head) * T + q0 + i] : 0;
         }
     };
     load_tile<ROWS, D>(s.k, k, stride, k0, T);
@@ -1197,11 +1210,7 @@ __device__ __forceinline__ void attention_dk_dv(branch_t* dqkv, const branch_t* 
     store_rows(dqkv + at + 2 * C, stride, warp_k0, T, dv, lane, [](int, int) { return 1.0f; });
 }
 
-// Both kinds of blocks in one launch, so that the long ones of one kind fill the multiprocessors beside the other's:
-// with 8 sequences of 4 heads each kind alone would have 256 blocks for the 264 places of a Hopper, the longest of
-// which takes eight times as long as the shortest. Heads come in groups, whose inputs stay in the L2 for both kinds; of
-// a group, the longest tiles first.
-constexpr int ATT_GROUP = 512;  // blocks: two for each place of a Hopper
+// Both kinds of blocks in one launch: 32 heads of 1024 positions are 256 blocks of each kind, and a Hopper holds 264.
 template <int D>
 __global__ void __launch_bounds__(ATT_WARPS* WARP)
     attention_backward_kernel(branch_t* dqkv, const branch_t* dy, const branch_t* qkv, const float* lse,
@@ -1209,17 +1218,13 @@ __global__ void __launch_bounds__(ATT_WARPS* WARP)
     begin_kernel();
     using Tiles = AttentionTiles<D>;
     constexpr int M = Tiles::BACKWARD_M, ROWS = att_rows(M);
-    int tiles = (shape.T + ROWS - 1) / ROWS, group = max(1, ATT_GROUP / (2 * tiles)), blocks = group * 2 * tiles;
-    int first = int(blockIdx.x) / blocks * group, heads = min(group, int(gridDim.x) / (2 * tiles) - first);
-    int at = int(blockIdx.x) % blocks, longer = at / (2 * heads), one = at % (2 * heads);  // longer: tiles of its kind
-    if (one < heads)
-        attention_dq<D, M, Tiles::Q_N>(dqkv, dy, qkv, lse, delta, shape, first + one, (tiles - 1 - longer) * ROWS);
-    else
-        attention_dk_dv<D, M, Tiles::KV_N, Tiles::KV_STAGE>(dqkv, dy, qkv, lse, delta, shape, first + one - heads,
-                                                            longer * ROWS);
+    int tiles = int(gridDim.y / 2), longer = int(blockIdx.y / 2);  // longer: how many tiles of the kind take longer
+    if (blockIdx.y % 2 == 0)                                       // first, as its tiles take 1.3 to 1.6 times as long
+        attention_dk_dv<D, M, Tiles::KV_N, Tiles::KV_STAGE>(dqkv, dy, qkv, lse, delta, shape, longer * ROWS);
+    else attention_dq<D, M, Tiles::Q_N>(dqkv, dy, qkv, lse, delta, shape, (tiles - 1 - longer) * ROWS);
 }
 
-// delta (B,H,T) = sum_d dy y, from n = B T C numbers: D / 8 lanes have a row of a head, 8 channels each.  4 bytes an
+// delta (B,H,T) = sum_d dy y, from n = B T C numbers: D / 8 lanes share a head's row, 8 channels a lane.  4 bytes an
 // element
 template <int D>
 __global__ void attention_delta_kernel(float* delta, const branch_t* dy, const branch_t* y, size_t n,
@@ -1249,7 +1254,8 @@ void attention_forward(Device& device, branch_t* y, float* lse, const branch_t* 
                        int first) {
     by_head_size(C / H, [&](auto size) {
         constexpr int D = size, M = AttentionTiles<D>::FORWARD_M, N = AttentionTiles<D>::FORWARD_N, ROWS = att_rows(M);
-        launch(attention_forward_kernel<D, M, N>, ceil_div(size_t(T - first), ROWS) * B * H, ATT_WARPS * WARP,
+        launch(attention_forward_kernel<D, M, N>,
+               attention_grid(size_t(B) * size_t(H), ceil_div(size_t(T - first), ROWS), 1), ATT_WARPS * WARP,
                sizeof(AttentionForwardShared<D, ROWS, N>), device.stream, y, lse, qkv, AttentionShape{T, C, H, first});
     });
 }
@@ -1263,7 +1269,8 @@ void attention_backward(Device& device, branch_t* dqkv, float* delta, const bran
         constexpr int ROWS = att_rows(Tiles::BACKWARD_M);
         size_t n = size_t(B) * size_t(T) * size_t(C);
         launch_threads(attention_delta_kernel<D>, n / 8, device.stream, delta, dy, y, n, shape);
-        launch(attention_backward_kernel<D>, 2 * ceil_div(size_t(T), ROWS) * B * H, ATT_WARPS * WARP,
+        launch(attention_backward_kernel<D>, attention_grid(size_t(B) * size_t(H), ceil_div(size_t(T), ROWS), 2),
+               ATT_WARPS * WARP,
                std::max(sizeof(AttentionQShared<D, ROWS, Tiles::Q_N>),
                         sizeof(AttentionKvShared<D, ROWS, Tiles::KV_STAGE>)),
                device.stream, dqkv, dy, qkv, lse, delta, shape);
@@ -2569,7 +2576,7 @@ struct Trainer {
         TokenBatch batch(model.batch.data(), n);
         device.copy(batch.tokens, tokens, n), device.copy(batch.targets, targets, n);
         device.zero(model.state);
-        Device::Tuning tuning(device, !communicator);  // ranks may evaluate in shapes of their own
+        Device::Tuning tuning(device, !communicator);  // of several ranks each may have other shapes
         model.evaluate(batch.tokens, batch.targets, b,
                        predictions ? batch.order : nullptr);  // order serves only the backward pass
         device.copy(&state[steps_in_flight], model.state.data(), 1);

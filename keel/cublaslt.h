@@ -37,6 +37,7 @@ public:
                                            "first_us,best_us,algorithm";
     static constexpr int KEY_COLUMNS = 10;
 
+    // writes: false on every rank but the first, which then needs no folder
     TuningTable(const std::string& path, std::string gpu, size_t version, bool writes = true)
         : path(path), writes(writes) {
         std::replace(gpu.begin(), gpu.end(), ',', ' ');
@@ -45,7 +46,7 @@ public:
         std::error_code error;
         if (!fs::exists(path, error)) {
             fs::path folder = fs::absolute(path).parent_path();
-            if (!fs::is_directory(folder, error) || access(folder.c_str(), W_OK | X_OK) != 0)
+            if (writes && (!fs::is_directory(folder, error) || access(folder.c_str(), W_OK | X_OK) != 0))
                 fail("--tune: expected a folder that can be written, found %s; create it first", folder);
             return;
         }
@@ -170,8 +171,8 @@ public:
 
     int product_multiprocessors = 0;      // how many of the GPU's a product may use; 0: all
     std::unique_ptr<TuningTable> tuning;  // --tune's table; null without
-    // With several ranks, all of which measure at the same time: gives each the algorithm of rank 0, which writes the
-    // table.
+    // With several ranks: replaces the algorithm that this rank has measured by rank 0's. Every rank calls it for the
+    // same products in the same order: only the first step measures, and nothing is planned before it.
     std::function<void(cublasLtMatmulAlgo_t&)> agree;
 
     // While a Tuning with `on` lives, products of shapes that the table lacks are measured.
@@ -301,7 +302,7 @@ private:
         for (auto which : {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
                            CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
             prefer(which, alignment, "alignment");
-        cublasLtMatmulHeuristicResult_t results[1 + MOST_CANDIDATES] = {};  // [0]: room for split_sum's
+        cublasLtMatmulHeuristicResult_t results[1 + MOST_CANDIDATES] = {};  // the first place is kept for split_sum's
         int found = 0;
         cublasStatus_t status =
             cublasLtMatmulAlgoGetHeuristic(handle, plan.operation, plan.a, plan.b, plan.d, plan.d, preference,
@@ -343,11 +344,11 @@ private:
                result.workspaceSize <= GEMM_WORKSPACE;
     }
 
-    // A dW at small C has few tiles and a long sum, over rows, and leaves most of the GPU idle. Where `first` fills
-    // less than half of it and does not split its sum, makes `split`: the same algorithm on 2 to MOST_SLICES slices of
-    // k, whose FP32 results cuBLASLt adds up in order. False where there is none. Slices are whole steps of any kernel,
+    // A dW at small C has few tiles and a long sum, over rows, and leaves most of the GPU idle. Where `first` fills at
+    // most half of the GPU and does not split its sum, makes `split`: the same algorithm on 2 to MOST_SLICES slices of
+    // k, whose FP32 results cuBLASLt adds up in order. False where there is none. A slice is a multiple of WHOLE_STEPS,
     // as split products are reported to have lost what was left over (facebookexperimental/triton, pull request 2767).
-    static constexpr size_t MOST_SLICES = 16, LEAST_SLICE = 512, WHOLE_STEPS = 128;
+    static constexpr size_t MOST_SLICES = 16, LEAST_SLICE = 512 /* of k */, WHOLE_STEPS = 128;
     bool split_sum(const GemmPlan& plan, cublasLtMatmulAlgo_t& split, const cublasLtMatmulHeuristicResult_t& first,
                    size_t k) {
         float waves = first.wavesCount;  // how often the algorithm fills the GPU
@@ -372,7 +373,7 @@ private:
     }
 
     // The algorithm of least median time, in rounds over all of them, on scratch matrices of random numbers with the
-    // product's own beta; before each product the L2 is filled with something else. The first candidate, which runs
+    // product's own epilogue; before each product the L2 is filled with something else. The first candidate, which runs
     // without --tune, stays unless another takes 2 % less: that much is noise.
     static constexpr int MOST_CANDIDATES = 16, ROUNDS = 7;
     cublasLtMatmulAlgo_t fastest(const GemmPlan& plan, const GemmKey& key,

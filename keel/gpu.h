@@ -113,16 +113,23 @@ size_t resident_blocks(void (*kernel)(Parameters...), unsigned block, size_t sha
     return size_t(blocks) * size_t(multiprocessors);
 }
 
+// Blocks, most often x alone. A GPU starts them in this order, x first; only speed may depend on it.
+struct Grid {
+    size_t x, y, z;
+    Grid(size_t x, size_t y = 1, size_t z = 1) : x(x), y(y), z(z) {}
+};
+
 // kernel<<<grid, block, shared_bytes, stream>>>(arguments...) and the check for its error. The kernel calls
 // begin_kernel() before it touches global memory.
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), size_t grid, unsigned block, size_t shared_bytes, cudaStream_t stream,
+void launch(void (*kernel)(Parameters...), Grid grid, unsigned block, size_t shared_bytes, cudaStream_t stream,
             Arguments... arguments) {
-    if (grid > size_t(INT_MAX)) fail("a kernel needs %zu blocks, more than a grid has; use a smaller -b", grid);
+    if (grid.x > size_t(INT_MAX) || std::max(grid.y, grid.z) > 65535)
+        fail("a kernel needs %zu x %zu x %zu blocks, more than a grid has; use a smaller -b", grid.x, grid.y, grid.z);
     allow_shared(kernel, shared_bytes);
     cudaLaunchConfig_t config{};
-    config.gridDim = dim3(unsigned(grid)), config.blockDim = dim3(block), config.dynamicSmemBytes = shared_bytes,
-    config.stream = stream;
+    config.gridDim = dim3(unsigned(grid.x), unsigned(grid.y), unsigned(grid.z)), config.blockDim = dim3(block),
+    config.dynamicSmemBytes = shared_bytes, config.stream = stream;
     cudaLaunchAttribute overlap{};
     overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization,
     overlap.val.programmaticStreamSerializationAllowed = 1;

@@ -36,7 +36,7 @@ ATTENTION_BACKWARD = 0.80 * FLASH_BACKWARD * 7 / 5 / (MMA_SYNC * LARGE_PRODUCT)
 # Of a copy's rate, at C = 1024 and at C = 256, from the bytes in flight of speed.md. Products bound by memory, as at
 # C = 256, are taken to be as good as the highway's forward.
 HIGHWAY, HIGHWAY_BACKWARD = (0.90, 0.80), (0.82, 0.74)
-DELTA = (0.40, 0.40)  # attention_delta: a warp's load is 64 bytes
+DELTA = (0.40, 0.40)  # delta without 16-byte loads: a warp loads 64 bytes
 CLASSIFIER, EMBEDDING, ADAMW, NORM = (0.82, 0.82), (0.8, 0.8), (0.92, 0.92), (0.9, 0.9)
 ROW_GROUP = 0.7e-6  # seconds for the 4 or 8 rows that a thread loads together and adds in turn: a latency
 # The most frequent token's share of what bench_gpu.py trains on: text, words and signs. (Of GPT-2's tokens: 0.045.)
@@ -89,7 +89,7 @@ CHANGES = {
     "chunk": [],
     "embedding": [],
     "delta": [Kernel("attention, delta", 0, 0, 4, of_copy=DELTA)],
-    "one backward": [Kernel("attention, dq, dk and dv", 0, 7, 22, of_matrix=ATTENTION_BACKWARD, launches=2)],
+    "order": [Kernel("attention, dq, dk and dv", 0, 7, 22, of_matrix=ATTENTION_BACKWARD, launches=2)],
     "gain blocks": [],
     "split": [],
 }
@@ -133,19 +133,40 @@ def wave_factor(rows, C):
     return (math.ceil(waves) / waves + 1) / 2 if waves > 1 else 1
 
 
+def last_end(blocks, alone):
+    """When the last block ends, beside an even share of the work for all places: a multiprocessor holds two blocks; one
+    that is alone there is `alone` times as fast."""
+    queue, held, ends = iter(blocks), [[] for _ in range(MULTIPROCESSORS)], []
+
+    def refill(now, i):
+        held[i] += itertools.islice(queue, 1)
+        if held[i]:
+            heapq.heappush(ends, (now + min(held[i]) / (1 if len(held[i]) > 1 else alone), i))
+
+    for of_one in held:
+        of_one += itertools.islice(queue, 1)
+    for i in range(MULTIPROCESSORS):
+        refill(0, i)
+    while ends:
+        now, i = heapq.heappop(ends)
+        least = min(held[i])
+        held[i] = [n - least for n in held[i]]
+        held[i].remove(0)
+        refill(now, i)
+    return now * 2 * MULTIPROCESSORS / sum(blocks)
+
+
 @functools.cache
-def tail_factor(heads, T, one_launch=False):
-    """How much longer attention takes than its work, as blocks of 128 rows take as long as their rows are far from the
-    mask's corner. one_launch: both kinds of the backward's blocks, in groups of heads, the longest first."""
+def tail_factor(heads, T, backward, ordered):
+    """How much longer attention takes than its work: a block of 128 rows takes as long as it meets tiles, 1 to T / 128, and
+    the last ones leave places empty. ordered: the backward in one launch, and heads in groups, of each the longest first."""
     tiles = math.ceil(T / 128)
-    group = max(1, 256 // tiles) if one_launch else 1
-    blocks = [n for first in range(0, heads, group) for n in range(tiles, 0, -1)
-              for _ in range(min(group, heads - first) * (2 if one_launch else 1))]
-    places = [0] * (2 * MULTIPROCESSORS)
-    for n in blocks:
-        heapq.heapreplace(places, places[0] + n)
-    # A block alone on a multiprocessor is as slow as beside another, or twice as fast: the mean.
-    return (max(places) * len(places) / sum(blocks) + 1) / 2
+    kinds = (16, 10) if backward and ordered else (1,)  # dk and dv, dq: 512 and 320 cycles of shared memory (speed.md)
+    group = min(heads, max(1, 512 // (len(kinds) * tiles))) if ordered else 1
+    while heads % group:
+        group -= 1
+    blocks = [n * kind for _ in range(heads // group) for n in range(tiles, 0, -1) for kind in kinds for _ in range(group)]
+    return (last_end(blocks, 1) + last_end(blocks, 2)) / 2  # a block alone: as slow as beside another, or twice as fast
 
 
 def split_seconds(rows, C, matrix_rate, copy_rate, without):
@@ -187,8 +208,8 @@ def step_terms(L, C, V, T, total_batch, B, recompute, matrix_rate, copy_rate, wi
         term = ATTENTIONS if k.TC else PRODUCTS if k.CC else MEMORY
         operations = rows * (k.CC * C * C + k.TC * T * C / MMA_SYNC)
         longer = wave_factor(rows, C) if "gain blocks" in without and k.of_copy == HIGHWAY_BACKWARD else 1
-        if k.TC:
-            longer = tail_factor(B * C // 64, T, k.TC == 7 and k.launches == 1)  # heads of 64 channels
+        if k.TC:  # heads of 64 channels
+            longer = tail_factor(B * C // 64, T, k in backward.values(), "order" not in without)
         add(micro_steps * (L // 2), term, operations, rows * k.bytes * C + k.weights * C * C, k.added * C * C,
             k.of_matrix, k.of_copy, k.launches, longer)
     terms[ADDED] += micro_steps * (L // 2) * split_seconds(rows, C, matrix_rate, copy_rate, without)
