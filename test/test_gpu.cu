@@ -730,7 +730,7 @@ TEST_SUITE("layers") {
             }
     }
 
-    size_t launches_of(const std::string& kernel) {
+    size_t launches_of([[maybe_unused]] const std::string& kernel) {
         size_t launches = 0;
 #ifdef CUDA_ON_CPU
         for (auto& [name, count] : cuda_on_cpu::launched_kernels())
