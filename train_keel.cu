@@ -1082,6 +1082,22 @@ __global__ void __launch_bounds__(ATT_WARPS* WARP)
                [&](int m, int half) { return 1 / sum[m][half]; });
 }
 
+// delta (B,H,T) = sum_d dy y, from n = B T C numbers: D / 8 lanes share a head's row, 8 channels a lane.  4 bytes an
+// element
+template <int D>
+__global__ void attention_delta_kernel(float* delta, const branch_t* dy, const branch_t* y, size_t n,
+                                       AttentionShape shape) {
+    begin_kernel();
+    size_t at = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * 8, head = at / D, row = head / shape.H, T = shape.T;
+    float sum = 0;
+    if (at < n) {
+        auto dys = load<8>(dy + at), ys = load<8>(y + at);
+        for (int i = 0; i < 8; i++) sum += float(dys[i]) * float(ys[i]);
+    }
+    for (int distance = D / 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(ALL_LANES, sum, distance);
+    if (at < n && at % D == 0) delta[(row / T * shape.H + head % shape.H) * T + row % T] = sum;
+}
+
 template <int D, int ROWS, int N>
 struct AttentionQShared {
     branch_t q[ROWS * D], dy[ROWS * D], k[2][N * D], v[2][N * D];
@@ -1211,6 +1227,7 @@ __device__ __forceinline__ void attention_dk_dv(branch_t* dqkv, const branch_t* 
 }
 
 // Both kinds of blocks in one launch: 32 heads of 1024 positions are 256 blocks of each kind, and a Hopper holds 264.
+// Of equally long ones dk's and dv's come first, as a tile of theirs takes 1.3 to 1.6 times as long.
 template <int D>
 __global__ void __launch_bounds__(ATT_WARPS* WARP)
     attention_backward_kernel(branch_t* dqkv, const branch_t* dy, const branch_t* qkv, const float* lse,
@@ -1219,25 +1236,9 @@ __global__ void __launch_bounds__(ATT_WARPS* WARP)
     using Tiles = AttentionTiles<D>;
     constexpr int M = Tiles::BACKWARD_M, ROWS = att_rows(M);
     int tiles = int(gridDim.y / 2), longer = int(blockIdx.y / 2);  // longer: how many tiles of the kind take longer
-    if (blockIdx.y % 2 == 0)                                       // first, as its tiles take 1.3 to 1.6 times as long
+    if (blockIdx.y % 2 == 0)
         attention_dk_dv<D, M, Tiles::KV_N, Tiles::KV_STAGE>(dqkv, dy, qkv, lse, delta, shape, longer * ROWS);
     else attention_dq<D, M, Tiles::Q_N>(dqkv, dy, qkv, lse, delta, shape, (tiles - 1 - longer) * ROWS);
-}
-
-// delta (B,H,T) = sum_d dy y, from n = B T C numbers: D / 8 lanes share a head's row, 8 channels a lane.  4 bytes an
-// element
-template <int D>
-__global__ void attention_delta_kernel(float* delta, const branch_t* dy, const branch_t* y, size_t n,
-                                       AttentionShape shape) {
-    begin_kernel();
-    size_t at = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * 8, head = at / D, row = head / shape.H, T = shape.T;
-    float sum = 0;
-    if (at < n) {
-        auto dys = load<8>(dy + at), ys = load<8>(y + at);
-        for (int i = 0; i < 8; i++) sum += float(dys[i]) * float(ys[i]);
-    }
-    for (int distance = D / 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(ALL_LANES, sum, distance);
-    if (at < n && at % D == 0) delta[(row / T * shape.H + head % shape.H) * T + row % T] = sum;
 }
 
 // The kernels of each D that the BF16 build has.

@@ -137,7 +137,7 @@ inline double predicted_seconds(const ModelConfig& c, int B, int T, Recompute r,
     double weights = C * (12 * C * blocks + c.Vp());
     double operations = 2 * rows * weights * (again ? 4 : 3) / (matrix_rate * filled);
     double attention = rows * C * blocks * T * (again ? 8 : 6) / attention_rate;
-    // Bytes a token in units of C, of products and of highway and GELU: what a level makes again comes on top.
+    // Bytes a token in units of C, of products and of highway, GELU and delta: what a level makes again comes on top.
     double operands = rows * C * blocks * (104 + (r.segments() ? 32 : r.drops_all() ? 18 : 0)) / memory_rate;
     double bytes = rows * C * blocks * (76 + (r.segments() ? 40 : r.drops_u() ? 28 : 0));
     // A micro-batch reads the weights, and adds to their gradients.
