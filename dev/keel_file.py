@@ -4,8 +4,8 @@
     python3 dev/keel_file.py FILE      prints the header and a table of the tensors; of a tokenizer its tokens
 
 A file is a header of 256 int32 (1024 bytes), the tensors that `tensor_table` lists, in that order, and
-the CRC-32 of all bytes before it; everything little-endian. This module also holds what decides which
-tensors exist: the norm-placement table (`sub_layer`) and the parameter table (`parameter_table`).
+the CRC-32 of all bytes before it; everything little-endian. Which tensors exist, the table of norm placements in
+placements.py decides, and the parameter table here (`parameter_table`).
 """
 
 import os
@@ -13,9 +13,10 @@ import struct
 import sys
 import zlib
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
+
+from placements import FINAL_NORM, NORMS, default_alpha, sub_layer
 
 HEADER_BYTES = 1024
 MAGIC = int.from_bytes(b"KEEL", "little")
@@ -25,6 +26,7 @@ KINDS = {MODEL: "model", STATE: "training state", DEBUG: "debug state"}
 FP32, BF16, FP64 = 0, 1, 2
 TYPES = {FP32: "fp32", BF16: "bf16", FP64: "fp64"}
 TYPE_BYTES = {FP32: 4, BF16: 2, FP64: 8}
+CHUNK_BYTES = 1 << 24  # of a tensor at a time, where a file is larger than memory
 
 
 class FileError(Exception):
@@ -32,19 +34,7 @@ class FileError(Exception):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Norm placements
-
-NORMS = ("keel", "pre", "post", "deepnorm", "mixln", "hybridnorm", "scaledpost")  # header [10] indexes this
-FINAL_NORM = ("pre", "mixln", "hybridnorm")  # placements with a norm before the logits
-
-
-class SubLayer(NamedTuple):
-    """z = alpha * x + F(norm_in ? RMSNorm(x) : x);  x_next = norm_out ? RMSNorm(z) : z"""
-    alpha: float
-    norm_in: bool
-    norm_out: bool
-    norm_qkv: bool = False  # RMSNorm of q, k and v per head inside the attention
-
+# Models
 
 @dataclass
 class Config:
@@ -66,27 +56,6 @@ class Config:
     @property
     def D(self):  # head size
         return self.C // self.H
-
-
-def default_alpha(norm, L):
-    return {"keel": L, "scaledpost": L, "deepnorm": L ** 0.25}.get(norm, 1)
-
-
-def sub_layer(cfg, l):
-    """The row of the norm-placement table that sub-layer l runs."""
-    pre, post = SubLayer(1.0, True, False), SubLayer(1.0, False, True)
-    post_blocks = max(1, cfg.L // 8)  # Mix-LN: Post-LN in the first quarter of the L/2 blocks
-    return {
-        # The paper's section 3.1: the first attention has no output norm, the first two no alpha.
-        "keel": pre if l == 0 else SubLayer(1.0 if l == 1 else cfg.alpha, True, True),
-        "pre": pre,
-        "post": post,
-        "deepnorm": SubLayer(cfg.alpha, False, True),
-        "mixln": post if l // 2 < post_blocks else pre,
-        # y = MHA_qkvnorm(x) + x;  x' = FFN(Norm(y)) + Norm(y): the FFN reads the attention's output norm.
-        "hybridnorm": SubLayer(1.0, False, True, True) if l % 2 == 0 else SubLayer(1.0, False, False),
-        "scaledpost": SubLayer(cfg.alpha, False, True),
-    }[cfg.norm]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -147,6 +116,10 @@ class KeelFile:
         return [self.tensors[prefix + name] for name, _ in parameter_table(self.cfg)]
 
 
+def tensor_bytes(shape, type):
+    return int(np.prod(shape, dtype=object)) * TYPE_BYTES[type]
+
+
 def bf16_to_fp32(a):  # BF16 is the upper half of an FP32
     return (a.astype(np.uint32) << 16).view(np.float32)
 
@@ -201,8 +174,9 @@ def parse_header(raw, path):
     return h, KeelFile(kind, cfg, {}, type, B, T, int(h[14:16].view("<i8")[0]), bool(h[16]), h)
 
 
-def read(path):
-    """KeelFile of any kind, checked; reals as float64 for type fp64, else float32 (BF16 is widened)."""
+def open_file(path):
+    """(KeelFile without tensors, an iterator over its tensors): header and size are checked here, the CRC after the last tensor.
+    The iterator gives (name, shape, type, is_int, an iterator over its bytes in chunks), and each must be read to its end."""
     try:
         size = os.path.getsize(path)
         f = open(path, "rb")
@@ -210,27 +184,47 @@ def read(path):
         raise FileError(f"{path}: expected a readable file, found: {e.strerror}; check the path") from None
     with f:
         raw = f.read(HEADER_BYTES)
-        crc = zlib.crc32(raw)
-        _, out = parse_header(raw, path)
-        table = [(name, shape, FP32 if is_int else out.type, is_int)
-                 for name, shape, is_int in tensor_table(out.kind, out.cfg, out.B, out.T)]
-        expected = HEADER_BYTES + sum(int(np.prod(s, dtype=object)) * TYPE_BYTES[t] for _, s, t, _ in table) + 4
-        if size != expected:
-            raise FileError(f"{path}: size of this {KINDS[out.kind]}: expected {expected} bytes, found {size}; "
-                            "it is cut off or not of this header, copy or write the file again")
-        for name, shape, type, is_int in table:
-            raw = f.read(int(np.prod(shape)) * TYPE_BYTES[type])
-            crc = zlib.crc32(raw, crc)
-            out.tensors[name] = np.frombuffer(raw, "<i4").reshape(shape) if is_int else from_bytes(raw, shape, type)
-        found = struct.unpack("<I", f.read(4))[0]
-    if crc != found:
-        raise FileError(f"{path}: CRC-32: expected {crc:08x} for these bytes, found {found:08x}; "
-                        "the file is damaged, copy or write it again")
+    _, out = parse_header(raw, path)
+    table = [(name, shape, FP32 if is_int else out.type, is_int)
+             for name, shape, is_int in tensor_table(out.kind, out.cfg, out.B, out.T)]
+    expected = HEADER_BYTES + sum(tensor_bytes(s, t) for _, s, t, _ in table) + 4
+    if size != expected:
+        raise FileError(f"{path}: size of this {KINDS[out.kind]}: expected {expected} bytes, found {size}; "
+                        "it is cut off or not of this header, copy or write the file again")
+
+    def tensors():
+        with open(path, "rb") as f:
+            crc = zlib.crc32(f.read(HEADER_BYTES))
+
+            def chunks(left):
+                nonlocal crc
+                while left:
+                    raw = f.read(min(left, CHUNK_BYTES))
+                    if not raw:
+                        raise FileError(f"{path}: expected {left} more bytes, found none; it was cut off while it was read")
+                    crc, left = zlib.crc32(raw, crc), left - len(raw)
+                    yield raw
+
+            for name, shape, type, is_int in table:
+                yield name, shape, type, is_int, chunks(tensor_bytes(shape, type))
+            found = struct.unpack("<I", f.read(4))[0]
+        if crc != found:
+            raise FileError(f"{path}: CRC-32: expected {crc:08x} for these bytes, found {found:08x}; "
+                            "the file is damaged, copy or write it again")
+    return out, tensors()
+
+
+def read(path):
+    """KeelFile of any kind, checked; reals as float64 for type fp64, else float32 (BF16 is widened)."""
+    out, tensors = open_file(path)
+    for name, shape, type, is_int, chunks in tensors:
+        raw = b"".join(chunks)
+        out.tensors[name] = np.frombuffer(raw, "<i4").reshape(shape) if is_int else from_bytes(raw, shape, type)
     return out
 
 
-def write(path, file):
-    """Writes a KeelFile of any kind; `file.tensors` must hold exactly the tensors of `tensor_table`."""
+def header_of(file):
+    """The 256 int32 of a KeelFile's header."""
     cfg = file.cfg
     h = np.zeros(HEADER_BYTES // 4, "<i4") if file.header is None else np.array(file.header, "<i4")
     h[:11] = [MAGIC, VERSION, file.kind, file.type, cfg.max_T, cfg.V, cfg.Vp, cfg.L, cfg.H, cfg.C,
@@ -239,22 +233,37 @@ def write(path, file):
     h[12:14] = file.B, file.T
     h[14:16] = np.array([file.step], "<i8").view("<i4")
     h[16] = file.branch_bf16
-    table = tensor_table(file.kind, cfg, file.B, file.T)
+    return h
+
+
+def write(path, file):
+    """Writes a KeelFile of any kind, whole or not at all; `file.tensors`, a mapping, must hold exactly the tensors of
+    `tensor_table`, and each is asked for once, in that order."""
+    table = tensor_table(file.kind, file.cfg, file.B, file.T)
     wrong = {name for name, _, _ in table} ^ set(file.tensors)
     if wrong:
         raise FileError(f"{path}: expected the tensors of a {KINDS[file.kind]}, missing or too many: {sorted(wrong)}")
-    with open(path, "wb") as f:
-        raw = h.tobytes()
-        crc = zlib.crc32(raw)
-        f.write(raw)
-        for name, shape, is_int in table:
-            a = np.asarray(file.tensors[name])
-            if a.shape != shape:
-                raise FileError(f"{path}: {name}: expected shape {shape}, found {a.shape}")
-            raw = np.ascontiguousarray(a, "<i4").tobytes() if is_int else to_bytes(a, file.type)
-            crc = zlib.crc32(raw, crc)
+    unfinished = f"{path}.tmp"
+    try:
+        with open(unfinished, "wb") as f:
+            raw = header_of(file).tobytes()
+            crc = zlib.crc32(raw)
             f.write(raw)
-        f.write(struct.pack("<I", crc))
+            for name, shape, is_int in table:
+                a = np.asarray(file.tensors[name])
+                if a.shape != shape:
+                    raise FileError(f"{path}: {name}: expected shape {shape}, found {a.shape}")
+                raw = np.ascontiguousarray(a, "<i4").tobytes() if is_int else to_bytes(a, file.type)
+                crc = zlib.crc32(raw, crc)
+                f.write(raw)
+            f.write(struct.pack("<I", crc))
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(unfinished, path)
+    except BaseException:
+        if os.path.exists(unfinished):
+            os.remove(unfinished)
+        raise
 
 
 # ---------------------------------------------------------------------------------------------------------
