@@ -47,8 +47,7 @@ def settings(model_path, file):
         return []
     if state == model_path or found.kind != keel_file.STATE or found.cfg != file.cfg or found.step != file.step:
         return []
-    rows = [(name, f"{struct.unpack_from('<' + kind, header, 4 * word)[0]:.6g}" if kind == "d" else
-             f"{struct.unpack_from('<' + kind, header, 4 * word)[0]:,}") for name, word, kind in SETTINGS]
+    rows = [(name, f"{struct.unpack_from('<' + kind, header, 4 * word)[0]:.15g}") for name, word, kind in SETTINGS]
     hops, = struct.unpack_from("<i", header, 4 * HOPS_WORD)
     return rows + ([("training data", f"hops:{hops}, programs without end")] if hops else [])
 

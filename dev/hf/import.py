@@ -83,6 +83,8 @@ def import_model(folder, path):
         c = json.loads((folder / "config.json").read_text())
         if c.get("model_type") != "keel":
             raise FileError(f"{folder}: expected a model of type keel in config.json, found {c.get('model_type')!r}")
+        if c["norm"] not in keel_file.NORMS:
+            raise ValueError(f"norm {c['norm']!r}")
         cfg = keel_file.Config(c["max_position_embeddings"], c["vocab_size"], 2 * c["num_hidden_layers"], c["num_attention_heads"],
                                c["hidden_size"], c["norm"], c["alpha"])
     except (ValueError, KeyError, TypeError) as error:

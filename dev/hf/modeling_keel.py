@@ -108,6 +108,9 @@ class KeelSubLayer(nn.Module):
         self.norm_in = RMSNorm(config.hidden_size) if s.norm_in else None
         self.branch = FeedForward(config) if l % 2 else Attention(config, l // 2, s.norm_qkv)
         self.norm_out = RMSNorm(config.hidden_size) if s.norm_out else None
+        if config.norm == "deepnorm":  # V, the output projection and both FFN matrices start L^-0.25 times as large
+            for name, matrix in self.branch.named_children():
+                matrix.first_small_row = 2 * config.hidden_size if name == "qkv" else 0
 
     def forward(self, x, *context):
         u = x if self.norm_in is None else self.norm_in(x)
@@ -139,17 +142,23 @@ class KeelPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values", "cache"]
     _keep_in_fp32_modules_strict = ["norm_in", "norm_out", "norm_q", "norm_k", "norm_v", "norm_final"]
 
+    if not hasattr(PreTrainedModel, "_keep_in_fp32_modules_strict"):  # older ones round all weights on their way to a device_map
+        @classmethod
+        def from_pretrained(cls, *args, torch_dtype=None, **kwargs):
+            model = super().from_pretrained(*args, torch_dtype="auto" if torch_dtype == "auto" else None, **kwargs)
+            return model.to(torch_dtype) if isinstance(torch_dtype, torch.dtype) else model
+
     def _init_weights(self, module):
         """Uniform with variance 1/fan_in, embeddings 1/C: the trainers' distributions, drawn by PyTorch."""
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.uniform_(module.weight, -math.sqrt(3 / module.weight.shape[1]), math.sqrt(3 / module.weight.shape[1]))
-        elif isinstance(module, RMSNorm):
-            nn.init.ones_(module.weight)
-        elif isinstance(module, KeelSubLayer) and self.config.norm == "deepnorm":  # V, output projection and both FFN matrices
-            bound = math.sqrt(3) * self.config.L ** -0.25
-            for weight in ([module.branch.fc.weight] if isinstance(module.branch, FeedForward) else
-                           [module.branch.qkv.weight[2 * self.config.hidden_size:]]) + [module.branch.proj.weight]:
-                nn.init.uniform_(weight, -bound / math.sqrt(weight.shape[1]), bound / math.sqrt(weight.shape[1]))
+        weight = getattr(module, "weight", None)
+        if weight is None or getattr(weight, "_is_hf_initialized", False):
+            return
+        with torch.no_grad():
+            if isinstance(module, RMSNorm):
+                weight.fill_(1)
+            elif isinstance(module, (nn.Linear, nn.Embedding)):
+                weight.uniform_(-1, 1).mul_(math.sqrt(3 / weight.shape[1]))
+                weight[getattr(module, "first_small_row", len(weight)):] *= self.config.L ** -0.25
 
 
 class KeelModel(KeelPreTrainedModel):
@@ -267,3 +276,8 @@ class KeelForCausalLM(KeelPreTrainedModel, GenerationMixin):
             loss = losses / ((targets != -100).sum() if num_items_in_batch is None else num_items_in_batch)
         out = CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=out.hidden_states, **{CACHE: out[CACHE] if CACHE in out else None})
         return out if (self.config.return_dict if return_dict is None else return_dict) else out.to_tuple()
+
+
+KeelConfig.register_for_auto_class()  # so that save_pretrained writes these files too
+KeelModel.register_for_auto_class("AutoModel")
+KeelForCausalLM.register_for_auto_class("AutoModelForCausalLM")
