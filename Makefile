@@ -75,6 +75,7 @@ learn
 check
   make test                 builds and runs all tests; fetches what they need where it can; LONG=1: sanitize, fuzz too
   make test_cpu             the CPU trainer's tests, built fast, seconds after an edit; T='Post-LN*' runs those so named
+  make test_hf_latest       what stands on PyTorch and Hugging Face, with the newest of both in an environment of its own
   make compare              CPU against GPU, tensor by tensor, both ways; without a GPU its kernels run on the CPU
   make crash_test           kills the CPU trainer 210 times, cuts its power, fills its disk, flips bits in its files
   make sanitize             the CPU trainer's tests under ASan, UBSan and TSan, and a run under valgrind's memcheck
@@ -273,11 +274,13 @@ crash_test:   train_keel_cpu build/crash_test build/crash_shim.so
 sanitize:     $(SANITIZED)
 fuzz:         $(FUZZERS)
 bench_cpu:    train_keel_cpu
+test_hf_latest: train_keel_cpu train_keel_cpu_fp64 build/train_keel_on_cpu build/tokenizer.so
 test_gpu:     build/test_gpu_bf16 build/test_gpu_fp32
 memory_table: build/memory_table
 state_types:  train_keel
 
 run.test_cpu     = build/test_cpu_quick -tc="$${T:-*}"
+run.test_hf_latest = test/hf_latest.sh
 run.compare      = test/compare.sh
 run.crash_test   = LONG=1 build/crash_test
 run.sanitize     = test/sanitize.sh

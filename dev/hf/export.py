@@ -27,9 +27,9 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parents[1] / "data")]
 import card
 import keel_file
+import shards
 import tokenizer as tokenizers
 from keel_file import FileError, tensor_bytes
-from shards import DataError
 
 # A tensor of the file, without its sub-layer, and its name in modeling_keel.py.
 NAMES = {
@@ -98,18 +98,18 @@ def tokenizer_files(tok, max_T):
 # Weights
 
 
-def plan_shards(cfg, type, most):
+def plan_files(cfg, type, most):
     """[(name of the file, [(their name, shape)])]: the tensors in order, a new file where one would exceed `most` bytes."""
-    shards, size = [[]], 0
+    files, size = [[]], 0
     for _, name, shape in their_tensors(cfg):
         n = tensor_bytes(shape, type)
-        if shards[-1] and size + n > most:
-            shards.append([])
+        if files[-1] and size + n > most:
+            files.append([])
             size = 0
-        shards[-1].append((name, shape))
+        files[-1].append((name, shape))
         size += n
-    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    return list(zip(names if len(shards) > 1 else ["model.safetensors"], shards))
+    names = [f"model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)]
+    return list(zip(names if len(files) > 1 else ["model.safetensors"], files))
 
 
 def safetensors_header(tensors, type):
@@ -126,7 +126,7 @@ def safetensors_header(tensors, type):
 
 def write_weights(folder, path, cfg, type, tensors, most):
     """tensors: the iterator of keel_file.open_file."""
-    plan = plan_shards(cfg, type, most)
+    plan = plan_files(cfg, type, most)
     for shard, contents in plan:
         with open(folder / shard, "wb") as out:
             out.write(safetensors_header(contents, type))
@@ -216,27 +216,35 @@ def export(model_path, out, tokenizer_path=None, max_shard_size=5_000_000_000):
         card.write(folder, model_path, file, tok, out.name)
 
 
+def byte_count(text):
+    try:
+        if (value := float(text)) >= 1:
+            return int(value)
+    except (ValueError, OverflowError):
+        pass
+    raise argparse.ArgumentTypeError(f"expected a number of bytes such as 5e9, found {text!r}")
+
+
+def stop(*_):
+    raise KeyboardInterrupt
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = shards.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, metavar="MODEL.bin")
     parser.add_argument("out", type=Path, metavar="OUT")
     parser.add_argument("--tokenizer", metavar="FILE", help="where it does not lie beside the model")
-    parser.add_argument("--max-shard-size", metavar="BYTES", type=lambda text: int(float(text)), default=5_000_000_000,
-                        help="of a safetensors file (default: 5e9)")
+    parser.add_argument("--max-shard-size", metavar="BYTES", type=byte_count, default=5_000_000_000, help="of a safetensors file (default: 5e9)")
     a = parser.parse_args()
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: sys.exit("export.py: stopped; nothing was written"))
+        signal.signal(number, stop)
     try:
         export(a.model, a.out, a.tokenizer, a.max_shard_size)
-    except OSError as error:
-        sys.exit(f"{error.filename or a.out}: {error.strerror}; nothing was written")
-    except (FileError, DataError) as error:
-        sys.exit(str(error))
-    except KeyboardInterrupt:
-        sys.exit("export.py: stopped; nothing was written")
+    except FileError as error:
+        raise shards.DataError(error) from None
     print(f"{a.out}: {sum(f.stat().st_size for f in a.out.iterdir()) / 1e6:,.1f} MB, "
           f"AutoModelForCausalLM.from_pretrained({str(a.out)!r}, trust_remote_code=True)")
 
 
 if __name__ == "__main__":
-    main()
+    shards.run(main)

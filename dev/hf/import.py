@@ -8,6 +8,7 @@ norms' gains are FP32, become FP32. The tokenizer goes beside MODEL.bin, where t
 Needs NumPy, PyTorch and safetensors.
 """
 
+import argparse
 import json
 import os
 import shutil
@@ -16,10 +17,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
+sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1] / "data")]
 import numpy as np
 
 import keel_file
+import shards
 from export import TOKENIZER_WORD, TYPES, their_tensors
 from keel_file import FileError
 
@@ -103,19 +105,18 @@ def import_model(folder, path):
 
 
 def main():
-    if len(sys.argv) != 3:
-        sys.exit("usage: python3 dev/hf/import.py OUT MODEL.bin")
-    folder, path = map(Path, sys.argv[1:])
+    parser = shards.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, metavar="OUT")
+    parser.add_argument("model", type=Path, metavar="MODEL.bin")
+    a = parser.parse_args()
     try:
-        import_model(folder, path)
-    except OSError as error:
-        sys.exit(f"{error.filename or path}: {error.strerror}; nothing was written")
+        import_model(a.folder, a.model)
     except ImportError as error:
-        sys.exit(f"{error}; pip install torch safetensors")
+        raise shards.DataError(f"{error}: pip install torch safetensors") from None
     except FileError as error:
-        sys.exit(str(error))
-    print(f"{path}: {os.path.getsize(path) / 1e6:,.1f} MB")
+        raise shards.DataError(error) from None
+    print(f"{a.model}: {os.path.getsize(a.model) / 1e6:,.1f} MB")
 
 
 if __name__ == "__main__":
-    main()
+    shards.run(main)

@@ -56,7 +56,7 @@ class RMSNorm(nn.Module):
 def attend(q, k, v, mask):
     """softmax(q k^T / sqrt(D)) v over the keys that mask (.,1,T,S) lets each query see, written out."""
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
-    return scores.masked_fill(~mask, -math.inf).softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+    return scores.masked_fill(~mask, -math.inf).softmax(-1, dtype=highway_type(q.dtype)).to(v.dtype) @ v
 
 
 class Attention(nn.Module):
@@ -145,8 +145,9 @@ class KeelPreTrainedModel(PreTrainedModel):
     if not hasattr(PreTrainedModel, "_keep_in_fp32_modules_strict"):  # older ones round all weights on their way to a device_map
         @classmethod
         def from_pretrained(cls, *args, torch_dtype=None, **kwargs):
-            model = super().from_pretrained(*args, torch_dtype="auto" if torch_dtype == "auto" else None, **kwargs)
-            return model.to(torch_dtype) if isinstance(torch_dtype, torch.dtype) else model
+            half = torch_dtype in (torch.bfloat16, torch.float16)
+            model = super().from_pretrained(*args, torch_dtype=torch.float32 if half else torch_dtype, **kwargs)
+            return model.to(torch_dtype) if half else model
 
     def _init_weights(self, module):
         """Uniform with variance 1/fan_in, embeddings 1/C: the trainers' distributions, drawn by PyTorch."""
