@@ -354,7 +354,6 @@ def test_back_to_the_same_bytes(folder):
     file.header[3] = keel_file.BF16
     file.cfg.alpha, file.cfg.V, file.step = 1.0, 250, 2**40 + 3
     file.tensors["wte"] = np.where(np.arange(256)[:, None] < 250, file.tensors["wte"], 0)
-    tok = tokenizers.Tokenizer([bytes([i]) for i in range(256)], 0, [], "bytes")
     keel_file.write(folder / "bf16.bin", file)
     assert "V 256" in refused(export, folder / "bf16.bin", folder / "hf", "--tokenizer", exported() / "tokenizer.bin")
     file.cfg.V = 256

@@ -5,7 +5,7 @@
 
 Of a folder as export.py wrote it that is the file it was made of, to the bit. Weights of several types, as of a BF16 model whose
 norms' gains are FP32, become FP32. The tokenizer goes beside MODEL.bin, where there is none yet. A tensor is in memory at a time.
-Needs NumPy, PyTorch and safetensors.
+Needs NumPy.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1] / "data")]
@@ -23,61 +24,81 @@ import numpy as np
 import keel_file
 import shards
 from export import TOKENIZER_WORD, TYPES, their_tensors
-from keel_file import FileError
+from keel_file import FileError, tensor_bytes
+
+OUR_TYPES = {theirs: ours for ours, (theirs, _) in TYPES.items()}
+
+
+class Stored(NamedTuple):
+    """A tensor in a safetensors file: its type's name there, its shape, and where its bytes begin."""
+    path: Path
+    dtype: str
+    shape: tuple
+    begin: int
+
+
+def stored_tensors(path):
+    """{name: Stored} of a safetensors file: uint64 length, JSON with each tensor's place, then the data."""
+    try:
+        with open(path, "rb") as f:
+            length, size, found = int.from_bytes(f.read(8), "little"), os.path.getsize(path), {}
+            for name, entry in json.loads(f.read(min(length, size))).items():
+                if name == "__metadata__":
+                    continue
+                dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+                if 8 + length + end > size or (dtype in OUR_TYPES and end - begin != tensor_bytes(shape, OUR_TYPES[dtype])):
+                    raise ValueError(f"{name} of {shape} ends at {8 + length + end} of {size} bytes")
+                found[name] = Stored(path, dtype, tuple(shape), 8 + length + begin)
+            return found
+    except FileNotFoundError:
+        raise FileError(f"{path}: expected the weights there, found no such file; "
+                        "have transformers save it by save_pretrained, or copy the folder again") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FileError(f"{path}: expected a safetensors file, found one that cannot be read ({error}); copy it again") from None
 
 
 class Weights(Mapping):
     """Our name -> array, read when it is asked for; wte with its padded rows."""
 
     def __init__(self, folder, cfg):
-        import torch
-        from safetensors import SafetensorError, safe_open
-        self.torch, self.cfg = torch, cfg
-        self.theirs = {ours: (name, shape) for ours, name, shape in their_tensors(cfg)}
-        index = folder / "model.safetensors.index.json"
+        self.cfg, index, stored = cfg, folder / "model.safetensors.index.json", {}
         files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else ["model.safetensors"]
-        self.file_of = {}
         for name in files:
-            path = folder / name
-            if not path.exists():
-                raise FileError(f"{path}: expected the weights there, found no such file; "
-                                "have transformers save it with safe_serialization=True, or copy the folder again")
-            try:
-                opened = safe_open(path, framework="pt")
-            except SafetensorError as error:
-                raise FileError(f"{path}: expected a safetensors file, found one that cannot be read ({error}); copy it again") from None
-            self.file_of.update(dict.fromkeys(opened.keys(), opened))
-        missing = [name for name, _ in self.theirs.values() if name not in self.file_of]
-        extra = self.file_of.keys() - {name for name, _ in self.theirs.values()} - {"lm_head.weight"}  # tied, where it was saved
+            stored.update(stored_tensors(folder / name))
+        same = "is config.json of the same model?"
+        wanted = {theirs: shape for _, theirs, shape in their_tensors(cfg)}
+        missing, extra = wanted.keys() - stored.keys(), stored.keys() - wanted.keys() - {"lm_head.weight"}  # tied, where it was saved
         if missing or extra:
-            raise FileError(f"{folder}: expected the tensors of a {cfg.norm} model of {cfg.L} sub-layers, missing {missing[:3]}, "
-                            f"too many {sorted(extra)[:3]}; is config.json of the same model?")
-        for name, shape in self.theirs.values():
-            found = tuple(self.file_of[name].get_slice(name).get_shape())
-            if found != shape:
-                raise FileError(f"{folder}: {name}: expected shape {shape}, found {found}; is config.json of the same model?")
+            raise FileError(f"{folder}: expected the tensors of a {cfg.norm} model of {cfg.L} sub-layers, missing {sorted(missing)[:3]}, "
+                            f"too many {sorted(extra)[:3]}; {same}")
+        for name, shape in wanted.items():
+            if stored[name].shape != shape:
+                raise FileError(f"{folder}: {name}: expected shape {shape}, found {stored[name].shape}; {same}")
+        self.stored = {ours: stored[theirs] for ours, theirs, _ in their_tensors(cfg)}
 
     def type(self):
-        """Of the file: the weights' own, or FP32 where they differ."""
-        found = {self.file_of[name].get_slice(name).get_dtype() for name, _ in self.theirs.values()}
-        types = {theirs: ours for ours, (theirs, _) in TYPES.items()}
+        """Of the file: the weights' own, or FP32 where they are FP32 and BF16."""
+        found = {tensor.dtype for tensor in self.stored.values()}
         if found == {"F32", "BF16"}:
             return keel_file.FP32
-        if len(found) > 1 or not found <= types.keys():
-            raise FileError(f"{sorted(found)}: expected weights of one of {', '.join(types)}, or F32 and BF16; save the model in one of them")
-        return types[found.pop()]
+        if len(found) > 1 or not found <= OUR_TYPES.keys():
+            raise FileError(f"expected weights of one type of {', '.join(OUR_TYPES)}, or of F32 and BF16, found {sorted(found)}; "
+                            "save the model in one of them")
+        return OUR_TYPES[found.pop()]
 
     def __getitem__(self, ours):
-        name, shape = self.theirs[ours]
-        tensor = self.file_of[name].get_tensor(name)
-        array = (tensor.float() if tensor.dtype == self.torch.bfloat16 else tensor).numpy()
+        tensor = self.stored[ours]
+        type = OUR_TYPES[tensor.dtype]
+        with open(tensor.path, "rb") as f:
+            f.seek(tensor.begin)
+            array = keel_file.from_bytes(f.read(tensor_bytes(tensor.shape, type)), tensor.shape, type)
         return array if ours != "wte" else np.pad(array, ((0, self.cfg.Vp - self.cfg.V), (0, 0)))
 
     def __iter__(self):
-        return iter(self.theirs)
+        return iter(self.stored)
 
     def __len__(self):
-        return len(self.theirs)
+        return len(self.stored)
 
 
 def import_model(folder, path):
@@ -111,8 +132,6 @@ def main():
     a = parser.parse_args()
     try:
         import_model(a.folder, a.model)
-    except ImportError as error:
-        raise shards.DataError(f"{error}: pip install torch safetensors") from None
     except FileError as error:
         raise shards.DataError(error) from None
     print(f"{a.model}: {os.path.getsize(a.model) / 1e6:,.1f} MB")
