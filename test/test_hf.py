@@ -212,7 +212,7 @@ def test_padding_on_either_side(folder):
 
 
 def test_caches(folder):
-    """Text by a growing cache, by a static one, in pieces, by beams and without a cache is the same."""
+    """Text by a growing cache, by a static one, in pieces, by beams and without a cache is the same, and by either attention."""
     model, prompt = load(exported()), ids([list(b"The gradient ")])
     ways = [{"use_cache": True}, {"use_cache": False}] + ([{"cache_implementation": "static"}] if torch.__version__ >= "2" else [])
     for more in ({}, {"num_beams": 3}):
@@ -223,6 +223,10 @@ def test_caches(folder):
     rest = model(prompt[:, 5:], **{name: first[name] for name in ("cache", "past_key_values") if name in first})
     assert close(rest.logits, whole[:, 5:]) and close(model(prompt, logits_to_keep=2).logits, whole[:, -2:])
     assert close(model(inputs_embeds=model.get_input_embeddings()(prompt)).logits, whole)
+    if torch.__version__ >= "2":  # where there is another attention than the written-out one
+        written_out = load(exported(), attn_implementation="eager")
+        assert model.config._attn_implementation == "sdpa" != written_out.config._attn_implementation
+        assert close(written_out(prompt).logits, whole)
 
 
 def test_gradient_checkpointing(folder):
