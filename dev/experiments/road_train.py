@@ -77,7 +77,7 @@ def main():
     o.out.mkdir(parents=True, exist_ok=True)
     logs = {"log.csv": (LOG, []), "probe.csv": (PROBE, [])}
     if o.resume and snapshot.exists():
-        saved = torch.load(snapshot, map_location=o.device)
+        saved = torch.load(snapshot, map_location=o.device, weights_only=True)
         step, adamw.t = saved["step"], saved["step"]
         with torch.no_grad():
             for mine, theirs in zip((*params, *adamw.m, *adamw.v), saved["tensors"]):
