@@ -9,9 +9,9 @@ Every column of log.csv is a scalar, log/loss for example. Under depth/ are, fro
 of lookups and, from probe.csv (--probe), the decades by which the gradient shrinks from the last sub-layer down to
 sub-layer 2 (KEEL's highway begins there), and pictures of gradients, gains and branches over depth.
 
-A run that is resumed loses its rows after the checkpoint and writes others. Its event file is then written anew from
-the logs, as it is by every start of this program, so that it never holds a row twice. W&B keeps all that it was ever
-sent: there the rows that changed come again, with their steps.
+A run that is resumed loses its rows after the checkpoint and writes others. TensorBoard is then told to forget what
+came after it. W&B keeps all that it was ever sent: there the rows that changed come again, with their steps.
+watch_tensorboard.json or watch_wandb.json says what was sent, so that another start goes on from there.
 """
 
 import argparse
@@ -50,33 +50,29 @@ class Log:
     def __init__(self, path):
         self.path, self.file, self.marks = path, None, []
 
-    def open(self, marks):
-        """From the start. marks: what was logged once, [[bytes, their CRC-32], ...]; those stay that still hold."""
+    def open(self, marks=()):
+        """From the start. marks: how far it was sent, [[bytes, their CRC-32, step], ...]; those that hold stay."""
         try:
             self.file = open(self.path, "rb", buffering=0)
         except FileNotFoundError:
             return
         self.columns, self.rest, self.end, self.crc, self.step = [], b"", 0, 0, 0
         self.marks, crc, at = [], 0, 0
-        for end, expected in marks:
-            while at < end and (block := self.file.read(min(CHUNK, end - at))):
+        for mark in marks:
+            while at < mark[0] and (block := self.file.read(min(CHUNK, mark[0] - at))):
                 crc, at = zlib.crc32(block, crc), at + len(block)
-            if (at, crc) != (end, expected):
+            if [at, crc] != mark[:2]:
                 break
-            self.marks.append([end, expected])
-        self.logged = self.marks[-1][0] if self.marks else 0
+            self.marks.append(mark)
+        self.sent_end, _, self.sent_step = self.marks[-1] if self.marks else (0, 0, 0)
         self.file.seek(0)
 
     def mark(self):
-        """What has been read is logged. Thinned, so that older marks stand farther apart."""
-        if self.file and self.end > (self.marks[-1][0] if self.marks else 0):
-            self.marks.append([self.end, self.crc])
+        """What has been read up to here was taken. The older marks are, the farther apart they stand."""
+        if self.end > (self.marks[-1][0] if self.marks else 0):
+            self.marks.append([self.end, self.crc, self.step])
             if len(self.marks) > 256:
                 del self.marks[1:-1:2]
-        return self.marks
-
-    def is_new(self):
-        return self.end > self.logged
 
     def replaced(self):
         try:
@@ -119,6 +115,7 @@ class Log:
                 if good:
                     self.step = int(step)
                     yield self.step, rows
+                    self.mark()
             self.rest = self.rest[used:]
             if not block or stop.is_set():
                 return
@@ -216,37 +213,56 @@ def picture(np, title, steps, values):
     return png.getvalue()
 
 
-class TensorBoard:
-    """A run's event file, written anew by restart()."""
-
-    marks = {}
+class Sink:
+    """Where a run's numbers go, and a file of what was sent there: the logs' marks, and what else it has to know."""
 
     def __init__(self, folder, run):
+        kind = type(self).__name__.lower()
+        self.folder, self.path = folder, folder / f"watch_{kind}.json"
+        try:
+            self.sent = json.loads(self.path.read_text())
+        except (FileNotFoundError, ValueError):  # none, or torn by a crash
+            self.sent = {"run": os.path.relpath(run, folder), "marks": {}}
+        if self.sent["run"] != os.path.relpath(run, folder):
+            raise WatchError(f"{self.path}: expected what was sent of {run}, found that of {self.sent['run']}; "
+                             "give another --logdir")
+
+    def marks(self, name):
+        return self.sent["marks"].get(name, [])
+
+    def save(self, marks):
+        if marks != self.sent["marks"]:
+            self.sent["marks"] = json.loads(json.dumps(marks))
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_text(json.dumps(self.sent) + "\n")
+            os.replace(temporary, self.path)
+
+
+class TensorBoard(Sink):
+    def __init__(self, folder, run):
+        super().__init__(folder, run)
         from tensorboard.compat.proto import event_pb2, summary_pb2
         from tensorboard.summary.writer.record_writer import RecordWriter
         self.Event, self.SessionLog, self.Summary = event_pb2.Event, event_pb2.SessionLog, summary_pb2.Summary
-        self.pending, self.file, self.folder = io.BytesIO(), None, folder
+        self.pending = io.BytesIO()
         self.records = RecordWriter(self.pending)
-        self.suffix = f"keel-{zlib.crc32(os.path.relpath(run, folder).encode()):08x}"
-        if any(path.suffix[1:] != self.suffix for path in self.ours()):
-            raise WatchError(f"{folder}: expected no events of another run, found some; give another --logdir")
-
-    def ours(self):
-        return sorted(self.folder.glob("events.out.tfevents.*.keel-*"))
-
-    def restart(self):
-        """TensorBoard takes the files of a folder in the order of their names, and START for the end of what was."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        old = self.ours()
-        stamp = max([int(time.time())] + [int(path.name.split(".")[3]) + 1 for path in old])
-        self.path = self.folder / f"events.out.tfevents.{stamp:010d}.{self.suffix}"
-        self.close()
-        self.file = open(self.path, "wb", buffering=0)
-        for path in old:
-            path.unlink()
-        self.pending.seek(0), self.pending.truncate()
+        # A file of its own, for the last one may end in half a record: TensorBoard reads them in the order of names.
+        old = sorted(path.name for path in folder.glob("events.out.tfevents.*.keel"))
+        if not old:
+            self.sent["marks"] = {}
+        stamp = max(int(time.time()), int(old[-1].split(".")[3]) + 1 if old else 0)
+        self.file = open(folder / f"events.out.tfevents.{stamp:010d}.keel", "wb", buffering=0)
         self.write(0, time.time(), file_version="brain.Event:2")
-        self.write(0, time.time(), session_log=self.SessionLog(status=self.SessionLog.START))
+        if not old:  # of the first START TensorBoard takes no notice
+            self.write(0, time.time(), session_log=self.SessionLog(status=self.SessionLog.START))
+
+    def restart(self, logs):
+        """Has TensorBoard forget all from the first step on that is not, in all logs, as it was sent."""
+        self.since = min((log.sent_step for log in logs if log.file), default=-1) + 1
+        self.write(self.since, time.time(), session_log=self.SessionLog(status=self.SessionLog.START))
+
+    def wants(self, log):
+        return log.step >= self.since
 
     def write(self, step, wall, **what):
         self.records.write(self.Event(step=step, wall_time=wall, **what).SerializeToString())
@@ -255,7 +271,7 @@ class TensorBoard:
         values = [self.Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
         self.write(step, wall, summary=self.Summary(value=values))
         if self.pending.tell() > CHUNK:
-            self.flush({})
+            self.flush(self.sent["marks"])
 
     def image(self, step, wall, tag, png):
         shape = {"width": int.from_bytes(png[16:20], "big"), "height": int.from_bytes(png[20:24], "big")}
@@ -267,31 +283,28 @@ class TensorBoard:
         while data:
             data = data[self.file.write(data):]
         self.pending.seek(0), self.pending.truncate()
+        self.save(marks)
 
     def close(self):
-        if self.file:
-            self.file.close()
+        self.file.close()
 
 
-class WandB:
-    """A run of W&B. wandb.json beside its files has its id and what of the logs it was sent."""
-
-    def __init__(self, folder, name, project):
+class WandB(Sink):
+    def __init__(self, folder, run, name, project):
+        super().__init__(folder, run)
         import wandb
-        self.wandb, self.path = wandb, folder / "wandb.json"
-        try:
-            known = json.loads(self.path.read_text())
-        except (FileNotFoundError, ValueError):  # torn by a crash: a new run
-            known = {"id": secrets.token_hex(4), "marks": {}}
-        self.id, self.marks, self.written = known["id"], known["marks"], ""
-        folder.mkdir(parents=True, exist_ok=True)
-        self.run = wandb.init(project=project, id=self.id, name=name, resume="allow", dir=folder, reinit="create_new",
+        self.wandb = wandb
+        number = self.sent.setdefault("id", secrets.token_hex(4))
+        self.run = wandb.init(project=project, id=number, name=name, dir=folder, resume="allow", reinit="create_new",
                               settings=wandb.Settings(console="off"))
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")  # W&B's own step never goes back
 
-    def restart(self):
+    def restart(self, logs):
         pass
+
+    def wants(self, log):
+        return log.end > log.sent_end
 
     def scalars(self, step, wall, values):
         self.run.log({"step": step, **values})
@@ -301,12 +314,7 @@ class WandB:
         self.run.log({"step": step, tag: self.wandb.Image(Image.open(io.BytesIO(png)))})
 
     def flush(self, marks):
-        text = json.dumps({"id": self.id, "marks": marks}) + "\n"
-        if text != self.written:
-            temporary = self.path.with_suffix(".json.tmp")
-            temporary.write_text(text)
-            os.replace(temporary, self.path)
-            self.marks, self.written = marks, text
+        self.save(marks)
 
     def close(self):
         self.run.finish()
@@ -321,23 +329,23 @@ class Run:
         self.restart()
 
     def restart(self):
-        """All logs from their start: a resume replaces each."""
-        self.sink.restart()
+        """All logs from their start."""
         self.depth, self.walls, self.wall = Depth(), {}, None
-        for log in self.logs.values():
-            log.file = None
+        for name, log in self.logs.items():
+            log.open(self.sink.marks(name))
+        self.sink.restart(self.logs.values())
 
     def poll(self, stop, last=False):
         if any(log.replaced() for log in self.logs.values()):
             self.restart()
-        for name, log in self.logs.items():
+        for log in self.logs.values():
             if not log.file:
-                log.open(self.sink.marks.get(name, []))
+                log.open()
         log, hops, probe = self.logs.values()
         if log.file and self.wall is None:
             # Steps follow each other without the pauses between them, and the newest row is of now.
             times = Log(log.path)
-            times.open([])
+            times.open()
             taken = sum(times.numbers(rows[0]).get("ms", 0) for _, rows in times.groups(stop))
             self.wall = os.stat(log.path).st_mtime - taken / 1000
         for step, rows in log.groups(stop):
@@ -351,14 +359,14 @@ class Run:
         # The row in log.csv is written when those in probe.csv are.
         for step, rows in probe.groups(stop, lambda step, rows: step <= log.step):
             self.scalars(probe, step, self.depth.add(probe, step, rows))
-            self.depth.undrawn |= self.pictures and probe.is_new()
+            self.depth.undrawn |= self.pictures and self.sink.wants(probe)
         if self.depth.count and (self.depth.due() or last and self.depth.undrawn):
             for tag, png in self.depth.draw(probe, self.name):
                 self.sink.image(probe.step, self.walls.get(probe.step, time.time()), tag, png)
-        self.sink.flush({name: log.mark() for name, log in self.logs.items()})
+        self.sink.flush({name: log.marks for name, log in self.logs.items()})
 
     def scalars(self, log, step, values):
-        if values and log.is_new():
+        if values and self.sink.wants(log):
             self.sink.scalars(step, self.walls.get(step, time.time()), values)
 
 
@@ -387,7 +395,7 @@ def watch(arguments):
         if arguments.once and not (folder / "log.csv").exists():
             raise WatchError(f"{folder}: expected a run's log.csv, found none")
         for log in (Log(folder / name) for name in LOGS):
-            log.open([])
+            log.open()
             next(log.groups(stop), None)  # its header is checked
     needed = "wandb" if arguments.wandb else "tensorboard"
     if not importable(needed):
@@ -403,7 +411,7 @@ def watch(arguments):
         if not os.access(place, os.W_OK | os.X_OK):
             raise WatchError(f"{place}: expected a folder that can be written, found one that cannot; give a --logdir")
     if arguments.wandb:
-        sinks = [WandB(*which, arguments.project) for which in zip(places, names)]
+        sinks = [WandB(*which, arguments.project) for which in zip(places, folders, names)]
     else:
         sinks = [TensorBoard(*which) for which in zip(places, folders)]
         print(f"tensorboard --logdir {logdir or os.path.commonpath(folders)}", flush=True)
