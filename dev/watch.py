@@ -197,14 +197,18 @@ def picture(np, title, steps, values):
     fig = figure.Figure(figsize=(7.6, 4), dpi=125, layout="constrained")
     heat, curves = fig.subplots(1, 2, sharey=True, gridspec_kw={"width_ratios": [2, 1]})
     image = heat.imshow(values[nearest].T, norm=colors.LogNorm(low, high), aspect="auto", origin="lower",
-                        extent=(left, right, -0.5, layers - 0.5), interpolation_stage="rgba")
+                        extent=(left, right, -0.5, layers - 0.5), interpolation_stage="rgba",
+                        interpolation="nearest" if layers < 150 else "hanning")  # without moire where pixels are fewer
     fig.colorbar(image, ax=heat, extend="both", pad=0.01)
     heat.set(xlabel="step", ylabel="sub-layer", facecolor="lightgrey")
     shown = sorted({round(i * (len(steps) - 1) / 4) for i in range(5)})
-    for n, i in enumerate(shown):
-        curves.plot(values[i], range(layers), color=colormaps["plasma"](0.9 - 0.9 * n / max(1, len(shown) - 1)), lw=1.2,
-                    label=f"step {steps[i]}")
-    curves.set(xscale="log", xlim=(min(low, np.nanmin(values[shown])) / 1.2, max(high, np.nanmax(values[shown])) * 1.2))
+    for n, i in enumerate(shown):  # attention and feed-forward apart: they often differ more than neighbours do
+        colour, label = colormaps["plasma"](0.9 - 0.9 * n / max(1, len(shown) - 1)), f"step {steps[i]}"
+        curves.plot(values[i][::2], range(0, layers, 2), color=colour, lw=1.2, label=label)
+        curves.plot(values[i][1::2], range(1, layers, 2), color=colour, lw=1.2, ls=(0, (2, 1.5)))
+    curves.set(xscale="log", xlabel="attention, dashed feed-forward",
+               xlim=(min(low, np.nanmin(values[shown])) / 1.2, max(high, np.nanmax(values[shown])) * 1.2))
+    curves.xaxis.label.set_size(8)
     curves.grid(color="0.9")
     curves.legend(fontsize=8, frameon=False)
     fig.suptitle(title, fontsize=11)
@@ -295,8 +299,11 @@ class WandB(Sink):
         import wandb
         self.wandb = wandb
         number = self.sent.setdefault("id", secrets.token_hex(4))
-        self.run = wandb.init(project=project, id=number, name=name, dir=folder, resume="allow", reinit="create_new",
-                              settings=wandb.Settings(console="off"))
+        try:
+            self.run = wandb.init(project=project, id=number, name=name, dir=folder, resume="allow",
+                                  reinit="create_new", settings=wandb.Settings(console="off"))
+        except wandb.Error as error:
+            raise WatchError(f"W&B: {str(error).splitlines()[0]} (WANDB_MODE=offline needs no account)") from None
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")  # W&B's own step never goes back
 

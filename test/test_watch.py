@@ -164,7 +164,7 @@ def replace(path, text):
 
 
 def test_a_run_is_converted(folder):
-    """Every number of the three logs is in the event file, and empty cells and rows that are not whole are no points."""
+    """Every number of the three logs is in the event file; empty cells and rows that are not whole are no points."""
     need("tensorboard")
     run = write(folder / "run", 20, probe_every=4)
     add(run / "log.csv", row(21, "nan") + row(22, "inf") + row(23, "-inf") + row(24, "1e39") + "\0\0\0\n" + "25,1.5\n")
