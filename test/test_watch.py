@@ -241,7 +241,7 @@ def test_the_trainer_is_killed_and_resumed(folder):
         raise suite.Skip("no train_keel_cpu (make train_keel_cpu)")
     run = folder / "run"
     run.mkdir()
-    train = [str(TRAINER), "-L", "8", "-C", "16", "-H", "2", "-t", "32", "-b", "2", "-x", "300", "-v", "50", "-n", "40",
+    train = [str(TRAINER), "-L", "8", "-C", "16", "-H", "2", "-t", "32", "-b", "2", "-x", "600", "-v", "50", "-n", "40",
              "--probe", "10", "-o", str(run), "-y"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment}
@@ -255,7 +255,7 @@ def test_the_trainer_is_killed_and_resumed(folder):
         assert subprocess.run(train, **quiet).returncode == 0
         following.end()
     equals_run(read(run), run)
-    assert len(table(run / "log.csv")) == 300 and killed < 300, killed
+    assert len(table(run / "log.csv")) == 600 and killed < 600, killed
     watch("--once", run)
     equals_run(read(run), run)
 
