@@ -24,6 +24,7 @@ import re
 import signal
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -70,8 +71,9 @@ def own_task(word, number, folder):
 def check_unsafe(words, flags):
     """The harness would find it after the other benchmarks' data are fetched, and name no way out."""
     if "keel_paper" in words and ("--confirm_run_unsafe_code" not in flags or os.environ.get("HF_ALLOW_CODE_EVAL") != "1"):
-        raise UsageError("keel_paper: humaneval and mbpp run the code that the model writes; allow it by HF_ALLOW_CODE_EVAL=1 and "
-                         "-- --confirm_run_unsafe_code, or name the others: " + " ".join(name for name in primary_metrics() if name not in ("humaneval", "mbpp")))
+        others = " ".join(name for name in primary_metrics() if name not in ("humaneval", "mbpp"))
+        raise UsageError("keel_paper: humaneval and mbpp run the code that the model writes; allow it by HF_ALLOW_CODE_EVAL=1 "
+                         f"and -- --confirm_run_unsafe_code, or name the others: {others}")
 
 
 def check_packages():
@@ -156,6 +158,16 @@ def evaluate(model, words, flags, folder):
         print(line)
 
 
+def explain(error):
+    """What the user can put right: the above, what a file's reader or the harness finds wrong, what cannot be fetched. None:
+    a fault of ours or theirs, whose traceback is worth more."""
+    line = traceback.extract_tb(error.__traceback__)[-1].line
+    if isinstance(error, AssertionError) and "len(continuation_enc) <= self.max_length" in line:
+        return "expected a model with as many positions as the longest answer of these tasks has tokens, found one with fewer"
+    known = isinstance(error, (UsageError, ValueError, OSError)) or type(error).__name__ in ("FileError", "DataError")
+    return str(error) if known else None
+
+
 def main():
     words = sys.argv[1:]
     if not words or words[0] in ("-h", "--help"):
@@ -172,10 +184,9 @@ def main():
     except KeyboardInterrupt:
         sys.exit("evaluate.sh: stopped")
     except Exception as error:
-        # Of the user: the above, the files' readers, what the harness finds wrong, what cannot be fetched. The rest are faults.
-        if not isinstance(error, (UsageError, ValueError, OSError)) and type(error).__name__ not in ("FileError", "DataError"):
+        if (message := explain(error)) is None:
             raise
-        sys.exit("evaluate.sh: " + " ".join(str(error).split()))
+        sys.exit("evaluate.sh: " + " ".join(message.split()))
 
 
 if __name__ == "__main__":

@@ -73,7 +73,8 @@ def hops(hops, pretrained, sequences=None, seed=1337, T=None, **_):
     if config["vocab_size"] != 256 or config["tokenizer_crc32"]:
         raise ValueError(f"hops:{hops}: expected a model of bytes, as programs are made of characters, found one with a tokenizer")
     if max_T < least:
-        raise ValueError(f"hops:{hops}: expected a model of at least {least} positions, as a program has, found {max_T}; give a smaller K")
+        raise ValueError(f"hops:{hops}: expected a model of at least {least} positions, as a program has, found {max_T}; "
+                         "give a smaller K")
     if not least <= T <= max_T:
         raise ValueError(f"hops:{hops}: expected T from {least}, a program, to {max_T}, the model's positions, found {T}")
     rows = Documents()
