@@ -25,6 +25,7 @@ MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
 # Before any of them is imported: nothing may be fetched, nor written elsewhere.
 HOME = tempfile.TemporaryDirectory()
 os.environ.update(HF_HOME=HOME.name, HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", LMEVAL_LOG_LEVEL="ERROR", PYTHON=sys.executable)
+os.environ["OMP_NUM_THREADS"] = "1"  # of models so small that threads only wait for each other
 os.chdir(ROOT)
 
 CPU = str(ROOT / "train_keel_cpu")
@@ -219,6 +220,22 @@ def test_figures_are_pytorchs(folder):
         assert close(theirs["byte_perplexity"], math.exp(nats)), (nats, theirs)
         assert close(theirs["bits_per_byte"], nats / math.log(2)), (nats, theirs)
         assert 0.1 < theirs["bits_per_byte"] < 4, theirs
+
+
+def test_bits_per_byte_are_the_trainers(folder):
+    """Of a text that fills its windows and a model with a token between documents, the harness finds the trainer's
+    val_bits_per_byte."""
+    need()
+    succeed(sys.executable, "data/tokenizer.py", "import", "bytes", "-o", folder / "tok.bin")
+    text = "".join(f"{i * i} sparrows. " for i in range(2000))
+    (folder / "train.txt").write_text(text)
+    (folder / "val.txt").write_text(text[-40 * 64:])
+    succeed(CPU, "--tokenizer", folder / "tok.bin", "-i", folder / "train.txt", "-j", folder / "val.txt", *TINY, "-t", "64",
+            "-x", "30", "-u", "5", "-l", "1e-2", "-m", "99", "-o", folder / "run")
+    theirs = float(list(csv.DictReader((folder / "run/log.csv").read_text().splitlines()))[-1]["val_bits_per_byte"])
+    task = own_task(f"text:{folder / 'val.txt'}", folder)
+    ours, = measure(exported(next((folder / "run").glob("model_*.bin"))), task)["results"].values()
+    assert math.isclose(ours["bits_per_byte,none"], theirs, rel_tol=1e-6), (ours, theirs)
 
 
 @contextlib.contextmanager
