@@ -4,7 +4,6 @@ N failed`."""
 import contextlib
 import csv
 import functools
-import importlib.util
 import io
 import json
 import math
@@ -20,8 +19,6 @@ sys.path[:0] = [str(ROOT / folder) for folder in ("test", "dev", "dev/hf", "dev/
 
 import suite
 
-NEEDED = ("torch", "transformers", "accelerate", "datasets", "lm_eval")
-MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
 # Before any of them is imported: nothing may be fetched, nor written elsewhere.
 HOME = tempfile.TemporaryDirectory()
 os.environ.update(HF_HOME=HOME.name, HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", LMEVAL_LOG_LEVEL="ERROR", PYTHON=sys.executable)
@@ -43,8 +40,11 @@ def succeed(*command, **options):
 
 
 def need():
-    if MISSING:
-        raise suite.Skip(f"no {', '.join(MISSING)} in {sys.executable}: pip install 'lm_eval[hf]'")
+    try:
+        import lm_eval.models.huggingface
+        import lm_eval.tasks
+    except ImportError as error:
+        raise suite.Skip(f"pip install 'lm_eval[hf]' for {sys.executable}: {' '.join(str(error).split())}")
 
 
 def train_hops(folder, K, *flags):
@@ -72,7 +72,7 @@ def measure(folder, *tasks, **metadata):
     with contextlib.redirect_stderr(io.StringIO()):  # bars
         return lm_eval.simple_evaluate(
             "hf", pretrained | {"trust_remote_code": True}, list(tasks), batch_size=8, device="cpu", bootstrap_iters=0,
-            task_manager=TaskManager(include_path=["dev/hf/tasks", "test/lm_eval"], include_defaults=False,
+            task_manager=TaskManager(include_path=["dev/hf/tasks", "test/lm_eval_tasks"], include_defaults=False,
                                      metadata=pretrained | metadata))
 
 
@@ -185,7 +185,7 @@ def test_figures_are_pytorchs(folder):
     samples = {name: sorted(rows, key=lambda row: row["doc_id"]) for name, rows in results["samples"].items()}
     figures = {name: {metric.split(",")[0]: value for metric, value in row.items()} for name, row in results["results"].items()}
     model = keel.from_file(file)
-    read = lambda name: [json.loads(line) for line in (ROOT / "test/lm_eval" / name).read_text(encoding="utf-8").splitlines()]
+    read = lambda name: [json.loads(line) for line in (ROOT / "test/lm_eval_tasks" / name).read_bytes().splitlines()]
     close = lambda a, b: math.isclose(a, b, rel_tol=1e-5, abs_tol=1e-5)  # FP32 against FP64
 
     with torch.no_grad():
@@ -276,7 +276,6 @@ def test_bad_input_is_refused(folder):
     """What cannot be measured is refused in one line, with exit status 1, before anything is exported; nothing stays."""
     need()
     import harness
-    import lm_eval.models.huggingface  # transformers, which finds once where it may keep code
     import lm_eval.tasks
 
     model, _ = train_hops(folder / "run", 1, "-x", "25")
@@ -302,7 +301,7 @@ def test_bad_input_is_refused(folder):
             ([model, "no_such_task"], "Tasks not found: no_such_task"),
             ([model, "keel_paper"], "--confirm_run_unsafe_code"),
             ([model, "hops:1", "--", "--no_such_flag"], None),  # the harness prints its usage
-            ([small, "test/lm_eval/questions.yaml"], "as many positions as the longest answer"),
+            ([small, "test/lm_eval_tasks/questions.yaml"], "as many positions as the longest answer"),
         ):
             sys.argv, message = ["evaluate.sh", *map(str, words)], None
             with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()):

@@ -17,7 +17,6 @@ plain mean is printed at the end.
 """
 
 import functools
-import importlib.util
 import json
 import os
 import re
@@ -76,13 +75,6 @@ def check_unsafe(words, flags):
                          f"and -- --confirm_run_unsafe_code, or name the others: {others}")
 
 
-def check_packages():
-    missing = [name for name in ("torch", "transformers", "accelerate", "numpy") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UsageError(f"expected {', '.join(missing)} beside lm_eval in {sys.executable}, found none; "
-                         "pip install 'lm_eval[hf]', or set PYTHON to one that has all")
-
-
 # ------------------------------------------------------------------------------------------------
 # The mean
 
@@ -113,7 +105,6 @@ def paper_mean(results):
 def evaluate(model, words, flags, folder):
     exported = folder / model.stem if check_model(model) else model.resolve()
     own = [own_task(word, number, folder) for number, word in enumerate(words)]
-    check_packages()
     check_unsafe(words, flags)
     if all(own):
         os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
@@ -121,7 +112,7 @@ def evaluate(model, words, flags, folder):
         os.environ["HF_MODULES_CACHE"] = str(folder / "modules")
     os.environ.setdefault("LMEVAL_LOG_LEVEL", "WARNING")
 
-    import lm_eval
+    import lm_eval.models.huggingface  # with all that it needs, before anything is exported
     import lm_eval.tasks
     import torch
     from lm_eval._cli import HarnessCLI
@@ -138,7 +129,8 @@ def evaluate(model, words, flags, folder):
             import export
 
             export.export(model, exported)
-        if json.loads((exported / "config.json").read_text())["torch_dtype"] == "bfloat16":
+        config = json.loads((exported / "config.json").read_text())
+        if "bfloat16" in (config.get("torch_dtype"), config.get("dtype")):  # its name before and after transformers 4.56
             model_args.setdefault("softmax_dtype", "float32")  # a log-likelihood of 8 bits tells no two choices apart
         results = simple_evaluate(model_args=model_args, **arguments)
         if results is not None:  # None: another rank has them
@@ -161,6 +153,8 @@ def evaluate(model, words, flags, folder):
 def explain(error):
     """What the user can put right: the above, what a file's reader or the harness finds wrong, what cannot be fetched. None:
     a fault of ours or theirs, whose traceback is worth more."""
+    if isinstance(error, ImportError):
+        return f"expected all that lm_eval[hf] needs in {sys.executable}, found: {error}; install that, or set PYTHON to another"
     line = traceback.extract_tb(error.__traceback__)[-1].line
     if isinstance(error, AssertionError) and "len(continuation_enc) <= self.max_length" in line:
         return "expected a model with as many positions as the longest answer of these tasks has tokens, found one with fewer"
