@@ -52,6 +52,15 @@ if python=$(dev/tools/find_python.sh torch numpy 2>/dev/null); then
 else
     skip 2 "the dumps against PyTorch, and the reference: no Python with torch and numpy (Debian: python3-torch)"
 fi
+# Models that leave, with the packages of build/hf, where .ci/run has put them, before those of build/python.
+hf_packages=$PWD/build/hf:$PYTHONPATH
+if python=$(PYTHONPATH=$hf_packages dev/tools/find_python.sh torch transformers 2>/dev/null); then
+    suite 55/65 env PYTHONPATH="$hf_packages" "$python" test/test_hf.py
+    suite 25 env PYTHONPATH="$hf_packages" "$python" test/test_lm_eval.py
+    suite 25 env PYTHONPATH="$hf_packages" "$python" test/test_watch.py
+else
+    skip 3 "exported models, lm-evaluation-harness and dev/watch.py: no Python with torch and transformers (test/hf_packages.txt)"
+fi
 if any_python=$(dev/tools/find_python.sh json 2>/dev/null); then
     suite 35 "$any_python" test/test_data.py
     suite 35/150 "$(dev/tools/find_python.sh tiktoken tokenizers 2>/dev/null || echo "$any_python")" test/test_tokenizer.py
