@@ -386,12 +386,18 @@ def test_the_trainers_go_on_with_an_imported_model(folder):
 
 
 def test_the_card_tells_of_the_run(folder):
-    """README.md has the run's settings, its curve's last validation and the probe's rows as the logs have them."""
+    """README.md has the run's settings, its curve's last validation and the probe's rows, to the logs' first 5 digits; the program
+    that it shows runs, also where the model has few positions."""
     card, log = (exported() / "README.md").read_text(), (trained().parent / "log.csv").read_text().splitlines()
     last = dict(zip(log[0].split(","), log[-1].split(",")))
-    for text in (f"| 60 | {last['loss']} | {last['val_loss']} |", "| peak learning rate | 0.006 |", "| tokens a step | 512 |", "| seed | 1337 |",
-                 "Over depth, at step 60", "| alpha | 8 |"):
+    for text in (f"| 60 | {float(last['loss']):.5g} | {float(last['val_loss']):.5g} |", "| peak learning rate | 0.006 |",
+                 "| tokens a step | 512 |", "| seed | 1337 |", "At step 60: rms", "| alpha | 8 |"):
         assert text in card, (text, card)
+    short = exported("keel", "wide")
+    shown = (short / "README.md").read_text().split("```python\n")[1].split("```")[0].replace("'hf'", repr(str(short)))
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(shown, {})
+    assert printed.getvalue().startswith("Once"), printed.getvalue()
     lone = folder / "m.bin"
     shutil.copy(trained(), lone)  # no run beside it
     assert call(export, lone, folder / "hf") is None

@@ -15,27 +15,36 @@ ROWS = 16  # of the tables of curve and depth, at most
 
 # A training state's settings: name, the word of the header and its type (enum HeaderWord in keel_common.h).
 SETTINGS = [("steps planned", 20, "q"), ("warm-up steps", 22, "q"), ("peak learning rate", 24, "d"), ("tokens a step", 18, "q"),
-            ("micro-batch, sequences", 12, "i"), ("sequence length", 13, "i"), ("weight decay", 26, "d"), ("gradient clip", 28, "d"),
-            ("seed", 30, "Q"), ("ranks", 34, "i"), ("tokens of training data", 32, "q"), ("tokens of validation data", 40, "q")]
+            ("micro-batch, sequences", 12, "i"), ("sequence length", 13, "i"), ("weight decay", 26, "d"),
+            ("gradient clip", 28, "d"), ("seed", 30, "Q"), ("ranks", 34, "i"), ("tokens of training data", 32, "q"),
+            ("tokens of validation data", 40, "q")]
+PRINTED = {"i": ",", "q": ",", "Q": "", "d": ".15g"}  # type: how it is printed
 HOPS_WORD = 48
 
 
 def read_rows(path, last_step):
-    """The rows of a CSV file up to a step, numbers where they are numbers; none where there is no such file."""
+    """The whole rows of a CSV file up to a step; none where there is no such file."""
     if not path.exists():
         return []
     with open(path, newline="") as f:
-        return [row for row in csv.DictReader(f) if row.get("step", "").isdigit() and int(row["step"]) <= last_step]
+        return [row for row in csv.DictReader(f)
+                if None not in row.values() and row.get("step", "").isdigit() and int(row["step"]) <= last_step]
 
 
-def thinned(rows):
-    """At most ROWS of them, evenly, the first and the last among them."""
-    return [rows[i] for i in sorted({round(i) for i in np.linspace(0, len(rows) - 1, min(ROWS, len(rows)))})]
+def thinned(rows, most=ROWS):
+    """At most so many of them, evenly, the first and the last among them."""
+    return [rows[i] for i in sorted({round(i) for i in np.linspace(0, len(rows) - 1, min(most, len(rows)))})]
 
 
 def table(head, rows):
     line = lambda cells: "| " + " | ".join(str(cell) for cell in cells) + " |\n"
     return line(head) + line(["---"] * len(head)) + "".join(map(line, rows)) + "\n"
+
+
+def rounded(columns, rows):
+    """The columns of rows of a CSV file, measured values to 5 digits."""
+    short = lambda column, cell: f"{float(cell):.5g}" if cell and column not in ("step", "sublayer", "kind") else cell
+    return [[short(c, row.get(c, "")) for c in columns] for row in rows]
 
 
 def settings(model_path, file):
@@ -47,46 +56,40 @@ def settings(model_path, file):
         return []
     if state == model_path or found.kind != keel_file.STATE or found.cfg != file.cfg or found.step != file.step:
         return []
-    rows = [(name, f"{struct.unpack_from('<' + kind, header, 4 * word)[0]:.15g}") for name, word, kind in SETTINGS]
-    hops, = struct.unpack_from("<i", header, 4 * HOPS_WORD)
-    return rows + ([("training data", f"hops:{hops}, programs without end")] if hops else [])
+    word = lambda at, type: struct.unpack_from("<" + type, header, 4 * at)[0]
+    rows = [(name, f"{word(at, type):{PRINTED[type]}}") for name, at, type in SETTINGS]
+    return rows + ([("training data", f"hops:{word(HOPS_WORD, 'i')}, programs without end")] if word(HOPS_WORD, "i") else [])
 
 
-def draw(folder, log, probe, shape):
-    """curve.png, and probe.png of a run with --probe; returns their names. Without matplotlib there are none."""
+def draw(folder, log, probe):
+    """curve.png of the losses and, of a run with --probe, gradient.png over depth. Without matplotlib there are none."""
     try:
         import matplotlib
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
-        from matplotlib.colors import LogNorm
     except ImportError:
-        return []
-    drawn = []
-    if len(log) > 1:
-        figure, axis = plt.subplots(figsize=(7, 3.5), layout="constrained")
-        for column, style in (("loss", {"lw": 0.8}), ("val_loss", {"marker": "o", "ms": 3})):
-            points = [(int(row["step"]), float(row[column])) for row in log if row.get(column)]
-            if points:
-                axis.plot(*zip(*points), label=column, **style)
-        axis.set(xlabel="step", ylabel="nats a token")
+        return
+
+    def save(name, axis, **labels):
+        axis.set(**labels)
+        axis.grid(alpha=0.3)
         axis.legend()
-        figure.savefig(folder / "curve.png", dpi=120)
-        drawn.append("curve.png")
-        plt.close(figure)
-    steps = sorted({int(row["step"]) for row in probe})
-    if len(steps) > 1:
-        values = np.full((shape.L, len(steps)), np.nan)
-        for row in probe:
-            values[int(row["sublayer"]), steps.index(int(row["step"]))] = float(row["dx_norm"])
-        if np.nanmax(values) > 0:
-            figure, axis = plt.subplots(figsize=(7, 3.5), layout="constrained")
-            mesh = axis.pcolormesh(steps, range(shape.L), np.where(values > 0, values, np.nan), norm=LogNorm(), shading="nearest")
-            axis.set(xlabel="step", ylabel="sub-layer", title="norm of dL/dx at each sub-layer")
-            figure.colorbar(mesh, ax=axis)
-            figure.savefig(folder / "probe.png", dpi=120)
-            drawn.append("probe.png")
-            plt.close(figure)
-    return drawn
+        axis.figure.savefig(folder / name, dpi=120)
+        plt.close(axis.figure)
+
+    if len(log) > 1:
+        axis = plt.subplots(figsize=(7, 3.5), layout="constrained")[1]
+        for column, label, style in (("loss", "training", {"lw": 0.8}), ("val_loss", "validation", {"marker": "o", "ms": 3})):
+            if points := [(int(row["step"]), float(row[column])) for row in log if row.get(column)]:
+                axis.plot(*zip(*points), label=label, **style)
+        save("curve.png", axis, xlabel="step", ylabel="loss, nats a token")
+    if any(float(row["dx_norm"]) > 0 for row in probe):
+        axis = plt.subplots(figsize=(7, 3.5), layout="constrained")[1]
+        steps = thinned(sorted({int(row["step"]) for row in probe}), 6)
+        for i, step in enumerate(steps):
+            points = [(int(row["sublayer"]), float(row["dx_norm"])) for row in probe if int(row["step"]) == step]
+            axis.semilogy(*zip(*points), color=plt.cm.viridis(0.9 * i / len(steps)), label=f"step {step}")
+        save("gradient.png", axis, xlabel="sub-layer l", ylabel="norm of dL/dx_l")
 
 
 def write(folder, model_path, file, tok, name):
@@ -94,48 +97,62 @@ def write(folder, model_path, file, tok, name):
     cfg = file.cfg
     parameters = sum(math.prod(shape) for _, shape in keel_file.parameter_table(cfg))
     log, probe = (read_rows(model_path.parent / name, file.step) for name in ("log.csv", "probe.csv"))
-    figures = draw(folder, log, probe, cfg)
+    draw(folder, log, probe)
+    figure = lambda file, what: f"![{what}]({file})\n\n" if (folder / file).exists() else ""
+    validated, loss = [row for row in log if row.get("val_loss")], ""
+    if validated:
+        loss = ": validation loss {} nats a token at step {}".format(*rounded(["val_loss", "step"], validated[-1:])[0])
     text = f"""---
 library_name: transformers
 pipeline_tag: text-generation
-tags: [keel, deep-transformer, {cfg.norm}]
+tags: [{', '.join(dict.fromkeys(("keel", "deep-transformer", cfg.norm)))}]
 ---
-# {name}, step {file.step}
+# {name}
 
-A GPT of {cfg.L} sub-layers with the norm placement `{cfg.norm}`, trained by the KEEL trainer ("Post-LayerNorm Is Back", arXiv 2601.19895:
-x' = Norm(alpha x + F(Norm(x))), alpha = L). Its weights are those of `{model_path.name}`, to the bit.
+A GPT of {cfg.L} sub-layers, attention and feed-forward in turn, and {parameters:,} parameters, after {file.step:,} steps{loss}.
+It continues text, and was not taught to follow instructions.
+
+Its norm placement is `{cfg.norm}`; `placements.py` has what each sub-layer runs. The KEEL trainer, which made it, is named
+after the placement x' = Norm(alpha x + F(Norm(x))), alpha = L, of
+[Post-LayerNorm Is Back: Stable, ExpressivE, and Deep](https://arxiv.org/abs/2601.19895).
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
+
+path = {name!r}  # this folder, or its name on the Hub
+tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
 inputs = tokenizer("Once", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100, do_sample=True, temperature=0.8, top_k=40)[0]))
+print(tokenizer.decode(model.generate(**inputs, max_length={min(cfg.max_T, 200)}, do_sample=True, temperature=0.8, top_k=40)[0]))
 ```
 
-Cast to BF16, by `dtype=torch.bfloat16`, the branches alone are computed in it: the highway x and all norms stay FP32.
-There is no dropout, and text longer than {cfg.max_T} tokens has no positions.
+It needs transformers 4.45 or later. In BF16, by `dtype=torch.bfloat16` (`torch_dtype` before transformers 4.56), only the
+branches F and the head are computed: the highway x and all norms stay FP32. Its positions are learnt, so that prompt and answer
+together have at most {cfg.max_T:,} tokens.
 
 ## The model
 
 """
-    text += table(("", ""), [
+    text += table(("property", "value"), [
         ("sub-layers L, half of them attention", cfg.L), ("channels C", cfg.C), ("heads", cfg.H), ("norm placement", cfg.norm),
-        ("alpha", f"{cfg.alpha:.9g}"), ("longest text, tokens", cfg.max_T), ("vocabulary", cfg.V),
+        ("alpha", f"{cfg.alpha:.9g}"), ("positions", cfg.max_T), ("vocabulary", cfg.V),
         ("tokenizer", "a byte is a token" if tok.split == 0 else f"byte-level BPE, CRC-32 {tok.crc:08x}"),
-        ("parameters", f"{parameters:,}"), ("stored as", keel_file.TYPES[file.type]),
+        ("weights", f"{keel_file.TYPES[file.type].upper()}, those of `{model_path.name}` to the bit"),
         ("trained with branches in", "BF16" if file.branch_bf16 else keel_file.TYPES[file.type].upper())])
     if rows := settings(model_path, file):
-        text += "## The run\n\nAdamW, betas 0.9 and 0.95; linear warm-up, then cosine to 1e-7.\n\n" + table(("setting", ""), rows)
+        text += "## The run\n\nAdamW, betas 0.9 and 0.95; linear warm-up, then cosine to 1e-7.\n\n" + table(("setting", "value"), rows)
     if log:
-        columns = [c for c in ("step", "loss", "val_loss", "val_bits_per_byte", "lr", "grad_norm") if any(row.get(c) for row in log)]
-        shown = thinned([row for row in log if row.get("val_loss")]) or thinned(log)
-        text += "## The curve\n\n" + table(columns, [[row.get(c) or "" for c in columns] for row in shown])
+        columns = [c for c in ("step", "loss", "val_loss", "val_bits_per_byte", "lr", "grad_norm")
+                   if any(row.get(c) for row in log)]
+        text += ("## The curve\n\n" + figure("curve.png", "training and validation loss at each step")
+                 + table(columns, rounded(columns, thinned(validated or log))))
     if probe:
         last = [row for row in probe if row["step"] == probe[-1]["step"]]
-        columns = ["sublayer", "kind", "rms_x", "rms_f", "shortcut_gain", "shortcut_gain_to_top", "dx_norm", "grad_norm", "update_norm"]
-        text += (f"## Over depth, at step {probe[-1]['step']}\n\nrms of the highway and of the branch; the shortcut's gain, of one sub-layer and "
-                 "from it to the top; norms of dL/dx, of the weights' gradients and of their update.\n\n"
-                 + table(columns, [[row.get(c, "") for c in columns] for row in thinned(last)]))
-    text += "".join(f"![{figure[:-4]}]({figure})\n" for figure in figures)
+        columns = ["sublayer", "kind", "rms_x", "rms_f", "shortcut_gain", "shortcut_gain_to_top", "dx_norm", "grad_norm",
+                   "update_norm"]
+        text += ("## Over depth\n\n" + figure("gradient.png", "norm of the loss's gradient at each sub-layer, at several steps")
+                 + f"At step {last[0]['step']}: rms of the highway x and of the branch F; what the shortcut multiplies a gradient "
+                 "by in this sub-layer, and in all from it to the top; norms of dL/dx, of the weights' gradients and of their "
+                 "update.\n\n"
+                 + table(columns, rounded(columns, thinned(last))))
     (folder / "README.md").write_text(text, encoding="utf-8")
