@@ -1,9 +1,9 @@
-"""The norm placements: for each sub-layer its alpha and its norms. Python's one table, as `placements` in keel_common.h is the
-trainers'; models that dev/hf/export.py writes for Hugging Face take a copy of this file with them. Standard library only."""
+"""The norm placements: for each sub-layer its alpha and its norms. This is Python's only such table, as `placements` in
+keel_common.h is the trainers'. dev/hf/export.py puts a copy of it beside each model, so it needs the standard library alone."""
 
 from typing import NamedTuple
 
-NORMS = ("keel", "pre", "post", "deepnorm", "mixln", "hybridnorm", "scaledpost")  # a file's header [10] indexes this
+NORMS = ("keel", "pre", "post", "deepnorm", "mixln", "hybridnorm", "scaledpost")  # word 10 of a file's header is the index
 FINAL_NORM = ("pre", "mixln", "hybridnorm")  # placements with a norm before the logits
 
 

@@ -1,6 +1,6 @@
 #!/bin/bash
-# hf_latest.sh: make test_hf_latest. Runs what stands on PyTorch and on Hugging Face's packages with the newest of them all, in an environment of
-# its own, build/hf_latest, which is made or brought up to date first: some 7 GB, as PyTorch comes with CUDA. Prints the versions before it counts.
+# hf_latest.sh: make test_hf_latest. Runs the suites that use PyTorch or Hugging Face's packages with the newest of them, in an
+# environment of its own, build/hf_latest, which is made or brought up to date first: some 7 GB, as PyTorch comes with CUDA.
 cd "$(dirname "$0")/.." || exit 1
 environment=$PWD/build/hf_latest
 if ! python=$(dev/tools/find_python.sh venv ensurepip 2>/dev/null); then
@@ -13,7 +13,7 @@ unset PYTHONPATH
     tensorboard wandb matplotlib tiktoken || exit 1
 
 passed=0 failed=0
-for suite in "dev/reference/make_dumps.py --check" test/test_reference.py test/test_tokenizer.py test/test_hf.py test/test_lm_eval.py test/test_watch.py; do
+for suite in "dev/reference/make_dumps.py --check" test/test_{reference,tokenizer,hf,lm_eval,watch}.py; do
     echo "== $suite"
     # shellcheck disable=SC2086
     PATH="$environment/bin:$PATH" PYTHON="$environment/bin/python" LONG=1 "$environment/bin/python" $suite | tee "$environment/log"
@@ -23,6 +23,7 @@ for suite in "dev/reference/make_dumps.py --check" test/test_reference.py test/t
     [ "$status" -eq 0 ] || [ "$f" -gt 0 ] || f=1  # it ended before it could count
     passed=$((passed + p)) failed=$((failed + f))
 done
-"$environment/bin/python" -m pip list 2>/dev/null | grep -E '^(torch|numpy|transformers|accelerate|safetensors|tokenizers|lm_eval|datasets|tensorboard|wandb) '
+"$environment/bin/python" -m pip list 2>/dev/null |
+    grep -E '^(torch|numpy|transformers|accelerate|safetensors|tokenizers|lm_eval|datasets|tensorboard|wandb) '
 echo "$passed passed, $failed failed"
 [ "$failed" -eq 0 ] && [ "$passed" -gt 0 ]

@@ -52,7 +52,7 @@ if python=$(dev/tools/find_python.sh torch numpy 2>/dev/null); then
 else
     skip 2 "the dumps against PyTorch, and the reference: no Python with torch and numpy (Debian: python3-torch)"
 fi
-# Models that leave, with the packages of build/hf, where .ci/run has put them, before those of build/python.
+# dev/hf and dev/watch.py, with the packages that .ci/run has put into build/hf before those of build/python.
 hf_packages=$PWD/build/hf:$PYTHONPATH
 if python=$(PYTHONPATH=$hf_packages dev/tools/find_python.sh torch transformers 2>/dev/null); then
     suite 55/65 env PYTHONPATH="$hf_packages" "$python" test/test_hf.py

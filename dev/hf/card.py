@@ -123,7 +123,8 @@ path = {name!r}  # this folder, or its name on the Hub
 tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
 inputs = tokenizer("Once", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_length={min(cfg.max_T, 200)}, do_sample=True, temperature=0.8, top_k=40)[0]))
+output = model.generate(**inputs, max_length={min(cfg.max_T, 200)}, do_sample=True, temperature=0.8, top_k=40)
+print(tokenizer.decode(output[0]))
 ```
 
 It needs transformers 4.45 or later. In BF16, by `dtype=torch.bfloat16` (`torch_dtype` before transformers 4.56), only the

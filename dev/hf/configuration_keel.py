@@ -8,7 +8,7 @@ from .placements import NORMS, default_alpha
 class KeelConfig(PretrainedConfig):
     """norm: one of placements.NORMS. num_hidden_layers counts blocks, each an attention and a feed-forward sub-layer: L/2 of the
     paper's L "layers". alpha: weight of the shortcut; None: the placement's own, L for keel.
-    step, branch_bf16, tokenizer_crc32: of the trainer's model file that this was made of; import.py writes them back."""
+    step, branch_bf16, tokenizer_crc32: from the header of the trainer's model file, for the way back."""
 
     model_type = "keel"
     keys_to_ignore_at_inference = ["past_key_values", "cache"]

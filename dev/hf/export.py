@@ -31,7 +31,7 @@ import shards
 import tokenizer as tokenizers
 from keel_file import FileError, tensor_bytes
 
-# A tensor of the file, without its sub-layer, and its name in modeling_keel.py.
+# A tensor's name in the file, without its sub-layer: its name in modeling_keel.py.
 NAMES = {
     "wte": "model.wte.weight", "wpe": "model.wpe.weight", "gamma_final": "model.norm_final.weight",
     "gamma_in": "model.sublayers.{}.norm_in.weight", "gamma_out": "model.sublayers.{}.norm_out.weight",
@@ -50,8 +50,9 @@ def their_name(name):
 
 
 def their_tensors(cfg):
-    """[(our name, their name, shape)] in the file's order. wte's padded rows, which are zero, stay behind."""
-    return [(name, their_name(name), (cfg.V, *shape[1:]) if name == "wte" else shape) for name, shape in keel_file.parameter_table(cfg)]
+    """[(name in the file, name in modeling_keel.py, shape)] in the file's order. wte's padded rows, which are zero, stay behind."""
+    return [(name, their_name(name), (cfg.V, *shape[1:]) if name == "wte" else shape)
+            for name, shape in keel_file.parameter_table(cfg)]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -59,7 +60,7 @@ def their_tensors(cfg):
 
 
 def find_tokenizer(file, model_path, given):
-    """The Tokenizer that the model was trained with. Text without one is bytes."""
+    """The Tokenizer that the model was trained with; a model of V 256 that names none was trained on bytes."""
     crc, beside = int(file.header[TOKENIZER_WORD]) % 2**32, model_path.parent / "tokenizer.bin"
     if given is None and crc == 0 and file.cfg.V == 256:
         return tokenizers.Tokenizer([bytes([byte]) for byte in range(256)], 0, [], "bytes")
@@ -75,18 +76,15 @@ def find_tokenizer(file, model_path, given):
     return tok
 
 
-NUL = "\0"
-
-
 def tokenizer_files(tok, max_T):
     """{name: content} and the id of the token between documents. A vocabulary of bytes has none; byte 0, which no text has,
     stands for it and for padding: as a special token whose text is that byte, so that all bytes keep their ids."""
     content = tokenizers.to_hugging_face(tok)
     separator, name = tok.separator, None if tok.separator is None else tok.table[tok.separator].decode()
     if separator is None:
-        separator, name = tok.id_of[b"\0"], NUL
-        content["model"]["vocab"][NUL] = content["model"]["vocab"].pop(tokenizers.letters(b"\0"))
-        content["added_tokens"] = [{"id": separator, "content": NUL, "single_word": False, "lstrip": False, "rstrip": False,
+        separator, name = tok.id_of[b"\0"], "\0"
+        content["model"]["vocab"][name] = content["model"]["vocab"].pop(tokenizers.letters(b"\0"))
+        content["added_tokens"] = [{"id": separator, "content": name, "single_word": False, "lstrip": False, "rstrip": False,
                                     "normalized": False, "special": True}]
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_T, "clean_up_tokenization_spaces": False,
               "model_input_names": ["input_ids", "attention_mask"],
@@ -113,7 +111,8 @@ def plan_files(cfg, type, most):
 
 
 def safetensors_header(tensors, type):
-    """The format, as the library cannot be given a tensor in pieces: uint64 length, JSON with each tensor's place, then the data."""
+    """A file's beginning: uint64 length, JSON with each tensor's place; the data follow. Written here, as the safetensors library
+    takes no tensor in pieces."""
     content, at = {"__metadata__": {"format": "pt"}}, 0
     for name, shape in tensors:
         end = at + tensor_bytes(shape, type)
@@ -136,7 +135,8 @@ def write_weights(folder, path, cfg, type, tensors, most):
                 for raw in chunks:
                     out.write(raw[:left])
                     if raw[left:].strip(b"\0"):
-                        raise FileError(f"{path}: {name}: expected zeros in the rows after V {cfg.V}, found others; the file is damaged")
+                        raise FileError(f"{path}: {name}: expected zeros in the rows after V {cfg.V}, found others; "
+                                        "the file is damaged")
                     left -= min(left, len(raw))
             out.flush()
             os.fsync(out.fileno())
@@ -171,11 +171,11 @@ def configuration(file, separator):
 def check_model(file, path):
     if file.kind != keel_file.MODEL:
         raise FileError(f"{path}: expected a model, model_*.bin, found a {keel_file.KINDS[file.kind]}")
-    known = np.array(keel_file.header_of(file))
-    known[17:TOKENIZER_WORD], known[TOKENIZER_WORD + 1:] = 0, 0
+    known = keel_file.header_of(file)
+    known[17:TOKENIZER_WORD], known[TOKENIZER_WORD + 1:] = 0, 0  # what a model's header leaves free
     if (known != file.header).any():
-        raise FileError(f"{path}: expected zeros in all words of the header that this version knows not, found {file.header[known != file.header]}; "
-                        "use the version that wrote it")
+        raise FileError(f"{path}: expected zeros in all words of the header that this version does not know, "
+                        f"found {file.header[known != file.header]}; use the version that wrote it")
 
 
 @contextlib.contextmanager
@@ -234,7 +234,8 @@ def main():
     parser.add_argument("model", type=Path, metavar="MODEL.bin")
     parser.add_argument("out", type=Path, metavar="OUT")
     parser.add_argument("--tokenizer", metavar="FILE", help="where it does not lie beside the model")
-    parser.add_argument("--max-shard-size", metavar="BYTES", type=byte_count, default=5_000_000_000, help="of a safetensors file (default: 5e9)")
+    parser.add_argument("--max-shard-size", metavar="BYTES", type=byte_count, default=5_000_000_000,
+                        help="of a safetensors file (default: 5e9)")
     a = parser.parse_args()
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, stop)

@@ -39,18 +39,13 @@ class UsageError(Exception):
 
 
 def check_model(path):
-    """Whether it must be exported."""
-    if path.is_dir():
-        if not (path / "modeling_keel.py").exists():
-            raise UsageError(f"{path}: expected a model_*.bin or a folder of dev/hf/export.py, found another folder")
-        return False
-    if not path.is_file():
-        raise UsageError(f"{path}: expected a model_*.bin or a folder of dev/hf/export.py, found nothing; check the path")
-    return True
+    if not path.is_file() and not (path / "modeling_keel.py").exists():
+        found = "another folder" if path.is_dir() else "nothing; check the path"
+        raise UsageError(f"{path}: expected a model_*.bin or a folder of dev/hf/export.py, found {found}")
 
 
 def own_task(word, number, folder):
-    """The .yaml, written into the folder, of hops:K or text:FILE; None for a task of others."""
+    """The .yaml of hops:K or text:FILE, which is written into the folder; None for a task of the harness."""
     kind, colon, argument = word.partition(":")
     if not colon or kind not in ("hops", "text"):
         return None
@@ -68,7 +63,8 @@ def own_task(word, number, folder):
 
 
 def check_unsafe(words, flags):
-    """The harness would find it after the other benchmarks' data are fetched, and name no way out."""
+    """Whether code that models write may run: the harness would ask only when the other benchmarks' data are fetched, and not say
+    how to go on without."""
     if "keel_paper" in words and ("--confirm_run_unsafe_code" not in flags or os.environ.get("HF_ALLOW_CODE_EVAL") != "1"):
         others = " ".join(name for name in primary_metrics() if name not in ("humaneval", "mbpp"))
         raise UsageError("keel_paper: humaneval and mbpp run the code that the model writes; allow it by HF_ALLOW_CODE_EVAL=1 "
@@ -103,12 +99,13 @@ def paper_mean(results):
 
 
 def evaluate(model, words, flags, folder):
-    exported = folder / model.stem if check_model(model) else model.resolve()
+    check_model(model)
+    exported = folder / model.stem if model.is_file() else model.resolve()
     own = [own_task(word, number, folder) for number, word in enumerate(words)]
     check_unsafe(words, flags)
     if all(own):
         os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
-    if exported != model.resolve():  # transformers copies a folder's code there before it runs it
+    if model.is_file():  # transformers copies a model's code there before it runs it
         os.environ["HF_MODULES_CACHE"] = str(folder / "modules")
     os.environ.setdefault("LMEVAL_LOG_LEVEL", "WARNING")
 
@@ -122,9 +119,9 @@ def evaluate(model, words, flags, folder):
     if all(own):  # the harness's own tasks take seconds to list
         lm_eval.tasks.TaskManager = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
 
-    # In place of the harness's own, which it calls once it has found its flags and tasks right.
+    # In place of the harness's simple_evaluate, which it calls once it has found its flags and tasks right.
     def export_and_evaluate(model_args, **arguments):
-        if exported.parent == folder:
+        if model.is_file():
             sys.path.insert(0, str(HERE))
             import export
 
@@ -151,8 +148,8 @@ def evaluate(model, words, flags, folder):
 
 
 def explain(error):
-    """What the user can put right: the above, what a file's reader or the harness finds wrong, what cannot be fetched. None:
-    a fault of ours or theirs, whose traceback is worth more."""
+    """A line on what the user can put right: wrong words, a damaged file, what the harness refuses or cannot fetch. None: a fault
+    in the program, whose traceback is worth more."""
     if isinstance(error, ImportError):
         return f"expected all that lm_eval[hf] needs in {sys.executable}, found: {error}; install that, or set PYTHON to another"
     line = traceback.extract_tb(error.__traceback__)[-1].line

@@ -3,9 +3,9 @@
 
     python3 dev/hf/import.py OUT MODEL.bin
 
-Of a folder as export.py wrote it that is the file it was made of, to the bit. Weights of several types, as of a BF16 model whose
-norms' gains are FP32, become FP32. The tokenizer goes beside MODEL.bin, where there is none yet. A tensor is in memory at a time.
-Needs NumPy.
+From a folder as export.py wrote it this makes the same MODEL.bin again, to the bit. Weights of two types, as of a model in BF16
+whose norms' gains are FP32, become FP32. The tokenizer is copied beside MODEL.bin, unless there is one. One tensor at a time is
+in memory. Needs NumPy.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def stored_tensors(path):
 
 
 class Weights(Mapping):
-    """Our name -> array, read when it is asked for; wte with its padded rows."""
+    """{name in the model file: array}, read when it is asked for; wte with its padded rows."""
 
     def __init__(self, folder, cfg):
         self.cfg, index, stored = cfg, folder / "model.safetensors.index.json", {}
@@ -67,17 +67,18 @@ class Weights(Mapping):
             stored.update(stored_tensors(folder / name))
         same = "is config.json of the same model?"
         wanted = {theirs: shape for _, theirs, shape in their_tensors(cfg)}
-        missing, extra = wanted.keys() - stored.keys(), stored.keys() - wanted.keys() - {"lm_head.weight"}  # tied, where it was saved
+        stored.pop("lm_head.weight", None)  # wte again
+        missing, extra = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
         if missing or extra:
-            raise FileError(f"{folder}: expected the tensors of a {cfg.norm} model of {cfg.L} sub-layers, missing {sorted(missing)[:3]}, "
-                            f"too many {sorted(extra)[:3]}; {same}")
+            raise FileError(f"{folder}: expected the tensors of a {cfg.norm} model of {cfg.L} sub-layers, missing {missing[:3]}, "
+                            f"too many {extra[:3]}; {same}")
         for name, shape in wanted.items():
             if stored[name].shape != shape:
                 raise FileError(f"{folder}: {name}: expected shape {shape}, found {stored[name].shape}; {same}")
         self.stored = {ours: stored[theirs] for ours, theirs, _ in their_tensors(cfg)}
 
     def type(self):
-        """Of the file: the weights' own, or FP32 where they are FP32 and BF16."""
+        """The model file's: the weights' own, or FP32 where they are FP32 and BF16."""
         found = {tensor.dtype for tensor in self.stored.values()}
         if found == {"F32", "BF16"}:
             return keel_file.FP32
@@ -111,7 +112,8 @@ def import_model(folder, path):
         cfg = keel_file.Config(c["max_position_embeddings"], c["vocab_size"], 2 * c["num_hidden_layers"], c["num_attention_heads"],
                                c["hidden_size"], c["norm"], c["alpha"])
     except (ValueError, KeyError, TypeError) as error:
-        raise FileError(f"{folder}/config.json: expected the configuration of a KEEL model, found {error!r}; copy it again") from None
+        raise FileError(f"{folder}/config.json: expected the configuration of a KEEL model, found {error!r}; "
+                        "copy it again") from None
     weights = Weights(folder, cfg)
     header = np.zeros(256, "<i4")
     header[TOKENIZER_WORD:TOKENIZER_WORD + 1] = np.array([c.get("tokenizer_crc32", 0)], "<u4").view("<i4")

@@ -7,8 +7,8 @@
 
 Every norm placement runs the one sub-layer below from its row in placements.py. The highway (x, z and all norms) is FP32
 whatever the weights' type: with alpha = L = 1024 a sub-layer moves x by about 2^-10 of its size, and a BF16 x would round it away.
-A model that is cast to half precision, by dtype=, .to() or autocast, computes the branches F_l in it and nothing else; the norms'
-gains stay FP32 too. output_hidden_states gives x_0 to x_L.
+A model that is cast to half precision, by dtype=, .to() or autocast, computes the branches F_l and the logits in it and nothing
+else; the norms' gains stay FP32 too. output_hidden_states gives x_0 to x_L.
 
 Shapes: B batch, T queries, S keys, C channels, H heads, D = C/H, V vocabulary.
 """
@@ -46,7 +46,7 @@ class RMSNorm(nn.Module):
         return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + RMS_EPS)
 
     def _apply(self, fn, *args, **kwargs):
-        """What .to() and .bfloat16() do to the weights: the gain follows to another device, but not to half precision."""
+        """What .to() and .bfloat16() go through: the gain follows to another device, but not to half precision."""
         def convert(weight):
             converted = fn(weight)
             return converted if highway_type(converted.dtype) == converted.dtype else weight.to(converted.device)
@@ -180,8 +180,8 @@ class KeelModel(KeelPreTrainedModel):
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
                 use_cache=None, output_hidden_states=None, output_attentions=None, return_dict=None, cache=None, **_):
-        """attention_mask: (B,S), 0 for padding on either side, or (B,1,T,S), true where a query sees a key. past_key_values, in
-        newer versions of the library cache: the keys and values of the tokens before."""
+        """attention_mask: (B,S), 0 for padding on either side, or (B,1,T,S), true where a query sees a key. past_key_values, or
+        cache in newer versions of transformers: the keys and values of the tokens before."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected either input_ids or inputs_embeds")
         if output_attentions:
@@ -197,7 +197,7 @@ class KeelModel(KeelPreTrainedModel):
             cache = DynamicCache()
         x = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
         T, past = x.shape[1], 0 if cache is None else cache.get_seq_length()
-        slots = past + torch.arange(T, device=x.device)
+        slots = past + torch.arange(T, device=x.device)  # each query's place among the keys; transformers says cache_position
         if position_ids is None:
             if attention_mask is not None and attention_mask.dim() == 2:  # a text's first token has position 0
                 position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -T:]
@@ -216,15 +216,15 @@ class KeelModel(KeelPreTrainedModel):
 
         highway = highway_type(x.dtype)
         x = math.sqrt(config.hidden_size) * (x.to(highway) + self.wpe(position_ids).to(highway))
-        xs = [x]
+        xs, context = [x], (mask, keys, cache, slots)
         for sublayer in self.sublayers:
-            context = (mask, keys, cache, slots)
             x = self._gradient_checkpointing_func(sublayer.__call__, x, *context) if checkpointing else sublayer(x, *context)
             if output_hidden_states:
                 xs.append(x)
         if self.norm_final is not None:
             x = self.norm_final(x)
-        out = BaseModelOutputWithPast(last_hidden_state=x, hidden_states=tuple(xs) if output_hidden_states else None, **{CACHE: cache})
+        hidden_states = tuple(xs) if output_hidden_states else None
+        out = BaseModelOutputWithPast(last_hidden_state=x, hidden_states=hidden_states, **{CACHE: cache})
         return out if return_dict else out.to_tuple()
 
 
@@ -237,12 +237,6 @@ class KeelForCausalLM(KeelPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def get_input_embeddings(self):
-        return self.model.wte
-
-    def set_input_embeddings(self, wte):
-        self.model.wte = wte
-
     def get_output_embeddings(self):
         return self.lm_head
 
@@ -252,7 +246,7 @@ class KeelForCausalLM(KeelPreTrainedModel, GenerationMixin):
     if "input_ids" not in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters:  # before transformers 4.46
         def prepare_inputs_for_generation(self, input_ids, past_key_values=None, attention_mask=None, inputs_embeds=None,
                                           cache_position=None, use_cache=None, **_):
-            """Of the text so far what is not in the cache yet."""
+            """The inputs of the next step: of the text so far what the cache does not have yet."""
             if inputs_embeds is not None and cache_position[0] == 0:
                 text = {"inputs_embeds": inputs_embeds}
             else:
@@ -275,7 +269,8 @@ class KeelForCausalLM(KeelPreTrainedModel, GenerationMixin):
             targets = labels[:, 1:].to(logits.device)
             losses = F.cross_entropy(logits[:, :-1].transpose(1, 2).to(x.dtype), targets, ignore_index=-100, reduction="sum")
             loss = losses / ((targets != -100).sum() if num_items_in_batch is None else num_items_in_batch)
-        out = CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=out.hidden_states, **{CACHE: out[CACHE] if CACHE in out else None})
+        cache = {CACHE: getattr(out, CACHE)}
+        out = CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=out.hidden_states, **cache)
         return out if (self.config.return_dict if return_dict is None else return_dict) else out.to_tuple()
 
 

@@ -13,7 +13,7 @@ STREAM_PROGRAMS = 5
 
 
 class Documents(list):
-    """Dicts of the same keys: what the harness asks of a datasets.Dataset. Such a one takes a checksum of itself by way of
+    """Dicts of the same keys: what the harness asks of a datasets.Dataset. A Dataset takes a checksum of itself by way of
     dill, which fails where packages lie in a folder of another name than site-packages."""
 
     @property
@@ -26,7 +26,7 @@ class Documents(list):
 
 
 class Programs:
-    """HopPrograms, as there."""
+    """HopPrograms of keel/hops.h, which describes the programs."""
 
     def __init__(self, hops):
         self.hops, self.variables = hops, 2 * hops + 1
@@ -63,12 +63,12 @@ class Programs:
 
 
 def hops(hops, pretrained, sequences=None, seed=1337, T=None, **_):
-    """What a run of --train hops:K that starts from the model in the folder `pretrained` validates on, by its defaults
-    unless given."""
+    """What a run of --train hops:K that starts from the model in the folder `pretrained` validates on; its defaults, where
+    sequences, seed and T are not given."""
     config = json.loads((Path(pretrained) / "config.json").read_text())
     programs, max_T = Programs(hops), config["max_position_embeddings"]
     least = programs.length - 1
-    sequences = sequences or 16 * 16 * max(1, config["hidden_size"] // 64)  # of -m's 16 batches of default_total_batch
+    sequences = sequences or 16 * 16 * max(1, config["hidden_size"] // 64)  # -m's 16 batches of default_total_batch
     T = T or max_T
     if config["vocab_size"] != 256 or config["tokenizer_crc32"]:
         raise ValueError(f"hops:{hops}: expected a model of bytes, as programs are made of characters, found one with a tokenizer")
@@ -85,7 +85,7 @@ def hops(hops, pretrained, sequences=None, seed=1337, T=None, **_):
 
 
 def results(doc, likelihoods):
-    """A value for each metric of each query, as the harness counts the queries by any of them."""
+    """{metric: value} of a query. The harness wants each metric of every query; `accuracy` leaves out those of other lookups."""
     (_, is_greedy), = likelihoods
     return {"acc": int(is_greedy), **{f"acc_{h}_lookups": (int(is_greedy), h == doc["lookups"]) for h in range(1, doc["hops"] + 1)}}
 
