@@ -1,4 +1,4 @@
-"""Models that leave for Hugging Face's transformers and come back: dev/hf/export.py, import.py and what from_pretrained makes of them."""
+"""Models of the trainers in Hugging Face's transformers, and back: dev/hf/export.py, import.py and what they write."""
 
 import contextlib
 import functools
@@ -53,7 +53,8 @@ def succeed(*command):
 
 def call(module, *arguments):
     """A script's main() in this process: what it ends with, None or its line."""
-    with mock.patch.object(sys, "argv", [module.__file__, *map(str, arguments)]), contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO())):
+    with (mock.patch.object(sys, "argv", [module.__file__, *map(str, arguments)]),
+          contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO()))):
         try:
             return shards.run(module.main)
         except SystemExit as end:
@@ -80,8 +81,8 @@ def once(make):
 def trained(norm, run):
     """The model file of a short run, whose gains are no longer 1."""
     (binary, C, H, T), folder = RUNS[run], Path(SHARED.name) / f"{norm}-{run}"
-    succeed(binary, "-L", 8, "-C", C, "-H", H, "-t", T, "-b", 2, "--norm", norm, "-i", TEXT, "-x", 60, "-s", 0, "--probe", 20, "-v", 20,
-            "-l", "6e-3", "-o", folder)
+    succeed(binary, "-L", 8, "-C", C, "-H", H, "-t", T, "-b", 2, "--norm", norm, "-i", TEXT, "-x", 60, "-s", 0, "--probe", 20,
+            "-v", 20, "-l", "6e-3", "-o", folder)
     return folder / "model_00000060.bin"
 
 
@@ -127,7 +128,8 @@ def test_logits_highway_loss_and_gradients_are_the_trainers(folder):
         assert len(out.hidden_states) == d.cfg.L + 1 and worst <= FP32_ERROR, (norm, worst)
         out.loss.backward()
         weights = dict(model.named_parameters())
-        assert torch.equal(AutoModel.from_pretrained(exported(norm), trust_remote_code=True)(text).last_hidden_state, model.model(text).last_hidden_state)
+        headless = AutoModel.from_pretrained(exported(norm), trust_remote_code=True)
+        assert torch.equal(headless(text).last_hidden_state, model.model(text).last_hidden_state)
         for name, theirs, shape in export.their_tensors(d.cfg):
             found = error(weights[theirs].grad[:shape[0]], d.tensors["d" + name][:shape[0]])
             assert found <= 1e-4, (norm, name, found)  # a debug state's tolerance in FP32
@@ -137,7 +139,8 @@ def test_fp64(folder):
     """A model of the FP64 build, loaded in FP64, has its logits and highway to 1e-12."""
     d, model = dump("hybridnorm", "fp64"), load(exported("hybridnorm", "fp64"), torch_dtype=torch.float64)
     out = model(ids(d.tensors["tokens"]), output_hidden_states=True)
-    assert error(out.logits.detach(), d.tensors["logits"]) < 1e-12 and error(out.hidden_states[8].detach(), d.tensors["x"][8]) < 1e-12
+    for ours, theirs in (out.logits, d.tensors["logits"]), (out.hidden_states[8], d.tensors["x"][8]):
+        assert error(ours.detach(), theirs) < 1e-12, error(ours.detach(), theirs)
 
 
 def test_greedy_text_is_the_trainers(folder):
@@ -170,16 +173,18 @@ def test_tokenizer_and_text(folder):
     assert tok(text)["input_ids"] == list(text.encode()) and tok.decode(tok(text)["input_ids"]) == text
     assert [tok.decode([i], skip_special_tokens=False) for i in range(128)] == [chr(i) for i in range(128)] and len(tok) == 256
 
-    ranks = [bytes([i]) for i in range(256)] + [b"th", b"he", b" t", b" th", b" the", b"er", b"gr", b"gra", b"en", b"ie", b"ien", b"ient"]
+    ranks = [bytes([i]) for i in range(256)] + b"th|he| t| th| the|er|gr|gra|en|ie|ien|ient".split(b"|")
     mine = tokenizers.Tokenizer(ranks, 2, ["<|endoftext|>", "", "<|more|>"], "the test's")
     (folder / "tokenizer.bin").write_bytes(mine.data)
-    succeed(CPU, "-L", 4, "-C", 48, "-t", T, "-b", 2, "--tokenizer", folder / "tokenizer.bin", "-i", TEXT, "-x", "60", "-s", "0", "-o", folder / "run")
+    succeed(CPU, "-L", 4, "-C", 48, "-t", T, "-b", 2, "--tokenizer", folder / "tokenizer.bin", "-i", TEXT, "-x", "60", "-s", "0",
+            "-o", folder / "run")
     assert call(export, folder / "run/model_00000060.bin", folder / "hf") is None
     tok, model = AutoTokenizer.from_pretrained(folder / "hf", trust_remote_code=True), load(folder / "hf")
     found = tok(text.replace("\0", ""))["input_ids"]
-    assert [ranks[i] for i in found][:6] == [b"T", b"he", b" ", b"gra", b"d", b"ient"] and tok.decode(found) == text.replace("\0", "")
+    assert [ranks[i] for i in found][:6] == [b"T", b"he", b" ", b"gra", b"d", b"ient"]
+    assert tok.decode(found) == text.replace("\0", "")
     assert tok.eos_token_id == tok.bos_token_id == model.generation_config.eos_token_id == 268 and model.config.vocab_size == 271
-    printed = succeed(CPU, "-e", folder / "run/model_00000060.bin", "--prompt", "The grad", "-g", "60", "--temperature", "0").decode()
+    printed = succeed(CPU, "-e", folder / "run/model_00000060.bin", "--prompt", "The grad", "-g", 60, "--temperature", 0).decode()
     theirs = printed.split("--- sample", 1)[1].split("\n", 1)[1].rsplit("\n---", 1)[0]
     ours = model.generate(**tok("The grad", return_tensors="pt"), max_new_tokens=60, do_sample=False)
     assert tok.decode(ours[0]) == theirs, (tok.decode(ours[0]), theirs)
@@ -198,7 +203,10 @@ def test_padding_on_either_side(folder):
         model, texts = load(exported(norm)), [list(b"The gradient"), list(b"of"), list(b"RMSNorm(")]
         longest = max(map(len, texts))
         for side in "left", "right":
-            pad = lambda row, filler: [filler] * (longest - len(row)) + row if side == "left" else row + [filler] * (longest - len(row))
+            def pad(row, filler):
+                padding = [filler] * (longest - len(row))
+                return padding + row if side == "left" else row + padding
+
             batch = {"input_ids": ids([pad(t, 7) for t in texts]), "attention_mask": ids([pad([1] * len(t), 0) for t in texts])}
             logits = model(**batch).logits
             for row, t in enumerate(texts):
@@ -216,8 +224,8 @@ def test_caches(folder):
     model, prompt = load(exported()), ids([list(b"The gradient ")])
     ways = [{"use_cache": True}, {"use_cache": False}] + ([{"cache_implementation": "static"}] if torch.__version__ >= "2" else [])
     for more in ({}, {"num_beams": 3}):
-        texts = [model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=40, do_sample=False, **way, **more).tolist()
-                 for way in (ways[:2] if more else ways)]
+        texts = [model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=40, do_sample=False, **way,
+                                **more).tolist() for way in (ways[:2] if more else ways)]
         assert all(text == texts[0] for text in texts), texts
     whole, first = model(prompt).logits, model(prompt[:, :5], use_cache=True)
     rest = model(prompt[:, 5:], **{name: first[name] for name in ("cache", "past_key_values") if name in first})
@@ -256,7 +264,8 @@ def test_labels_and_counts(folder):
 
 def test_device_map(folder):
     """A model whose sub-layers lie in several places, some on the disk, has the same logits."""
-    places = {"model.wte": "cpu", "lm_head": "cpu", "model.wpe": "cpu"} | {f"model.sublayers.{l}": "disk" if l % 3 else "cpu" for l in range(8)}
+    places = {"model.wte": "cpu", "lm_head": "cpu", "model.wpe": "cpu"}
+    places |= {f"model.sublayers.{l}": "disk" if l % 3 else "cpu" for l in range(8)}
     model, text = load(exported()), ids([list(b"The gradient")])
     spread = load(exported(), device_map=places, offload_folder=str(folder))
     assert torch.equal(spread(text).logits, model(text).logits)
@@ -264,13 +273,15 @@ def test_device_map(folder):
 
 def test_new_models(folder):
     """A model from a configuration alone is initialised as the trainers do, DeepNorm's smaller matrices included."""
-    config = AutoConfig.from_pretrained(exported("deepnorm"), trust_remote_code=True, num_hidden_layers=32, hidden_size=64, num_attention_heads=2)
+    config = AutoConfig.from_pretrained(exported("deepnorm"), trust_remote_code=True, num_hidden_layers=32, hidden_size=64,
+                                        num_attention_heads=2)
     config.alpha = 64 ** 0.25
     model = AutoModelForCausalLM.from_config(config, trust_remote_code=True).model
     std = lambda w: w.std().item() * w.shape[1] ** 0.5
     attention, feed_forward = model.sublayers[4].branch, model.sublayers[5].branch
-    for weight, expected in ((attention.qkv.weight[:128], 1), (attention.qkv.weight[128:], 64 ** -0.25), (attention.proj.weight, 64 ** -0.25),
-                             (feed_forward.fc.weight, 64 ** -0.25), (feed_forward.proj.weight, 64 ** -0.25), (model.wte.weight, 1)):
+    small = 64 ** -0.25
+    for weight, expected in ((attention.qkv.weight[:128], 1), (attention.qkv.weight[128:], small), (attention.proj.weight, small),
+                             (feed_forward.fc.weight, small), (feed_forward.proj.weight, small), (model.wte.weight, 1)):
         assert abs(std(weight) / expected - 1) < 0.03, (std(weight), expected)
     assert len(model.sublayers) == 64 and (model.sublayers[9].norm_out.weight == 1).all()
 
@@ -287,7 +298,7 @@ def cast(folder, how):
 
 
 def test_a_cast_keeps_the_highway(folder):
-    """However a model is cast to BF16, its gains keep their FP32 values, x and the norms are FP32, and only the branches are BF16."""
+    """However a model is cast to BF16, its gains keep their FP32 values, x is FP32, and only the branches are BF16."""
     for norm in keel_file.NORMS:
         file, folder = keel_file.read(trained(norm)), exported(norm)
         for how in ("dtype", "device_map", "to", "bfloat16") if norm == "hybridnorm" else ("dtype", "to"):
@@ -302,14 +313,16 @@ def test_a_cast_keeps_the_highway(folder):
             for sublayer in model.model.sublayers:
                 sublayer.branch.register_forward_hook(lambda _, u, f: types.add((u[0].dtype, f.dtype)))
             out = model(ids([list(b"The gradient")]), output_hidden_states=True)
-            assert types == {(torch.bfloat16, torch.bfloat16)} and {x.dtype for x in out.hidden_states} == {torch.float32}, (norm, how)
+            assert types == {(torch.bfloat16, torch.bfloat16)}, (norm, how)
+            assert {x.dtype for x in out.hidden_states} == {torch.float32}, (norm, how)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert {x.dtype for x in load(folder)(ids([[1, 2]]), output_hidden_states=True).hidden_states} == {torch.float32}
+            out = load(folder)(ids([[1, 2]]), output_hidden_states=True)
+            assert {x.dtype for x in out.hidden_states} == {torch.float32}
 
 
 def test_what_a_bf16_highway_would_lose(folder):
-    """At L = 64 the highway of a model in BF16 is within 5e-3 of the FP32 one's, and 1e-2 off where x is rounded to BF16 as well: the
-    difference between the two is what a check of the highway sees."""
+    """At L = 64 the highway of a model in BF16 is within 5e-3 of the FP32 one's, and 1e-2 off where x is rounded to BF16 as well:
+    so the bound of 5e-3 would find that."""
     model = keel_file.KeelFile(keel_file.MODEL, keel_file.Config(64, 256, 64, 2, 64), {}, header=np.zeros(256, "<i4"))
     import keel
     model.tensors = keel.init_params(model.cfg, 1337)
@@ -342,7 +355,8 @@ def test_bf16_logits_are_the_gpu_trainers(folder):
 # Files
 
 def test_back_to_the_same_bytes(folder):
-    """Export then import is the same file: FP32, FP64, BF16, each placement, a padded vocabulary, shards; and after save_pretrained."""
+    """Export then import is the same file: FP32, FP64, BF16, each placement, a padded vocabulary, shards; and after
+    save_pretrained."""
     def both_ways(model, *flags):
         shutil.rmtree(folder / "hf", ignore_errors=True)
         assert call(export, model, folder / "hf", *flags) is None
@@ -370,7 +384,8 @@ def test_back_to_the_same_bytes(folder):
     load(folder / "hf").save_pretrained(folder / "again")
     assert call(import_, folder / "again", folder / "back.bin") is None
     assert (folder / "back.bin").read_bytes() == model.read_bytes()
-    assert (folder / "again/modeling_keel.py").exists() and torch.equal(load(folder / "again").lm_head.weight, load(folder / "hf").lm_head.weight)
+    assert (folder / "again/modeling_keel.py").exists()
+    assert torch.equal(load(folder / "again").lm_head.weight, load(folder / "hf").lm_head.weight)
     load(folder / "hf", torch_dtype=torch.bfloat16).save_pretrained(folder / "half")
     assert call(import_, folder / "half", folder / "half.bin") is None  # gains in FP32, the rest in BF16
     half, whole = keel_file.read(folder / "half.bin"), keel_file.read(model)
@@ -405,7 +420,8 @@ def test_the_card_tells_of_the_run(folder):
 
 
 def test_bad_input_is_one_line_and_leaves_nothing(folder):
-    """A model without its tokenizer, another's tokenizer, a truncated or damaged file, other kinds, a folder in the way, a full disk."""
+    """A model without its tokenizer, another's tokenizer, a truncated or damaged file, other kinds, a folder in the way, a full
+    disk."""
     (folder / "in").mkdir()
     model, out = folder / "in/model.bin", folder / "hf"
     before = lambda: sorted(p.name for p in folder.iterdir())
@@ -440,8 +456,10 @@ def test_bad_input_is_one_line_and_leaves_nothing(folder):
     shutil.copy(exported() / "tokenizer.bin", folder / "in/tokenizer.bin")
     fails("expected the model's tokenizer")
     model.write_bytes(raw)
-    done = run(sys.executable, export.__file__, model, out, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)))
-    assert done.returncode == 1 and b"File too large" in done.stderr and len(done.stderr.splitlines()) == 1 and before() == names, done.stderr  # a full disk
+    full_disk = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+    done = run(sys.executable, export.__file__, model, out, preexec_fn=full_disk)
+    assert done.returncode == 1 and b"File too large" in done.stderr, done.stderr
+    assert len(done.stderr.splitlines()) == 1 and before() == names, done.stderr
     done = run(sys.executable, import_.__file__, out, folder / "back.bin")
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and before() == names, done.stderr
     with mock.patch.object(export.card, "write", side_effect=KeyboardInterrupt):
@@ -460,7 +478,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(folder):
         assert expected in refused(import_, out, folder / "back.bin")
     weights.write_bytes(good)
     config = json.loads((out / "config.json").read_text())
-    for change, expected in (({"model_type": "gpt2"}, "type keel"), ({"hidden_size": 96}, "shape"), ({"norm": "pre"}, "too many"), ({"norm": "none"}, "config.json")):
+    for change, expected in (({"model_type": "gpt2"}, "type keel"), ({"hidden_size": 96}, "shape"), ({"norm": "pre"}, "too many"),
+                             ({"norm": "none"}, "config.json")):
         (out / "config.json").write_text(json.dumps(config | change))
         assert expected in refused(import_, out, folder / "back.bin"), expected
     (out / "config.json").write_text(json.dumps(config))
@@ -485,7 +504,8 @@ def test_a_large_model_passes_in_pieces(folder):
 
     size = (folder / "m.bin").stat().st_size / 1e6
     taken = peak(export.__file__, folder / "m.bin", folder / "hf", "--max-shard-size", "2e8")
-    print(f"         a model of {size:.0f} MB: export took {taken:.0f} MB, import {peak(import_.__file__, folder / 'hf', folder / 'back.bin'):.0f} MB")
+    back = peak(import_.__file__, folder / "hf", folder / "back.bin")
+    print(f"         a model of {size:.0f} MB: export took {taken:.0f} MB, import {back:.0f} MB")
     assert size > 300 and taken < 100 and (folder / "back.bin").read_bytes() == (folder / "m.bin").read_bytes()
 
 

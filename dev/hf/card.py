@@ -141,7 +141,8 @@ together have at most {cfg.max_T:,} tokens.
         ("weights", f"{keel_file.TYPES[file.type].upper()}, those of `{model_path.name}` to the bit"),
         ("trained with branches in", "BF16" if file.branch_bf16 else keel_file.TYPES[file.type].upper())])
     if rows := settings(model_path, file):
-        text += "## The run\n\nAdamW, betas 0.9 and 0.95; linear warm-up, then cosine to 1e-7.\n\n" + table(("setting", "value"), rows)
+        text += ("## The run\n\nAdamW, betas 0.9 and 0.95; linear warm-up, then cosine to 1e-7.\n\n"
+                 + table(("setting", "value"), rows))
     if log:
         columns = [c for c in ("step", "loss", "val_loss", "val_bits_per_byte", "lr", "grad_norm")
                    if any(row.get(c) for row in log)]
