@@ -491,7 +491,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(folder):
 
 @suite.long
 def test_a_large_model_passes_in_pieces(folder):
-    """A model of 0.6 GB is exported in less than 100 MB of memory, and imported with a tensor at a time."""
+    """A model of 0.3 GB is exported in less than 100 MB of memory, and imported with a tensor at a time."""
     cfg = keel_file.Config(1024, 256, 48, 8, 512)
     zeros = {name: np.broadcast_to(np.float32(0), shape) for name, shape in keel_file.parameter_table(cfg)}
     keel_file.write(folder / "m.bin", keel_file.KeelFile(keel_file.MODEL, cfg, zeros))
