@@ -16,7 +16,7 @@ passed=0 failed=0
 for suite in "dev/reference/make_dumps.py --check" test/test_{reference,tokenizer,hf,lm_eval,watch}.py; do
     echo "== $suite"
     # shellcheck disable=SC2086
-    PATH="$environment/bin:$PATH" PYTHON="$environment/bin/python" LONG=1 "$environment/bin/python" $suite | tee "$environment/log"
+    PATH="$environment/bin:$PATH" PYTHON="$environment/bin/python" "$environment/bin/python" $suite | tee "$environment/log"
     status=${PIPESTATUS[0]}
     line=$(grep -E '^[0-9]+ passed, [0-9]+ failed' "$environment/log" | tail -1)
     read -r p _ f _ <<<"${line:-0 x 0}"
