@@ -58,11 +58,11 @@ class Log:
         if self.file or not self.path.exists():
             return
         self.file = open(self.path, "rb")
-        header = self.file.readline().decode(errors="replace").rstrip("\r\n")
-        self.columns = header.split(",")
+        self.columns = self.file.readline().decode(errors="replace").rstrip("\r\n").split(",")
         needed = ["step", *LOGS[self.path.name]]
-        if self.columns[0] != "step" or not set(needed) <= set(self.columns):
-            fail(f"{self.path}: expected a run's log with the columns {','.join(needed)}, found {header[:60]!r}")
+        if self.columns[0] != "step" or set(needed) - set(self.columns):
+            fail(f"{self.path}: expected a run's log with the columns {','.join(needed)}, "
+                 f"found {','.join(self.columns)[:60]!r}")
 
     def replaced(self):
         if not self.file or not self.path.exists():
@@ -167,8 +167,7 @@ def picture(title, steps, values):
     curves.grid(color="0.9")
     curves.legend(fontsize=8, frameon=False)
     fig.suptitle(title, fontsize=11)
-    png = io.BytesIO()
-    fig.savefig(png, format="png")
+    fig.savefig(png := io.BytesIO(), format="png")
     return png.getvalue()
 
 
