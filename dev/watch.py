@@ -9,13 +9,12 @@ Every column of log.csv is a scalar, log/loss for example. Under depth/ are, fro
 of lookups and, from probe.csv (--probe), the decades by which the gradient shrinks from the last sub-layer down to
 sub-layer 2 (KEEL's highway begins there), and pictures of gradients, gains and branches over depth.
 
-A run that is resumed loses its rows after the checkpoint and writes others. TensorBoard is then told to forget what
-came after it. W&B keeps all that it was ever sent: there the rows that changed come again, with their steps.
-watch_tensorboard.json or watch_wandb.json says what was sent, so that another start goes on from there.
+Each start, and each resume of a run, sends TensorBoard the logs anew from their first step, and has it forget what it
+had before. To W&B each step goes once: watch_wandb.json, beside the run, says which were sent.
 """
 
 import argparse
-import array
+import contextlib
 import io
 import itertools
 import json
@@ -26,109 +25,79 @@ import signal
 import sys
 import threading
 import time
-import zlib
 from pathlib import Path
 
-CHUNK = 1 << 22  # bytes of a log read at a time
+try:
+    import numpy as np
+    from matplotlib import colormaps, colors, figure
+except ImportError:  # there will be no pictures
+    figure = None
+
 KEPT_STEPS = 512  # of a run's probed steps, for its pictures: more than they have columns to show them
+WIDTH, HEIGHT = 950, 500  # of a picture, in pixels
 DEPTH = ["rms_f", "rms_z", "shortcut_gain_to_top", "dx_norm", "grad_norm"]
-LOGS = {"log.csv": ["loss"], "hops.csv": ["hops", "accuracy"], "probe.csv": ["sublayer", *DEPTH]}  # columns needed
-PICTURES = {  # tag: title, value of columns
-    "depth/dx_norm": ("gradient on the highway, ||dL/dx||", lambda p: p["dx_norm"]),
-    "depth/grad_norm": ("gradient of the sub-layer's weights, its norm", lambda p: p["grad_norm"]),
-    "depth/shortcut_gain_to_top": ("gain of the shortcut from here to the top", lambda p: p["shortcut_gain_to_top"]),
-    "depth/branch_share": ("what the sub-layer adds, rms(F) / rms(z)", lambda p: p["rms_f"] / p["rms_z"])}
+LOGS = {"log.csv": ["loss"], "hops.csv": ["hops", "accuracy"], "probe.csv": DEPTH}  # columns needed beside the step
+PICTURES = {"depth/dx_norm": "gradient on the highway, ||dL/dx||",  # in the order of Depth.values()
+            "depth/grad_norm": "gradient of the sub-layer's weights, its norm",
+            "depth/shortcut_gain_to_top": "gain of the shortcut from here to the top",
+            "depth/branch_share": "what the sub-layer adds, rms(F) / rms(z)"}
 
 
-class WatchError(Exception):
-    """What was expected, what was found and what to do, in one line for the user."""
+def fail(message):
+    sys.exit(f"watch.py: {message}")
 
 
 class Log:
-    """Follows one csv file: rows are added at its end, and a resume replaces it by another file."""
+    """Follows one csv file: rows are added at its end, and a resume replaces it by another file, header and all."""
 
     def __init__(self, path):
-        self.path, self.file, self.marks = path, None, []
+        self.path, self.file, self.step = path, None, -1
 
-    def open(self, marks=()):
-        """From the start. marks: how far it was sent, [[bytes, their CRC-32, step], ...]; those that hold stay."""
-        try:
-            self.file = open(self.path, "rb", buffering=0)
-        except FileNotFoundError:
+    def open(self):
+        """Once it is there."""
+        if self.file or not self.path.exists():
             return
-        self.columns, self.rest, self.end, self.crc, self.step = [], b"", 0, 0, 0
-        self.marks, crc, at = [], 0, 0
-        for mark in marks:
-            while at < mark[0] and (block := self.file.read(min(CHUNK, mark[0] - at))):
-                crc, at = zlib.crc32(block, crc), at + len(block)
-            if [at, crc] != mark[:2]:
-                break
-            self.marks.append(mark)
-        self.sent_end, _, self.sent_step = self.marks[-1] if self.marks else (0, 0, 0)
-        self.file.seek(0)
-
-    def mark(self):
-        """What has been read up to here was taken. The older marks are, the farther apart they stand."""
-        if self.end > (self.marks[-1][0] if self.marks else 0):
-            self.marks.append([self.end, self.crc, self.step])
-            if len(self.marks) > 256:
-                del self.marks[1:-1:2]
+        self.file = open(self.path, "rb")
+        self.columns = self.file.readline().decode(errors="replace").rstrip("\r\n").split(",")
+        needed = ["step", *LOGS[self.path.name]]
+        if self.columns[0] != "step" or set(needed) - set(self.columns):
+            fail(f"{self.path}: expected a run's log with the columns {','.join(needed)}, "
+                 f"found {','.join(self.columns)[:60]!r}")
 
     def replaced(self):
-        try:
-            there, ours = os.stat(self.path), os.fstat(self.file.fileno())
-            return not os.path.samestat(there, ours) or there.st_size < self.file.tell()
-        except (FileNotFoundError, AttributeError):  # removed, or not there yet
+        if not self.file or not self.path.exists():
             return False
+        there, ours = os.stat(self.path), os.fstat(self.file.fileno())
+        return not os.path.samestat(there, ours) or there.st_size < self.file.tell()
 
-    def header(self, line):
-        self.columns = line.decode(errors="replace").rstrip("\r").split(",")
-        needed = ["step", *LOGS[self.path.name]]
-        if self.columns[0] != "step" or not set(needed) <= set(self.columns):
-            raise WatchError(f"{self.path}: expected a run's log with the columns {','.join(needed)}, found "
-                             f"{line[:60].decode(errors='replace')!r}")
+    def lines(self, last):
+        """Yields (step, line) of new rows up to step `last`.
 
-    def groups(self, stop, whole=lambda step, lines: True):
-        """Yields (step, lines) for the rows of each step; those at the end of the file once whole() says so.
-
-        Like the trainer, passes over what is no whole row: a killed run leaves half a line, a crashed machine zeros.
+        Like the trainer, passes over what does not begin with a step: a crashed machine leaves zeros.
         """
-        while self.file:
-            block = self.file.read(CHUNK)
-            self.rest += block
-            lines = self.rest.split(b"\n")
-            lines.pop()  # is not complete yet
-            used = 0
-            if not self.columns and (lines or len(self.rest) > 4096):
-                self.header(self.rest[:4096].split(b"\n")[0])
-                used = len(lines.pop(0)) + 1
-                self.end, self.crc = used, zlib.crc32(self.rest[:used])
-            by_step = itertools.groupby(lines, lambda line: line.partition(b",")[0])
-            steps = [(step, list(rows)) for step, rows in by_step]
-            for i, (step, rows) in enumerate(steps):
-                good = step.isdigit() and int(step) >= self.step
-                if good and i + 1 == len(steps) and not whole(int(step), rows):
+        while (line := self.file.readline()).endswith(b"\n"):
+            step = line.partition(b",")[0]
+            if step.isdigit() and int(step) >= self.step:
+                if int(step) > last:
                     break
-                size = sum(map(len, rows)) + len(rows)
-                self.end, self.crc = self.end + size, zlib.crc32(self.rest[used:used + size], self.crc)
-                used += size
-                if good:
-                    self.step = int(step)
-                    yield self.step, rows
-                    self.mark()
-            self.rest = self.rest[used:]
-            if not block or stop.is_set():
-                return
+                self.step = int(step)
+                yield self.step, line
+        self.file.seek(-len(line), os.SEEK_CUR)  # comes again, then whole
+
+    def steps(self, last=math.inf):
+        """Yields (step, lines) of the new steps up to `last`."""
+        self.open()
+        if self.file:
+            for step, rows in itertools.groupby(self.lines(last), lambda row: row[0]):
+                yield step, [line for _, line in rows]
 
     def numbers(self, line):
         """{column: number} of a row, without empty cells and words; {} where it is not whole."""
-        cells = line.rstrip(b"\r").split(b",")
+        cells = line.rstrip(b"\r\n").split(b",")
         found = {}
         for name, cell in zip(self.columns[1:], cells[1:] if len(cells) == len(self.columns) else []):
-            try:
+            with contextlib.suppress(ValueError):
                 found[name] = float(cell)
-            except ValueError:
-                pass
         return found
 
 
@@ -136,57 +105,43 @@ class Depth:
     """What the pictures show of probe.csv: at most KEPT_STEPS probed steps, evenly spread, and the newest."""
 
     def __init__(self):
-        self.steps, self.values, self.newest = [], [], (0, [])
-        self.layers, self.count, self.every = 0, 0, 1
-        self.undrawn, self.drawn_count, self.drawn_at = False, 0, -math.inf
+        self.kept, self.every, self.count, self.newest = {}, 1, 0, ()
+        self.drawn_count, self.drawn_at = 0, -math.inf
 
-    def add(self, log, step, lines):
-        """Notes the rows of a step. Returns scalars."""
-        if len(lines) > self.layers:
-            self.__init__()
-            self.layers = len(lines)
-        low = min(2, self.layers - 1)
-        first, last = log.numbers(lines[min(low, len(lines) - 1)]), log.numbers(lines[-1])
-        if (first.get("sublayer"), last.get("sublayer")) != (low, self.layers - 1):
-            return {}  # rows were lost
-        if self.count and (self.count - 1) % self.every == 0:
-            self.keep(log)
-        self.newest, self.count = (step, lines), self.count + 1
-        ratio = first.get("dx_norm", math.nan) / (last.get("dx_norm") or math.nan)
-        return {f"depth/log10_dx_norm_{low}_over_last": math.log10(ratio)} if ratio > 0 else {}
+    def add(self, step, log, lines):
+        self.newest = step, log, lines
+        if self.count % self.every == 0:
+            self.kept[step] = self.values(log, lines)
+        if len(self.kept) > KEPT_STEPS:
+            self.kept, self.every = dict(list(self.kept.items())[::2]), 2 * self.every
+        self.count += 1
 
-    def keep(self, log):
-        step, lines = self.newest
+    def values(self, log, lines):
+        """(pictures, sub-layers)"""
         rows = [log.numbers(line) for line in lines]
-        self.steps.append(step)
-        self.values.append({name: array.array("d", (row.get(name, math.nan) for row in rows)) for name in DEPTH})
-        if len(self.steps) > KEPT_STEPS:
-            self.steps, self.values, self.every = self.steps[::2], self.values[::2], 2 * self.every
+        p = {name: np.array([row.get(name, np.nan) for row in rows]) for name in DEPTH}
+        with np.errstate(all="ignore"):
+            values = np.array([p["dx_norm"], p["grad_norm"], p["shortcut_gain_to_top"], p["rms_f"] / p["rms_z"]])
+            return np.where(np.isfinite(values) & (values > 0), values, np.nan)  # the scale is logarithmic
 
-    def due(self):
-        """A picture that is 5 % wider, or a quarter of an hour old; drawing takes time from the training."""
+    def due(self, last):
+        """Where a picture would be 5 % wider, or is a quarter of an hour old; drawing takes time from the training."""
         age = time.monotonic() - self.drawn_at
-        return self.undrawn and age > 30 and (self.count >= 1.05 * self.drawn_count or age > 900)
+        old = age > 30 and (self.count >= 1.05 * self.drawn_count or age > 900)
+        return self.count > self.drawn_count and (old or last)
 
-    def draw(self, log, run):
+    def draw(self, run):
         """Yields (tag, PNG)."""
-        import numpy as np
-        self.undrawn, self.drawn_count, self.drawn_at = False, self.count, time.monotonic()
-        kept = list(self.steps), list(self.values), self.every
-        self.keep(log)
-        steps, probed = np.array(self.steps), self.values
-        self.steps, self.values, self.every = kept
-        for tag, (title, value) in PICTURES.items():
-            with np.errstate(all="ignore"):
-                values = np.array([value({name: np.array(row) for name, row in p.items()}) for p in probed])
-            values = np.where(np.isfinite(values) & (values > 0), values, np.nan)
+        self.drawn_count, self.drawn_at = self.count, time.monotonic()
+        step, log, lines = self.newest
+        shown = {**self.kept, step: self.values(log, lines)}
+        for (tag, title), values in zip(PICTURES.items(), np.stack(list(shown.values()), axis=1)):
             if np.isfinite(values).any():
-                yield tag, picture(np, f"{run}: {title}", steps, values)
+                yield tag, picture(f"{run}: {title}", np.array(list(shown)), values)
 
 
-def picture(np, title, steps, values):
+def picture(title, steps, values):
     """values (steps, layers) as colours over steps and sub-layers, and some steps as curves over the sub-layers."""
-    from matplotlib import colormaps, colors, figure
     layers = values.shape[1]
     low, high = np.nanpercentile(values, [1, 99])
     if high < 10 * low:  # what differs little is to look like that
@@ -194,7 +149,7 @@ def picture(np, title, steps, values):
     width = (steps[-1] - steps[0]) / max(1, len(steps) - 1) or 1  # of a step's column, where they are even
     left, right = steps[0] - width / 2, steps[-1] + width / 2
     nearest = np.abs(np.linspace(left, right, 1001)[:, None] - steps).argmin(1)
-    fig = figure.Figure(figsize=(7.6, 4), dpi=125, layout="constrained")
+    fig = figure.Figure(figsize=(WIDTH / 125, HEIGHT / 125), dpi=125, layout="constrained")
     heat, curves = fig.subplots(1, 2, sharey=True, gridspec_kw={"width_ratios": [2, 1]})
     image = heat.imshow(values[nearest].T, norm=colors.LogNorm(low, high), aspect="auto", origin="lower",
                         extent=(left, right, -0.5, layers - 0.5), interpolation_stage="rgba",
@@ -206,122 +161,73 @@ def picture(np, title, steps, values):
         colour, label = colormaps["plasma"](0.9 - 0.9 * n / max(1, len(shown) - 1)), f"step {steps[i]}"
         curves.plot(values[i][::2], range(0, layers, 2), color=colour, lw=1.2, label=label)
         curves.plot(values[i][1::2], range(1, layers, 2), color=colour, lw=1.2, ls=(0, (2, 1.5)))
-    curves.set(xscale="log", xlabel="attention, dashed feed-forward",
+    curves.set(xscale="log",
                xlim=(min(low, np.nanmin(values[shown])) / 1.2, max(high, np.nanmax(values[shown])) * 1.2))
-    curves.xaxis.label.set_size(8)
+    curves.set_xlabel("attention, dashed feed-forward", fontsize=8)
     curves.grid(color="0.9")
     curves.legend(fontsize=8, frameon=False)
     fig.suptitle(title, fontsize=11)
-    png = io.BytesIO()
-    fig.savefig(png, format="png")
+    fig.savefig(png := io.BytesIO(), format="png")
     return png.getvalue()
 
 
-class Sink:
-    """Where a run's numbers go, and a file of what was sent there: the logs' marks, and what else it has to know."""
-
-    def __init__(self, folder, run):
-        kind = type(self).__name__.lower()
-        self.folder, self.path = folder, folder / f"watch_{kind}.json"
-        try:
-            self.sent = json.loads(self.path.read_text())
-        except (FileNotFoundError, ValueError):  # none, or torn by a crash
-            self.sent = {"run": os.path.relpath(run, folder), "marks": {}}
-        if self.sent["run"] != os.path.relpath(run, folder):
-            raise WatchError(f"{self.path}: expected what was sent of {run}, found that of {self.sent['run']}; "
-                             "give another --logdir")
-
-    def marks(self, name):
-        return self.sent["marks"].get(name, [])
-
-    def save(self, marks):
-        if marks != self.sent["marks"]:
-            self.sent["marks"] = json.loads(json.dumps(marks))
-            temporary = self.path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(self.sent) + "\n")
-            os.replace(temporary, self.path)
-
-
-class TensorBoard(Sink):
-    def __init__(self, folder, run):
-        super().__init__(folder, run)
+class TensorBoard:
+    def __init__(self, folder):
         from tensorboard.compat.proto import event_pb2, summary_pb2
         from tensorboard.summary.writer.record_writer import RecordWriter
         self.Event, self.SessionLog, self.Summary = event_pb2.Event, event_pb2.SessionLog, summary_pb2.Summary
-        self.pending = io.BytesIO()
-        self.records = RecordWriter(self.pending)
-        # A file of its own, for the last one may end in half a record: TensorBoard reads them in the order of names.
-        old = sorted(path.name for path in folder.glob("events.out.tfevents.*.keel"))
-        if not old:
-            self.sent["marks"] = {}
-        stamp = max(int(time.time()), int(old[-1].split(".")[3]) + 1 if old else 0)
-        self.file = open(folder / f"events.out.tfevents.{stamp:010d}.keel", "wb", buffering=0)
-        self.write(0, time.time(), file_version="brain.Event:2")
-        if not old:  # of the first START TensorBoard takes no notice
-            self.write(0, time.time(), session_log=self.SessionLog(status=self.SessionLog.START))
+        # TensorBoard reads a folder's files in the order of their names; the last one may end in half a record.
+        file = open(folder / f"events.out.tfevents.{time.time_ns()}.keel", "wb")
+        self.records, self.flush, self.close = RecordWriter(file), file.flush, file.close
+        self.write(0, file_version="brain.Event:2")
 
-    def restart(self, logs):
-        """Has TensorBoard forget all from the first step on that is not, in all logs, as it was sent."""
-        self.since = min((log.sent_step for log in logs if log.file), default=-1) + 1
-        self.write(self.since, time.time(), session_log=self.SessionLog(status=self.SessionLog.START))
+    def write(self, step, **what):
+        self.records.write(self.Event(step=step, wall_time=time.time(), **what).SerializeToString())
 
-    def wants(self, log):
-        return log.step >= self.since
+    def restart(self):
+        """Has TensorBoard forget all steps from 0 on. Of a folder's first START it takes no notice, nor need it."""
+        self.write(0, session_log=self.SessionLog(status=self.SessionLog.START))
 
-    def write(self, step, wall, **what):
-        self.records.write(self.Event(step=step, wall_time=wall, **what).SerializeToString())
-
-    def scalars(self, step, wall, values):
+    def scalars(self, key, step, values):
         values = [self.Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
-        self.write(step, wall, summary=self.Summary(value=values))
-        if self.pending.tell() > CHUNK:
-            self.flush(self.sent["marks"])
+        self.write(step, summary=self.Summary(value=values))
 
-    def image(self, step, wall, tag, png):
-        shape = {"width": int.from_bytes(png[16:20], "big"), "height": int.from_bytes(png[20:24], "big")}
-        image = self.Summary.Image(encoded_image_string=png, colorspace=3, **shape)
-        self.write(step, wall, summary=self.Summary(value=[self.Summary.Value(tag=tag, image=image)]))
-
-    def flush(self, marks):
-        data = memoryview(self.pending.getvalue())
-        while data:
-            data = data[self.file.write(data):]
-        self.pending.seek(0), self.pending.truncate()
-        self.save(marks)
-
-    def close(self):
-        self.file.close()
+    def image(self, step, tag, png):
+        image = self.Summary.Image(encoded_image_string=png, colorspace=4, width=WIDTH, height=HEIGHT)
+        self.write(step, summary=self.Summary(value=[self.Summary.Value(tag=tag, image=image)]))
 
 
-class WandB(Sink):
-    def __init__(self, folder, run, name, project):
-        super().__init__(folder, run)
+class WandB:
+    def __init__(self, folder, name, project):
         import wandb
-        self.wandb = wandb
-        number = self.sent.setdefault("id", secrets.token_hex(4))
+        self.Image, self.path = wandb.Image, folder / "watch_wandb.json"
+        self.state = {"id": secrets.token_hex(4), "sent": {}}  # sent: the last step of each log and picture
+        if self.path.exists():
+            self.state = json.loads(self.path.read_text())
         try:
-            self.run = wandb.init(project=project, id=number, name=name, dir=folder, resume="allow",
+            self.run = wandb.init(project=project, id=self.state["id"], name=name, dir=folder, resume="allow",
                                   reinit="create_new", settings=wandb.Settings(console="off"))
         except wandb.Error as error:
-            raise WatchError(f"W&B: {str(error).splitlines()[0]} (WANDB_MODE=offline needs no account)") from None
+            fail(f"W&B: {str(error).splitlines()[0]} (WANDB_MODE=offline needs no account)")
         self.run.define_metric("step")
-        self.run.define_metric("*", step_metric="step")  # W&B's own step never goes back
+        self.run.define_metric("*", step_metric="step")  # W&B's own step counts the calls
 
-    def restart(self, logs):
-        pass
+    def restart(self):
+        """Nothing: a resumed trainer computes the lost steps again to the same bits, times aside; W&B has them."""
 
-    def wants(self, log):
-        return log.end > log.sent_end
+    def scalars(self, key, step, values):
+        if step > self.state["sent"].get(key, -1):
+            self.run.log({"step": step, **values})
+            self.state["sent"][key] = step
 
-    def scalars(self, step, wall, values):
-        self.run.log({"step": step, **values})
-
-    def image(self, step, wall, tag, png):
+    def image(self, step, tag, png):
         from PIL import Image
-        self.run.log({"step": step, tag: self.wandb.Image(Image.open(io.BytesIO(png)))})
+        self.scalars(tag, step, {tag: self.Image(Image.open(io.BytesIO(png)))})
 
-    def flush(self, marks):
-        self.save(marks)
+    def flush(self):
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self.state) + "\n")
+        os.replace(temporary, self.path)
 
     def close(self):
         self.run.finish()
@@ -330,98 +236,64 @@ class WandB(Sink):
 class Run:
     """Takes what is new in a run's logs to its sink."""
 
-    def __init__(self, folder, name, sink, pictures):
-        self.folder, self.name, self.sink, self.pictures = folder, name, sink, pictures
-        self.logs = {name: Log(folder / name) for name in LOGS}
+    def __init__(self, folder, name, sink):
+        self.folder, self.name, self.sink = folder, name, sink
         self.restart()
 
     def restart(self):
         """All logs from their start."""
-        self.depth, self.walls, self.wall = Depth(), {}, None
-        for name, log in self.logs.items():
-            log.open(self.sink.marks(name))
-        self.sink.restart(self.logs.values())
+        self.logs = [Log(self.folder / name) for name in LOGS]
+        self.depth, self.layers = Depth(), 0
+        self.sink.restart()
 
-    def poll(self, stop, last=False):
-        if any(log.replaced() for log in self.logs.values()):
+    def poll(self, last=False):
+        if any(log.replaced() for log in self.logs):
             self.restart()
-        for log in self.logs.values():
-            if not log.file:
-                log.open()
-        log, hops, probe = self.logs.values()
-        if log.file and self.wall is None:
-            # Steps follow each other without the pauses between them, and the newest row is of now.
-            times = Log(log.path)
-            times.open()
-            taken = sum(times.numbers(rows[0]).get("ms", 0) for _, rows in times.groups(stop))
-            self.wall = os.stat(log.path).st_mtime - taken / 1000
-        for step, rows in log.groups(stop):
-            values = log.numbers(rows[0])
-            self.wall += values.get("ms", 0) / 1000
-            self.walls[step] = self.wall
-            self.scalars(log, step, {f"log/{column}": value for column, value in values.items()})
-        for step, rows in hops.groups(stop):
-            found = [row for row in map(hops.numbers, rows) if len(row) > 1]
-            self.scalars(hops, step, {f"depth/hops_{row['hops']:.0f}": row["accuracy"] for row in found})
-        # The row in log.csv is written when those in probe.csv are.
-        for step, rows in probe.groups(stop, lambda step, rows: step <= log.step):
-            self.scalars(probe, step, self.depth.add(probe, step, rows))
-            self.depth.undrawn |= self.pictures and self.sink.wants(probe)
-        if self.depth.count and (self.depth.due() or last and self.depth.undrawn):
-            for tag, png in self.depth.draw(probe, self.name):
-                self.sink.image(probe.step, self.walls.get(probe.step, time.time()), tag, png)
-        self.sink.flush({name: log.marks for name, log in self.logs.items()})
-
-    def scalars(self, log, step, values):
-        if values and self.sink.wants(log):
-            self.sink.scalars(step, self.walls.get(step, time.time()), values)
-
-
-def distinct_names(folders):
-    """Of each folder as many of its last parts as tell it from the others."""
-    for count in itertools.count(1):
-        names = ["/".join(folder.parts[-count:]).strip("/") for folder in folders]
-        if len(set(names)) == len(folders):
-            return names
-
-
-def importable(module):
-    try:
-        __import__(module)
-        return True
-    except ImportError:
-        return False
+        log, hops, probe = self.logs
+        for step, lines in log.steps():
+            self.sink.scalars("log.csv", step, {f"log/{name}": value for name, value in log.numbers(lines[0]).items()})
+        # A step's row in log.csv is written after its rows in the others: up to there they are whole.
+        for step, lines in hops.steps(log.step):
+            rows = [row for row in map(hops.numbers, lines) if row]
+            self.sink.scalars("hops.csv", step, {f"depth/hops_{row['hops']:.0f}": row["accuracy"] for row in rows})
+        for step, lines in probe.steps(log.step):
+            self.layers = self.layers or len(lines)
+            if len(lines) != self.layers:
+                continue  # a crashed machine has lost rows
+            if figure:
+                self.depth.add(step, probe, lines)
+            low, high = (probe.numbers(lines[l]).get("dx_norm", math.nan) for l in (min(2, self.layers - 1), -1))
+            if low > 0 and high > 0:
+                decades = math.log10(low) - math.log10(high)
+                self.sink.scalars("probe.csv", step, {"depth/log10_dx_norm_2_over_last": decades})
+        if self.depth.due(last):
+            for tag, png in self.depth.draw(self.name):
+                self.sink.image(probe.step, tag, png)
+        self.sink.flush()
 
 
 def watch(arguments):
-    stop = threading.Event()
     folders = list(dict.fromkeys(Path(out).resolve() for out in arguments.out))
     for folder in folders:
         if not folder.is_dir():
-            raise WatchError(f"{folder}: expected a run's folder, found {'a file' if folder.exists() else 'none'}")
+            fail(f"{folder}: expected a run's folder, found {'a file' if folder.exists() else 'none'}")
         if arguments.once and not (folder / "log.csv").exists():
-            raise WatchError(f"{folder}: expected a run's log.csv, found none")
-        for log in (Log(folder / name) for name in LOGS):
-            log.open()
-            next(log.groups(stop), None)  # its header is checked
-    needed = "wandb" if arguments.wandb else "tensorboard"
-    if not importable(needed):
-        raise WatchError(f"expected {needed} in {sys.executable}, found none: pip install {needed} matplotlib")
-    pictures = importable("matplotlib.figure") and (not arguments.wandb or importable("PIL"))
-    if not pictures:
-        print("note: no pictures of the depth without matplotlib: pip install matplotlib", flush=True)
-
-    names, logdir = distinct_names(folders), arguments.logdir and Path(arguments.logdir).resolve()
-    places = [logdir / name if logdir else folder for folder, name in zip(folders, names)]
-    for place in places:
+            fail(f"{folder}: expected a run's log.csv, found none")
+        for name in LOGS:
+            Log(folder / name).open()  # checks it
+    root, runs = os.path.commonpath([folder.parent for folder in folders]), []
+    for folder in folders:
+        name = os.path.relpath(folder, root)
+        place = Path(arguments.logdir or root).resolve() / name
         place.mkdir(parents=True, exist_ok=True)
-        if not os.access(place, os.W_OK | os.X_OK):
-            raise WatchError(f"{place}: expected a folder that can be written, found one that cannot; give a --logdir")
-    if arguments.wandb:
-        sinks = [WandB(*which, arguments.project) for which in zip(places, folders, names)]
-    else:
-        sinks = [TensorBoard(*which) for which in zip(places, folders)]
-        print(f"tensorboard --logdir {logdir or os.path.commonpath(folders)}", flush=True)
+        sink = WandB(place, name, arguments.project) if arguments.wandb else TensorBoard(place)
+        runs.append(Run(folder, name, sink))
+    if not figure:
+        print("note: no pictures of the depth without matplotlib: pip install matplotlib", flush=True)
+    if not arguments.wandb:
+        print(f"tensorboard --logdir {arguments.logdir or os.path.commonpath(folders)}", flush=True)
+
+    stop = threading.Event()
 
     def end(number, frame):
         signal.signal(number, signal.SIG_DFL)  # a second signal ends it at once
@@ -429,38 +301,30 @@ def watch(arguments):
 
     for number in signal.SIGINT, signal.SIGTERM:
         signal.signal(number, end)
-    runs = [Run(*which, pictures) for which in zip(folders, names, sinks)]
-    while not stop.is_set() and not arguments.once:
+    while not (arguments.once or stop.is_set()):
         for run in runs:
-            run.poll(stop)
+            run.poll()
         stop.wait(arguments.every)
     for run in runs:
-        run.poll(stop, last=True)
+        run.poll(last=True)
         run.sink.close()
 
 
-def seconds(text):
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise ValueError
-    return value
-
-
-def main():
+def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", nargs="+", metavar="OUT", help="the folder of a run, the trainer's -o")
     parser.add_argument("--logdir", metavar="DIR", help="the files go to DIR/RUN [the run's own folder]")
-    parser.add_argument("--every", type=seconds, default=5, metavar="SECONDS", help="between looks at the logs [5]")
+    parser.add_argument("--every", type=float, default=5, metavar="SECONDS", help="between looks at the logs [5]")
     parser.add_argument("--once", action="store_true", help="converts what there is and ends")
     parser.add_argument("--wandb", action="store_true", help="to Weights & Biases, not to TensorBoard")
     parser.add_argument("--project", default="keel", help="of W&B [keel]")
-    try:
-        watch(parser.parse_args())
-    except WatchError as error:
-        sys.exit(f"watch.py: {error}")
-    except OSError as error:
-        sys.exit(f"watch.py: {error.filename or 'event file'}: could not be written or read ({error.strerror})")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        watch(parse_arguments())
+    except ImportError as error:
+        fail(f"{error}, in {sys.executable}: pip install tensorboard matplotlib (for --wandb: wandb matplotlib)")
+    except OSError as error:
+        fail(f"{error.filename or 'event file'}: could not be written or read ({error.strerror})")
