@@ -21,11 +21,20 @@ HOPS_WORD = 48
 
 
 def read_rows(path, last_step):
-    """The rows of a CSV file up to a step, numbers where they are numbers; none where there is no such file."""
+    """The rows of a CSV file up to a step; none where there is no such file. Of a line that was cut off, what there is."""
     if not path.exists():
         return []
-    with open(path, newline="") as f:
-        return [row for row in csv.DictReader(f) if row.get("step", "").isdigit() and int(row["step"]) <= last_step]
+    with open(path, newline="", encoding="utf-8", errors="replace") as f:
+        rows = csv.DictReader((line.replace("\0", "") for line in f), quoting=csv.QUOTE_NONE)
+        return [row for row in rows if row.get("step", "").isdecimal() and int(row["step"]) <= last_step]
+
+
+def number(cell):
+    """NaN where a cell has none."""
+    try:
+        return float(cell)
+    except (TypeError, ValueError):
+        return math.nan
 
 
 def thinned(rows):
@@ -65,7 +74,7 @@ def draw(folder, log, probe, shape):
     if len(log) > 1:
         figure, axis = plt.subplots(figsize=(7, 3.5), layout="constrained")
         for column, style in (("loss", {"lw": 0.8}), ("val_loss", {"marker": "o", "ms": 3})):
-            points = [(int(row["step"]), float(row[column])) for row in log if row.get(column)]
+            points = [(int(row["step"]), number(row[column])) for row in log if row.get(column)]
             if points:
                 axis.plot(*zip(*points), label=column, **style)
         axis.set(xlabel="step", ylabel="nats a token")
@@ -77,10 +86,12 @@ def draw(folder, log, probe, shape):
     if len(steps) > 1:
         values = np.full((shape.L, len(steps)), np.nan)
         for row in probe:
-            values[int(row["sublayer"]), steps.index(int(row["step"]))] = float(row["dx_norm"])
-        if np.nanmax(values) > 0:
+            if (l := number(row.get("sublayer"))) in range(shape.L):
+                values[int(l), steps.index(int(row["step"]))] = number(row.get("dx_norm"))
+        values[~(np.isfinite(values) & (values > 0))] = np.nan  # a logarithm shows them
+        if not np.isnan(values).all():
             figure, axis = plt.subplots(figsize=(7, 3.5), layout="constrained")
-            mesh = axis.pcolormesh(steps, range(shape.L), np.where(values > 0, values, np.nan), norm=LogNorm(), shading="nearest")
+            mesh = axis.pcolormesh(steps, range(shape.L), values, norm=LogNorm(), shading="nearest")
             axis.set(xlabel="step", ylabel="sub-layer", title="norm of dL/dx at each sub-layer")
             figure.colorbar(mesh, ax=axis)
             figure.savefig(folder / "probe.png", dpi=120)
@@ -107,13 +118,13 @@ x' = Norm(alpha x + F(Norm(x))), alpha = L). Its weights are those of `{model_pa
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
-tokenizer = AutoTokenizer.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
 inputs = tokenizer("Once", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100, do_sample=True, temperature=0.8, top_k=40)[0]))
 ```
 
-Cast to BF16, by `dtype=torch.bfloat16`, the branches alone are computed in it: the highway x and all norms stay FP32.
+Cast to BF16, by `dtype=torch.bfloat16` (`torch_dtype=` before transformers 4.56), the branches alone are computed in it: the highway x and all norms stay FP32.
 There is no dropout, and text longer than {cfg.max_T} tokens has no positions.
 
 ## The model
@@ -136,6 +147,6 @@ There is no dropout, and text longer than {cfg.max_T} tokens has no positions.
         columns = ["sublayer", "kind", "rms_x", "rms_f", "shortcut_gain", "shortcut_gain_to_top", "dx_norm", "grad_norm", "update_norm"]
         text += (f"## Over depth, at step {probe[-1]['step']}\n\nrms of the highway and of the branch; the shortcut's gain, of one sub-layer and "
                  "from it to the top; norms of dL/dx, of the weights' gradients and of their update.\n\n"
-                 + table(columns, [[row.get(c, "") for c in columns] for row in thinned(last)]))
+                 + table(columns, [[row.get(c) or "" for c in columns] for row in thinned(last)]))
     text += "".join(f"![{figure[:-4]}]({figure})\n" for figure in figures)
     (folder / "README.md").write_text(text, encoding="utf-8")
