@@ -164,7 +164,8 @@ def configuration(file, separator):
                      "AutoModelForCausalLM": "modeling_keel.KeelForCausalLM"},
         "vocab_size": cfg.V, "hidden_size": cfg.C, "num_hidden_layers": cfg.L // 2, "num_attention_heads": cfg.H,
         "max_position_embeddings": cfg.max_T, "norm": cfg.norm, "alpha": cfg.alpha, "tie_word_embeddings": True,
-        "torch_dtype": TYPES[file.type][1], "tokenizer_class": "PreTrainedTokenizerFast", "bos_token_id": separator, "eos_token_id": separator, "pad_token_id": separator,
+        "torch_dtype": TYPES[file.type][1], "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token_id": separator, "eos_token_id": separator, "pad_token_id": separator,
         "step": file.step, "branch_bf16": file.branch_bf16, "tokenizer_crc32": int(file.header[TOKENIZER_WORD]) % 2**32}
 
 

@@ -185,7 +185,8 @@ class KeelModel(KeelPreTrainedModel):
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
                 use_cache=None, output_hidden_states=None, output_attentions=None, return_dict=None, cache=None, **_):
         """attention_mask: (B,S), 0 for padding on either side, or (B,1,T,S), true where a query sees a key or, of
-        floats, added to the scores. S counts the cache's tokens too. past_key_values, in newer versions of the library cache: the keys and values of the tokens before."""
+        floats, added to the scores. S counts the cache's tokens too. past_key_values, in newer
+        versions of the library cache: the keys and values of the tokens before."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected either input_ids or inputs_embeds")
         if output_attentions:
