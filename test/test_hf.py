@@ -220,7 +220,7 @@ def test_padding_on_either_side(folder):
 
 
 def test_caches(folder):
-    """Text by a growing cache, by a static one, in pieces, by beams and without a cache is the same, and by either attention."""
+    """Text by a growing cache, by a static one, in pieces, by beams and without a cache is the same, and by either attention and kind of mask."""
     model, prompt = load(exported()), ids([list(b"The gradient ")])
     ways = [{"use_cache": True}, {"use_cache": False}] + ([{"cache_implementation": "static"}] if torch.__version__ >= "2" else [])
     for more in ({}, {"num_beams": 3}):
@@ -235,6 +235,15 @@ def test_caches(folder):
         written_out = load(exported(), attn_implementation="eager")
         assert model.config._attn_implementation == "sdpa" != written_out.config._attn_implementation
         assert close(written_out(prompt).logits, whole)
+        assert written_out.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=40, do_sample=False,
+                                    cache_implementation="static").tolist() == texts[0]
+    sees = torch.ones(13, 13).tril().bool()
+    for mask in sees, torch.zeros(13, 13).masked_fill(~sees, torch.finfo(torch.float32).min):
+        assert all(close(m(prompt, attention_mask=mask[None, None]).logits, whole) for m in (model, load(exported(), attn_implementation="eager")))
+    for wrong in torch.ones(1, 13, 13), torch.ones(1, 12), torch.ones(1, 14):
+        with contextlib.suppress(ValueError):
+            model(prompt, attention_mask=wrong)
+            assert False, wrong.shape
 
 
 def test_gradient_checkpointing(folder):
@@ -315,6 +324,12 @@ def test_a_cast_keeps_the_highway(folder):
             out = model(ids([list(b"The gradient")]), output_hidden_states=True)
             assert types == {(torch.bfloat16, torch.bfloat16)}, (norm, how)
             assert {x.dtype for x in out.hidden_states} == {torch.float32}, (norm, how)
+        if norm == "hybridnorm":  # FP32 gains beside BF16 branches in the file
+            model.save_pretrained(SHARED.name + "/cast")
+            for dtype in "auto", "bfloat16", torch.bfloat16:
+                again = load(SHARED.name + "/cast", torch_dtype=dtype, device_map={"": "cpu"})
+                assert all(torch.equal(w, weights[name]) and w.dtype == weights[name].dtype
+                           for name, w in again.named_parameters()), dtype
         with torch.autocast("cpu", dtype=torch.bfloat16):
             out = load(folder)(ids([[1, 2]]), output_hidden_states=True)
             assert {x.dtype for x in out.hidden_states} == {torch.float32}
@@ -402,7 +417,7 @@ def test_the_trainers_go_on_with_an_imported_model(folder):
 
 def test_the_card_tells_of_the_run(folder):
     """README.md has the run's settings, its curve's last validation and the probe's rows, to the logs' first 5 digits; the program
-    that it shows runs, also where the model has few positions."""
+    that it shows runs, also where the model has few positions; and no damaged log stops it."""
     card, log = (exported() / "README.md").read_text(), (trained().parent / "log.csv").read_text().splitlines()
     last = dict(zip(log[0].split(","), log[-1].split(",")))
     for text in (f"| 60 | {float(last['loss']):.5g} | {float(last['val_loss']):.5g} |", "| peak learning rate | 0.006 |",
@@ -417,6 +432,9 @@ def test_the_card_tells_of_the_run(folder):
     shutil.copy(trained(), lone)  # no run beside it
     assert call(export, lone, folder / "hf") is None
     assert "The model" in (folder / "hf/README.md").read_text() and "The run" not in (folder / "hf/README.md").read_text()
+    for name in "log.csv", "probe.csv":  # after a crash
+        (folder / name).write_bytes(b'step,sublayer,dx_norm,loss\n20,0,1,"2\n\n20,99,inf,inf\n40,1,nan,x\n40,\0\n\xc2\xb2,1\n\xff\n60,x')
+    assert call(export, lone, folder / "crashed") is None and "At step 20: rms" in (folder / "crashed/README.md").read_text()
 
 
 def test_bad_input_is_one_line_and_leaves_nothing(folder):
@@ -464,6 +482,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(folder):
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and before() == names, done.stderr
     with mock.patch.object(export.card, "write", side_effect=KeyboardInterrupt):
         fails("interrupted")
+    for name in ".", "/":
+        assert "expected nothing there" in refused(export, model, name)
     assert "expected its folder to exist" in refused(export, model, folder / "none/hf") and before() == names
     for name in "hf", "hf.tmp":
         (folder / name).mkdir()
@@ -473,16 +493,31 @@ def test_bad_input_is_one_line_and_leaves_nothing(folder):
     assert call(export, model, out) is None
     weights = out / "model.safetensors"
     good = weights.read_bytes()
-    for damage, expected in ((good[:-100], "safetensors"), (b"", "safetensors")):
+    length = int.from_bytes(good[:8], "little")
+    tensors = json.loads(good[8:8 + length])
+    places = lambda begin, end: json.dumps(tensors | {"model.wpe.weight": tensors["model.wpe.weight"] | {"data_offsets": [begin, end]}}).encode()
+    wpe = T * 48 * 4
+    for damage, expected in ((good[:-100], "safetensors"), (b"", "safetensors"), (places(0, wpe), "overlap"), (places(-600, wpe - 600), "-600"),
+                             (places(0.0, wpe), "0.0"), (b"[" * 100_000, "safetensors")):
+        if damage[:1] in (b"{", b"["):
+            damage = len(damage).to_bytes(8, "little") + damage + good[8 + length:]
         weights.write_bytes(damage)
         assert expected in refused(import_, out, folder / "back.bin")
     weights.write_bytes(good)
     config = json.loads((out / "config.json").read_text())
     for change, expected in (({"model_type": "gpt2"}, "type keel"), ({"hidden_size": 96}, "shape"), ({"norm": "pre"}, "too many"),
-                             ({"norm": "none"}, "config.json")):
+                             ({"norm": "none"}, "config.json"), ({"num_attention_heads": 5}, "5 heads"),
+                             ({"num_hidden_layers": 10**8}, "200000000 sub-layers"), ({"alpha": 1e300}, "alpha"),
+                             ({"step": -1}, "whole number"), ({"vocab_size": 256.0}, "whole number"),
+                             ({"tokenizer_crc32": 2**40}, "whole number")):
         (out / "config.json").write_text(json.dumps(config | change))
         assert expected in refused(import_, out, folder / "back.bin"), expected
     (out / "config.json").write_text(json.dumps(config))
+    index = out / "model.safetensors.index.json"
+    for content in "", "[]", '{"weight_map": {"a": 1}}', json.dumps({"weight_map": {"a": "../hf/model.safetensors"}}):
+        index.write_text(content)
+        assert "names of the weights' files" in refused(import_, out, folder / "back.bin"), content
+    index.unlink()
     (folder / "back.bin").write_text("mine")
     assert "found a file" in refused(import_, out, folder / "back.bin") and (folder / "back.bin").read_text() == "mine"
     (folder / "back.bin").unlink()

@@ -22,13 +22,21 @@ PRINTED = {"i": ",", "q": ",", "Q": "", "d": ".15g"}  # type: how it is printed
 HOPS_WORD = 48
 
 
+def is_number(cell):
+    try:
+        return cell == "" or float(cell) is not None
+    except (TypeError, ValueError):  # a cell too few or too many
+        return False
+
+
 def read_rows(path, last_step):
-    """The whole rows of a CSV file up to a step; none where there is no such file."""
+    """The rows of a CSV file up to a step; none where there is no such file. What a crash has cut or zeroed is passed over."""
     if not path.exists():
         return []
-    with open(path, newline="") as f:
-        return [row for row in csv.DictReader(f)
-                if None not in row.values() and row.get("step", "").isdigit() and int(row["step"]) <= last_step]
+    with open(path, newline="", encoding="utf-8", errors="replace") as f:
+        rows = csv.DictReader((line.replace("\0", "") for line in f), quoting=csv.QUOTE_NONE)
+        return [row for row in rows if all(is_number(cell) for name, cell in row.items() if name != "kind")
+                and row.get("step", "").isdecimal() and row.get("sublayer", "0").isdecimal() and int(row["step"]) <= last_step]
 
 
 def thinned(rows, most=ROWS):
@@ -83,6 +91,7 @@ def draw(folder, log, probe):
             if points := [(int(row["step"]), float(row[column])) for row in log if row.get(column)]:
                 axis.plot(*zip(*points), label=label, **style)
         save("curve.png", axis, xlabel="step", ylabel="loss, nats a token")
+    probe = [row for row in probe if row.get("dx_norm")]
     if any(float(row["dx_norm"]) > 0 for row in probe):
         axis = plt.subplots(figsize=(7, 3.5), layout="constrained")[1]
         steps = thinned(sorted({int(row["step"]) for row in probe}), 6)

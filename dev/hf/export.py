@@ -164,7 +164,8 @@ def configuration(file, separator):
                      "AutoModelForCausalLM": "modeling_keel.KeelForCausalLM"},
         "vocab_size": cfg.V, "hidden_size": cfg.C, "num_hidden_layers": cfg.L // 2, "num_attention_heads": cfg.H,
         "max_position_embeddings": cfg.max_T, "norm": cfg.norm, "alpha": cfg.alpha, "tie_word_embeddings": True,
-        "torch_dtype": TYPES[file.type][1], "bos_token_id": separator, "eos_token_id": separator, "pad_token_id": separator,
+        "torch_dtype": TYPES[file.type][1], "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token_id": separator, "eos_token_id": separator, "pad_token_id": separator,
         "step": file.step, "branch_bf16": file.branch_bf16, "tokenizer_crc32": int(file.header[TOKENIZER_WORD]) % 2**32}
 
 
@@ -181,7 +182,7 @@ def check_model(file, path):
 @contextlib.contextmanager
 def whole_folder(out, needed):
     """The folder OUT.tmp to write into, which becomes OUT at the end and vanishes on any error."""
-    unfinished = out.with_name(out.name + ".tmp")
+    unfinished = out.parent / (out.name + ".tmp")  # also where out is "." or "/", which have no name
     for path, what in ((out, "give another name, or remove it"), (unfinished, "another export writes it or was killed: remove it")):
         if path.exists() or path.is_symlink():
             raise FileError(f"{path}: expected nothing there, found a {'folder' if path.is_dir() else 'file'}; {what}")

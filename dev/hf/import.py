@@ -38,34 +38,56 @@ class Stored(NamedTuple):
 
 
 def stored_tensors(path):
-    """{name: Stored} of a safetensors file: uint64 length, JSON with each tensor's place, then the data."""
+    """{name: Stored} of a safetensors file: uint64 length, JSON with each tensor's place, then the data, where no two overlap."""
     try:
         with open(path, "rb") as f:
             length, size, found = int.from_bytes(f.read(8), "little"), os.path.getsize(path), {}
+            places = []
             for name, entry in json.loads(f.read(min(length, size))).items():
                 if name == "__metadata__":
                     continue
                 dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+                if not isinstance(dtype, str) or any(type(i) is not int or i < 0 for i in (*shape, begin, end)):
+                    raise ValueError(f"{name} of {shape}, type {dtype}, at {begin} to {end}")
                 if 8 + length + end > size or (dtype in OUR_TYPES and end - begin != tensor_bytes(shape, OUR_TYPES[dtype])):
                     raise ValueError(f"{name} of {shape} ends at {8 + length + end} of {size} bytes")
                 found[name] = Stored(path, dtype, tuple(shape), 8 + length + begin)
+                places.append((begin, end))
+            places.sort()
+            if any(begin < end for (_, end), (begin, _) in zip(places, places[1:])):
+                raise ValueError("two tensors overlap")
             return found
     except FileNotFoundError:
         raise FileError(f"{path}: expected the weights there, found no such file; "
                         "have transformers save it by save_pretrained, or copy the folder again") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FileError(f"{path}: expected a safetensors file, found one that cannot be read ({error}); copy it again") from None
+
+
+def weight_files(folder):
+    """The names of the folder's safetensors files, all in it."""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return ["model.safetensors"]
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if outside := [name for name in names if not name or Path(name).name != name]:
+            raise ValueError(f"the file {outside[0]!r}, which is not in the folder")
+        return names
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise FileError(f"{index}: expected the names of the weights' files, found {error!r}; copy it again") from None
 
 
 class Weights(Mapping):
     """{name in the model file: array}, read when it is asked for; wte with its padded rows."""
 
     def __init__(self, folder, cfg):
-        self.cfg, index, stored = cfg, folder / "model.safetensors.index.json", {}
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else ["model.safetensors"]
-        for name in files:
+        self.cfg, stored = cfg, {}
+        for name in weight_files(folder):
             stored.update(stored_tensors(folder / name))
         same = "is config.json of the same model?"
+        if cfg.L > len(stored):  # before a table of so many is made
+            raise FileError(f"{folder}: expected the tensors of {cfg.L} sub-layers, found {len(stored)} tensors; {same}")
         wanted = {theirs: shape for _, theirs, shape in their_tensors(cfg)}
         stored.pop("lm_head.weight", None)  # wte again
         missing, extra = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
@@ -102,16 +124,27 @@ class Weights(Mapping):
         return len(self.stored)
 
 
+def checked_config(c):
+    """Config of config.json's content. What a header cannot hold is a ValueError."""
+    sizes = [c[key] for key in ("max_position_embeddings", "vocab_size", "num_hidden_layers", "num_attention_heads", "hidden_size")]
+    for value, least, end in [(size, 1, 2**30) for size in sizes] + [(c.get("step", 0), 0, 2**63), (c.get("tokenizer_crc32", 0), 0, 2**32)]:
+        if type(value) is not int or not least <= value < end:
+            raise ValueError(f"{value!r} for a whole number from {least} to below {end}")
+    max_T, V, blocks, H, C = sizes
+    if C % H or c["norm"] not in keel_file.NORMS or type(c.get("branch_bf16", False)) is not bool:
+        raise ValueError(f"{H} heads of {C} channels, norm {c['norm']!r}, branch_bf16 {c.get('branch_bf16')!r}")
+    if c["alpha"] is not None and not abs(c["alpha"]) <= float(np.finfo("f4").max):
+        raise ValueError(f"alpha {c['alpha']!r}")
+    return keel_file.Config(max_T, V, 2 * blocks, H, C, c["norm"], c["alpha"])
+
+
 def import_model(folder, path):
     try:
-        c = json.loads((folder / "config.json").read_text())
+        c = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if c.get("model_type") != "keel":
             raise FileError(f"{folder}: expected a model of type keel in config.json, found {c.get('model_type')!r}")
-        if c["norm"] not in keel_file.NORMS:
-            raise ValueError(f"norm {c['norm']!r}")
-        cfg = keel_file.Config(c["max_position_embeddings"], c["vocab_size"], 2 * c["num_hidden_layers"], c["num_attention_heads"],
-                               c["hidden_size"], c["norm"], c["alpha"])
-    except (ValueError, KeyError, TypeError) as error:
+        cfg = checked_config(c)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FileError(f"{folder}/config.json: expected the configuration of a KEEL model, found {error!r}; "
                         "copy it again") from None
     weights = Weights(folder, cfg)

@@ -54,9 +54,10 @@ class RMSNorm(nn.Module):
 
 
 def attend(q, k, v, mask):
-    """softmax(q k^T / sqrt(D)) v over the keys that mask (.,1,T,S) lets each query see, written out."""
+    """softmax(q k^T / sqrt(D)) v over the keys that mask (.,1,T,S) lets each query see, or with mask added, written out."""
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
-    return scores.masked_fill(~mask, -math.inf).softmax(-1, dtype=highway_type(q.dtype)).to(v.dtype) @ v
+    scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+    return scores.softmax(-1, dtype=highway_type(q.dtype)).to(v.dtype) @ v
 
 
 class Attention(nn.Module):
@@ -122,12 +123,11 @@ class KeelSubLayer(nn.Module):
 
 def causal_mask(padding, T, S, slots):
     """(B or 1,1,T,S) bool: query t, at slots[t] among the keys, sees itself and the keys before it that are no padding.
-    padding: None or (B,<=S), 0 for padding. A query that is padding sees itself, so that its softmax is a number."""
+    padding: None or (B,S), 0 for padding. A query that is padding sees itself, so that its softmax is a number."""
     key, query = torch.arange(S, device=slots.device), slots.view(T, 1)
     sees = (key <= query)[None, None]
     if padding is not None:
-        real = F.pad(padding.bool(), (0, S - padding.shape[1]))
-        sees = sees & real[:, None, None, :] | (key == query)[None, None]
+        sees = sees & padding.bool()[:, None, None, :] | (key == query)[None, None]
     return sees
 
 
@@ -144,9 +144,13 @@ class KeelPreTrainedModel(PreTrainedModel):
 
     if not hasattr(PreTrainedModel, "_keep_in_fp32_modules_strict"):  # older ones round all weights on their way to a device_map
         @classmethod
-        def from_pretrained(cls, *args, torch_dtype=None, **kwargs):
+        def from_pretrained(cls, path, *args, torch_dtype=None, **kwargs):
+            if torch_dtype == "auto":
+                torch_dtype = (kwargs.get("config") or cls.config_class.from_pretrained(path)).torch_dtype
+            if isinstance(torch_dtype, str):
+                torch_dtype = getattr(torch, torch_dtype)
             half = torch_dtype in (torch.bfloat16, torch.float16)
-            model = super().from_pretrained(*args, torch_dtype=torch.float32 if half else torch_dtype, **kwargs)
+            model = super().from_pretrained(path, *args, torch_dtype=torch.float32 if half else torch_dtype, **kwargs)
             return model.to(torch_dtype) if half else model
 
     def _init_weights(self, module):
@@ -180,8 +184,9 @@ class KeelModel(KeelPreTrainedModel):
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
                 use_cache=None, output_hidden_states=None, output_attentions=None, return_dict=None, cache=None, **_):
-        """attention_mask: (B,S), 0 for padding on either side, or (B,1,T,S), true where a query sees a key. past_key_values, or
-        cache in newer versions of transformers: the keys and values of the tokens before."""
+        """attention_mask: (B,S), 0 for padding on either side, or (B,1,T,S), true where a query sees a key or, of floats, added to
+        the scores. S counts the cache's tokens too. past_key_values, or cache in newer versions of transformers: the keys and
+        values of the tokens before."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected either input_ids or inputs_embeds")
         if output_attentions:
@@ -207,6 +212,8 @@ class KeelModel(KeelPreTrainedModel):
             raise ValueError(f"expected at most {config.max_position_embeddings} tokens, the positions that the model has learnt,"
                              f" found {int(position_ids.max()) + 1}")
         keys = past + T
+        if attention_mask is not None and not (attention_mask.dim() == 4 or attention_mask.dim() == 2 and attention_mask.shape[1] == keys):
+            raise ValueError(f"attention_mask: expected (B,S) of the S = {keys} tokens so far, or (B,1,T,S), found {tuple(attention_mask.shape)}")
         if attention_mask is not None and attention_mask.dim() == 4:
             mask, keys = attention_mask, attention_mask.shape[-1]
         elif attention_mask is not None or past:
