@@ -127,7 +127,8 @@ class Weights(Mapping):
 def checked_config(c):
     """Config of config.json's content. What a header cannot hold is a ValueError."""
     sizes = [c[key] for key in ("max_position_embeddings", "vocab_size", "num_hidden_layers", "num_attention_heads", "hidden_size")]
-    for value, least, end in [(size, 1, 2**30) for size in sizes] + [(c.get("step", 0), 0, 2**63), (c.get("tokenizer_crc32", 0), 0, 2**32)]:
+    numbers = [(size, 1, 2**30) for size in sizes] + [(c.get("step", 0), 0, 2**63), (c.get("tokenizer_crc32", 0), 0, 2**32)]
+    for value, least, end in numbers:
         if type(value) is not int or not least <= value < end:
             raise ValueError(f"{value!r} for a whole number from {least} to below {end}")
     max_T, V, blocks, H, C = sizes

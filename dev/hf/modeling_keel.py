@@ -212,14 +212,13 @@ class KeelModel(KeelPreTrainedModel):
             raise ValueError(f"expected at most {config.max_position_embeddings} tokens, the positions that the model has learnt,"
                              f" found {int(position_ids.max()) + 1}")
         keys = past + T
-        if attention_mask is not None and not (attention_mask.dim() == 4 or attention_mask.dim() == 2 and attention_mask.shape[1] == keys):
-            raise ValueError(f"attention_mask: expected (B,S) of the S = {keys} tokens so far, or (B,1,T,S), found {tuple(attention_mask.shape)}")
-        if attention_mask is not None and attention_mask.dim() == 4:
-            mask, keys = attention_mask, attention_mask.shape[-1]
-        elif attention_mask is not None or past:
-            mask = causal_mask(attention_mask, T, keys, slots)
+        shape = None if attention_mask is None else tuple(attention_mask.shape)
+        if shape and len(shape) == 4:
+            mask, keys = attention_mask, shape[-1]
+        elif shape and (len(shape) != 2 or shape[1] != keys):
+            raise ValueError(f"attention_mask: expected (B,S) of the S = {keys} tokens so far, or (B,1,T,S), found {shape}")
         else:
-            mask = None
+            mask = causal_mask(attention_mask, T, keys, slots) if shape or past else None
 
         highway = highway_type(x.dtype)
         x = math.sqrt(config.hidden_size) * (x.to(highway) + self.wpe(position_ids).to(highway))
