@@ -24,6 +24,6 @@ for suite in "dev/reference/make_dumps.py --check" test/test_{reference,tokenize
     passed=$((passed + p)) failed=$((failed + f))
 done
 "$environment/bin/python" -m pip list 2>/dev/null |
-    grep -E '^(torch|numpy|transformers|accelerate|safetensors|tokenizers|lm_eval|datasets|tensorboard|wandb) '
+    grep -E '^(torch|numpy|transformers|accelerate|safetensors|tokenizers|lm_eval|datasets|tensorboard|wandb|matplotlib) '
 echo "$passed passed, $failed failed"
 [ "$failed" -eq 0 ] && [ "$passed" -gt 0 ]
