@@ -138,6 +138,7 @@ def test_hops_accuracy_is_the_trainers(folder):
         results = measure(exported(model), own_task(f"hops:{K}", folder), **metadata)
         ours, figures = counts(results, K), results["results"][f"hops:{K}"]
         right, count = map(sum, zip(*theirs.values()))
+        print(f"         hops:{K}: {figures['acc,none']:.4f} of {count}; the trainer's {right / count:.4f}")
         assert ours == theirs, (ours, theirs)
         assert expected[0] < right / count < expected[1], f"hops:{K}: {right} of {count} prove little"
         assert math.isclose(figures["acc,none"], right / count), figures
