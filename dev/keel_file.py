@@ -4,8 +4,8 @@
     python3 dev/keel_file.py FILE      prints the header and a table of the tensors; of a tokenizer its tokens
 
 A file is a header of 256 int32 (1024 bytes), the tensors that `tensor_table` lists, in that order, and
-the CRC-32 of all bytes before it; everything little-endian. Which tensors exist, the table of norm placements in
-placements.py decides, and the parameter table here (`parameter_table`).
+the CRC-32 of all bytes before it; everything little-endian. `parameter_table` says which tensors a model has, by its norm
+placement's rows in placements.py.
 """
 
 import os
@@ -27,6 +27,7 @@ FP32, BF16, FP64 = 0, 1, 2
 TYPES = {FP32: "fp32", BF16: "bf16", FP64: "fp64"}
 TYPE_BYTES = {FP32: 4, BF16: 2, FP64: 8}
 CHUNK_BYTES = 1 << 24  # of a tensor at a time, where a file is larger than memory
+TOKENIZER_WORD = 49  # of a header: the CRC-32 of the model's tokenizer, 0 where there is none
 
 
 class FileError(Exception):
@@ -287,8 +288,8 @@ def print_file(file):
     print(f"{KINDS[file.kind]}, {TYPES[file.type]}, step {file.step}" + (", branch BF16" if file.branch_bf16 else ""))
     print(f"L {cfg.L}  C {cfg.C}  H {cfg.H}  D {cfg.D}  V {cfg.V}  Vp {cfg.Vp}  max T {cfg.max_T}  "
           f"norm {cfg.norm}  alpha {cfg.alpha:.9g}" + (f"  B {file.B}  T {file.T}" if file.kind == DEBUG else ""))
-    if file.header[49]:
-        print(f"tokenizer {int(file.header[49]) % 2**32:08x}")
+    if file.header[TOKENIZER_WORD]:
+        print(f"tokenizer {int(file.header[TOKENIZER_WORD]) % 2**32:08x}")
     print(f"{sum(int(np.prod(s)) for _, s in parameter_table(cfg))} parameters\n")
     print(f"{'tensor':<18} {'shape':<18} {'rms':>12} {'min':>12} {'max':>12}")
     for name, a in file.tensors.items():

@@ -1,7 +1,7 @@
 """The KEEL GPT in PyTorch: what the trainers' passes are compared with. Autograd does the backward.
 
 Every norm placement runs the one general sub-layer of `KeelGPT.forward`; the table that drives it is
-`sub_layer` in dev/keel_file.py. Parameters are a dict name -> tensor in parameter order.
+`sub_layer` in dev/placements.py. Parameters are a dict name -> tensor in parameter order.
 Shapes: B batch, T sequence length, C channels, H heads, D = C/H, V vocabulary, L sub-layers.
 """
 
