@@ -475,7 +475,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(folder):
     fails("kind", path=exported() / "tokenizer.bin")
     file = keel_file.read(trained())
     header = np.array(file.header)
-    header[export.TOKENIZER_WORD] = 77
+    header[keel_file.TOKENIZER_WORD] = 77
     keel_file.write(model, keel_file.KeelFile(**{**vars(file), "header": header}))
     fails("give it by --tokenizer")
     fails("expected the model's tokenizer", "--tokenizer", exported() / "tokenizer.bin")
@@ -488,6 +488,9 @@ def test_bad_input_is_one_line_and_leaves_nothing(folder):
     assert len(done.stderr.splitlines()) == 1 and before() == names, done.stderr
     done = run(sys.executable, import_.__file__, out, folder / "back.bin")
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and before() == names, done.stderr
+    for script in export, import_:  # -S: a Python without packages
+        done = run(sys.executable, "-S", script.__file__, model, out)
+        assert done.returncode == 1 and b"pip install numpy" in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
     with mock.patch.object(export.card, "write", side_effect=KeyboardInterrupt):
         fails("interrupted")
     for name in ".", "/":

@@ -21,7 +21,10 @@ import struct
 import sys
 from pathlib import Path
 
-import numpy as np
+try:
+    import numpy as np
+except ImportError as error:
+    sys.exit(f"{sys.argv[0]}: {error} in {sys.executable}; pip install numpy, or take a Python that has it")
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parents[1] / "data")]
@@ -29,7 +32,7 @@ import card
 import keel_file
 import shards
 import tokenizer as tokenizers
-from keel_file import FileError, tensor_bytes
+from keel_file import TOKENIZER_WORD, FileError, tensor_bytes
 
 # A tensor's name in the file, without its sub-layer: its name in modeling_keel.py.
 NAMES = {
@@ -41,7 +44,6 @@ NAMES = {
     "fcw": "model.sublayers.{}.branch.fc.weight", "fcprojw": "model.sublayers.{}.branch.proj.weight",
 }
 TYPES = {keel_file.FP32: ("F32", "float32"), keel_file.BF16: ("BF16", "bfloat16"), keel_file.FP64: ("F64", "float64")}
-TOKENIZER_WORD = 49  # of a model's header: its tokenizer's CRC-32
 
 
 def their_name(name):

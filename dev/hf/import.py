@@ -19,12 +19,11 @@ from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1] / "data")]
-import numpy as np
-
+from export import TYPES, their_tensors  # first: it says where NumPy is missing
 import keel_file
+import numpy as np
 import shards
-from export import TOKENIZER_WORD, TYPES, their_tensors
-from keel_file import FileError, tensor_bytes
+from keel_file import TOKENIZER_WORD, FileError, tensor_bytes
 
 OUR_TYPES = {theirs: ours for ours, (theirs, _) in TYPES.items()}
 
