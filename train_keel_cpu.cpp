@@ -159,6 +159,10 @@ void matmul_backward(real* din, real* dw, const real* dout, const real* in, cons
 // Tiles of ATT x ATT scores, never (T,T): a row's largest score m and the sum of exp(s - m) are kept while the tiles of
 // keys pass, and what was summed under an older, smaller m is scaled down (Milakov and Gimelshein 2018; Dao et al.
 // 2022). lse = m + log(sum) is all that the backward needs to have the probabilities again: p = exp(s - lse).
+//
+// A tile has a row a key and a column a query, so that a vector holds one key's scores for neighbouring queries: no sum
+// runs across a vector, and q alone needs packing, once. Keys come in strips of TILE_N; a strip skips the queries, and
+// a query the strips, that causality parts.
 constexpr int ATT = 64;
 
 void attention_forward(real* y, real* lse, const real* qkv, int B, int T, int C, int H, int first) {
@@ -171,30 +175,48 @@ void attention_forward(real* y, real* lse, const real* qkv, int B, int T, int C,
             for (int tile = 0; tile < tiles; tile++) {
                 int q0 = first + tile * ATT, nq = std::min(ATT, T - q0);
                 const real* heads = qkv + size_t(b) * T * stride + size_t(h) * D;
-                Matrix q = row_major(heads + size_t(q0) * stride, stride);
                 real* out = y + (size_t(b) * Tq + size_t(q0 - first)) * C + size_t(h) * D;
-                real p[ATT * ATT], m[ATT], sum[ATT];
+                real* panels = thread_panels().b_panels(size_t(2 * ATT + TILE_N) * D + ATT * TILE_N);
+                Matrix q = row_major(heads + size_t(q0) * stride, stride);
+                Tiles q_t = pack_b(q.transposed(), nq, D, panels);
+                panels += (ATT + TILE_N) * D;
+                real p[ATT * ATT], m[ATT], sum[ATT], shrink[ATT];  // p[key][query]
                 std::fill(m, m + nq, minus_infinity), std::fill(sum, sum + nq, real(0));
                 for (int k0 = 0; k0 < q0 + nq; k0 += ATT) {
                     int nk = std::min(ATT, q0 + nq - k0);
                     Matrix k = row_major(heads + C + size_t(k0) * stride, stride);
                     Matrix v = row_major(heads + 2 * C + size_t(k0) * stride, stride);
-                    small_product(nq, nk, D, q, k.transposed(), p, ATT, SET);
-                    for (int i = 0; i < nq; i++) {
-                        real *row = p + i * ATT, before = m[i], added = 0;
-                        int visible = std::clamp(q0 + i - k0 + 1, 0, ATT);
-                        std::fill(row + visible, row + ATT, minus_infinity);
-                        for (int j = 0; j < visible; j++) m[i] = std::max(m[i], scale * row[j]);
-                        #pragma omp simd reduction(+ : added)
-                        for (int j = 0; j < ATT; j++) {
-                            row[j] = exponential(scale * row[j] - m[i]);
-                            added += row[j];
+                    auto first_query = [&](int j) { return std::max(0, k0 + j - q0); };  // that sees key j
+                    auto first_tile = [&](int j) { return first_query(j / TILE_N * TILE_N) / TILE_N; };
+                    std::copy(m, m + nq, shrink);
+                    for (int j0 = 0; j0 < nk; j0 += TILE_N) {
+                        int i0 = first_tile(j0) * TILE_N, rows = std::min(TILE_N, nk - j0);
+                        multiply_block(rows, nq - i0, D, a_tiles(k.at(j0, 0)), q_t.from(first_tile(j0)),
+                                       p + j0 * ATT + i0, ATT, true);
+                        for (int j = j0; j < j0 + rows; j++) {
+                            real* row = p + j * ATT;
+                            std::fill(row + i0, row + std::max(i0, first_query(j)), minus_infinity);
+                            for (int i = i0; i < nq; i++) m[i] = std::max(m[i], scale * row[i]);
                         }
-                        real shrink = exponential(before - m[i]);
-                        sum[i] = shrink * sum[i] + added;
-                        for (int d = 0; d < D && k0 > 0; d++) out[size_t(i) * C + d] *= shrink;
                     }
-                    small_product(nq, D, nk, row_major(p, ATT), v, out, C, k0 > 0 ? ADD : SET);
+                    for (int i = 0; i < nq; i++) shrink[i] = exponential(shrink[i] - m[i]), sum[i] *= shrink[i];
+                    for (int j = 0; j < nk; j++) {
+                        real* row = p + j * ATT;
+                        #pragma omp simd
+                        for (int i = first_tile(j) * TILE_N; i < nq; i++) {
+                            row[i] = exponential(scale * row[i] - m[i]);
+                            sum[i] += row[i];
+                        }
+                    }
+                    for (int i = 0; i < nq && k0 > 0; i++)
+                        for (int d = 0; d < D; d++) out[size_t(i) * C + d] *= shrink[i];
+                    Tiles values = b_tiles(v, D, nk, panels);
+                    Matrix p_t = row_major(p, ATT).transposed();
+                    for (int i = 0; i < nq; i += TILE_N) {
+                        int keys = std::min(nk, q0 + i + TILE_N - k0);
+                        multiply_block(std::min(TILE_N, nq - i), D, keys, a_tiles(p_t.at(i, 0)), values,
+                                       out + size_t(i) * C, C, k0 == 0);
+                    }
                 }
                 for (int i = 0; i < nq; i++) {
                     for (int d = 0; d < D; d++) out[size_t(i) * C + d] /= sum[i];
@@ -205,8 +227,8 @@ void attention_forward(real* y, real* lse, const real* qkv, int B, int T, int C,
 
 // With p the probabilities and s = q k^T / sqrt(D):
 //     dv = p^T dy,   dp = dy v^T,   ds = p (dp - sum_j p dp),   dq = ds k / sqrt(D),   dk = ds^T q / sqrt(D)
-// and sum_j p_ij dp_ij = dy_i . y_i, which needs no (T,T) matrix either. dqkv, qkv (B,T,3C); dy, y (B,T,C); lse
-// (B,T,H).
+// and sum_j p_ij dp_ij = dy_i . y_i = delta_i, which needs no (T,T) matrix either. dqkv, qkv (B,T,3C); dy, y (B,T,C);
+// lse (B,T,H). Here a tile has a row a query, and what is packed is a tile of keys and values.
 void attention_backward(real* dqkv, const real* dy, const real* qkv, const real* y, const real* lse, int B, int T,
                         int C, int H) {
     int D = C / H;
@@ -216,35 +238,55 @@ void attention_backward(real* dqkv, const real* dy, const real* qkv, const real*
     for (int b = 0; b < B; b++)
         for (int h = 0; h < H; h++) {
             size_t start = size_t(b) * T * stride + size_t(h) * D, out = size_t(b) * T * C + size_t(h) * D;
-            for (int k0 = 0; k0 < T; k0 += ATT)
+            size_t panel = size_t(ATT + TILE_N) * (D + TILE_N);
+            real *panels = thread_panels().b_panels(5 * panel + T), *delta = panels + 5 * panel;
+            for (int i = 0; i < T; i++) {
+                const real *dyi = dy + out + size_t(i) * C, *yi = y + out + size_t(i) * C;
+                real sum = 0;
+                #pragma omp simd reduction(+ : sum)
+                for (int d = 0; d < D; d++) sum += dyi[d] * yi[d];
+                delta[i] = sum;
+            }
+            for (int k0 = 0; k0 < T; k0 += ATT) {
+                int nk = std::min(ATT, T - k0);
+                size_t at_k = start + C + k0 * stride, at_v = at_k + C;
+                Matrix k = row_major(qkv + at_k, stride), v = row_major(qkv + at_v, stride);
+                Tiles k_t = pack_b(k.transposed(), nk, D, panels), v_t = pack_b(v.transposed(), nk, D, panels + panel),
+                      keys = b_tiles(k, D, nk, panels + 2 * panel);
                 for (int q0 = k0; q0 < T; q0 += ATT) {
-                    int nk = std::min(ATT, T - k0), nq = std::min(ATT, T - q0);
-                    size_t at_q = start + q0 * stride, at_k = start + C + k0 * stride, at_v = at_k + C,
-                           at_y = out + size_t(q0) * C;
-                    Matrix q = row_major(qkv + at_q, stride), k = row_major(qkv + at_k, stride),
-                           v = row_major(qkv + at_v, stride);
-                    Matrix dout = row_major(dy + at_y, C);
-                    real p[ATT * ATT], ds[ATT * ATT];
-                    small_product(nq, nk, D, q, k.transposed(), p, ATT, SET);
-                    small_product(nq, nk, D, dout, v.transposed(), ds, ATT, SET);
-                    for (int i = 0; i < nq; i++) {
-                        real *pi = p + i * ATT, *dsi = ds + i * ATT, row_lse = lse[(size_t(b) * T + q0 + i) * H + h],
-                             delta = 0;
-                        const real *dyi = dy + at_y + size_t(i) * C, *yi = y + at_y + size_t(i) * C;
-                        #pragma omp simd reduction(+ : delta)
-                        for (int d = 0; d < D; d++) delta += dyi[d] * yi[d];
-                        int visible = std::clamp(q0 + i - k0 + 1, 0, nk);
-                        for (int j = 0; j < visible; j++) {
-                            pi[j] = exponential(scale * pi[j] - row_lse);
-                            dsi[j] = scale * pi[j] * (dsi[j] - delta);
+                    int nq = std::min(ATT, T - q0);
+                    size_t at_q = start + q0 * stride;
+                    Matrix q = row_major(qkv + at_q, stride), dout = row_major(dy + out + size_t(q0) * C, C);
+                    real p[ATT * ATT], ds[ATT * ATT];                                       // [query][key]
+                    auto seen = [&](int i) { return std::clamp(q0 + i - k0 + 1, 0, nk); };  // keys that query i sees
+                    for (int i0 = 0; i0 < nq; i0 += TILE_N) {
+                        int end = std::min(i0 + TILE_N, nq), n = seen(end - 1);
+                        multiply_block(end - i0, n, D, a_tiles(q.at(i0, 0)), k_t, p + i0 * ATT, ATT, true);
+                        multiply_block(end - i0, n, D, a_tiles(dout.at(i0, 0)), v_t, ds + i0 * ATT, ATT, true);
+                        for (int i = i0; i < end; i++) {
+                            real *pi = p + i * ATT, *dsi = ds + i * ATT, row_delta = delta[q0 + i],
+                                 row_lse = lse[(size_t(b) * T + q0 + i) * H + h];
+                            for (int j = 0; j < seen(i); j++) {
+                                pi[j] = exponential(scale * pi[j] - row_lse);
+                                dsi[j] = scale * pi[j] * (dsi[j] - row_delta);
+                            }
+                            std::fill(pi + seen(i), pi + n, real(0)), std::fill(dsi + seen(i), dsi + n, real(0));
                         }
-                        std::fill(pi + visible, pi + nk, real(0)), std::fill(dsi + visible, dsi + nk, real(0));
+                        multiply_block(end - i0, D, n, a_tiles(row_major(ds + i0 * ATT, ATT)), keys,
+                                       dqkv + at_q + size_t(i0) * stride, stride, k0 == 0);
                     }
-                    Matrix pm = row_major(p, ATT), dsm = row_major(ds, ATT);
-                    small_product(nk, D, nq, pm.transposed(), dout, dqkv + at_v, stride, q0 > k0 ? ADD : SET);
-                    small_product(nk, D, nq, dsm.transposed(), q, dqkv + at_k, stride, q0 > k0 ? ADD : SET);
-                    small_product(nq, D, nk, dsm, k, dqkv + at_q, stride, k0 > 0 ? ADD : SET);
+                    Tiles douts = b_tiles(dout, D, nq, panels + 3 * panel),
+                          queries = b_tiles(q, D, nq, panels + 4 * panel);
+                    Matrix p_t = row_major(p, ATT).transposed(), ds_t = row_major(ds, ATT).transposed();
+                    for (int j = 0; j < nk; j += TILE_N) {
+                        int n = std::min(TILE_N, nk - j), i0 = std::max(0, k0 + j - q0) / TILE_N * TILE_N;
+                        multiply_block(n, D, nq - i0, a_tiles(p_t.at(j, i0)), douts.from_row(i0),
+                                       dqkv + at_v + size_t(j) * stride, stride, q0 == k0);
+                        multiply_block(n, D, nq - i0, a_tiles(ds_t.at(j, i0)), queries.from_row(i0),
+                                       dqkv + at_k + size_t(j) * stride, stride, q0 == k0);
+                    }
                 }
+            }
         }
 }
 

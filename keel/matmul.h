@@ -1,6 +1,7 @@
 // keel/matmul.h: the CPU's numbers: their type, buffers of them, the exponential and the matrix product.
 #pragma once
 
+#include <array>
 #include <omp.h>
 #ifdef KEEL_CBLAS
 #include <cblas.h>
@@ -91,10 +92,9 @@ inline real exponential(real x) {
 //
 //     C(M,N) = A(M,K) B(K,N)   or   C += A B      A[i][k] = a[i*a_row + k*a_col], B alike, C row-major
 //
-// The one algorithm that every fast CPU library uses (Goto and van de Geijn 2008): copy blocks of A and B into
-// panels that the innermost loop reads in order, and keep REGISTER_ROWS x 2 vectors of C in registers. As the strides
-// are free, the same code serves x W^T, dy W and dy^T x. A sum over k runs in order within a block of DEPTH and over
-// the blocks, whatever the tile: so no bit of C depends on M, on N or on the threads.
+// The one algorithm that every fast CPU library uses (Goto and van de Geijn 2008): keep a tile of C, TILE_M rows of two
+// vectors, in registers, and read A and B so that they come from the nearest cache. A sum over k runs in order, one
+// fused multiply-add a term, whatever the tile: so no bit of C depends on M, on N or on the threads.
 
 constexpr int TILE_M = REGISTER_ROWS, TILE_N = 2 * LANES;  // the tile of C in registers
 constexpr int DEPTH = 256;                                 // k of a block: a TILE_N panel of B stays in the L1 cache
@@ -109,27 +109,72 @@ struct Matrix {  // a view with free strides
 };
 inline Matrix row_major(const real* data, size_t stride) { return {data, stride, 1}; }
 
-// C tile += A panel (K,TILE_M) * B panel (K,TILE_N); `first` starts from zero instead.
-inline void multiply_tile(int K, const real* a, const real* b, real* c, size_t c_row, bool first) {
-    vec sum[TILE_M][2];
+// How the tiles of an operand lie: tile t starts at data + t * next, and the vectors that it is read by are `stride`
+// apart. B is read by rows of TILE_N columns, from packed panels or from a row-major matrix as it is; A by columns of
+// TILE_M rows, from packed panels or a transposed matrix as it is, or, `by_rows`, from a row-major one as it is.
+struct Tiles {
+    const real* data;
+    size_t next, stride;
+    bool by_rows = false;
+    Tiles from(int tile) const { return {data + tile * next, next, stride, by_rows}; }
+    Tiles from_row(int k) const { return {data + k * stride, next, stride, by_rows}; }
+};
+inline Tiles a_tiles(const Matrix& m) { return {m.data, TILE_M * m.row, m.col == 1 ? m.row : m.col, m.col == 1}; }
+inline Tiles packed(const real* panels, int width, int K) { return {panels, size_t(width) * K, size_t(width)}; }
+
+// c (rows, vectors * LANES) += one tile of A times one of B; `first` starts from zero instead.
+template <bool by_rows, int vectors, int rows>
+void multiply_tile(int K, const real* a, size_t a_stride, const real* b, size_t b_stride, real* c, size_t c_row,
+                   bool first) {
+    vec sum[rows][vectors];
     #pragma GCC unroll 12
-    for (int i = 0; i < TILE_M; i++) {
-        sum[i][0] = first ? vec{} : *(const vec*)(c + i * c_row);
-        sum[i][1] = first ? vec{} : *(const vec*)(c + i * c_row + LANES);
-    }
-    for (int k = 0; k < K; k++, a += TILE_M, b += TILE_N) {
-        vec b0 = *(const vec*)b, b1 = *(const vec*)(b + LANES);
+    for (int i = 0; i < rows; i++)
+        #pragma GCC unroll 2
+        for (int v = 0; v < vectors; v++) sum[i][v] = first ? vec{} : *(const vec*)(c + i * c_row + v * LANES);
+    for (int k = 0; k < K; k++, b += b_stride) {
+        vec bk[vectors];
+        #pragma GCC unroll 2
+        for (int v = 0; v < vectors; v++) bk[v] = *(const vec*)(b + v * LANES);
         #pragma GCC unroll 12
-        for (int i = 0; i < TILE_M; i++) {
-            sum[i][0] += a[i] * b0;
-            sum[i][1] += a[i] * b1;
+        for (int i = 0; i < rows; i++) {
+            real aik = by_rows ? a[i * a_stride + k] : a[k * a_stride + i];
+            #pragma GCC unroll 2
+            for (int v = 0; v < vectors; v++) sum[i][v] += aik * bk[v];
         }
     }
     #pragma GCC unroll 12
-    for (int i = 0; i < TILE_M; i++) {
-        *(vec*)(c + i * c_row) = sum[i][0];
-        *(vec*)(c + i * c_row + LANES) = sum[i][1];
-    }
+    for (int i = 0; i < rows; i++)
+        #pragma GCC unroll 2
+        for (int v = 0; v < vectors; v++) *(vec*)(c + i * c_row + v * LANES) = sum[i][v];
+}
+
+// The last rows of a matrix get a kernel of their number: tile_kernels[by_rows][vectors - 1][rows - 1].
+using TileKernel = decltype(&multiply_tile<true, 1, 1>);
+template <bool by_rows, int vectors>
+constexpr auto kernels_of_rows = []<int... i>(std::integer_sequence<int, i...>) {
+    return std::array<TileKernel, TILE_M>{multiply_tile<by_rows, vectors, i + 1>...};
+}(std::make_integer_sequence<int, TILE_M>());
+constexpr std::array<TileKernel, TILE_M> tile_kernels[2][2] = {{kernels_of_rows<false, 1>, kernels_of_rows<false, 2>},
+                                                               {kernels_of_rows<true, 1>, kernels_of_rows<true, 2>}};
+
+// C (M,N) = or += A (M,K) B (K,N), by one thread. Columns that are no whole vector go through a scratch tile; B has
+// readable values behind them.
+inline void multiply_block(int M, int N, int K, Tiles a, Tiles b, real* c, size_t c_row, bool first) {
+    for (int j = 0; j < N; j += TILE_N, b.data += b.next)
+        for (int i = 0; i < M; i += TILE_M) {
+            int m = std::min(TILE_M, M - i), n = std::min(TILE_N, N - j), vectors = (n + LANES - 1) / LANES;
+            TileKernel kernel = tile_kernels[a.by_rows][vectors - 1][m - 1];
+            const real* ai = a.data + size_t(i / TILE_M) * a.next;
+            real* tile = c + size_t(i) * c_row + j;
+            if (n == vectors * LANES) {
+                kernel(K, ai, a.stride, b.data, b.stride, tile, c_row, first);
+                continue;
+            }
+            real edge[TILE_M * TILE_N];
+            for (int y = 0; y < m && !first; y++) memcpy(edge + y * TILE_N, tile + y * c_row, n * sizeof(real));
+            kernel(K, ai, a.stride, b.data, b.stride, edge, TILE_N, first);
+            for (int y = 0; y < m; y++) memcpy(tile + y * c_row, edge + y * TILE_N, n * sizeof(real));
+        }
 }
 
 // Copies `width` rows of m (or its columns, if given transposed) into a panel (K,width); rows that m lacks are zeros.
@@ -147,23 +192,16 @@ inline void pack_panel(const Matrix& m, int rows, int K, real* panel) {
     }
 }
 
-// C block (M,N) from packed A (M,K) and packed B (K,N). Tiles that overhang go through a scratch tile and the same
-// kernel.
-inline void multiply_block(int M, int N, int K, const real* a, const real* b, real* c, size_t c_row, bool first) {
+// Packs B (K,N), K at most DEPTH, into panels of TILE_N columns, by one thread.
+inline Tiles pack_b(const Matrix& b, int N, int K, real* panels) {
     for (int j = 0; j < N; j += TILE_N)
-        for (int i = 0; i < M; i += TILE_M) {
-            const real *ap = a + size_t(i) * K, *bp = b + size_t(j) * K;
-            real* tile = c + size_t(i) * c_row + j;
-            int m = std::min(TILE_M, M - i), n = std::min(TILE_N, N - j);
-            if (m == TILE_M && n == TILE_N) {
-                multiply_tile(K, ap, bp, tile, c_row, first);
-                continue;
-            }
-            real edge[TILE_M * TILE_N] = {};
-            for (int y = 0; y < m && !first; y++) memcpy(edge + y * TILE_N, tile + y * c_row, n * sizeof(real));
-            multiply_tile(K, ap, bp, edge, TILE_N, first);
-            for (int y = 0; y < m; y++) memcpy(tile + y * c_row, edge + y * TILE_N, n * sizeof(real));
-        }
+        pack_panel<TILE_N>(b.at(0, j).transposed(), std::min(TILE_N, N - j), K, panels + size_t(j) * K);
+    return packed(panels, TILE_N, K);
+}
+
+// A row-major B (K,N) as it lies, or packed into panels where its last columns are no whole vector.
+inline Tiles b_tiles(const Matrix& b, int N, int K, real* panels) {
+    return N % LANES == 0 ? Tiles{b.data, TILE_N, b.row} : pack_b(b, N, K, panels);
 }
 
 // A thread's panels, which grow to the size of the largest block.
@@ -180,24 +218,9 @@ inline Panels& thread_panels() {
     return panels;
 }
 
-// The product of small matrices by one thread, such as attention's tiles.
-void small_product(int M, int N, int K, Matrix a, Matrix b, real* c, size_t c_row, bool accumulate) {
-    Panels& panels = thread_panels();
-    real* bp = panels.b_panels(round_up(size_t(N), TILE_N) * DEPTH);
-    for (int k = 0; k < K; k += DEPTH) {
-        int depth = std::min(DEPTH, K - k);
-        for (int j = 0; j < N; j += TILE_N)
-            pack_panel<TILE_N>(b.at(k, j).transposed(), std::min(TILE_N, N - j), depth, bp + size_t(j) * depth);
-        for (int i = 0; i < M; i += BLOCK_M) {
-            int m = std::min(BLOCK_M, M - i);
-            for (int y = 0; y < m; y += TILE_M)
-                pack_panel<TILE_M>(a.at(i + y, k), std::min(TILE_M, m - y), depth, panels.a.data() + size_t(y) * depth);
-            multiply_block(m, N, depth, panels.a.data(), bp, c + size_t(i) * c_row, c_row, !accumulate && k == 0);
-        }
-    }
-}
-
-// The product by all threads: they pack a block of B together, then each computes blocks of C.
+// The product by all threads: they pack a block of B together, then each computes blocks of C. A row-major A is read as
+// it lies: a row is one stream, and TILE_M of them stay in the L1 cache. Of a transposed one each column would be a
+// page of its own; it is packed.
 void product(size_t M, size_t N, size_t K, Matrix a, Matrix b, real* c, size_t c_row, bool accumulate) {
 #ifdef KEEL_CBLAS
     auto order = [](const Matrix& m) { return m.col == 1 ? CblasNoTrans : CblasTrans; };
@@ -214,7 +237,7 @@ void product(size_t M, size_t N, size_t K, Matrix a, Matrix b, real* c, size_t c
     size_t row_blocks = round_up((M + BLOCK_M - 1) / BLOCK_M, threads);
     size_t height = round_up((M + row_blocks - 1) / row_blocks, TILE_M);
     row_blocks = (M + height - 1) / height;
-    real* packed = thread_panels().b_panels(round_up(std::min(N, size_t(BLOCK_N)), TILE_N) * DEPTH);
+    real* panels = thread_panels().b_panels(round_up(std::min(N, size_t(BLOCK_N)), TILE_N) * DEPTH);
     #pragma omp parallel
     for (size_t j0 = 0; j0 < N; j0 += BLOCK_N) {
         size_t width = std::min(size_t(BLOCK_N), N - j0), column_tiles = (width + TILE_N - 1) / TILE_N;
@@ -224,19 +247,22 @@ void product(size_t M, size_t N, size_t K, Matrix a, Matrix b, real* c, size_t c
             int depth = int(std::min(size_t(DEPTH), K - k));
             #pragma omp for schedule(static)
             for (size_t j = 0; j < width; j += TILE_N)
-                pack_panel<TILE_N>(b.at(k, j0 + j).transposed(), int(std::min(size_t(TILE_N), width - j)), depth,
-                                   packed + j * depth);
+                pack_b(b.at(k, j0 + j), int(std::min(size_t(TILE_N), width - j)), depth, panels + j * depth);
             #pragma omp for collapse(2) schedule(static)
             for (size_t ib = 0; ib < row_blocks; ib++)
                 for (size_t jb = 0; jb < column_blocks; jb++) {
                     size_t i = ib * height, j = jb * block_width;
                     if (j >= width) continue;
                     int m = int(std::min(height, M - i)), n = int(std::min(block_width, width - j));
-                    real* ap = thread_panels().a.data();
-                    for (int y = 0; y < m; y += TILE_M)
-                        pack_panel<TILE_M>(a.at(i + y, k), std::min(TILE_M, m - y), depth, ap + size_t(y) * depth);
-                    multiply_block(m, n, depth, ap, packed + j * depth, c + i * c_row + j0 + j, c_row,
-                                   !accumulate && k == 0);
+                    Tiles tiles = a_tiles(a.at(i, k));
+                    if (!tiles.by_rows) {
+                        real* ap = thread_panels().a.data();
+                        for (int y = 0; y < m; y += TILE_M)
+                            pack_panel<TILE_M>(a.at(i + y, k), std::min(TILE_M, m - y), depth, ap + size_t(y) * depth);
+                        tiles = packed(ap, TILE_M, depth);
+                    }
+                    multiply_block(m, n, depth, tiles, packed(panels + j * depth, TILE_N, depth),
+                                   c + i * c_row + j0 + j, c_row, !accumulate && k == 0);
                 }
         }
     }

@@ -303,7 +303,9 @@ TEST_SUITE("matrix product") {
                         product(size_t(M), size_t(N), size_t(K), fa, fb, c.data(), size_t(N), accumulate);
                         double error = relative_error(expected, c);
                         CHECK_MESSAGE(error < (fp64 ? 1e-14 : 2e-6), M << "x" << N << "x" << K << " error " << error);
-                        small_product(M, N, K, fa, fb, small.data(), size_t(N), accumulate);
+                        std::vector<real> panels(size_t(N + TILE_N) * size_t(K));
+                        Tiles tiles = fb.col == 1 ? b_tiles(fb, N, K, panels.data()) : pack_b(fb, N, K, panels.data());
+                        multiply_block(M, N, K, a_tiles(fa), tiles, small.data(), size_t(N), !accumulate);
                         CHECK_MESSAGE(same_bits(small.data(), c.data(), c.size()),
                                       "one thread against all: " << M << "x" << N << "x" << K);
                     }
