@@ -8,12 +8,6 @@ CXXFLAGS ?= -O3 -march=$(MARCH)
 FLAGS     = -std=c++20 $(CXXFLAGS) -fno-math-errno -fno-trapping-math -fopenmp -Wall -Wextra -Wno-psabi \
             -Wno-unknown-pragmas
 
-# CBLAS=1 takes the matrix products from OpenBLAS instead: the ceiling that our own is measured against.
-ifeq ($(CBLAS),1)
-FLAGS    += -DKEEL_CBLAS
-LIBRARIES = -lopenblas
-endif
-
 # Several ranks, where MPI is there; MPI=0 leaves it out. Programs that the sanitizers, valgrind and the fuzzers look at
 # are built without.
 export MPI MPICC
@@ -99,7 +93,7 @@ maintain
   make figures              draws the figures of dev/results/lesson again, from the tables beside them
   make clean                removes what was built
 options
-  CXX=clang++  CXXFLAGS='-O3 -march=native'  CBLAS=1 (matrix products by OpenBLAS)  MPI=0 (one rank)  NCCL=0 (one GPU)
+  CXX=clang++  CXXFLAGS='-O3 -march=native'  MPI=0 (one rank)  NCCL=0 (one GPU)
   NVCC=/path/nvcc  PYTHON=/usr/bin/python3
 endef
 

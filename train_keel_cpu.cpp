@@ -23,6 +23,10 @@
 
 // ----------------------------------------------------------------------------------------------------
 // The layers: each forward beside its backward. A backward adds to gradients of parameters, and sets those of inputs.
+//
+// What a sub-layer is made of, from the norms to GELU, runs inside its one parallel region: every thread calls the
+// function, `omp for` shares its rows out, and all wait for each other at its end. Called outside a region, one thread
+// does it all.
 
 // x (B,T,C) = sqrt(C) * (wte[token] + wpe[position]); positions start at `first`, which is 0 but for a KV cache.
 // The factor gives x_0 an rms of sqrt(2) at first, close to what a norm would.
@@ -84,7 +88,7 @@ inline void rmsnorm_row_backward(real* dx, real* dg, const real* dy, const real*
 
 // y (rows,C) = RMSNorm(x (rows,C); g (C)). r is not kept: making it again costs one pass over a row in the L1 cache.
 void rmsnorm_forward(real* y, const real* x, const real* g, size_t rows, int C) {
-    #pragma omp parallel for schedule(static)
+    #pragma omp for schedule(static)
     for (index_t i = 0; i < index_t(rows); i++) rmsnorm_row_forward(y + i * C, x + i * C, g, C);
 }
 
@@ -94,6 +98,7 @@ constexpr index_t GAIN_ROWS = 32;
 inline size_t gain_blocks(size_t rows) { return (rows + GAIN_ROWS - 1) / GAIN_ROWS; }
 
 inline void add_gain_blocks(real* dg, const real* partial, size_t blocks, size_t stride, int C) {
+    #pragma omp single
     for (size_t k = 0; k < blocks; k++)
         for (int c = 0; c < C; c++) dg[c] += partial[k * stride + c];
 }
@@ -101,7 +106,7 @@ inline void add_gain_blocks(real* dg, const real* partial, size_t blocks, size_t
 void rmsnorm_backward(real* dx, real* dg, const real* dy, const real* x, const real* g, size_t rows, int C,
                       real* partial) {
     index_t blocks = index_t(gain_blocks(rows));
-    #pragma omp parallel for schedule(static)
+    #pragma omp for schedule(static)
     for (index_t k = 0; k < blocks; k++) {
         real* sum = partial + k * C;
         std::fill(sum, sum + C, real(0));
@@ -113,7 +118,7 @@ void rmsnorm_backward(real* dx, real* dg, const real* dy, const real* x, const r
 
 // HybridNorm's RMSNorm of every head's q, k and v: qkv (rows,3,H,D), a gain (D) for each of the three.
 void qkv_norm_forward(real* out, const real* qkv, const real* const g[3], size_t rows, int H, int D) {
-    #pragma omp parallel for schedule(static)
+    #pragma omp for schedule(static)
     for (index_t i = 0; i < index_t(rows); i++)
         for (int which = 0; which < 3; which++)  // q, k, v
             for (int h = 0; h < H; h++) {
@@ -126,7 +131,7 @@ void qkv_norm_forward(real* out, const real* qkv, const real* const g[3], size_t
 void qkv_norm_backward(real* dqkv, real* const dg[3], const real* qkv, const real* const g[3], size_t rows, int H,
                        int D, real* partial) {
     index_t blocks = index_t(gain_blocks(rows));
-    #pragma omp parallel for schedule(static)
+    #pragma omp for schedule(static)
     for (index_t k = 0; k < blocks; k++) {
         real* sum = partial + k * 3 * D;
         std::fill(sum, sum + 3 * D, real(0));
@@ -143,13 +148,13 @@ void qkv_norm_backward(real* dqkv, real* const dg[3], const real* qkv, const rea
 
 // out (rows,N) = in (rows,K) W^T, W (N,K)
 void matmul_forward(real* out, const real* in, const real* w, size_t rows, int K, int N) {
-    product(rows, N, K, row_major(in, K), row_major(w, K).transposed(), out, N, SET);
+    team_product(rows, N, K, row_major(in, K), row_major(w, K).transposed(), out, N, SET);
 }
 
 // din (rows,K) = dout W,  dW (N,K) += dout^T in
 void matmul_backward(real* din, real* dw, const real* dout, const real* in, const real* w, size_t rows, int K, int N) {
-    product(rows, K, N, row_major(dout, N), row_major(w, K), din, K, SET);
-    product(N, K, rows, row_major(dout, N).transposed(), row_major(in, K), dw, K, ADD);
+    team_product(rows, K, N, row_major(dout, N), row_major(w, K), din, K, SET);
+    team_product(N, K, rows, row_major(dout, N).transposed(), row_major(in, K), dw, K, ADD);
 }
 
 // Causal attention, y = softmax(q k^T / sqrt(D)) v for every head: y (B,Tq,C), lse (B,Tq,H), qkv (B,T,3C). Queries are
@@ -169,7 +174,7 @@ void attention_forward(real* y, real* lse, const real* qkv, int B, int T, int C,
     int D = C / H, Tq = T - first, tiles = (Tq + ATT - 1) / ATT;
     size_t stride = 3 * size_t(C);
     real scale = 1 / std::sqrt(real(D)), minus_infinity = -std::numeric_limits<real>::infinity();
-    #pragma omp parallel for collapse(3) schedule(dynamic)
+    #pragma omp for collapse(3) schedule(dynamic)
     for (int b = 0; b < B; b++)
         for (int h = 0; h < H; h++)
             for (int tile = 0; tile < tiles; tile++) {
@@ -234,7 +239,7 @@ void attention_backward(real* dqkv, const real* dy, const real* qkv, const real*
     int D = C / H;
     size_t stride = 3 * size_t(C);
     real scale = 1 / std::sqrt(real(D));
-    #pragma omp parallel for collapse(2) schedule(dynamic)
+    #pragma omp for collapse(2) schedule(dynamic)
     for (int b = 0; b < B; b++)
         for (int h = 0; h < H; h++) {
             size_t start = size_t(b) * T * stride + size_t(h) * D, out = size_t(b) * T * C + size_t(h) * D;
@@ -295,7 +300,7 @@ void attention_backward(real* dqkv, const real* dy, const real* qkv, const real*
 constexpr real GELU_SCALE = real(2 * 0.79788456080286535588), GELU_CUBIC = real(0.044715);
 
 void gelu_forward(real* out, const real* h, size_t n) {
-    #pragma omp parallel for simd schedule(static)
+    #pragma omp for simd schedule(static)
     for (index_t i = 0; i < index_t(n); i++) {
         real sigmoid = 1 / (1 + exponential(-GELU_SCALE * (h[i] + GELU_CUBIC * h[i] * h[i] * h[i])));
         out[i] = h[i] * sigmoid;
@@ -304,7 +309,7 @@ void gelu_forward(real* out, const real* h, size_t n) {
 
 // d gelu/dh = sigmoid(2w) + h sigmoid(2w) (1 - sigmoid(2w)) 2 dw/dh.  dh comes in as the gradient of gelu's output.
 void gelu_backward(real* dh, const real* h, size_t n) {
-    #pragma omp parallel for simd schedule(static)
+    #pragma omp for simd schedule(static)
     for (index_t i = 0; i < index_t(n); i++) {
         real sigmoid = 1 / (1 + exponential(-GELU_SCALE * (h[i] + GELU_CUBIC * h[i] * h[i] * h[i])));
         real slope = GELU_SCALE * (1 + 3 * GELU_CUBIC * h[i] * h[i]);
@@ -404,7 +409,7 @@ void feed_forward_branch_backward(real* du, const real* df, real* dh, const Bran
 
 // z = alpha x + f, and in place x' = norm_out ? RMSNorm(z; gamma_out) : z.   x, z, f (rows,C); gamma null for no norm
 void highway_forward(real* x, real* z, const real* f, const real* gamma, real alpha, size_t rows, int C) {
-    #pragma omp parallel for schedule(static)
+    #pragma omp for schedule(static)
     for (index_t i = 0; i < index_t(rows); i++) {
         real *xi = x + i * C, *zi = z + i * C;
         for (int c = 0; c < C; c++) zi[c] = alpha * xi[c] + f[i * C + c];
@@ -415,7 +420,7 @@ void highway_forward(real* x, real* z, const real* f, const real* gamma, real al
 
 // dx_l = alpha_l dz_l + dx_branch, where dx_branch is du_l taken through the inner norm; dx_l may be dz_l.
 void shortcut_backward(real* dx, const real* dz, const real* dx_branch, real alpha, size_t n) {
-    #pragma omp parallel for simd schedule(static)
+    #pragma omp for simd schedule(static)
     for (index_t i = 0; i < index_t(n); i++) dx[i] = alpha * dz[i] + dx_branch[i];
 }
 
@@ -428,12 +433,15 @@ void sublayer_forward(real* x, real* z, real* f, const BranchActivations& a, con
                       const ModelConfig& c, int l, int B, int T, int first, bool ablated = false) {
     SublayerNorm norm = c.sublayer(l);
     size_t rows = size_t(B) * size_t(T - first);
-    const real* u = x;
-    if (norm.norm_in) rmsnorm_forward(a.u, x, w[GAMMA_IN], rows, c.C), u = a.u;
+    const real* u = norm.norm_in ? a.u : x;
     if (ablated) std::fill(f, f + rows * size_t(c.C), real(0));
-    else if (is_attention(l)) attention_branch_forward(f, a, u, w, c, B, T, first);
-    else feed_forward_branch_forward(f, a, u, w, c, rows);
-    highway_forward(x, z, f, w[GAMMA_OUT], real(norm.alpha), rows, c.C);
+    #pragma omp parallel
+    {
+        if (norm.norm_in) rmsnorm_forward(a.u, x, w[GAMMA_IN], rows, c.C);
+        if (is_attention(l) && !ablated) attention_branch_forward(f, a, u, w, c, B, T, first);
+        else if (!ablated) feed_forward_branch_forward(f, a, u, w, c, rows);
+        highway_forward(x, z, f, w[GAMMA_OUT], real(norm.alpha), rows, c.C);
+    }
 }
 
 // ----------------------------------------------------------------------------------------------------
@@ -589,8 +597,10 @@ struct Model {
     // x_l, made again from z_{l-1} by the operations that made it, so that it has the same bits.
     void restore_x(int l, size_t rows) {
         const real* gamma = l > 0 ? weights(l - 1)[GAMMA_OUT] : nullptr;
-        if (gamma) rmsnorm_forward(x.data(), z(l - 1), gamma, rows, config.C);
-        else std::copy(z(l - 1), z(l - 1) + rows * size_t(config.C), x.data());
+        const real* z_before = z(l - 1);
+        if (gamma) return rmsnorm_forward(x.data(), z_before, gamma, rows, config.C);
+        #pragma omp for simd schedule(static)
+        for (index_t i = 0; i < index_t(rows) * config.C; i++) x[size_t(i)] = z_before[i];
     }
 
     // dx_l in dx, in place of dx_{l+1}:
@@ -609,23 +619,29 @@ struct Model {
         real *dx_next = dx.data(), *dz = dx_next, *df = dz, *dx_l = dz;  // each in the place of the one before
         real *du_l = du.data(), *partial = gain_partial.data();
 
-        if (norm.norm_out) rmsnorm_backward(dz, dw[GAMMA_OUT], dx_next, z(l), w[GAMMA_OUT], rows, config.C, partial);
-        if (probe) probe->sublayers[size_t(l)].df += sum_of_squares(df, n);
-
-        restore_x(l, rows);
         const real *x_l = x.data(), *u_l = norm.norm_in ? a.u : x_l;
-        if (norm.norm_in && recompute.drops_u()) rmsnorm_forward(a.u, x_l, w[GAMMA_IN], rows, config.C);
-        if (is_attention(l)) {
-            if (recompute.drops_all()) attention_branch_forward(nullptr, a, u_l, w, config, b, T, 0);
-            attention_branch_backward(du_l, df, dbranch.data(), a, u_l, w, dw, config, b, T, partial);
-        } else {
-            if (recompute.drops_all()) feed_forward_branch_forward(nullptr, a, u_l, w, config, rows);
-            if (recompute.drops_u()) gelu_forward(a.gelu, a.h, rows * 4 * size_t(config.C));
-            feed_forward_branch_backward(du_l, df, dbranch.data(), a, u_l, w, dw, config, rows);
-        }
         real* dx_branch = du_l;  // in its place
-        if (norm.norm_in) rmsnorm_backward(dx_branch, dw[GAMMA_IN], du_l, x_l, w[GAMMA_IN], rows, config.C, partial);
-        shortcut_backward(dx_l, dz, dx_branch, real(norm.alpha), n);
+        #pragma omp parallel
+        {
+            if (norm.norm_out)
+                rmsnorm_backward(dz, dw[GAMMA_OUT], dx_next, z(l), w[GAMMA_OUT], rows, config.C, partial);
+            #pragma omp single
+            if (probe) probe->sublayers[size_t(l)].df += sum_of_squares(df, n);
+
+            restore_x(l, rows);
+            if (norm.norm_in && recompute.drops_u()) rmsnorm_forward(a.u, x_l, w[GAMMA_IN], rows, config.C);
+            if (is_attention(l)) {
+                if (recompute.drops_all()) attention_branch_forward(nullptr, a, u_l, w, config, b, T, 0);
+                attention_branch_backward(du_l, df, dbranch.data(), a, u_l, w, dw, config, b, T, partial);
+            } else {
+                if (recompute.drops_all()) feed_forward_branch_forward(nullptr, a, u_l, w, config, rows);
+                if (recompute.drops_u()) gelu_forward(a.gelu, a.h, rows * 4 * size_t(config.C));
+                feed_forward_branch_backward(du_l, df, dbranch.data(), a, u_l, w, dw, config, rows);
+            }
+            if (norm.norm_in)
+                rmsnorm_backward(dx_branch, dw[GAMMA_IN], du_l, x_l, w[GAMMA_IN], rows, config.C, partial);
+            shortcut_backward(dx_l, dz, dx_branch, real(norm.alpha), n);
+        }
         if (probe) probe->sublayers[size_t(l)].dx += sum_of_squares(dx_l, n);
     }
 
@@ -671,6 +687,7 @@ struct Model {
     const real* final_norm_forward(size_t rows) {
         real* gamma = weights()[GAMMA_FINAL];
         if (!gamma) return x.data();
+        #pragma omp parallel
         rmsnorm_forward(f.data(), x.data(), gamma, rows, config.C);
         return f.data();
     }
@@ -697,14 +714,17 @@ struct Model {
         double loss =
             head(final_norm_forward(rows), targets, rows, true, scale, debug ? debug->logits.data() : nullptr);
         real *du_L = dx.data(), *dx_L = du_L;  // in its place
-        if (real* gamma = weights()[GAMMA_FINAL])
+        if (real* gamma = weights()[GAMMA_FINAL]) {
+            #pragma omp parallel
             rmsnorm_backward(dx_L, gradients()[GAMMA_FINAL], du_L, x.data(), gamma, rows, config.C,
                              gain_partial.data());
+        }
         record(&DebugState<real>::dx, config.L, dx);
         int K = recompute.segments() ? recompute.level : config.L;
         for (int end = config.L; end > 0;) {
             int begin = (end - 1) / K * K;  // the segment's first sub-layer
             if (end < config.L) {           // the last segment's activations are still there
+                #pragma omp parallel
                 restore_x(begin, rows);
                 StepProbe* backward_probe = std::exchange(probe, nullptr);  // the first forward has been probed
                 for (int l = begin; l < end; l++) forward_sublayer(l, b);
@@ -1057,8 +1077,8 @@ struct Trainer {
             bytes +=
                 sizeof(real) * (ParameterLayout(run.model).count +
                                 size_t(run.model.L) * size_t(run.B ? run.B : run.batch_sequences()) * size_t(run.T));
-        bytes += size_t(omp_get_max_threads()) *
-                 ((size_t(8) << 20) + size_t(BLOCK_M + BLOCK_N) * DEPTH * sizeof(real));  // stacks, panels
+        bytes += size_t(omp_get_max_threads()) * ((size_t(8) << 20) + size_t(BLOCK_M) * DEPTH * sizeof(real)) +
+                 TEAM_PANELS * sizeof(real);  // stacks and panels
         return {o.dump.empty() ? "samples, probe, threads" : "debug state, threads", bytes};
     }
 

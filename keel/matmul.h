@@ -3,9 +3,6 @@
 
 #include <array>
 #include <omp.h>
-#ifdef KEEL_CBLAS
-#include <cblas.h>
-#endif
 
 #include "../keel_common.h"
 
@@ -99,7 +96,7 @@ inline real exponential(real x) {
 constexpr int TILE_M = REGISTER_ROWS, TILE_N = 2 * LANES;  // the tile of C in registers
 constexpr int DEPTH = 256;                                 // k of a block: a TILE_N panel of B stays in the L1 cache
 constexpr int BLOCK_M = 12 * TILE_M;                       // rows of an A block: it stays in the L2 cache
-constexpr int BLOCK_N = 2048;                              // columns of a B block: it stays in the L3 cache
+constexpr size_t TEAM_PANELS = size_t(1) << 21;            // reals of B that are packed at a time: the L3 cache
 
 struct Matrix {  // a view with free strides
     const real* data;
@@ -199,6 +196,12 @@ inline Tiles pack_b(const Matrix& b, int N, int K, real* panels) {
     return packed(panels, TILE_N, K);
 }
 
+inline Tiles pack_a(const Matrix& a, int M, int K, real* panels) {
+    for (int i = 0; i < M; i += TILE_M)
+        pack_panel<TILE_M>(a.at(i, 0), std::min(TILE_M, M - i), K, panels + size_t(i) * K);
+    return packed(panels, TILE_M, K);
+}
+
 // A row-major B (K,N) as it lies, or packed into panels where its last columns are no whole vector.
 inline Tiles b_tiles(const Matrix& b, int N, int K, real* panels) {
     return N % LANES == 0 ? Tiles{b.data, TILE_N, b.row} : pack_b(b, N, K, panels);
@@ -218,55 +221,53 @@ inline Panels& thread_panels() {
     return panels;
 }
 
-// The product by all threads: they pack a block of B together, then each computes blocks of C. A row-major A is read as
+// The product by all threads of the parallel region that calls it, or by one outside of any: they pack B together, as
+// much of it as TEAM_PANELS holds, then each computes blocks of C; c is whole when it returns. A row-major A is read as
 // it lies: a row is one stream, and TILE_M of them stay in the L1 cache. Of a transposed one each column would be a
 // page of its own; it is packed.
-void product(size_t M, size_t N, size_t K, Matrix a, Matrix b, real* c, size_t c_row, bool accumulate) {
-#ifdef KEEL_CBLAS
-    auto order = [](const Matrix& m) { return m.col == 1 ? CblasNoTrans : CblasTrans; };
-    auto stride = [](const Matrix& m) { return int(m.col == 1 ? m.row : m.col); };
-    auto* gemm = [] {
-        if constexpr (sizeof(real) == 8) return cblas_dgemm;
-        else return cblas_sgemm;
-    }();
-    gemm(CblasRowMajor, order(a), order(b), int(M), int(N), int(K), 1, a.data, stride(a), b.data, stride(b), accumulate,
-         c, int(c_row));
-#else
-    size_t threads = size_t(omp_get_max_threads());
+inline void team_product(size_t M, size_t N, size_t K, Matrix a, Matrix b, real* c, size_t c_row, bool accumulate) {
+    static Buffer<real> panels(TEAM_PANELS);
+    size_t threads = size_t(omp_get_num_threads()), most = TEAM_PANELS / DEPTH;  // columns of B
     // Row blocks of equal height, as many as fill the threads; where the rows are too few, columns are shared out too.
     size_t row_blocks = round_up((M + BLOCK_M - 1) / BLOCK_M, threads);
     size_t height = round_up((M + row_blocks - 1) / row_blocks, TILE_M);
     row_blocks = (M + height - 1) / height;
-    real* panels = thread_panels().b_panels(round_up(std::min(N, size_t(BLOCK_N)), TILE_N) * DEPTH);
-    #pragma omp parallel
-    for (size_t j0 = 0; j0 < N; j0 += BLOCK_N) {
-        size_t width = std::min(size_t(BLOCK_N), N - j0), column_tiles = (width + TILE_N - 1) / TILE_N;
+    for (size_t j0 = 0; j0 < N; j0 += most) {
+        size_t width = std::min(most, N - j0), column_tiles = (width + TILE_N - 1) / TILE_N;
+        size_t columns = column_tiles * TILE_N, deep = most / columns * DEPTH;  // k that are packed at a time
         size_t column_blocks = std::min(column_tiles, (threads + row_blocks - 1) / row_blocks);
         size_t block_width = (column_tiles + column_blocks - 1) / column_blocks * TILE_N;
-        for (size_t k = 0; k < K; k += DEPTH) {
-            int depth = int(std::min(size_t(DEPTH), K - k));
-            #pragma omp for schedule(static)
-            for (size_t j = 0; j < width; j += TILE_N)
-                pack_b(b.at(k, j0 + j), int(std::min(size_t(TILE_N), width - j)), depth, panels + j * depth);
+        for (size_t k0 = 0; k0 < K; k0 += deep) {
+            size_t k1 = std::min(K, k0 + deep);
+            #pragma omp for collapse(2) schedule(static)
+            for (size_t k = k0; k < k1; k += DEPTH)
+                for (size_t j = 0; j < width; j += TILE_N) {
+                    int depth = int(std::min(size_t(DEPTH), k1 - k));
+                    pack_b(b.at(k, j0 + j), int(std::min(size_t(TILE_N), width - j)), depth,
+                           panels.data() + (k - k0) * columns + j * depth);
+                }
             #pragma omp for collapse(2) schedule(static)
             for (size_t ib = 0; ib < row_blocks; ib++)
                 for (size_t jb = 0; jb < column_blocks; jb++) {
                     size_t i = ib * height, j = jb * block_width;
                     if (j >= width) continue;
                     int m = int(std::min(height, M - i)), n = int(std::min(block_width, width - j));
-                    Tiles tiles = a_tiles(a.at(i, k));
-                    if (!tiles.by_rows) {
-                        real* ap = thread_panels().a.data();
-                        for (int y = 0; y < m; y += TILE_M)
-                            pack_panel<TILE_M>(a.at(i + y, k), std::min(TILE_M, m - y), depth, ap + size_t(y) * depth);
-                        tiles = packed(ap, TILE_M, depth);
+                    for (size_t k = k0; k < k1; k += DEPTH) {
+                        int depth = int(std::min(size_t(DEPTH), k1 - k));
+                        Tiles tiles = a_tiles(a.at(i, k));
+                        if (!tiles.by_rows) tiles = pack_a(a.at(i, k), m, depth, thread_panels().a.data());
+                        multiply_block(m, n, depth, tiles,
+                                       packed(panels.data() + (k - k0) * columns + j * depth, TILE_N, depth),
+                                       c + i * c_row + j0 + j, c_row, !accumulate && k == 0);
                     }
-                    multiply_block(m, n, depth, tiles, packed(panels + j * depth, TILE_N, depth),
-                                   c + i * c_row + j0 + j, c_row, !accumulate && k == 0);
                 }
         }
     }
-#endif
+}
+
+inline void product(size_t M, size_t N, size_t K, Matrix a, Matrix b, real* c, size_t c_row, bool accumulate) {
+    #pragma omp parallel
+    team_product(M, N, K, a, b, c, c_row, accumulate);
 }
 
 // Operations a second of this product on this machine, with which every rate is compared: the median of 15.
