@@ -121,7 +121,7 @@ train_keel train_keel_fp32 $(CARD)/train_keel $(CARD)/train_keel_fp32: train_kee
 
 train_keel_cpu train_keel_cpu_fp64 $(CARD)/train_keel_cpu $(CARD)/train_keel_cpu_fp64: \
         train_keel_cpu.cpp $(HEADERS) FORCE
-	$(call program,g++,$(CXX) $(FLAGS) $(MPI_FLAGS) $(FP64),$(LIBRARIES) $(MPI_LIBRARIES))
+	$(call program,g++,$(CXX) $(FLAGS) $(MPI_FLAGS) $(FP64),$(MPI_LIBRARIES))
 
 # The tests include the trainer's source without its main, once for each number type.
 # At -O1, as compiling takes longer than running.

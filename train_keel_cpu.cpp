@@ -300,8 +300,8 @@ void attention_backward(real* dqkv, const real* dy, const real* qkv, const real*
 constexpr real GELU_SCALE = real(2 * 0.79788456080286535588), GELU_CUBIC = real(0.044715);
 
 void gelu_forward(real* out, const real* h, size_t n) {
-    #pragma omp for simd schedule(static)
-    for (index_t i = 0; i < index_t(n); i++) {
+    #pragma omp simd
+    for (size_t i = 0; i < n; i++) {
         real sigmoid = 1 / (1 + exponential(-GELU_SCALE * (h[i] + GELU_CUBIC * h[i] * h[i] * h[i])));
         out[i] = h[i] * sigmoid;
     }
@@ -309,12 +309,29 @@ void gelu_forward(real* out, const real* h, size_t n) {
 
 // d gelu/dh = sigmoid(2w) + h sigmoid(2w) (1 - sigmoid(2w)) 2 dw/dh.  dh comes in as the gradient of gelu's output.
 void gelu_backward(real* dh, const real* h, size_t n) {
-    #pragma omp for simd schedule(static)
-    for (index_t i = 0; i < index_t(n); i++) {
+    #pragma omp simd
+    for (size_t i = 0; i < n; i++) {
         real sigmoid = 1 / (1 + exponential(-GELU_SCALE * (h[i] + GELU_CUBIC * h[i] * h[i] * h[i])));
         real slope = GELU_SCALE * (1 + 3 * GELU_CUBIC * h[i] * h[i]);
         dh[i] *= sigmoid + h[i] * sigmoid * (1 - sigmoid) * slope;
     }
+}
+
+// h (rows,N) = in (rows,K) W^T, out = gelu(h), W (N,K): gelu on each block of h while it is in the cache.
+void matmul_gelu_forward(real* out, real* h, const real* in, const real* w, size_t rows, int K, int N) {
+    team_product(rows, N, K, row_major(in, K), row_major(w, K).transposed(), h, N, SET,
+                 [=](size_t i, size_t j, int m, int n) {
+        for (size_t at = i * N + j; m > 0; m--, at += N) gelu_forward(out + at, h + at, size_t(n));
+    });
+}
+
+// For out (rows,N) = gelu(h) W^T, h (rows,K), W (N,K):  dh (rows,K) = (dout W) gelu'(h),  dW += dout^T gelu(h)
+void matmul_gelu_backward(real* dh, real* dw, const real* dout, const real* gelu, const real* h, const real* w,
+                          size_t rows, int K, int N) {
+    team_product(rows, K, N, row_major(dout, N), row_major(w, K), dh, K, SET, [=](size_t i, size_t j, int m, int n) {
+        for (size_t at = i * K + j; m > 0; m--, at += K) gelu_backward(dh + at, h + at, size_t(n));
+    });
+    team_product(N, K, rows, row_major(dout, N).transposed(), row_major(gelu, K), dw, K, ADD);
 }
 
 // loss (rows) = lse - logit[target], lse (rows) = log sum_j exp(logit_j) over the V real tokens. logits (rows,Vp)
@@ -392,9 +409,8 @@ void attention_branch_backward(real* du, const real* df, real* dqkv, const Branc
 // f (rows,C) = gelu(u fcw^T) fcprojw^T. f null: only h is made, to be recomputed from.
 void feed_forward_branch_forward(real* f, const BranchActivations& a, const real* u, const SublayerTensors<real>& w,
                                  const ModelConfig& c, size_t rows) {
-    matmul_forward(a.h, u, w[FCW], rows, c.C, 4 * c.C);
-    if (!f) return;
-    gelu_forward(a.gelu, a.h, rows * 4 * size_t(c.C));
+    if (!f) return matmul_forward(a.h, u, w[FCW], rows, c.C, 4 * c.C);
+    matmul_gelu_forward(a.gelu, a.h, u, w[FCW], rows, c.C, 4 * c.C);
     matmul_forward(f, a.gelu, w[FCPROJW], rows, 4 * c.C, c.C);
 }
 
@@ -402,8 +418,7 @@ void feed_forward_branch_forward(real* f, const BranchActivations& a, const real
 void feed_forward_branch_backward(real* du, const real* df, real* dh, const BranchActivations& a, const real* u,
                                   const SublayerTensors<real>& w, const SublayerTensors<real>& dw, const ModelConfig& c,
                                   size_t rows) {
-    matmul_backward(dh, dw[FCPROJW], df, a.gelu, w[FCPROJW], rows, 4 * c.C, c.C);
-    gelu_backward(dh, a.h, rows * 4 * size_t(c.C));
+    matmul_gelu_backward(dh, dw[FCPROJW], df, a.gelu, a.h, w[FCPROJW], rows, 4 * c.C, c.C);
     matmul_backward(du, dw[FCW], dh, u, w[FCW], rows, c.C, 4 * c.C);
 }
 
@@ -635,7 +650,9 @@ struct Model {
                 attention_branch_backward(du_l, df, dbranch.data(), a, u_l, w, dw, config, b, T, partial);
             } else {
                 if (recompute.drops_all()) feed_forward_branch_forward(nullptr, a, u_l, w, config, rows);
-                if (recompute.drops_u()) gelu_forward(a.gelu, a.h, rows * 4 * size_t(config.C));
+                #pragma omp for schedule(static)
+                for (index_t i = 0; i < index_t(recompute.drops_u() ? rows : 0); i++)
+                    gelu_forward(a.gelu + i * 4 * config.C, a.h + i * 4 * config.C, 4 * size_t(config.C));
                 feed_forward_branch_backward(du_l, df, dbranch.data(), a, u_l, w, dw, config, rows);
             }
             if (norm.norm_in)

@@ -224,8 +224,11 @@ inline Panels& thread_panels() {
 // The product by all threads of the parallel region that calls it, or by one outside of any: they pack B together, as
 // much of it as TEAM_PANELS holds, then each computes blocks of C; c is whole when it returns. A row-major A is read as
 // it lies: a row is one stream, and TILE_M of them stay in the L1 cache. Of a transposed one each column would be a
-// page of its own; it is packed.
-inline void team_product(size_t M, size_t N, size_t K, Matrix a, Matrix b, real* c, size_t c_row, bool accumulate) {
+// page of its own; it is packed. finish(i, j, m, n) is called for every block of c, m rows from i and n columns from j,
+// by the thread that has just finished it and still has it in its cache.
+template <class Finish = decltype([](size_t, size_t, int, int) {})>
+void team_product(size_t M, size_t N, size_t K, Matrix a, Matrix b, real* c, size_t c_row, bool accumulate,
+                  Finish finish = {}) {
     static Buffer<real> panels(TEAM_PANELS);
     size_t threads = size_t(omp_get_num_threads()), most = TEAM_PANELS / DEPTH;  // columns of B
     // Row blocks of equal height, as many as fill the threads; where the rows are too few, columns are shared out too.
@@ -260,6 +263,7 @@ inline void team_product(size_t M, size_t N, size_t K, Matrix a, Matrix b, real*
                                        packed(panels.data() + (k - k0) * columns + j * depth, TILE_N, depth),
                                        c + i * c_row + j0 + j, c_row, !accumulate && k == 0);
                     }
+                    if (k1 == K) finish(i, j0 + j, m, n);
                 }
         }
     }
