@@ -246,6 +246,13 @@ build/fake_cupti.so: test/fake_cupti.cpp FORCE
 build/bench_matmul: dev/bench/bench_matmul.cpp train_keel_cpu.cpp $(HEADERS) FORCE
 	$(call program,g++,$(CXX) $(FLAGS) -I. -DKEEL_NO_MAIN,-ldl)
 
+# The trainer again with line numbers and every caller on the stack, and what is loaded into it to sample where it is.
+build/train_keel_cpu_g: train_keel_cpu.cpp $(HEADERS) FORCE
+	$(call program,g++,$(CXX) $(FLAGS) -g -fno-optimize-sibling-calls)
+
+build/sample_cpu.so: dev/bench/sample_cpu.cpp FORCE
+	$(call program,g++,$(CXX) -std=c++20 -O2 -Wall -Wextra -fPIC -shared)
+
 # Those that take longest to build come first.
 TEST_PROGRAMS = build/test_gpu_bf16_on_cpu build/test_gpu_fp32_on_cpu build/train_keel_on_cpu build/train_keel_fp32_on_cpu build/test_cuda_on_cpu \
                 train_keel_cpu train_keel_cpu_fp64 build/test_cpu_fp32 build/test_cpu_fp64 build/test_faults build/test_run build/test_ranks \
