@@ -1,6 +1,6 @@
 #!/bin/sh
-# Training speed beside PyTorch's, where a step's time goes and matrix products beside OpenBLAS's, about 20 minutes on an idle machine, and 10 more
-# the first time, for torch.compile; flags: --help.
+# Training speed beside PyTorch's, where a step's time goes and matrix products beside OpenBLAS's: about 20 minutes on an
+# idle machine, and 10 more the first time, for torch.compile; flags: --help.
 # Speed is shown, not tested: what is missing here is named, and the rest goes on. `make bench_cpu` builds the trainer first.
 root=$(dirname "$0")/../..
 "$root/dev/tools/need.sh" libopenblas-dev

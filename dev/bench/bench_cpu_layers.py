@@ -86,16 +86,18 @@ def classify(chain):
     if row in (MULTIPLY, PACK):
         weight = next((m[1].lower() for _, place in chain if (m := re.search(WEIGHT, source_line(place)))), "other")
         if weight != "wte":  # the head does both in one function
-            weight += ", backward" if any(re.search(r"(?<!forward_)backward", name.partition("(")[0]) for name in names) else ", forward"
+            backward = any(re.search(r"(?<!forward_)backward", name.partition("(")[0]) for name in names)
+            weight += ", backward" if backward else ", forward"
     if names[0].startswith(("[libgomp", "[libomp")):
         row = "waiting for threads, " + ("products" if weight else "the rest")
     return row, weight
 
 
-def table(size, threads, run):
+def table(size, run):
     """Prints it. run(program, steps, environment): trains and returns (milliseconds a step, the log's text)."""
     samples_file = ROOT / "build/cpu_samples.txt"
     samples_file.unlink(missing_ok=True)
+    # with a limit on spinning the trainer does not start itself again
     ms, log = run(PROGRAM, size.steps, {"LD_PRELOAD": str(LIBRARY), "KEEL_SAMPLES": str(samples_file), "GOMP_SPINCOUNT": "1000"})
     text, _, maps = samples_file.read_text().partition("maps\n")
     regions = []
@@ -124,11 +126,12 @@ def table(size, threads, run):
         biggest = ": " + ", ".join(f"{name} {t:.1f}" for name, t in others.most_common(4)) if row == "other" else ""
         print(f"  {row:34}{time:9.1f} ms{100 * time / ms:7.1f} %{biggest}")
     elements = lambda weight: sum(n * m for n, m in zip(ELEMENTS.get(weight, (0, 0)), (size.C ** 2 * size.L // 2, size.V * size.C)))
-    print("  products by weight, with their packing and waiting:")
+    print("  products by weight, with their packing and waiting; other: the source's line names none")
     for weight, time in weights.most_common():
         name, _, way = weight.partition(", ")
         operations = 2 * {"forward": 1, "backward": 2}.get(way, 3) * elements(name) * size.B * size.T
-        print(f"    {weight:32}{time:9.1f} ms{100 * time / ms:7.1f} %{operations / time * 1e-6:9.0f} GFLOP/s")
+        rate = f"{operations / time * 1e-6:9.0f} GFLOP/s" if operations else ""
+        print(f"    {weight:32}{time:9.1f} ms{100 * time / ms:7.1f} %{rate}")
     operations = sum(6 * elements(name) for name in ELEMENTS) * size.B * size.T
     alone = re.search(r"(\S+) GFLOP/s in matrix products", log)
     print(f"    {'all':32}{sum(weights.values()):9.1f} ms{100 * sum(weights.values()) / ms:7.1f} %"
