@@ -80,7 +80,7 @@ check
   make crash_test           kills the CPU trainer 210 times, cuts its power, fills its disk, flips bits in its files
   make sanitize             the CPU trainer's tests under ASan, UBSan and TSan, and a run under valgrind's memcheck
   make fuzz                 libFuzzer on each parser and the command line, 60 s each; FUZZ_SECONDS=600 for longer
-  make bench_cpu            training speed and matrix products beside PyTorch and OpenBLAS
+  make bench_cpu            a CPU's training steps beside PyTorch's at its best, by layer, and products beside OpenBLAS's
 GPU
   make train_keel           the trainer for an NVIDIA GPU: branches in BF16, highway in FP32
   make train_keel_fp32      the same all in FP32, for comparing

@@ -24,6 +24,7 @@ import bench_cpu_layers
 
 ROOT = Path(__file__).resolve().parents[2]
 GOAL_PRODUCT = 0.8  # of OpenBLAS's rate
+LIMIT = 400  # seconds a process: threads that spin on a busy machine may take a hundred times as long
 
 
 @dataclasses.dataclass
@@ -66,7 +67,10 @@ class Missing(Exception):
 
 def output(command, threads, environment={}):
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads), **environment}
-    done = subprocess.run([str(c) for c in command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    try:
+        done = subprocess.run([str(c) for c in command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT)
+    except (OSError, subprocess.TimeoutExpired) as why:
+        raise Missing(str(why))
     if done.returncode != 0:
         raise Missing(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"{command[0]} failed")
     return done.stdout.splitlines()
