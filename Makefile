@@ -74,7 +74,7 @@ check
   make crash_test           kills the CPU trainer 210 times, cuts its power, fills its disk, flips bits in its files
   make sanitize             the CPU trainer's tests under ASan, UBSan and TSan, and a run under valgrind's memcheck
   make fuzz                 libFuzzer on each parser and the command line, 60 s each; FUZZ_SECONDS=600 for longer
-  make bench_cpu            training speed and matrix products beside PyTorch and OpenBLAS
+  make bench_cpu            a CPU's training steps beside PyTorch's at its best, by layer, and products beside OpenBLAS's
 GPU
   make train_keel           the trainer for an NVIDIA GPU: branches in BF16, highway in FP32
   make train_keel_fp32      the same all in FP32, for comparing
@@ -239,6 +239,13 @@ build/fake_cupti.so: test/fake_cupti.cpp FORCE
 
 build/bench_matmul: dev/bench/bench_matmul.cpp train_keel_cpu.cpp $(HEADERS) FORCE
 	$(call program,g++,$(CXX) $(FLAGS) -I. -DKEEL_NO_MAIN,-ldl)
+
+# The trainer again with line numbers and every caller on the stack, and what is loaded into it to sample where it is.
+build/train_keel_cpu_g: train_keel_cpu.cpp $(HEADERS) FORCE
+	$(call program,g++,$(CXX) $(FLAGS) -g -fno-optimize-sibling-calls)
+
+build/sample_cpu.so: dev/bench/sample_cpu.cpp FORCE
+	$(call program,g++,$(CXX) -std=c++20 -O2 -Wall -Wextra -fPIC -shared)
 
 # Those that take longest to build come first.
 TEST_PROGRAMS = build/test_gpu_bf16_on_cpu build/test_gpu_fp32_on_cpu build/train_keel_on_cpu build/train_keel_fp32_on_cpu build/test_cuda_on_cpu \

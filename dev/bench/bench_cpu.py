@@ -1,12 +1,16 @@
-"""Training speed beside PyTorch's, matrix products beside OpenBLAS's: one table, from one run (see dev/bench/bench_cpu.sh).
+"""Training speed on a CPU beside PyTorch's at its best, where a step's time goes, matrix products beside OpenBLAS's: see
+dev/bench/bench_cpu.sh.
 
 Who is compared takes turns, each in a process of its own: library threads that spin while idle would take cores from
-the other. A figure is the median over the turns of the median within each.
+the other. A figure is the median over the turns of the median within each; a ratio is the median of the turns' ratios,
+each of two runs that followed one another, as a machine's speed may wander more than the ratios do.
 """
 
 import argparse
 import csv
+import dataclasses
 import datetime
+import json
 import os
 import platform
 import re
@@ -16,59 +20,46 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
+import bench_cpu_layers
+
 ROOT = Path(__file__).resolve().parents[2]
-L, C, H, T, B, V = 16, 256, 4, 256, 4, 256
-STEPS, WARM = 8, 2  # a turn of training; its first WARM steps do not count
-GOAL_TRAINING, GOAL_PRODUCT = 2.5, 0.8  # times PyTorch 1.13 eager; of OpenBLAS's rate
+GOAL_PRODUCT = 0.8  # of OpenBLAS's rate
+LIMIT = 400  # seconds a process: threads that spin on a busy machine may take a hundred times as long
 
 
-# ---------------------------------------------------------------------------------------------------------
-# PyTorch's side, in a process of its own: the reference model (dev/reference/keel.py), where it is written for reading
-# rather than speed put into PyTorch's fastest form
+@dataclasses.dataclass
+class Size:
+    name: str
+    what: str
+    L: int
+    C: int
+    H: int
+    T: int
+    B: int
+    goal: float  # times PyTorch 2 at its best
+    steps: int   # of a turn
+    warm: int    # the first of them, which do not count
+    V: int = 256
 
-def train_in_pytorch(threads, foreach, steps):
-    """Prints the version, then the milliseconds of each step."""
-    import math
-    import time
-
-    import torch
-    import torch.nn.functional as F
-    sys.path.insert(0, str(ROOT / "dev" / "reference"))
-    import keel
-    from keel_file import Config
-
-    torch.set_num_threads(threads)
-    torch.manual_seed(1)
-    cfg = Config(max_T=T, V=V, L=L, H=H, C=C)
-    model = keel.KeelGPT(cfg, keel.init_params(cfg, 1337), dtype=torch.float32, sdpa=hasattr(F, "scaled_dot_product_attention"))
-    if not hasattr(F, "scaled_dot_product_attention"):
-        future = torch.full((T, T), -math.inf).triu(1)  # made once
-        model.attention = lambda q, k, v: (q @ k.transpose(-2, -1) * cfg.D ** -0.5 + future).softmax(-1) @ v
-    if hasattr(F, "rms_norm"):
-        keel.rmsnorm = lambda x, gamma: F.rms_norm(x, gamma.shape, gamma, keel.RMS_EPS)
-
-    params = list(model.params.values())
-    groups = [{"params": [p for p in params if p.dim() == 2], "weight_decay": 0.01},
-              {"params": [p for p in params if p.dim() == 1], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), eps=1e-12, foreach=foreach)
-    print(f"PyTorch {torch.__version__}")
-    for _ in range(steps):
-        start = time.perf_counter()
-        text = torch.randint(V, (B, T + 1))
-        optimizer.zero_grad(set_to_none=True)
-        model.loss(text[:, :-1], text[:, 1:]).backward()
-        torch.nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
-        print((time.perf_counter() - start) * 1e3)
+    def operations(self):
+        """Of a step's matrix products but attention's"""
+        return (36 * self.L * self.C ** 2 + 6 * self.V * self.C) * self.B * self.T
 
 
-if __name__ == "__main__" and sys.argv[1:2] == ["--pytorch"]:
-    train_in_pytorch(int(sys.argv[2]), sys.argv[3] == "1", int(sys.argv[4]))
-    sys.exit()
+SIZES = [
+    Size("L16 C256", "a small model", L=16, C=256, H=4, T=256, B=4, goal=1.5, steps=12, warm=2),
+    Size("L64 C64", "the lesson's size", L=64, C=64, H=4, T=64, B=8, goal=2, steps=24, warm=2),
+    Size("L12 C768", "GPT-2's width", L=12, C=768, H=12, T=512, B=4, goal=1.1, steps=4, warm=1),
+]
+# llm.c's README (github.com/karpathy/llm.c, "quick start (CPU)"): the five steps it prints, in ms; 12 blocks, B=4 T=64
+LLM_C = [1452.121, 1288.673, 1369.394, 1290.761, 1323.779]
+LLM_C_TOKENS, LLM_C_PARAMETERS = 4 * 64, 124439808
 
+INSTALL = "`pip install torch numpy --index-url https://download.pytorch.org/whl/cpu`, then PYTHON=its/python or --torch-python"
 
-# ---------------------------------------------------------------------------------------------------------
-# One turn of each. `environment` is what to add to ours.
+# How PyTorch's OpenMP threads wait. They spin beside those of its BLAS: how long they should differs between builds and machines.
+WAITS = [{}, {"GOMP_SPINCOUNT": "1000"}, {"OMP_WAIT_POLICY": "passive"}]
+
 
 class Missing(Exception):
     """What cannot be measured here, and why."""
@@ -76,49 +67,199 @@ class Missing(Exception):
 
 def output(command, threads, environment={}):
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads), **environment}
-    done = subprocess.run([str(c) for c in command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    try:
+        done = subprocess.run([str(c) for c in command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT)
+    except (OSError, subprocess.TimeoutExpired) as why:
+        raise Missing(str(why))
     if done.returncode != 0:
         raise Missing(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"{command[0]} failed")
     return done.stdout.splitlines()
 
 
-def tokens_per_second(milliseconds):
-    return B * T * 1e3 / median(milliseconds[WARM:])
+def progress(text):
+    print(text, file=sys.stderr, flush=True)
 
 
-def keel_turn(threads):
+# ---------------------------------------------------------------------------------------------------------
+# One turn of each
+
+def train(size, threads, program, steps, environment={}):
+    """Milliseconds of each step, and what the trainer printed"""
     with tempfile.TemporaryDirectory() as folder:
-        output(["./train_keel_cpu", "-L", L, "-C", C, "-H", H, "-t", T, "-b", B, "-x", STEPS, "-o", folder + "/run",
-                "-v", 0, "-n", 0, "-s", 0], threads)
+        log = output([program, "-i", "keel_common.h", "-L", size.L, "-C", size.C, "-H", size.H, "-t", size.T, "-b", size.B,
+                      "-x", steps, "-o", folder + "/run", "-v", 0, "-n", 0, "-s", 0], threads, environment)
         with open(folder + "/run/log.csv", newline="") as file:
-            return tokens_per_second([float(row["ms"]) for row in csv.DictReader(file)])
+            return [float(row["ms"]) for row in csv.DictReader(file)], "\n".join(log)
 
 
-def pytorch_turn(python, threads, foreach, environment, steps=STEPS):
-    version, *milliseconds = output([python, "dev/bench/bench_cpu.py", "--pytorch", threads, int(foreach), steps],
-                                    threads, environment)
-    return version, [float(ms) for ms in milliseconds]
+class PyTorch:
+    """A form is a dict of bench_cpu_torch.py's choices and of how its threads wait."""
 
+    def __init__(self, python, threads):
+        if not python:
+            raise Missing(f"no Python with torch and numpy found: {INSTALL}")
+        self.python, self.threads = python, threads
+        self.version, text = output([python, "dev/bench/bench_cpu_torch.py"], threads)
+        self.choices = json.loads(text)
+        self.installed = {**{key: values[0] for key, values in self.choices.items()}, "wait": {}}
 
-def fastest_pytorch(python, threads):
-    """PyTorch's OpenMP threads spin beside those of its BLAS: how long they should differs between builds and machines,
-    as does foreach. Returns the version and the fastest (foreach, environment), by each one's best step."""
-    def best_step(foreach, environment):
-        version, milliseconds = pytorch_turn(python, threads, foreach, environment, WARM + 3)
-        return min(milliseconds[WARM:]), version
+    def is_2(self):
+        return int(self.version.split(".")[0]) >= 2
 
-    waits = [{}, {"GOMP_SPINCOUNT": "1000"}, {"OMP_WAIT_POLICY": "passive"}]
-    tried = [(*best_step(True, wait), True, wait) for wait in waits]
-    fastest = min(tried, key=lambda t: t[0])
-    _, version, foreach, wait = min(fastest, (*best_step(False, fastest[3]), False, fastest[3]), key=lambda t: t[0])
-    return version, foreach, wait
+    def words(self, form):
+        names = {"eager": "eager", "blocks": "torch.compile of blocks", "whole": "torch.compile of the whole loss"}
+        wait = " ".join(f"{k}={v}" for k, v in form["wait"].items()) or "threads wait as installed"
+        return f"{names[form['form']]}, norm {form['norm']}, AdamW {form['adamw']}, weights {form['weights']}, {wait}"
+
+    def step_times(self, size, form, steps):
+        choice = {**dataclasses.asdict(size), **form, "steps": steps, "threads": self.threads}
+        cache = {"TORCHINDUCTOR_CACHE_DIR": str(ROOT / "build/torch_cache")}  # a turn does not compile again
+        lines = output([self.python, "dev/bench/bench_cpu_torch.py", json.dumps(choice)], self.threads, {**cache, **form["wait"]})
+        return [float(ms) for ms in lines]
+
+    def fastest(self, size):
+        """By each form's best step of half a turn, one choice after another, from the best so far; then the best three once more."""
+        found = {}  # words -> (milliseconds, form)
+        best = lambda count=1: sorted(found.values(), key=lambda f: f[0])[:count]
+
+        def attempt(again=False, **changes):
+            form = {**(best()[0][1] if found else self.installed), **changes}
+            words = self.words(form)
+            if any(value not in self.choices.get(key, [value]) for key, value in form.items()) or (words in found and not again):
+                return
+            try:
+                ms = min(self.step_times(size, form, size.steps // 2 + 1)[size.warm:])
+            except Missing as why:
+                print(f"  not measured: {words}: {why}")
+                return
+            progress(f"  {ms:8.1f} ms  {words}")
+            found[words] = min((ms, form), found.get(words, (ms, form)), key=lambda f: f[0])
+
+        attempt(wait=WAITS[1], adamw=self.choices["adamw"][-1])
+        attempt(weights="(in,out)")
+        attempt(norm="formula")
+        for form in ("blocks", "whole"):  # they fuse the formula themselves
+            for weights in self.choices["weights"]:
+                attempt(form=form, norm="formula", weights=weights)
+        for wait in WAITS:
+            attempt(wait=wait)
+        for adamw in self.choices["adamw"]:
+            attempt(adamw=adamw)
+        for _, form in best(3):  # the machine may have been slow just then
+            attempt(again=True, **form)
+        if not found:
+            raise Missing("none of its forms ran")
+        return best()[0][1]
 
 
 def product_turn(library, threads, environment={}):
-    """The library's name, and GFLOP/s by (form, N, K)"""
+    """The library's name, and GFLOP/s by (form, M, N, K)"""
     name, *lines = output(["build/bench_matmul", library], threads, environment)
     rows = [line.split(",") for line in lines]
-    return name, {(form, int(n), int(k)): float(rate) for form, n, k, rate in rows}
+    return name, {(form, int(m), int(n), int(k)): float(rate) for form, m, n, k, rate in rows}
+
+
+def measure(peers, rounds):
+    """Takes turns. peers: name -> function of no arguments; returns name -> list of its results."""
+    results = {name: [] for name in peers}
+    for turn in range(rounds):
+        progress(f"  turn {turn + 1} of {rounds}: {', '.join(peers)}")
+        for name, run in peers.items():
+            results[name].append(run())
+    return results
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The parts of the report. rows: metric, value, unit, peer's value or None, ratio or None
+
+def training(size, threads, pytorch, rounds, rows):
+    print(f"\nA training step (forward, backward, clip, AdamW), {size.name}, {size.what}: "
+          f"L={size.L} C={size.C} H={size.H} T={size.T} B={size.B} V={size.V}; {rounds} turns each")
+    rate = lambda ms: size.B * size.T * 1e3 / median(ms[size.warm:])
+    forms = {}
+    if pytorch:
+        progress(f"looking for PyTorch's fastest form, {size.name}")
+        try:
+            best = pytorch.fastest(size)
+            forms = {"PyTorch, its best": best} if best == pytorch.installed else \
+                    {"PyTorch, its best": best, "PyTorch, as installed": pytorch.installed}
+        except Missing as why:
+            print(f"  PyTorch NOT MEASURED: {why}")
+    names = list(forms)
+    peers = {name: lambda form=form: rate(pytorch.step_times(size, form, size.steps)) for name, form in forms.items()}
+    peers["KEEL"] = lambda: rate(train(size, threads, "./train_keel_cpu", size.steps)[0])
+    results = measure({name: peers[name] for name in [*names[:1], "KEEL", *names[1:]]}, rounds)  # ours runs next to either
+    mine = results["KEEL"]
+    for name in ["KEEL", *names]:
+        rates = results[name]
+        text = f"  {name:24}{median(rates):8.0f} tokens/s  ({min(rates):.0f} to {max(rates):.0f})" \
+               f"{median(rates) * size.operations() / (size.B * size.T) * 1e-9:7.0f} GFLOP/s of products"
+        if name != "KEEL":
+            ratios = [a / b for a, b in zip(mine, rates)]
+            text += f"   KEEL / it: {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+            rows.append((f"{size.name}, step / {name}", median(mine), "tokens/s", median(rates), median(ratios)))
+        print(text)
+        if name != "KEEL":
+            print(f"  {'':4}{pytorch.words(forms[name])}")
+        if name == "PyTorch, its best":
+            verdict = "met" if median(ratios) >= size.goal else "missed"
+            print(f"  goal {size.goal} times PyTorch 2's best: " +
+                  (verdict if pytorch.is_2() else f"not decided, as this is PyTorch {pytorch.version}"))
+    if not forms:
+        rows.append((f"{size.name}, step", median(mine), "tokens/s", None, None))
+    sys.stdout.flush()
+
+
+def total_rate(rates):
+    """Of all products together: operations over time"""
+    operations = {key: key[1] * key[2] * key[3] for key in rates}
+    return sum(operations.values()) / sum(operations[key] / rates[key] for key in rates)
+
+
+def products(threads, avx512, rounds, rows):
+    peers, first = {"KEEL": lambda: product_turn("ours", threads)[1]}, {}
+    try:
+        for extra in [{}] + [{"OPENBLAS_CORETYPE": "SkylakeX"}] * avx512:
+            name, rates = product_turn("openblas", threads, extra)
+            first.setdefault(name, (rates, extra))
+    except Missing as why:
+        print(f"\nOpenBLAS   NOT MEASURED: {why}")
+    totals = {name: total_rate(rates) for name, (rates, _) in first.items()}
+    slow = {name for name in totals if totals[name] < max(totals.values()) / 2}
+    for name, (_, extra) in first.items():
+        if name not in slow:
+            peers[name] = lambda extra=extra: product_turn("openblas", threads, extra)[1]
+    results = measure(peers, rounds)
+    middle = {name: {key: median(turn[key] for turn in turns) for key in turns[0]} for name, turns in results.items()}
+    ours = middle.pop("KEEL")
+    best = {key: max(rates[key] for rates in middle.values()) for key in ours} if middle else {}
+    print("\nMatrix products of a layer y = x W^T, x (M,K), W (N,K), in GFLOP/s: KEEL, OpenBLAS's better kernel, ratio")
+    forms = list(dict.fromkeys(key[0] for key in ours))
+    print(f"  {'M':>4}{'N':>6}{'K':>6}" + "".join(f"{form:>28}" for form in forms))
+    for shape in dict.fromkeys(key[1:] for key in ours):
+        cells = ""
+        for form in forms:
+            key = (form, *shape)
+            cells += f"{ours[key]:14.0f}" + (f"{best[key]:8.0f}{ours[key] / best[key]:6.2f}" if best else " " * 14)
+            rows.append((f"product {form} M={shape[0]} N={shape[1]} K={shape[2]}", ours[key], "GFLOP/s", best.get(key), None))
+        print("  {:4}{:6}{:6}".format(*shape) + cells)
+    print(f"  all: KEEL {total_rate(ours):.0f}" + "".join(f", {name} {total_rate(rates):.0f}" for name, rates in middle.items()) +
+          (f", ratio {total_rate(ours) / total_rate(best):.2f}" if best else ""))
+    rows.append(("products together", total_rate(ours), "GFLOP/s", total_rate(best) if best else None, None))
+    for name in slow:
+        chosen = "which was asked for" if first[name][1] else "OpenBLAS's own choice"
+        print(f"  left out of the turns, less than half as fast: {name}, {chosen}, {totals[name]:.0f}")
+    if best:
+        key = min(ours, key=lambda key: ours[key] / best[key])
+        print(f"  lowest ratio {ours[key] / best[key]:.2f}: {key[0]} M={key[1]} N={key[2]} K={key[3]} (goal: {GOAL_PRODUCT})")
+    sys.stdout.flush()
+
+
+def layers(size, threads):
+    try:
+        bench_cpu_layers.table(size, lambda program, steps, environment: train(size, threads, program, steps, environment))
+    except (Missing, OSError, StopIteration, subprocess.CalledProcessError) as why:
+        print(f"\nWhere the time goes, {size.name}: NOT MEASURED: {why}")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -140,108 +281,57 @@ def first_line(command):
         return "unknown"
 
 
-def total_rate(rates):
-    """Of all products together: operations over time"""
-    operations = {key: key[1] * key[2] for key in rates}  # times 2 * 1024
-    return sum(operations.values()) / sum(operations[key] / rates[key] for key in rates)
-
-
-def measure(peers, rounds):
-    """Takes turns. peers: name -> function of no arguments; returns name -> list of its results."""
-    results = {name: [] for name in peers}
-    for turn in range(rounds):
-        print(f"turn {turn + 1} of {rounds}", file=sys.stderr, flush=True)
-        for name, run in peers.items():
-            results[name].append(run())
-    return results
+def write_csv(path, rows):
+    commit, date = first_line(["git", "describe", "--always", "--dirty"]), datetime.date.today().isoformat()
+    new = not os.path.exists(path)
+    with open(path, "a", newline="") as file:
+        writer = csv.writer(file)
+        if new:
+            writer.writerow(["metric", "value", "unit", "peer_value", "ratio", "commit", "date"])
+        for metric, value, unit, peer, ratio in rows:
+            ratio = ratio or (value / peer if peer else None)
+            shown = [f"{peer:.2f}", f"{ratio:.3f}"] if peer else ["", ""]
+            writer.writerow([metric, f"{value:.2f}", unit, *shown, commit, date])
 
 
 def main():
     parser = argparse.ArgumentParser(prog="dev/bench/bench_cpu.sh", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--csv", metavar="FILE", help="append the figures to this file")
+    parser.add_argument("--size", choices=[size.name for size in SIZES], help="this one alone [all]")
     parser.add_argument("--rounds", type=int, default=5, help="turns each [%(default)s]")
+    parser.add_argument("--layers-only", action="store_true", help="only where a step's time goes")
+    parser.add_argument("--csv", metavar="FILE", help="append the figures to this file")
     parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", "0").split(",")[0])
                         or len(os.sched_getaffinity(0)), help="[OMP_NUM_THREADS, or all cores]")
     parser.add_argument("--torch-python", default="", help="a Python with torch [found by dev/tools/find_python.sh]")
     arguments = parser.parse_args()
-    threads = arguments.threads
+    threads, rows = arguments.threads, []
+    sizes = [size for size in SIZES if arguments.size in (None, size.name)]
 
     cpu, avx512 = cpu_model()
     busy = os.getloadavg()[0]
     print(f"CPU        {cpu}, {threads} threads, compiler {first_line([os.environ.get('CXX') or 'g++', '--version'])}")
-    print(f"load       {busy:.1f} before the start" + ("  <- THE MACHINE IS BUSY: figures are low and ratios unsure" if busy > 0.5 else ""))
-    peers = {"keel": lambda: keel_turn(threads), "product": lambda: product_turn("ours", threads)[1]}
-
-    pytorch = {}  # as installed and, where that is faster, with its threads told how to wait
-    try:
-        if not arguments.torch_python:
-            raise Missing("no Python with torch and numpy found; install them (Debian: python3-torch, python3-numpy) or set PYTHON")
-        version, foreach, wait = fastest_pytorch(arguments.torch_python, threads)
-        print(f"PyTorch    {version.split()[1]} eager, foreach={foreach}")
-        for environment in [{}] + [wait] * bool(wait):
-            words = " ".join(f"{k}={v}" for k, v in environment.items()) or "as installed"
-            pytorch[f"PyTorch, {words}"] = lambda environment=environment: tokens_per_second(
-                pytorch_turn(arguments.torch_python, threads, foreach, environment, STEPS if environment else WARM + 3)[1])
-    except Missing as why:
-        print(f"PyTorch    NOT MEASURED: {why}")
-    try:
-        name, _ = product_turn("openblas", threads)
-        kernels = {name: {}}
-        if avx512:
-            kernels.setdefault(product_turn("openblas", threads, {"OPENBLAS_CORETYPE": "SkylakeX"})[0], {"OPENBLAS_CORETYPE": "SkylakeX"})
-        print(f"OpenBLAS   {', '.join(kernels)}; the first by its own choice")
-        for name, extra in kernels.items():
-            peers[name] = lambda extra=extra: product_turn("openblas", threads, extra)[1]
-    except Missing as why:
-        kernels = {}
-        print(f"OpenBLAS   NOT MEASURED: {why}")
-    sys.stdout.flush()
-
-    results = measure({**peers, **pytorch}, arguments.rounds)
-
-    rows = []  # metric, value, unit, peer's value or None
-    middle = lambda name: {key: median(turn[key] for turn in results[name]) for key in results[name][0]}
-    ours, theirs = middle("product"), [middle(name) for name in kernels]
-    best = {key: max(rates[key] for rates in theirs) for key in ours} if theirs else None
-
-    print(f"\nA training step (forward, backward, clip, AdamW): L={L} C={C} H={H} T={T} B={B} V={V}; {arguments.rounds} turns each")
-    value = median(results["keel"])
-    for name in ["keel", *pytorch]:
-        rate, label = median(results[name]), "KEEL" if name == "keel" else name
-        ratio = f"   ratio {value / rate:.2f} (goal: {GOAL_TRAINING} times PyTorch 1.13)" if name in pytorch else ""
-        print(f"  {label:36}{rate:7.0f} tokens/s  ({min(results[name]):.0f} to {max(results[name]):.0f}){ratio}")
-        if name in pytorch or not pytorch:
-            rows.append((f"training step / {name}" if pytorch else "training step", value, "tokens/s", rate if pytorch else None))
-
-    columns = [name.split()[-1] for name in kernels]
-    print("\nMatrix products of a layer y = x W^T, 1024 rows of x, W (N,K), in GFLOP/s; ratio to the better OpenBLAS kernel")
-    print(f"  {'':10}{'N':>6}{'K':>6}{'KEEL':>10}" + "".join(f"{c:>12}" for c in columns) + f"{'ratio':>8}")
-
-    def line(label, n, k, mine, others, ceiling):
-        ratio = f"{mine / ceiling:8.2f}" if ceiling else ""
-        print(f"  {label:10}{n:>6}{k:>6}{mine:10.1f}" + "".join(f"{o:12.1f}" for o in others) + ratio)
-
-    for key in sorted(ours, key=lambda key: list(dict.fromkeys(k[0] for k in ours)).index(key[0])):
-        form, n, k = key
-        ceiling = best[key] if best else None
-        line(form, n, k, ours[key], [rates[key] for rates in theirs], ceiling)
-        rows.append((f"product {form} N={n} K={k}", ours[key], "GFLOP/s", ceiling))
-    ceiling = total_rate(best) if best else None
-    line("all", "", "", total_rate(ours), [total_rate(rates) for rates in theirs], ceiling)
-    rows.append(("products together", total_rate(ours), "GFLOP/s", ceiling))
-    if best:
-        key = min(ours, key=lambda key: ours[key] / best[key])
-        print(f"  lowest ratio {ours[key] / best[key]:.2f}: {key[0]} N={key[1]} K={key[2]} (goal: {GOAL_PRODUCT})")
-
-    if arguments.csv:
-        commit, date = first_line(["git", "describe", "--always", "--dirty"]), datetime.date.today().isoformat()
-        new = not os.path.exists(arguments.csv)
-        with open(arguments.csv, "a", newline="") as file:
-            writer = csv.writer(file)
-            if new:
-                writer.writerow(["metric", "value", "unit", "peer_value", "ratio", "commit", "date"])
-            for metric, value, unit, peer in rows:
-                writer.writerow([metric, f"{value:.2f}", unit, f"{peer:.2f}" if peer else "", f"{value / peer:.3f}" if peer else "", commit, date])
+    warning = "  <- THE MACHINE IS BUSY: figures are low and ratios unsure" if busy > 0.5 else ""
+    print(f"load       {busy:.1f} before the start{warning}")
+    if not arguments.layers_only:
+        pytorch = None
+        try:
+            pytorch = PyTorch(arguments.torch_python, threads)
+            print(f"PyTorch    {pytorch.version}" + ("" if pytorch.is_2() else f"; the goals are for 2.x: {INSTALL}"))
+        except Missing as why:
+            print(f"PyTorch    NOT MEASURED: {why}")
+        for size in sizes:
+            training(size, threads, pytorch, arguments.rounds, rows)
+        ms = median(LLM_C)
+        rate = 6 * LLM_C_PARAMETERS * LLM_C_TOKENS / ms * 1e-6
+        print("\nPublished, not measured here: llm.c's train_gpt2 on 8 threads of a MacBook Pro M3 Max, GPT-2 124M, B=4 T=64: "
+              f"{ms:.0f} ms a step,\n  {LLM_C_TOKENS * 1e3 / ms:.0f} tokens/s, {rate:.0f} GFLOP/s at 6 operations a parameter "
+              "and token (llm.c's README, quick start (CPU))")
+    for size in sizes:
+        layers(size, threads)
+    if not arguments.layers_only:
+        products(threads, avx512, arguments.rounds, rows)
+        if arguments.csv:
+            write_csv(arguments.csv, rows)
 
 
 if __name__ == "__main__":

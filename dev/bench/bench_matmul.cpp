@@ -5,7 +5,8 @@
 //
 // One library a process: each keeps its threads spinning after a product, which would take cores from the other.
 // For the same reason OpenBLAS is loaded only when asked for; that also lets this file build where there is none.
-// Prints the library, then a line a product: form, N, K, GFLOP/s. dev/bench/bench_cpu.py runs it in turns and compares.
+// Prints the library, then a line a product: form, M, N, K, GFLOP/s. dev/bench/bench_cpu.py runs it in turns and
+// compares.
 
 #include "train_keel_cpu.cpp"
 
@@ -13,9 +14,9 @@
 
 namespace {
 
-constexpr size_t M = 1024;  // rows of x: B*T tokens
-constexpr size_t SHAPES[][2] = {{256, 256},  {768, 256},  {1024, 256},
-                                {256, 1024}, {768, 1024}, {1024, 1024}};  // W (N,K)
+constexpr size_t SHAPES[][3] = {{1024, 256, 256},  {1024, 768, 256},   {1024, 1024, 256}, {1024, 256, 1024},
+                                {1024, 768, 1024}, {1024, 1024, 1024}, {2048, 768, 768},  {2048, 2304, 768},
+                                {2048, 3072, 768}, {2048, 768, 3072}};  // M rows of x, the tokens B*T; W (N,K)
 constexpr double SECONDS_A_PRODUCT = 0.04;
 
 // The three products of a layer y = x W^T with x (M,K), W (N,K), y (M,N)
@@ -50,7 +51,8 @@ OpenBlas load_openblas(int threads) {
             config.substr(0, version_end) + " " + text("openblas_get_corename")};
 }
 
-void multiply(Sgemm sgemm, Form form, size_t N, size_t K, const float* x, const float* w, const float* y, float* c) {
+void multiply(Sgemm sgemm, Form form, size_t M, size_t N, size_t K, const float* x, const float* w, const float* y,
+              float* c) {
     int m = int(M), n = int(N), k = int(K);
     switch (form) {
         case FORWARD:
@@ -78,20 +80,21 @@ Buffer<float> random_matrix(size_t n, uint32_t seed) {
 }
 
 void bench(Sgemm sgemm) {
-    for (auto [N, K] : SHAPES) {
+    for (auto [M, N, K] : SHAPES) {
         Buffer<float> x = random_matrix(M * K, 1), w = random_matrix(N * K, 2), y = random_matrix(M * N, 3);
         Buffer<float> c(std::max({M * N, M * K, N * K}));
         for (Form form : {FORWARD, BACKWARD_X, BACKWARD_W}) {
             std::fill_n(c.data(), c.size(), 0.0f);  // not zero(), whose OpenMP threads would spin beside OpenBLAS
             std::vector<double> times;
-            multiply(sgemm, form, N, K, x.data(), w.data(), y.data(), c.data());  // warms caches and threads
+            multiply(sgemm, form, M, N, K, x.data(), w.data(), y.data(), c.data());  // warms caches and threads
             for (double begin = seconds(); seconds() - begin < SECONDS_A_PRODUCT || times.size() < 5;) {
                 double start = seconds();
-                multiply(sgemm, form, N, K, x.data(), w.data(), y.data(), c.data());
+                multiply(sgemm, form, M, N, K, x.data(), w.data(), y.data(), c.data());
                 times.push_back(seconds() - start);
             }
             std::nth_element(times.begin(), times.begin() + times.size() / 2, times.end());
-            printf("%s,%zu,%zu,%.2f\n", FORM_NAMES[form], N, K, 2e-9 * double(M * N * K) / times[times.size() / 2]);
+            printf("%s,%zu,%zu,%zu,%.2f\n", FORM_NAMES[form], M, N, K,
+                   2e-9 * double(M * N * K) / times[times.size() / 2]);
         }
     }
 }
