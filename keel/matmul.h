@@ -224,8 +224,8 @@ inline Panels& thread_panels() {
 // The product by all threads of the parallel region that calls it, or by one outside of any: they pack B together, as
 // much of it as TEAM_PANELS holds, then each computes blocks of C; c is whole when it returns. A row-major A is read as
 // it lies: a row is one stream, and TILE_M of them stay in the L1 cache. Of a transposed one each column would be a
-// page of its own; it is packed. finish(i, j, m, n) is called for every block of c, m rows from i and n columns from j,
-// by the thread that has just finished it and still has it in its cache.
+// page of its own; it is packed where more than a few tiles read it. finish(i, j, m, n) is called for every block of c,
+// m rows from i and n columns from j, by the thread that has just finished it and still has it in its cache.
 template <class Finish = decltype([](size_t, size_t, int, int) {})>
 void team_product(size_t M, size_t N, size_t K, Matrix a, Matrix b, real* c, size_t c_row, bool accumulate,
                   Finish finish = {}) {
@@ -258,7 +258,8 @@ void team_product(size_t M, size_t N, size_t K, Matrix a, Matrix b, real* c, siz
                     for (size_t k = k0; k < k1; k += DEPTH) {
                         int depth = int(std::min(size_t(DEPTH), k1 - k));
                         Tiles tiles = a_tiles(a.at(i, k));
-                        if (!tiles.by_rows) tiles = pack_a(a.at(i, k), m, depth, thread_panels().a.data());
+                        if (!tiles.by_rows && n > 4 * TILE_N)
+                            tiles = pack_a(a.at(i, k), m, depth, thread_panels().a.data());
                         multiply_block(m, n, depth, tiles,
                                        packed(panels.data() + (k - k0) * columns + j * depth, TILE_N, depth),
                                        c + i * c_row + j0 + j, c_row, !accumulate && k == 0);
