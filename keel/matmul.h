@@ -226,7 +226,10 @@ inline Panels& thread_panels() {
 // it lies: a row is one stream, and TILE_M of them stay in the L1 cache. Of a transposed one each column would be a
 // page of its own; it is packed where more than a few tiles read it. finish(i, j, m, n) is called for every block of c,
 // m rows from i and n columns from j, by the thread that has just finished it and still has it in its cache.
-template <class Finish = decltype([](size_t, size_t, int, int) {})>
+struct NothingToFinish {
+    void operator()(size_t, size_t, int, int) const {}
+};
+template <class Finish = NothingToFinish>
 void team_product(size_t M, size_t N, size_t K, Matrix a, Matrix b, real* c, size_t c_row, bool accumulate,
                   Finish finish = {}) {
     static Buffer<real> panels(TEAM_PANELS);
