@@ -562,11 +562,19 @@ struct Model {
         return sum;
     }
 
+    // What products pack together: a weight, wte, or in a weight's gradient (rows,4C).
+    static size_t panel_reals(const ModelConfig& c, size_t rows) {
+        size_t C = size_t(c.C), Vp = size_t(c.Vp());
+        return std::max({team_panel_reals(4 * C, std::max(C, rows)), team_panel_reals(C, std::max(4 * C, Vp)),
+                         team_panel_reals(Vp, C)});
+    }
+
     Model(const ModelConfig& config, int B, int T, Recompute recompute, Sharing sharing = {})
         : config(config), layout(config, sharing.ranks), grad_layout(sharing.grad_layout(layout)), B(B), T(T),
           recompute(recompute), slots(config.L, recompute), sharing(sharing) {
         for (const BufferRow& row : plan(config, layout, B, T, recompute, sharing))
             this->*row.buffer = Buffer<real>(row.elements);
+        reserve_team_panels(panel_reals(config, size_t(B) * size_t(T)));
         grads.zero(), shard_grads.zero(), m.zero(), v.zero();
         if (sharing.ranks > 0) params.zero();  // the padding
         update_ranges = sharing.states() ? layout.owned(sharing.rank) : ParameterLayout(config).owned(0);
@@ -1095,7 +1103,8 @@ struct Trainer {
                 sizeof(real) * (ParameterLayout(run.model).count +
                                 size_t(run.model.L) * size_t(run.B ? run.B : run.batch_sequences()) * size_t(run.T));
         bytes += size_t(omp_get_max_threads()) * ((size_t(8) << 20) + size_t(BLOCK_M) * DEPTH * sizeof(real)) +
-                 TEAM_PANELS * sizeof(real);  // stacks and panels
+                 Model::panel_reals(run.model, size_t(run.B ? run.B : run.rank_sequences()) * size_t(run.T)) *
+                     sizeof(real);  // stacks and panels
         return {o.dump.empty() ? "samples, probe, threads" : "debug state, threads", bytes};
     }
 

@@ -221,9 +221,21 @@ inline Panels& thread_panels() {
     return panels;
 }
 
+// What the threads of a region pack together: as much of B (K,N) as these panels hold. Grows outside of regions alone.
+inline Buffer<real>& team_panels() {
+    static Buffer<real> panels;
+    return panels;
+}
+inline size_t team_panel_reals(size_t N, size_t K) {
+    return std::min(TEAM_PANELS, round_up(N, TILE_N) * round_up(K, DEPTH));
+}
+inline void reserve_team_panels(size_t reals) {
+    if (team_panels().size() < reals) team_panels() = Buffer<real>(reals);
+}
+
 // The product by all threads of the parallel region that calls it, or by one outside of any: they pack B together, as
-// much of it as TEAM_PANELS holds, then each computes blocks of C; c is whole when it returns. A row-major A is read as
-// it lies: a row is one stream, and TILE_M of them stay in the L1 cache. Of a transposed one each column would be a
+// much of it as team_panels() holds, then each computes blocks of C; c is whole when it returns. A row-major A is read
+// as it lies: a row is one stream, and TILE_M of them stay in the L1 cache. Of a transposed one each column would be a
 // page of its own; it is packed where more than a few tiles read it. finish(i, j, m, n) is called for every block of c,
 // m rows from i and n columns from j, by the thread that has just finished it and still has it in its cache.
 struct NothingToFinish {
@@ -232,8 +244,9 @@ struct NothingToFinish {
 template <class Finish = NothingToFinish>
 void team_product(size_t M, size_t N, size_t K, Matrix a, Matrix b, real* c, size_t c_row, bool accumulate,
                   Finish finish = {}) {
-    static Buffer<real> panels(TEAM_PANELS);
-    size_t threads = size_t(omp_get_num_threads()), most = TEAM_PANELS / DEPTH;  // columns of B
+    if (!omp_in_parallel()) reserve_team_panels(team_panel_reals(N, K));
+    Buffer<real>& panels = team_panels();
+    size_t threads = size_t(omp_get_num_threads()), most = panels.size() / DEPTH / TILE_N * TILE_N;  // columns of B
     // Row blocks of equal height, as many as fill the threads; where the rows are too few, columns are shared out too.
     size_t row_blocks = round_up((M + BLOCK_M - 1) / BLOCK_M, threads);
     size_t height = round_up((M + row_blocks - 1) / row_blocks, TILE_M);
@@ -274,6 +287,7 @@ void team_product(size_t M, size_t N, size_t K, Matrix a, Matrix b, real* c, siz
 }
 
 inline void product(size_t M, size_t N, size_t K, Matrix a, Matrix b, real* c, size_t c_row, bool accumulate) {
+    reserve_team_panels(team_panel_reals(N, K));
     #pragma omp parallel
     team_product(M, N, K, a, b, c, c_row, accumulate);
 }
