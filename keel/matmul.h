@@ -91,7 +91,7 @@ inline real exponential(real x) {
 //
 // The one algorithm that every fast CPU library uses (Goto and van de Geijn 2008): keep a tile of C, TILE_M rows of two
 // vectors, in registers, and read A and B so that they come from the nearest cache. A sum over k runs in order, one
-// fused multiply-add a term, whatever the tile: so no bit of C depends on M, on N or on the threads.
+// multiply-add a term, whatever the tile: so no bit of C depends on M, on N or on the threads.
 
 constexpr int TILE_M = REGISTER_ROWS, TILE_N = 2 * LANES;  // the tile of C in registers
 constexpr int DEPTH = 256;                                 // k of a block: a TILE_N panel of B stays in the L1 cache
@@ -189,7 +189,8 @@ inline void pack_panel(const Matrix& m, int rows, int K, real* panel) {
     }
 }
 
-// Packs B (K,N), K at most DEPTH, into panels of TILE_N columns, by one thread.
+// Packs B (K,N) into panels of TILE_N columns, or A (M,K) into panels of TILE_M rows, by one thread. The last is filled
+// up with zeros.
 inline Tiles pack_b(const Matrix& b, int N, int K, real* panels) {
     for (int j = 0; j < N; j += TILE_N)
         pack_panel<TILE_N>(b.at(0, j).transposed(), std::min(TILE_N, N - j), K, panels + size_t(j) * K);
