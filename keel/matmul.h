@@ -234,14 +234,15 @@ inline void reserve_team_panels(size_t reals) {
     if (team_panels().size() < reals) team_panels() = Buffer<real>(reals);
 }
 
+struct NothingToFinish {
+    void operator()(size_t, size_t, int, int) const {}
+};
+
 // The product by all threads of the parallel region that calls it, or by one outside of any: they pack B together, as
 // much of it as team_panels() holds, then each computes blocks of C; c is whole when it returns. A row-major A is read
 // as it lies: a row is one stream, and TILE_M of them stay in the L1 cache. Of a transposed one each column would be a
 // page of its own; it is packed where more than a few tiles read it. finish(i, j, m, n) is called for every block of c,
 // m rows from i and n columns from j, by the thread that has just finished it and still has it in its cache.
-struct NothingToFinish {
-    void operator()(size_t, size_t, int, int) const {}
-};
 template <class Finish = NothingToFinish>
 void team_product(size_t M, size_t N, size_t K, Matrix a, Matrix b, real* c, size_t c_row, bool accumulate,
                   Finish finish = {}) {

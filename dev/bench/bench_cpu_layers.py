@@ -16,7 +16,7 @@ PROGRAM, LIBRARY = ROOT / "build/train_keel_cpu_g", ROOT / "build/sample_cpu.so"
 # A function that several layers share, such as rmsnorm_row_forward, is not named: its caller is.
 MULTIPLY, PACK = "products: multiplying", "products: packing"
 ROWS = [
-    (r"\b(?:multiply_block|multiply_tile|product)\b", MULTIPLY),
+    (r"\b(?:multiply_block|multiply_tile|(?:team_)?product)\b", MULTIPLY),
     (r"\bpack_\w+", PACK),
     (r"\battention_(forward|backward)\b", "attention"),
     (r"\bgelu_\w*(forward|backward)", "GELU"),
