@@ -26,7 +26,7 @@ finished() { [ "$(steps "$1")" = "$2" ] && [ -f "$folder/$1/model_$(printf %08d 
 # Of the run in $folder/NAME, the processes of its ranks; waits until it has a checkpoint.
 ranks_of() {
     for ((i = 0; i < 6000; i++)); do
-        [ -f "$folder/$1/model_00000020.bin" ] && break
+        compgen -G "$folder/$1/model_*.bin" >/dev/null && break  # any: the first is soon one too many to keep
         sleep 0.05
     done
     for pid in $(pgrep -f -- "-o $folder/$1"); do
