@@ -238,7 +238,7 @@ void attention_backward(real* dqkv, const real* dy, const real* qkv, const real*
                         int C, int H) {
     int D = C / H;
     size_t stride = 3 * size_t(C);
-    real scale = 1 / std::sqrt(real(D));
+    real scale = 1 / std::sqrt(real(D)), minus_infinity = -std::numeric_limits<real>::infinity();
     #pragma omp for collapse(2) schedule(dynamic)
     for (int b = 0; b < B; b++)
         for (int h = 0; h < H; h++) {
@@ -271,11 +271,12 @@ void attention_backward(real* dqkv, const real* dy, const real* qkv, const real*
                         for (int i = i0; i < end; i++) {
                             real *pi = p + i * ATT, *dsi = ds + i * ATT, row_delta = delta[q0 + i],
                                  row_lse = lse[(size_t(b) * T + q0 + i) * H + h];
-                            for (int j = 0; j < seen(i); j++) {
+                            std::fill(pi + seen(i), pi + n, minus_infinity);
+                            #pragma omp simd
+                            for (int j = 0; j < n; j++) {
                                 pi[j] = exponential(scale * pi[j] - row_lse);
                                 dsi[j] = scale * pi[j] * (dsi[j] - row_delta);
                             }
-                            std::fill(pi + seen(i), pi + n, real(0)), std::fill(dsi + seen(i), dsi + n, real(0));
                         }
                         multiply_block(end - i0, D, n, a_tiles(row_major(ds + i0 * ATT, ATT)), keys,
                                        dqkv + at_q + size_t(i0) * stride, stride, k0 == 0);
