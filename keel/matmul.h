@@ -176,19 +176,44 @@ inline void multiply_block(int M, int N, int K, Tiles a, Tiles b, real* c, size_
         }
 }
 
+// Transposes a square of LANES x LANES, whose rows are in_row and out_row apart, in registers: zipping the upper half of
+// the rows with the lower, log2(LANES) times, turns rows into columns.
+template <int... lane>
+inline void transpose_square(const real* in, size_t in_row, real* out, size_t out_row,
+                             std::integer_sequence<int, lane...>) {
+    vec rows[LANES], zipped[LANES];
+    #pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) rows[i] = *(const vec*)(in + i * in_row);
+    #pragma GCC unroll 8
+    for (int pass = 1; pass < LANES; pass *= 2) {
+        #pragma GCC unroll 16
+        for (int i = 0; i < LANES; i += 2) {
+            vec upper = rows[i / 2], lower = rows[(i + LANES) / 2];
+            zipped[i] = __builtin_shufflevector(upper, lower, (lane / 2 + lane % 2 * LANES)...);
+            zipped[i + 1] = __builtin_shufflevector(upper, lower, ((lane + LANES) / 2 + lane % 2 * LANES)...);
+        }
+        #pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++) rows[i] = zipped[i];
+    }
+    #pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) *(vec*)(out + i * out_row) = rows[i];
+}
+
 // Copies `width` rows of m (or its columns, if given transposed) into a panel (K,width); rows that m lacks are zeros.
 template <int width>
 inline void pack_panel(const Matrix& m, int rows, int K, real* panel) {
+    int k = 0;
     if (rows == width && m.row == 1) {
-        for (int k = 0; k < K; k++) memcpy(panel + k * width, m.data + size_t(k) * m.col, width * sizeof(real));
-    } else if (rows == width) {
-        for (int k = 0; k < K; k++)
-            for (int i = 0; i < width; i++) panel[k * width + i] = m.data[size_t(i) * m.row + size_t(k) * m.col];
-    } else {
-        for (int k = 0; k < K; k++)
-            for (int i = 0; i < width; i++)
-                panel[k * width + i] = i < rows ? m.data[size_t(i) * m.row + size_t(k) * m.col] : real(0);
+        for (; k < K; k++) memcpy(panel + k * width, m.data + size_t(k) * m.col, width * sizeof(real));
+    } else if (rows == width && m.col == 1 && width % LANES == 0) {
+        for (; k + LANES <= K; k += LANES)
+            for (int i = 0; i < width; i += LANES)
+                transpose_square(m.data + size_t(i) * m.row + k, m.row, panel + k * width + i, width,
+                                 std::make_integer_sequence<int, LANES>());
     }
+    for (; k < K; k++)
+        for (int i = 0; i < width; i++)
+            panel[k * width + i] = i < rows ? m.data[size_t(i) * m.row + size_t(k) * m.col] : real(0);
 }
 
 // Packs B (K,N) into panels of TILE_N columns, or A (M,K) into panels of TILE_M rows, by one thread. The last is filled
