@@ -181,7 +181,7 @@ void attention_forward(real* y, real* lse, const real* qkv, int B, int T, int C,
                 int q0 = first + tile * ATT, nq = std::min(ATT, T - q0);
                 const real* heads = qkv + size_t(b) * T * stride + size_t(h) * D;
                 real* out = y + (size_t(b) * Tq + size_t(q0 - first)) * C + size_t(h) * D;
-                real* panels = thread_panels().b_panels(size_t(2 * ATT + TILE_N) * D + ATT * TILE_N);
+                real* panels = thread_scratch(size_t(2 * ATT + TILE_N) * D + ATT * TILE_N);
                 Matrix q = row_major(heads + size_t(q0) * stride, stride);
                 Tiles q_t = pack_b(q.transposed(), nq, D, panels);
                 panels += (ATT + TILE_N) * D;
@@ -244,7 +244,7 @@ void attention_backward(real* dqkv, const real* dy, const real* qkv, const real*
         for (int h = 0; h < H; h++) {
             size_t start = size_t(b) * T * stride + size_t(h) * D, out = size_t(b) * T * C + size_t(h) * D;
             size_t panel = size_t(ATT + TILE_N) * (D + TILE_N);
-            real *panels = thread_panels().b_panels(5 * panel + T), *delta = panels + 5 * panel;
+            real *panels = thread_scratch(5 * panel + T), *delta = panels + 5 * panel;
             for (int i = 0; i < T; i++) {
                 const real *dyi = dy + out + size_t(i) * C, *yi = y + out + size_t(i) * C;
                 real sum = 0;
@@ -321,16 +321,16 @@ void gelu_backward(real* dh, const real* h, size_t n) {
 // h (rows,N) = in (rows,K) W^T, out = gelu(h), W (N,K): gelu on each block of h while it is in the cache.
 void matmul_gelu_forward(real* out, real* h, const real* in, const real* w, size_t rows, int K, int N) {
     team_product(rows, N, K, row_major(in, K), row_major(w, K).transposed(), h, N, SET,
-                 [=](size_t i, size_t j, int m, int n) {
-        for (size_t at = i * N + j; m > 0; m--, at += N) gelu_forward(out + at, h + at, size_t(n));
+                 [=](size_t i, size_t j, size_t m, size_t n) {
+        for (size_t at = i * N + j; m > 0; m--, at += N) gelu_forward(out + at, h + at, n);
     });
 }
 
 // For out (rows,N) = gelu(h) W^T, h (rows,K), W (N,K):  dh (rows,K) = (dout W) gelu'(h),  dW += dout^T gelu(h)
 void matmul_gelu_backward(real* dh, real* dw, const real* dout, const real* gelu, const real* h, const real* w,
                           size_t rows, int K, int N) {
-    team_product(rows, K, N, row_major(dout, N), row_major(w, K), dh, K, SET, [=](size_t i, size_t j, int m, int n) {
-        for (size_t at = i * K + j; m > 0; m--, at += K) gelu_backward(dh + at, h + at, size_t(n));
+    team_product(rows, K, N, row_major(dout, N), row_major(w, K), dh, K, SET, [=](size_t i, size_t j, size_t m, size_t n) {
+        for (size_t at = i * K + j; m > 0; m--, at += K) gelu_backward(dh + at, h + at, n);
     });
     team_product(N, K, rows, row_major(dout, N).transposed(), row_major(gelu, K), dw, K, ADD);
 }
@@ -563,19 +563,12 @@ struct Model {
         return sum;
     }
 
-    // What products pack together: a weight, wte, or in a weight's gradient (rows,4C).
-    static size_t panel_reals(const ModelConfig& c, size_t rows) {
-        size_t C = size_t(c.C), Vp = size_t(c.Vp());
-        return std::max({team_panel_reals(4 * C, std::max(C, rows)), team_panel_reals(C, std::max(4 * C, Vp)),
-                         team_panel_reals(Vp, C)});
-    }
-
     Model(const ModelConfig& config, int B, int T, Recompute recompute, Sharing sharing = {})
         : config(config), layout(config, sharing.ranks), grad_layout(sharing.grad_layout(layout)), B(B), T(T),
           recompute(recompute), slots(config.L, recompute), sharing(sharing) {
         for (const BufferRow& row : plan(config, layout, B, T, recompute, sharing))
             this->*row.buffer = Buffer<real>(row.elements);
-        reserve_team_panels(panel_reals(config, size_t(B) * size_t(T)));
+        reserve_panels();
         grads.zero(), shard_grads.zero(), m.zero(), v.zero();
         if (sharing.ranks > 0) params.zero();  // the padding
         update_ranges = sharing.states() ? layout.owned(sharing.rank) : ParameterLayout(config).owned(0);
@@ -1103,9 +1096,7 @@ struct Trainer {
             bytes +=
                 sizeof(real) * (ParameterLayout(run.model).count +
                                 size_t(run.model.L) * size_t(run.B ? run.B : run.batch_sequences()) * size_t(run.T));
-        bytes += size_t(omp_get_max_threads()) * ((size_t(8) << 20) + size_t(BLOCK_M) * DEPTH * sizeof(real)) +
-                 Model::panel_reals(run.model, size_t(run.B ? run.B : run.rank_sequences()) * size_t(run.T)) *
-                     sizeof(real);  // stacks and panels
+        bytes += size_t(omp_get_max_threads()) * ((size_t(8) << 20) + (A_PANELS + B_PANELS) * sizeof(real));
         return {o.dump.empty() ? "samples, probe, threads" : "debug state, threads", bytes};
     }
 

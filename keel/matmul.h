@@ -98,7 +98,10 @@ inline real exponential(real x) {
 constexpr int TILE_M = REGISTER_ROWS, TILE_N = 2 * LANES;  // the tile of C in registers
 constexpr int DEPTH = 256;                                 // k of a block: a TILE_N panel of B stays in the L1 cache
 constexpr int BLOCK_M = 12 * TILE_M;                       // rows of an A block: it stays in the L2 cache
-constexpr size_t TEAM_PANELS = size_t(1) << 21;            // reals of B that are packed at a time: the L3 cache
+constexpr size_t A_PANELS = size_t(BLOCK_M) * DEPTH;       // reals of A, and of B, that a thread packs at a time; B
+constexpr size_t B_PANELS = size_t(1) << 20;               // passes through the L1 cache once for each block of A
+
+constexpr size_t PACKING = 12;                             // a row's packing, in multiplications of a row
 
 struct Matrix {  // a view with free strides
     const real* data;
@@ -235,88 +238,83 @@ inline Tiles b_tiles(const Matrix& b, int N, int K, real* panels) {
     return N % LANES == 0 ? Tiles{b.data, TILE_N, b.row} : pack_b(b, N, K, panels);
 }
 
-// A thread's panels, which grow to the size of the largest block.
-struct Panels {
-    std::vector<real> a, b;
-    Panels() : a(size_t(BLOCK_M) * DEPTH) {}
-    real* b_panels(size_t n) {
-        if (b.size() < n) b.resize(n);
-        return b.data();
-    }
-};
-inline Panels& thread_panels() {
-    thread_local Panels panels;
-    return panels;
+// A thread's own memory, which grows to what it was asked for at most.
+inline real* thread_scratch(size_t n) {
+    thread_local std::vector<real> scratch;
+    if (scratch.size() < n) scratch.resize(n);
+    return scratch.data();
 }
 
-// What the threads of a region pack together: as much of B (K,N) as these panels hold. Grows outside of regions alone.
-inline Buffer<real>& team_panels() {
+// Every thread's panels, which grow outside of regions alone.
+inline Buffer<real>& thread_panels() {
     static Buffer<real> panels;
     return panels;
 }
-inline size_t team_panel_reals(size_t N, size_t K) {
-    return std::min(TEAM_PANELS, round_up(N, TILE_N) * round_up(K, DEPTH));
-}
-inline void reserve_team_panels(size_t reals) {
-    if (team_panels().size() < reals) team_panels() = Buffer<real>(reals);
+inline void reserve_panels() {
+    size_t reals = size_t(omp_get_max_threads()) * (A_PANELS + B_PANELS);
+    if (thread_panels().size() < reals) thread_panels() = Buffer<real>(reals);
 }
 
 struct NothingToFinish {
-    void operator()(size_t, size_t, int, int) const {}
+    void operator()(size_t, size_t, size_t, size_t) const {}
 };
 
-// The product by all threads of the parallel region that calls it, or by one outside of any: they pack B together, as
-// much of it as team_panels() holds, then each computes blocks of C; c is whole when it returns. A row-major A is read
-// as it lies: a row is one stream, and TILE_M of them stay in the L1 cache. Of a transposed one each column would be a
-// page of its own; it is packed where more than a few tiles read it. finish(i, j, m, n) is called for every block of c,
-// m rows from i and n columns from j, by the thread that has just finished it and still has it in its cache.
-template <class Finish = NothingToFinish>
-void team_product(size_t M, size_t N, size_t K, Matrix a, Matrix b, real* c, size_t c_row, bool accumulate,
-                  Finish finish = {}) {
-    if (!omp_in_parallel()) reserve_team_panels(team_panel_reals(N, K));
-    Buffer<real>& panels = team_panels();
-    size_t threads = size_t(omp_get_num_threads()), most = panels.size() / DEPTH / TILE_N * TILE_N;  // columns of B
-    // Row blocks of equal height, as many as fill the threads; where the rows are too few, columns are shared out too.
-    size_t row_blocks = round_up((M + BLOCK_M - 1) / BLOCK_M, threads);
-    size_t height = round_up((M + row_blocks - 1) / row_blocks, TILE_M);
-    row_blocks = (M + height - 1) / height;
-    for (size_t j0 = 0; j0 < N; j0 += most) {
-        size_t width = std::min(most, N - j0), column_tiles = (width + TILE_N - 1) / TILE_N;
-        size_t columns = column_tiles * TILE_N, deep = most / columns * DEPTH;  // k that are packed at a time
-        size_t column_blocks = std::min(column_tiles, (threads + row_blocks - 1) / row_blocks);
-        size_t block_width = (column_tiles + column_blocks - 1) / column_blocks * TILE_N;
+// The product by one thread, with its panels. A row-major A is read as it lies: a row is one stream, and TILE_M of them
+// stay in the L1 cache. Of a transposed one each column would be a page of its own; it is packed where more than a few
+// tiles read it.
+template <class Finish>
+void thread_product(size_t M, size_t N, size_t K, Matrix a, Matrix b, real* c, size_t c_row, bool accumulate,
+                    real* panels, Finish finish) {
+    for (size_t j = 0; j < N; j += B_PANELS / DEPTH) {
+        size_t n = std::min(N - j, B_PANELS / DEPTH), columns = round_up(n, TILE_N);
+        size_t deep = B_PANELS / columns / DEPTH * DEPTH;  // k that are packed at a time
         for (size_t k0 = 0; k0 < K; k0 += deep) {
             size_t k1 = std::min(K, k0 + deep);
-            #pragma omp for collapse(2) schedule(static)
-            for (size_t k = k0; k < k1; k += DEPTH)
-                for (size_t j = 0; j < width; j += TILE_N) {
-                    int depth = int(std::min(size_t(DEPTH), k1 - k));
-                    pack_b(b.at(k, j0 + j), int(std::min(size_t(TILE_N), width - j)), depth,
-                           panels.data() + (k - k0) * columns + j * depth);
+            auto depth = [&](size_t k) { return int(std::min(size_t(DEPTH), k1 - k)); };
+            auto b_panels = [&](size_t k) { return panels + A_PANELS + (k - k0) * columns; };
+            for (size_t k = k0; k < k1; k += DEPTH) pack_b(b.at(k, j), int(n), depth(k), b_panels(k));
+            for (size_t i = 0; i < M; i += BLOCK_M) {
+                size_t m = std::min(M - i, size_t(BLOCK_M));
+                for (size_t k = k0; k < k1; k += DEPTH) {
+                    Tiles tiles = a_tiles(a.at(i, k));
+                    if (!tiles.by_rows && n > 4 * TILE_N) tiles = pack_a(a.at(i, k), int(m), depth(k), panels);
+                    multiply_block(int(m), int(n), depth(k), tiles, packed(b_panels(k), TILE_N, depth(k)),
+                                   c + i * c_row + j, c_row, !accumulate && k == 0);
                 }
-            #pragma omp for collapse(2) schedule(static)
-            for (size_t ib = 0; ib < row_blocks; ib++)
-                for (size_t jb = 0; jb < column_blocks; jb++) {
-                    size_t i = ib * height, j = jb * block_width;
-                    if (j >= width) continue;
-                    int m = int(std::min(height, M - i)), n = int(std::min(block_width, width - j));
-                    for (size_t k = k0; k < k1; k += DEPTH) {
-                        int depth = int(std::min(size_t(DEPTH), k1 - k));
-                        Tiles tiles = a_tiles(a.at(i, k));
-                        if (!tiles.by_rows && n > 4 * TILE_N)
-                            tiles = pack_a(a.at(i, k), m, depth, thread_panels().a.data());
-                        multiply_block(m, n, depth, tiles,
-                                       packed(panels.data() + (k - k0) * columns + j * depth, TILE_N, depth),
-                                       c + i * c_row + j0 + j, c_row, !accumulate && k == 0);
-                    }
-                    if (k1 == K) finish(i, j0 + j, m, n);
-                }
+                if (k1 == K) finish(i, j, m, n);
+            }
         }
     }
 }
 
+// The product by all threads of the parallel region that calls it, or by one outside of any; c is whole when it returns.
+// Each has a block of c of its own and packs what it reads for itself: one thread waits for the others once only, and
+// between forward and backward, norms and products the same rows stay in one core's cache. finish(i, j, m, n) is called
+// for every block of c, m rows from i and n columns from j, by the thread that has just finished it and still has it in
+// its cache.
+template <class Finish = NothingToFinish>
+void team_product(size_t M, size_t N, size_t K, Matrix a, Matrix b, real* c, size_t c_row, bool accumulate,
+                  Finish finish = {}) {
+    if (!omp_in_parallel()) reserve_panels();
+    size_t threads = std::min(size_t(omp_get_num_threads()), thread_panels().size() / (A_PANELS + B_PANELS));
+    // The largest block's area is what it multiplies, its sides what it reads and packs.
+    size_t height = 0, width = 0, least = SIZE_MAX;
+    for (size_t across = 1; across <= threads; across++) {
+        size_t down = threads / across, h = round_up((M + down - 1) / down, TILE_M),
+               w = round_up((N + across - 1) / across, TILE_N), cost = h * w + PACKING * (h + w);
+        if (cost < least) least = cost, height = h, width = w;
+    }
+    size_t thread = size_t(omp_get_thread_num()), across = (N + width - 1) / width;
+    size_t i = thread / across * height, j = thread % across * width;
+    if (thread < threads && i < M)
+        thread_product(std::min(height, M - i), std::min(width, N - j), K, a.at(i, 0), b.at(0, j), c + i * c_row + j,
+                       c_row, accumulate, thread_panels().data() + thread * (A_PANELS + B_PANELS),
+                       [&](size_t y, size_t x, size_t m, size_t n) { finish(i + y, j + x, m, n); });
+    #pragma omp barrier
+}
+
 inline void product(size_t M, size_t N, size_t K, Matrix a, Matrix b, real* c, size_t c_row, bool accumulate) {
-    reserve_team_panels(team_panel_reals(N, K));
+    reserve_panels();
     #pragma omp parallel
     team_product(M, N, K, a, b, c, c_row, accumulate);
 }
