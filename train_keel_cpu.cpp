@@ -25,8 +25,8 @@
 // The layers: each forward beside its backward. A backward adds to gradients of parameters, and sets those of inputs.
 //
 // What a sub-layer is made of, from the norms to GELU, runs inside its one parallel region: every thread calls the
-// function, `omp for` shares its rows out, and all wait for each other at its end. Called outside a region, one thread
-// does it all.
+// function, `omp for` shares its rows out, and all wait for each other at its end (of the last, at the region's).
+// Called outside a region, one thread does it all.
 
 // x (B,T,C) = sqrt(C) * (wte[token] + wpe[position]); positions start at `first`, which is 0 but for a KV cache.
 // The factor gives x_0 an rms of sqrt(2) at first, close to what a norm would.
@@ -93,12 +93,13 @@ void rmsnorm_forward(real* y, const real* x, const real* g, size_t rows, int C) 
 }
 
 // A gain's gradient is a sum over all rows. Blocks of GAIN_ROWS rows sum on their own, whichever thread has them, into
-// partial (blocks,C); then the blocks are added in order.
+// partial (blocks,C); then one thread adds the blocks in order, while the others go on: partial is written again only
+// after a product, at whose end all wait.
 constexpr index_t GAIN_ROWS = 32;
 inline size_t gain_blocks(size_t rows) { return (rows + GAIN_ROWS - 1) / GAIN_ROWS; }
 
 inline void add_gain_blocks(real* dg, const real* partial, size_t blocks, size_t stride, int C) {
-    #pragma omp single
+    #pragma omp single nowait
     for (size_t k = 0; k < blocks; k++)
         for (int c = 0; c < C; c++) dg[c] += partial[k * stride + c];
 }
@@ -174,7 +175,7 @@ void attention_forward(real* y, real* lse, const real* qkv, int B, int T, int C,
     int D = C / H, Tq = T - first, tiles = (Tq + ATT - 1) / ATT;
     size_t stride = 3 * size_t(C);
     real scale = 1 / std::sqrt(real(D)), minus_infinity = -std::numeric_limits<real>::infinity();
-    #pragma omp for collapse(3) schedule(dynamic)
+    #pragma omp for collapse(3) schedule(static)
     for (int b = 0; b < B; b++)
         for (int h = 0; h < H; h++)
             for (int tile = 0; tile < tiles; tile++) {
@@ -239,7 +240,7 @@ void attention_backward(real* dqkv, const real* dy, const real* qkv, const real*
     int D = C / H;
     size_t stride = 3 * size_t(C);
     real scale = 1 / std::sqrt(real(D)), minus_infinity = -std::numeric_limits<real>::infinity();
-    #pragma omp for collapse(2) schedule(dynamic)
+    #pragma omp for collapse(2) schedule(static)
     for (int b = 0; b < B; b++)
         for (int h = 0; h < H; h++) {
             size_t start = size_t(b) * T * stride + size_t(h) * D, out = size_t(b) * T * C + size_t(h) * D;
@@ -329,7 +330,8 @@ void matmul_gelu_forward(real* out, real* h, const real* in, const real* w, size
 // For out (rows,N) = gelu(h) W^T, h (rows,K), W (N,K):  dh (rows,K) = (dout W) gelu'(h),  dW += dout^T gelu(h)
 void matmul_gelu_backward(real* dh, real* dw, const real* dout, const real* gelu, const real* h, const real* w,
                           size_t rows, int K, int N) {
-    team_product(rows, K, N, row_major(dout, N), row_major(w, K), dh, K, SET, [=](size_t i, size_t j, size_t m, size_t n) {
+    team_product(rows, K, N, row_major(dout, N), row_major(w, K), dh, K, SET,
+                 [=](size_t i, size_t j, size_t m, size_t n) {
         for (size_t at = i * K + j; m > 0; m--, at += K) gelu_backward(dh + at, h + at, n);
     });
     team_product(N, K, rows, row_major(dout, N).transposed(), row_major(gelu, K), dw, K, ADD);
@@ -425,7 +427,7 @@ void feed_forward_branch_backward(real* du, const real* df, real* dh, const Bran
 
 // z = alpha x + f, and in place x' = norm_out ? RMSNorm(z; gamma_out) : z.   x, z, f (rows,C); gamma null for no norm
 void highway_forward(real* x, real* z, const real* f, const real* gamma, real alpha, size_t rows, int C) {
-    #pragma omp for schedule(static)
+    #pragma omp for schedule(static) nowait
     for (index_t i = 0; i < index_t(rows); i++) {
         real *xi = x + i * C, *zi = z + i * C;
         for (int c = 0; c < C; c++) zi[c] = alpha * xi[c] + f[i * C + c];
@@ -436,7 +438,7 @@ void highway_forward(real* x, real* z, const real* f, const real* gamma, real al
 
 // dx_l = alpha_l dz_l + dx_branch, where dx_branch is du_l taken through the inner norm; dx_l may be dz_l.
 void shortcut_backward(real* dx, const real* dz, const real* dx_branch, real alpha, size_t n) {
-    #pragma omp for simd schedule(static)
+    #pragma omp for simd schedule(static) nowait
     for (index_t i = 0; i < index_t(n); i++) dx[i] = alpha * dz[i] + dx_branch[i];
 }
 
@@ -642,8 +644,10 @@ struct Model {
         {
             if (norm.norm_out)
                 rmsnorm_backward(dz, dw[GAMMA_OUT], dx_next, z(l), w[GAMMA_OUT], rows, config.C, partial);
-            #pragma omp single
-            if (probe) probe->sublayers[size_t(l)].df += sum_of_squares(df, n);
+            if (probe) {
+                #pragma omp single
+                probe->sublayers[size_t(l)].df += sum_of_squares(df, n);
+            }
 
             restore_x(l, rows);
             if (norm.norm_in && recompute.drops_u()) rmsnorm_forward(a.u, x_l, w[GAMMA_IN], rows, config.C);

@@ -59,7 +59,8 @@ private:
 
 // exp as 2^n e^r with |r| <= ln(2)/2 and the Taylor series of e^r, which ends where the next term is below half a unit
 // in the last place. It has no branch, so that a loop around it vectorises, unlike libm's. It is exact to 1.5 ulp from
-// x = -87.6 to 88.3 (FP64: -708.3 to 709.4); n is limited to one step more, where 2^n has the bits of 0 and of infinity.
+// x = -87.6 to 88.3 (FP64: -708.3 to 709.4); n is limited to one step more, where 2^n has the bits of 0 and of
+// infinity.
 inline real exponential(real x) {
     constexpr bool fp64 = sizeof(real) == 8;
     using bits = std::conditional_t<fp64, int64_t, int32_t>;
@@ -96,12 +97,12 @@ inline real exponential(real x) {
 // multiply-add a term, whatever the tile: so no bit of C depends on M, on N or on the threads.
 
 constexpr int TILE_M = REGISTER_ROWS, TILE_N = 2 * LANES;  // the tile of C in registers
-constexpr int DEPTH = 256;                                 // k of a block: a TILE_N panel of B stays in the L1 cache
-constexpr int BLOCK_M = 12 * TILE_M;                       // rows of an A block: it stays in the L2 cache
-constexpr size_t A_PANELS = size_t(BLOCK_M) * DEPTH;       // reals of A, and of B, that a thread packs at a time; B
-constexpr size_t B_PANELS = size_t(1) << 20;               // passes through the L1 cache once for each block of A
-
-constexpr size_t PACKING = 12;                             // a row's packing, in multiplications of a row
+constexpr int DEPTH = 256;                                 // k of a block: a tile's A and B fit the L1 cache
+constexpr int GROUP_N = 8 * TILE_N;                        // columns of a B block: it stays in the L2 cache
+constexpr int BLOCK_M = 12 * TILE_M;                       // rows of an A block: it stays there too
+constexpr size_t A_PANELS = size_t(BLOCK_M) * DEPTH;       // reals of A, and of B, that a thread packs at a time
+constexpr size_t B_PANELS = size_t(1) << 20;
+constexpr size_t PACKING = 12;  // what packing a row costs, in multiplications of a row
 
 struct Matrix {  // a view with free strides
     const real* data;
@@ -162,25 +163,25 @@ constexpr std::array<TileKernel, TILE_M> tile_kernels[2][2] = {{kernels_of_rows<
 // C (M,N) = or += A (M,K) B (K,N), by one thread. Columns that are no whole vector go through a scratch tile; B has
 // readable values behind them.
 inline void multiply_block(int M, int N, int K, Tiles a, Tiles b, real* c, size_t c_row, bool first) {
-    for (int j = 0; j < N; j += TILE_N, b.data += b.next)
-        for (int i = 0; i < M; i += TILE_M) {
+    for (int i = 0; i < M; i += TILE_M)
+        for (int j = 0; j < N; j += TILE_N) {
             int m = std::min(TILE_M, M - i), n = std::min(TILE_N, N - j), vectors = (n + LANES - 1) / LANES;
             TileKernel kernel = tile_kernels[a.by_rows][vectors - 1][m - 1];
-            const real* ai = a.data + size_t(i / TILE_M) * a.next;
+            const real *ai = a.from(i / TILE_M).data, *bj = b.from(j / TILE_N).data;
             real* tile = c + size_t(i) * c_row + j;
             if (n == vectors * LANES) {
-                kernel(K, ai, a.stride, b.data, b.stride, tile, c_row, first);
+                kernel(K, ai, a.stride, bj, b.stride, tile, c_row, first);
                 continue;
             }
             real edge[TILE_M * TILE_N];
             for (int y = 0; y < m && !first; y++) memcpy(edge + y * TILE_N, tile + y * c_row, n * sizeof(real));
-            kernel(K, ai, a.stride, b.data, b.stride, edge, TILE_N, first);
+            kernel(K, ai, a.stride, bj, b.stride, edge, TILE_N, first);
             for (int y = 0; y < m; y++) memcpy(tile + y * c_row, edge + y * TILE_N, n * sizeof(real));
         }
 }
 
-// Transposes a square of LANES x LANES, whose rows are in_row and out_row apart, in registers: zipping the upper half of
-// the rows with the lower, log2(LANES) times, turns rows into columns.
+// Transposes a square of LANES x LANES, whose rows are in_row and out_row apart, in registers: zipping the upper half
+// of the rows with the lower, log2(LANES) times, turns rows into columns.
 template <int... lane>
 inline void transpose_square(const real* in, size_t in_row, real* out, size_t out_row,
                              std::integer_sequence<int, lane...>) {
@@ -278,8 +279,10 @@ void thread_product(size_t M, size_t N, size_t K, Matrix a, Matrix b, real* c, s
                 for (size_t k = k0; k < k1; k += DEPTH) {
                     Tiles tiles = a_tiles(a.at(i, k));
                     if (!tiles.by_rows && n > 4 * TILE_N) tiles = pack_a(a.at(i, k), int(m), depth(k), panels);
-                    multiply_block(int(m), int(n), depth(k), tiles, packed(b_panels(k), TILE_N, depth(k)),
-                                   c + i * c_row + j, c_row, !accumulate && k == 0);
+                    for (size_t g = 0; g < n; g += GROUP_N)
+                        multiply_block(int(m), int(std::min(n - g, size_t(GROUP_N))), depth(k), tiles,
+                                       packed(b_panels(k) + g * depth(k), TILE_N, depth(k)), c + i * c_row + j + g,
+                                       c_row, !accumulate && k == 0);
                 }
                 if (k1 == K) finish(i, j, m, n);
             }
@@ -287,11 +290,11 @@ void thread_product(size_t M, size_t N, size_t K, Matrix a, Matrix b, real* c, s
     }
 }
 
-// The product by all threads of the parallel region that calls it, or by one outside of any; c is whole when it returns.
-// Each has a block of c of its own and packs what it reads for itself: one thread waits for the others once only, and
-// between forward and backward, norms and products the same rows stay in one core's cache. finish(i, j, m, n) is called
-// for every block of c, m rows from i and n columns from j, by the thread that has just finished it and still has it in
-// its cache.
+// The product by all threads of the parallel region that calls it, or by one outside of any; c is whole when it
+// returns. Each has a block of c of its own and packs what it reads for itself: one thread waits for the others once
+// only, and between forward and backward, norms and products the same rows stay in one core's cache. finish(i, j, m, n)
+// is called for every block of c, m rows from i and n columns from j, by the thread that has just finished it and still
+// has it in its cache.
 template <class Finish = NothingToFinish>
 void team_product(size_t M, size_t N, size_t K, Matrix a, Matrix b, real* c, size_t c_row, bool accumulate,
                   Finish finish = {}) {
