@@ -26,24 +26,22 @@ typedef real vec __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real))
 constexpr int LANES = VECTOR_BYTES / int(sizeof(real));
 
 // A buffer aligned for vectors. Nothing is written to it at first: a page goes near the thread that first touches it.
-// Large ones ask for pages of 2 MiB: a step passes once over all activations, and with pages of 4 KiB nearly each of
-// their first touches would wait for its address to be looked up.
-constexpr size_t HUGE_PAGE = size_t(2) << 20;
-
+// Large ones ask for pages of 2 MiB: a step passes over all activations, and of pages of 4 KiB nearly each would wait
+// for its address to be looked up.
 template <class T>
 class Buffer {
 public:
     Buffer() = default;
     explicit Buffer(size_t n) : n(n) {
         if (n == 0) return;
-        bool large = n * sizeof(T) >= HUGE_PAGE;
         size_t bytes = round_up(n * sizeof(T), 64);
-        data_ = static_cast<T*>(aligned_alloc(large ? HUGE_PAGE : 64, bytes));
+        data_ = static_cast<T*>(aligned_alloc(64, bytes));
         if (!data_)
             fail("expected %s of memory, found less; use a smaller -b, -t, -C or -L, or -r layer",
                  bytes_text(double(bytes)));
 #ifdef MADV_HUGEPAGE
-        if (large) madvise(data_, bytes, MADV_HUGEPAGE);  // a wish: where it is not granted, nothing changes
+        size_t to_page = size_t(-reinterpret_cast<uintptr_t>(data_)) % 4096;
+        if (bytes > (4 << 20)) madvise(reinterpret_cast<char*>(data_) + to_page, bytes - to_page, MADV_HUGEPAGE);
 #endif
     }
     Buffer(Buffer&& b) noexcept : data_(std::exchange(b.data_, nullptr)), n(std::exchange(b.n, 0)) {}

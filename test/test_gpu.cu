@@ -8,6 +8,7 @@
 #include <doctest/doctest.h>
 
 #include <omp.h>
+#include <sys/mman.h>
 
 #include <fstream>
 #include <functional>

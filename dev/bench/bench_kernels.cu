@@ -8,6 +8,7 @@
 // metric,value,unit,peer_value,ratio. --sdpa FILE: lines name,TFLOP/s of PyTorch's attention in this run, from
 // dev/bench/bench_sdpa.py. --small: shapes for a dry run, also on the CPU headers.
 #include <omp.h>
+#include <sys/mman.h>
 
 #include "keel/run.h"
 namespace cpu {
