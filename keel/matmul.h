@@ -200,8 +200,8 @@ inline void transpose_square(const real* in, size_t in_row, real* out, size_t ou
         #pragma GCC unroll 16
         for (int i = 0; i < LANES; i += 2) {
             vec upper = rows[i / 2], lower = rows[(i + LANES) / 2];
-            zipped[i] = __builtin_shufflevector(upper, lower, (lane / 2 + lane % 2 * LANES)...);
-            zipped[i + 1] = __builtin_shufflevector(upper, lower, ((lane + LANES) / 2 + lane % 2 * LANES)...);
+            zipped[i] = vec{(lane % 2 ? lower : upper)[lane / 2]...};
+            zipped[i + 1] = vec{(lane % 2 ? lower : upper)[(lane + LANES) / 2]...};
         }
         #pragma GCC unroll 16
         for (int i = 0; i < LANES; i++) rows[i] = zipped[i];
