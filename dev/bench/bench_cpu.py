@@ -3,7 +3,8 @@ dev/bench/bench_cpu.sh.
 
 Who is compared takes turns, each in a process of its own: library threads that spin while idle would take cores from
 the other. A figure is the median over the turns of the median within each; a ratio is the median of the turns' ratios,
-each of two runs that followed one another, as a machine's speed may wander more than the ratios do.
+each of two runs that followed one another, as a machine's speed may wander more than the ratios do. The fastest steps
+say what the machine allows where its other users leave it alone.
 """
 
 import argparse
@@ -175,7 +176,7 @@ def measure(peers, rounds):
 def training(size, threads, pytorch, rounds, rows):
     print(f"\nA training step (forward, backward, clip, AdamW), {size.name}, {size.what}: "
           f"L={size.L} C={size.C} H={size.H} T={size.T} B={size.B} V={size.V}; {rounds} turns each")
-    rate = lambda ms: size.B * size.T * 1e3 / median(ms[size.warm:])
+    rate = lambda ms: size.B * size.T * 1e3 / ms
     forms = {}
     if pytorch:
         progress(f"looking for PyTorch's fastest form, {size.name}")
@@ -186,17 +187,20 @@ def training(size, threads, pytorch, rounds, rows):
         except Missing as why:
             print(f"  PyTorch NOT MEASURED: {why}")
     names = list(forms)
-    peers = {name: lambda form=form: rate(pytorch.step_times(size, form, size.steps)) for name, form in forms.items()}
-    peers["KEEL"] = lambda: rate(train(size, threads, "./train_keel_cpu", size.steps)[0])
+    peers = {name: lambda form=form: pytorch.step_times(size, form, size.steps)[size.warm:] for name, form in forms.items()}
+    peers["KEEL"] = lambda: train(size, threads, "./train_keel_cpu", size.steps)[0][size.warm:]
     results = measure({name: peers[name] for name in [*names[:1], "KEEL", *names[1:]]}, rounds)  # ours runs next to either
+    fastest = {name: min(map(min, turns)) for name, turns in results.items()}  # milliseconds
+    results = {name: [rate(median(turn)) for turn in turns] for name, turns in results.items()}
     mine = results["KEEL"]
     for name in ["KEEL", *names]:
         rates = results[name]
-        text = f"  {name:24}{median(rates):8.0f} tokens/s  ({min(rates):.0f} to {max(rates):.0f})" \
-               f"{median(rates) * size.operations() / (size.B * size.T) * 1e-9:7.0f} GFLOP/s of products"
+        text = f"  {name:24}{median(rates):8.0f} tokens/s  ({min(rates):.0f} to {max(rates):.0f}), fastest step {fastest[name]:7.1f} ms, " \
+               f"{size.operations() / fastest[name] * 1e-6:4.0f} GFLOP/s of products"
         if name != "KEEL":
             ratios = [a / b for a, b in zip(mine, rates)]
-            text += f"   KEEL / it: {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+            text += f"   KEEL / it: {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}), of the fastest steps " \
+                    f"{fastest[name] / fastest['KEEL']:.2f}"
             rows.append((f"{size.name}, step / {name}", median(mine), "tokens/s", median(rates), median(ratios)))
         print(text)
         if name != "KEEL":
