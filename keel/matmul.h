@@ -19,6 +19,8 @@ using index_t = std::ptrdiff_t;  // OpenMP loops want it signed; L*B*T*C overflo
 constexpr int VECTOR_BYTES = 64, REGISTER_ROWS = 12;  // 32 registers: 12 x 2 sums, 2 of B, 1 of A
 #elif defined(__AVX__)
 constexpr int VECTOR_BYTES = 32, REGISTER_ROWS = 6;  // 16 registers: 6 x 2 sums, 2 of B, 1 of A
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+constexpr int VECTOR_BYTES = 16, REGISTER_ROWS = 12;  // 32 registers, as with AVX-512
 #else
 constexpr int VECTOR_BYTES = 16, REGISTER_ROWS = 6;
 #endif
@@ -103,13 +105,14 @@ inline real exponential(real x) {
 // vectors, in registers, and read A and B so that they come from the nearest cache. A sum over k runs in order, one
 // multiply-add a term, whatever the tile: so no bit of C depends on M, on N or on the threads.
 
-constexpr int TILE_M = REGISTER_ROWS, TILE_N = 2 * LANES;  // the tile of C in registers
-constexpr int DEPTH = 256;                                 // k of a block: a tile's A and B fit the L1 cache
-constexpr int GROUP_N = 8 * TILE_N;                        // columns of a B block: it stays in the L2 cache
-constexpr int BLOCK_M = 12 * TILE_M;                       // rows of an A block: it stays there too
-constexpr size_t A_PANELS = size_t(BLOCK_M) * DEPTH;       // reals of A, and of B, that a thread packs at a time
-constexpr size_t B_PANELS = size_t(1) << 20;
-constexpr size_t PACKING = 12;  // what packing a row costs, in multiplications of a row
+// The sizes, with the bytes of AVX-512's FP32; AVX2's are a half or less, as its caches are:
+constexpr int TILE_M = REGISTER_ROWS, TILE_N = 2 * LANES;  // fill the registers: fewest loads a multiply-add
+constexpr int DEPTH = 256;  // k of a block: a tile reads 12 KiB of A and 32 of B, L1 has 48; C passes K/256 times
+constexpr int GROUP_N = 8 * TILE_N;   // columns of B, 256 KiB of the L2 cache, that a tile of A meets before the next
+constexpr int BLOCK_M = 12 * TILE_M;  // rows of A, 144 KiB, that stay in the L2 cache from one group to the next
+constexpr size_t A_PANELS = size_t(BLOCK_M) * DEPTH;  // reals of A that a thread packs at a time
+constexpr size_t B_PANELS = size_t(1) << 20;          // of B: a weight of C = 512 is packed whole
+constexpr size_t PACKING = 12;                        // what packing a row costs, in multiplications of a row
 
 struct Matrix {  // a view with free strides
     const real* data;
