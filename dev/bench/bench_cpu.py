@@ -205,11 +205,12 @@ def training(size, threads, pytorch, rounds, rows):
         print(text)
         if name != "KEEL":
             print(f"  {'':4}{pytorch.words(forms[name])}")
-        if name == "PyTorch, its best":
-            verdict = "met" if median(ratios) >= size.goal else "missed"
-            print(f"  goal {size.goal} times PyTorch 2's best: " +
-                  (verdict if pytorch.is_2() else f"not decided, as this is PyTorch {pytorch.version}"))
-    if not forms:
+    if forms:
+        least = min(row[-1] for row in rows[-len(forms):])  # the form as installed may be the faster one after all
+        verdict = "met" if least >= size.goal else "missed"
+        print(f"  goal {size.goal} times PyTorch 2's best: " +
+              (verdict if pytorch.is_2() else f"not decided, as this is PyTorch {pytorch.version}"))
+    else:
         rows.append((f"{size.name}, step", median(mine), "tokens/s", None, None))
     sys.stdout.flush()
 
