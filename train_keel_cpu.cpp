@@ -1100,6 +1100,7 @@ struct Trainer {
             bytes +=
                 sizeof(real) * (ParameterLayout(run.model).count +
                                 size_t(run.model.L) * size_t(run.B ? run.B : run.batch_sequences()) * size_t(run.T));
+        // of each thread: its stack and its panels
         bytes += size_t(omp_get_max_threads()) * ((size_t(8) << 20) + (A_PANELS + B_PANELS) * sizeof(real));
         return {o.dump.empty() ? "samples, probe, threads" : "debug state, threads", bytes};
     }
