@@ -20,6 +20,8 @@ sys.path[:0] = [str(ROOT / "dev" / "experiments"), str(ROOT / "test")]
 sys.path.append(str(ROOT / "build" / "python"))  # where .ci/run puts playwright
 
 import lesson
+import max_lr
+import order
 import report
 import shared
 import suite
@@ -120,7 +122,7 @@ def test_interruption_in_pytorch(folder):
         raise suite.Skip("no PyTorch (Debian: python3-torch)")
 
     def command(out):
-        return [sys.executable, "dev/experiments/road_train.py", "--form", "attempt2", "-i", TEXT, "-L", "2", "-C", "16", "-t", "16", "-b", "2", "-x", "100", "-P", "50", "-m", "2", "-n", "30", "-y", "-o", str(out)]
+        return [sys.executable, "dev/experiments/train_torch.py", "--form", "attempt2", "-i", TEXT, "-L", "2", "-C", "16", "-t", "16", "-b", "2", "-x", "100", "-P", "50", "-m", "2", "-n", "30", "-y", "-o", str(out)]
     run = subprocess.Popen(command(folder / "a"), cwd=ROOT)
     interrupt(run, folder / "a/log.csv")
     assert run.returncode == 0 and 10 <= len(strip_times(folder / "a/log.csv")) < 100
@@ -130,13 +132,39 @@ def test_interruption_in_pytorch(folder):
     assert rows(folder / "a/probe.csv") == rows(folder / "b/probe.csv")
 
 
+def test_rule(folder):
+    """The rule that reads a ramp finds what it must in every curve that it was tried on, healthy ones among them; the committed answers are what it says of the committed losses."""
+    found = 0
+    for table, folders in (("max_lr_recorded", [COMMITTED]), ("max_lr", [COMMITTED]), ("order", [COMMITTED.parent / "order"])):
+        for place in folders:
+            losses = rows(place / f"{table}_loss.csv")
+            for row in rows(place / f"{table}.csv"):
+                name = max_lr.column(row) if table != "order" else order.column(row)
+                answer = max_lr.answer(max_lr.curve(losses, name), float(row.get("lr", max_lr.TOP)), float(row["unigram"]))
+                assert answer["kind"] == row["kind"], (name, answer)
+                if (must := row.get("expected")) == "broken":
+                    assert answer["kind"] != "none" and float(answer["holds_until"]) < 0.6 * float(row["lr"]), (name, answer)
+                elif must:
+                    assert answer["kind"] == must, (name, answer)
+                for what in ("gains_until", "holds_until"):  # the losses are rounded to three decimals
+                    assert abs(float(answer[what]) - float(row[what])) <= 0.011 * float(row.get("lr", max_lr.TOP)), (name, what, answer)
+                found += 1
+    assert {row["expected"] for row in rows(COMMITTED / "max_lr_recorded.csv")} == {"none", "stagnation", "broken"} and found > 30
+    healthy = [5 - 0.004 * i for i in range(500)]  # and of curves made by hand: what a rise, a flat and a late spike do to a run that learns
+    assert max_lr.judge(healthy, 4.9).kind == "none"
+    assert max_lr.judge(healthy[:250] + [4.2 + 0.001 * i for i in range(250)], 4.9)[:3] == ("degradation", 0.43, 0.5)  # at 0.43 it is within 1 % of its lowest
+    assert max_lr.judge(healthy[:250] + [math.inf] * 250, 4.9).holds == 0.5
+    assert max_lr.judge(healthy[:480] + [4.5] * 20, 4.9).kind == "none"  # too short to say that it does not return
+    assert max_lr.judge([5.0] * 40 + [4.9] * 460, 4.9)[:2] == ("stagnation", 41 / 500)
+    assert max_lr.judge([4.6] * 10 + [4.9] * 490, 4.9)[:2] == ("stagnation", 10 / 500)  # its only gain is too short for a level
+
+
 def test_divergence(folder):
-    """A run that the trainer stops as diverged is a result, with the learning rate at the last step before; a run that fails otherwise is an error."""
-    succeed(*tiny(folder, "max_lr"), "--set", "steps=400", "L=2", "tops=[50.0]", "norms=['keel']")
-    row, = rows(folder / "results" / "max_lr.csv")
-    assert row["divergence"] in ("instability", "stagnation", "not finite"), row
-    assert 0 < int(row["last_healthy_step"]) < 300 and abs(float(row["max_lr"]) - 50.0 * int(row["last_healthy_step"]) / 400) < 0.2, row
-    failure = fails(*tiny(folder / "x", "gradient"), "--set", "C=15", "norms=['keel']")
+    """A run that loses its number is a result; a run that fails otherwise is an error."""
+    succeed(*tiny(folder, "depth"), "--set", "steps=40", "L=[2]", "equal=[]", "norms=['keel']", "lrs=[1e9]", "start=[1e9]")
+    row, = rows(folder / "results" / "depth.csv")
+    assert row["val_loss"] == "inf", row
+    failure = fails(*tiny(folder, "gradient"), "--set", "C=15", "norms=['keel']")
     assert "-H" in failure and "expected a divisor" in failure, failure
 
 

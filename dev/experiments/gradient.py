@@ -6,12 +6,12 @@ gradient is that of the new model. What is kept is `kept_steps`, dense at the be
 
 import math
 
-from shared import COLOURS, LABELS, NORMS, log, pyplot, read_csv, save, smooth, training, write_csv
+from shared import COLOURS, LABELS, NORMS, final_loss, log, pyplot, read_csv, save, seeds, smooth, training, write_csv
 
 SIZES = {
-    "tiny": dict(L=4, C=16, H=2, T=16, B=2, lr=3e-3, steps=10, warmup=4, norms=NORMS),
-    "small": dict(L=64, C=64, H=2, T=64, B=8, lr=3e-3, steps=200, warmup=50, norms=NORMS),
-    "gpu": dict(L=512, C=256, H=4, T=256, B=32, lr=3e-3, steps=2000, warmup=400, norms=NORMS),
+    "tiny": dict(L=4, C=16, H=2, T=16, B=2, lr=3e-3, steps=10, warmup=4, seeds=1, norms=NORMS),
+    "small": dict(L=64, C=64, H=2, T=64, B=8, lr=3e-3, steps=200, warmup=50, seeds=1, norms=NORMS),
+    "gpu": dict(L=512, C=256, H=4, T=256, B=32, lr=3e-3, steps=2000, warmup=400, seeds=1, norms=NORMS),
 }
 SCHEDULE = [1, 2, 3, 5, 7, 10, 15, 20, 25, 30, 40, 50, 60, 75, 100, 125, 150, 200, 300, 400, 500, 750, 1000, 1500, 2000, 3000, 5000, 10000]
 COLUMNS = {"dx_norm": "dx", "shortcut_gain_to_top": "shortcut", "grad_norm": "grad", "rms_x": "rms_x", "rms_f": "rms_f"}
@@ -21,27 +21,34 @@ def kept_steps(steps):
     return [s for s in SCHEDULE if s < steps] + [steps]
 
 
-def run_of(c, norm):
+def run_of(c, norm, seed):
     # The model of the end stays: the redundancy experiment takes it apart.
-    return training(c, f"gradient/{norm}", norm, c.settings, c.settings.lr, flags=["--probe", "1"], keep_model=True)
+    return training(c, f"gradient/{norm}-{seed}", norm, c.settings, c.settings.lr, seed=seed, flags=["--probe", "1"], keep_model=True)
 
 
 def runs(c):
-    yield [run_of(c, norm) for norm in c.settings.norms]
+    yield [run_of(c, norm, seed) for seed in seeds(c.settings) for norm in c.settings.norms]
 
 
 def collect(c):
-    kept, rows, curves = set(kept_steps(c.settings.steps)), [], []
-    for norm in c.settings.norms:
-        run = run_of(c, norm)
-        for row in read_csv(c.runs / run.name / "probe.csv"):
-            if int(row["step"]) in kept:
-                rows.append({"norm": norm, "step": row["step"], "sublayer": row["sublayer"], **{short: f"{float(row[long]):.4g}" for long, short in COLUMNS.items()}})
-        steps, losses, val = log(c, run)
-        for step, loss, v in zip(steps, losses, val):
-            curves.append({"norm": norm, "step": step, "loss": f"{loss:.4f}", "val_loss": "" if math.isnan(v) else f"{v:.4f}"})
+    """The first seed's gradients and losses; of every seed what the table shows."""
+    s, rows, curves, ends = c.settings, [], [], []
+    kept, ladder = set(kept_steps(s.steps)), (min(2, s.L - 2), s.L - 1)
+    for seed in seeds(s):
+        for norm in s.norms:
+            run = run_of(c, norm, seed)
+            probe = [r for r in read_csv(c.runs / run.name / "probe.csv") if int(r["step"]) in kept]
+            steps, losses, val = log(c, run)
+            if seed == seeds(s)[0]:
+                rows += [{"norm": norm, "step": r["step"], "sublayer": r["sublayer"], **{short: f"{float(r[long]):.4g}" for long, short in COLUMNS.items()}} for r in probe]
+                curves += [{"norm": norm, "step": step, "loss": f"{loss:.4f}", "val_loss": "" if math.isnan(v) else f"{v:.4f}"} for step, loss, v in zip(steps, losses, val)]
+            for step in sorted(kept):
+                low, high = (next(r for r in probe if (int(r["step"]), int(r["sublayer"])) == (step, l)) for l in ladder)
+                ends.append({"norm": norm, "seed": seed, "step": step, "dx_low": f"{float(low['dx_norm']):.4g}", "dx_top": f"{float(high['dx_norm']):.4g}",
+                             "shortcut": f"{float(low['shortcut_gain_to_top']):.4g}", "val_loss": f"{final_loss(c, run):.4f}" if step == s.steps else ""})
     write_csv(c.results / "gradient.csv", rows)
     write_csv(c.results / "gradient_loss.csv", curves)
+    write_csv(c.results / "gradient_seeds.csv", ends)
 
 
 def by_norm(rows):

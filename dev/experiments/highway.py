@@ -10,7 +10,7 @@ from shared import COLOURS, Run, need_torch, pyplot, read_csv, save, write_csv
 
 SIZES = {
     "tiny": dict(L=[4, 8], C=16, H=2, T=16, B=1, seeds=1),
-    "small": dict(L=[8, 16, 32, 64, 128, 256, 512, 1024], C=64, H=2, T=64, B=1, seeds=2),
+    "small": dict(L=[8, 16, 32, 64, 128, 256, 512, 1024], C=64, H=2, T=64, B=1, seeds=3),
     "gpu": dict(L=[8, 16, 32, 64, 128, 256, 512, 1024], C=256, H=4, T=256, B=1, seeds=2),
 }
 WAYS = {"highway": "BF16 highway, FP32 branches", "branch": "FP32 highway, BF16 branches"}

@@ -19,17 +19,21 @@ SIZES = {
 }
 
 
-def run_of(c, norm, L, lr, seed):
-    s = c.settings
+def hops_run(c, name, norm, s, lr, seed, flags=()):
+    """s: L, C, H, B, steps, warm-up, K lookups, m validation batches"""
     length = 24 * s.K + 4  # of a program, K > 1 (HopPrograms in keel/hops.h); the trainer finds it itself, here it is for the time left
-    shape = SimpleNamespace(L=L, C=s.C, H=s.H, T=length - 1, B=s.B, warmup=s.warmup)
-    flags = ["--train", f"hops:{s.K}", "-m", str(s.m)] + (["-a", f"{s.alpha:g}"] if norm == "keel" and s.alpha else [])  # 0: L
-    run = training(c, f"hops/{norm}-L{L}-{lr:g}-{seed}", norm, shape, lr, steps=s.steps, seed=seed, flags=flags, may_diverge=True)
+    shape = SimpleNamespace(L=s.L, C=s.C, H=s.H, T=length - 1, B=s.B, warmup=s.warmup)
+    run = training(c, name, norm, shape, lr, steps=s.steps, seed=seed, flags=["--train", f"hops:{s.K}", "-m", str(s.m), *flags], may_diverge=True)
     at = run.command.index("-v")  # accuracy over training: twenty points
     run.command[at + 1] = str(max(1, s.steps // 20))
     at = run.command.index("-t")
     del run.command[at:at + 2]
     return run
+
+
+def run_of(c, norm, L, lr, seed):
+    flags = ["-a", f"{c.settings.alpha:g}"] if norm == "keel" and c.settings.alpha else []  # 0: L
+    return hops_run(c, f"hops/{norm}-L{L}-{lr:g}-{seed}", norm, SimpleNamespace(**{**vars(c.settings), "L": L}), lr, seed, flags)
 
 
 MORE = "rates beside the best of these follow, until it has been tried on both sides"

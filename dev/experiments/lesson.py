@@ -20,7 +20,7 @@ import hops
 import max_lr
 import report
 import road
-from run import EXPERIMENTS
+from run import LESSON
 from shared import COLOURS, LABELS, NORMS, ROOT, Failure, read_csv, smooth
 
 HERE = Path(__file__).resolve().parent / "lesson"
@@ -212,8 +212,8 @@ def command_flags(command):
 class Lesson:
     def __init__(self, results):
         self.results = results
-        self.t = {name: read_csv(results / f"{name}.csv") for name in (*EXPERIMENTS, "gradient_loss", "max_lr_loss", "road_loss")}
-        self.runs = {name: read_csv(results / f"{name}_runs.csv") for name in EXPERIMENTS}
+        self.t = {name: read_csv(results / f"{name}.csv") for name in (*LESSON, "gradient_loss", "max_lr_loss", "road_loss")}
+        self.runs = {name: read_csv(results / f"{name}_runs.csv") for name in LESSON}
         for name, needed in (("gradient", {"keel", "post"}), ("depth", {"keel", "pre"})):
             found = {r["norm"] for r in self.t[name]}
             if not needed <= found:
@@ -453,7 +453,7 @@ class Lesson:
                                      f"Data: <code>{html.escape(command_flags(self.runs['gradient'][0]['command'])['-i'])}</code>.")
         titles = {"gradient": "the gradient’s flow", "max_lr": "the largest learning rate", "depth": "depth and width", "redundancy": "one sub-layer less", "road": "the road to KEEL", "highway": "the BF16 highway", "hops": "lookups"}
         self.tables["commands"] = html_table(["", "small, on a CPU", "the paper’s depths, on a GPU"], [
-            [titles[name], f"<code>python3 dev/experiments/run.py {name}</code>", f"<code>python3 dev/experiments/run.py {name} --gpu</code>"] for name in EXPERIMENTS])
+            [titles[name], f"<code>python3 dev/experiments/run.py {name}</code>", f"<code>python3 dev/experiments/run.py {name} --gpu</code>"] for name in LESSON])
 
 
 # ---------------------------------------------------------------------------------------------------------

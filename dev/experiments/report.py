@@ -3,15 +3,18 @@
     python3 dev/experiments/report.py dev/results/lesson
 """
 
+import math
 import sys
 from pathlib import Path
 
+import alpha
 import depth
 import highway
 import hops
 import max_lr
+import redundancy
 import road
-from shared import LABELS, Failure, read_csv, spread
+from shared import LABELS, Failure, read_csv
 
 
 def table(columns, rows):
@@ -38,28 +41,77 @@ def seeds_text(rows):
     return f" (mean and range of {n} seeds)" if n > 1 else ""
 
 
+def geometric(values):
+    return math.exp(sum(map(math.log, values)) / len(values)) if min(values) > 0 else 0.0
+
+
 def gradient_table(folder):
-    rows, losses = read_csv(folder / "gradient.csv"), read_csv(folder / "gradient_loss.csv")
+    rows = read_csv(folder / "gradient_seeds.csv")
     steps = sorted({int(r["step"]) for r in rows})
-    top = max(int(r["sublayer"]) for r in rows)
+    top = max(int(r["sublayer"]) for r in read_csv(folder / "gradient.csv"))
     shown = [s for s in (1, 10, 20, 50, steps[-1]) if s in steps]
     out = []
     for norm in dict.fromkeys(r["norm"] for r in rows):
-        at = {(int(r["step"]), int(r["sublayer"])): r for r in of(rows, norm=norm)}
-        val = next(float(r["val_loss"]) for r in losses if r["norm"] == norm and r["val_loss"])
-        out.append([LABELS[norm], *(f"{float(at[s, 2]['dx']):.1e} / {float(at[s, top]['dx']):.1e}" for s in shown), f"{float(at[1, 2]['shortcut']):.2g}", f"{val:.3f}"])
-    return table(["‖dL/dx‖ at sub-layer 2 / " + str(top), *(f"step {s}" if s > 1 else "new model" for s in shown), "shortcut's gain, 2 to top, new model", "val loss"], out)
+        def ratio(step):
+            values = [float(r["dx_low"]) / float(r["dx_top"]) for r in of(rows, norm=norm, step=step)]
+            return f"{geometric(values):.2g}{between(min(values), max(values), '.2g')}"
+        gains = [float(r["shortcut"]) for r in of(rows, norm=norm, step=steps[0])]
+        val = [float(r["val_loss"]) for r in of(rows, norm=norm, step=steps[-1])]
+        out.append([LABELS[norm], *map(ratio, shown), f"{geometric(gains):.2g}{between(min(gains), max(gains), '.2g')}", f"{sum(val) / len(val):.3f}{between(min(val), max(val), '.3f')}"])
+    return table([f"‖dL/dx‖ at sub-layer 2 over that at {top}{seeds_text(rows)}", *(f"step {s}" if s > 1 else "new model" for s in shown), "shortcut's gain, 2 to top, new model", "val loss"], out)
+
+
+def rate(values):
+    """A learning rate of several ramps; one that reached the top only bounds it."""
+    text = [f"{v:.3g}" if v < max_lr.TOP else f"≥ {max_lr.TOP:g}" for v in (sum(values) / len(values), min(values), max(values))]
+    return ("≥ " if max(values) >= max_lr.TOP > min(values) else "") + text[0] + (f" ({text[1]} to {text[2]})" if min(values) != max(values) else "")
 
 
 def max_lr_table(folder):
     rows = read_csv(folder / "max_lr.csv")
     out = []
-    for norm, (values, bound) in max_lr.outcome(rows).items():
-        last = [r for r in of(rows, norm=norm) if r["top"] == of(rows, norm=norm)[-1]["top"]]
-        paper = max_lr.PAPER.get(norm)
-        out.append([LABELS[norm], ("at least " if bound else "") + spread(values), ", ".join(r["last_healthy_step"] for r in last) + f" of {last[0]['steps']} to {last[0]['top']}",
-                    ", ".join(dict.fromkeys(r["divergence"] for r in last)), f"{paper[0]:.3g} (step {round(paper[0] / max_lr.PAPER_TOP * max_lr.PAPER_STEPS)} of {max_lr.PAPER_STEPS} to {max_lr.PAPER_TOP})" if paper else ""])
-    return table([f"L = {rows[0]['L']}", "largest LR, mean (range over seeds)", "last healthy step of each seed", "how it ended", "paper, L = 64"], out)
+    for norm, mine in max_lr.of_table(rows).items():
+        low = [float(r["lowest_loss"]) for r in mine]
+        out.append([LABELS[norm], rate([float(r["gains_until"]) for r in mine]), rate([float(r["holds_until"]) for r in mine]), ", ".join(dict.fromkeys(r["kind"] for r in mine)),
+                    f"{sum(low) / len(low):.2f}{between(min(low), max(low), '.2f')}", f"{max_lr.PAPER[norm]:.3g}" if norm in max_lr.PAPER else ""])
+    for (L, tokens), found in max_lr.others(rows):
+        for norm, row in found.items():
+            out.append([f"{LABELS[norm]}, L = {L}, {tokens} tokens", rate([float(row["gains_until"])]), rate([float(row["holds_until"])]), row["kind"], f"{float(row['lowest_loss']):.2f}", ""])
+    return table([f"L = {rows[0]['L']}, {rows[0]['tokens']} tokens a step, 0 to {max_lr.TOP:g} in {rows[0]['steps']} steps{seeds_text(rows)}", "gains until", "holds until", "criterion met first", "lowest loss", "paper, L = 64"], out)
+
+
+def max_lr_recorded_table(folder):
+    rows = read_csv(folder / "max_lr_recorded.csv")
+    return table(["what the rule was tried on", "learning rate, warm-up, steps", "must find", "finds", "lowest loss"],
+                 [[LABELS[r["norm"]], f"{r['lr']}, {r['warmup']}, {r['steps']}", r["expected"], r["kind"] + (f", broken from {r['holds_until']} on" if float(r["holds_until"]) < float(r["lr"]) else ""), r["lowest_loss"]] for r in rows])
+
+
+def order_table(folder):
+    rows = read_csv(folder / "order.csv")
+    out = []
+    for change in dict.fromkeys(r["change"] for r in rows):
+        for norm in dict.fromkeys(r["norm"] for r in rows):
+            mine = of(rows, change=change, norm=norm)
+            if mine:
+                low = [float(r["lowest_loss"]) for r in mine]
+                out.append([f"{LABELS[norm]}, {change}", *(rate([float(r[k]) for r in mine]) for k in ("gains_until", "holds_until")), ", ".join(dict.fromkeys(r["kind"] for r in mine)), f"{sum(low) / len(low):.2f}"])
+    return table(["the same ramp" + seeds_text(rows), "gains until", "holds until", "criterion met first", "lowest loss"], out)
+
+
+def alpha_table(folder):
+    out, depths = [], []
+    for task, rows in alpha.tables(folder).items():
+        found = alpha.best(rows)
+        depths = sorted({L for L, _ in found})
+        at = {(L, name): found[L, a] for L, a in found for name in found[L, a][0].split(" = ")}
+        for name in alpha.ALPHAS:
+            cells = []
+            for L in depths:
+                _, lr, values = at[L, name]
+                values, form, unit = (values, ".3f", "") if task == "text" else ([100 * (1 - v) for v in values], ".0f", " %")
+                cells.append(f"{sum(values) / len(values):{form}}{unit}{between(min(values), max(values), form)} at {lr:g}")
+            out.append([f"{task}, alpha = {name}", *cells])
+    return table(["KEEL: loss on text, answers right on lookups, at best LR", *(f"L = {L}" for L in depths)], out)
 
 
 def depth_table(folder):
@@ -75,19 +127,28 @@ def depth_table(folder):
 def redundancy_table(folder):
     rows, out = read_csv(folder / "redundancy.csv"), []
     for norm in dict.fromkeys(r["norm"] for r in rows):
-        mine = of(rows, norm=norm)
-        lost = [float(r["perplexity_lost"]) for r in mine if int(r["sublayer"]) >= 0]
-        n = len(lost)
-        quarters = [f"{sum(part) / len(part):.2g}" if part else "" for part in (lost[2:n // 4], lost[n // 4:n // 2], lost[n // 2:3 * n // 4], lost[3 * n // 4:])]
-        whole = next(float(r["perplexity"]) for r in mine if int(r["sublayer"]) < 0)
-        out.append([LABELS[norm], f"{whole:.2f}", f"{lost[0]:.2g}, {lost[1]:.2g}", *quarters, sum(v > 1e-3 * whole for v in lost)])
-    return table(["perplexity", "whole", "lost without sub-layer 0, 1", "mean of the rest of the first quarter", "second quarter", "third", "last", f"of {n} sub-layers worth 0.1 %"], out)
+        found = redundancy.lost(rows, norm)
+        n = len(found[0][1])
+
+        def over_seeds(part, form=".2g"):
+            values = [part(whole, lost) for whole, lost in found]
+            return f"{sum(values) / len(values):{form}}{between(min(values), max(values), form)}"
+
+        def quarter(a, b):
+            return over_seeds(lambda whole, lost: sum(lost[a:b]) / (b - a)) if b > a else ""
+        out.append([LABELS[norm], over_seeds(lambda whole, lost: whole, ".2f"), over_seeds(lambda whole, lost: lost[0]), over_seeds(lambda whole, lost: lost[1]),
+                    *(quarter(a, b) for a, b in ((2, n // 4), (n // 4, n // 2), (n // 2, 3 * n // 4), (3 * n // 4, n))), over_seeds(lambda whole, lost: sum(v > 1e-3 * whole for v in lost), ".0f")])
+    return table(["perplexity" + seeds_text(rows), "whole", "lost without sub-layer 0", "without 1", "mean of the rest of the first quarter", "second quarter", "third", "last", f"of {n} sub-layers worth 0.1 %"], out)
 
 
 def road_table(folder):
-    rows = read_csv(folder / "road.csv")
+    rows, out = read_csv(folder / "road.csv"), []
     names = {**{f: f"{road.NAMES[f]}, PyTorch" for f in road.FORMULAS}, "trainer-pre": "Pre-LN, trainer", "trainer-scaledpost": "attempt 1, trainer", "trainer-keel": "KEEL, trainer"}
-    return table(["", "x'", "train loss", "val loss", "largest relative difference from its twin, first tenth of the steps"], [[names[r["form"]], r["formula"], r["train_loss"], r["val_loss"], r["twin_difference"]] for r in rows])
+    for form in dict.fromkeys(r["form"] for r in rows):
+        mine = of(rows, form=form)
+        train, val = ([float(r[k]) for r in mine] for k in ("train_loss", "val_loss"))
+        out.append([names[form], mine[0]["formula"], *(f"{sum(v) / len(v):.4f}{between(min(v), max(v), '.4f')}" for v in (train, val)), max((r["twin_difference"] for r in mine), key=lambda d: float(d or 0))])
+    return table(["", "x'" + seeds_text(rows), "train loss", "val loss", "largest relative difference from its twin, first tenth of the steps"], out)
 
 
 def highway_table(folder):
@@ -112,14 +173,14 @@ def hops_table(folder):
     return table([f"hops:{rows[0]['K']}, answers right at the end, by lookups needed" + seeds_text(rows), "LR", *numbers, "all"], out)
 
 
-TABLES = {"gradient": gradient_table, "max_lr": max_lr_table, "depth": depth_table, "redundancy": redundancy_table, "road": road_table, "highway": highway_table, "hops": hops_table}
+TABLES = {"gradient": gradient_table, "max_lr": max_lr_table, "max_lr_recorded": max_lr_recorded_table, "order": order_table, "alpha": alpha_table, "depth": depth_table, "redundancy": redundancy_table, "road": road_table, "highway": highway_table, "hops": hops_table}
 
 
 def main():
     if len(sys.argv) != 2:
         sys.exit("usage: report.py FOLDER, the --results of run.py")
     folder = Path(sys.argv[1])
-    found = [name for name in TABLES if (folder / f"{name}.csv").exists()]
+    found = [name for name in TABLES if any((folder / f"{name}{task}.csv").exists() for task in ("", "_text", "_hops"))]
     if not found:
         raise Failure(f"{folder}: expected tables such as gradient.csv, found none; give the --results of run.py")
     for name in found:

@@ -2,6 +2,7 @@
 
     python3 dev/experiments/run.py gradient                  one experiment; several names, or all
     python3 dev/experiments/run.py gradient --list           its commands, nothing run
+    python3 dev/experiments/run.py max_lr --paper            the paper's own ramp, three seeds: an hour on two cores
     python3 dev/experiments/run.py depth --gpu               by train_keel, on a GPU
     python3 dev/experiments/run.py gradient --set L=1024 C=512 steps=4000 --runs out/deep --results out/deep
 
@@ -18,16 +19,19 @@ import sysconfig
 from pathlib import Path
 from types import SimpleNamespace
 
+import alpha
 import depth
 import gradient
 import highway
 import hops
 import max_lr
+import order
 import redundancy
 import road
 from shared import ROOT, Context, Failure, Pool, relative, write_runs
 
-EXPERIMENTS = {"gradient": gradient, "max_lr": max_lr, "depth": depth, "redundancy": redundancy, "road": road, "highway": highway, "hops": hops}
+LESSON = {"gradient": gradient, "max_lr": max_lr, "depth": depth, "redundancy": redundancy, "road": road, "highway": highway, "hops": hops}
+EXPERIMENTS = {**LESSON, "order": order, "alpha": alpha}
 
 
 def parse_settings(pairs, defaults):
@@ -46,8 +50,11 @@ def parse_settings(pairs, defaults):
 
 
 def context(o, names):
-    size = "tiny" if o.tiny else "gpu" if o.gpu else "small"
-    defaults = {name: dict(e.SIZES[size]) for name, e in EXPERIMENTS.items()}
+    size = "tiny" if o.tiny else "gpu" if o.gpu else "paper" if o.paper else "small"
+    for name in names:
+        if size not in EXPERIMENTS[name].SIZES:
+            raise Failure(f"--{size}: expected an experiment of {', '.join(n for n, e in EXPERIMENTS.items() if size in e.SIZES)}, found '{name}'")
+    defaults = {name: dict(e.SIZES[size]) for name, e in EXPERIMENTS.items() if size in e.SIZES}
     given = parse_settings(o.set, {name: defaults[name] for name in names})
     for name, values in defaults.items():  # of all: an experiment may use another's runs
         for key, value in given.items():
@@ -71,8 +78,9 @@ def context(o, names):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="+", metavar="NAME", help=f"{', '.join(EXPERIMENTS)}, or all")
+    parser.add_argument("names", nargs="+", metavar="NAME", help=f"{', '.join(EXPERIMENTS)}; all: the lesson's, which are the first {len(LESSON)}")
     parser.add_argument("--gpu", action="store_true", help="the paper's depths, by train_keel")
+    parser.add_argument("--paper", action="store_true", help="on a CPU, in hours: the paper's ramp and what a claim needs seeds for")
     parser.add_argument("--tiny", action="store_true", help="a few steps of a tiny model: the tests")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="other settings than the size's, such as L=256 C=128 steps=1000 seeds=3")
     parser.add_argument("-i", "--data", help="text file or quoted glob, or llm.c's shards [the sources of Python's standard library]")
@@ -84,7 +92,7 @@ def main():
     parser.add_argument("--draw", action="store_true", help="only draw the figures again, from the tables in --results")
     parser.add_argument("--tables", action="store_true", help="no figures: no matplotlib is needed; --draw draws them elsewhere")
     o = parser.parse_args()
-    names = list(EXPERIMENTS) if "all" in o.names else o.names
+    names = list(LESSON) if "all" in o.names else o.names
     for name in names:
         if name not in EXPERIMENTS:
             raise Failure(f"expected an experiment of {', '.join(EXPERIMENTS)}, or all; found '{name}'")

@@ -363,13 +363,6 @@ def smooth(values, width):
     return out
 
 
-def spread(values):
-    """'mean' or 'mean (lowest to highest)'"""
-    if len(values) == 1:
-        return f"{values[0]:.3g}"
-    return f"{sum(values) / len(values):.3g} ({min(values):.3g} to {max(values):.3g})"
-
-
 # ---------------------------------------------------------------------------------------------------------
 # Figures
 

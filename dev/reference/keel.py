@@ -116,10 +116,17 @@ class KeelGPT:
     def branch_input(self, x, l, s):
         return rmsnorm(x, self.params[f"gamma_in[{l}]"]) if s.norm_in else x
 
+    def embedding(self, tokens):
+        return math.sqrt(self.cfg.C) * (self.params["wte"][tokens] + self.params["wpe"][:tokens.shape[1]])
+
+    def head(self, x):
+        wte = self.params["wte"][:self.cfg.V].to(self.branch_dtype)  # tied; the padded rows are no words
+        return F.linear(x.to(self.branch_dtype), wte).to(self.dtype)
+
     def forward(self, tokens, branches=None):
         """tokens (B,T) -> logits (B,T,V), [x_0 .. x_L] each (B,T,C). branches, a list, gets (F(u_l), z_l) of each sub-layer."""
         cfg, p = self.cfg, self.params
-        x = math.sqrt(cfg.C) * (p["wte"][tokens] + p["wpe"][:tokens.shape[1]])
+        x = self.embedding(tokens)
         xs = [x]
         for l in range(cfg.L):
             s = sub_layer(cfg, l)
@@ -133,8 +140,7 @@ class KeelGPT:
             xs.append(x)
         if cfg.norm in keel_file.FINAL_NORM:
             x = rmsnorm(x, p["gamma_final"])
-        wte = p["wte"][:cfg.V].to(self.branch_dtype)  # tied head; the padded rows are no words
-        return F.linear(x.to(self.branch_dtype), wte).to(self.dtype), xs
+        return self.head(x), xs
 
     def loss(self, tokens, targets):
         return cross_entropy(self.forward(tokens)[0], targets)

@@ -6,9 +6,12 @@
     attempt2   x' = Norm(alpha x + F(beta x))              beta: a learnable scalar of each sub-layer, 1 at first
     attempt3   x' = Norm(alpha x + F(beta Norm(x)))
     final      x' = Norm(alpha x + F(Norm(x)))             the placement keel: beta is in the inner norm's gain
+    pre        x' = x + F(Norm(x))
 
+--usual starts as GPTs usually do, every matrix normal with a deviation of 0.02, the head of its own and the embedding not scaled. --apart N puts N steps
+at a learning rate of 3e-3, 250 of them warm-up, before the schedule.
 attempt3 and final have section 3.1's exceptions at the first two sub-layers. Writes log.csv and, every --probe steps, the norm of dL/dx at each
-sub-layer into probe.csv, with the trainers' columns; -y goes on from the last snapshot. attempt1 and final train the trainers' own models.
+sub-layer into probe.csv, with the trainers' columns; -y goes on from the last snapshot. attempt1, final and pre train the trainers' own models.
 """
 
 import argparse
@@ -20,6 +23,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import shared  # finds the reference
 import torch
 
@@ -27,21 +31,33 @@ import keel
 from data import Loader, read_text
 from keel_file import Config
 
-FORMS = {"attempt1": ("scaledpost", False), "attempt2": ("scaledpost", True), "attempt3": ("keel", True), "final": ("keel", False)}
+FORMS = {"attempt1": ("scaledpost", False), "attempt2": ("scaledpost", True), "attempt3": ("keel", True), "final": ("keel", False), "pre": ("pre", False)}
+APART_LR, APART_WARMUP = 3e-3, 250
 LOG = ["step", "loss", "val_loss", "lr", "grad_norm", "ms"]
 PROBE = ["step", "sublayer", "dx_norm", "grad_norm"]
 
 
-class RoadModel(keel.KeelGPT):
-    def __init__(self, form, cfg, seed, device="cpu"):
-        super().__init__(cfg, keel.init_params(cfg, seed), dtype=torch.float32, device=device)
-        self.has_beta = FORMS[form][1]
+class Model(keel.KeelGPT):
+    def __init__(self, form, cfg, seed, device="cpu", usual=False):
+        params = keel.init_params(cfg, seed)
+        if usual:
+            normal = np.random.default_rng(seed).normal
+            params["head"] = params["wte"]
+            params = {name: normal(0, 0.02, p.shape).astype(np.float32) if p.ndim == 2 else p for name, p in params.items()}
+        super().__init__(cfg, params, dtype=torch.float32, device=device)
+        self.has_beta, self.usual = FORMS[form][1], usual
         if self.has_beta:  # a tensor of no dimensions, so that AdamW does not decay it
             self.params.update({f"beta[{l}]": torch.ones((), device=device, requires_grad=True) for l in range(cfg.L)})
 
     def branch_input(self, x, l, s):
         u = super().branch_input(x, l, s)
         return self.params[f"beta[{l}]"] * u if self.has_beta else u
+
+    def embedding(self, tokens):
+        return self.params["wte"][tokens] + self.params["wpe"][:tokens.shape[1]] if self.usual else super().embedding(tokens)
+
+    def head(self, x):
+        return torch.nn.functional.linear(x, self.params["head"][:self.cfg.V]) if self.usual else super().head(x)
 
 
 def rows_until(path, step):
@@ -58,6 +74,9 @@ def main():
                                        ("-x", "steps", int, 200), ("-u", "warmup", int, 50), ("-l", "lr", float, 3e-3), ("-m", "val-batches", int, 16),
                                        ("-n", "checkpoint-every", int, 50), ("-P", "probe", int, 10)):
         a.add_argument(short, "--" + name, type=kind, default=default)
+    a.add_argument("-a", "--alpha", type=float, help="where the form has one [L]")
+    a.add_argument("--usual", action="store_true")
+    a.add_argument("--apart", type=int, default=0, metavar="N")
     a.add_argument("--device", default="cpu", help="cuda: on a GPU, in FP32")
     a.add_argument("--seed", type=int, default=shared.SEED)
     a.add_argument("-y", "--resume", action="store_true")
@@ -69,8 +88,8 @@ def main():
         sys.exit(f"road_train.py: {e}")
     train, val = Loader(train_text, o.seq_len, o.seed, True), Loader(val_text, o.seq_len, o.seed, False)
 
-    cfg = Config(o.seq_len, 256, o.layers, o.heads, o.channels, FORMS[o.form][0])
-    model = RoadModel(o.form, cfg, o.seed, o.device)
+    cfg = Config(o.seq_len, 256, o.layers, o.heads, o.channels, FORMS[o.form][0], *([o.alpha] if o.alpha else []))
+    model = Model(o.form, cfg, o.seed, o.device, o.usual)
     params = list(model.params.values())
     adamw = keel.AdamW(params)
     step, snapshot = 0, o.out / "snapshot.pt"
@@ -117,7 +136,7 @@ def main():
         logits, xs = model.forward(tokens)
         loss = keel.cross_entropy(logits, targets)
         grads = torch.autograd.grad(loss, params + xs)
-        lr = keel.learning_rate(step, o.steps, o.warmup, o.lr)
+        lr = APART_LR * min(1.0, step / APART_WARMUP) if step <= o.apart else keel.learning_rate(step - o.apart, o.steps - o.apart, o.warmup, o.lr)
         norm = adamw.step(grads[:len(params)], lr)
         if step % o.probe == 0 or step == 1:
             layer = [0.0] * o.layers
