@@ -4,6 +4,7 @@
 #include <signal.h>
 #include <sys/wait.h>
 
+#include <cfloat>
 #include <fstream>
 #include <functional>
 #include <map>
@@ -463,6 +464,27 @@ TEST_SUITE("the run") {
         CHECK(csv.starts_with("step,sublayer,tensor,weight_norm,grad_norm,update_norm\n2,-1,wte,"));
         CHECK(std::count(csv.begin(), csv.end(), '\n') == long(1 + 3 * ParameterLayout(c).tensors.size()));
         CHECK(csv.find("nan") == std::string::npos);
+    }
+
+    TEST_CASE("A gradient that dies over depth is 0 where it would fall below the normal range, which slows every "
+              "step") {
+        Place p;
+        Words w = {"./train_keel_cpu", "-i", p.text, "-o", p / "a"};
+        std::istringstream flags("-L 1024 -C 8 -H 2 -t 8 -b 2 --norm post -l 1e-2 -u 10 -x 40 -v 0 -n 0 -s 0 --probe "
+                                 "40");
+        for (std::string word; flags >> word;) w.push_back(word);
+        succeeds(w);
+        std::istringstream csv(slurp(p / "a/probe.csv"));
+        int zero = 0, normal = 0;
+        for (std::string row; std::getline(csv, row);) {
+            if (!row.starts_with("40,")) continue;
+            for (int column = 0; column < 8; column++) row.erase(0, row.find(',') + 1);
+            double dx_norm = std::stod(row);
+            CHECK_MESSAGE((dx_norm == 0 || dx_norm >= FLT_MIN), dx_norm);
+            (dx_norm == 0 ? zero : normal)++;
+        }
+        CHECK(zero > 100);
+        CHECK(normal > 100);
     }
 
     TEST_CASE("hops:K trains without a file, reports the accuracy of each number of lookups at each validation, and "

@@ -18,6 +18,7 @@ import depth
 import highway
 import hops
 import max_lr
+import redundancy
 import report
 import road
 from run import LESSON
@@ -155,8 +156,8 @@ FIGURES = {
     "alpha": ("What α keeps of the gradient", None, "slider", "From the formula, with rms F = rms x = 1."),
     "road": ("The four steps, in PyTorch, and their twins in the trainer", None, None, "Running mean. Dotted: the C++ trainer, from the same initial bits on the same batches."),
     "highway": ("What rounding does to all that the sub-layers add", None, None, "Relative error against FP32; mean over seeds."),
-    "maxlr": ("The largest learning rate before the loss diverges", None, None, "Full: here, the mean over seeds, with the lowest and the highest. Open: the paper’s Table 1, 64 layers of 1024 channels."),
-    "ramp": ("The loss while the learning rate rises", None, None, "Means over the detector’s windows, one seed."),
+    "maxlr": ("The learning rate from which on a model gains no more, and breaks", None, None, "Disc: until here the loss gains; square: until here it returns to its lowest, at the top where that never ends; mean, lowest and highest of the seeds. Open: the paper’s Table 1, 64 layers of 1024 channels."),
+    "ramp": ("The loss while the learning rate rises", None, None, "Means over a fiftieth of the ramp, one seed."),
     "depth": ("Deeper, at one width", None, None, "Validation loss at each depth’s best learning rate."),
     "wide": ("Deeper or wider, at one size", None, None, "As many parameters in the sub-layers of each shape."),
     "redundancy": ("Perplexity lost by removing one sub-layer", "one", None, "Full colour: attention; pale: feed-forward. One scale for all, logarithmic away from 0."),
@@ -212,7 +213,7 @@ def command_flags(command):
 class Lesson:
     def __init__(self, results):
         self.results = results
-        self.t = {name: read_csv(results / f"{name}.csv") for name in (*LESSON, "gradient_loss", "max_lr_loss", "road_loss")}
+        self.t = {name: read_csv(results / f"{name}.csv") for name in (*LESSON, "gradient_loss", "gradient_seeds", "max_lr_loss", "road_loss")}
         self.runs = {name: read_csv(results / f"{name}_runs.csv") for name in LESSON}
         for name, needed in (("gradient", {"keel", "post"}), ("depth", {"keel", "pre"})):
             found = {r["norm"] for r in self.t[name]}
@@ -222,6 +223,16 @@ class Lesson:
         self.data = {"colours": COLOURS, "labels": LABELS}
         for part in (self.gradient, self.placements, self.road, self.highway, self.max_lr, self.depth, self.redundancy, self.hops, self.provenance):
             part()
+
+    @staticmethod
+    def mean(values):
+        values = list(map(float, values))
+        return sum(values) / len(values)
+
+    @staticmethod
+    def over_seeds(rows):
+        n = len({r["seed"] for r in rows})
+        return f", mean of {n} seeds" if n > 1 else ", one seed"
 
     def report(self, name, numbers=()):
         """A table of report.py as HTML; numbers: the columns that are."""
@@ -240,7 +251,8 @@ class Lesson:
             return {norm: [[float(cells[norm, s, l][name]) for l in range(L)] for s in steps] for norm in norms}
         dx = column("dx")
         losses = {norm: [float(r["loss"]) for r in self.t["gradient_loss"] if r["norm"] == norm] for norm in norms}
-        val = {r["norm"]: float(r["val_loss"]) for r in self.t["gradient_loss"] if r["val_loss"]}
+        ends = [r for r in self.t["gradient_seeds"] if r["val_loss"]]
+        val = {norm: self.mean(r["val_loss"] for r in ends if r["norm"] == norm) for norm in norms}
         total = len(losses[norms[0]])
         self.data.update(norms=norms, gradient={"L": L, "steps": steps, "dx": dx, "shortcut": column("shortcut")},
                          loss={norm: [round(v, 4) for v in smooth(losses[norm], max(1, total // 20))] for norm in norms})
@@ -278,7 +290,7 @@ class Lesson:
         stuck = [LABELS[n] for n in norms if val[n] > min(val.values()) + 0.5]
         best = min(val, key=val.get)
         order = ", ".join(f"{LABELS[n]} {val[n]:.2f}" for n in sorted(val, key=val.get))
-        self.values["loss_words"] = (f"Validation loss after {total} steps: {order}. " + (f"More than half a nat behind: {', '.join(stuck)}. " if stuck else "")
+        self.values["loss_words"] = (f"Validation loss after {total} steps{self.over_seeds(ends)}: {order}. " + (f"More than half a nat behind: {', '.join(stuck)}. " if stuck else "")
                                      + f"The best at this one learning rate is {LABELS[best]}; what KEEL gains by bearing a higher one comes below.")
 
     def placements(self):
@@ -315,17 +327,17 @@ class Lesson:
                 curves.append({"name": LABELS[norm] + " (trainer)", "loss": loss, "colour": COLOURS[norm] if norm == "pre" else "#8a9099", "dash": "solid" if norm == "pre" else "dot"})
         low = min(min(v) for v in values)
         self.data["road"], self.data["road_range"] = curves, [round(low - 0.1, 2), round(low + 1.9, 2)]
-        by = {r["form"]: r for r in table}
+        by = {r["form"]: {what: f"{self.mean(t[what] for t in table if t['form'] == r['form']):.4f}" for what in ("train_loss", "val_loss")} for r in table}
         maths = {"attempt1": r"\Norm(αx + F(x))", "attempt2": r"\Norm(αx + F(βx))", "attempt3": r"\Norm(αx + F(β\Norm(x)))", "final": r"\Norm(αx + F(\Norm(x)))"}
         words = {"attempt1": "the outer norm alone", "attempt2": "a learnable scale β of what the branch reads", "attempt3": "an inner norm, scaled", "final": "β is in the inner norm’s gain"}
         out = [[road.NAMES[f], mathml(maths[f]), words[f], by[f]["train_loss"], by[f]["val_loss"]] for f in road.FORMULAS]
         out.append(["Pre-LN", mathml(r"x + F(\Norm(x))"), "for comparison, by the trainer", by["trainer-pre"]["train_loss"], by["trainer-pre"]["val_loss"]])
         self.tables["road"] = html_table(["", "x′", "", "train loss", "validation"], out, (3, 4))
         val = {f: float(by[f]["val_loss"]) for f in by}
-        twins = ", ".join(f"{road.NAMES[f]} to {superscript(float(by[f]['twin_difference']))}" for f in road.TWINS)
+        twins = ", ".join(f"{road.NAMES[f]} to {superscript(max(float(t['twin_difference']) for t in table if t['form'] == f))}" for f in road.TWINS)
         order = " &lt; ".join(f"{name} {v:.3f}" for v, name in sorted([(val[f], road.NAMES[f]) for f in road.FORMULAS] + [(val["trainer-pre"], "Pre-LN")]))
         flags = command_flags(self.runs["road"][0]["command"])
-        self.values["road_words"] = (f"{flags['-L']} sub-layers, {flags['-x']} steps, learning rate {flags['-l']}, one seed. Validation losses: {order}. Over the first tenth of the steps the C++ trainer’s losses agree with "
+        self.values["road_words"] = (f"{flags['-L']} sub-layers, {flags['-x']} steps, learning rate {flags['-l']}{self.over_seeds(table)}. Validation losses: {order}. Over the first tenth of the steps the C++ trainer’s losses agree with "
                                      f"PyTorch’s in {twins} (relative).")
 
     def highway(self):
@@ -341,51 +353,36 @@ class Lesson:
                                         f"{100 * mean('branch', L, 'error'):.2g} %.")
 
     def max_lr(self):
-        rows = self.t["max_lr"]
-        found = max_lr.outcome(rows)
-        self.data["maxlr"] = [{"norm": n, "mean": sum(v) / len(v), "lowest": min(v), "highest": max(v), "paper": max_lr.PAPER.get(n, (None,))[0]} for n, (v, _) in found.items()]
-        top = rows[0]["top"]
-        self.data["ramp"] = [{"norm": n, "lr": [float(r["lr"]) for r in self.t["max_lr_loss"] if r["norm"] == n and r["top"] == top],
-                              "loss": [float(r["loss"]) for r in self.t["max_lr_loss"] if r["norm"] == n and r["top"] == top]} for n in found]
+        rows, losses = self.t["max_lr"], self.t["max_lr_loss"]
+        found = max_lr.of_table(rows)
+
+        def over(mine, what):
+            values = [float(r[what]) for r in mine]
+            return {"mean": sum(values) / len(values), "lowest": min(values), "highest": max(values)}
+        self.data["maxlr"] = [{"norm": n, "gains": over(mine, "gains_until"), "holds": over(mine, "holds_until"), "paper": max_lr.PAPER.get(n)} for n, mine in found.items()]
+        ramps = {n: max_lr.levels_of(max_lr.curve(losses, max_lr.column(mine[0]))) for n, mine in found.items()}
+        self.data["ramp"] = [{"norm": n, "lr": [round(max_lr.TOP * share, 6) for share, _ in points], "loss": [round(m, 4) for _, m in points]} for n, points in ramps.items()]
         low = min(min(run["loss"]) for run in self.data["ramp"])
         self.data["ramp_range"] = [round(low - 0.1, 2), round(low + 1.8, 2)]
-        steps, seeds = int(rows[0]["steps"]), len({r["seed"] for r in rows})
-        tops = list(dict.fromkeys(r["top"] for r in rows))
-        self.values["maxlr_settings"] = (f"L = {rows[0]['L']}, from 0 to {tops[0]} in {steps} steps, {seeds} seed{'s' * (seeds > 1)}"
-                                         + (f"; who reaches that takes a second ramp to {tops[1]}" if len(tops) > 1 else ""))
-        out = []
-        for norm, (values, bound) in found.items():
-            last = [r for r in rows if r["norm"] == norm][-seeds:]
-            kinds = ", ".join(dict.fromkeys(r["divergence"] for r in last))
-            paper = max_lr.PAPER.get(norm)
-            out.append([dot(norm), ("≥ " if bound else "") + f"{sum(values) / len(values):.3g}", f"{min(values):.3g} to {max(values):.3g}", ", ".join(r["last_healthy_step"] for r in last) + f" of {steps}", last[0]["top"], kinds,
-                        f"{paper[0]:g}" if paper else "", f"{round(paper[0] / max_lr.PAPER_TOP * max_lr.PAPER_STEPS)} of {max_lr.PAPER_STEPS}" if paper else ""])
-        self.tables["maxlr"] = html_table(["", "largest LR", "over seeds", "step", "ramp to", "how it ended", "paper, L = 64", "its step"], out, (1, 2, 3, 4, 6, 7))
-        early = [LABELS[n] for n in found if all(float(r["last_healthy_step"]) < 0.2 * steps and r["divergence"] in ("stagnation", "degradation") for r in rows if r["norm"] == n)]
-        self.values["maxlr_words"] = (
-            (f"{', '.join(early)}: with every seed the loss stops falling in the first fifth of the ramp and does not come down again. " if early else "")
-            + "A ramp is time as well as learning rate: the paper’s 3.0·10<sup>−4</sup> for Post-LN is step 30 of its 5000, and what ends there is not a step too long but a gradient that has gone; "
-            "on a steeper ramp the same death has a higher learning rate written on it. So compare the order of the placements and how they end, and not the numbers across two ramps of different steepness. "
-            + self.order_words(found) + self.ramp_words())
-
-    @staticmethod
-    def order_words(found):
-        if not {"keel", "pre"} <= found.keys():
-            return ""
-        mean = {n: sum(v) / len(v) for n, (v, _) in found.items()}
-        text = {n: ("at least " if found[n][1] else "") + f"{mean[n]:.2g}" for n in ("keel", "pre")}
-        if found["keel"][1] and found["pre"][1]:
-            return "KEEL and Pre-LN both reach the end of the ramp with some seed, so this size cannot tell them apart."
-        verdict = "as in the paper" if mean["keel"] > mean["pre"] else "unlike the paper, whose batches are of 4 million tokens and models of 1024 channels" if mean["keel"] < mean["pre"] else "the same"
-        return f"KEEL bears {text['keel']} here and Pre-LN {text['pre']}: {verdict}."
-
-    def ramp_words(self):
-        """Of those whose first ramp the figure shows to its end"""
-        last = {run["norm"]: run for run in self.data["ramp"]}
-        if not {"keel", "pre"} <= last.keys() or any(last[n]["lr"][-1] < 0.99 * float(self.t["max_lr"][0]["top"]) for n in ("keel", "pre")):
-            return ""
-        keel, pre = (sum(last[n]["loss"][-5:]) / len(last[n]["loss"][-5:]) for n in ("keel", "pre"))
-        return f" At the end of the first ramp the loss is {keel:.2f} in KEEL and {pre:.2f} in Pre-LN (mean of five windows, one seed)."
+        seeds = len({r["seed"] for r in rows})
+        self.values["maxlr_settings"] = f"from 0 to {max_lr.TOP:g} in {rows[0]['steps']} steps, L = {rows[0]['L']}, {rows[0]['tokens']} tokens a step, {seeds} seed{'s' * (seeds > 1)}"
+        self.tables["maxlr"] = self.report("max_lr", (1, 2, 4, 5))
+        words = []
+        dead = [LABELS[n] for n, mine in found.items() if all(r["kind"] == "stagnation" for r in mine)]
+        if dead:
+            words.append(f"{', '.join(dead)}: with every seed the loss stops at what the frequencies of the bytes give, and never leaves it.")
+        if {"keel", "pre"} <= found.keys():
+            for what, verb in (("gains_until", "goes on gaining"), ("holds_until", "holds")):
+                keel, pre = (over(found[n], what) for n in ("keel", "pre"))
+                if min(keel["mean"], pre["mean"]) >= max_lr.TOP:
+                    words.append("Neither KEEL nor Pre-LN breaks before the end of the ramp.")
+                    continue
+                apart = keel["lowest"] > pre["highest"] or pre["lowest"] > keel["highest"]
+                verdict = "as in the paper" if keel["mean"] > pre["mean"] else "unlike the paper" if keel["mean"] < pre["mean"] else "the same"
+                words.append(f"KEEL {verb} until {keel['mean']:.2g}, Pre-LN until {pre['mean']:.2g}: {verdict}" + (", and apart by more than the seeds are." if apart and seeds > 1 else "." if seeds == 1 else ", but no further apart than the seeds are."))
+        if seeds == 1:
+            words.append("One seed says little: <code>run.py max_lr --paper</code> takes three of all placements, and dev/doc/lesson.md has what came out.")
+        self.values["maxlr_words"] = " ".join(words)
 
     def depth(self):
         rows = self.t["depth"]
@@ -407,7 +404,8 @@ class Lesson:
         for top in deep[-1:]:
             difference = found["pre", *top][1] - found["keel", *top][1]
             if math.isfinite(difference) and difference:
-                words.append(f"At L = {top[0]} KEEL is {abs(difference):.3f} {'below' if difference > 0 else 'above'} Pre-LN.")
+                apart = found["keel", *top][3] < found["pre", *top][2] or found["pre", *top][3] < found["keel", *top][2]
+                words.append(f"At L = {top[0]} KEEL is {abs(difference):.3f} {'below' if difference > 0 else 'above'} Pre-LN" + ("." if seeds == 1 else ", with every seed." if apart else ", no more than the seeds are apart."))
         if len(deep) > 1:
             bests = {n: min(deep, key=lambda s: found[n, *s][1])[0] for n in norms}
             words.append("The deepest is best in " + " and ".join(LABELS[n] for n in norms if bests[n] == deep[-1][0]) + "." if deep[-1][0] in bests.values() else
@@ -417,7 +415,7 @@ class Lesson:
     def redundancy(self):
         rows = self.t["redundancy"]
         norms = list(dict.fromkeys(r["norm"] for r in rows))
-        lost = {n: [float(r["perplexity_lost"]) for r in rows if r["norm"] == n and int(r["sublayer"]) >= 0] for n in norms}
+        lost = {n: redundancy.mean_lost(rows, n)[1] for n in norms}
         flat = [v for values in lost.values() for v in values]
         self.data["redundancy"] = {"norms": norms, "lost": {n: [float(f"{v:.4g}") for v in lost[n]] for n in norms}, "range": [1.3 * min(-0.005, *flat), 1.3 * max(0.01, *flat)]}
         self.tables["redundancy"] = self.report("redundancy")

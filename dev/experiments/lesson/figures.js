@@ -68,13 +68,12 @@ figures.highway = () => ({ data: D.highway.map(way => ({ x: way.L, y: way.error,
   layout: layout({ xaxis: { type: "log", title: "sub-layers L", tickvals: D.highway[0].L }, yaxis: { type: "log", tickvals: [1e-3, 1e-2, 1e-1, 1], ticktext: ["0.1 %", "1 %", "10 %", "100 %"] } }) });
 
 figures.maxlr = () => {
-  const names = D.maxlr.map(row => label(row.norm)), colours = D.maxlr.map(row => D.colours[row.norm]), error = what => D.maxlr.map(row => Math.abs(row[what] - row.mean));
-  const links = D.maxlr.filter(row => row.paper).map(row => ({ type: "line", layer: "below", x0: label(row.norm), x1: label(row.norm), y0: row.paper, y1: row.mean, line: { color: css("--line"), width: 2 } }));
-  return { data: [
-      { mode: "markers", name: "here", x: names, y: D.maxlr.map(row => row.mean), marker: { color: colours, size: 15 }, error_y: { type: "data", symmetric: false, array: error("highest"), arrayminus: error("lowest"), color: css("--soft"), thickness: 1.4, width: 5 },
-        hovertemplate: "%{y:.3g}<extra>%{x}, here</extra>" },
+  const names = D.maxlr.map(row => label(row.norm)), colours = D.maxlr.map(row => D.colours[row.norm]);
+  const until = (what, name, symbol, opacity) => ({ mode: "markers", name, x: names, y: D.maxlr.map(row => row[what].mean), opacity, marker: { color: colours, size: 14, symbol }, hovertemplate: "%{y:.3g}<extra>%{x}, " + name + "</extra>",
+    error_y: { type: "data", symmetric: false, array: D.maxlr.map(row => row[what].highest - row[what].mean), arrayminus: D.maxlr.map(row => row[what].mean - row[what].lowest), color: css("--soft"), thickness: 1.4, width: 5 } });
+  return { data: [until("gains", "gains until", "circle", 1), until("holds", "holds until", "square", 0.55),
       { mode: "markers", name: "the paper, 64 layers", x: names, y: D.maxlr.map(row => row.paper), marker: { color: css("--paper"), size: 13, line: { color: colours, width: 3 } }, hovertemplate: "%{y:.3g}<extra>%{x}, the paper</extra>" }],
-    layout: layout({ shapes: links, xaxis: { type: "category", showgrid: false, tickangle: narrow() ? -50 : 0 }, yaxis: { type: "log", dtick: 1, title: narrow() ? "" : "largest learning rate" } }) };
+    layout: layout({ xaxis: { type: "category", showgrid: false, tickangle: narrow() ? -50 : 0 }, yaxis: { type: "log", dtick: 1, title: narrow() ? "" : "learning rate" } }) };
 };
 
 figures.ramp = () => ({ data: D.ramp.map(run => line(run.norm, run.lr, run.loss)), layout: layout({ xaxis: { title: "learning rate, rising with the steps" }, yaxis: { title: narrow() ? "" : "loss, nats", range: D.ramp_range } }) });
