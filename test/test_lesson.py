@@ -25,6 +25,7 @@ import order
 import report
 import shared
 import suite
+from run import LESSON
 
 RUN = [sys.executable, str(ROOT / "dev/experiments/run.py")]
 COMMITTED = ROOT / "dev" / "results" / "lesson"
@@ -57,7 +58,8 @@ def rows(path):
         return list(csv.DictReader(file))
 
 
-TABLES = {"gradient": ["gradient", "gradient_loss"], "max_lr": ["max_lr", "max_lr_loss"], "depth": ["depth"], "redundancy": ["redundancy"], "hops": ["hops"], "road": ["road", "road_loss", "road_gradient"], "highway": ["highway"]}
+TABLES = {"gradient": ["gradient", "gradient_loss", "gradient_seeds"], "max_lr": ["max_lr", "max_lr_loss"], "depth": ["depth"], "redundancy": ["redundancy"], "hops": ["hops"], "road": ["road", "road_loss", "road_gradient"], "highway": ["highway"],
+          "order": ["order", "order_loss"], "alpha": ["alpha_text", "alpha_hops"]}
 
 
 def check_tables(folder, names):
@@ -70,7 +72,7 @@ def check_tables(folder, names):
 
 def test_experiments(folder):
     """Each experiment writes its tables and its figure; a second time nothing is run, and the tables have the same bytes."""
-    names = [name for name in TABLES if has("torch") or name not in ("road", "highway")]
+    names = [name for name in TABLES if has("torch") or name not in ("road", "highway", "order")]
     succeed(*tiny(folder, *names))
     check_tables(folder / "results", names)
     gradient = rows(folder / "results" / "gradient.csv")
@@ -85,6 +87,9 @@ def test_experiments(folder):
     if "road" in names:  # from the same bits on the same batches, PyTorch and the trainer differ by FP32's rounding
         differences = [float(row["twin_difference"]) for row in rows(folder / "results" / "road.csv") if row["twin_difference"]]
         assert len(differences) == 2 and max(differences) < 1e-5, differences
+        as_it_is = {row["norm"]: row for row in rows(folder / "results" / "order.csv") if row["change"].startswith("as it is")}
+        trainer = next(row for row in rows(folder / "results" / "max_lr.csv") if row["norm"] == "keel")  # the same ramp, by the trainer
+        assert abs(float(as_it_is["keel"]["lowest_loss"]) - float(trainer["lowest_loss"])) < 0.002 and as_it_is.keys() == {"keel", "pre"}, as_it_is
 
 
 def strip_times(path):
@@ -401,20 +406,21 @@ def test_page(folder):
 def test_document(folder):
     """Every table of dev/doc/lesson.md is what report.py prints of the committed results."""
     text = (ROOT / "dev/doc/lesson.md").read_text()
-    for results, names in ((COMMITTED, report.TABLES), (COMMITTED.parent / "three_seeds", ("depth", "hops")), (COMMITTED.parent / "depth_long", ("depth",)), (COMMITTED.parent / "max_lr_64", ("max_lr",))):
+    beside = COMMITTED.parent
+    for results, names in ((COMMITTED, (*LESSON, "max_lr_recorded")), (beside / "order", ("order",)), (beside / "alpha", ("alpha",)), (beside / "depth_long", ("depth",))):
         for name in names:
             assert report.markdown(*report.TABLES[name](results)) in text, f"{name} of {results}: dev/doc/lesson.md has another table than report.py prints"
-            assert all(row["command"] and row["seed"] for row in rows(results / f"{name}_runs.csv")), (results, name)
+            assert all(row["command"] and row["seed"] for row in rows(results / f"{name.removesuffix('_recorded')}_runs.csv")), (results, name)
 
 
 def test_figures_are_of_the_tables(folder):
     """The committed figures' tables are there with their commands and seeds, and draw again."""
     for path in COMMITTED.glob("*.csv"):
         (folder / path.name).write_bytes(path.read_bytes())
-    for name in TABLES:
+    for name in LESSON:
         assert all(row["command"] and row["seed"] and row["end"] in ("finished", "diverged") for row in rows(folder / f"{name}_runs.csv")), name
-    succeed(*RUN, *TABLES, "--draw", "--results", folder)
-    check_tables(folder, TABLES)
+    succeed(*RUN, *LESSON, "--draw", "--results", folder)
+    check_tables(folder, LESSON)
 
 
 if __name__ == "__main__":

@@ -268,6 +268,14 @@ def product_gains(C, rows, T, matrix_rate, copy_rate):
     return gains, block
 
 
+def run_seconds(command, card):
+    """Of a whole run of ./train_keel on bytes, from its command line; its micro-batch is the total batch."""
+    flags = dict(zip(command, command[1:]))
+    L, C, B, steps = (int(flags[f]) for f in ("-L", "-C", "-b", "-x"))
+    T = int(flags["-t"]) if "-t" in flags else 24 * int(flags["--train"].removeprefix("hops:")) + 3  # a program's length
+    return steps * step_seconds(L, C, 256, T, B * T, B, "none", card.matrix * 1e12, card.copy * 1e12)[1]
+
+
 class Row(NamedTuple):
     """A model that dev/bench/bench_gpu.py measures."""
     norm: str

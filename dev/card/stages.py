@@ -47,7 +47,7 @@ CARD = SimpleNamespace(
     curve="-L 16 -C 64 -H 2 -t 64 -b 16 -x 300",
     sanitizers="memcheck racecheck initcheck synccheck",
     lesson="train_keel",
-    max_lr="--gpu --set B=16 seeds=1 steps=4000",
+    max_lr="--gpu --set B=16 seeds=1 more=[]",
     hops="--gpu --set L=[8,16,32,64] B=64 steps=4000 lrs=[2e-3] start=[2e-3]",
     long="--gpu --set L=[512] equal=[] steps=200 warmup=50 lrs=[3e-3,6e-3] start=[3e-3,6e-3] pre_start=[3e-3,6e-3]",
     deep="-L 1024 -C 1024 -t 1024 -d 16384 -x 10")

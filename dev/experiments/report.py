@@ -111,7 +111,7 @@ def alpha_table(folder):
                 values, form, unit = (values, ".3f", "") if task == "text" else ([100 * (1 - v) for v in values], ".0f", " %")
                 cells.append(f"{sum(values) / len(values):{form}}{unit}{between(min(values), max(values), form)} at {lr:g}")
             out.append([f"{task}, alpha = {name}", *cells])
-    return table(["KEEL: loss on text, answers right on lookups, at best LR", *(f"L = {L}" for L in depths)], out)
+    return table(["KEEL: loss on text, answers right over the run on lookups, at best LR", *(f"L = {L}" for L in depths)], out)
 
 
 def depth_table(folder):

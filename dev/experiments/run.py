@@ -30,6 +30,9 @@ import redundancy
 import road
 from shared import ROOT, Context, Failure, Pool, relative, write_runs
 
+sys.path.append(str(ROOT / "dev" / "bench"))
+import predict
+
 LESSON = {"gradient": gradient, "max_lr": max_lr, "depth": depth, "redundancy": redundancy, "road": road, "highway": highway, "hops": hops}
 EXPERIMENTS = {**LESSON, "order": order, "alpha": alpha}
 
@@ -105,8 +108,12 @@ def main():
     if o.list:
         c.listing = True
         for name in names:
-            for run in (run for stage in EXPERIMENTS[name].runs(c.of(name)) for run in stage):
+            listed = [run for stage in EXPERIMENTS[name].runs(c.of(name)) for run in stage]
+            for run in listed:
                 print(shlex.join(relative(word) for word in run.command))
+            if o.gpu and (trained := [run for run in listed if {"-b", "-L", "-x"} <= set(run.command)]):
+                hours = sum(predict.run_seconds(run.command, predict.CARDS["h100"]) for run in trained) / 3600
+                print(f"{name}: {len(trained)} of these runs are predicted to take {hours:.2g} hours on an H100 (dev/bench/predict.py)", file=sys.stderr)
             if hasattr(EXPERIMENTS[name], "MORE"):
                 print(f"{name}: {EXPERIMENTS[name].MORE}", file=sys.stderr)
         return

@@ -176,7 +176,12 @@ class Pool:
         folder = c.runs / run.name
         folder.parent.mkdir(parents=True, exist_ok=True)
         record = read_record(c, run)
-        command = run.command + (["-o", str(folder), "-y"] if run.resumes else [])
+        command = list(run.command)
+        if run.resumes:
+            if "-e" in command and any(folder.glob("state_*.bin")):  # begun: it goes on from its state
+                at = command.index("-e")
+                del command[at:at + 2]
+            command += ["-o", str(folder), *([] if "-e" in command else ["-y"])]
         environment = dict(os.environ, OMP_NUM_THREADS=str(c.threads))
         environment.setdefault("OMP_WAIT_POLICY", "passive")
         with open(f"{folder}.txt", "ab") as out, open(f"{folder}.err", "wb") as err:

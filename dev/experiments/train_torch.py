@@ -8,8 +8,7 @@
     final      x' = Norm(alpha x + F(Norm(x)))             the placement keel: beta is in the inner norm's gain
     pre        x' = x + F(Norm(x))
 
---usual starts as GPTs usually do, every matrix normal with a deviation of 0.02, the head of its own and the embedding not scaled. --apart N puts N steps
-at a learning rate of 3e-3, 250 of them warm-up, before the schedule.
+--usual starts as GPTs usually do: every matrix normal with a deviation of 0.02, a head of its own, the embedding not scaled.
 attempt3 and final have section 3.1's exceptions at the first two sub-layers. Writes log.csv and, every --probe steps, the norm of dL/dx at each
 sub-layer into probe.csv, with the trainers' columns; -y goes on from the last snapshot. attempt1, final and pre train the trainers' own models.
 """
@@ -32,7 +31,6 @@ from data import Loader, read_text
 from keel_file import Config
 
 FORMS = {"attempt1": ("scaledpost", False), "attempt2": ("scaledpost", True), "attempt3": ("keel", True), "final": ("keel", False), "pre": ("pre", False)}
-APART_LR, APART_WARMUP = 3e-3, 250
 LOG = ["step", "loss", "val_loss", "lr", "grad_norm", "ms"]
 PROBE = ["step", "sublayer", "dx_norm", "grad_norm"]
 
@@ -76,7 +74,6 @@ def main():
         a.add_argument(short, "--" + name, type=kind, default=default)
     a.add_argument("-a", "--alpha", type=float, help="where the form has one [L]")
     a.add_argument("--usual", action="store_true")
-    a.add_argument("--apart", type=int, default=0, metavar="N")
     a.add_argument("--device", default="cpu", help="cuda: on a GPU, in FP32")
     a.add_argument("--seed", type=int, default=shared.SEED)
     a.add_argument("-y", "--resume", action="store_true")
@@ -136,7 +133,7 @@ def main():
         logits, xs = model.forward(tokens)
         loss = keel.cross_entropy(logits, targets)
         grads = torch.autograd.grad(loss, params + xs)
-        lr = APART_LR * min(1.0, step / APART_WARMUP) if step <= o.apart else keel.learning_rate(step - o.apart, o.steps - o.apart, o.warmup, o.lr)
+        lr = keel.learning_rate(step, o.steps, o.warmup, o.lr)
         norm = adamw.step(grads[:len(params)], lr)
         if step % o.probe == 0 or step == 1:
             layer = [0.0] * o.layers
