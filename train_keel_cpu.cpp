@@ -1122,23 +1122,6 @@ struct Trainer {
 };
 
 #ifndef KEEL_NO_MAIN  // the tests have a main of their own
-#ifdef __SSE__
-#include <xmmintrin.h>
-#endif
-
-// Lets numbers below the normal range (1.2e-38 in FP32) count as 0, in every thread that begins afterwards. A core
-// takes a hundred cycles over each, and a gradient that dies over depth is full of them: Post-LN's steps at L = 64 took
-// 6 times as long by step 1500. What they would add to a weight is far below its last bit.
-static void flush_subnormals() {
-#if defined(__SSE__)
-    _mm_setcsr(_mm_getcsr() | 0x8040);  // results to zero, operands as zero
-#elif defined(__aarch64__)
-    uint64_t control;
-    asm volatile("mrs %0, fpcr" : "=r"(control));
-    asm volatile("msr fpcr, %0" ::"r"(control | 1 << 24));
-#endif
-}
-
 int main(int argc, char** argv) {
     flush_subnormals();
     limit_spinning(argv);

@@ -160,7 +160,7 @@ def test_rule(folder):
     assert max_lr.judge(healthy[:250] + [4.2 + 0.001 * i for i in range(250)], 4.9)[:3] == ("degradation", 0.43, 0.5)  # at 0.43 it is within 1 % of its lowest
     assert max_lr.judge(healthy[:250] + [math.inf] * 250, 4.9).holds == 0.5
     assert max_lr.judge(healthy[:480] + [4.5] * 20, 4.9).kind == "none"  # too short to say that it does not return
-    assert max_lr.judge([5.0] * 40 + [4.9] * 460, 4.9)[:2] == ("stagnation", 41 / 500)
+    assert max_lr.judge([5.0] * 40 + [4.9] * 460, 4.9)[:3] == ("stagnation", 41 / 500, 41 / 500)
     assert max_lr.judge([4.6] * 10 + [4.9] * 490, 4.9)[:2] == ("stagnation", 10 / 500)  # its only gain is too short for a level
 
 

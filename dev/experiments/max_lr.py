@@ -67,7 +67,7 @@ class Ramp(NamedTuple):
     """What judge finds. Shares of the ramp; 1 where that never happens."""
     kind: str      # the criterion that is met first: stagnation, degradation, instability, or none
     gains: float   # until here the loss gains
-    holds: float   # until here it returns to within 3 % of its lowest
+    holds: float   # until here it returns to within 3 % of its lowest; a run that stagnates has nothing to return to
     lowest: float  # window
 
 
@@ -85,7 +85,8 @@ def judge(fine, unigram):
         plateau = median(windows[len(windows) // 2:])
         below = [i for i, m in enumerate(windows) if m < 0.97 * plateau - noise]
         reached = next(i for i, m in enumerate(fine) if m <= plateau + noise)
-        return Ramp("stagnation", (below[-1] + 1) / len(windows) if below else (reached + 1) / len(fine), holds, lowest)
+        dead = (below[-1] + 1) / len(windows) if below else (reached + 1) / len(fine)
+        return Ramp("stagnation", dead, dead, lowest)
     gain = next(i for i, level in enumerate(levels) if level <= 1.01 * min(levels))
     gains = (gain + 2.5) / len(windows) if gain + 5 <= 0.8 * len(windows) else 1.0  # the middle of the level
     kind = "none" if gains == holds == 1 else "degradation" if gains <= holds else "instability"
