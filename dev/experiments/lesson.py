@@ -380,6 +380,9 @@ class Lesson:
                 apart = keel["lowest"] > pre["highest"] or pre["lowest"] > keel["highest"]
                 verdict = "as in the paper" if keel["mean"] > pre["mean"] else "unlike the paper" if keel["mean"] < pre["mean"] else "the same"
                 words.append(f"KEEL {verb} until {keel['mean']:.2g}, Pre-LN until {pre['mean']:.2g}: {verdict}" + (", and apart by more than the seeds are." if apart and seeds > 1 else "." if seeds == 1 else ", but no further apart than the seeds are."))
+        for (L, tokens), shape in max_lr.others(rows):
+            rates = [f"{LABELS[n]} {verb} until {float(row[what]):.2g}" if float(row[what]) < max_lr.TOP else f"{LABELS[n]} {verb} to the end" for n, row in shape.items() for what, verb in (("gains_until", "gains"), ("holds_until", "holds"))]
+            words.append(f"With L = {L} and {tokens} tokens a step, one seed: {', '.join(rates)}.")
         if seeds == 1:
             words.append("One seed says little: <code>run.py max_lr --paper</code> takes three of all placements, and dev/doc/lesson.md has what came out.")
         self.values["maxlr_words"] = " ".join(words)
