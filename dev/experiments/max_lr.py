@@ -190,7 +190,7 @@ def draw(c):
         if norm in PAPER:
             axes[0].plot(i, PAPER[norm], "o", ms=9, mfc="white", mec=COLOURS[norm], mew=2)
     axes[0].set_xticks(range(len(found)), [LABELS[n].replace(" ", "\n") for n in found], fontsize=9)
-    axes[0].set(yscale="log", title=f"Learning rate until which the loss gains (●) and holds (■); ○ the paper", xlim=(-0.5, len(found) - 0.5))
+    axes[0].set(yscale="log", title="Gains until (●), holds until (■); ○ the paper", xlim=(-0.5, len(found) - 0.5))
     axes[0].grid(axis="x", visible=False)
     for norm, mine in found.items():
         for row in mine:

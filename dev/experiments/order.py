@@ -12,19 +12,19 @@ import max_lr
 from shared import COLOURS, LABELS, Run, flops, need_torch, pyplot, read_csv, save, seeds, training, write_csv
 
 SIZES = {
-    "tiny": dict(L=4, C=16, H=2, T=16, B=2, steps=100, apart=20, alphas=[2], seeds=1),
-    "paper": dict(L=64, C=64, H=2, T=64, B=4, steps=5000, apart=1000, alphas=[8, 16], seeds=1),
+    "tiny": dict(L=4, C=16, H=2, T=16, B=2, steps=100, apart=20, alphas=[2], seeds=1, changes=["torch", "usual", "alpha", "apart"]),
+    "paper": dict(L=64, C=64, H=2, T=64, B=4, steps=5000, apart=1000, alphas=[8, 16], seeds=1, changes=["torch", "usual", "alpha", "apart"]),
 }
 FORMS = {"keel": "final", "pre": "pre"}  # train_torch.py's
-IN_PYTORCH = {"as it is, in PyTorch": [], "usual start": ["--usual"]}
-APART_LR, APART = 3e-3, "warm-up apart"
+IN_PYTORCH = {"torch": ("as it is, in PyTorch", []), "usual": ("usual start", ["--usual"])}
+APART_LR = 3e-3
 
 
 def torch_run(c, norm, change, seed):
     s = c.settings
     command = [sys.executable, "dev/experiments/train_torch.py", "--form", FORMS[norm], "-i", c.data, "-L", s.L, "-C", s.C, "-H", s.H, "-t", s.T, "-b", s.B, "-l", f"{max_lr.TOP:g}",
-               "-u", s.steps, "-x", s.steps, "-P", s.steps, "-m", 1, "-n", max(1, s.steps // 10), "--seed", seed, *IN_PYTORCH[change]]
-    return Run(f"order/{norm}-{'usual' if IN_PYTORCH[change] else 'torch'}-{seed}", [str(word) for word in command], s.steps, 3 * flops(s.L, s.C, s.T, s.T * s.B, s.steps), seed)
+               "-u", s.steps, "-x", s.steps, "-P", s.steps, "-m", 1, "-n", max(1, s.steps // 10), "--seed", seed, *IN_PYTORCH[change][1]]
+    return Run(f"order/{norm}-{change}-{seed}", [str(word) for word in command], s.steps, 3 * flops(s.L, s.C, s.T, s.T * s.B, s.steps), seed)
 
 
 def ramp(c, norm, name, seed, flags, data_seed=None):
@@ -46,14 +46,18 @@ def apart_run(c, norm, seed):
 def variants(c):
     """(placement, what is changed, seed, run)"""
     for seed in seeds(c.settings):
-        yield from ((norm, change, seed, torch_run(c, norm, change, seed)) for change in IN_PYTORCH for norm in FORMS)
-        yield from (("keel", f"alpha = {alpha:g}", seed, ramp(c, "keel", f"alpha{alpha:g}", seed, ["-a", f"{alpha:g}"])) for alpha in c.settings.alphas)
-        yield from ((norm, APART, seed, apart_run(c, norm, seed)) for norm in FORMS)
+        for change in c.settings.changes:
+            if change == "alpha":
+                yield from (("keel", f"alpha = {alpha:g}", seed, ramp(c, "keel", f"alpha{alpha:g}", seed, ["-a", f"{alpha:g}"])) for alpha in c.settings.alphas)
+            elif change == "apart":
+                yield from ((norm, "warm-up apart", seed, apart_run(c, norm, seed)) for norm in FORMS)
+            else:
+                yield from ((norm, IN_PYTORCH[change][0], seed, torch_run(c, norm, change, seed)) for norm in FORMS)
 
 
 def runs(c):
     need_torch("order")
-    yield [warm_run(c, norm, seed) for seed in seeds(c.settings) for norm in FORMS]
+    yield [warm_run(c, norm, seed) for seed in seeds(c.settings) for norm in FORMS if "apart" in c.settings.changes]
     yield [run for *_, run in variants(c)]
 
 
