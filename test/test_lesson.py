@@ -140,7 +140,7 @@ def test_interruption_in_pytorch(folder):
 def test_rule(folder):
     """The rule that reads a ramp finds what it must in every curve that it was tried on, healthy ones among them; the committed answers are what it says of the committed losses."""
     found = 0
-    for table, folders in (("max_lr_recorded", [COMMITTED]), ("max_lr", [COMMITTED]), ("order", [COMMITTED.parent / "order"])):
+    for table, folders in (("max_lr_recorded", [COMMITTED]), ("max_lr", [COMMITTED]), ("order", [COMMITTED.parent / "order", COMMITTED.parent / "order_1024"])):
         for place in folders:
             losses = rows(place / f"{table}_loss.csv")
             for row in rows(place / f"{table}.csv"):
@@ -407,7 +407,7 @@ def test_document(folder):
     """Every table of dev/doc/lesson.md is what report.py prints of the committed results."""
     text = (ROOT / "dev/doc/lesson.md").read_text()
     beside = COMMITTED.parent
-    for results, names in ((COMMITTED, (*LESSON, "max_lr_recorded")), (beside / "order", ("order",)), (beside / "alpha", ("alpha",)), (beside / "depth_long", ("depth",))):
+    for results, names in ((COMMITTED, (*LESSON, "max_lr_recorded")), (beside / "order", ("order",)), (beside / "order_1024", ("order",)), (beside / "depth_long", ("depth",))):
         for name in names:
             assert report.markdown(*report.TABLES[name](results)) in text, f"{name} of {results}: dev/doc/lesson.md has another table than report.py prints"
             assert all(row["command"] and row["seed"] for row in rows(results / f"{name.removesuffix('_recorded')}_runs.csv")), (results, name)

@@ -379,10 +379,12 @@ class Lesson:
                     continue
                 apart = keel["lowest"] > pre["highest"] or pre["lowest"] > keel["highest"]
                 verdict = "as in the paper" if keel["mean"] > pre["mean"] else "unlike the paper" if keel["mean"] < pre["mean"] else "the same"
-                words.append(f"KEEL {verb} until {keel['mean']:.2g}, Pre-LN until {pre['mean']:.2g}: {verdict}" + (", and apart by more than the seeds are." if apart and seeds > 1 else "." if seeds == 1 else ", but no further apart than the seeds are."))
+                words.append(f"KEEL {verb} until {keel['mean']:.3g}, Pre-LN until {pre['mean']:.3g}: {verdict}" + (", and apart by more than the seeds are." if apart and seeds > 1 else "." if seeds == 1 else ", but no further apart than the seeds are."))
         for (L, tokens), shape in max_lr.others(rows):
-            rates = [f"{LABELS[n]} {verb} until {float(row[what]):.2g}" if float(row[what]) < max_lr.TOP else f"{LABELS[n]} {verb} to the end" for n, row in shape.items() for what, verb in (("gains_until", "gains"), ("holds_until", "holds"))]
-            words.append(f"With L = {L} and {tokens} tokens a step, one seed: {', '.join(rates)}.")
+            def until(value):
+                return f"until {float(value):.3g}" if float(value) < max_lr.TOP else "to the end"
+            ends = "; ".join(f"{LABELS[n]} gains {until(row['gains_until'])} and holds {until(row['holds_until'])}" for n, row in shape.items())
+            words.append(f"With L = {L} and {tokens} tokens a step, one seed: {ends}.")
         if seeds == 1:
             words.append("One seed says little: <code>run.py max_lr --paper</code> takes three of all placements, and dev/doc/lesson.md has what came out.")
         self.values["maxlr_words"] = " ".join(words)
@@ -425,6 +427,10 @@ class Lesson:
         live = [l for l, v in enumerate(lost["post"]) if abs(v) > 1e-2] if "post" in lost else []
         self.values["redundancy_words"] = ((f"In Post-LN no sub-layer below {live[0]} changes the perplexity by a hundredth: taken out one by one, they are not missed. " if live and live[0] > 0 else "")
                                            + "In the paper the first layers are critical in every model, and KEEL’s shallow ones are worth more than Pre-LN’s.")
+        n = len(lost[norms[0]])
+        if {"keel", "pre"} <= lost.keys() and n >= 16:
+            keel, pre = (sum(lost[norm][2:n // 4]) / (n // 4 - 2) for norm in ("keel", "pre"))
+            self.values["redundancy_words"] += f" Here a sub-layer of the first quarter, 0 and 1 aside, is worth {keel:.2g} in KEEL and {pre:.2g} in Pre-LN: {'as' if keel > pre else 'not as'} in the paper."
 
     def hops(self):
         rows = hops.best(self.t["hops"])

@@ -73,11 +73,11 @@ def max_lr_table(folder):
     for norm, mine in max_lr.of_table(rows).items():
         low = [float(r["lowest_loss"]) for r in mine]
         out.append([LABELS[norm], rate([float(r["gains_until"]) for r in mine]), rate([float(r["holds_until"]) for r in mine]), ", ".join(dict.fromkeys(r["kind"] for r in mine)),
-                    f"{sum(low) / len(low):.2f}{between(min(low), max(low), '.2f')}", f"{max_lr.PAPER[norm]:.3g}" if norm in max_lr.PAPER else ""])
+                    f"{sum(low) / len(low):.2f}", f"{max_lr.PAPER[norm]:.3g}" if norm in max_lr.PAPER else ""])
     for (L, tokens), found in max_lr.others(rows):
         for norm, row in found.items():
             out.append([f"{LABELS[norm]}, L = {L}, {tokens} tokens", rate([float(row["gains_until"])]), rate([float(row["holds_until"])]), row["kind"], f"{float(row['lowest_loss']):.2f}", ""])
-    return table([f"L = {rows[0]['L']}, {rows[0]['tokens']} tokens a step, 0 to {max_lr.TOP:g} in {rows[0]['steps']} steps{seeds_text(rows)}", "gains until", "holds until", "criterion met first", "lowest loss", "paper, L = 64"], out)
+    return table([f"L = {rows[0]['L']}, {rows[0]['tokens']} tokens a step, 0 to {max_lr.TOP:g} in {rows[0]['steps']} steps{seeds_text(rows)}", "gains until", "holds until", "criterion", "lowest loss", "paper, L = 64"], out)
 
 
 def max_lr_recorded_table(folder):
@@ -95,7 +95,7 @@ def order_table(folder):
             if mine:
                 low = [float(r["lowest_loss"]) for r in mine]
                 out.append([f"{LABELS[norm]}, {change}", *(rate([float(r[k]) for r in mine]) for k in ("gains_until", "holds_until")), ", ".join(dict.fromkeys(r["kind"] for r in mine)), f"{sum(low) / len(low):.2f}"])
-    return table(["the same ramp" + seeds_text(rows), "gains until", "holds until", "criterion met first", "lowest loss"], out)
+    return table(["the same ramp" + seeds_text(rows), "gains until", "holds until", "criterion", "lowest loss"], out)
 
 
 def alpha_table(folder):
