@@ -108,17 +108,17 @@ def interrupt(process, log):
 
 def test_interruption(folder):
     """A run that is interrupted by Ctrl-C goes on and ends with the log of one that was not."""
-    settings, log = ["norms=['keel']", "steps=1000", "L=8"], folder / "runs/gradient/keel/log.csv"
+    settings, log = ["norms=['keel']", "steps=1000", "L=8"], folder / "runs/gradient/keel-1337/log.csv"
     command = [*tiny(folder, "gradient"), "--set", *settings]
     # A shell starts what it runs in the background deaf to Ctrl-C, and children inherit that.
     driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     _, errors = interrupt(driver, log)
     assert driver.returncode == 1 and "the same command goes on" in errors, errors
-    record = json.loads((folder / "runs/gradient/keel.json").read_text())
+    record = json.loads((folder / "runs/gradient/keel-1337.json").read_text())
     assert record["end"] == "interrupted" and 10 <= record["step"] < 1000, record
     succeed(*command)
     succeed(*tiny(folder / "other", "gradient"), "--set", *settings)
-    assert strip_times(log) == strip_times(folder / "other/runs/gradient/keel/log.csv") and len(strip_times(log)) == 1000
+    assert strip_times(log) == strip_times(folder / "other/runs/gradient/keel-1337/log.csv") and len(strip_times(log)) == 1000
 
 
 def test_interruption_in_pytorch(folder):
