@@ -1,14 +1,15 @@
 """2. The largest learning rate that a model bears: the protocol of the paper's Table 1, on its ramp.
 
 The learning rate rises linearly from 0 to 5e-2 over 5000 steps, and no run is stopped on the way. The rule that reads a ramp was written
-down, with the curves of RECORDED that it was tried on, before any run of the table; `judge` is the whole of it.
+down, with the curves of RECORDED that it was tried on, before the first ramp of the table; `judge` is the whole of it. One thing was changed while
+those ran: a run that stagnates no longer counts as one that holds to the end.
 
-A window is a fiftieth of the ramp, a level the mean of five windows, U the loss of knowing only how frequent each byte is. The three criteria of
-the paper's section on Table 1:
-    stagnation    no level is 2 % below U: nothing but the frequencies has been learnt. Until the last window that was 3 % below the plateau, which is
-                  the median window of the second half; where none was, until the plateau was reached, to a five-hundredth of the ramp
-    degradation   the loss gains nothing over the last fifth of the ramp or longer; a gain is a level 1 % below all before it
-    instability   the last five windows or more lie above the lowest one by 3 % of it and four times a window's noise: the loss does not return
+A window is a fiftieth of the ramp, a level the mean of five windows, the noise what neighbouring means differ by beyond chance, U the loss of knowing
+only how frequent each byte is. The three criteria of the paper's section on Table 1:
+    stagnation    no level is 2 % below U: nothing but the frequencies has been learnt. Until the last window that was 3 % and the noise below the plateau,
+                  which is the median window of the second half; where none was, until the plateau was reached, to a five-hundredth of the ramp
+    degradation   no level of the last fifth of the ramp is 1 % below the levels before. The loss gains until the first level within 1 % of the lowest
+    instability   the last five windows or more lie above the lowest one by 3 % of it and four times the noise: the loss does not return. Until then it holds
 So a ramp has two answers: the learning rate from which on it gains no more, and the one from which on it is broken. A healthy run of
 as many steps gains more than 1 % in its last fifth: that is what makes the second criterion one.
 """
@@ -67,7 +68,7 @@ class Ramp(NamedTuple):
     """What judge finds. Shares of the ramp; 1 where that never happens."""
     kind: str      # the criterion that is met first: stagnation, degradation, instability, or none
     gains: float   # until here the loss gains
-    holds: float   # until here it returns to within 3 % of its lowest; a run that stagnates has nothing to return to
+    holds: float   # until here it returns to its lowest, as instability has it; a run that stagnates has nothing to return to
     lowest: float  # window
 
 

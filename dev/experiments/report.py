@@ -81,9 +81,11 @@ def max_lr_table(folder):
 
 
 def max_lr_recorded_table(folder):
-    rows = read_csv(folder / "max_lr_recorded.csv")
-    return table(["what the rule was tried on", "learning rate, warm-up, steps", "must find", "finds", "lowest loss"],
-                 [[LABELS[r["norm"]], f"{r['lr']}, {r['warmup']}, {r['steps']}", r["expected"], r["kind"] + (f", broken from {r['holds_until']} on" if float(r["holds_until"]) < float(r["lr"]) else ""), r["lowest_loss"]] for r in rows])
+    out = []
+    for r in read_csv(folder / "max_lr_recorded.csv"):
+        end = round(float(r["holds_until"]) / float(r["lr"]) * int(r["steps"]))  # the rate is of a ramp, which not all of these are
+        out.append([LABELS[r["norm"]], f"{r['lr']}, {r['warmup']}, {r['steps']}", r["expected"], r["kind"] + (f", broken from step {end} on" if end < int(r["steps"]) else ""), r["lowest_loss"]])
+    return table(["what the rule was tried on", "learning rate, warm-up, steps", "must be", "is", "lowest loss"], out)
 
 
 def order_table(folder):

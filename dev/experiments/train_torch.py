@@ -1,6 +1,6 @@
-"""Trains one of the paper's four steps to KEEL in PyTorch (its eq. 24 to 28), with the trainers' initial bits, data order, schedule and optimizer.
+"""Trains in PyTorch, with the trainers' initial bits, data order, schedule and optimizer, what they have no placement for: the paper's steps to KEEL (its eq. 24 to 28).
 
-    python3 dev/experiments/road_train.py --form attempt2 -i 'text/*.py' -L 32 -o out/attempt2
+    python3 dev/experiments/train_torch.py --form attempt2 -i 'text/*.py' -L 32 -o out/attempt2
 
     attempt1   x' = Norm(alpha x + F(x))                   the placement scaledpost
     attempt2   x' = Norm(alpha x + F(beta x))              beta: a learnable scalar of each sub-layer, 1 at first
@@ -82,7 +82,7 @@ def main():
     try:
         train_text, val_text = read_text(o.train)
     except FileNotFoundError as e:
-        sys.exit(f"road_train.py: {e}")
+        sys.exit(f"train_torch.py: {e}")
     train, val = Loader(train_text, o.seq_len, o.seed, True), Loader(val_text, o.seq_len, o.seed, False)
 
     cfg = Config(o.seq_len, 256, o.layers, o.heads, o.channels, FORMS[o.form][0], *([o.alpha] if o.alpha else []))
@@ -100,7 +100,7 @@ def main():
                 mine.copy_(theirs)
         logs = {name: (columns, rows_until(o.out / name, step)) for name, (columns, _) in logs.items()}
     elif any((o.out / name).exists() for name in logs) and not o.resume:
-        sys.exit(f"road_train.py: -o: expected an empty folder, found a run in {o.out}; choose another or go on with -y")
+        sys.exit(f"train_torch.py: -o: expected an empty folder, found a run in {o.out}; choose another or go on with -y")
 
     files = {}
     for name, (columns, rows) in logs.items():
