@@ -68,7 +68,7 @@ REHEARSAL = SimpleNamespace(
     curve=f"{_TINY} -d 256 -x 10",
     sanitizers="memcheck racecheck",
     lesson="train_keel_fp32",
-    max_lr="--tiny --set steps=50 more=[] \"norms=['keel']\"",
+    max_lr="--tiny",
     hops="--tiny",
     long="--tiny",
     deep=f"{_TINY} -x 4")
