@@ -85,7 +85,7 @@ def judge(fine, unigram):
     if min(levels) >= 0.98 * unigram:
         plateau = median(windows[len(windows) // 2:])
         below = [i for i, m in enumerate(windows) if m < 0.97 * plateau - noise]
-        reached = next(i for i, m in enumerate(fine) if m <= plateau + noise)
+        reached = next(i for i, m in enumerate(fine) if m <= max(plateau + noise, min(fine)))
         dead = (below[-1] + 1) / len(windows) if below else (reached + 1) / len(fine)
         return Ramp("stagnation", dead, dead, lowest)
     gain = next(i for i, level in enumerate(levels) if level <= 1.01 * min(levels))
