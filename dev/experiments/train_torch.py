@@ -72,7 +72,6 @@ def main():
                                        ("-x", "steps", int, 200), ("-u", "warmup", int, 50), ("-l", "lr", float, 3e-3), ("-m", "val-batches", int, 16),
                                        ("-n", "checkpoint-every", int, 50), ("-P", "probe", int, 10)):
         a.add_argument(short, "--" + name, type=kind, default=default)
-    a.add_argument("-a", "--alpha", type=float, help="where the form has one [L]")
     a.add_argument("--usual", action="store_true")
     a.add_argument("--device", default="cpu", help="cuda: on a GPU, in FP32")
     a.add_argument("--seed", type=int, default=shared.SEED)
@@ -85,7 +84,7 @@ def main():
         sys.exit(f"train_torch.py: {e}")
     train, val = Loader(train_text, o.seq_len, o.seed, True), Loader(val_text, o.seq_len, o.seed, False)
 
-    cfg = Config(o.seq_len, 256, o.layers, o.heads, o.channels, FORMS[o.form][0], *([o.alpha] if o.alpha else []))
+    cfg = Config(o.seq_len, 256, o.layers, o.heads, o.channels, FORMS[o.form][0])
     model = Model(o.form, cfg, o.seed, o.device, o.usual)
     params = list(model.params.values())
     adamw = keel.AdamW(params)
