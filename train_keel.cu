@@ -2388,7 +2388,7 @@ struct Trainer {
     uint64_t batches = 0;                     // staged so far
     PinnedArray<StepSettings> settings;       // one for each step under way
     PinnedArray<StepState> state;             // and one more, of evaluate and debug_pass
-    cudaEvent_t ended[steps_in_flight] = {};  // the step's state is on the host
+    cudaEvent_t begun[steps_in_flight] = {}, ended[steps_in_flight] = {};  // in the end its state is on the host
     uint64_t started = 0, finished = 0;       // steps
     std::vector<int> token_counts;            // scratch of TokenBatch::sort
     // Recorded at the start of the second step, when every kernel has been loaded. first_micro_step: where ranks own
@@ -2417,13 +2417,13 @@ struct Trainer {
             staging[i] = PinnedArray<int>(TokenBatch::size(rows()));
             CUDA(cudaEventCreateWithFlags(&staged[i], cudaEventDisableTiming));
         }
-        for (cudaEvent_t& event : ended) CUDA(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+        for (int i = 0; i < steps_in_flight; i++) CUDA(cudaEventCreate(&begun[i])), CUDA(cudaEventCreate(&ended[i]));
     }
     ~Trainer() {
         if (std::uncaught_exceptions() > 0) give_up();
         cudaStreamSynchronize(model.device.stream);  // nothing may be thrown here
         for (cudaEvent_t event : staged) cudaEventDestroy(event);
-        for (cudaEvent_t event : ended) cudaEventDestroy(event);
+        for (int i = 0; i < steps_in_flight; i++) cudaEventDestroy(begun[i]), cudaEventDestroy(ended[i]);
     }
     Trainer(const Trainer&) = delete;
     Trainer& operator=(const Trainer&) = delete;
@@ -2480,7 +2480,10 @@ struct Trainer {
         size_t slot = finished++ % steps_in_flight;
         wait(ended[slot]);
         if (communicator && (state[slot].any & DATA_LOST)) throw_lost_data(*communicator, run, lost[slot]);
-        return {state[slot].loss_sum / double(run.total_batch), state[slot].norm, state[slot].any, state[slot].all};
+        float ms = 0;  // by the device's clock: the host comes late, it stages the next step's batches before it waits
+        CUDA(cudaEventElapsedTime(&ms, begun[slot], ended[slot]));
+        return {state[slot].loss_sum / double(run.total_batch), state[slot].norm, ms * 1e-3, state[slot].any,
+                state[slot].all};
     }
 
     // ----- Several ranks
@@ -2539,6 +2542,7 @@ struct Trainer {
 
     // What the kernels read that changes from step to step.
     void begin_step(int64_t step, int slot) {
+        CUDA(cudaEventRecord(begun[slot], model.device.stream));
         settings[size_t(slot)] = {learning_rate(run, step), run.weight_decay, run.clip, uint64_t(run.seed)};
         model.device.copy(model.settings.data(), &settings[size_t(slot)], 1);
         model.device.zero(model.state);

@@ -1048,7 +1048,9 @@ struct Trainer {
     void saved() {}
 
     void start(const Loader& data, int64_t number, ProbeLog* log, unsigned flags = 0) {
+        double begin = seconds();
         result = step(data, number, log, flags);
+        result.seconds = seconds() - begin;
     }
     StepResult finish() const { return result; }
 

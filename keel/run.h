@@ -57,15 +57,15 @@ public:
         add(name, now - last);
         last = now;
     }
+    void add(const char* name, double time) {
+        total += time;
+        text += format("%s%s %.2f", text.empty() ? "" : ", ", name, time);
+    }
     void print() const { ::print("start-up   %.2f s to the end of the first step: %s\n", total, text); }
 
 private:
     double last, total = 0;
     std::string text;
-    void add(const char* name, double time) {
-        total += time;
-        text += format("%s%s %.2f", text.empty() ? "" : ", ", name, time);
-    }
 };
 
 inline void print_run(const RunConfig& run, const ParameterLayout& layout, const DataSplit& data) {
@@ -406,7 +406,6 @@ private:
     void start_steps() {
         while (!data_error && started < config.steps && !stop_asked() &&
                (started == step || (started < step + Trainer::steps_in_flight && goes_straight_on(started)))) {
-            began[size_t(started % 2)] = seconds();
             try {
                 unsigned flags = (StopSignals::asked() ? STOP_ASKED : 0u) | (checkpoints ? checkpoints->flags() : 0u);
                 trainer->start(*train_data, started + 1, probing(started + 1) ? probe_log.get() : nullptr, flags);
@@ -433,16 +432,15 @@ private:
             return;
         }
         told_to_stop = result.any & STOP_ASKED;
-        double now = seconds(), elapsed = now - std::max(ended, began[size_t(step % 2)]);
-        ended = now, step++;
+        step++;
         bool skipped = !std::isfinite(result.loss) || !std::isfinite(result.norm);
         trainer->run.skipped += skipped;
         trainer->run.skipped_in_row = skipped ? trainer->run.skipped_in_row + 1 : 0;
         if (!skipped) known_good = newest;
-        spent += elapsed, steps_here++;
-        if (steps_here == 1) clock.mark("first step"), clock.print();
+        spent += result.seconds, steps_here++;
+        if (steps_here == 1) clock.add("first step", result.seconds), clock.print();
         if (steps_here == 1 && ranks) print("network    %zu bytes sent by rank 0 in a step\n", trainer->step_bytes);
-        report(result, elapsed, skipped);
+        report(result, skipped);
         if (trainer->run.skipped_in_row >= o.max_skips) end_after_skips(result);
         if (std::string kind = divergence->add(step, result.loss); !kind.empty()) warn_of_divergence(kind);
         if (checkpoints) checkpoints->poll(result.all);
@@ -451,12 +449,12 @@ private:
         sample_if_due();
     }
 
-    void report(const StepResult& result, double elapsed, bool skipped) {
-        double tokens_per_second = double(config.total_batch) / elapsed, lr = learning_rate(config, step);
+    void report(const StepResult& result, bool skipped) {
+        double tokens_per_second = double(config.total_batch) / result.seconds, lr = learning_rate(config, step);
         double mfu = flops_per_token(config.model, config.T) * tokens_per_second / rate;
         print("step %lld/%lld | loss %.4f | grad norm %.3g | lr %.2e | %.0f ms | %.0f tokens/s | %.0f %% of matrix "
               "rate | %s left\n",
-              step, config.steps, result.loss, result.norm, lr, elapsed * 1e3, tokens_per_second, 100 * mfu,
+              step, config.steps, result.loss, result.norm, lr, result.seconds * 1e3, tokens_per_second, 100 * mfu,
               duration_text(spent / double(steps_here) * double(config.steps - step)));
         if (skipped)
             print("skipped    step %lld, whose loss or gradient is not finite: nothing is updated; %lld in a row, %lld "
@@ -465,7 +463,7 @@ private:
         auto [val_loss, bits_per_byte] = validate_if_due();
         if (log)
             log->row(format("%lld,%s,%s,%.9g,%s,%.3f,%.1f,%.4f,%s", step, number_text(result.loss), val_loss, lr,
-                            number_text(result.norm), elapsed * 1e3, tokens_per_second, mfu, bits_per_byte));
+                            number_text(result.norm), result.seconds * 1e3, tokens_per_second, mfu, bits_per_byte));
     }
 
     const Tokenizer* tokenizer() const { return tokenizer_of_model(data->tokenizer, config.model.V); }
@@ -551,8 +549,7 @@ private:
 
     double rate = 1;                       // of matrix products, operations a second
     int64_t step = 0, started = 0;         // steps done; steps given to the trainer, done or in flight
-    std::array<double, 2> began{};         // when the steps in flight were started, seconds
-    double spent = 0, ended = 0;           // seconds in steps; when the last one ended
+    double spent = 0;                      // seconds in steps
     int64_t steps_here = 0;                // steps done by this process
     int64_t newest = -1, known_good = -1;  // steps of checkpoints: the last; the last that a finite step followed
     bool overdue = false;                  // a checkpoint waits for room on the disk

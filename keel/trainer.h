@@ -12,6 +12,7 @@
 // update anything.
 struct StepResult {
     double loss, norm;
+    double seconds = 0;         // that the machine was at work on it
     unsigned any = 0, all = 0;  // the RankFlags that any of the ranks, and that all of them, gave to the step
 };
 

@@ -1666,6 +1666,10 @@ TEST_SUITE("training") {
             }
             StepResult last = together.finish();
             found.losses.push_back(last.loss), found.losses.push_back(last.norm);
+            float between = -1;  // steps 7 and 8: no step's time holds another's, however late the host asks
+            CUDA(cudaEventElapsedTime(&between, together.ended[0], together.begun[1]));
+            CHECK(between >= 0);
+            CHECK(last.seconds > 0);
             CHECK(!std::isfinite(found.losses[1]));
             CHECK(std::isfinite(found.losses[3]));
             CHECK(same_bits(expected.losses, found.losses));

@@ -85,7 +85,8 @@ class Session:
                 (self.programs / program).chmod(0o755)
         self.environment = {"TORCHINDUCTOR_CACHE_DIR": f"{self.cache}/inductor", "TRITON_CACHE_DIR": f"{self.cache}/triton"}
         self.environment["PYTHONUNBUFFERED"] = "1"
-        if (self.programs / CACHE).exists():
+        self.torch_is_warm = (self.programs / CACHE).exists()
+        if self.torch_is_warm:
             unpack(self.programs / CACHE, self.cache)
 
     def find_torch(self, stop=None):
@@ -137,7 +138,8 @@ class Session:
         self.save("logs.tar.gz", self.logs)
 
     def save_cache(self):
-        self.save(CACHE, self.cache)
+        if any(self.cache.rglob("*")):
+            self.save(CACHE, self.cache)
 
     def save_lesson(self, runs):
         """Tables and finished runs, without checkpoints: a run that was cut off begins anew."""

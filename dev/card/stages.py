@@ -314,18 +314,36 @@ def compare(w, limit):
         diagnose(w, f"compare{i}", f"{program} {model} -i keel_common.h -v 0 --dump {w.scratch}/dump{i}")
 
 
-def warm_torch(w, stop):
-    """PyTorch's compilation into its cache, for as long as nothing beside it is timed or counts memory."""
-    torch = w.session.find_torch(stop)
-    if not torch or stop.is_set():
-        return
-    models = ",".join(reversed(w.s.models.split()))  # whose stage has least time to spare comes first
-    with open(w.session.logs / f"{w.stage}-warm.log", "w") as log:
-        command = ["nice", "-n", 19, sys.executable, "dev/bench/bench_gpu.py", "--warm", "--rows", models, *words(w.s.beside),
-                   "--data", w.s.programs, "--torch-python", torch]
-        child = w.start(command, log, {"TORCHINDUCTOR_COMPILE_THREADS": "6"})
-        while child.poll() is None and not stop.wait(0.2):
+@contextlib.contextmanager
+def torch_warming(w, spare):
+    """PyTorch's compilation into its cache, a process a model, beside what is not timed and does not count memory; then for
+    as long as more than `spare` seconds are left."""
+    stop = threading.Event()
+
+    def warm():
+        torch = w.session.find_torch(stop)
+        if not torch or stop.is_set():
+            return
+        children = []
+        for model in w.s.models.split():
+            with open(w.session.logs / f"{w.stage}-warm-{model}.log", "w") as log:
+                command = ["nice", "-n", 19, sys.executable, "dev/bench/bench_gpu.py", "--warm", "--rows", model,
+                           *words(w.s.beside), "--data", w.s.programs, "--torch-python", torch]
+                children.append(w.start(command, log, {"TORCHINDUCTOR_COMPILE_THREADS": "4"}))
+        while any([child.poll() is None for child in children]) and not stop.wait(0.2):
             pass
+
+    thread = threading.Thread(target=warm)
+    if not w.session.torch_is_warm:
+        thread.start()
+    try:
+        yield
+    finally:
+        if not w.session.torch_is_warm:
+            thread.join(max(0, w.left() - spare))
+            stop.set(), thread.join()
+            end_tree(os.getpid())  # the tests of memory read what is free on the whole device
+            w.session.save_cache()
 
 
 def right(w):
@@ -335,19 +353,14 @@ def right(w):
     losses = re.findall(r"^step \d+/3 \| loss (\S+)", done.text, re.M)
     if not w.check("smoke", done.ok and len(losses) == 3 and all(math.isfinite(float(loss)) for loss in losses), done.why()):
         diagnose(w, "smoke", smoke)
-    stop = threading.Event()
-    warm = threading.Thread(target=warm_torch, args=(w, stop))
-    warm.start()
     beside = [name for name in listed(w, "suites", [w.program("test_gpu_bf16"), "-lts"]) if name != "alone"]
     limit = max(w.left() - 35, w.left() / 2)  # what is left is for cases that fail, and for the tests of memory
-    w.together([lambda: suites(w, "bf16", beside, limit, "bf16"), lambda: suites(w, "fp32", beside, limit, "fp32"), lambda: compare(w, limit),
-                lambda: sanitize(w, "memcheck", "train_keel"), lambda: sanitize(w, "memcheck", "train_keel_fp32")])
-    stop.set()
-    warm.join()
-    end_tree(os.getpid())  # PyTorch's: the tests of memory read what is free on the whole device
+    with torch_warming(w, math.inf):
+        w.together([lambda: suites(w, "bf16", beside, limit, "bf16"), lambda: suites(w, "fp32", beside, limit, "fp32"),
+                    lambda: compare(w, limit), *[lambda build=build: sanitize(w, "memcheck", build) for build in
+                                                 ("train_keel", "train_keel_fp32")]])
     for build in ("bf16", "fp32"):
         suites(w, build, ["alone"], 40, f"{build}_memory")
-    w.session.save_cache()
     w.note = "BF16, FP32, CPU against GPU, memory"
 
 
@@ -461,7 +474,7 @@ def kill_and_resume(w):
 
 
 def safe(w):
-    """compute-sanitizer's four tools; kill -9 and a resume; learning curves beside the CPU's, with BF16 states too"""
+    """compute-sanitizer's four tools; kill -9 and a resume; learning curves beside the CPU's; meanwhile PyTorch compiles"""
     curves = {"cpu": "train_keel_cpu", "bf16": "train_keel", "fp32": "train_keel_fp32",
               "bf16_states": "train_keel --moments bf16 --grads bf16"}
 
@@ -476,7 +489,8 @@ def safe(w):
     jobs = [lambda name=name: curve(name) for name in curves] + [lambda: kill_and_resume(w)]
     jobs += [lambda tool=tool, build=build: sanitize(w, tool, build)
              for tool in w.s.sanitizers.split() for build in ("train_keel", "train_keel_fp32")]
-    cpu, *gpu = w.together(jobs, 6)[:len(curves)]
+    with torch_warming(w, 5):
+        cpu, *gpu = w.together(jobs, 6)[:len(curves)]
     for name, mean in zip(list(curves)[1:], gpu):
         if cpu and mean:
             w.check(f"curve_{name}", abs(mean - cpu) <= 0.02 * cpu, f"its last losses {mean:.4f}, the CPU's {cpu:.4f}")
@@ -524,7 +538,7 @@ class Stage:
 
 
 STAGES = {  # in order of worth
-    "right": Stage(right, 150, 60), "main": Stage(main_run, 60, 25), "beside": Stage(beside, 300, 60),
-    "kernels": Stage(kernels, 120, 40), "products": Stage(products, 60, 30), "safe": Stage(safe, 150, 50),
+    "right": Stage(right, 150, 60), "main": Stage(main_run, 60, 25), "safe": Stage(safe, 150, 50),
+    "beside": Stage(beside, 300, 60), "kernels": Stage(kernels, 120, 40), "products": Stage(products, 60, 30),
     "max_lr": Stage(max_lr, 260, 45), "hops": Stage(hops, 180, 45), "long": Stage(long, 280, 60), "deep": Stage(deep, 100, 50)}
 TOGETHER = {"lesson": ["max_lr", "hops", "long"]}
