@@ -8,8 +8,8 @@
 
 floor      no kernel is faster than its operations at the matrix rate (attention's at 0.62 of it, the most that mma.sync
            reaches of wgmma's) or its bytes at the copy rate; kernels run one after another.
-predicted  each kernel at the rate that its kind reaches; on top what a product adds to FP32 gradients, when its
-           arithmetic is over, and 1 us between two kernels.
+predicted  each kernel at the rate that its kind reached on an H100 (dev/results/h100.csv); on top what a product adds to
+           FP32 gradients, when its arithmetic is over, how it begins and ends, and 1 us between two kernels.
 Both are of the micro-batch and the level of recomputation that the step runs with.
 """
 
@@ -24,20 +24,19 @@ GAP = 1e-6  # seconds between two nodes of a graph
 MULTIPROCESSORS = 132  # of an H100 and an H200
 MMA_SYNC = 0.62  # of the products' rate
 LARGE_PRODUCT = 798e12  # operations a second that an H100 reaches in one, in BF16
-PRODUCT = 650e12 / LARGE_PRODUCT  # a layer's product beside it, guessed: tails of waves, short sums
-# FlashAttention-2 on a Hopper, causal, D = 64, T = 1024. Without the mask it reaches 295e12 forward and 239e12 backward
-# (Dao-AILab/flash-attention, pull request 2688, which does not name the card; in 1791, D = 128, T = 8192, causal, it
-# is 284e12 and 287e12). The mask's share is guessed: of 36 tiles 8 lie on the diagonal and are half in vain; T = 2048
-# has 0.84 and 0.77 with the mask on an RTX 4090 (apache/tvm, tl_doc/flash_perf.md), the forward 0.87 on an H20 (1310).
-FLASH_FORWARD, FLASH_BACKWARD = 0.80 * 295e12, 0.77 * 239e12
-# Ours beside it, guessed. As shares of mma.sync's rate; the backward runs 7 products of tiles where 5 are counted.
-ATTENTION = 0.85 * FLASH_FORWARD / (MMA_SYNC * LARGE_PRODUCT)
-ATTENTION_BACKWARD = 0.80 * FLASH_BACKWARD * 7 / 5 / (MMA_SYNC * LARGE_PRODUCT)
-# Of a copy's rate, at C = 1024 and at C = 256, from the bytes in flight of speed.md. Products bound by memory, as at
-# C = 256, are taken to be as good as the highway's forward.
-HIGHWAY, HIGHWAY_BACKWARD = (0.90, 0.80), (0.82, 0.74)
-DELTA = (0.40, 0.40)  # delta without 16-byte loads: a warp loads 64 bytes
-CLASSIFIER, EMBEDDING, ADAMW, NORM = (0.82, 0.82), (0.8, 0.8), (0.92, 0.92), (0.9, 0.9)
+# A layer's product beside it, and the seconds that each one takes on top to begin and to end. An H100's twelve products
+# of a block of 16384 rows took 1858 us at C = 1024 and 236 us at C = 256, where they are bound by memory.
+PRODUCT, RAMP = 700e12 / LARGE_PRODUCT, 3.5e-6
+# Attention, D = 64, T = 1024, as an H100 ran 256 heads (207e12 and 156e12, the last blocks taken off). As shares of
+# mma.sync's rate; the backward runs 7 products of tiles where 5 are counted.
+ATTENTION = 213e12 / (MMA_SYNC * LARGE_PRODUCT)
+ATTENTION_BACKWARD = 159e12 * 7 / 5 / (MMA_SYNC * LARGE_PRODUCT)
+# Of a copy's rate, at C = 1024 and at C = 256. Products bound by memory, as at C = 256, are taken to be as good as the
+# highway's forward.
+HIGHWAY, HIGHWAY_BACKWARD, GELU = (0.85, 0.86), (0.70, 0.62), (0.99, 0.96)
+DELTA = (0.40, 0.40)  # delta without 16-byte loads, guessed: a warp loads 64 bytes
+CLASSIFIER, ADAMW, NORM = (0.63, 0.63), (0.94, 0.94), (0.99, 0.99)
+EMBEDDING = {256: (1.05, 1.05), 50257: (0.48, 0.48)}  # forward and backward
 ROW_GROUP = 0.7e-6  # seconds for the 4 or 8 rows that a thread loads together and adds in turn: a latency
 # The most frequent token's share of what bench_gpu.py trains on: text, words and signs. (Of GPT-2's tokens: 0.045.)
 FREQUENT = {256: 0.29, 50257: 0.25}
@@ -62,7 +61,7 @@ FORWARD = [
     Kernel("product attproj", 2, 0, 4, 2),
     Kernel("highway forward, twice", 0, 0, 24, launches=2),
     Kernel("product fc", 8, 0, 10, 8),
-    Kernel("GELU", 0, 0, 16),
+    Kernel("GELU", 0, 0, 16, of_copy=GELU),
     Kernel("product fcproj", 8, 0, 10, 8),
 ]
 BACKWARD = [
@@ -85,7 +84,7 @@ AGAIN = {
 }
 # Changes, and for those of a kernel what stands in the list without them; step_terms knows the others.
 CHANGES = {
-    "DGELU": [Kernel("products fcproj", 16, 0, 20, 8, 32, launches=2), Kernel("GELU, backward", 0, 0, 24)],
+    "DGELU": [Kernel("products fcproj", 16, 0, 20, 8, 32, launches=2), Kernel("GELU, backward", 0, 0, 24, of_copy=GELU)],
     "chunk": [],
     "embedding": [],
     "delta": [Kernel("attention, delta", 0, 0, 4, of_copy=DELTA)],
@@ -185,8 +184,8 @@ def split_seconds(rows, C, matrix_rate, copy_rate, without):
 
 
 FLOOR, PRODUCTS, ATTENTIONS, MEMORY, ADDED, WAITS = TERMS = (
-    "the floor", "products at 650 of 798 TFLOP/s", "attention at 0.85 and 0.8 of FlashAttention-2, with its last blocks",
-    "kernels bound by memory at 0.74 to 0.92 of a copy", "FP32 gradients, partial sums of dW", "1 us a kernel")
+    "the floor", "products at 700 of 798 TFLOP/s, 3.5 us to begin and end", "attention at 213 and 159 TFLOP/s, with its last blocks",
+    "kernels bound by memory at 0.62 to 0.99 of a copy", "FP32 gradients, partial sums of dW", "1 us a kernel")
 
 
 def step_terms(L, C, V, T, total_batch, B, recompute, matrix_rate, copy_rate, without=()):
@@ -199,6 +198,7 @@ def step_terms(L, C, V, T, total_batch, B, recompute, matrix_rate, copy_rate, wi
         """operations: as many as take the floor's time at the matrix rate. once: the floor's bytes, where fewer."""
         least = max(operations / matrix_rate, (once or bytes + added) / copy_rate)
         main = longer * max(operations / (of_matrix * matrix_rate), bytes / (of_copy[C < 512] * copy_rate))
+        main += launches * RAMP if term == PRODUCTS else 0
         parts = {FLOOR: least, ADDED: added / copy_rate, WAITS: launches * GAP, term: main - least}
         for name, seconds in parts.items():
             terms[name] += times * seconds
@@ -220,7 +220,7 @@ def step_terms(L, C, V, T, total_batch, B, recompute, matrix_rate, copy_rate, wi
     add(micro_steps, PRODUCTS, (4 * computed + 2 * rows) * Vp * C, activations + chunks * 4 * Vp * C,
         chunks * 8 * Vp * C, launches=3 * chunks, once=activations + 12 * Vp * C)
     add(micro_steps, MEMORY, 0, rows * 4 * Vp, of_copy=CLASSIFIER, launches=chunks)
-    add(micro_steps, MEMORY, 0, rows * 16 * C, of_copy=EMBEDDING, launches=3 if "embedding" in without else 4)
+    add(micro_steps, MEMORY, 0, rows * 16 * C, of_copy=EMBEDDING[256 if V == 256 else 50257], launches=3 if "embedding" in without else 4)
     in_turn = FREQUENT.get(V, 0.05) * rows  # one block adds up all of them, or 64 and then the sums of such chunks
     groups = in_turn / 4 if "embedding" in without else (64 + in_turn / 64) / 8
     terms[MEMORY] += micro_steps * groups * ROW_GROUP
