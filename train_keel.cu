@@ -2383,14 +2383,14 @@ struct Trainer {
 
     RunConfig run;
     Model model;
-    PinnedArray<int> staging[2];              // batches on their way to the device, used alternately
-    cudaEvent_t staged[2] = {};               // the device has the batch
-    uint64_t batches = 0;                     // staged so far
-    PinnedArray<StepSettings> settings;       // one for each step under way
-    PinnedArray<StepState> state;             // and one more, of evaluate and debug_pass
+    PinnedArray<int> staging[2];         // batches on their way to the device, used alternately
+    cudaEvent_t staged[2] = {};          // the device has the batch
+    uint64_t batches = 0;                // staged so far
+    PinnedArray<StepSettings> settings;  // one for each step under way
+    PinnedArray<StepState> state;        // and one more, of evaluate and debug_pass
     cudaEvent_t begun[steps_in_flight] = {}, ended[steps_in_flight] = {};  // in the end its state is on the host
-    uint64_t started = 0, finished = 0;       // steps
-    std::vector<int> token_counts;            // scratch of TokenBatch::sort
+    uint64_t started = 0, finished = 0;                                    // steps
+    std::vector<int> token_counts;                                         // scratch of TokenBatch::sort
     // Recorded at the start of the second step, when every kernel has been loaded. first_micro_step: where ranks own
     // the states, the step's first one, in which weights are gathered too.
     Graph first_micro_step, micro_step, update;
@@ -2413,17 +2413,14 @@ struct Trainer {
             model.device.tuning =
                 std::make_unique<TuningTable>(run.tune, tuned_gpu(), cublasLtGetVersion(), run.rank == 0);
         agree_on_algorithms();
-        for (int i = 0; i < 2; i++) {
-            staging[i] = PinnedArray<int>(TokenBatch::size(rows()));
-            CUDA(cudaEventCreateWithFlags(&staged[i], cudaEventDisableTiming));
-        }
-        for (int i = 0; i < steps_in_flight; i++) CUDA(cudaEventCreate(&begun[i])), CUDA(cudaEventCreate(&ended[i]));
+        for (PinnedArray<int>& batch : staging) batch = PinnedArray<int>(TokenBatch::size(rows()));
+        for (cudaEvent_t* event : {staged, begun, ended})
+            CUDA(cudaEventCreate(event)), CUDA(cudaEventCreate(event + 1));
     }
     ~Trainer() {
         if (std::uncaught_exceptions() > 0) give_up();
         cudaStreamSynchronize(model.device.stream);  // nothing may be thrown here
-        for (cudaEvent_t event : staged) cudaEventDestroy(event);
-        for (int i = 0; i < steps_in_flight; i++) cudaEventDestroy(begun[i]), cudaEventDestroy(ended[i]);
+        for (cudaEvent_t* event : {staged, begun, ended}) cudaEventDestroy(event[0]), cudaEventDestroy(event[1]);
     }
     Trainer(const Trainer&) = delete;
     Trainer& operator=(const Trainer&) = delete;

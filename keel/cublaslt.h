@@ -219,9 +219,9 @@ public:
         return major == 9 || major == 10;
     }
 
-    // Operations a second of a large product in the branch's type, with which every rate is compared: the fastest of 15, for
-    // an H100's clocks, just begun, gave a median of 704 or of 778 TFLOP/s. The matrices are as large as the GPU and the
-    // memory that is left allow.
+    // Operations a second of a large product in the branch's type, with which every rate is compared: the fastest of
+    // 15, for an H100's clocks, just begun, gave a median of 704 or of 778 TFLOP/s. The matrices are as large as the
+    // GPU and the memory that is left allow.
     double matrix_rate() {
         size_t n = 256;
         while (n < 8192 && n < size_t(gpu_properties().multiProcessorCount) * 64) n *= 2;

@@ -127,7 +127,8 @@ inline std::vector<UpdateChunk> update_chunks(const ParameterLayout& layout, con
 // Seconds of a micro-step of B sequences on one large GPU, by a rough model that need only put the choices in order:
 // the time of products, at a rate that falls where their tiles do not fill the multiprocessors, or of their bytes where
 // that is longer; of attention; of the other kernels' bytes; of each of the graph's nodes, and of a product's start
-// and end. The rates are rounded from those that an H100 reached (dev/doc/speed.md, which counts a block's bytes and nodes).
+// and end. The rates are rounded from those that an H100 reached (dev/doc/speed.md, which counts a block's bytes and
+// nodes).
 inline double predicted_seconds(const ModelConfig& c, int B, int T, Recompute r, StateTypes types = {}) {
     constexpr double matrix_rate = 700e12, attention_rate = 147e12, memory_rate = 2.4e12, node_seconds = 1e-6,
                      product_seconds = 3.5e-6, multiprocessors = 132;

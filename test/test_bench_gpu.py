@@ -5,7 +5,6 @@ import contextlib
 import csv
 import functools
 import io
-import math
 import os
 import re
 import signal
@@ -643,8 +642,9 @@ def test_predictions_are_the_documents(folder):
     gains, _ = predict.product_gains(1024, 8192, 1024, 1e12, 1e30)
     near(gains["FP8 products alone"], 8192 * 36 * 1024**2 / 1e12 / predict.PRODUCT)
     gains, _ = predict.product_gains(1024, 8192, 1024, 1e30, 1e12)
-    for way, won in (("GELU_AUX epilogue", 1), ("GELU's backward as a kernel", -2)):
-        near(gains[way], 8192 * won * 8 / 0.9 * 1024 / 1e12 + math.copysign(predict.GAP, won))
+    for way, sign, kernel in (("GELU_AUX epilogue", 1, 16), ("GELU's backward as a kernel", -1, 24)):
+        won = 8192 * 1024 / 1e12 * (kernel / predict.GELU[0] - 8 / predict.HIGHWAY[0])
+        near(gains[way], sign * (won + predict.GAP))
 
 
 def test_no_gpu_is_said(folder):

@@ -243,8 +243,8 @@ def product_gains(C, rows, T, matrix_rate, copy_rate):
     def product(operations, bytes, rate=matrix_rate):
         return max(operations / (PRODUCT * rate), bytes / (HIGHWAY[C < 512] * copy_rate))
 
-    def kernel(bytes, launches=1):  # bound by memory, as the highway's
-        return bytes / copy_rate / HIGHWAY[C < 512] + launches * GAP
+    def kernel(bytes, launches=1):  # bound by memory, as GELU's
+        return bytes / copy_rate / GELU[C < 512] + launches * GAP
 
     hidden, bytes, operations = rows * 4 * C, 2 * (rows * 5 * C + 4 * C * C), 8 * rows * C * C  # of fc and of fcproj
     # The epilogue writes, or reads, the hidden layer once more; the kernel reads and writes it.
