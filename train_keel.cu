@@ -573,8 +573,7 @@ inline int most_channels() { return shared_limit() / (HIGHWAY_FLOATS * 4); }  //
 inline unsigned row_warps(int C, int floats) {
     return unsigned(std::clamp(std::min(112 << 10, shared_limit()) / (floats * 4 * C), 1, 8));
 }
-// Launches a kernel that sums over rows, a row a warp at a time: as many blocks as the GPU holds at once, so that all
-// end together.
+// Launches a kernel that sums over rows, a row a warp at a time, in as many blocks as the GPU holds at once.
 template <class... Parameters, class... Arguments>
 void launch_gains(void (*kernel)(Parameters...), size_t rows, unsigned warps, size_t shared_bytes, cudaStream_t stream,
                   Arguments... arguments) {
@@ -1082,8 +1081,7 @@ __global__ void __launch_bounds__(ATT_WARPS* WARP)
                [&](int m, int half) { return 1 / sum[m][half]; });
 }
 
-// delta (B,H,T) = sum_d dy y, from n = B T C numbers: D / 8 lanes share a head's row, 8 channels a lane.  4 bytes an
-// element
+// delta (B,H,T) = sum_d dy y, n = B T C numbers: D / 8 lanes share a head's row, 8 channels a lane.  4 bytes an element
 template <int D>
 __global__ void attention_delta_kernel(float* delta, const branch_t* dy, const branch_t* y, size_t n,
                                        AttentionShape shape) {
@@ -2258,8 +2256,7 @@ struct Model {
         forward_branch(end - 1, b, nullptr);
     }
 
-    // Norm, clip and AdamW, in place; the gradients are zero afterwards. A step that is not finite changes nothing
-    // else.
+    // Norm, clip and AdamW, in place; the gradients are zero afterwards, all that a step that is not finite changes.
     void update() {
         if (communicator) {
             share_numbers();
@@ -2383,14 +2380,14 @@ struct Trainer {
 
     RunConfig run;
     Model model;
-    PinnedArray<int> staging[2];         // batches on their way to the device, used alternately
-    cudaEvent_t staged[2] = {};          // the device has the batch
-    uint64_t batches = 0;                // staged so far
-    PinnedArray<StepSettings> settings;  // one for each step under way
-    PinnedArray<StepState> state;        // and one more, of evaluate and debug_pass
-    cudaEvent_t begun[steps_in_flight] = {}, ended[steps_in_flight] = {};  // in the end its state is on the host
-    uint64_t started = 0, finished = 0;                                    // steps
-    std::vector<int> token_counts;                                         // scratch of TokenBatch::sort
+    PinnedArray<int> staging[2];                  // batches on their way to the device, used alternately
+    cudaEvent_t staged[2] = {};                   // the device has the batch
+    uint64_t batches = 0;                         // staged so far
+    PinnedArray<StepSettings> settings;           // one for each step under way
+    PinnedArray<StepState> state;                 // and one more, of evaluate and debug_pass
+    cudaEvent_t marks[steps_in_flight + 1] = {};  // step i goes from mark(i) to mark(i + 1): its state is on the host
+    uint64_t started = 0, finished = 0;           // steps
+    std::vector<int> token_counts;                // scratch of TokenBatch::sort
     // Recorded at the start of the second step, when every kernel has been loaded. first_micro_step: where ranks own
     // the states, the step's first one, in which weights are gathered too.
     Graph first_micro_step, micro_step, update;
@@ -2414,13 +2411,14 @@ struct Trainer {
                 std::make_unique<TuningTable>(run.tune, tuned_gpu(), cublasLtGetVersion(), run.rank == 0);
         agree_on_algorithms();
         for (PinnedArray<int>& batch : staging) batch = PinnedArray<int>(TokenBatch::size(rows()));
-        for (cudaEvent_t* event : {staged, begun, ended})
-            CUDA(cudaEventCreate(event)), CUDA(cudaEventCreate(event + 1));
+        for (cudaEvent_t& event : staged) CUDA(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+        for (cudaEvent_t& event : marks) CUDA(cudaEventCreate(&event));
     }
     ~Trainer() {
         if (std::uncaught_exceptions() > 0) give_up();
         cudaStreamSynchronize(model.device.stream);  // nothing may be thrown here
-        for (cudaEvent_t* event : {staged, begun, ended}) cudaEventDestroy(event[0]), cudaEventDestroy(event[1]);
+        for (cudaEvent_t event : staged) cudaEventDestroy(event);
+        for (cudaEvent_t event : marks) cudaEventDestroy(event);
     }
     Trainer(const Trainer&) = delete;
     Trainer& operator=(const Trainer&) = delete;
@@ -2438,6 +2436,7 @@ struct Trainer {
         StepProbe probe(run.model);
         int slot = int(started % steps_in_flight);
         size_t sent_before = bytes_sent();
+        if (started == finished) CUDA(cudaEventRecord(mark(started), device.stream));
         begin_step(step, slot);
         if (log) begin_probe();
         Device::Tuning tuning(device, started == 0);
@@ -2464,7 +2463,7 @@ struct Trainer {
         else model.update();
 
         device.copy(&state[size_t(slot)], model.state.data(), 1);
-        CUDA(cudaEventRecord(ended[slot], device.stream));
+        CUDA(cudaEventRecord(mark(started + 1), device.stream));
         if (started++ == 0) step_bytes = bytes_sent() - sent_before;
         if (!log) return;
         device.synchronize();
@@ -2474,14 +2473,16 @@ struct Trainer {
     }
 
     StepResult finish() {
-        size_t slot = finished++ % steps_in_flight;
-        wait(ended[slot]);
-        if (communicator && (state[slot].any & DATA_LOST)) throw_lost_data(*communicator, run, lost[slot]);
-        float ms = 0;  // by the device's clock: the host comes late, it stages the next step's batches before it waits
-        CUDA(cudaEventElapsedTime(&ms, begun[slot], ended[slot]));
-        return {state[slot].loss_sum / double(run.total_batch), state[slot].norm, ms * 1e-3, state[slot].any,
-                state[slot].all};
+        size_t slot = finished % steps_in_flight;
+        const StepState& s = state[slot];
+        cudaEvent_t begin = mark(finished), end = mark(++finished);
+        wait(end);
+        if (communicator && (s.any & DATA_LOST)) throw_lost_data(*communicator, run, lost[slot]);
+        float ms = 0;  // by the device: the host stages the next step's batches before it waits here, and comes late
+        CUDA(cudaEventElapsedTime(&ms, begin, end));
+        return {s.loss_sum / double(run.total_batch), s.norm, ms * 1e-3, s.any, s.all};
     }
+    cudaEvent_t mark(uint64_t step) const { return marks[step % std::size(marks)]; }
 
     // ----- Several ranks
 #ifdef KEEL_NCCL
@@ -2539,7 +2540,6 @@ struct Trainer {
 
     // What the kernels read that changes from step to step.
     void begin_step(int64_t step, int slot) {
-        CUDA(cudaEventRecord(begun[slot], model.device.stream));
         settings[size_t(slot)] = {learning_rate(run, step), run.weight_decay, run.clip, uint64_t(run.seed)};
         model.device.copy(model.settings.data(), &settings[size_t(slot)], 1);
         model.device.zero(model.state);

@@ -248,8 +248,8 @@ private:
     bool measuring = false;
     bool sanitized = getenv("KEEL_SANITIZE");
 
-    // compute-sanitizer's initcheck does not see what a Hopper's bulk copies write, and a product ends in those
-    // (Dao-AILab/flash-attention, issue 1813).
+    // compute-sanitizer's initcheck took what a product had written on an H100 for unwritten: it seems not to see a
+    // Hopper's bulk copies (nor does it in Dao-AILab/flash-attention, issue 1813).
     template <class Out>
     void clear_for_sanitizer(Out* d, size_t count) {
         if (sanitized) CUDA(cudaMemsetAsync(d, 0, count * sizeof(Out), stream));

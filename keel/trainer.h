@@ -12,7 +12,7 @@
 // update anything.
 struct StepResult {
     double loss, norm;
-    double seconds = 0;         // that the machine was at work on it
+    double seconds = 0;         // from the end of the step before, or from its start if that one had been finished
     unsigned any = 0, all = 0;  // the RankFlags that any of the ranks, and that all of them, gave to the step
 };
 

@@ -126,12 +126,11 @@ inline std::vector<UpdateChunk> update_chunks(const ParameterLayout& layout, con
 
 // Seconds of a micro-step of B sequences on one large GPU, by a rough model that need only put the choices in order:
 // the time of products, at a rate that falls where their tiles do not fill the multiprocessors, or of their bytes where
-// that is longer; of attention; of the other kernels' bytes; of each of the graph's nodes, and of a product's start
-// and end. The rates are rounded from those that an H100 reached (dev/doc/speed.md, which counts a block's bytes and
-// nodes).
+// that is longer; of attention; of the other kernels' bytes; and of each of the graph's nodes. The rates are rounded
+// from those that dev/doc/speed.md predicts for an H100; it counts the bytes and nodes of a block too.
 inline double predicted_seconds(const ModelConfig& c, int B, int T, Recompute r, StateTypes types = {}) {
-    constexpr double matrix_rate = 700e12, attention_rate = 147e12, memory_rate = 2.4e12, node_seconds = 1e-6,
-                     product_seconds = 3.5e-6, multiprocessors = 132;
+    constexpr double matrix_rate = 650e12, attention_rate = 140e12, memory_rate = 2.6e12, node_seconds = 1e-6,
+                     multiprocessors = 132;
     double rows = double(B) * T, C = c.C, blocks = c.L / 2;
     bool again = r.drops_all() || r.segments();
     double filled = std::min(1.0, std::ceil(rows / 128) * std::ceil(C / 128) / multiprocessors);
@@ -144,7 +143,5 @@ inline double predicted_seconds(const ModelConfig& c, int B, int T, Recompute r,
     // A micro-batch reads the weights, and adds to their gradients.
     bytes += weights * (2 * (again ? 3 : 2) + (types.grads_bf16 ? 12 : 8));
     double nodes = blocks * (20 + (again ? 6 : r.drops_u() ? 1 : 0) + (types.grads_bf16 ? 4 : 0));
-    double products = blocks * (12 + (r.segments() ? 4 : again ? 2 : 0));
-    return std::max(operations, operands) + attention + bytes / memory_rate + nodes * node_seconds +
-           products * product_seconds;
+    return std::max(operations, operands) + attention + bytes / memory_rate + nodes * node_seconds;
 }

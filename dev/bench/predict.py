@@ -8,7 +8,7 @@
 
 floor      no kernel is faster than its operations at the matrix rate (attention's at 0.62 of it, the most that mma.sync
            reaches of wgmma's) or its bytes at the copy rate; kernels run one after another.
-predicted  each kernel at the rate that its kind reached on an H100 (dev/results/h100.csv); on top what a product adds to
+predicted  each kernel at the rate that its kind reached on an H100 one by one (dev/results/h100.csv); on top what a product adds to
            FP32 gradients, when its arithmetic is over, how it begins and ends, and 1 us between two kernels.
 Both are of the micro-batch and the level of recomputation that the step runs with.
 """
@@ -24,13 +24,14 @@ GAP = 1e-6  # seconds between two nodes of a graph
 MULTIPROCESSORS = 132  # of an H100 and an H200
 MMA_SYNC = 0.62  # of the products' rate
 LARGE_PRODUCT = 798e12  # operations a second that an H100 reaches in one, in BF16
-# A layer's product beside it, and the seconds that each one takes on top to begin and to end. An H100's twelve products
-# of a block of 16384 rows took 1858 us at C = 1024 and 236 us at C = 256, where they are bound by memory.
+# A layer's product beside it, and the seconds that each one takes on top to begin and to end, cuBLASLt's kernels for
+# split sums among them: fitted to an H100's twelve products of a block of 16384 rows, 1858 us at C = 1024 and 236 us at
+# C = 256, where they are bound by memory. A large product, kept up as long, ran at 723e12 there.
 PRODUCT, RAMP = 700e12 / LARGE_PRODUCT, 3.5e-6
-# Attention, D = 64, T = 1024, as an H100 ran 256 heads (207e12 and 156e12, the last blocks taken off). As shares of
-# mma.sync's rate; the backward runs 7 products of tiles where 5 are counted.
+# Attention, D = 64, T = 1024, as an H100 ran 256 heads: 207e12 forward, the last blocks taken off, and 156e12 backward,
+# delta too. As shares of mma.sync's rate; the backward runs 7 products of tiles where 5 are counted.
 ATTENTION = 213e12 / (MMA_SYNC * LARGE_PRODUCT)
-ATTENTION_BACKWARD = 159e12 * 7 / 5 / (MMA_SYNC * LARGE_PRODUCT)
+ATTENTION_BACKWARD = 164e12 * 7 / 5 / (MMA_SYNC * LARGE_PRODUCT)
 # Of a copy's rate, at C = 1024 and at C = 256. Products bound by memory, as at C = 256, are taken to be as good as the
 # highway's forward.
 HIGHWAY, HIGHWAY_BACKWARD, GELU = (0.85, 0.86), (0.70, 0.62), (0.99, 0.96)
@@ -184,8 +185,8 @@ def split_seconds(rows, C, matrix_rate, copy_rate, without):
 
 
 FLOOR, PRODUCTS, ATTENTIONS, MEMORY, ADDED, WAITS = TERMS = (
-    "the floor", "products at 700 of 798 TFLOP/s, 3.5 us to begin and end", "attention at 213 and 159 TFLOP/s, with its last blocks",
-    "kernels bound by memory at 0.62 to 0.99 of a copy", "FP32 gradients, partial sums of dW", "1 us a kernel")
+    "the floor", "products at 700 of 798 TFLOP/s, 3.5 us to begin and end", "attention at 213 and 164 TFLOP/s, with its last blocks",
+    "kernels bound by memory at 0.48 to 1.05 of a copy", "FP32 gradients, partial sums of dW", "1 us a kernel")
 
 
 def step_terms(L, C, V, T, total_batch, B, recompute, matrix_rate, copy_rate, without=()):

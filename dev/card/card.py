@@ -85,9 +85,9 @@ class Session:
                 (self.programs / program).chmod(0o755)
         self.environment = {"TORCHINDUCTOR_CACHE_DIR": f"{self.cache}/inductor", "TRITON_CACHE_DIR": f"{self.cache}/triton"}
         self.environment["PYTHONUNBUFFERED"] = "1"
-        self.torch_is_warm = (self.programs / CACHE).exists()
-        if self.torch_is_warm:
+        if (self.programs / CACHE).exists():
             unpack(self.programs / CACHE, self.cache)
+        self.torch_is_warm = (self.cache / "whole").exists()  # else it was cut off, or some of it failed
 
     def find_torch(self, stop=None):
         """A Python whose PyTorch can use the GPU, or "". From a cold disk PyTorch may take a minute to start, so it is

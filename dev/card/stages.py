@@ -26,6 +26,7 @@ import results
 
 ROOT = Path(__file__).resolve().parents[2]
 DOWN = 5  # seconds between SIGTERM and SIGKILL
+SANITIZER_SECONDS = 90  # of one sanitizer's run: a hundred reports with their stacks take minutes
 RECORDER = "cupti_idle.so"
 # Of a program that runs beside others: a thread that waits must not spin, or it takes the cores from them.
 BESIDE = {"OMP_NUM_THREADS": str(max(1, min(4, os.cpu_count() // 4))), "OMP_WAIT_POLICY": "passive"}
@@ -41,7 +42,7 @@ CARD = SimpleNamespace(
     models="pre_L24_C768 keel_L1024_C256 keel_L512_C1024",
     beside="--steps 6 --repeats 1",
     bench="",
-    idle="--steps 3 -L 1024 -d 16384",  # which is 2 micro-steps: a recorded one of 12812 nodes takes seconds
+    idle="--steps 3 -L 1024 -d 16384",  # 10 steps of 12812 nodes each recorded more than 40 s
     recorded={},
     killed="-L 16 -C 64 -t 64 -b 16 -x 400 -n 50",
     curve="-L 16 -C 64 -H 2 -t 64 -b 16 -x 300",
@@ -235,7 +236,7 @@ def sanitizer(tool):
 def sanitize(w, tool, build):
     """A tool's verdict on a short run. What it says of the libraries' kernels alone is told, and is no fault of ours."""
     command = f"{sanitizer(tool)} {w.program(build)} {w.s.small} {w.text} -x 3 -s 2 -g 4 -v 0"
-    done = w.run(f"{tool}-{build}", command, env=SANITIZE)
+    done = w.run(f"{tool}-{build}", command, SANITIZER_SECONDS, env=SANITIZE)
     named = set(re.findall(r"^=========.*?\bat (?:void )?([\w:]+)[<(].*\+0x", done.text, re.M))
     ours = set(re.findall(r"(\w+)\(", " ".join(re.findall(r"^__global__ void .*", (ROOT / "train_keel.cu").read_text(), re.M))))
     theirs = bool(named) and not named & ours
@@ -332,6 +333,8 @@ def torch_warming(w, spare):
                 children.append(w.start(command, log, {"TORCHINDUCTOR_COMPILE_THREADS": "4"}))
         while any([child.poll() is None for child in children]) and not stop.wait(0.2):
             pass
+        if all([child.poll() == 0 for child in children]):
+            (w.session.cache / "whole").touch()
 
     thread = threading.Thread(target=warm)
     if not w.session.torch_is_warm:
@@ -489,12 +492,12 @@ def safe(w):
     jobs = [lambda name=name: curve(name) for name in curves] + [lambda: kill_and_resume(w)]
     jobs += [lambda tool=tool, build=build: sanitize(w, tool, build)
              for tool in w.s.sanitizers.split() for build in ("train_keel", "train_keel_fp32")]
-    with torch_warming(w, 5):
+    with torch_warming(w, 15):
         cpu, *gpu = w.together(jobs, 6)[:len(curves)]
-    for name, mean in zip(list(curves)[1:], gpu):
-        if cpu and mean:
-            w.check(f"curve_{name}", abs(mean - cpu) <= 0.02 * cpu, f"its last losses {mean:.4f}, the CPU's {cpu:.4f}")
-            w.row(f"safe/curve_{name}_loss", mean, "nats", cpu)
+        for name, mean in zip(list(curves)[1:], gpu):
+            if cpu and mean:
+                w.check(f"curve_{name}", abs(mean - cpu) <= 0.02 * cpu, f"its last losses {mean:.4f}, the CPU's {cpu:.4f}")
+                w.row(f"safe/curve_{name}_loss", mean, "nats", cpu)
     w.note = "sanitizers, kill -9, curves"
 
 
