@@ -164,14 +164,15 @@ def highway_table(folder):
 
 
 def hops_table(folder):
-    rows = hops.best(read_csv(folder / "hops.csv"))
-    numbers = sorted({r["hops"] for r in rows}, key=int)
+    """Each placement at its best learning rate over depth, or at every one of a single depth."""
+    rows = read_csv(folder / "hops.csv")
+    rows, numbers = hops.best(rows) if len({r["L"] for r in rows}) > 1 else rows, sorted({r["hops"] for r in rows}, key=int)
 
-    def cell(norm, L, h):
-        seeds = [100 * hops.accuracy(of(rows, seed=seed), norm, L, h) for seed in dict.fromkeys(r["seed"] for r in rows)]
-        return f"{100 * hops.accuracy(rows, norm, L, h):.0f} %{between(min(seeds), max(seeds), '.0f')}"
-    out = [[f"{LABELS[n]} L = {L}", next(r["lr"] for r in of(rows, norm=n, L=L)), *(cell(n, L, h) for h in (*numbers, "all"))]
-           for n in dict.fromkeys(r["norm"] for r in rows) for L in sorted({int(r["L"]) for r in rows})]
+    def cell(mine, norm, L, h):
+        seeds = [100 * hops.accuracy(of(mine, seed=seed), norm, L, h) for seed in dict.fromkeys(r["seed"] for r in mine)]
+        return f"{100 * hops.accuracy(mine, norm, L, h):.0f} %{between(min(seeds), max(seeds), '.0f')}"
+    lines = sorted({(int(r["L"]), float(r["lr"]), r["norm"]) for r in rows}, key=lambda line: ([r["norm"] for r in rows].index(line[2]), line))
+    out = [[f"{LABELS[n]} L = {L}", f"{lr:g}", *(cell([r for r in of(rows, norm=n, L=L) if float(r["lr"]) == lr], n, L, h) for h in (*numbers, "all"))] for L, lr, n in lines]
     return table([f"hops:{rows[0]['K']}, answers right at the end, by lookups needed" + seeds_text(rows), "LR", *numbers, "all"], out)
 
 
