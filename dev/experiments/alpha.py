@@ -108,5 +108,8 @@ def draw(c):
             axis.errorbar(x, mean, [[m - min(v) for m, v in zip(mean, values)], [max(v) - m for m, v in zip(mean, values)]], fmt="o-", color=colour, capsize=3, elinewidth=1, label=f"L = {L}")
             axis.plot([L], [mean[x.index(L)]], "o", ms=11, mfc="none", mec=colour, mew=1.6)
         axis.set(xscale="log", xlabel="alpha; circled: alpha = L", title="Validation loss on text (nats)" if task == "text" else "Answers right over the run, lookups")
+        if task == "text":  # models that have learnt the frequencies of bytes alone are above
+            lowest = min(v for _, _, values in points.values() for v in values)
+            axis.set_ylim(lowest - 0.01, lowest + 0.22)
         axis.legend(fontsize=8)
     save(plt, figure, c.results / "alpha.png")
