@@ -13,7 +13,7 @@ from shared import COLOURS, LABELS, diverged, finished, pyplot, read_csv, save, 
 
 SIZES = {
     "tiny": dict(K=2, L=[2, 4], C=16, H=2, B=2, alpha=2, lrs=[3e-3], start=[3e-3], steps=10, warmup=4, seeds=1, m=2, norms=["keel", "pre"]),
-    # One rate: 4e-3 is the best of [2e-3, 4e-3, 8e-3] for both at L = 8 (dev/results/hops_lr.csv)
+    # One rate: 4e-3 is the best of [2e-3, 4e-3, 8e-3] for both at L = 8 (dev/results/hops_lr)
     "small": dict(K=3, L=[4, 6, 8], C=64, H=4, B=16, alpha=3, lrs=[4e-3], start=[4e-3], steps=2500, warmup=200, seeds=1, m=32, norms=["keel", "pre"]),
     "gpu": dict(K=8, L=[8, 16, 32, 64, 128, 512], C=256, H=8, B=128, alpha=0, lrs=[5e-4, 1e-3, 2e-3, 4e-3, 8e-3], start=[2e-3, 4e-3], steps=20000, warmup=1000, seeds=1, m=32, norms=["keel", "pre"]),
 }
