@@ -411,6 +411,7 @@ def test_document(folder):
         for name in names:
             assert report.markdown(*report.TABLES[name](results)) in text, f"{name} of {results}: dev/doc/lesson.md has another table than report.py prints"
             assert all(row["command"] and row["seed"] for row in rows(results / f"{name.removesuffix('_recorded')}_runs.csv")), (results, name)
+    assert report.markdown(*report.TABLES["lr_sweep"](beside)) in text
 
 
 def test_figures_are_of_the_tables(folder):

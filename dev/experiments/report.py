@@ -176,7 +176,18 @@ def hops_table(folder):
     return table([f"hops:{rows[0]['K']}, answers right at the end, by lookups needed" + seeds_text(rows), "LR", *numbers, "all"], out)
 
 
-TABLES = {"gradient": gradient_table, "max_lr": max_lr_table, "max_lr_recorded": max_lr_recorded_table, "order": order_table, "alpha": alpha_table, "depth": depth_table, "redundancy": redundancy_table, "road": road_table, "highway": highway_table, "hops": hops_table}
+def lr_sweep_table(folder):
+    """Of the models of 64 sub-layers, which have several seeds: training and validation loss, and the latter's range."""
+    rows = of(read_csv(folder / "lr_sweep.csv"), L=64)
+    lrs = sorted({r["lr"] for r in rows}, key=float)
+
+    def cell(mine):
+        train, val = ([float(r[which]) for r in mine] for which in ("train_loss", "val_loss"))
+        return f"{sum(train) / len(train):.2f} / {sum(val) / len(val):.2f}{between(min(val), max(val), '.2f')}" if mine else ""
+    return table(["train / val loss at peak LR" + seeds_text(rows), *lrs], [[LABELS[n], *(cell(of(rows, norm=n, lr=lr)) for lr in lrs)] for n in dict.fromkeys(r["norm"] for r in rows)])
+
+
+TABLES = {"gradient": gradient_table, "max_lr": max_lr_table, "max_lr_recorded": max_lr_recorded_table, "order": order_table, "alpha": alpha_table, "depth": depth_table, "redundancy": redundancy_table, "road": road_table, "highway": highway_table, "hops": hops_table, "lr_sweep": lr_sweep_table}
 
 
 def main():
