@@ -126,8 +126,8 @@ inline std::vector<UpdateChunk> update_chunks(const ParameterLayout& layout, con
 
 // Seconds of a micro-step of B sequences on one large GPU, by a rough model that need only put the choices in order:
 // the time of products, at a rate that falls where their tiles do not fill the multiprocessors, or of their bytes where
-// that is longer; of attention; of the other kernels' bytes; and of each of the graph's nodes. The rates are rounded
-// from those that dev/doc/speed.md predicts for an H100; it counts the bytes and nodes of a block too.
+// that is longer; of attention; of the other kernels' bytes; and of each of the graph's nodes. The rates are older than
+// those that an H100 reached, and near them; dev/doc/speed.md has these, and counts the bytes and nodes of a block.
 inline double predicted_seconds(const ModelConfig& c, int B, int T, Recompute r, StateTypes types = {}) {
     constexpr double matrix_rate = 650e12, attention_rate = 140e12, memory_rate = 2.6e12, node_seconds = 1e-6,
                      multiprocessors = 132;
