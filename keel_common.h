@@ -1597,12 +1597,12 @@ inline int64_t default_total_batch(int C, int T) { return int64_t(T) * 16 * std:
 
 // Peak learning rate of keel: 9e-3 * min(1, (128/L)^(1/3)), close to the paper's 9e-3 to L = 128, 6e-3 at 512
 // and 4.5e-3 at 1024, found there with batches of 4M tokens. It holds for the default's 1024 tokens too. Validation
-// loss after 400 steps, C = 64, T = 64, sources of Python's standard library, one seed (dev/results/lr_sweep.csv;
-// dev/experiments/sweep.py runs it):
+// loss after 400 steps, C = 64, T = 64, sources of Python's standard library, mean of three seeds at L = 64 and one
+// seed elsewhere (dev/results/lr_sweep.csv; dev/experiments/sweep.py runs it):
 //
 //     peak LR   3e-3    6e-3   7.1e-3   9e-3    1e-2   1.5e-2   2e-2    3e-2
 //     L = 16    2.133   1.997           1.963   1.975   1.971   2.011   2.048
-//     L = 64    2.133   2.006           1.975   1.975   2.018   2.017   2.157
+//     L = 64    2.111   1.984           1.962   1.956           2.016
 //     L = 256   2.136   2.042   2.029           2.043   2.065
 //
 // The optimum is flat, about a factor of two wide. A smaller batch was expected to want a lower rate; down to 1024

@@ -71,6 +71,7 @@ def main():
     parser.add_argument("--out", required=True, help="csv file, made or continued")
     parser.add_argument("rest", nargs="*", help="flags of the trainer, after --")
     arguments = parser.parse_args()
+    os.makedirs(os.path.dirname(arguments.out) or ".", exist_ok=True)
     runs = list(itertools.product(arguments.norms, arguments.layers, arguments.lrs, arguments.seeds))
     for number, (norm, layers, lr, seed) in enumerate(runs, 1):
         rows = read_rows(arguments.out)
