@@ -94,22 +94,28 @@ def draw(c):
     panels = 3 if len(equal) > 1 else 2  # shapes of one size are the third
     figure, axes = plt.subplots(1, panels, figsize=(4.5 * panels, 4), gridspec_kw={"wspace": 0.25})
     lrs = sorted({float(r["lr"]) for r in rows})
+
+    def means(axis, norm, x, shapes):  # and the range of the seeds
+        _, mean, low, high = zip(*(found[norm, *a] for a in shapes))
+        axis.errorbar(x, mean, [[m - v for m, v in zip(mean, low)], [v - m for m, v in zip(mean, high)]], fmt="o-", color=COLOURS[norm], capsize=3, elinewidth=1, label=LABELS[norm])
+
     for norm in norms:
         colour = COLOURS[norm]
-        axes[0].plot([L for L, _ in deep], [found[norm, *a][1] for a in deep], "o-", color=colour, label=LABELS[norm])
+        right = norm == "pre"  # of the other, so that neither range hides
+        means(axes[0], norm, [L * (1.06 if right else 1) for L, _ in deep], deep)
         for a in deep:
-            axes[0].annotate(f"{found[norm, *a][0]:g}", (a[0], found[norm, *a][1]), xytext=(0, 7 if norm == "pre" else -13), textcoords="offset points", ha="center", fontsize=8, color=colour)
+            axes[0].annotate(f"{found[norm, *a][0]:g}", (a[0] * (1.06 if right else 1), found[norm, *a][1]), xytext=(6 if right else -6, 5 if right else -7), textcoords="offset points", ha="left" if right else "right", va="center", fontsize=8, color=colour)
         for a, style in zip(deep, itertools.cycle(("o:", "s--", "D-", "^-."))):
             found_at = [[float(r["val_loss"]) for r in rows if (r["norm"], int(r["L"]), int(r["C"]), float(r["lr"])) == (norm, *a, lr)] for lr in lrs]
             points = [(lr, sum(v) / len(v)) for lr, v in zip(lrs, found_at) if v and math.isfinite(sum(v))]
             if points:
                 axes[1].plot(*zip(*points), style, color=colour, ms=4, lw=1.4, label=f"{LABELS[norm]} L = {a[0]}")
         if panels == 3:
-            axes[2].plot(range(len(equal)), [found[norm, *a][1] for a in equal], "o-", color=colour, label=LABELS[norm])
-    axes[0].set(xscale="log", xlabel=f"sub-layers L, of {deep[0][1]} channels", title="Validation loss at the best rate")
+            means(axes[2], norm, [i + (0.06 if right else 0) for i in range(len(equal))], equal)
+    axes[0].set(xscale="log", xlabel=f"sub-layers L, of {deep[0][1]} channels", title="Validation loss, range of seeds")
     axes[0].set_xticks([L for L, _ in deep], [str(L) for L, _ in deep])
     axes[0].minorticks_off()
-    axes[0].margins(y=0.15)
+    axes[0].margins(x=0.2)
     axes[1].set(xscale="log", xlabel="peak learning rate", title="The sweep")
     axes[1].set_xticks(lrs, [f"{lr:g}" for lr in lrs])
     axes[1].minorticks_off()
