@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "dev" / "experiments"), str(ROOT / "test")]
 sys.path.append(str(ROOT / "build" / "python"))  # where .ci/run puts playwright
 
+import depth
 import lesson
 import max_lr
 import order
@@ -203,6 +204,19 @@ def test_sweep(folder):
     assert shared.sweep(grid, [4, 8], lambda rate: float("inf")) == [1, 2, 4, 8]
     stages = list(shared.staged(iter([[shared.Run("a", []), shared.Run("b", [])], [shared.Run("a", []), shared.Run("c", [])], [shared.Run("c", [])]]).__next__))
     assert [[run.name for run in stage] for stage in stages] == [["a", "b"], ["c"]]
+
+
+def test_seeds_at_the_best_rate(folder):
+    """With sweep_seeds=1 the first seed finds the best rate, the second runs there alone, and that rate is the table's, whatever one seed at another says."""
+    succeed(*tiny(folder, "depth"), "--tables", "--set", "seeds=2", "sweep_seeds=1", "L=[2]", "equal=[]", "lrs=[3e-3,1e-2]")
+    table = rows(folder / "results" / "depth.csv")
+    for norm in ("keel", "pre"):
+        mine = [row for row in table if row["norm"] == norm]
+        first = [row for row in mine if row["seed"] == mine[0]["seed"]]
+        best = min(first, key=lambda row: float(row["val_loss"]))["lr"]
+        assert len(first) == 2 and [row["lr"] for row in mine if row not in first] == [best], mine
+        lr, mean, low, high = depth.best([{**row, "val_loss": "0" if row["lr"] != best else row["val_loss"]} for row in mine])[norm, 2, 16]
+        assert f"{lr:g}" == best and 0 < low <= mean <= high, (lr, mean, low, high)
 
 
 def test_bound(folder):

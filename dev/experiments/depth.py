@@ -2,6 +2,7 @@
 
 Shapes (L, C) with one C are the first question; shapes with one L C^2, so with as many parameters in their sub-layers, the second.
 Every shape trains on the same tokens with each learning rate. A sweep begins with two and goes on until the best has been tried on both sides.
+All seeds run at all rates; with sweep_seeds=1 the first seed finds the best one and the others run there.
 """
 
 import itertools
@@ -11,11 +12,11 @@ from types import SimpleNamespace
 from shared import COLOURS, LABELS, final_loss, finished, log, pyplot, read_csv, save, seeds, staged, sweep, training, write_csv
 
 SIZES = {
-    "tiny": dict(L=[2, 4], C=16, H=2, T=16, B=2, steps=10, warmup=4, lrs=[3e-3, 1e-2], start=[3e-3], pre_start=[3e-3], equal=[[8, 8], [2, 16]], seeds=1, m=4, norms=["keel", "pre"]),
+    "tiny": dict(L=[2, 4], C=16, H=2, T=16, B=2, steps=10, warmup=4, lrs=[3e-3, 1e-2], start=[3e-3], pre_start=[3e-3], equal=[[8, 8], [2, 16]], seeds=1, sweep_seeds=0, m=4, norms=["keel", "pre"]),
     "small": dict(L=[8, 16, 64], C=64, H=2, T=64, B=8, steps=300, warmup=75, lrs=[7.5e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2, 4.8e-2], start=[6e-3, 1.2e-2], pre_start=[3e-3, 6e-3], equal=[[64, 32], [16, 64], [4, 128]],
-                  seeds=1, m=64, norms=["keel", "pre"]),
+                  seeds=1, sweep_seeds=0, m=64, norms=["keel", "pre"]),
     "gpu": dict(L=[64, 128, 512, 1024], C=256, H=4, T=256, B=128, steps=5000, warmup=1000, lrs=[1e-3, 1.5e-3, 2e-3, 3e-3, 4.5e-3, 6e-3, 9e-3, 1.35e-2, 2e-2], start=[4.5e-3, 6e-3], pre_start=[3e-3, 4.5e-3],
-                equal=[[512, 256], [128, 512], [32, 1024]], seeds=1, m=64, norms=["keel", "pre"]),
+                equal=[[512, 256], [128, 512], [32, 1024]], seeds=1, sweep_seeds=0, m=64, norms=["keel", "pre"]),
 }
 
 
@@ -34,27 +35,29 @@ MORE = "rates beside the best of these follow, until it has been tried on both s
 
 
 def rates(c, norm, L, C):
-    """Of the sweep so far: Pre-LN's best lie lower, so its sweep begins there."""
-    s = c.settings
+    """{rate: its seeds} of the sweep so far: Pre-LN's best lie lower, so its sweep begins there."""
+    s, first = c.settings, seeds(c.settings)[:c.settings.sweep_seeds or None]
 
     def loss(lr):
-        mine = [run_of(c, norm, L, C, lr, seed) for seed in seeds(s)]
+        mine = [run_of(c, norm, L, C, lr, seed) for seed in first]
         return sum(final_loss(c, run) for run in mine) / len(mine) if all(finished(c, run) for run in mine) else None
-    return sweep(s.lrs, s.pre_start if norm == "pre" else s.start, loss)
+    losses = {lr: loss(lr) for lr in sweep(s.lrs, s.pre_start if norm == "pre" else s.start, loss)}
+    best = None if None in losses.values() else min(losses, key=lambda lr: (losses[lr], lr))
+    return {lr: seeds(s) if lr == best else first for lr in losses}
 
 
 def runs(c):
     s = c.settings
     return staged(lambda: [run_of(c, norm, L, C, lr, seed) for L, C in sorted(shapes(s), key=lambda shape: -shape[0] * shape[1] ** 2)
-                           for norm in s.norms for lr in rates(c, norm, L, C) for seed in seeds(s)])
+                           for norm in s.norms for lr, its in rates(c, norm, L, C).items() for seed in its])
 
 
 def collect(c):
     s, rows = c.settings, []
     for L, C in shapes(s):
         for norm in s.norms:
-            for lr in rates(c, norm, L, C):
-                for seed in seeds(s):
+            for lr, its in rates(c, norm, L, C).items():
+                for seed in its:
                     run = run_of(c, norm, L, C, lr, seed)
                     _, losses, _ = log(c, run)
                     tail = losses[-max(1, len(losses) // 10):]
@@ -64,16 +67,15 @@ def collect(c):
 
 
 def best(rows):
-    """(norm, L, C): (lr, mean validation loss over the seeds, lowest, highest) at the best learning rate."""
+    """(norm, L, C): (lr, mean validation loss over the seeds, lowest, highest) at the best learning rate of those that have all seeds."""
     found = {}
     for norm, L, C in dict.fromkeys((r["norm"], int(r["L"]), int(r["C"])) for r in rows):
-        for lr in dict.fromkeys(r["lr"] for r in rows):
-            values = [float(r["val_loss"]) for r in rows if (r["norm"], int(r["L"]), int(r["C"]), r["lr"]) == (norm, L, C, lr)]
-            if not values:  # a rate of the other's sweep
-                continue
-            mean = sum(values) / len(values)
-            if (norm, L, C) not in found or mean < found[norm, L, C][1]:
-                found[norm, L, C] = (float(lr), mean, min(values), max(values))
+        mine = [r for r in rows if (r["norm"], int(r["L"]), int(r["C"])) == (norm, L, C)]
+        at = {lr: [float(r["val_loss"]) for r in mine if r["lr"] == lr] for lr in dict.fromkeys(r["lr"] for r in mine)}
+        most = max(map(len, at.values()))
+        mean, lr = min((sum(values) / most, float(lr)) for lr, values in at.items() if len(values) == most)
+        values = at[f"{lr:g}"]
+        found[norm, L, C] = (lr, mean, min(values), max(values))
     return found
 
 
