@@ -7,24 +7,26 @@ import math
 from types import SimpleNamespace
 
 import hops
-from shared import COLOURS, diverged, final_loss, finished, pyplot, read_csv, save, seeds, staged, sweep, training, write_csv
+from shared import COLOURS, Failure, diverged, final_loss, finished, pyplot, read_csv, save, seeds, staged, sweep, training, write_csv
 
 ALPHAS = {"1": lambda L: 1, "2": lambda L: 2, "sqrt L": math.sqrt, "L/2": lambda L: L / 2, "L": lambda L: L, "2 L": lambda L: 2 * L}
 SIZES = {
-    "tiny": dict(L=[4, 8], C=16, H=2, T=16, B=2, steps=10, warmup=4, lrs=[3e-3], start=[3e-3], m=2, K=2, hops_H=2, hops_B=2, hops_steps=10, hops_warmup=4, hops_lrs=[3e-3], hops_start=[3e-3], seeds=1, tasks=["text", "hops"]),
+    "tiny": dict(L=[4, 8], C=16, H=2, T=16, B=2, steps=10, warmup=4, lrs=[3e-3], start=[3e-3], m=2, K=2, hops_H=2, hops_B=2, hops_steps=10, hops_warmup=4, hops_lrs=[3e-3], hops_start=[3e-3], seeds=1, alphas=list(ALPHAS), tasks=["text", "hops"]),
     "paper": dict(L=[8, 16, 32, 64], C=64, H=2, T=64, B=8, steps=600, warmup=150, lrs=[1.5e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2, 4.8e-2], start=[6e-3, 1.2e-2], m=64,
-                  K=2, hops_H=4, hops_B=16, hops_steps=1000, hops_warmup=100, hops_lrs=[1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2], hops_start=[4e-3], seeds=3, tasks=["text", "hops"]),
+                  K=2, hops_H=4, hops_B=16, hops_steps=1000, hops_warmup=100, hops_lrs=[1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2], hops_start=[4e-3], seeds=3, alphas=list(ALPHAS), tasks=["text", "hops"]),
     "gpu": dict(L=[16, 64, 256, 512], C=256, H=4, T=256, B=64, steps=3000, warmup=600, lrs=[1.5e-3, 3e-3, 6e-3, 1.2e-2], start=[3e-3, 6e-3], m=64,
-                K=4, hops_H=8, hops_B=64, hops_steps=5000, hops_warmup=500, hops_lrs=[5e-4, 1e-3, 2e-3, 4e-3], hops_start=[2e-3], seeds=1, tasks=["text", "hops"]),
+                K=4, hops_H=8, hops_B=64, hops_steps=5000, hops_warmup=500, hops_lrs=[5e-4, 1e-3, 2e-3, 4e-3], hops_start=[2e-3], seeds=1, alphas=list(ALPHAS), tasks=["text", "hops"]),
 }
 MORE = "rates beside the best of these follow, until it has been tried on both sides, then the other seeds at the best"
 
 
-def alphas(L):
+def alphas(s, L):
     """{alpha: its names}, each once."""
+    if unknown := [str(name) for name in s.alphas if name not in ALPHAS]:
+        raise Failure(f"--set alphas: expected a list of {', '.join(ALPHAS)}, found {', '.join(unknown)}")
     found = {}
-    for name, of in ALPHAS.items():
-        found.setdefault(float(f"{of(L):.4g}"), []).append(name)
+    for name in s.alphas:
+        found.setdefault(float(f"{ALPHAS[name](L):.4g}"), []).append(name)
     return {alpha: found[alpha] for alpha in sorted(found)}
 
 
@@ -61,7 +63,7 @@ def wanted(c):
     s = c.settings
     for task in s.tasks:
         for L in sorted(s.L, reverse=True):
-            for alpha in alphas(L):
+            for alpha in alphas(s, L):
                 tried, best = rates(c, task, L, alpha)
                 for lr in tried:
                     for seed in seeds(s) if lr == best else seeds(s)[:1]:
@@ -74,7 +76,7 @@ def runs(c):
 
 def collect(c):
     """A table a task, so that each can be run and kept apart."""
-    rows = [{"task": task, "L": L, "alpha": f"{alpha:g}", "is": " = ".join(alphas(L)[alpha]), "lr": f"{lr:g}", "seed": run.seed, "steps": run.steps, "score": f"{score(c, task, run):.4f}"}
+    rows = [{"task": task, "L": L, "alpha": f"{alpha:g}", "is": " = ".join(alphas(c.settings, L)[alpha]), "lr": f"{lr:g}", "seed": run.seed, "steps": run.steps, "score": f"{score(c, task, run):.4f}"}
             for task, L, alpha, lr, run in wanted(c)]
     for task in c.settings.tasks:
         write_csv(c.results / f"alpha_{task}.csv", [r for r in rows if r["task"] == task])

@@ -106,7 +106,7 @@ def alpha_table(folder):
         found = alpha.best(rows)
         depths = sorted({L for L, _ in found})
         at = {(L, name): found[L, a] for L, a in found for name in found[L, a][0].split(" = ")}
-        for name in alpha.ALPHAS:
+        for name in (name for name in alpha.ALPHAS if (depths[0], name) in at):
             cells = []
             for L in depths:
                 _, lr, values = at[L, name]
