@@ -422,7 +422,7 @@ def test_document(folder):
     """Every table of dev/doc/lesson.md is what report.py prints of the committed results."""
     text = (ROOT / "dev/doc/lesson.md").read_text()
     beside = COMMITTED.parent
-    for results, names in ((COMMITTED, (*LESSON, "max_lr_recorded")), (beside / "order", ("order",)), (beside / "order_1024", ("order",)), (beside / "alpha", ("alpha",)), (beside / "depth_long", ("depth",)), (beside / "depth_longer", ("depth",)), (beside / "hops_lr", ("hops",))):
+    for results, names in ((COMMITTED, (*LESSON, "max_lr_recorded")), (beside / "order", ("order",)), (beside / "order_1024", ("order",)), (beside / "alpha", ("alpha",)), (beside / "alpha_longer", ("alpha",)), (beside / "depth_long", ("depth",)), (beside / "depth_longer", ("depth",)), (beside / "hops_lr", ("hops",))):
         for name in names:
             assert report.markdown(*report.TABLES[name](results)) in text, f"{name} of {results}: dev/doc/lesson.md has another table than report.py prints"
             assert all(row["command"] and row["seed"] for row in rows(results / f"{name.removesuffix('_recorded')}_runs.csv")), (results, name)
