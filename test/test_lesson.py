@@ -181,6 +181,8 @@ def test_bad_settings(folder):
     assert "--set L: expected one number" in fails(*tiny(folder, "gradient"), "--set", "L=[2,4]")
     succeed(*tiny(folder / "list", "hops"), "--set", "L=[2]", "lrs=[1e-3,3e-3]")  # a list where the experiment has one, whatever others have
     assert {row["lr"] for row in rows(folder / "list/results/hops.csv")} == {"0.001", "0.003"}
+    succeed(*tiny(folder / "some", "alpha"), "--set", "L=[8]", "tasks=['text']", "alphas=['sqrt L','L/2']")  # the figure too, where alpha = L is not among them
+    assert {row["is"] for row in rows(folder / "some/results/alpha_text.csv")} == {"sqrt L", "L/2"}
     assert "expected a list of 1, 2, sqrt L" in fails(*tiny(folder, "alpha"), "--set", "alphas=['L/3']")
     assert "expected the trainer, found no such file" in fails(*tiny(folder, "gradient"), "--binary", "./no_trainer")
     succeed(*tiny(folder, "gradient"), "--set", "norms=['pre']")

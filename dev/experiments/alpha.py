@@ -7,7 +7,7 @@ import math
 from types import SimpleNamespace
 
 import hops
-from shared import COLOURS, Failure, diverged, final_loss, finished, pyplot, read_csv, save, seeds, staged, sweep, training, write_csv
+from shared import COLOURS, Failure, diverged, final_loss, finished, pyplot, read_csv, save, seeds, staged, swept, training, write_csv
 
 ALPHAS = {"1": lambda L: 1, "2": lambda L: 2, "sqrt L": math.sqrt, "L/2": lambda L: L / 2, "L": lambda L: L, "2 L": lambda L: 2 * L}
 SIZES = {
@@ -47,15 +47,13 @@ def score(c, task, run):
 
 
 def rates(c, task, L, alpha):
-    """Of the sweep so far; and its best rate, None until it has ended."""
+    """Of the first seed's sweep so far; and its best rate, None until it has ended."""
     s, lrs, start = c.settings, *((c.settings.hops_lrs, c.settings.hops_start) if task == "hops" else (c.settings.lrs, c.settings.start))
 
     def of(lr):
         run = run_of(c, task, L, alpha, lr, seeds(s)[0])
         return score(c, task, run) if finished(c, run) else None
-    tried = sweep(lrs, start, of)
-    scores = {lr: of(lr) for lr in tried}
-    return tried, None if None in scores.values() else min(tried, key=lambda lr: (scores[lr], lr))
+    return swept(lrs, start, of)
 
 
 def wanted(c):
@@ -108,7 +106,7 @@ def draw(c):
             values = [[v if task == "text" else 1 - v for v in points[L, alpha][2]] for alpha in x]
             mean = [sum(v) / len(v) for v in values]
             axis.errorbar(x, mean, [[m - min(v) for m, v in zip(mean, values)], [max(v) - m for m, v in zip(mean, values)]], fmt="o-", color=colour, capsize=3, elinewidth=1, label=f"L = {L}")
-            axis.plot([L], [mean[x.index(L)]], "o", ms=11, mfc="none", mec=colour, mew=1.6)
+            axis.plot([a for a in x if a == L], [m for a, m in zip(x, mean) if a == L], "o", ms=11, mfc="none", mec=colour, mew=1.6)
         axis.set(xscale="log", xlabel="alpha; circled: alpha = L", title="Validation loss on text (nats)" if task == "text" else "Answers right over the run, lookups")
         if task == "text":  # models that have learnt the frequencies of bytes alone are above
             lowest = min(v for _, _, values in points.values() for v in values)

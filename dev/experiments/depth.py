@@ -9,7 +9,7 @@ import itertools
 import math
 from types import SimpleNamespace
 
-from shared import COLOURS, LABELS, final_loss, finished, log, pyplot, read_csv, save, seeds, staged, sweep, training, write_csv
+from shared import COLOURS, LABELS, final_loss, finished, log, pyplot, read_csv, save, seeds, staged, swept, training, write_csv
 
 SIZES = {
     "tiny": dict(L=[2, 4], C=16, H=2, T=16, B=2, steps=10, warmup=4, lrs=[3e-3, 1e-2], start=[3e-3], pre_start=[3e-3], equal=[[8, 8], [2, 16]], seeds=1, sweep_seeds=0, m=4, norms=["keel", "pre"]),
@@ -41,9 +41,8 @@ def rates(c, norm, L, C):
     def loss(lr):
         mine = [run_of(c, norm, L, C, lr, seed) for seed in first]
         return sum(final_loss(c, run) for run in mine) / len(mine) if all(finished(c, run) for run in mine) else None
-    losses = {lr: loss(lr) for lr in sweep(s.lrs, s.pre_start if norm == "pre" else s.start, loss)}
-    best = None if None in losses.values() else min(losses, key=lambda lr: (losses[lr], lr))
-    return {lr: seeds(s) if lr == best else first for lr in losses}
+    tried, best = swept(s.lrs, s.pre_start if norm == "pre" else s.start, loss)
+    return {lr: seeds(s) if lr == best else first for lr in tried}
 
 
 def runs(c):

@@ -294,6 +294,12 @@ def sweep(grid, start, score):
         tried += beside
 
 
+def swept(grid, start, score):
+    """The rates of a sweep so far, and the best one, None until the sweep has ended."""
+    scores = {rate: score(rate) for rate in sweep(grid, start, score)}
+    return list(scores), None if None in scores.values() else min(scores, key=lambda rate: (scores[rate], rate))
+
+
 def staged(runs_now):
     """The stages of an experiment that sweeps: what runs_now() asks for beyond what was asked for before, until that is nothing."""
     asked = set()
