@@ -1,13 +1,12 @@
 // keel_common.h: what train_keel.cu and train_keel_cpu.cpp share; nothing in it computes on tensors.
 //
-// In order: errors and small tools, random numbers, the norm placements, the parameter table, files, data, the command
-// line, a run and its defaults, the comparison of two debug states. Each fact stands here once, as a row of a table: a
+// In order: errors and small tools, random numbers, the norm placements, the parameter table, files, the command line,
+// a run and its defaults, the comparison of two debug states. Each fact stands here once, as a row of a table: a
 // norm placement, a parameter tensor, a flag. Allocation, file order, initialisation, dumps, comparison and the
 // optimizer walk these tables. What happens around a training step is in keel/, whose files include this one.
 #pragma once
 
 #include <fcntl.h>
-#include <glob.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -15,6 +14,7 @@
 #include <array>
 #include <bit>
 #include <cerrno>
+#include <cfloat>
 #include <chrono>
 #include <climits>
 #include <cmath>
@@ -50,6 +50,9 @@ struct Error : std::runtime_error { using std::runtime_error::runtime_error; };
 
 // Training data that vanished or changed while the run was reading it; the weights are still those of the last step.
 struct DataError : Error { using Error::Error; };
+
+// A file that is there and may be whole, but this process cannot read it: nothing may be put in its place.
+struct UnreadableError : Error { using Error::Error; };
 
 // A printf pattern that the compiler checks against its arguments' types; %s takes a std::string or a path as well.
 template <class... Arguments>
@@ -126,6 +129,19 @@ inline constexpr bool SET = false, ADD = true;  // a matrix product replaces wha
 inline size_t round_up(size_t n, size_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 inline std::string errno_text() { return strerror(errno); }
+
+// What helps where the system has refused a file with the error code e.
+inline const char* errno_advice(int e) {
+    return e == ENOSPC || e == EDQUOT                ? "free some space"
+           : e == EFBIG                              ? "raise the limit of file sizes (ulimit -f)"
+           : e == EMFILE || e == ENFILE              ? "raise the limit of open files (ulimit -n)"
+           : e == ENOMEM                             ? "free some memory, or raise its limit (ulimit -v)"
+           : e == EACCES || e == EPERM || e == EROFS ? "see to its permissions, or give another name"
+           : e == ENOENT                             ? "see that its folder is there"
+                                                     : "see to the disk, or give another name";
+}
+// "could not be written (No space left on device); free some space"
+inline std::string write_fault(int e) { return format("could not be written (%s); %s", strerror(e), errno_advice(e)); }
 
 // A path as a shell reads it back: 'my text.txt'
 inline std::string quoted(const std::string& path) {
@@ -225,7 +241,7 @@ inline uint32_t crc32_parallel(const void* data, size_t bytes, uint32_t crc = 0)
     size_t started = 1;  // this thread takes the first piece
     try {
         for (threads.reserve(pieces); started < pieces; started++) threads.emplace_back(take, started);
-    } catch (const std::system_error&) {  // no more threads: this one takes the other pieces too
+    } catch (const std::exception&) {  // no more threads or memory: this one takes the other pieces too
     }
     take(0);
     for (size_t i = started; i < pieces; i++) take(i);
@@ -664,6 +680,11 @@ enum HeaderWord {
     H_MOMENTS_BF16 = 46,    // 1: --moments bf16
     H_GRADS_BF16 = 47,      // 1: --grads bf16
     H_HOPS = 48,            // K of --train hops:K; 0: the data are files
+    H_TRAIN_SUM = 50,       // uint32, checksum of the training tokens (keel/data.h); this and the next two are 0
+                            // in files of versions that had none
+    H_VAL_SUM = 51,         // uint32, of the validation tokens
+    H_HISTORY = 52,         // uint32, CRC-32 of the loss and gradient norm of every step so far: the files of one
+                            // checkpoint's ranks have the same
     // of all kinds that have a model
     H_TOKENIZER = 49,       // uint32, CRC-32 of the tokenizer's file; 0: bytes, or a vocabulary that is not known
     // of a tokenizer, which has H_V and none of the others
@@ -725,7 +746,11 @@ inline std::string config_fault(const ModelConfig& c) {
         return format("T (-t) must be from 1 to %d and is %d", MAX_T, c.max_seq_len);
     if (c.norm < 0 || c.norm >= NUM_PLACEMENTS)
         return format("the norm placement must be from 0 to %d and is %d", NUM_PLACEMENTS - 1, int(c.norm));
-    if (!(c.alpha > 0) || !std::isfinite(c.alpha)) return format("alpha (-a) must be above 0 and is %g", c.alpha);
+    // The squares of alpha x, added up over a row, must stay finite; those of x_0 are at most 12 (its bound is 2
+    // sqrt(3)).
+    if (double most = std::sqrt(FLT_MAX / (12.0 * c.C)); !(c.alpha > 0 && c.alpha <= most))
+        return format("alpha (-a) must be above 0 and at most %g, as alpha^2 C has to stay finite, and is %g", most,
+                      c.alpha);
     return "";
 }
 
@@ -735,7 +760,14 @@ inline constexpr int MAX_HOPS = 9;  // of --train hops:K (keel/hops.h)
 inline constexpr double MAX_STEPS = 1e15, MAX_TOTAL_BATCH = 1e12, MAX_VAL_BATCHES = 1e9, MAX_RATE = 1e9,
                         MAX_CLIP = 1e30;
 
-// What is wrong with the words of a training state; empty if a run can have them.
+// What is wrong with B and T of a debug or training state, and with the words of a training state; empty if a run can
+// have them.
+inline std::string batch_fault(const FileHeader& h) {
+    int B = h.word[H_B], T = h.word[H_T], max_T = h.word[H_MAX_T];
+    if (B < 1 || B > MAX_B) return format("B must be from 1 to %d and is %d", MAX_B, B);
+    if (T < 1 || T > max_T) return format("T must be from 1 to %d and is %d", max_T, T);
+    return "";
+}
 inline std::string state_fault(const FileHeader& h);
 
 // Number of a model's parameters in sub-layers [first, last), where -1 is what stands outside the blocks. It needs no
@@ -766,14 +798,13 @@ inline size_t owned_parameter_count(const ModelConfig& c, int ranks, int rank) {
     return owned;
 }
 
-// Bytes of a file with this header, the CRC included; 0 where B or T is out of bounds, or no file can be that long.
+// Bytes of a file with this header, the CRC included; 0 where no file can be that long.
 inline size_t expected_file_size(const FileHeader& h) {
     ModelConfig c = h.model();
     size_t reals = h.word[H_KIND] == FILE_STATE ? 3 * owned_parameter_count(c, h.word[H_RANKS], h.word[H_RANK])
                                                 : parameter_count(c),
            ints = 0;
     if (h.word[H_KIND] == FILE_DEBUG) {
-        if (h.word[H_B] < 1 || h.word[H_B] > MAX_B || h.word[H_T] < 1 || h.word[H_T] > c.max_seq_len) return 0;
         size_t rows = size_t(h.word[H_B]) * size_t(h.word[H_T]);
         if (double(rows) * (double(c.V) + 2 * (double(c.L) + 1) * double(c.C)) > 1e18) return 0;
         reals = 2 * reals + 1 + rows * size_t(c.V) + 2 * (size_t(c.L) + 1) * rows * size_t(c.C);
@@ -798,8 +829,12 @@ public:
         int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // opening a pipe must not wait for its writer
         if (fd >= 0) file.reset(fdopen(fd, "rb"));
         struct stat st;
-        if (!file || fstat(fd, &st) != 0)
-            fail("%s: cannot be read (%s); expected a %s file", path, errno_text(), kind_name(kind));
+        if (!file || fstat(fd, &st) != 0) {
+            std::string text =
+                format("%s: cannot be read (%s); expected a %s file", path, errno_text(), kind_name(kind));
+            if (errno == ENOENT || errno == ENOTDIR) throw Error(text);
+            throw UnreadableError(text);
+        }
         if (!S_ISREG(st.st_mode)) fail("%s: expected a %s file, found no regular file", path, kind_name(kind));
         size_t size = size_t(st.st_size);
         if (size < sizeof header + 4)
@@ -812,8 +847,8 @@ public:
                  kind == FILE_TOKENIZER ? "python3 data/tokenizer.py import makes a tokenizer of those of others"
                                         : "give a file that a KEEL trainer wrote");
         if (w[H_VERSION] != FILE_VERSION)
-            fail("%s: expected file version %d, found %d; use the trainer that wrote it", path, FILE_VERSION,
-                 w[H_VERSION]);
+            throw UnreadableError(format("%s: expected file version %d, found %d; use the trainer that wrote it", path,
+                                         FILE_VERSION, w[H_VERSION]));
         if (w[H_KIND] != kind)
             fail("%s: expected a %s (kind %d), found a %s (kind %d); give the other file", path, kind_name(kind),
                  int(kind), kind_name(w[H_KIND]), w[H_KIND]);
@@ -827,6 +862,7 @@ public:
         // A model of this shape has at least L*C*C parameters: refuse before they are counted sub-layer by sub-layer.
         if (fault.empty() && double(c.L) * c.C * c.C > double(size)) fault = "its shape needs more bytes than it has";
         if (fault.empty() && kind == FILE_STATE) fault = state_fault(header);
+        if (fault.empty() && kind == FILE_DEBUG) fault = batch_fault(header);
         if (int64_t step = header.get<int64_t>(H_STEP); fault.empty() && (step < 0 || double(step) > MAX_STEPS))
             fault = format("its step must be from 0 to %.0f and is %lld", MAX_STEPS, step);
         if (!fault.empty()) fail("%s: %s; the file is damaged", path, fault);
@@ -907,27 +943,12 @@ inline void sync_folder(const std::string& file_path) {
              why);
 }
 
-// Replaces a small file: a reader finds all of the old text or all of the new. advice: what the user is to do where it
-// cannot be written.
-inline void replace_file(const std::string& path, const std::string& text, const char* advice) {
-    std::string temporary = path + ".tmp";
-    FILE* out = fopen(temporary.c_str(), "we");
-    bool good =
-        out && fwrite(text.data(), 1, text.size(), out) == text.size() && fflush(out) == 0 && fsync(fileno(out)) == 0;
-    std::string why = errno_text();
-    if (out) fclose(out);
-    if (!good) unlink(temporary.c_str());
-    if (!good || rename(temporary.c_str(), path.c_str()) != 0)
-        fail("%s: could not be written (%s); %s", path, good ? errno_text() : why, advice);
-    sync_folder(path);
-}
-
 // Writes one of our files beside its target and renames it once everything is on the disk: the target is always whole.
 class FileWriter {
 public:
     explicit FileWriter(const std::string& path) : path(path), temporary(path + ".tmp") {
         file = fopen(temporary.c_str(), "wbe");
-        if (!file) fail("%s: cannot be written (%s); choose another folder", path, errno_text());
+        if (!file) fail("%s: %s", path, write_fault(errno));
     }
     ~FileWriter() {
         if (!file) return;
@@ -949,20 +970,27 @@ public:
     void commit() {
         uint32_t sum = crc;
         write(&sum, 4);
-        if (fflush(file) != 0 || fsync(fileno(file)) != 0) fail_write();
-        fclose(file);
-        file = nullptr;
-        if (rename(temporary.c_str(), path.c_str()) != 0) {
-            std::string why = errno_text();
-            unlink(temporary.c_str());
-            fail("%s: cannot be renamed into place (%s)", path, why);
-        }
-        sync_folder(path);
+        finish();
+    }
+
+    // Replaces a small file that has no CRC: a reader finds all of the old text or all of the new.
+    static void replace(const std::string& path, const std::string& text) {
+        FileWriter out(path);
+        out.write(text.data(), text.size());
+        out.finish();
     }
 
 private:
-    [[noreturn]] void fail_write() {
-        fail("%s: could not be written (%s); free some space, what was there before is untouched", path, errno_text());
+    [[noreturn]] void fail_write() { fail("%s: %s; what was there before is untouched", path, write_fault(errno)); }
+    void finish() {
+        if (fflush(file) != 0 || fsync(fileno(file)) != 0) fail_write();
+        fclose(std::exchange(file, nullptr));
+        if (rename(temporary.c_str(), path.c_str()) != 0) {
+            int e = errno;
+            unlink(temporary.c_str());
+            fail("%s: %s", path, write_fault(e));
+        }
+        sync_folder(path);
     }
     std::string path, temporary;
     FILE* file = nullptr;
@@ -1024,197 +1052,6 @@ size_t debug_state_bytes(const ModelConfig& c, int64_t B, int T) {
 }
 
 // ----------------------------------------------------------------------------------------------------
-// Data: text files (a byte is a token, V = 256, unless a tokenizer encodes them) or llm.c's token shards (.bin)
-//
-// All files of a glob, in the order of their names, are one long row of tokens. Files are opened for each read and not
-// kept open, so that ten thousand of them, or a terabyte, cost neither memory nor file descriptors.
-
-// llm.c's two kinds of shards. V and the token before each document, where no tokenizer says them: GPT-2's, Llama 3's.
-struct ShardFormat { int magic, version, token_bytes, V, separator; };
-inline constexpr ShardFormat shard_formats[] = {{20240520, 1, 2, 50257, 50256}, {20240801, 7, 4, 128256, 128000}};
-
-// clang-format off
-// What people have beside text and shards, by a file's first bytes, and the command that makes of it what is read here.
-struct ForeignFormat { std::string_view start; const char *name, *command; };
-inline const ForeignFormat foreign_formats[] = {
-    {{"\xFF\xFE\0\0", 4},  "UTF-32",         "iconv -f UTF-32 -t UTF-8 FILE > text.txt"},
-    {"\xFF\xFE",           "UTF-16",         "iconv -f UTF-16 -t UTF-8 FILE > text.txt"},
-    {"\xFE\xFF",           "UTF-16",         "iconv -f UTF-16 -t UTF-8 FILE > text.txt"},
-    {"\x1F\x8B",           "gzip",           "gzip -dc FILE > text.txt"},
-    {"BZh91AY&SY",         "bzip2",          "bzip2 -dc FILE > text.txt"},
-    {"\xFD""7zXZ",          "xz",             "xz -dc FILE > text.txt"},
-    {"\x28\xB5\x2F\xFD",   "Zstandard",      "zstd -dc FILE > text.txt"},
-    {"PK\x03\x04",         "zip",            "unzip FILE"},
-    {"%PDF-",              "PDF",            "pdftotext FILE"},
-    {"PAR1\x15",           "Parquet",        "python3 data/tokenizer.py encode -t TOKENIZER -o DIR FILE"},
-    {"\x93NUMPY",          "NumPy's .npy",   "python3 data/shards.py convert -o DIR FILE"},
-    {"BIN.TOK\n",          "LLM.Q's tokens", "python3 data/shards.py convert -o DIR FILE"},
-    {{"KEEL\1\0\0\0", 8},  "a file of a KEEL trainer", "python3 dev/keel_file.py FILE"},
-};
-// clang-format on
-
-// Fails where a file is not text, by its name and its first bytes. Text may have any encoding that leaves ASCII as it
-// is, and no zero byte among these.
-inline void refuse_foreign(const std::string& path, std::string_view head) {
-    for (const ForeignFormat& f : foreign_formats)
-        if (head.starts_with(f.start)) {
-            std::string command = f.command;
-            command.replace(command.find("FILE"), 4, quoted(path));
-            fail("%s: expected text or a .bin shard, found %s; use: %s", path, f.name, command);
-        }
-    int32_t word[2] = {};
-    memcpy(word, head.data(), std::min(sizeof word, head.size()));
-    if (path.ends_with(".bin"))
-        fail("%s: expected a token shard (magic %d, version %d), found %d, %d; if it is nanoGPT's, without a header, "
-             "use: python3 data/shards.py convert -o DIR %s",
-             path, shard_formats[0].magic, shard_formats[0].version, word[0], word[1], quoted(path));
-    std::string ending = std::filesystem::path(path).extension();
-    for (char& c : ending) c = char(tolower((unsigned char)c));
-    if (ending == ".jsonl" || ending == ".ndjson")
-        fail("%s: expected text or a .bin shard, found JSON lines; use: python3 data/tokenizer.py encode -t TOKENIZER "
-             "-o DIR %s",
-             path, quoted(path));
-    if (size_t zero = head.find('\0'); zero != head.npos)
-        fail("%s: expected text, found a zero byte at %zu; if it is UTF-16, use: iconv -f UTF-16%s -t UTF-8 %s > "
-             "text.txt",
-             path, zero, zero % 2 ? "LE" : "BE", quoted(path));
-}
-
-struct TokenFile {
-    std::string path;
-    size_t first = 0, count = 0;  // its tokens are [first, first + count) of the row
-    dev_t device = 0;
-    ino_t inode = 0;
-};
-
-class TokenSource {
-public:
-    std::string pattern;
-    std::vector<TokenFile> files;
-    const ShardFormat* shards = nullptr;  // null: text
-    size_t count = 0;                     // tokens in all
-    // The tokens of text that has been encoded (keel/data.h); null: a byte is a token.
-    std::shared_ptr<const std::vector<int>> encoded;
-
-    TokenSource() = default;
-
-    // paths: files, or a single glob. flag: the one to name in errors.
-    TokenSource(const std::vector<std::string>& paths, const char* flag) {
-        pattern = paths.size() == 1 ? paths[0] : format("%zu files", paths.size());
-        std::vector<std::string> names = paths;
-        if (paths.size() == 1 && paths[0].find_first_of("*?[") != std::string::npos &&
-            access(paths[0].c_str(), F_OK) != 0) {
-            glob_t matches{};
-            names.clear();
-            if (::glob(paths[0].c_str(), 0, nullptr, &matches) == 0)
-                names.assign(matches.gl_pathv, matches.gl_pathv + matches.gl_pathc);
-            globfree(&matches);
-            if (names.empty()) fail("%s: the glob '%s' matches no file; correct it", flag, paths[0]);
-        }
-        for (const std::string& name : names) add(name, flag);
-        if (count == 0) fail("%s: expected text or token shards in '%s', found nothing", flag, pattern);
-    }
-
-    // Reads tokens [first, first + n) of the row into out (n) and checks that each is below V.
-    void read(size_t first, size_t n, int V, int* out) const {
-        if (encoded) {
-            std::copy_n(encoded->begin() + ptrdiff_t(first), n, out);
-            return;
-        }
-        auto file = std::upper_bound(files.begin(), files.end(), first,
-                                     [](size_t at, const TokenFile& f) { return at < f.first + f.count; });
-        while (n > 0) {
-            size_t m = std::min(n, file->first + file->count - first);
-            read_from(*file, first - file->first, m, V, out);
-            first += m, out += m, n -= m;
-            ++file;
-        }
-    }
-
-    bool same_file(const TokenSource& other) const {
-        for (const TokenFile& a : files)
-            for (const TokenFile& b : other.files)
-                if (a.device == b.device && a.inode == b.inode) return true;
-        return false;
-    }
-
-    static int open_file(const std::string& path) {
-        int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // opening a pipe must not wait for its writer
-        if (fd < 0)
-            throw DataError(format("%s: cannot be read (%s); expected a text file or a .bin shard", path,
-                                   errno_text()));
-        return fd;
-    }
-
-private:
-    void add(const std::string& path, const char* flag) {
-        int fd = open_file(path);
-        struct stat st{};
-        std::string head(size_t(1) << 16, '\0');
-        bool readable = fstat(fd, &st) == 0 && S_ISREG(st.st_mode);
-        head.resize(size_t(std::max<ssize_t>(readable ? pread(fd, head.data(), head.size(), 0) : 0, 0)));
-        close(fd);
-        size_t size = size_t(st.st_size);
-        if (!readable) fail("%s: expected a file, found something else; name files or a quoted glob", path);
-        if (size == 0) fail("%s: the file is empty; leave it out of %s", path, flag);
-        int32_t header[256] = {};
-        memcpy(header, head.data(), std::min(sizeof header, head.size()));
-        const ShardFormat* shard = nullptr;
-        for (const ShardFormat& f : shard_formats)
-            if (header[0] == f.magic && header[1] == f.version) shard = &f;
-        if (!shard) refuse_foreign(path, head);
-        if (shard && !path.ends_with(".bin"))
-            fail("%s: expected a token shard's name to end in .bin; use: mv %s %s", path, quoted(path),
-                 quoted(path + ".bin"));
-        auto kind = [](const ShardFormat* f) {
-            return f ? format("a shard of %d-byte tokens", f->token_bytes) : "text";
-        };
-        if (!files.empty() && shard != shards)
-            fail("%s: expected %s like the files before it, found %s; train on one kind", path, kind(shards),
-                 kind(shard));
-        shards = shard;
-        TokenFile file{path, count, size, st.st_dev, st.st_ino};
-        if (shard) {
-            size_t width = size_t(shard->token_bytes), body = size - std::min(size, sizeof header);
-            if (header[2] < 0 || body != width * size_t(header[2]))
-                fail("%s: expected %d tokens from its header, found %zu; fetch the shard again", path, header[2],
-                     body / width);
-            file.count = size_t(header[2]);
-            if (file.count == 0) return;
-        }
-        files.push_back(file);
-        count += file.count;
-    }
-
-    void read_from(const TokenFile& file, size_t first, size_t n, int V, int* out) const {
-        size_t width = shards ? size_t(shards->token_bytes) : 1, offset = (shards ? 1024 : 0) + first * width;
-        std::vector<unsigned char> bytes(n * width);
-        int fd = open_file(file.path);
-        size_t done = 0;
-        while (done < bytes.size()) {
-            ssize_t got = pread(fd, bytes.data() + done, bytes.size() - done, off_t(offset + done));
-            if (got < 0 && errno == EINTR) continue;
-            if (got <= 0) break;
-            done += size_t(got);
-        }
-        close(fd);
-        if (done < bytes.size())
-            throw DataError(format("%s: expected %zu tokens as at the start of the run, found fewer; the file has been "
-                                   "cut short, restore it",
-                                   file.path, file.count));
-        for (size_t i = 0; i < n; i++) {
-            uint32_t token = 0;
-            memcpy(&token, &bytes[i * width], width);
-            if (token >= uint32_t(V))
-                fail("%s: expected tokens below the model's V = %d, found %u at token %zu; use other data or another "
-                     "model",
-                     file.path, V, token, first + i);
-            out[i] = int(token);
-        }
-    }
-};
-
-// ----------------------------------------------------------------------------------------------------
 // The command line: one row a flag, from which parsing, -h and the README's table come
 
 // What decides a run's numbers beside its model and its batch. A training state holds these settings, and a resume
@@ -1236,6 +1073,9 @@ struct Options : Settings {
     bool resume = false, stop_on_divergence = false, special = false, help = false;
     std::set<std::string> given;  // long names of the flags on the command line
     bool has(const char* long_name) const { return given.count(long_name) > 0; }
+    bool only_samples() const {
+        return has("--init") && has("--prompt") && !has("--train") && !has("--out") && !has("--steps");
+    }
 };
 
 struct Flag {
@@ -1272,7 +1112,7 @@ inline const Flag flags[] = {
      MAX_TOTAL_BATCH},
     {"", "--norm", "NAME", nullptr, "norm placement: ", &Options::norm},  // help_text adds the names
     {"-a", "--alpha", "A", "by --norm", "weight of the shortcut, where the placement has one (keel: L)",
-     &Options::alpha, 1e-30, 1e30},
+     &Options::alpha, 1e-30, 1e19},
     {"-l", "--lr", "X", "by -L", "peak learning rate", &Options::lr, 0, MAX_RATE, H_LR},
     {"-u", "--warmup", "N", "steps/4", "steps of linear warm-up, at most 2500 by default; then cosine to 1e-7",
      &Options::warmup, 0, MAX_STEPS, H_WARMUP},
@@ -1370,6 +1210,38 @@ inline double parse_real(const char* flag, const std::string& text, double least
     return value;
 }
 
+// What the program does instead of training where a flag asks for it, and the other flags that it then uses.
+struct Mode {
+    const char *flag, *does;
+    std::vector<std::string_view> uses;
+};
+inline const Mode modes[] = {
+    {"--check", "takes all from the debug state", {}},
+    {"--dump",
+     "makes one pass over one batch",
+     {"--train", "--val", "--tokenizer", "--init", "--layers", "--channels", "--heads", "--seq-len", "--batch",
+      "--total-batch", "--norm", "--alpha", "--seed", "--recompute", "--grads", "--tune"}},
+    {"--ablate",
+     "only evaluates a model",
+     {"--train", "--val", "--tokenizer", "--out", "--init", "--layers", "--channels", "--heads", "--seq-len", "--batch",
+      "--total-batch", "--norm", "--alpha", "--seed", "--val-batches", "--recompute", "--tune"}},
+    {"--prompt",
+     "with -e, and no -i, -o or -x, only samples",
+     {"--tokenizer", "--init", "--layers", "--channels", "--heads", "--seq-len", "--norm", "--alpha", "--seed",
+      "--sample-tokens", "--special", "--temperature", "--top-k", "--tune"}},
+};
+
+// Fails where a flag is given that what the others ask for does not use.
+inline void check_mode(const Options& o) {
+    for (const Mode& mode : modes) {
+        if (!o.has(mode.flag) || (mode.flag == std::string("--prompt") && !o.only_samples())) continue;
+        for (const std::string& flag : o.given)
+            if (flag != mode.flag && std::find(mode.uses.begin(), mode.uses.end(), flag) == mode.uses.end())
+                fail("%s: %s, and does not use %s; leave one of the two out", mode.flag, mode.does, flag);
+        return;
+    }
+}
+
 inline Options parse_command_line(int argc, const char* const* argv) {
     Options o;
     for (int i = 1; i < argc; i++) {
@@ -1405,21 +1277,13 @@ inline Options parse_command_line(int argc, const char* const* argv) {
         else if (auto* text = std::get_if<std::string Options::*>(&flag->member)) o.*(*text) = value;
         else if (auto* list = std::get_if<std::vector<std::string> Options::*>(&flag->member)) o.*(*list) = {value};
     }
+    if (o.help) return o;
+    if (!o.ablate.empty() && o.init.empty()) fail("--ablate: expected a model with -e, found none; add -e FILE");
+    check_mode(o);
     if (o.resume && o.out.empty()) fail("-y: expected the run's folder with -o, found none; add -o DIR");
     if (o.resume && !o.init.empty()) fail("-y: goes on from -o, and -e starts from another file; give one of the two");
     if (o.probe > 0 && o.out.empty()) fail("--probe: expected a folder for probe.csv, found none; add -o DIR");
-    if (!o.dump.empty() && (o.resume || o.probe > 0))
-        fail("--dump: trains nothing, and %s asks for a run; leave it out, and dump a saved model with -e",
-             o.resume ? "-y" : "--probe");
-    if (!o.ablate.empty()) {
-        if (o.init.empty()) fail("--ablate: expected a model with -e, found none; add -e FILE");
-        for (const char* other : {"--resume", "--probe", "--dump", "--check", "--prompt", "--steps"})
-            if (o.has(other))
-                fail("--ablate: evaluates and trains nothing, and %s asks for something else; give one of the two",
-                     other);
-        if (o.ablate != "all") parse_integer("--ablate", o.ablate, 0, MAX_L - 1);
-    }
-    if (!o.dump.empty() && !o.check.empty()) fail("--dump and --check: expected one of the two, found both");
+    if (!o.ablate.empty() && o.ablate != "all") parse_integer("--ablate", o.ablate, 0, MAX_L - 1);
     for (auto [flag, type] : {std::pair{"--moments", o.moments}, {"--grads", o.grads}})
         if (type != "fp32" && type != "bf16") fail("%s: expected fp32 or bf16, found '%s'", flag, type);
     return o;
@@ -1427,10 +1291,8 @@ inline Options parse_command_line(int argc, const char* const* argv) {
 
 // The CRC does not spare these checks: it tells of accidents only, as whoever forges a file forges its CRC too.
 inline std::string state_fault(const FileHeader& h) {
-    ModelConfig c = h.model();
+    if (std::string fault = batch_fault(h); !fault.empty()) return fault;
     int B = h.word[H_B], T = h.word[H_T], level = h.word[H_RECOMPUTE];
-    if (B < 1 || B > MAX_B) return format("B must be from 1 to %d and is %d", MAX_B, B);
-    if (T < 1 || T > c.max_seq_len) return format("T must be from 1 to %d and is %d", c.max_seq_len, T);
     if (level < -1 || level > MAX_L || (level > 1 && level % 2))
         return format("the level of recomputation must be -1, 0, 1 or even and is %d", level);
     int ranks = h.word[H_RANKS], rank = h.word[H_RANK];
@@ -1529,11 +1391,12 @@ struct RunConfig : Settings {
     Recompute recompute;
     StateTypes types;
     std::string tune;         // --tune's table, which decides how products are summed; "": none
-    int ranks = 0, rank = 0;  // ranks of the run, 0 where no launcher started it; which of them this process is
+    int ranks = 0, rank = 0;  // ranks of the run, 0 where it is alone; which of them this process is
     int zero = 0;             // the ZeRO level
     // Not settings but counts: the steps so far that updated nothing, and how many of them came last, in a row. AdamW's
     // bias corrections count only the other steps.
     int64_t skipped = 0, skipped_in_row = 0;
+    uint32_t history = 0;  // H_HISTORY
 
     int64_t batch_sequences() const { return total_batch / T; }
     int64_t rank_sequences() const { return batch_sequences() / std::max(1, ranks); }
@@ -1546,7 +1409,7 @@ struct RunConfig : Settings {
     }
 };
 
-// How the ranks of a run divide its memory among them; ranks 0: no launcher started it.
+// How the ranks of a run divide its memory among them; ranks 0: it is alone.
 struct Sharing {
     int ranks = 0, rank = 0, zero = 0;
     Sharing() = default;
@@ -1693,9 +1556,13 @@ inline RunConfig resolve_run(const Options& o, const FileHeader* init, Vocabular
                                     : int64_t(round_up(size_t(default_total_batch(m.C, run.T)), size_t(least)));
     // Where the checkpoint's micro-batch does not fit another number of ranks, it is chosen anew.
     if (resume && !o.batch && init->word[H_RANKS] != std::max(1, ranks) && run.total_batch % (run.B * least)) run.B = 0;
+    const char* kept = resume && !o.total_batch ? " as in the checkpoint" : "";
     if (run.total_batch % (std::max(run.B, 1) * least))
-        fail("-d: expected a multiple of %lld tokens (%sT%s), found %lld", std::max(run.B, 1) * least,
-             run.B ? "B*" : "", ranks > 1 ? " times the ranks" : "", run.total_batch);
+        fail("%s: expected a multiple of %lld tokens (%sT%s) as total batch, found %lld%s",
+             *kept && o.batch     ? "-b"
+             : *kept && o.seq_len ? "-t"
+                                  : "-d",
+             std::max(run.B, 1) * least, run.B ? "B*" : "", ranks > 1 ? " times the ranks" : "", run.total_batch, kept);
     if (run.batch_sequences() > INT_MAX)
         fail("-d: expected at most %d sequences of -t tokens, found %lld; give a smaller -d or a larger -t", INT_MAX,
              run.batch_sequences());
@@ -1703,9 +1570,13 @@ inline RunConfig resolve_run(const Options& o, const FileHeader* init, Vocabular
     if (resume) restore_settings(run, o, *init);
     if (!resume && !o.has("--warmup")) run.warmup = std::min<int64_t>(2500, run.steps / 4);
     if (!resume && !o.has("--lr")) run.lr = default_lr(m);
+    if (run.steps > 0 && run.warmup > run.steps && !o.has("--warmup"))
+        fail("-x: expected at least the %lld steps of warm-up of the checkpoint, found %lld; give more, or -u too",
+             run.warmup, run.steps);
     if (run.steps > 0 && run.warmup > run.steps)
         fail("-u: expected at most the %lld steps of -x, found %lld; give fewer", run.steps, run.warmup);
     if (resume) run.skipped = init->get<int64_t>(H_SKIPPED), run.skipped_in_row = init->get<int64_t>(H_SKIPPED_IN_ROW);
+    if (resume) run.history = init->get<uint32_t>(H_HISTORY);
     run.recompute_chosen = o.recompute != "auto" || resume;
     if (o.recompute != "auto") run.recompute = Recompute::parse(o.recompute);
     else if (resume) run.recompute = {init->word[H_RECOMPUTE]};

@@ -1074,7 +1074,12 @@ struct Trainer {
 
     using Generator = TokenGenerator;
 
-    static void require_machine() {}
+    static void require_machine() {
+        int wanted = omp_get_max_threads(), threads = startable_threads(wanted);
+        if (threads == wanted) return;  // else OpenMP would end the program
+        omp_set_num_threads(threads);
+        print("note       %d threads of %d, as no more can be started (ulimit -u, -v)\n", threads, wanted);
+    }
     static void check_model(const ModelConfig&) {}  // any shape that config_fault lets pass
     static std::string machine_name() { return format("%d threads", omp_get_max_threads()); }
 

@@ -17,6 +17,7 @@ inline FileHeader state_header(RealType type, bool branch_bf16, const RunConfig&
     h.word[H_MOMENTS_BF16] = run.types.moments_bf16, h.word[H_GRADS_BF16] = run.types.grads_bf16;
     h.word[H_RANKS] = std::max(1, run.ranks), h.word[H_RANK] = run.rank;
     h.word[H_HOPS] = data.programs.hops;
+    h.set(H_TRAIN_SUM, data.train_sum), h.set(H_VAL_SUM, data.val_sum), h.set(H_HISTORY, run.history);
     return h;
 }
 
@@ -114,37 +115,56 @@ void load_parameters(Trainer& trainer, FileReader& in) {
     trainer.loaded();
 }
 
-// The newest checkpoint of the folder whose states are all whole, or none where the folder has no checkpoint. Those
-// passed over are named on stderr. The ranks divide the files among them to read, and all return the same answer.
+// Why a resume cannot go on from a checkpoint, by the header of rank 0's file, which it returns; "" where it can.
+inline std::string header_fault(const StateFiles& states, FileHeader& first) {
+    first = FileReader(states.path(0), FILE_STATE).header;
+    if (int64_t step = first.get<int64_t>(H_STEP); step != states.step)
+        return format("%s: expected step %lld as in its name, found %lld", states.path(0), states.step, step);
+    if (int64_t skipped = first.get<int64_t>(H_SKIPPED_IN_ROW); skipped > 0)
+        return format("%s: expected one whose last step updated the weights, found that its last %lld were skipped",
+                      states.path(0), skipped);
+    return "";
+}
+
+// The newest checkpoint of the folder that a resume can go on from, or none where the folder has no checkpoint: its
+// states are whole, and its last step was not skipped. Those passed over are named on stderr. The ranks divide the
+// files among them to read, and all return the same answer.
 inline StateFiles newest_states(const std::string& folder, const Ranks& ranks) {
-    std::vector<std::pair<long long, std::string>> found;
-    if (ranks.rank() == 0) found = files_by_step(folder, STATE_PATTERN);
-    int damaged = 0;
-    for (size_t i = 0;; i++) {
+    std::set<int64_t> steps, passed_over;
+    if (ranks.rank() == 0)
+        for (const auto& file : files_by_step(folder, ANY_STATE_PATTERN)) steps.insert(file.first);
+    int complete = 0;  // of those passed over
+    auto pass_over = [](const std::string& why) { fprintf(stderr, "skipping a checkpoint: %s\n", why.c_str()); };
+    for (;;) {
         struct {
             int64_t step;
-            int32_t ranks, damaged;
-        } candidate = {-1, 0, damaged};
-        if (ranks.rank() == 0 && i < found.size()) {
-            candidate = {found[i].first, 0, damaged};
+            int32_t ranks, complete;
+        } candidate = {-1, 0, complete};
+        if (!steps.empty()) {
+            StateFiles states{folder, *steps.rbegin(), 1};
+            std::string why;
+            candidate.step = states.step;
+            steps.erase(states.step);
             try {
-                candidate.ranks = FileReader(found[i].second, FILE_STATE).header.word[H_RANKS];
-                if (std::string path = StateFiles{folder, candidate.step, candidate.ranks}.missing(); !path.empty()) {
-                    candidate.ranks = 0;
-                    fprintf(stderr, "skipping a checkpoint: expected the file %s, found none\n", path.c_str());
-                }
+                FileHeader first;
+                if (states.missing().empty()) why = header_fault(states, first), states.ranks = first.word[H_RANKS];
+                if (!why.empty()) complete++;
+                else if (std::string path = states.missing(); path.empty()) candidate.ranks = states.ranks;
+                else why = format("expected the file %s, found none", path);
+            } catch (const UnreadableError&) {
+                throw;
             } catch (const Error& e) {
-                damaged++;
-                fprintf(stderr, "skipping a checkpoint: %s\n", e.what());
+                why = e.what(), complete++;
             }
+            if (!why.empty()) pass_over(why), passed_over.insert(states.step);
         }
         ranks.broadcast(&candidate, sizeof candidate);
-        StateFiles states{folder, candidate.step, candidate.ranks};
+        StateFiles states{folder, candidate.step, candidate.ranks, passed_over};
         if (!states) {
-            if (candidate.damaged > 0)
-                fail("-y: expected a whole checkpoint in %s, found %d, all damaged; restore one, or move the folder "
-                     "away to start fresh",
-                     folder, candidate.damaged);
+            if (candidate.complete > 0)
+                fail("-y: expected a checkpoint to go on from in %s, found none among %d; restore one, or move the "
+                     "folder away to start fresh",
+                     folder, candidate.complete);
             return states;
         }
         int whole = candidate.ranks > 0;
@@ -153,12 +173,15 @@ inline StateFiles newest_states(const std::string& folder, const Ranks& ranks) {
                 FileHeader first = FileReader(states.path(0), FILE_STATE).header;
                 states.open(r, first).finish();
             }
+        } catch (const UnreadableError&) {
+            throw;
         } catch (const Error& e) {
             whole = 0;
-            fprintf(stderr, "skipping a checkpoint: %s\n", e.what());
+            pass_over(e.what());
         }
         if (ranks.all(whole)) return states;
-        damaged += candidate.ranks > 0;
+        complete += candidate.ranks > 0;
+        passed_over.insert(candidate.step);
     }
 }
 
@@ -218,13 +241,15 @@ public:
         return SECTIONS * layout.owned_count(ranks.rank()) + (ranks && ranks.rank() == 0 ? layout.count : 0);
     }
 
-    // While steps are being skipped, no older checkpoint is removed: the new one may hold weights beyond repair.
+    // states: the checkpoint that a resume goes on from.
+    void resume(const StateFiles& states) { newest = states.step, passed_over = states.passed_over, outdated = true; }
+
     void write(int64_t step) {
         wait();
         double start = seconds();
         job = new_job(step);
-        job.keep = trainer.run.skipped_in_row > 0 ? 0 : keep;
         error = nullptr;
+        passed_over.erase(step);
         if (snapshot.size()) {
             take_snapshot();
             job.stalled = seconds() - start;
@@ -257,12 +282,19 @@ public:
             advance();
         }
     }
+    // --keep, called after a finite step from the weights of the checkpoint of step `proven`: only then does the newest
+    // one stand for those before it, as its last update may have left weights from which nothing can be trained.
+    void remove_old(int64_t proven) {
+        if (!outdated || phase != NOTHING || proven != newest) return;
+        if (ranks.rank() == 0) remove_old_checkpoints(folder, newest, keep, passed_over);
+        outdated = false;
+    }
     unsigned flags() const { return phase != NOTHING && done.load(std::memory_order_acquire) ? flag_of_phase() : 0u; }
 
 private:
     enum Phase { NOTHING, STATE, MODEL, STATE_AND_MODEL };
     struct Job {
-        int64_t step = -1, keep = 0;
+        int64_t step = -1;
         double stalled = 0, written = 0;  // seconds
         FileHeader state = {}, model = {};
     };
@@ -313,7 +345,6 @@ private:
                 }
                 out.commit();
             }
-            if (!ranks) remove_old_checkpoints(folder, job.step, job.keep);
         } catch (...) {
             error = std::current_exception();
         }
@@ -333,7 +364,7 @@ private:
     void finish() {
         phase = NOTHING;
         if (error) std::rethrow_exception(std::exchange(error, nullptr));
-        if (ranks && ranks.rank() == 0) remove_old_checkpoints(folder, job.step, job.keep);
+        newest = job.step, outdated = true;
         print("checkpoint | %s | training stalled for %.1f ms, written in %.0f ms\n", state_path(folder, job.step),
               job.stalled * 1e3, job.written * 1e3);
     }
@@ -347,6 +378,9 @@ private:
     size_t owned;                          // reals of the parameters that this rank owns
     typename Trainer::HostArray snapshot;  // empty: checkpoints are written while training waits
     Job job;
+    int64_t newest = -1;            // step of the last whole checkpoint
+    bool outdated = false;          // older ones than that have not been removed yet
+    std::set<int64_t> passed_over;  // steps of checkpoints from which a resume could not go on
     Phase phase = NOTHING;
     std::exception_ptr error;
     std::atomic<bool> done = false;

@@ -87,7 +87,7 @@ public:
             for (uint64_t word : row.algorithm.data) text += format("%016llx", word);
             text += "\n";
         }
-        replace_file(path, text, "free some space or leave out --tune");
+        FileWriter::replace(path, text);
     }
 
 private:

@@ -1,11 +1,217 @@
 // keel/data.h: what a run trains and validates on.
 #pragma once
 
+#include <glob.h>
+
 #include <functional>
 
 #include "hops.h"
 #include "memory.h"
 #include "tokenizer.h"
+
+// Data are text files (a byte is a token, V = 256, unless a tokenizer encodes them) or llm.c's token shards (.bin). All
+// files of a glob, in the order of their names, are one long row of tokens. Files are opened for each read and not
+// kept open, so that ten thousand of them, or a terabyte, cost neither memory nor file descriptors.
+
+// llm.c's two kinds of shards. V and the token before each document, where no tokenizer says them: GPT-2's, Llama 3's.
+struct ShardFormat { int magic, version, token_bytes, V, separator; };
+inline constexpr ShardFormat shard_formats[] = {{20240520, 1, 2, 50257, 50256}, {20240801, 7, 4, 128256, 128000}};
+
+// clang-format off
+// What people have beside text and shards, by a file's first bytes, and the command that makes of it what is read here.
+struct ForeignFormat { std::string_view start; const char *name, *command; };
+inline const ForeignFormat foreign_formats[] = {
+    {{"\xFF\xFE\0\0", 4},  "UTF-32",         "iconv -f UTF-32 -t UTF-8 FILE > text.txt"},
+    {"\xFF\xFE",           "UTF-16",         "iconv -f UTF-16 -t UTF-8 FILE > text.txt"},
+    {"\xFE\xFF",           "UTF-16",         "iconv -f UTF-16 -t UTF-8 FILE > text.txt"},
+    {"\x1F\x8B",           "gzip",           "gzip -dc FILE > text.txt"},
+    {"BZh91AY&SY",         "bzip2",          "bzip2 -dc FILE > text.txt"},
+    {"\xFD""7zXZ",          "xz",             "xz -dc FILE > text.txt"},
+    {"\x28\xB5\x2F\xFD",   "Zstandard",      "zstd -dc FILE > text.txt"},
+    {"PK\x03\x04",         "zip",            "unzip FILE"},
+    {"%PDF-",              "PDF",            "pdftotext FILE"},
+    {"PAR1\x15",           "Parquet",        "python3 data/tokenizer.py encode -t TOKENIZER -o DIR FILE"},
+    {"\x93NUMPY",          "NumPy's .npy",   "python3 data/shards.py convert -o DIR FILE"},
+    {"BIN.TOK\n",          "LLM.Q's tokens", "python3 data/shards.py convert -o DIR FILE"},
+    {{"KEEL\1\0\0\0", 8},  "a file of a KEEL trainer", "python3 dev/keel_file.py FILE"},
+};
+// clang-format on
+
+// Fails where a file is not text, by its name and its first bytes. Text may have any encoding that leaves ASCII as it
+// is, and no zero byte among these.
+inline void refuse_foreign(const std::string& path, std::string_view head) {
+    for (const ForeignFormat& f : foreign_formats)
+        if (head.starts_with(f.start)) {
+            std::string command = f.command;
+            command.replace(command.find("FILE"), 4, quoted(path));
+            fail("%s: expected text or a .bin shard, found %s; use: %s", path, f.name, command);
+        }
+    int32_t word[2] = {};
+    memcpy(word, head.data(), std::min(sizeof word, head.size()));
+    if (path.ends_with(".bin"))
+        fail("%s: expected a token shard (magic %d, version %d), found %d, %d; if it is nanoGPT's, without a header, "
+             "use: python3 data/shards.py convert -o DIR %s",
+             path, shard_formats[0].magic, shard_formats[0].version, word[0], word[1], quoted(path));
+    std::string ending = std::filesystem::path(path).extension();
+    for (char& c : ending) c = char(tolower((unsigned char)c));
+    if (ending == ".jsonl" || ending == ".ndjson")
+        fail("%s: expected text or a .bin shard, found JSON lines; use: python3 data/tokenizer.py encode -t TOKENIZER "
+             "-o DIR %s",
+             path, quoted(path));
+    if (size_t zero = head.find('\0'); zero != head.npos)
+        fail("%s: expected text, found a zero byte at %zu; if it is UTF-16, use: iconv -f UTF-16%s -t UTF-8 %s > "
+             "text.txt",
+             path, zero, zero % 2 ? "LE" : "BE", quoted(path));
+}
+
+struct TokenFile {
+    std::string path;
+    size_t first = 0, count = 0;  // its tokens are [first, first + count) of the row
+    dev_t device = 0;
+    ino_t inode = 0;
+};
+
+class TokenSource {
+public:
+    std::string pattern;
+    std::vector<TokenFile> files;
+    const ShardFormat* shards = nullptr;  // null: text
+    size_t count = 0;                     // tokens in all
+    // The tokens of text that has been encoded (keel/data.h); null: a byte is a token.
+    std::shared_ptr<const std::vector<int>> encoded;
+
+    TokenSource() = default;
+
+    // paths: files, or a single glob. flag: the one to name in errors.
+    TokenSource(const std::vector<std::string>& paths, const char* flag) {
+        pattern = paths.size() == 1 ? paths[0] : format("%zu files", paths.size());
+        std::vector<std::string> names = paths;
+        if (paths.size() == 1 && paths[0].find_first_of("*?[") != std::string::npos &&
+            access(paths[0].c_str(), F_OK) != 0) {
+            glob_t matches{};
+            names.clear();
+            if (::glob(paths[0].c_str(), 0, nullptr, &matches) == 0)
+                names.assign(matches.gl_pathv, matches.gl_pathv + matches.gl_pathc);
+            globfree(&matches);
+            if (names.empty()) fail("%s: the glob '%s' matches no file; correct it", flag, paths[0]);
+        }
+        for (const std::string& name : names) add(name, flag);
+        if (count == 0) fail("%s: expected text or token shards in '%s', found nothing", flag, pattern);
+    }
+
+    // Reads tokens [first, first + n) of the row into out (n) and checks that each is below V.
+    void read(size_t first, size_t n, int V, int* out) const {
+        if (encoded) {
+            std::copy_n(encoded->begin() + ptrdiff_t(first), n, out);
+            return;
+        }
+        auto file = std::upper_bound(files.begin(), files.end(), first,
+                                     [](size_t at, const TokenFile& f) { return at < f.first + f.count; });
+        while (n > 0) {
+            size_t m = std::min(n, file->first + file->count - first);
+            read_from(*file, first - file->first, m, V, out);
+            first += m, out += m, n -= m;
+            ++file;
+        }
+    }
+
+    // CRC-32 of tokens [first, first + n) as int32, by which a resume knows its data, however they lie in files: of all
+    // up to 2^24, else of 1024 blocks or more, evenly spaced, one in every 2^26 tokens at least.
+    uint32_t checksum(size_t first, size_t n) const {
+        size_t block = std::clamp<size_t>(n, 1, 1 << 14);
+        size_t blocks = std::min((n + block - 1) / block, std::max<size_t>(1 << 10, n >> 26));
+        std::vector<int> tokens(block);
+        uint32_t sum = crc32(&n, sizeof n);
+        for (size_t i = 0; i < blocks; i++) {
+            size_t at = i == 0 ? 0 : size_t(double(n - block) * (double(i) / double(blocks - 1)));
+            read(first + at, block, INT_MAX, tokens.data());
+            sum = crc32(tokens.data(), block * sizeof(int), sum);
+        }
+        return sum;
+    }
+
+    bool same_file(const TokenSource& other) const {
+        for (const TokenFile& a : files)
+            for (const TokenFile& b : other.files)
+                if (a.device == b.device && a.inode == b.inode) return true;
+        return false;
+    }
+
+    static int open_file(const std::string& path) {
+        int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // opening a pipe must not wait for its writer
+        if (fd < 0)
+            throw DataError(format("%s: cannot be read (%s); expected a text file or a .bin shard", path,
+                                   errno_text()));
+        return fd;
+    }
+
+private:
+    void add(const std::string& path, const char* flag) {
+        int fd = open_file(path);
+        struct stat st{};
+        std::string head(size_t(1) << 16, '\0');
+        bool readable = fstat(fd, &st) == 0 && S_ISREG(st.st_mode);
+        head.resize(size_t(std::max<ssize_t>(readable ? pread(fd, head.data(), head.size(), 0) : 0, 0)));
+        close(fd);
+        size_t size = size_t(st.st_size);
+        if (!readable) fail("%s: expected a file, found something else; name files or a quoted glob", path);
+        if (size == 0) fail("%s: the file is empty; leave it out of %s", path, flag);
+        int32_t header[256] = {};
+        memcpy(header, head.data(), std::min(sizeof header, head.size()));
+        const ShardFormat* shard = nullptr;
+        for (const ShardFormat& f : shard_formats)
+            if (header[0] == f.magic && header[1] == f.version) shard = &f;
+        if (!shard) refuse_foreign(path, head);
+        if (shard && !path.ends_with(".bin"))
+            fail("%s: expected a token shard's name to end in .bin; use: mv %s %s", path, quoted(path),
+                 quoted(path + ".bin"));
+        auto kind = [](const ShardFormat* f) {
+            return f ? format("a shard of %d-byte tokens", f->token_bytes) : "text";
+        };
+        if (!files.empty() && shard != shards)
+            fail("%s: expected %s like the files before it, found %s; train on one kind", path, kind(shards),
+                 kind(shard));
+        shards = shard;
+        TokenFile file{path, count, size, st.st_dev, st.st_ino};
+        if (shard) {
+            size_t width = size_t(shard->token_bytes), body = size - std::min(size, sizeof header);
+            if (header[2] < 0 || body != width * size_t(header[2]))
+                fail("%s: expected %d tokens from its header, found %zu; fetch the shard again", path, header[2],
+                     body / width);
+            file.count = size_t(header[2]);
+            if (file.count == 0) return;
+        }
+        files.push_back(file);
+        count += file.count;
+    }
+
+    void read_from(const TokenFile& file, size_t first, size_t n, int V, int* out) const {
+        size_t width = shards ? size_t(shards->token_bytes) : 1, offset = (shards ? 1024 : 0) + first * width;
+        std::vector<unsigned char> bytes(n * width);
+        int fd = open_file(file.path);
+        size_t done = 0;
+        while (done < bytes.size()) {
+            ssize_t got = pread(fd, bytes.data() + done, bytes.size() - done, off_t(offset + done));
+            if (got < 0 && errno == EINTR) continue;
+            if (got <= 0) break;
+            done += size_t(got);
+        }
+        close(fd);
+        if (done < bytes.size())
+            throw DataError(format("%s: expected %zu tokens as at the start of the run, found fewer; the file has been "
+                                   "cut short, restore it",
+                                   file.path, file.count));
+        for (size_t i = 0; i < n; i++) {
+            uint32_t token = 0;
+            memcpy(&token, &bytes[i * width], width);
+            if (token >= uint32_t(V))
+                fail("%s: expected tokens below the model's V = %d, found %u at token %zu; use other data or another "
+                     "model",
+                     file.path, V, token, first + i);
+            out[i] = int(token);
+        }
+    }
+};
 
 // A tokenizer lies under this name beside the models of a run and beside the shards that it has written.
 inline std::string tokenizer_path(const std::string& folder) { return folder + "/tokenizer.bin"; }
@@ -13,7 +219,7 @@ inline std::string tokenizer_path(const std::string& folder) { return folder + "
 inline std::string folder_of(const std::string& file) {
     std::error_code fault;
     std::filesystem::path path = std::filesystem::canonical(file, fault);
-    return (fault ? std::filesystem::absolute(file) : path).parent_path();
+    return (fault ? std::filesystem::path(file) : path).parent_path();
 }
 
 // The tokenizer of --tokenizer; else the one beside the model of -e or the state of -y, which names its own by its
@@ -197,6 +403,7 @@ struct DataSplit {
     HopPrograms programs;
     TokenSource train, val;
     size_t train_count = 0, val_start = 0, val_count = 0;  // 0 for programs
+    uint32_t train_sum = 0, val_sum = 0;                   // as in TokenSource::checksum; 0 for programs
     Tokenizer tokenizer;
     size_t text_bytes = 0, text_tokens = 0;  // what the tokenizer has encoded
     double encode_seconds = 0;
@@ -222,14 +429,19 @@ struct DataSplit {
             val = train;
             val_start = train_count = train.count - train.count / 10;
             val_count = train.count / 10;
+            take_sums();
             return;
         }
+        if (o.val.size() == 1 && o.val[0].starts_with("hops:"))
+            fail("-j: expected files like -i, found %s; give -i %s, whose validation programs are its own, and no -j",
+                 o.val[0], o.val[0]);
         val = TokenSource(o.val, "-j");
         if ((val.shards == nullptr) != (train.shards == nullptr))
             fail("-j: expected %s like -i, found %s", train.shards ? "shards" : "text", val.shards ? "shards" : "text");
         if (val.same_file(train)) fail("-j: a file is in -i as well; validate on data that training never sees");
         encode(val, local_ranks);
         train_count = train.count, val_count = val.count;
+        take_sums();
     }
     Vocabulary vocabulary() const {
         return {train.shards && tokenizer.is_bytes() ? train.shards->V : tokenizer.V(), tokenizer.crc};
@@ -279,7 +491,7 @@ struct DataSplit {
             if (count) sum -= double(count) * std::log(double(count) / double(n));
         return sum / double(n);
     }
-    void check_lengths(const RunConfig& run) const {
+    void check_lengths(const RunConfig& run, const Options& o) const {
         if (!programs.hops && !train.shards && tokenizer.is_bytes() && run.model.V > 256)
             fail("-i: expected --tokenizer FILE for text and a model of V = %d, found none; a byte is no token of it",
                  run.model.V);
@@ -289,9 +501,9 @@ struct DataSplit {
         if (programs.hops) return;
         size_t need = size_t(run.total_batch) + 1;
         if ((train_count - 1) / size_t(run.T) < size_t(run.batch_sequences()))
-            fail("-i: expected at least %zu tokens to train on, one batch of -d %lld and a target, found %zu; give "
-                 "more data or a smaller -d",
-                 need, run.total_batch, train_count);
+            fail("-i: expected at least %zu tokens to train on, one batch of %lld and a target, found %zu; give more "
+                 "data or a smaller %s",
+                 need, run.total_batch, train_count, o.batch && !o.total_batch ? "-b" : "-d");
     }
     void check_validation(const RunConfig& run) const {
         if (!programs.hops && val_count < size_t(run.T) + 1)
@@ -301,6 +513,7 @@ struct DataSplit {
     }
 
 private:
+    void take_sums() { train_sum = train.checksum(0, train_count), val_sum = val.checksum(val_start, val_count); }
     void encode(TokenSource& source, int local_ranks) {
         if (source.shards || tokenizer.is_bytes()) return;
         double begin = seconds();

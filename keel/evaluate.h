@@ -49,7 +49,7 @@ Validation validate(Trainer& trainer, const Loader& loader, const RunConfig& run
 inline void check_dump_target(const std::string& path) {
     namespace fs = std::filesystem;
     std::error_code error;
-    fs::path folder = fs::absolute(path).parent_path();
+    fs::path folder = fs::absolute(path, error).parent_path();
     if (!fs::is_directory(folder, error) || access(folder.c_str(), W_OK | X_OK) != 0)
         fail("--dump: expected a folder that can be written, found %s; create it first", folder);
     if (fs::exists(path + ".tmp", error))
@@ -108,6 +108,8 @@ int run_ablation(const Options& o, Trainer& trainer, const Loader& val) {
     const char* columns = "sublayer,kind,val_loss,perplexity,perplexity_lost";
     if (!o.out.empty()) {
         create_output_folder(o.out);
+        if (std::string path = o.out + "/ablate.csv"; access(path.c_str(), F_OK) == 0)
+            fail("--ablate: expected no %s, found one; move it away, or give another -o", path);
         csv = std::make_unique<CsvLog>(o.out + "/ablate.csv", columns, -1);
     }
     print("%s\n", columns);

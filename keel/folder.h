@@ -16,16 +16,29 @@ inline std::string state_path(const std::string& folder, int64_t step, int rank 
     return format("%s/state_%08lld_%05d.bin", folder, step, rank);
 }
 
+// The names in a folder, in order; none where there is no folder.
+inline std::vector<std::string> names_in(const std::string& folder) {
+    std::vector<std::string> names;
+    std::error_code error;
+    std::filesystem::directory_iterator entry(folder, error), end;
+    for (; !error && entry != end; entry.increment(error)) names.push_back(entry->path().filename().string());
+    if (error && error != std::errc::no_such_file_or_directory)
+        throw UnreadableError(format("-o: %s cannot be read (%s); %s", folder, error.message(),
+                                     errno_advice(error.value())));
+    std::sort(names.begin(), names.end());
+    return names;
+}
+
 // The files of a folder whose names fit a pattern such as "state_%lld_00000.bin%n", each with its step, newest first.
 inline std::vector<std::pair<long long, std::string>> files_by_step(const std::string& folder, const char* pattern) {
     std::vector<std::pair<long long, std::string>> found;
-    std::error_code ignored;
-    for (const auto& entry : std::filesystem::directory_iterator(folder, ignored)) {
+    for (const std::string& name : names_in(folder)) {
         long long step;
         int end = 0;
-        std::string name = entry.path().filename().string();
-        if (sscanf(name.c_str(), pattern, &step, &end) == 1 && size_t(end) == name.size())
-            found.push_back({step, entry.path().string()});
+        bool fits = sscanf(name.c_str(), pattern, &step, &end) == 1 && size_t(end) == name.size();
+        std::string digits = fits ? format("_%08lld", step) : "";  // other spellings of a step are not ours
+        if (fits && name.compare(name.find('_'), digits.size(), digits) == 0)
+            found.push_back({step, folder + "/" + name});
     }
     std::sort(found.rbegin(), found.rend());
     return found;
@@ -33,19 +46,18 @@ inline std::vector<std::pair<long long, std::string>> files_by_step(const std::s
 inline constexpr const char *STATE_PATTERN = "state_%lld_00000.bin%n", *ANY_STATE_PATTERN = "state_%lld_%*5[0-9].bin%n",
                             *MODEL_PATTERN = "model_%lld.bin%n";
 
-// --keep: of the checkpoints up to this step, removes all but the newest `keep`. Those of later steps are damaged ones
-// that a resume passed over, and stay.
-inline void remove_old_checkpoints(const std::string& folder, int64_t step, int64_t keep) {
+// --keep: removes all but the newest `keep` of the checkpoints up to this step, which is whole. Those that a resume
+// passed over do not count, and go once they are older than it; those of later steps stay.
+inline void remove_old_checkpoints(const std::string& folder, int64_t step, int64_t keep,
+                                   const std::set<int64_t>& passed_over) {
     if (keep == 0) return;
-    for (auto [counted, removed] :
-         {std::pair{STATE_PATTERN, ANY_STATE_PATTERN}, std::pair{MODEL_PATTERN, MODEL_PATTERN}}) {
-        int64_t seen = 0;
-        long long oldest = 0;  // the first step that stays
-        for (const auto& file : files_by_step(folder, counted))
-            if (file.first <= step && ++seen == keep) oldest = file.first;
-        for (const auto& [file_step, path] : files_by_step(folder, removed))
-            if (file_step < oldest) unlink(path.c_str());
-    }
+    int64_t seen = 0;
+    long long oldest = 0;  // the first step that stays
+    for (const auto& file : files_by_step(folder, STATE_PATTERN))
+        if (file.first <= step && !passed_over.count(file.first) && ++seen == keep) oldest = file.first;
+    for (const char* pattern : {ANY_STATE_PATTERN, MODEL_PATTERN})
+        for (const auto& [file_step, path] : files_by_step(folder, pattern))
+            if (file_step < oldest || (file_step < step && passed_over.count(file_step))) unlink(path.c_str());
 }
 
 // Removes what a killed run left half-written.
@@ -57,8 +69,9 @@ inline void remove_unfinished_files(const std::string& folder) {
 // The training states of a checkpoint, a file a rank.
 struct StateFiles {
     std::string folder;
-    int64_t step = -1;  // -1: none
-    int ranks = 0;      // how many wrote it
+    int64_t step = -1;                   // -1: none
+    int ranks = 0;                       // how many wrote it
+    std::set<int64_t> passed_over = {};  // steps of newer checkpoints, from which a resume cannot go on
     explicit operator bool() const { return step >= 0; }
     std::string path(int rank) const { return state_path(folder, step, rank); }
 
@@ -79,48 +92,32 @@ struct StateFiles {
     }
 };
 
-// Removes states of steps after `after` that a killed run left without those of its other ranks.
-inline void remove_incomplete_states(const std::string& folder, int64_t after) {
-    for (const auto& [step, path] : files_by_step(folder, ANY_STATE_PATTERN)) {
-        if (step <= after) continue;
-        bool incomplete = access(state_path(folder, step).c_str(), F_OK) != 0;
-        try {
-            if (!incomplete) {
-                int ranks = FileReader(state_path(folder, step), FILE_STATE).header.word[H_RANKS];
-                incomplete = !StateFiles{folder, step, ranks}.missing().empty();
-            }
-        } catch (const Error&) {  // a damaged file is left for the user to see
-        }
-        if (incomplete) unlink(path.c_str());
-    }
-}
-
 // Fails, before anything is written, unless the folder can be made and written and holds no other run.
 inline void check_output_folder(const std::string& folder, bool resume) {
     namespace fs = std::filesystem;
     std::error_code error;
-    if (fs::exists(folder, error) && !fs::is_directory(folder, error))
+    fs::file_type type = fs::status(folder, error).type();
+    if (type == fs::file_type::none) fail("-o: %s cannot be used (%s); give another folder", folder, error.message());
+    if (type != fs::file_type::not_found && type != fs::file_type::directory)
         fail("-o: expected a folder, found the file %s; give another name", folder);
-    if (fs::exists(folder, error) && !resume)
-        for (const auto& entry : fs::directory_iterator(folder, error)) {
-            std::string name = entry.path().filename().string();
-            if (name == "log.csv" || name.starts_with("state_") || name.starts_with("model_"))
-                fail("-o: %s holds a run (%s); go on with it by -y, or give another folder", folder, name);
-        }
     // The nearest folder that exists is the one that must be writable.
-    fs::path probe = fs::absolute(folder);
+    fs::path probe = fs::absolute(folder, error);
     while (!fs::exists(probe, error) && probe.has_parent_path() && probe != probe.parent_path())
         probe = probe.parent_path();
     if (!fs::is_directory(probe, error)) fail("-o: expected a folder, found the file %s; give another name", probe);
     if (access(probe.c_str(), W_OK | X_OK) != 0)
         fail("-o: %s cannot be written (%s); give a folder that can", probe, errno_text());
+    if (resume) return;
+    for (const std::string& name : names_in(folder))
+        for (const char* ours : {"log.csv", "probe.csv", "probe_weights.csv", "hops.csv", "state_", "model_"})
+            if (name.starts_with(ours))
+                fail("-o: %s holds a run (%s); go on with it by -y, or give another folder", folder, name);
 }
 
 // -y in a folder without checkpoints starts fresh, unless models in it show that a run has lost its states.
 inline void check_fresh_resume(const std::string& folder) {
-    std::error_code ignored;
-    for (const auto& entry : std::filesystem::directory_iterator(folder, ignored))
-        if (std::string name = entry.path().filename().string(); name.starts_with("model_") && !name.ends_with(".tmp"))
+    for (const std::string& name : names_in(folder))
+        if (name.starts_with("model_") && !name.ends_with(".tmp"))
             fail("-y: expected a training state in %s, found only models such as %s; start from one by -e in another "
                  "-o",
                  folder, name);
@@ -132,10 +129,13 @@ inline void create_output_folder(const std::string& folder) {
     std::filesystem::path path;
     for (const auto& part : std::filesystem::path(folder)) {
         path /= part;
-        if (mkdir(path.c_str(), 0777) == 0)
+        if (mkdir(path.c_str(), 0777) == 0) {
             sync_folder(path.has_filename() ? path.string() : path.parent_path().string());
-        else if (std::error_code error; !std::filesystem::is_directory(path, error))
-            fail("-o: %s cannot be created (%s); give another folder", folder, errno_text());
+            continue;
+        }
+        std::string why = errno_text();
+        if (std::error_code error; !std::filesystem::is_directory(path, error))
+            fail("-o: %s cannot be created (%s); give another folder", folder, why);
     }
 }
 
@@ -147,7 +147,7 @@ public:
     explicit FolderLock(const std::string& folder) : path(folder + "/lock") {
         for (;;) {
             fd = open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC | O_NONBLOCK, 0666);
-            if (fd < 0) fail("-o: %s cannot be written (%s); give a folder that can", folder, errno_text());
+            if (fd < 0) fail("-o: %s %s", path, write_fault(errno));
             if (flock(fd, LOCK_EX | LOCK_NB) != 0) {
                 if (errno != EWOULDBLOCK) {
                     print("note       %s cannot be locked (%s): see that no other run writes there\n", folder,
@@ -186,59 +186,93 @@ private:
     int fd = -1;
 };
 
-// Calls row(step, line) for the rows of a log up to last_step: whole lines that start with a step, in order. Anything
-// else is dropped: a killed run leaves half a line, a crashed machine leaves zeros.
+// What was not as a run leaves it in a log.
+struct LogFaults {
+    size_t odd = 0, first_odd = 0;  // lines that are none of its rows; the number of the first, from 1
+    bool windows = false;           // its lines end in CR LF
+};
+
+// Calls row(step, line) for the rows of a log up to last_step: whole lines that start with a step, in order. Rows of
+// later steps and half a line at the end are what a killed run leaves; any other line is odd. No file is an empty one.
 template <class Row>
-void read_csv_rows(const std::string& path, int64_t last_step, Row row) {
+LogFaults read_csv_rows(const std::string& path, int64_t last_step, Row row) {
+    LogFaults faults;
     int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    if (fd < 0 && (errno == ENOENT || errno == ENOTDIR)) return faults;
     struct stat st;
-    FILE* file = fd >= 0 && fstat(fd, &st) == 0 && S_ISREG(st.st_mode) ? fdopen(fd, "r") : nullptr;
-    if (!file) {
-        if (fd >= 0) close(fd);
-        return;
-    }
+    std::unique_ptr<FILE, CloseFile> file(fd >= 0 ? fdopen(fd, "r") : nullptr);
+    if (!file || fstat(fd, &st) != 0 || !S_ISREG(st.st_mode))
+        throw UnreadableError(format("%s: cannot be read (%s); make it readable, or move it away", path,
+                                     file ? "it is no file" : errno_text()));
     char* line = nullptr;
-    size_t capacity = 0;
+    size_t capacity = 0, number = 0;
     ssize_t length;
     int64_t before = 0;
-    while ((length = getline(&line, &capacity, file)) > 0) {
-        if (line[length - 1] != '\n' || size_t(length) != strlen(line) || !isdigit((unsigned char)line[0])) continue;
-        int64_t step = atoll(line);
-        if (step < before || step > last_step) continue;
+    while ((length = getline(&line, &capacity, file.get())) > 0) {
+        number++;
+        if (line[length - 1] != '\n') break;
+        faults.windows |= length > 1 && line[length - 2] == '\r';
+        int64_t step = isdigit((unsigned char)line[0]) && size_t(length) == strlen(line) ? atoll(line) : -1;
+        if (step > last_step || (number == 1 && std::string_view(line).starts_with("step,"))) continue;
+        if (step < before && faults.odd++ == 0) faults.first_odd = number;
+        if (step < before) continue;
         before = step;
         row(step, std::string(line, size_t(length)));
     }
     free(line);
-    fclose(file);
+    return faults;
 }
 
-// A csv file that a resumed run continues: rows of later steps than the checkpoint's are dropped first.
+// A csv file that a resumed run continues: rows of later steps than the checkpoint's are dropped first. What else is
+// dropped is told, and the file as it was is kept beside it.
 class CsvLog {
 public:
     CsvLog() = default;  // one that drops its rows, for the ranks that write no files
-    CsvLog(const std::string& path, const std::string& columns, int64_t resume_step) : path(path) {
-        std::string kept = columns + "\n";
-        if (resume_step >= 0)
-            read_csv_rows(path, resume_step, [&](int64_t, const std::string& line) {
-                auto commas = [](const std::string& text) { return std::count(text.begin(), text.end(), ','); };
-                // Columns that an older program did not know are empty.
-                size_t missing = size_t(std::max<ptrdiff_t>(0, commas(columns) - commas(line)));
-                kept += line.substr(0, line.find_last_not_of("\r\n") + 1) + std::string(missing, ',') + "\n";
-            });
+    // every_step: it has a row for each.
+    CsvLog(const std::string& path, const std::string& columns, int64_t resume_step, bool every_step = false)
+        : path(path) {
+        std::string kept = columns + "\n", missing;
+        int64_t next = 1;  // step
+        auto note_missing = [&](int64_t until) {
+            if (every_step && next < until)
+                missing += format("%s%lld to %lld", *missing.c_str() ? ", " : "", next, until - 1);
+            next = until + 1;
+        };
+        LogFaults faults = read_csv_rows(path, resume_step, [&](int64_t step, const std::string& line) {
+            auto commas = [](const std::string& text) { return std::count(text.begin(), text.end(), ','); };
+            // Columns that an older program did not know are empty.
+            size_t unknown = size_t(std::max<ptrdiff_t>(0, commas(columns) - commas(line)));
+            kept += line.substr(0, line.find_last_not_of("\r\n") + 1) + std::string(unknown, ',') + "\n";
+            note_missing(step);
+        });
+        note_missing(resume_step + 1);
+        if (faults.odd) {
+            std::string old;
+            for (int i = 1; old = format("%s.%d", path, i), access(old.c_str(), F_OK) == 0;) i++;
+            if (rename(path.c_str(), old.c_str()) != 0) fail("%s: %s", old, write_fault(errno));
+            fprintf(stderr,
+                    "warning: %s: expected rows that start with a step, in order, found others (%zu, the "
+                    "first in line %zu); they are left out, and the file is kept as %s\n",
+                    path.c_str(), faults.odd, faults.first_odd, old.c_str());
+        }
+        if (!missing.empty())
+            fprintf(stderr, "warning: %s: expected a row for each step, found none for %s\n", path.c_str(),
+                    missing.c_str());
+        if (faults.windows) print("note       %s had the line ends of Windows, and has LF again\n", path);
         // It is on the disk before a row is added: no crash may bring the old file back.
-        replace_file(path, kept, "free some space or give another -o");
+        FileWriter::replace(path, kept);
         file.reset(fopen(path.c_str(), "ae"));
-        if (!file) fail("%s: could not be written (%s)", path, errno_text());
+        if (!file) fail("%s: %s", path, write_fault(errno));
     }
     void row(const std::string& text) {
         if (!file) return;
         if (fprintf(file.get(), "%s\n", text.c_str()) < 0 || fflush(file.get()) != 0)
-            fail("%s: could not be written (%s); free some space and go on by -y", path, errno_text());
+            fail("%s: %s, and go on by -y", path, write_fault(errno));
     }
     // The rows from before the call are on the disk after it; another thread may add rows meanwhile.
     void sync() {
         if (fsync(fileno(file.get())) != 0 && errno != EINVAL)
-            fail("%s: could not be written (%s); free some space and go on by -y", path, errno_text());
+            fail("%s: %s, and go on by -y", path, write_fault(errno));
     }
 
 private:
@@ -249,7 +283,8 @@ private:
 // Bytes that may still be written to a folder, or to the nearest one above it that exists; SIZE_MAX where the file
 // system does not say.
 inline size_t free_space(const std::string& folder) {
-    std::filesystem::path path = std::filesystem::absolute(folder);
+    std::error_code ignored;
+    std::filesystem::path path = std::filesystem::absolute(folder, ignored);
     struct statvfs fs;
     while (statvfs(path.c_str(), &fs) != 0) {
         if (path == path.parent_path()) return SIZE_MAX;

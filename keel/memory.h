@@ -78,9 +78,10 @@ void choose_micro_batch(RunConfig& run, size_t available, int64_t most_tokens, B
     for (int64_t B = std::min<int64_t>(sequences, MAX_B); B >= 1; B--)
         if (sequences % B == 0 && (B * run.T <= most_tokens || B == 1)) batches.push_back(int(B));
     if (run.B) batches = {run.B};
-    size_t least = SIZE_MAX;
     double best = INFINITY;
     RunConfig chosen = run;
+    size_t least = SIZE_MAX, least_of_one = SIZE_MAX,
+           least_of_any = SIZE_MAX;  // bytes; of a micro-batch of 1; by any -r
     for (int B : batches)
         for (Recompute level : levels) {
             size_t needed = bytes(B, level);
@@ -89,10 +90,14 @@ void choose_micro_batch(RunConfig& run, size_t available, int64_t most_tokens, B
             if (needed > available || c >= best) continue;
             best = c, chosen.B = B, chosen.recompute = level;
         }
-    if (best == INFINITY)
+    if (best == INFINITY) {
+        for (Recompute level : levels) least_of_one = std::min(least_of_one, bytes(1, level));
+        for (Recompute level : {Recompute{1}, Recompute{root}})
+            for (int B : batches) least_of_any = std::min(least_of_any, bytes(B, level));
         require_memory(least, available,
-                       run.B > 1                                             ? "a smaller -b"
-                       : run.recompute_chosen && run.recompute.level != root ? "-r auto"
-                                                                             : "a smaller -C, -L or -t");
+                       run.B > 1 && least_of_one <= available              ? "a smaller -b"
+                       : run.recompute_chosen && least_of_any <= available ? "-r auto"
+                                                                           : "a smaller -C, -L or -t");
+    }
     run = chosen;
 }

@@ -24,9 +24,9 @@
 
 // This process among those that mpirun, srun or another launcher has started.
 struct Launch {
-    int rank = 0, ranks = 0;              // ranks 0: no launcher
+    int rank = 0, ranks = 0;              // ranks 0: alone
     int local_rank = 0, local_ranks = 0;  // among the ranks on this machine; local_ranks 0: not known
-    std::string launcher;
+    std::string launcher;                 // "": none
 
     static Launch from_environment() {
         static const struct {
@@ -323,6 +323,14 @@ private:
     }
 
     void watch() {
+        try {
+            attend_all();
+        } catch (const std::exception& e) {  // there is no memory left even for this
+            fprintf(stderr, "rank %d: out of memory (%s)\n", launch.rank, e.what());
+            _exit(1);
+        }
+    }
+    void attend_all() {
         double now = seconds(), beat = 0;
         for (Peer& peer : peers) peer.heard = now;
         while (!stop) {
@@ -405,7 +413,7 @@ public:
     Ranks() = default;
     Ranks(const Launch& launch, Gather gather) : launch(launch), gather_bytes(std::move(gather)) {}
 
-    explicit operator bool() const { return launch.ranks > 0; }  // a launcher started it, perhaps as the only rank
+    explicit operator bool() const { return launch.ranks > 0; }  // there are several
     int rank() const { return launch.rank; }
     int count() const { return std::max(1, launch.ranks); }
 
@@ -449,14 +457,11 @@ struct RankSession {
     std::unique_ptr<typename Trainer::Communicator> communicator;  // null: alone
 
     void start() {
+        if (launch.ranks == 1) launch.ranks = 0;  // a run of one rank has the bits of one that no launcher started
         if (launch.ranks == 0) return;
-        if (!Trainer::ranks_by) {
-            if (launch.ranks > 1)
-                fail("%s: this build has one rank, found %d started; install %s and build again, or start one",
-                     launch.launcher, launch.ranks, Trainer::ranks_needs);
-            launch = {};
-            return;
-        }
+        if (!Trainer::ranks_by)
+            fail("%s: this build has one rank, found %d started; install %s and build again, or start one",
+                 launch.launcher, launch.ranks, Trainer::ranks_needs);
         using UniqueId = typename Trainer::Communicator::UniqueId;
         std::function<void(std::string&)> exchange;
 #ifdef KEEL_MPI

@@ -5,68 +5,8 @@
 
 #include "divergence.h"
 #include "evaluate.h"
+#include "process.h"
 #include "sample.h"
-
-// SIGTERM, SIGINT and SIGUSR1 ask a run to finish its step, write a checkpoint and end with status 0, so that a
-// scheduler can take the machine back. A second signal ends it at once. Two within 50 ms count as one: some programs
-// signal a process and its group.
-class StopSignals {
-public:
-    // Lasts to the end of the process: a signal just after the run's end must not change its exit status.
-    static void watch() {
-        struct sigaction action = {};
-        action.sa_handler = handle;
-        action.sa_flags = SA_RESTART;
-        for (int number : {SIGTERM, SIGINT, SIGUSR1}) sigaction(number, &action, nullptr);
-    }
-    static bool asked() { return first_at != 0; }
-
-private:
-    static inline std::atomic<int64_t> first_at = 0;  // nanoseconds; 0: none has come
-
-    static void handle(int number) {
-        timespec now;
-        clock_gettime(CLOCK_MONOTONIC, &now);
-        int64_t at = int64_t(now.tv_sec) * 1000000000 + now.tv_nsec, first = 0;
-        if (first_at.compare_exchange_strong(first, at) || at - first < 50000000) return;
-        signal(number, SIG_DFL);
-        raise(number);
-    }
-};
-
-// Seconds since the process was started, to the kernel's clock tick of 10 ms; 0 where the kernel does not say.
-inline double seconds_since_launch() {
-    FILE* file = fopen("/proc/self/stat", "re");
-    if (!file) return 0;
-    char text[2048] = {};
-    size_t got = fread(text, 1, sizeof text - 1, file);
-    fclose(file);
-    const char* field = got ? strrchr(text, ')') : nullptr;  // the program's name, field 2, may hold spaces
-    for (int i = 2; field && i < 22; i++) field = strchr(field + 1, ' ');
-    timespec now;
-    if (!field || clock_gettime(CLOCK_BOOTTIME, &now) != 0) return 0;
-    return std::max(0.0, double(now.tv_sec) + double(now.tv_nsec) * 1e-9 - atof(field) / double(sysconf(_SC_CLK_TCK)));
-}
-
-// What the time from the process's start to the end of the first step went to.
-class StartClock {
-public:
-    StartClock() : last(seconds()) { add("program", seconds_since_launch()); }
-    void mark(const char* name) {
-        double now = seconds();
-        add(name, now - last);
-        last = now;
-    }
-    void add(const char* name, double time) {
-        total += time;
-        text += format("%s%s %.2f", text.empty() ? "" : ", ", name, time);
-    }
-    void print() const { ::print("start-up   %.2f s to the end of the first step: %s\n", total, text); }
-
-private:
-    double last, total = 0;
-    std::string text;
-};
 
 inline void print_run(const RunConfig& run, const ParameterLayout& layout, const DataSplit& data) {
     print_model(run, layout);
@@ -93,17 +33,6 @@ inline void print_run(const RunConfig& run, const ParameterLayout& layout, const
           run.lr, run.warmup, run.weight_decay, run.clip, run.seed);
 }
 
-// Ends the process 20 seconds after an error has left its scope: what frees the device could else wait for ever for
-// ranks that are gone.
-struct EndByAlarm {
-    const bool armed;
-    const int exceptions = std::uncaught_exceptions();
-    explicit EndByAlarm(bool armed) : armed(armed) {}
-    ~EndByAlarm() {
-        if (armed && std::uncaught_exceptions() > exceptions) signal(SIGALRM, SIG_DFL), alarm(20);
-    }
-};
-
 // One run: what it starts from, what it takes, its steps. run() calls the functions below in the order they stand in.
 template <IsTrainer Trainer>
 class Run {
@@ -118,7 +47,7 @@ public:
         if (!o.check.empty()) return check_debug_state<Trainer>(o);
         if (!o.dump.empty()) check_dump_target(o.dump);
         find_start();
-        if (init && o.has("--prompt") && !o.has("--train") && !o.has("--out") && !o.has("--steps") && o.dump.empty()) {
+        if (o.only_samples() && o.dump.empty()) {
             if (ranks.count() > 1) fail("--prompt: expected one rank to sample on, found %d; start one", ranks.count());
             return run_sampling<Trainer>(o, *init);
         }
@@ -156,7 +85,7 @@ private:
         Trainer::require_machine();
         session.start();
         ranks = session.ranks();
-        if (o.zero > 0 && !ranks)
+        if (o.zero > 0 && session.launch.launcher.empty())
             fail("-z: expected 0, found %lld; this run has one rank, and ZeRO shards over several", o.zero);
         if (ranks && o.probe > 0 && !Trainer::probes_ranks)
             fail("--probe: expected a run started alone, found one started by %s; leave it out, or use train_keel_cpu",
@@ -167,10 +96,11 @@ private:
 
     // Opens what the run starts from: the file of -e, or the newest checkpoint of -o.
     void find_start() {
-        if (!o.out.empty() && o.dump.empty()) {
-            if (first_rank())  // the model to ablate may lie in -o
-                check_output_folder(o.out, o.resume || !o.ablate.empty());
-            if (first_rank() && std::filesystem::is_directory(o.out)) lock = FolderLock(o.out);
+        if (!o.out.empty()) {
+            std::error_code ignored;
+            if (first_rank()) check_output_folder(o.out, true);
+            if (first_rank() && std::filesystem::is_directory(o.out, ignored)) lock = FolderLock(o.out);
+            if (first_rank()) check_output_folder(o.out, o.resume || !o.ablate.empty());  // its model may lie there
             if (o.resume) resume_from = newest_states(o.out, ranks);
             if (first_rank() && o.resume && !resume_from) check_fresh_resume(o.out);
         }
@@ -193,7 +123,7 @@ private:
             fail("-y: expected a checkpoint with FP32 moments and gradients, found BF16 ones; resume with "
                  "train_keel_fp32, or start from its model by -e");
         if (!o.ablate.empty() && o.ablate != "all") parse_integer("--ablate", o.ablate, 0, config.model.L - 1);
-        if (o.ablate.empty() || data->programs.hops) data->check_lengths(config);
+        if (o.ablate.empty() || data->programs.hops) data->check_lengths(config, o);
         read_all_tokens();
         if ((config.val_every > 0 || !o.ablate.empty()) && o.dump.empty()) data->check_validation(config);
         auto same_count = [&](const char* flag, const char* what, HeaderWord word, size_t found) {
@@ -203,6 +133,14 @@ private:
         };
         if (resume_from) same_count("-i", "training", H_TRAIN_TOKENS, data->train_count);
         if (resume_from && config.val_every > 0) same_count("-j", "validation", H_VAL_TOKENS, data->val_count);
+        auto same_sum = [&](const char* flag, HeaderWord word, uint32_t found) {
+            if (uint32_t expected = init->header.template get<uint32_t>(word); expected && found && expected != found)
+                fail("%s: expected the data of the checkpoint, of checksum %08x, found others of as many tokens, of "
+                     "checksum %08x; give the same data",
+                     flag, expected, found);
+        };
+        if (resume_from) same_sum("-i", H_TRAIN_SUM, data->train_sum);
+        if (resume_from && config.val_every > 0) same_sum("-j", H_VAL_SUM, data->val_sum);
         if (o.sample_every > 0) prompt_tokens(o, tokenizer(), config.model.V);
         // Ranks that train on different data or models would go unnoticed. -z stands where the header has the step.
         FileHeader same = state_header(real_type<Real>, Trainer::branch_bf16, config, config.zero, *data);
@@ -286,7 +224,7 @@ private:
         else if (init) load_parameters(*trainer, *init), init->finish();
         else trainer->initialise(uint64_t(config.seed));
         if (!resume_from) return;
-        step = newest = init->header.template get<int64_t>(H_STEP);
+        step = newest = last_updated = init->header.template get<int64_t>(H_STEP);
         print("resuming   %s%s\n", resume_from.path(0),
               resume_from.ranks > 1 || ranks.count() > 1 ? format(", of %d ranks", resume_from.ranks) : "");
         if (int32_t stored = init->header.word[H_B]; stored != config.B && !o.batch)
@@ -308,11 +246,10 @@ private:
             }
             keep_tokenizer();
             remove_unfinished_files(o.out);
-            remove_incomplete_states(o.out, step);
             int64_t kept = resume_from ? step : -1;
             log = std::make_unique<CsvLog>(o.out + "/log.csv",
                                            "step,loss,val_loss,lr,grad_norm,ms,tokens_per_second,mfu,val_bits_per_byte",
-                                           kept);
+                                           kept, true);
             if (o.probe > 0) probe_log = std::make_unique<ProbeLog>(o.out, kept);
             if (data->programs.hops)
                 hops_log = std::make_unique<CsvLog>(o.out + "/hops.csv", HopAccuracy::COLUMNS, kept);
@@ -333,18 +270,20 @@ private:
         std::optional<uint32_t> found;  // the CRC-32 of a whole one
         try {
             found = Tokenizer::read(path).crc;
+        } catch (const UnreadableError&) {
+            throw;
         } catch (const Error&) {}
         if (found == t.crc) return;
         bool another = t.is_bytes() ? found.has_value() : access(path.c_str(), F_OK) == 0;
         if (another && !(resume_from && (t.is_bytes() || !found)))
             fail("-o: expected no tokenizer but the run's own, found %s%s; give it by --tokenizer, or another folder",
                  path, found ? format(" of CRC-32 %08x", *found) : "");
-        if (!t.is_bytes()) replace_file(path, t.file(), "free some space or give another -o");
+        if (!t.is_bytes()) FileWriter::replace(path, t.file());
     }
 
     void open_checkpoints() {
         // A run killed between a checkpoint's two files has left the state, from which the model can be made.
-        bool no_model = resume_from && log && !std::filesystem::exists(model_path(o.out, step));
+        bool no_model = resume_from && log && access(model_path(o.out, step).c_str(), F_OK) != 0;
         if (wants_checkpoints()) {
             std::vector<CsvLog*> logs;
             if (first_rank()) logs.push_back(log.get());
@@ -352,6 +291,7 @@ private:
             if (hops_log) logs.push_back(hops_log.get());
             checkpoints =
                 std::make_unique<CheckpointWriter<Trainer>>(*trainer, *data, o.out, o.keep, in_background, logs, ranks);
+            if (resume_from) checkpoints->resume(resume_from);
             if (ranks && !ranks.all(!no_model)) checkpoints->write_model(step);
         }
         if (!ranks && no_model) write_model(model_path(o.out, step), *trainer, step);
@@ -379,7 +319,7 @@ private:
 
     void train() {
         if (step >= config.steps && resume_from)
-            print("the run has its %lld steps; -x with a larger number goes on\n", config.steps);
+            print("the run has %lld steps of %lld; -x with a larger number goes on\n", step, config.steps);
         if (config.steps == 0) {
             validate_if_due();
             checkpoint();
@@ -398,8 +338,39 @@ private:
             print("stopping   after step %lld, as a signal asked\n", step);
         }
         if (checkpoints) checkpoints->wait();
-        if (trainer->run.skipped > 0)
-            print("skipped    %lld of %lld steps, whose loss or gradient was not finite\n", trainer->run.skipped, step);
+        end();
+    }
+
+    // Says what a run has left whose last steps, or whose final weights, are not finite.
+    void end() {
+        int64_t skipped = trainer->run.skipped, in_row = trainer->run.skipped_in_row;
+        if (skipped > 0) print("skipped    %lld of %lld steps, whose loss or gradient was not finite\n", skipped, step);
+        if (in_row == 0 && std::isfinite(last_validation)) {
+            if (checkpoints && !stop_asked()) checkpoints->remove_old(newest);
+            return;
+        }
+        std::string found = in_row ? format("found the last %lld steps skipped, and the weights those of step %lld",
+                                            in_row, step - in_row)
+                                   : format("found a validation loss of %s", number_text(last_validation));
+        std::string text =
+            format("step %lld: expected a run that ends with finite numbers, %s; %s", step, found, advice());
+        if (in_row >= steps_here && steps_here > 0) fail("%s", text);
+        warn(text);
+    }
+
+    // After steps that were skipped: from where to go on. A checkpoint is good if a finite step was made from it.
+    std::string advice() const {
+        auto there = [&](int64_t s) { return s >= 0 && access(state_path(o.out, s).c_str(), F_OK) == 0; };
+        if (!checkpoints || newest < 0) return "there is no checkpoint: start again with a smaller -l";
+        if (there(known_good))
+            return format("the last good checkpoint is %s: %sgo on from it by -y with a smaller -l",
+                          state_path(o.out, known_good), known_good < last_updated ? "remove the newer ones and " : "");
+        std::string none =
+            format("no finite step was made from %s: ", state_path(o.out, std::max(last_updated, int64_t(0))));
+        if (last_updated < 0) none = "no step was finite: ";
+        for (const auto& [s, path] : files_by_step(o.out, STATE_PATTERN))
+            if (s < last_updated) return none + format("remove it and go on from %s, by -y with a smaller -l", path);
+        return none + "start again in another folder with a smaller -l";
     }
 
     // Gives the trainer the next step, and the one after it where nothing comes between the two.
@@ -436,6 +407,8 @@ private:
         bool skipped = !std::isfinite(result.loss) || !std::isfinite(result.norm);
         trainer->run.skipped += skipped;
         trainer->run.skipped_in_row = skipped ? trainer->run.skipped_in_row + 1 : 0;
+        double numbers[] = {double(step), skipped ? 0 : result.loss, skipped ? 0 : result.norm};
+        trainer->run.history = crc32(numbers, sizeof numbers, trainer->run.history);
         if (!skipped) known_good = newest;
         spent += result.seconds, steps_here++;
         if (steps_here == 1) clock.add("first step", result.seconds), clock.print();
@@ -443,7 +416,7 @@ private:
         report(result, skipped);
         if (trainer->run.skipped_in_row >= o.max_skips) end_after_skips(result);
         if (std::string kind = divergence->add(step, result.loss); !kind.empty()) warn_of_divergence(kind);
-        if (checkpoints) checkpoints->poll(result.all);
+        if (checkpoints) checkpoints->poll(result.all), checkpoints->remove_old(known_good);
         // While steps are skipped the parameters stay as they are, perhaps beyond repair: no checkpoint but at the end.
         if ((overdue || due(o.checkpoint_every)) && (!skipped || step == config.steps)) checkpoint();
         sample_if_due();
@@ -475,6 +448,7 @@ private:
         auto [loss, bits_per_byte] =
             validate(*trainer, *val_data, config, tokenizer(), ranks, data->programs.hops ? &hops : nullptr);
         bool known = std::isfinite(bits_per_byte);
+        last_validation = loss;
         print("validation | loss %.4f | perplexity %.3f%s\n", loss, std::exp(loss),
               known ? format(" | %.4f bits per byte", bits_per_byte) : "");
         if (data->programs.hops) hops.print();
@@ -485,6 +459,8 @@ private:
     // Where the disk has no room for a checkpoint, training goes on and the next step tries again; the run's end fails.
     void checkpoint() {
         if (!checkpoints || newest == step) return;
+        bool skipping = trainer->run.skipped_in_row > 0;
+        if (!skipping) checkpoints->wait(), checkpoints->remove_old(known_good);  // before space is asked for
         std::string fault = space_fault(o.out, checkpoint_bytes(config.model, real_type<Real>));
         if (ranks.all(fault.empty())) fault = "";
         else if (fault.empty()) fault = "disk: expected more space, found less on another rank";
@@ -492,7 +468,9 @@ private:
         if (!fault.empty() && !overdue && first_rank())
             warn(format("the checkpoint of step %lld is put off: %s", step, fault));
         overdue = !fault.empty();
-        if (!overdue) checkpoints->write(step), newest = step;
+        if (overdue) return;
+        checkpoints->write(step), newest = step;
+        if (!skipping) last_updated = step;
     }
 
     void sample_if_due() {
@@ -504,14 +482,9 @@ private:
 
     [[noreturn]] void end_after_skips(const StepResult& result) {
         if (checkpoints) checkpoints->wait();
-        if (known_good < 0 || !std::filesystem::exists(state_path(o.out, known_good))) known_good = newest;
-        std::string advice = "there is no checkpoint: start again with a smaller -l";
-        if (checkpoints && newest >= 0)
-            advice = format("the last good checkpoint is %s: %sgo on from it by -y with a smaller -l",
-                            state_path(o.out, known_good), known_good < newest ? "remove the newer ones and " : "");
-        fail("step %lld: expected a finite loss and gradient norm, found %g and %g, the last of %lld skipped in a row "
+        fail("step %lld: expected a finite loss and gradient norm, found %s and %s, the last of %lld skipped in a row "
              "(--max-skips); %s",
-             step, result.loss, result.norm, trainer->run.skipped_in_row, advice);
+             step, number_text(result.loss), number_text(result.norm), trainer->run.skipped_in_row, advice());
     }
 
     void warn_of_divergence(const std::string& kind) {
@@ -547,22 +520,27 @@ private:
     std::unique_ptr<ProbeLog> probe_log;
     std::unique_ptr<CheckpointWriter<Trainer>> checkpoints;
 
-    double rate = 1;                       // of matrix products, operations a second
-    int64_t step = 0, started = 0;         // steps done; steps given to the trainer, done or in flight
-    double spent = 0;                      // seconds in steps
-    int64_t steps_here = 0;                // steps done by this process
-    int64_t newest = -1, known_good = -1;  // steps of checkpoints: the last; the last that a finite step followed
-    bool overdue = false;                  // a checkpoint waits for room on the disk
-    bool told_to_stop = false;             // by the flags of the last step, which are the same on all ranks
+    double rate = 1;                // of matrix products, operations a second
+    int64_t step = 0, started = 0;  // steps done; steps given to the trainer, done or in flight
+    double spent = 0;               // seconds in steps
+    int64_t steps_here = 0;         // steps done by this process
+    // Steps of checkpoints: the last; the last whose step updated the weights; the last that a finite step followed.
+    int64_t newest = -1, last_updated = -1, known_good = -1;
+    double last_validation = 0;
+    bool overdue = false;       // a checkpoint waits for room on the disk
+    bool told_to_stop = false;  // by the flags of the last step, which are the same on all ranks
     std::exception_ptr data_error;
 };
 
 // The main of a trainer: an error that the user can mend is one line on stderr and exit status 1.
 template <IsTrainer Trainer>
 int trainer_main(int argc, char** argv) {
+    open_standard_streams();
     setvbuf(stdout, nullptr, _IOLBF, 0);
-    std::string program = std::filesystem::path(argv[0]).filename().string(), text;
+    StopSignals::ignore_file_size();
     RankSession<Trainer> session;
+    std::string program = basename(argv[0]), text;
+    text.reserve(4096);  // where there is no memory left, there is room to say so
     try {
         session.launch = Launch::from_environment();
         if (session.launch.rank > 0 && !freopen("/dev/null", "w", stdout)) {}  // rank 0 prints for all
@@ -578,6 +556,14 @@ int trainer_main(int argc, char** argv) {
         text = e.what();
     } catch (const std::bad_alloc&) {
         text = "out of memory; use a smaller -b, -t, -C or -L, or -r layer";
+    } catch (const std::system_error& e) {
+        bool thread = e.code() == std::errc::resource_unavailable_try_again;
+        text = thread ? "expected one more thread, found none to be had; raise the limit of processes (ulimit -u)"
+                      : e.what();
+    } catch (const std::exception& e) {
+        text = e.what();
+    } catch (...) {
+        text = "ended by an exception of no known kind";
     }
     fflush(stdout);
     if (session.lifeline) session.lifeline->fail_all(program, text);

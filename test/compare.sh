@@ -41,7 +41,7 @@ compare() {
     while [ "$(jobs -rp | wc -l)" -ge "$jobs" ]; do wait -n; done
     {
         local status=ok table='' worst
-        if ! "${path[$writer]}" --dump "$at.dump" -v 0 -i keel_common.h "$@" >"$at.out" 2>&1; then
+        if ! "${path[$writer]}" --dump "$at.dump" -i keel_common.h "$@" >"$at.out" 2>&1; then
             table=$(cat "$at.out") status="NOT DUMPED"
         elif ! table=$("${path[$reader]}" --check "$at.dump" 2>&1); then
             status="NOT OK"

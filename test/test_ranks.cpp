@@ -630,8 +630,8 @@ TEST_SUITE("ends") {
             const char* expected;
         } cases[] = {{0, p.words(cpu, "run", {"-z", "1"}), "-z: expected 0, found 1; this run has one rank"},
                      {4, p.words(cpu, "run", {"-b", "5"}),
-                      "-d: expected a multiple of 160 tokens (B*T times the ranks), found 96"},
-                     {2, p.words(cpu, "run", {"--dump", p / "dump"}), "expected one rank, found 2"},
+                      "-d: expected a multiple of 160 tokens (B*T times the ranks) as total batch, found 96"},
+                     {2, {cpu.binary, "-i", p.text, "-L", "6", "--dump", p / "dump"}, "expected one rank, found 2"},
                      {2, p.words(cpu, "run", {"-q"}), "unknown flag '-q'"},
                      {2, p.words(gpu_fp32, "run", {"--probe", "1"}), "--probe: expected a run started alone"},
                      {2, p.words(gpu_bf16, "run", {"--grads", "bf16"}), "--grads: expected fp32 with several ranks"},

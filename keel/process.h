@@ -1,0 +1,117 @@
+// keel/process.h: the process of a run and the system around it: its streams, its signals, its threads, its start.
+#pragma once
+
+#include <signal.h>
+
+#include <atomic>
+#include <exception>
+#include <mutex>
+
+#include "../keel_common.h"
+
+// A program started with a standard stream closed would get its number for the next file that it opens, and print into
+// a log or a checkpoint: /dev/null stands in its place.
+inline void open_standard_streams() {
+    for (int fd : {0, 1, 2})
+        if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", fd == 0 ? O_RDONLY : O_WRONLY) < 0) _exit(1);
+}
+
+// Signals that ask a run to finish its step, write a checkpoint and end with status 0: so that a scheduler can take the
+// machine back, a terminal can close and `| head` can end. A second SIGTERM, SIGINT or SIGUSR1 ends it at once; two
+// within 50 ms count as one, as some programs signal a process and its group. SIGHUP and SIGPIPE stay ignored where
+// they were, as under nohup. A limit of file sizes makes writes fail instead of killing the program.
+class StopSignals {
+public:
+    // Lasts to the end of the process: a signal just after the run's end must not change its exit status.
+    static void watch() {
+        for (int number : {SIGTERM, SIGINT, SIGUSR1, SIGHUP, SIGPIPE, SIGXCPU}) {
+            struct sigaction action = {}, before = {};
+            bool may_end = number == SIGTERM || number == SIGINT || number == SIGUSR1;
+            action.sa_handler = may_end ? ask_or_end : ask;
+            action.sa_flags = SA_RESTART;
+            sigaction(number, nullptr, &before);
+            if (may_end || before.sa_handler != SIG_IGN) sigaction(number, &action, nullptr);
+        }
+    }
+    static void ignore_file_size() { signal(SIGXFSZ, SIG_IGN); }
+    static bool asked() { return first_at != 0; }
+
+private:
+    static inline std::atomic<int64_t> first_at = 0;  // nanoseconds; 0: none has come
+
+    static void ask(int) {
+        int64_t first = 0;
+        first_at.compare_exchange_strong(first, now());
+    }
+    static void ask_or_end(int number) {
+        int64_t at = now(), first = 0;
+        if (first_at.compare_exchange_strong(first, at) || at - first < 50000000) return;
+        signal(number, SIG_DFL);
+        raise(number);
+    }
+    static int64_t now() {
+        timespec t;
+        clock_gettime(CLOCK_MONOTONIC, &t);
+        return int64_t(t.tv_sec) * 1000000000 + t.tv_nsec;
+    }
+};
+
+// How many threads, of the n wanted and this one counted, a limit of processes or of memory lets start.
+inline int startable_threads(int n) {
+    std::vector<std::thread> threads;
+    std::mutex waiting;
+    std::unique_lock lock(waiting);
+    try {
+        for (threads.reserve(size_t(n)); int(threads.size()) + 1 < n;)
+            threads.emplace_back([&] { std::lock_guard wait(waiting); });
+    } catch (const std::exception&) {  // there is none more
+    }
+    lock.unlock();
+    for (std::thread& thread : threads) thread.join();
+    return int(threads.size()) + 1;
+}
+
+// Seconds since the process was started, to the kernel's clock tick of 10 ms; 0 where the kernel does not say.
+inline double seconds_since_launch() {
+    FILE* file = fopen("/proc/self/stat", "re");
+    if (!file) return 0;
+    char text[2048] = {};
+    size_t got = fread(text, 1, sizeof text - 1, file);
+    fclose(file);
+    const char* field = got ? strrchr(text, ')') : nullptr;  // the program's name, field 2, may hold spaces
+    for (int i = 2; field && i < 22; i++) field = strchr(field + 1, ' ');
+    timespec now;
+    if (!field || clock_gettime(CLOCK_BOOTTIME, &now) != 0) return 0;
+    return std::max(0.0, double(now.tv_sec) + double(now.tv_nsec) * 1e-9 - atof(field) / double(sysconf(_SC_CLK_TCK)));
+}
+
+// What the time from the process's start to the end of the first step went to.
+class StartClock {
+public:
+    StartClock() : last(seconds()) { add("program", seconds_since_launch()); }
+    void mark(const char* name) {
+        double now = seconds();
+        add(name, now - last);
+        last = now;
+    }
+    void add(const char* name, double time) {
+        total += time;
+        text += format("%s%s %.2f", text.empty() ? "" : ", ", name, time);
+    }
+    void print() const { ::print("start-up   %.2f s to the end of the first step: %s\n", total, text); }
+
+private:
+    double last, total = 0;
+    std::string text;
+};
+
+// Ends the process 20 seconds after an error has left its scope: what frees the device could else wait for ever for
+// ranks that are gone.
+struct EndByAlarm {
+    const bool armed;
+    const int exceptions = std::uncaught_exceptions();
+    explicit EndByAlarm(bool armed) : armed(armed) {}
+    ~EndByAlarm() {
+        if (armed && std::uncaught_exceptions() > exceptions) signal(SIGALRM, SIG_DFL), alarm(20);
+    }
+};
