@@ -119,6 +119,11 @@ template <class... Arguments>
     throw Error(format(pattern, arguments...));
 }
 
+inline void warn(const std::string& text) {
+    fflush(stdout);
+    fprintf(stderr, "warning: %s\n", text.c_str());
+}
+
 inline double seconds() {
     using clock = std::chrono::steady_clock;
     return std::chrono::duration<double>(clock::now().time_since_epoch()).count();

@@ -108,9 +108,7 @@ int run_ablation(const Options& o, Trainer& trainer, const Loader& val) {
     const char* columns = "sublayer,kind,val_loss,perplexity,perplexity_lost";
     if (!o.out.empty()) {
         create_output_folder(o.out);
-        if (std::string path = o.out + "/ablate.csv"; access(path.c_str(), F_OK) == 0)
-            fail("--ablate: expected no %s, found one; move it away, or give another -o", path);
-        csv = std::make_unique<CsvLog>(o.out + "/ablate.csv", columns, -1);
+        csv = std::make_unique<CsvLog>(o.out + "/ablate.csv", columns);
     }
     print("%s\n", columns);
     double whole = 0;

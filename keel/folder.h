@@ -4,6 +4,8 @@
 #include <sys/file.h>
 #include <sys/statvfs.h>
 
+#include <fstream>
+
 #include "../keel_common.h"
 
 // The output folder holds model_00001000.bin and state_00001000_00000.bin for each checkpoint, log.csv, and where asked
@@ -228,41 +230,40 @@ LogFaults read_csv_rows(const std::string& path, int64_t last_step, Row row) {
 class CsvLog {
 public:
     CsvLog() = default;  // one that drops its rows, for the ranks that write no files
+    // A new table, in place of an older one of these columns.
+    CsvLog(const std::string& path, const std::string& columns) : path(path) {
+        std::ifstream older(path);
+        std::string line = columns;
+        if (std::getline(older, line); line != columns || (!older && access(path.c_str(), F_OK) == 0))
+            fail("%s: expected an older table of the columns %s, found another file; move it away", path, columns);
+        begin(columns + "\n");
+    }
     // every_step: it has a row for each.
     CsvLog(const std::string& path, const std::string& columns, int64_t resume_step, bool every_step = false)
         : path(path) {
-        std::string kept = columns + "\n", missing;
-        int64_t next = 1;  // step
-        auto note_missing = [&](int64_t until) {
-            if (every_step && next < until)
-                missing += format("%s%lld to %lld", *missing.c_str() ? ", " : "", next, until - 1);
-            next = until + 1;
-        };
-        LogFaults faults = read_csv_rows(path, resume_step, [&](int64_t step, const std::string& line) {
+        std::string kept = columns + "\n";
+        int64_t rows = 0;
+        LogFaults faults = read_csv_rows(path, resume_step, [&](int64_t, const std::string& line) {
             auto commas = [](const std::string& text) { return std::count(text.begin(), text.end(), ','); };
             // Columns that an older program did not know are empty.
             size_t unknown = size_t(std::max<ptrdiff_t>(0, commas(columns) - commas(line)));
             kept += line.substr(0, line.find_last_not_of("\r\n") + 1) + std::string(unknown, ',') + "\n";
-            note_missing(step);
+            rows++;
         });
-        note_missing(resume_step + 1);
         if (faults.odd) {
             std::string old;
             for (int i = 1; old = format("%s.%d", path, i), access(old.c_str(), F_OK) == 0;) i++;
-            if (rename(path.c_str(), old.c_str()) != 0) fail("%s: %s", old, write_fault(errno));
-            fprintf(stderr,
-                    "warning: %s: expected rows that start with a step, in order, found others (%zu, the "
-                    "first in line %zu); they are left out, and the file is kept as %s\n",
-                    path.c_str(), faults.odd, faults.first_odd, old.c_str());
+            if (link(path.c_str(), old.c_str()) != 0 && rename(path.c_str(), old.c_str()) != 0)
+                fail("%s: %s", old, write_fault(errno));
+            warn(format("%s: expected rows that start with a step, in order, found others (%zu, the first in line "
+                        "%zu); "
+                        "they are left out, and the file is kept as %s",
+                        path, faults.odd, faults.first_odd, old));
         }
-        if (!missing.empty())
-            fprintf(stderr, "warning: %s: expected a row for each step, found none for %s\n", path.c_str(),
-                    missing.c_str());
+        if (every_step && rows < resume_step)
+            warn(format("%s: expected a row for each of %lld steps, found %lld", path, resume_step, rows));
         if (faults.windows) print("note       %s had the line ends of Windows, and has LF again\n", path);
-        // It is on the disk before a row is added: no crash may bring the old file back.
-        FileWriter::replace(path, kept);
-        file.reset(fopen(path.c_str(), "ae"));
-        if (!file) fail("%s: %s", path, write_fault(errno));
+        begin(kept);
     }
     void row(const std::string& text) {
         if (!file) return;
@@ -278,6 +279,12 @@ public:
 private:
     std::string path;
     std::unique_ptr<FILE, CloseFile> file;
+
+    void begin(const std::string& text) {  // on the disk before a row is added: no crash may bring the old file back
+        FileWriter::replace(path, text);
+        file.reset(fopen(path.c_str(), "ae"));
+        if (!file) fail("%s: %s", path, write_fault(errno));
+    }
 };
 
 // Bytes that may still be written to a folder, or to the nearest one above it that exists; SIZE_MAX where the file

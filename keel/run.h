@@ -495,10 +495,6 @@ private:
              "a longer -u",
              step);
     }
-    static void warn(const std::string& text) {
-        fflush(stdout);
-        fprintf(stderr, "warning: %s\n", text.c_str());
-    }
 
     // ----- Members, in the order in which they are made; they are destroyed in the reverse.
     const Options& o;
