@@ -151,6 +151,10 @@ build/tokenizer.so: test/tokenizer_library.cpp $(HEADERS) FORCE
 build/test_faults: test/test_faults.cpp test/long.h test/files.h train_keel_cpu.cpp $(HEADERS) FORCE
 	$(call program,g++ doctest-dev,$(CXX) $(FLAGS) -O1 -I. -DKEEL_NO_MAIN)
 
+# What -y does in every state of a run's folder, by the real binaries.
+build/test_folder: test/test_folder.cpp test/files.h $(HEADERS) FORCE
+	$(call program,g++ doctest-dev,$(CXX) $(FLAGS) -O0 -I.)
+
 # Both suites of the CPU trainer under the sanitizers. TSan needs an OpenMP runtime that tells it of its barriers:
 # LLVM's, with its archer.
 CLANG = clang++-14 -Wno-pass-failed
@@ -249,7 +253,7 @@ build/sample_cpu.so: dev/bench/sample_cpu.cpp FORCE
 
 # Those that take longest to build come first.
 TEST_PROGRAMS = build/test_gpu_bf16_on_cpu build/test_gpu_fp32_on_cpu build/train_keel_on_cpu build/train_keel_fp32_on_cpu build/test_cuda_on_cpu \
-                train_keel_cpu train_keel_cpu_fp64 build/test_cpu_fp32 build/test_cpu_fp64 build/test_faults build/test_run build/test_ranks \
+                train_keel_cpu train_keel_cpu_fp64 build/test_cpu_fp32 build/test_cpu_fp64 build/test_faults build/test_folder build/test_run build/test_ranks \
                 build/test_tokenizer build/tokenizer.so \
                 build/crash_test build/crash_shim.so
 # What LONG=1 adds: other readings of the same sources, and what only some of its test cases run.

@@ -840,7 +840,9 @@ public:
             if (errno == ENOENT || errno == ENOTDIR) throw Error(text);
             throw UnreadableError(text);
         }
-        if (!S_ISREG(st.st_mode)) fail("%s: expected a %s file, found no regular file", path, kind_name(kind));
+        if (!S_ISREG(st.st_mode))
+            throw UnreadableError(format("%s: expected a %s file, found no regular file; move it away", path,
+                                         kind_name(kind)));
         size_t size = size_t(st.st_size);
         if (size < sizeof header + 4)
             fail("%s: expected a %s file of at least %zu bytes, found %zu; it is cut short or another file", path,
@@ -1575,6 +1577,8 @@ inline RunConfig resolve_run(const Options& o, const FileHeader* init, Vocabular
     if (resume) restore_settings(run, o, *init);
     if (!resume && !o.has("--warmup")) run.warmup = std::min<int64_t>(2500, run.steps / 4);
     if (!resume && !o.has("--lr")) run.lr = default_lr(m);
+    if (int64_t done = resume ? init->get<int64_t>(H_STEP) : 0; run.steps < done)
+        fail("-x: expected at least the %lld steps that the checkpoint has, found %lld; give more", done, run.steps);
     if (run.steps > 0 && run.warmup > run.steps && !o.has("--warmup"))
         fail("-x: expected at least the %lld steps of warm-up of the checkpoint, found %lld; give more, or -u too",
              run.warmup, run.steps);

@@ -132,7 +132,9 @@ inline std::string header_fault(const StateFiles& states, FileHeader& first) {
 inline StateFiles newest_states(const std::string& folder, const Ranks& ranks) {
     std::set<int64_t> steps, passed_over;
     if (ranks.rank() == 0)
-        for (const auto& file : files_by_step(folder, ANY_STATE_PATTERN)) steps.insert(file.first);
+        for (const char* pattern : {ANY_STATE_PATTERN, MODEL_PATTERN})  // a model alone has lost its states
+            for (const auto& file : files_by_step(folder, pattern))
+                if (pattern == ANY_STATE_PATTERN || !steps.empty()) steps.insert(file.first);
     int complete = 0;  // of those passed over
     auto pass_over = [](const std::string& why) { fprintf(stderr, "skipping a checkpoint: %s\n", why.c_str()); };
     for (;;) {

@@ -319,7 +319,7 @@ private:
 
     void train() {
         if (step >= config.steps && resume_from)
-            print("the run has %lld steps of %lld; -x with a larger number goes on\n", step, config.steps);
+            print("the run has its %lld steps; -x with a larger number goes on\n", config.steps);
         if (config.steps == 0) {
             validate_if_due();
             checkpoint();

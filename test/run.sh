@@ -73,6 +73,7 @@ suite 10 dev/tools/format.sh --check
 suite 25 test/test_build.sh
 suite 60 build/test_run
 suite 5/15 build/test_faults
+suite 10 build/test_folder
 suite 40/150 build/crash_test
 suite 4/90 build/test_tokenizer
 suite 5 build/test_cpu_fp32
