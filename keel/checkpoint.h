@@ -243,7 +243,7 @@ public:
         return SECTIONS * layout.owned_count(ranks.rank()) + (ranks && ranks.rank() == 0 ? layout.count : 0);
     }
 
-    // states: the checkpoint that a resume goes on from.
+    // states: the checkpoint that a resume goes on from, if any, and those passed over.
     void resume(const StateFiles& states) { newest = states.step, passed_over = states.passed_over, outdated = true; }
 
     void write(int64_t step) {

@@ -102,6 +102,9 @@ inline void check_output_folder(const std::string& folder, bool resume) {
     if (type == fs::file_type::none) fail("-o: %s cannot be used (%s); give another folder", folder, error.message());
     if (type != fs::file_type::not_found && type != fs::file_type::directory)
         fail("-o: expected a folder, found the file %s; give another name", folder);
+    for (const auto& part : fs::path(folder))
+        if (part.native().size() > NAME_MAX)
+            fail("-o: %s cannot be used (%s); give another folder", folder, strerror(ENAMETOOLONG));
     // The nearest folder that exists is the one that must be writable.
     fs::path probe = fs::absolute(folder, error);
     while (!fs::exists(probe, error) && probe.has_parent_path() && probe != probe.parent_path())

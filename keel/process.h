@@ -56,19 +56,18 @@ private:
     }
 };
 
-// How many threads, of the n wanted and this one counted, a limit of processes or of memory lets start.
+// How many threads, of the n wanted and this one counted, a limit of processes or of memory lets start. By pthreads, as
+// what std::thread frees in the new thread would give that a heap of its own.
 inline int startable_threads(int n) {
-    std::vector<std::thread> threads;
+    std::vector<pthread_t> threads(static_cast<size_t>(n));
     std::mutex waiting;
-    std::unique_lock lock(waiting);
-    try {
-        for (threads.reserve(size_t(n)); int(threads.size()) + 1 < n;)
-            threads.emplace_back([&] { std::lock_guard wait(waiting); });
-    } catch (const std::exception&) {  // there is none more
-    }
-    lock.unlock();
-    for (std::thread& thread : threads) thread.join();
-    return int(threads.size()) + 1;
+    auto wait = [](void* mutex) -> void* { return std::lock_guard(*static_cast<std::mutex*>(mutex)), nullptr; };
+    int started = 1;
+    waiting.lock();
+    while (started < n && pthread_create(&threads[size_t(started)], nullptr, wait, &waiting) == 0) started++;
+    waiting.unlock();
+    for (int t = 1; t < started; t++) pthread_join(threads[size_t(t)], nullptr);
+    return started;
 }
 
 // Seconds since the process was started, to the kernel's clock tick of 10 ms; 0 where the kernel does not say.

@@ -291,7 +291,7 @@ private:
             if (hops_log) logs.push_back(hops_log.get());
             checkpoints =
                 std::make_unique<CheckpointWriter<Trainer>>(*trainer, *data, o.out, o.keep, in_background, logs, ranks);
-            if (resume_from) checkpoints->resume(resume_from);
+            checkpoints->resume(resume_from);
             if (ranks && !ranks.all(!no_model)) checkpoints->write_model(step);
         }
         if (!ranks && no_model) write_model(model_path(o.out, step), *trainer, step);

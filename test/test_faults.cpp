@@ -207,6 +207,82 @@ TEST_CASE("--max-skips: the run stops and names the last checkpoint from which a
              "1"},
             {{"KEEL_TEST_BAD", "3"}});
     CHECK_MESSAGE(r.err.find("there is no checkpoint") != std::string::npos, r.err);
+    // A checkpoint from which no finite step was made is never called good, however often a resume starts from it.
+    r = run(p.tiny({"--max-skips", "3"}), {{"KEEL_TEST_BROKEN", "3"}});
+    std::string dead = state_path(p / "run", 2), start_again = "no finite step was made from " + dead + ": start again";
+    CHECK_MESSAGE(r.err.find(start_again) != std::string::npos, r.err);
+    Words resume = {"train", "-y", "-i", p.text, "-o", p / "run", "-s", "0", "-n", "2", "--max-skips", "3"};
+    r = run(resume, {{"KEEL_TEST_BROKEN", "3"}});
+    CHECK_MESSAGE(r.err.find(start_again) != std::string::npos, r.err);
+    REQUIRE(run(resume).code == 0);  // with steps 2, 4, ... 24
+    fs::remove(state_path(p / "run", 24));
+    r = run(resume, {{"KEEL_TEST_BROKEN", "23"}});
+    CHECK_MESSAGE(r.err.find("no finite step was made from " + state_path(p / "run", 22) +
+                             ": remove it and go on from " + state_path(p / "run", 20)) != std::string::npos,
+                  r.err);
+}
+
+TEST_CASE("A run whose last steps were skipped says what it has left, and a resume goes on from before them; one whose "
+          "every step was skipped fails") {
+    Place p;
+    Result r = run(p.tiny(), {{"KEEL_TEST_BAD", "23,24"}});
+    CHECK(r.code == 0);
+    CHECK_MESSAGE(r.err.find("found the last 2 steps skipped, and the weights those of step 22; the last good "
+                             "checkpoint "
+                             "is " +
+                             state_path(p / "run", 20)) != std::string::npos,
+                  r.err);
+    Result again = run({"train", "-y", "-i", p.text, "-o", p / "run", "-s", "0"});
+    CHECK(again.code == 0);
+    CHECK_MESSAGE(again.err.find("skipping a checkpoint: " + state_path(p / "run", 24) +
+                                 ": expected one whose last "
+                                 "step updated the weights") != std::string::npos,
+                  again.err);
+    CHECK(again.out.find("resuming   " + state_path(p / "run", 22)) != std::string::npos);
+    fs::rename(p / "run", p / "mended");
+    REQUIRE(run(p.tiny()).code == 0);
+    CHECK(slurp(model_path(p / "mended", 24)) == slurp(model_path(p / "run", 24)));
+    fs::remove_all(p / "run");
+    r = run(p.tiny({"--max-skips", "99"}), {{"KEEL_TEST_BROKEN", "1"}});
+    CHECK(r.code == 1);
+    CHECK_MESSAGE(r.err.find("the last 24 steps skipped") != std::string::npos, r.err);
+    r = run({"train", "-y", "-i", p.text, "-o", p / "run", "-s", "0"});
+    CHECK(r.code == 1);
+    CHECK_MESSAGE(r.err.find("expected a checkpoint to go on from") != std::string::npos, r.err);
+}
+
+TEST_CASE("--keep 1 leaves two checkpoints until a finite step was made from the newer") {
+    Place p;
+    Words words = p.tiny({"--max-skips", "3"});
+    *(std::find(words.begin(), words.end(), "--keep") + 1) = "1";
+    CHECK(run(words, {{"KEEL_TEST_BROKEN", "9"}}).code == 1);
+    std::string steps;
+    for (const auto& file : files_by_step(p / "run", STATE_PATTERN)) steps += format("%lld ", file.first);
+    CHECK(steps == "8 6 ");
+    CHECK(fs::exists(model_path(p / "run", 6)));
+}
+
+TEST_CASE("The checksum of data: of the tokens, not of their files; of all of them up to 2^24, else of blocks") {
+    Place p;
+    std::string text(size_t(17) << 20, 'a');
+    auto sum = [&](const std::string& content, size_t first, size_t n) {
+        spill(p / "data.txt", content);
+        return TokenSource({p / "data.txt"}, "-i").checksum(first, n);
+    };
+    uint32_t whole = sum(text, 0, text.size()), small = sum(text, 5, 100000);
+    for (size_t at : {size_t(0), text.size() - 1}) {
+        text[at] = 'b';
+        CHECK(sum(text, 0, text.size()) != whole);
+        CHECK(sum(text, 5, 100000) == small);
+        text[at] = 'a';
+    }
+    for (size_t at : {5, 16388, 16389, 70000, 100004}) {
+        text[at] = 'b';
+        CHECK_MESSAGE(sum(text, 5, 100000) != small, at);
+        text[at] = 'a';
+    }
+    spill(p / "1.txt", text.substr(0, 7)), spill(p / "2.txt", text.substr(7, 99998));
+    CHECK(TokenSource({p / "[12].txt"}, "-i").checksum(5, 100000) == small);
 }
 
 TEST_CASE("Divergence: healthy recorded curves raise no alarm") {
@@ -448,7 +524,11 @@ TEST_CASE("Rows of a log: half a line, zeros, words, steps that go back and step
     spill(p / "log.csv",
           std::string("step,loss\n1,2.5\nnoise\n2,2.4\n1,9\n\n") + std::string(5, '\0') + "\n3,2.3\n4,2.2\n5,2");
     std::string rows;
-    read_csv_rows(p / "log.csv", 3,
-                  [&](int64_t step, const std::string& line) { rows += format("%lld:", (long long)step) + line; });
+    LogFaults faults = read_csv_rows(p / "log.csv", 3, [&](int64_t step, const std::string& line) {
+        rows += format("%lld:", (long long)step) + line;
+    });
     CHECK(rows == "1:1,2.5\n2:2,2.4\n3:3,2.3\n");
+    CHECK(faults.odd == 4);
+    CHECK(faults.first_odd == 3);
+    CHECK(!faults.windows);
 }

@@ -75,8 +75,9 @@ struct Place {
     // path -> content of everything in the folder
     std::map<std::string, std::string> contents() const {
         std::map<std::string, std::string> all;
+        std::error_code loop;  // of symbolic links
         for (const auto& entry : fs::recursive_directory_iterator(path))
-            all[entry.path().string()] = entry.is_regular_file() ? slurp(entry.path().string()) : "";
+            all[entry.path().string()] = entry.is_regular_file(loop) ? slurp(entry.path().string()) : "";
         return all;
     }
     // The command must fail with one line on stderr that has these words, and leave every file as it was.
@@ -160,6 +161,9 @@ TEST_SUITE("bad input") {
                 {"-d", "at most 2147483647 sequences", "found 900000000000"});
         p.fails(p.tiny({"-o", o, "--norm", "batch"}), {"--norm", "keel, pre, post", "found 'batch'"});
         p.fails(p.tiny({"-o", o, "--norm", "pre", "-a", "3"}), {"-a", "no alpha"});
+        for (const char* norm : {"keel", "deepnorm"})
+            p.fails(p.tiny({"-o", o, "--norm", norm, "-a", "3e18"}), {"alpha (-a)", "at most 1.88", "is 3e+18"});
+        succeeds(p.tiny({"--norm", "deepnorm", "-a", "1.88e18"}));
         p.fails(p.tiny({"-o", o, "-u", "7"}), {"-u", "expected at most the 6 steps", "found 7"});
         p.fails(p.tiny({"-o", o, "-r", "3"}), {"-r", "expected", "found '3'"});
         succeeds(p.tiny({"-o", p / "good"}));
@@ -201,6 +205,7 @@ TEST_SUITE("bad input") {
         p.fails({"./train_keel_cpu", "-i", p / "s.bin", "-o", o, "-e", p / "good/model_00000006.bin"},
                 {"expected tokens below the model's V = 256", "found 300"});
         p.fails(p.tiny({"-o", o, "-j", p.text}), {"-j", "as well"});
+        p.fails(p.tiny({"-o", o, "-j", "hops:1"}), {"-j", "expected files like -i", "give -i hops:1"});
         p.fails(p.tiny({"-o", o, "-j", p / "short.txt"}), {"-j", "expected at least T + 1 = 9", "found 8"});
         Words words = with(p / "s.bin");
         for (const char* more : {"-x", "2", "-s", "0"}) words.push_back(more);
@@ -212,6 +217,10 @@ TEST_SUITE("bad input") {
         p.fails(p.tiny({"-o", p.text + "/run"}), {"-o", "expected a folder"});
         p.fails(p.tiny({"-o", p.text}), {"-o", "expected a folder"});
         p.fails(p.tiny({"-o", "/proc/keel"}), {"-o", "cannot be"});
+        fs::create_symlink("b", p / "a"), fs::create_symlink("a", p / "b");
+        for (const std::string& name : {std::string(256, 'x'), "new/" + std::string(256, 'x'), std::string("a"),
+                                        std::string("a/b"), std::string(5000, 'x')})
+            p.fails(p.tiny({"-o", p / name}), {"-o", "cannot be", "another folder"});
         succeeds(p.tiny({"-o", p / "run"}));
         p.fails(p.tiny({"-o", p / "run"}), {"-o", "holds a run", "-y"});
         p.fails(p.tiny({"-y"}), {"-y", "add -o"});
