@@ -110,4 +110,131 @@ std::string limits() {
                   (long long)failures);
 }
 
+// ----------------------------------------------------------------------------------------------------
+
+// The time of day jumps back and forth, and between kills each file is from 1970 or from 2100.
+std::string clocks() {
+    if (access(shim.c_str(), R_OK) != 0) throw Skip{shim + " is not there"};
+    Place place;
+    std::string whole = place / "whole", folder = place / "run";
+    double start = seconds();
+    succeeds(place.command(whole), place);
+    double duration = seconds() - start;
+    const std::map<std::string, std::string> jumping = {{"LD_PRELOAD", fs::absolute(shim).string()},
+                                                        {"CRASH_CLOCK", "1"}};
+    int64_t kills = 0, runs = 0, jumps = 0;
+    for (; kills < lean(8, 60); runs++, fs::remove_all(folder)) {
+        int64_t promised = -1;
+        for (int code = -1; code != 0;) {
+            Process process(place.command(folder), place.path, jumping);
+            process.wait_for_a_moment(folder, duration);
+            process.send(SIGKILL);
+            Result r = process.wait();
+            check_resume(r, promised, "after a jump of the clock");
+            promised = std::max(promised, last_named_step(r.out, "checkpoint"));
+            if (size_t at = r.out.find("start-up   "); at != std::string::npos)
+                jumps += atof(&r.out[at + 10]) > 86400;  // since the process's start, by the clock
+            for (const auto& entry : fs::directory_iterator(folder)) {
+                timespec then = {coin() ? 0 : 4102444800, 0}, both[] = {then, then};
+                utimensat(AT_FDCWD, entry.path().c_str(), both, 0);
+            }
+            code = r.code, kills += code != 0;
+        }
+        same_run(whole, folder, "after jumps of the clock");
+    }
+    expect(jumps > 0, "the clock has not jumped");
+    return format("%lld kills in %lld runs, in which the clock jumped and files were from 1970 or 2100",
+                  (long long)kills, (long long)runs);
+}
+
+// ----------------------------------------------------------------------------------------------------
+
+// stdout is a pipe, or a terminal of the process's own, whose other end reads some of it after the first step and goes
+// away.
+struct Reader {
+    bool terminal;
+    int ends[2] = {-1, -1};  // ours, the trainer's
+    explicit Reader(bool terminal) : terminal(terminal) {
+        if (!terminal) {
+            if (pipe2(ends, O_CLOEXEC) != 0) fail("no pipe");
+            return;
+        }
+        ends[0] = posix_openpt(O_RDWR | O_NOCTTY | O_CLOEXEC);
+        if (ends[0] < 0 || grantpt(ends[0]) != 0 || unlockpt(ends[0]) != 0) throw Skip{"no terminals here"};
+    }
+    void prepare() {
+        if (terminal) setsid(), ends[1] = open(ptsname(ends[0]), O_RDWR);  // which becomes its terminal
+        dup2(ends[1], 1);
+    }
+    void read_and_leave() {
+        if (!terminal) close(ends[1]);
+        std::string text;
+        char buffer[256];
+        for (size_t most = dice() % 40000, first = 0; !first || text.size() < first + most;) {
+            ssize_t n = read(ends[0], buffer, sizeof buffer);
+            if (n <= 0) break;
+            text.append(buffer, size_t(n));
+            if (size_t at = text.find("step "); !first && at != std::string::npos) first = at;
+        }
+        close(ends[0]);
+    }
+};
+
+std::string streams() {
+    Place place;
+    std::string whole = place / "whole", folder = place / "run";
+    constexpr int STEPS = 600;
+    const Words command = place.command(folder, {}, STEPS, 50);
+    succeeds(place.command(whole, {}, STEPS, 50), place);
+    auto equal = [&](const std::string& what) {
+        same_run(whole, folder, what, STEPS);
+        for (const auto& entry : fs::directory_iterator(folder))
+            for (const char* printed : {"| loss ", "train_keel", "warning", "checkpoint"})
+                expect(slurp(entry.path().string()).find(printed) == std::string::npos,
+                       what + ": what was printed is in " + entry.path().string());
+        fs::remove_all(folder);
+    };
+    int64_t starts = 0, left = 0;
+    for (int open_ones = 0; open_ones < 7; open_ones++, starts++) {
+        std::string what = "of stdin, stdout and stderr open: ";
+        for (int fd : {0, 1, 2}) what += open_ones >> fd & 1 ? char('0' + fd) : '-';
+        Result r = Process(command, place.path, {}, [=] {
+            for (int fd : {0, 1, 2})
+                if (!(open_ones >> fd & 1)) close(fd);
+        }).wait();
+        expect(r.code == 0, format("%s: exit %d, %s", what.c_str(), r.code, r.err.c_str()));
+        equal(what);
+    }
+    Result full = Process(command, place.path, {}, [] {
+        int fd = open("/dev/full", O_WRONLY);
+        dup2(fd, 1), dup2(fd, 2);
+    }).wait();
+    expect(full.code == 0, format("a full device: exit %d", full.code));
+    equal("a full device");
+    for (int turn = 0; turn < lean(1, 10); turn++)
+        for (bool terminal : {false, true})
+            for (bool ignored : {false, true}) {
+                std::string what = format("the %s goes away%s", terminal ? "terminal" : "pipe's reader",
+                                          ignored ? ", which is ignored" : "");
+                Reader reader(terminal);
+                Process process(command, place.path, {}, [&] {
+                    signal(terminal ? SIGHUP : SIGPIPE, ignored ? SIG_IGN : SIG_DFL);
+                    reader.prepare();
+                });
+                reader.read_and_leave();
+                Result r = process.wait();
+                expect(r.code == 0 && r.err.empty(), format("%s: exit %d, %s", what.c_str(), r.code, r.err.c_str()));
+                int64_t last = 0;
+                read_csv_rows(folder + "/log.csv", INT64_MAX, [&](int64_t step, const std::string&) { last = step; });
+                expect(fs::exists(model_path(folder, last)) && (last == STEPS || !ignored),
+                       format("%s: ended at step %lld without its checkpoint", what.c_str(), (long long)last));
+                left += last < STEPS;
+                succeeds(command, place);
+                equal(what);
+            }
+    expect(left > 0, "no run was stopped");
+    return format("%lld starts with streams closed, a full device, %lld runs stopped as their reader had gone",
+                  (long long)starts, (long long)left);
+}
+
 }  // namespace

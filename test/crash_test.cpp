@@ -460,6 +460,8 @@ int main(int argc, char** argv) {
     test_case("data_lost", data_lost);
     test_case("flips", flips);
     test_case("limits", limits);
+    test_case("clocks", clocks);
+    test_case("streams", streams);
     printf("%d passed, %d failed%s\n", passed, failed, skipped ? format(", %d skipped", skipped).c_str() : "");
     return failed != 0;
 }
