@@ -234,6 +234,15 @@ void check_resume(const Result& r, int64_t promised, const std::string& what) {
                                         (long long)from, (long long)promised));
 }
 
+// Lines on stderr that are no warnings: a run that fails has one.
+int lines_of_errors(const std::string& err) {
+    int lines = 0;
+    std::stringstream in(err);
+    for (std::string line; std::getline(in, line);)
+        lines += !line.starts_with("warning: ") && !line.starts_with("skipping a checkpoint: ");
+    return lines;
+}
+
 bool one_line(const Result& r, const char* words) {
     return expect(r.code == 1 && std::count(r.err.begin(), r.err.end(), '\n') == 1 &&
                       r.err.find(words) != std::string::npos,

@@ -7,15 +7,6 @@
 
 namespace {
 
-// Lines on stderr that are no warnings: a run that fails has one.
-int lines_of_errors(const std::string& err) {
-    int lines = 0;
-    std::stringstream in(err);
-    for (std::string line; std::getline(in, line);)
-        lines += !line.starts_with("warning: ") && !line.starts_with("skipping a checkpoint: ");
-    return lines;
-}
-
 void nothing_half_written(const std::string& folder, const std::string& what) {
     std::error_code gone;
     for (const auto& entry : fs::directory_iterator(folder, gone))

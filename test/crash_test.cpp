@@ -462,6 +462,9 @@ int main(int argc, char** argv) {
     test_case("limits", limits);
     test_case("clocks", clocks);
     test_case("streams", streams);
+    test_case("foreign", foreign);
+    test_case("vanished", vanished);
+    test_case("dead", dead);
     printf("%d passed, %d failed%s\n", passed, failed, skipped ? format(", %d skipped", skipped).c_str() : "");
     return failed != 0;
 }
