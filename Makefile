@@ -181,7 +181,8 @@ build/fuzz_%: test/fuzz/%.cpp test/fuzz/fuzz.h test/fuzz/uncovered.txt $(HEADERS
 	$(call program,$(CLANG_PACKAGES),$(CLANG) $(FUZZ_FLAGS))
 
 # Kills the real binary, fills its disk, cuts its power. The shim notes what a program's fsync has made certain.
-build/crash_test: test/crash_test.cpp test/long.h test/files.h test/crash_disk.h $(HEADERS) FORCE
+build/crash_test: test/crash_test.cpp test/crash_run.h test/crash_system.h test/crash_folder.h test/crash_disk.h \
+                  test/long.h test/files.h $(HEADERS) FORCE
 	$(call program,g++,$(CXX) $(FLAGS) -O0 -I.)
 
 build/crash_shim.so: test/crash_shim.cpp test/crash_disk.h test/files.h FORCE

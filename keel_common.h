@@ -954,8 +954,9 @@ inline void sync_folder(const std::string& file_path) {
 class FileWriter {
 public:
     explicit FileWriter(const std::string& path) : path(path), temporary(path + ".tmp") {
-        file = fopen(temporary.c_str(), "wbe");
-        if (!file) fail("%s: %s", path, write_fault(errno));
+        // What lies there is a killed run's, or a link that leads elsewhere, or a pipe that would be waited for.
+        if (unlink(temporary.c_str()) == 0 || errno == ENOENT) file = fopen(temporary.c_str(), "wbxe");
+        if (!file) fail("%s: %s", temporary, write_fault(errno));
     }
     ~FileWriter() {
         if (!file) return;

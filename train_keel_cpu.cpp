@@ -171,10 +171,14 @@ void matmul_backward(real* din, real* dw, const real* dout, const real* in, cons
 // a query the strips, that causality parts.
 constexpr int ATT = 64;
 
+// Reals of scratch for each thread: of the backward, which needs more than the forward.
+size_t attention_scratch(int T, int D) { return 5 * size_t(ATT + TILE_N) * size_t(D + TILE_N) + size_t(T); }
+
 void attention_forward(real* y, real* lse, const real* qkv, int B, int T, int C, int H, int first) {
     int D = C / H, Tq = T - first, tiles = (Tq + ATT - 1) / ATT;
     size_t stride = 3 * size_t(C);
     real scale = 1 / std::sqrt(real(D)), minus_infinity = -std::numeric_limits<real>::infinity();
+    if (!omp_in_parallel()) reserve_scratch(attention_scratch(T, D));
     #pragma omp for collapse(3) schedule(static)
     for (int b = 0; b < B; b++)
         for (int h = 0; h < H; h++)
@@ -182,7 +186,7 @@ void attention_forward(real* y, real* lse, const real* qkv, int B, int T, int C,
                 int q0 = first + tile * ATT, nq = std::min(ATT, T - q0);
                 const real* heads = qkv + size_t(b) * T * stride + size_t(h) * D;
                 real* out = y + (size_t(b) * Tq + size_t(q0 - first)) * C + size_t(h) * D;
-                real* panels = thread_scratch(size_t(2 * ATT + TILE_N) * D + ATT * TILE_N);
+                real* panels = own_scratch();
                 Matrix q = row_major(heads + size_t(q0) * stride, stride);
                 Tiles q_t = pack_b(q.transposed(), nq, D, panels);
                 panels += (ATT + TILE_N) * D;
@@ -240,12 +244,13 @@ void attention_backward(real* dqkv, const real* dy, const real* qkv, const real*
     int D = C / H;
     size_t stride = 3 * size_t(C);
     real scale = 1 / std::sqrt(real(D)), minus_infinity = -std::numeric_limits<real>::infinity();
+    if (!omp_in_parallel()) reserve_scratch(attention_scratch(T, D));
     #pragma omp for collapse(2) schedule(static)
     for (int b = 0; b < B; b++)
         for (int h = 0; h < H; h++) {
             size_t start = size_t(b) * T * stride + size_t(h) * D, out = size_t(b) * T * C + size_t(h) * D;
             size_t panel = size_t(ATT + TILE_N) * (D + TILE_N);
-            real *panels = thread_scratch(5 * panel + T), *delta = panels + 5 * panel;
+            real *panels = own_scratch(), *delta = panels + 5 * panel;
             for (int i = 0; i < T; i++) {
                 const real *dyi = dy + out + size_t(i) * C, *yi = y + out + size_t(i) * C;
                 real sum = 0;
@@ -570,7 +575,7 @@ struct Model {
           recompute(recompute), slots(config.L, recompute), sharing(sharing) {
         for (const BufferRow& row : plan(config, layout, B, T, recompute, sharing))
             this->*row.buffer = Buffer<real>(row.elements);
-        reserve_panels();
+        reserve_panels(), reserve_scratch(attention_scratch(T, config.D()));
         grads.zero(), shard_grads.zero(), m.zero(), v.zero();
         if (sharing.ranks > 0) params.zero();  // the padding
         update_ranges = sharing.states() ? layout.owned(sharing.rank) : ParameterLayout(config).owned(0);
@@ -1075,10 +1080,13 @@ struct Trainer {
     using Generator = TokenGenerator;
 
     static void require_machine() {
-        int wanted = omp_get_max_threads(), threads = startable_threads(wanted);
-        if (threads == wanted) return;  // else OpenMP would end the program
-        omp_set_num_threads(threads);
-        print("note       %d threads of %d, as no more can be started (ulimit -u, -v)\n", threads, wanted);
+        int wanted = omp_get_max_threads(), threads = startable_threads(wanted), started = 0;
+        if (threads < wanted) {  // else OpenMP would end the program
+            omp_set_num_threads(threads);
+            print("note       %d threads of %d, as no more can be started (ulimit -u, -v)\n", threads, wanted);
+        }
+        #pragma omp parallel reduction(+ : started)  // they stay, whatever limit comes later
+        started++;
     }
     static void check_model(const ModelConfig&) {}  // any shape that config_fault lets pass
     static std::string machine_name() { return format("%d threads", omp_get_max_threads()); }

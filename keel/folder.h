@@ -59,7 +59,8 @@ inline void remove_old_checkpoints(const std::string& folder, int64_t step, int6
         if (file.first <= step && !passed_over.count(file.first) && ++seen == keep) oldest = file.first;
     for (const char* pattern : {ANY_STATE_PATTERN, MODEL_PATTERN})
         for (const auto& [file_step, path] : files_by_step(folder, pattern))
-            if (file_step < oldest || (file_step < step && passed_over.count(file_step))) unlink(path.c_str());
+            if (std::error_code gone; file_step < oldest || (file_step < step && passed_over.count(file_step)))
+                if (is_regular_file(std::filesystem::symlink_status(path, gone))) unlink(path.c_str());  // no link
 }
 
 // Removes what a killed run left half-written.
@@ -144,14 +145,22 @@ inline void create_output_folder(const std::string& folder) {
     }
 }
 
+// Whether the path leads to the open file.
+inline bool leads_to(const std::string& path, int fd) {
+    struct stat ours, there;
+    return fstat(fd, &ours) == 0 && stat(path.c_str(), &there) == 0 && ours.st_ino == there.st_ino &&
+           ours.st_dev == there.st_dev;
+}
+
 // Keeps a second run out of the folder. The lock is the kernel's, on a file that names its holder: it ends with the
 // process, however that ends, and the file that a killed run leaves behind blocks nobody.
 class FolderLock {
 public:
     FolderLock() = default;
-    explicit FolderLock(const std::string& folder) : path(folder + "/lock") {
+    explicit FolderLock(const std::string& folder)
+        : folder(folder), path(folder + "/lock"), home(open(folder.c_str(), O_PATH | O_DIRECTORY | O_CLOEXEC)) {
         for (;;) {
-            fd = open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC | O_NONBLOCK, 0666);
+            fd = open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC | O_NONBLOCK | O_NOFOLLOW, 0666);
             if (fd < 0) fail("-o: %s %s", path, write_fault(errno));
             if (flock(fd, LOCK_EX | LOCK_NB) != 0) {
                 if (errno != EWOULDBLOCK) {
@@ -164,11 +173,8 @@ public:
                 close(fd);
                 fail("-o: %s is in use by %s; wait for it, end it, or give another folder", folder, holder);
             }
-            struct stat ours, there;  // the last holder may have removed the file between our open and our lock
-            if (fstat(fd, &ours) == 0 && stat(path.c_str(), &there) == 0 && ours.st_ino == there.st_ino &&
-                ours.st_dev == there.st_dev)
-                break;
-            close(fd);
+            if (leads_to(path, fd)) break;
+            close(fd);  // the last holder has removed the file between our open and our lock
         }
         std::string text = process_name();
         if (ftruncate(fd, 0) != 0 || pwrite(fd, text.data(), text.size(), 0) != ssize_t(text.size())) {
@@ -176,19 +182,30 @@ public:
     }
     ~FolderLock() {
         if (fd < 0) return;
-        unlink(path.c_str());
-        close(fd);
+        if (leads_to(path, fd)) unlink(path.c_str());
+        close(fd), close(home);
     }
-    FolderLock(FolderLock&& other) noexcept : path(other.path), fd(std::exchange(other.fd, -1)) {}
+    FolderLock(FolderLock&& other) noexcept { *this = std::move(other); }
     FolderLock& operator=(FolderLock&& other) noexcept {
-        std::swap(path, other.path), std::swap(fd, other.fd);
+        std::swap(folder, other.folder), std::swap(path, other.path);
+        std::swap(home, other.home), std::swap(fd, other.fd);
         return *this;
     }
     explicit operator bool() const { return fd >= 0; }
 
+    // Fails where the folder is no longer there, or another has its name: a checkpoint would go to another run. Takes
+    // the lock anew where someone has removed its file.
+    void keep() {
+        if (fd < 0) return;
+        if (!leads_to(folder, home))
+            fail("-o: expected the folder %s of this run, found it moved or removed; put it back, and go on by -y",
+                 folder);
+        if (!leads_to(path, fd)) *this = FolderLock(folder);
+    }
+
 private:
-    std::string path;
-    int fd = -1;
+    std::string folder, path;
+    int home = -1, fd = -1;  // the folder, the lock in it
 };
 
 // What was not as a run leaves it in a log.
@@ -277,11 +294,16 @@ public:
     void sync() {
         if (fsync(fileno(file.get())) != 0 && errno != EINVAL)
             fail("%s: %s, and go on by -y", path, write_fault(errno));
+        if (!leads_to(path, fileno(file.get())) && !std::exchange(told, true))
+            warn(format("%s: expected the file that the run writes, found that it was moved or removed; its rows go on "
+                        "there",
+                        path));
     }
 
 private:
     std::string path;
     std::unique_ptr<FILE, CloseFile> file;
+    bool told = false;  // that it is no longer there
 
     void begin(const std::string& text) {  // on the disk before a row is added: no crash may bring the old file back
         FileWriter::replace(path, text);

@@ -249,11 +249,23 @@ inline Tiles b_tiles(const Matrix& b, int N, int K, real* panels) {
     return N % LANES == 0 ? Tiles{b.data, TILE_N, b.row} : pack_b(b, N, K, panels);
 }
 
-// A thread's own memory, which grows to what it was asked for at most.
-inline real* thread_scratch(size_t n) {
-    thread_local std::vector<real> scratch;
-    if (scratch.size() < n) scratch.resize(n);
-    return scratch.data();
+// Every thread's own memory, which grows outside of regions alone: inside one, missing memory would end the program.
+struct ThreadScratch {
+    Buffer<real> all;
+    size_t each = 0;  // reals of a thread
+};
+inline ThreadScratch& thread_scratch() {
+    static ThreadScratch scratch;
+    return scratch;
+}
+inline void reserve_scratch(size_t n) {
+    ThreadScratch& s = thread_scratch();
+    n = std::max(s.each, round_up(n, 64 / sizeof(real)));  // no two threads in one cache line
+    size_t reals = size_t(omp_get_max_threads()) * n;
+    if (n > s.each || s.all.size() < reals) s.all = Buffer<real>(reals), s.each = n;
+}
+inline real* own_scratch() {
+    return thread_scratch().all.data() + size_t(omp_get_thread_num()) * thread_scratch().each;
 }
 
 // Every thread's panels, which grow outside of regions alone.

@@ -459,6 +459,7 @@ private:
     // Where the disk has no room for a checkpoint, training goes on and the next step tries again; the run's end fails.
     void checkpoint() {
         if (!checkpoints || newest == step) return;
+        if (first_rank()) lock.keep();
         bool skipping = trainer->run.skipped_in_row > 0;
         if (!skipping) checkpoints->wait(), checkpoints->remove_old(known_good);  // before space is asked for
         std::string fault = space_fault(o.out, checkpoint_bytes(config.model, real_type<Real>));

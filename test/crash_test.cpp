@@ -7,198 +7,15 @@
 // is printed. Ends with "N passed, N failed". With LONG=1, as make crash_test sets it, several times as often.
 #include <sched.h>
 #include <sys/mount.h>
-#include <sys/wait.h>
-
-#include <chrono>
-#include <functional>
-#include <random>
-#include <set>
-#include <sstream>
-#include <thread>
 
 #include "crash_disk.h"
-#include "files.h"
-#include "keel/checkpoint.h"
-#include "long.h"
+#include "crash_folder.h"
+#include "crash_run.h"
+#include "crash_system.h"
 
 namespace {
 
-namespace fs = std::filesystem;
-
-std::string trainer = "./train_keel_cpu", shim = "build/crash_shim.so";
 int64_t kills_wanted = lean(42, 210), cuts_wanted = lean(12, 60), signals_wanted = lean(9, 30);
-std::mt19937_64 dice;
-
-double uniform(double least, double most) { return least + (most - least) * double(dice() >> 11) * 0x1p-53; }
-bool coin() { return dice() & 1; }
-void wait_for(double s) { std::this_thread::sleep_for(std::chrono::duration<double>(s)); }
-
-// ----------------------------------------------------------------------------------------------------
-// Cases, and what they found
-
-int passed = 0, failed = 0, skipped = 0;
-std::vector<std::string> faults;  // of the case that runs
-std::set<std::string> chosen;     // names on the command line; empty: all
-
-void fault(const std::string& what) {
-    if (faults.size() < 10) faults.push_back(what);
-}
-bool expect(bool true_, const std::string& what) {
-    if (!true_) fault(what);
-    return true_;
-}
-
-struct Skip { std::string why; };
-
-void test_case(const char* name, const std::function<std::string()>& body) {
-    if (!chosen.empty() && !chosen.count(name)) return;
-    faults.clear();
-    double start = seconds();
-    std::string summary;
-    try {
-        summary = body();
-    } catch (const Skip& skip) {
-        skipped++;
-        printf("SKIPPED: %s: %s\n", name, skip.why.c_str());
-        return;
-    } catch (const std::exception& e) {
-        fault(e.what());
-    }
-    (faults.empty() ? passed : failed)++;
-    printf("%-12s %s: %s (%.1f s)\n", name, faults.empty() ? "ok" : "FAILED", summary.c_str(), seconds() - start);
-    for (const std::string& what : faults) printf("    %s\n", what.c_str());
-    fflush(stdout);
-}
-
-// ----------------------------------------------------------------------------------------------------
-// A trainer's process
-
-class Process {
-public:
-    Process(const Words& words, const std::string& folder, const std::map<std::string, std::string>& environment = {},
-            uid_t user = 0)
-        : out_path(folder + "/stdout"), err_path(folder + "/stderr") {
-        int out = open(out_path.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666),
-            err = open(err_path.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
-        child = fork();
-        if (child == 0) {
-            for (const auto& [name, value] : environment) setenv(name.c_str(), value.c_str(), 1);
-            if (!getenv("OMP_NUM_THREADS")) setenv("OMP_NUM_THREADS", "1", 1);  // such a small model is faster so
-            dup2(out, 1), dup2(err, 2);
-            if (user && setuid(user) != 0) _exit(126);
-            std::vector<char*> argv;
-            for (const std::string& word : words) argv.push_back(const_cast<char*>(word.c_str()));
-            argv.push_back(nullptr);
-            execv(argv[0], argv.data());
-            _exit(127);
-        }
-        close(out), close(err);
-    }
-    void send(int number) { kill(child, number); }
-    bool runs() {
-        if (!ended && waitpid(child, &final_status, WNOHANG) == child) ended = true;
-        return !ended;
-    }
-    // Waits until it has printed the text; false if it ended before.
-    bool wait_for_output(const std::string& text) {
-        bool running;
-        do {
-            running = runs();
-            if (slurp(out_path).find(text) != std::string::npos) return true;
-            wait_for(0.001);
-        } while (running);
-        return false;
-    }
-    // Half of the time any moment, half of the time one while a checkpoint is being written.
-    void wait_for_a_moment(const std::string& folder, double duration) {
-        double start = seconds();
-        wait_for(uniform(0, duration));
-        if (coin()) return;
-        auto writing = [&] {
-            std::error_code gone;
-            for (fs::directory_iterator entry(folder, gone), end; entry != end && !gone; entry.increment(gone))
-                if (entry->path().filename().string().ends_with(".bin.tmp")) return true;
-            return false;
-        };
-        while (!writing() && seconds() - start < 2 * duration) wait_for(0.0001);
-        wait_for(uniform(0, 0.002));
-    }
-    Result wait() {
-        int status = final_status;
-        if (!ended) waitpid(child, &status, 0);
-        return {WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status), slurp(out_path), slurp(err_path)};
-    }
-
-private:
-    std::string out_path, err_path;
-    pid_t child;
-    bool ended = false;
-    int final_status = 0;
-};
-
-// ----------------------------------------------------------------------------------------------------
-// A run: a folder, and what is compared
-
-struct Place {
-    std::string path, text;
-    explicit Place(const char* parent = "/tmp") {
-        std::string name = format("%s/keel_crash_XXXXXX",
-                                  access("/dev/shm", W_OK) == 0 || strcmp(parent, "/dev/shm") ? parent : "/tmp");
-        if (!mkdtemp(name.data())) fail("%s: cannot be made", name.c_str());
-        path = name, text = path + "/text.txt";
-        std::string content;
-        for (int i = 0; content.size() < 6000; i++) content += format("line %d of %d, ", i * i % 97, i);
-        spill(text, content);
-        chmod(path.c_str(), 0755);
-    }
-    ~Place() { fs::remove_all(path); }
-    std::string operator/(const std::string& name) const { return path + "/" + name; }
-    Words command(const std::string& out, const Words& more = {}, int steps = 120, int checkpoint_every = 7) const {
-        Words words = {trainer, "-i", text, "-L", "4",  "-C", "16", "-H", "2",  "-t", "8",
-                       "-b",    "2",  "-d", "32", "-v", "5",  "-s", "0",  "-y", "-o", out};
-        words.insert(words.end(), {"-x", std::to_string(steps), "-n", std::to_string(checkpoint_every)});
-        words.insert(words.end(), more.begin(), more.end());
-        return words;
-    }
-};
-
-Result succeeds(const Words& words, const Place& place) {
-    Result r = Process(words, place.path).wait();
-    std::string command;
-    for (const std::string& word : words) command += word + " ";
-    expect(r.code == 0, format("%s: exit %d, %s", command.c_str(), r.code, r.err.c_str()));
-    return r;
-}
-
-// Of two finished runs; counts as one mismatch whatever differs.
-bool same_run(const std::string& a, const std::string& b, const std::string& what, int steps = 120) {
-    bool same = expect(slurp(model_path(a, steps)) == slurp(model_path(b, steps)) && fs::exists(model_path(a, steps)),
-                       what + ": the final models differ");
-    same &= expect(slurp(state_path(a, steps)) == slurp(state_path(b, steps)), what + ": the final states differ");
-    return same & expect(log_without_times(a + "/log.csv") == log_without_times(b + "/log.csv"), what + ": the logs "
-                                                                                                        "differ");
-}
-
-// The step of the last line "checkpoint | .../state_..." (or "resuming"), -1 where there is none: what the trainer has
-// promised.
-int64_t last_named_step(const std::string& out, const char* word) {
-    long long step = -1;
-    std::stringstream in(out);
-    for (std::string line; std::getline(in, line);)
-        if (size_t at = line.find("/state_"); line.starts_with(word) && at != std::string::npos)
-            sscanf(line.c_str() + at, "/state_%lld_", &step);
-    return step;
-}
-
-// What must be so each time a run goes on: no error, and not from before the last checkpoint that it had said was
-// written.
-void check_resume(const Result& r, int64_t promised, const std::string& what) {
-    expect(r.code == 0 || r.code == -SIGKILL, format("%s: exit %d, %s", what.c_str(), r.code, r.err.c_str()));
-    int64_t from = last_named_step(r.out, "resuming");
-    if (r.out.find("training   ") != std::string::npos && (from >= 0 || r.out.find("step ") != std::string::npos))
-        expect(from >= promised, format("%s: resumed from step %lld, and had been told of %lld", what.c_str(),
-                                        (long long)from, (long long)promised));
-}
 
 // ----------------------------------------------------------------------------------------------------
 // The cases
@@ -412,12 +229,6 @@ std::string with_mounts(const std::function<std::string()>& body) {
     return summary;
 }
 
-bool one_line(const Result& r, const char* words) {
-    return expect(r.code == 1 && std::count(r.err.begin(), r.err.end(), '\n') == 1 &&
-                      r.err.find(words) != std::string::npos,
-                  format("expected exit 1 and one line with '%s', found %d and '%s'", words, r.code, r.err.c_str()));
-}
-
 // A tmpfs of random size fills up somewhere; with more space the run goes on.
 std::string full_disk() {
     return with_mounts([] {
@@ -483,7 +294,7 @@ std::string little_space() {
         spill(folder + "/other", std::string(2 * one, 'x'));  // someone else's
         Process process(command(folder), place.path);
         process.wait_for_output("checkpoint |");  // the first one fits
-        while (process.runs() && slurp(place / "stderr").find("is put off") == std::string::npos) wait_for(0.001);
+        while (process.runs() && process.err().find("is put off") == std::string::npos) wait_for(0.001);
         fs::remove(folder + "/other");
         r = process.wait();
         expect(r.err.find("warning: the checkpoint of step 1400 is put off: disk: expected at least") !=
@@ -514,16 +325,16 @@ std::string read_only() {
     command[0] = copy;
     fs::create_directory(place / "run"), chmod((place / "run").c_str(), 0777);
     succeeds(place.command(place / "whole", {}, STEPS, 70), place);
-    Process process(command, place.path, {}, user);
+    Process process(command, place.path, {}, as_user(user));
     process.wait_for_output("checkpoint |");
     chmod((place / "run").c_str(), 0555);
     Result r = process.wait();
     one_line(r, "Permission denied");
     int64_t promised = last_named_step(r.out, "checkpoint");
-    Result refused = Process(command, place.path, {}, user).wait();
+    Result refused = Process(command, place.path, {}, as_user(user)).wait();
     one_line(refused, "cannot be written");
     chmod((place / "run").c_str(), 0777);
-    Process again(command, place.path, {}, user);
+    Process again(command, place.path, {}, as_user(user));
     check_resume(again.wait(), promised, "after a folder was read-only");
     int64_t mismatches = !same_run(place / "whole", place / "run", "after a folder was read-only", STEPS);
     return format("stopped after step %lld's checkpoint, %lld mismatches", (long long)promised, (long long)mismatches);
@@ -648,6 +459,12 @@ int main(int argc, char** argv) {
     test_case("read_only", read_only);
     test_case("data_lost", data_lost);
     test_case("flips", flips);
+    test_case("limits", limits);
+    test_case("clocks", clocks);
+    test_case("streams", streams);
+    test_case("foreign", foreign);
+    test_case("vanished", vanished);
+    test_case("dead", dead);
     printf("%d passed, %d failed%s\n", passed, failed, skipped ? format(", %d skipped", skipped).c_str() : "");
     return failed != 0;
 }
