@@ -355,13 +355,13 @@ private:
         std::string text =
             format("step %lld: expected a run that ends with finite numbers, %s; %s", step, found, advice());
         if (in_row >= steps_here && steps_here > 0) fail("%s", text);
-        warn(text);
+        if (first_rank()) warn(text);
     }
 
     // After steps that were skipped: from where to go on. A checkpoint is good if a finite step was made from it.
     std::string advice() const {
         auto there = [&](int64_t s) { return s >= 0 && access(state_path(o.out, s).c_str(), F_OK) == 0; };
-        if (!checkpoints || newest < 0) return "there is no checkpoint: start again with a smaller -l";
+        if (newest < 0) return "there is no checkpoint: start again with a smaller -l";
         if (there(known_good))
             return format("the last good checkpoint is %s: %sgo on from it by -y with a smaller -l",
                           state_path(o.out, known_good), known_good < last_updated ? "remove the newer ones and " : "");
@@ -489,7 +489,7 @@ private:
     }
 
     void warn_of_divergence(const std::string& kind) {
-        warn(kind);
+        if (first_rank()) warn(kind);
         if (!o.stop_on_divergence) return;
         if (checkpoints) checkpoints->wait();
         fail("step %lld: expected a loss that goes down, found it diverged (--stop-on-divergence); use a smaller -l or "
