@@ -838,7 +838,7 @@ public:
             std::string text =
                 format("%s: cannot be read (%s); expected a %s file", path, errno_text(), kind_name(kind));
             if (errno == ENOENT || errno == ENOTDIR) throw Error(text);
-            throw UnreadableError(text);
+            throw UnreadableError(text + "; " + errno_advice(errno));
         }
         if (!S_ISREG(st.st_mode))
             throw UnreadableError(format("%s: expected a %s file, found no regular file; move it away", path,

@@ -263,6 +263,25 @@ TEST_SUITE("bad input") {
         p.fails(with(p / "bad.bin"), {"cut short"});
     }
 
+    TEST_CASE("An error names what was given, and a mode refuses the flags that it does not use") {
+        Place p;
+        succeeds(p.tiny({"-o", p / "run", "-u", "5", "-n", "3"}));
+        Words resume = {"./train_keel_cpu", "-i", p.text, "-y", "-o", p / "run"};
+        p.fails(resume + Words{"-x", "5"}, {"-x: expected at least the 6 steps that the checkpoint has, found 5"});
+        fs::remove(p / "run/state_00000006_00000.bin"), fs::remove(p / "run/model_00000006.bin");
+        p.fails(resume + Words{"-x", "4"}, {"-x: expected at least the 5 steps of warm-up of the checkpoint, found 4"});
+        p.fails(resume + Words{"-b", "3"}, {"-b: expected a multiple of 24 tokens (B*T)", "as in the checkpoint"});
+        p.fails({"./train_keel_cpu", "-i", p.text, "-t", "8", "-b", "1048576"}, {"-i: expected", "or a smaller -b"});
+        succeeds(p.tiny({"--dump", p / "d.bin"}));
+        std::string model = p / "run/model_00000003.bin", dump = slurp(p / "d.bin");
+        for (const Words& more : {Words{"-y", "-o", p / "run"}, {"-e", model}, {"-L", "4"}, {"-i", p.text}})
+            p.fails(Words{"./train_keel_cpu", "--check", p / "d.bin"} + more, {"--check", "does not use --"});
+        p.fails({"./train_keel_cpu", "-e", model, "--prompt", "a", "-l", "1"}, {"only samples", "not use --lr"});
+        p.fails(p.tiny({"--dump", p / "d.bin", "-l", "1"}), {"--dump", "does not use --lr"});
+        memset(&dump[4 * H_B], 0, 4), mend_crc(dump), spill(p / "bad.bin", dump);
+        p.fails({"./train_keel_cpu", "--check", p / "bad.bin"}, {"B must be from 1 to", "and is 0"});
+    }
+
     TEST_CASE("Too little memory is said before it is taken, with the flag to turn") {
         Place p;
         auto limited = [&](const std::string& flags) {
@@ -270,7 +289,14 @@ TEST_SUITE("bad input") {
                          "ulimit -v 3000000; exec ./train_keel_cpu -i " + p.text + " -o " + (p / "run") +
                              " -t 64 -d 128 " + flags};
         };
-        p.fails(limited("-L 1024 -C 1024 -H 8"), {"memory: expected at least", "found", "-C"});
+        for (const char* more : {"", " -b 2"})  // where the parameters alone do not fit, no -b helps
+            p.fails(limited(std::string("-L 1024 -C 1024 -H 8") + more), {"memory: expected at least", "smaller -C, "
+                                                                                                       "-L"});
+        p.fails(Words{"bash", "-c",
+                      "ulimit -v 3000000; exec ./train_keel_cpu -i keel_common.h -L 256 -C 64 -H 2 -t 64 -r none -b "
+                      "256 -o " +
+                          (p / "run")},
+                {"memory: expected at least", "a smaller -b"});
         Result r;
         for (int limit = 30000; limit < 110000;
              limit += 8000) {  // KiB, from too little for the program itself to enough
