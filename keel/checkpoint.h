@@ -288,8 +288,11 @@ public:
     // one stand for those before it, as its last update may have left weights from which nothing can be trained.
     void remove_old(int64_t proven) {
         if (!outdated || phase != NOTHING || proven != newest) return;
-        if (ranks.rank() == 0) remove_old_checkpoints(folder, newest, keep, passed_over);
-        outdated = false;
+        try {
+            if (ranks.rank() == 0) remove_old_checkpoints(folder, newest, keep, passed_over);
+            outdated = false;
+        } catch (const UnreadableError&) {  // no reason to end a run: the next step tries again
+        }
     }
     unsigned flags() const { return phase != NOTHING && done.load(std::memory_order_acquire) ? flag_of_phase() : 0u; }
 
