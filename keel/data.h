@@ -190,13 +190,17 @@ private:
         std::vector<unsigned char> bytes(n * width);
         int fd = open_file(file.path);
         size_t done = 0;
-        while (done < bytes.size()) {
+        int error = 0;
+        while (done < bytes.size() && !error) {
             ssize_t got = pread(fd, bytes.data() + done, bytes.size() - done, off_t(offset + done));
-            if (got < 0 && errno == EINTR) continue;
-            if (got <= 0) break;
-            done += size_t(got);
+            if (got == 0) break;
+            if (got > 0) done += size_t(got);
+            else if (errno != EINTR) error = errno;
         }
         close(fd);
+        if (error)
+            throw DataError(format("%s: cannot be read (%s); see to its disk, or restore it", file.path,
+                                   strerror(error)));
         if (done < bytes.size())
             throw DataError(format("%s: expected %zu tokens as at the start of the run, found fewer; the file has been "
                                    "cut short, restore it",

@@ -252,9 +252,14 @@ public:
     CsvLog() = default;  // one that drops its rows, for the ranks that write no files
     // A new table, in place of an older one of these columns.
     CsvLog(const std::string& path, const std::string& columns) : path(path) {
-        std::ifstream older(path);
-        std::string line = columns;
-        if (std::getline(older, line); line != columns || (!older && access(path.c_str(), F_OK) == 0))
+        std::error_code ignored;
+        std::string line;
+        auto is_older = [&] {  // a pipe would be waited for
+            if (!std::filesystem::is_regular_file(path, ignored)) return false;
+            std::ifstream file(path);
+            return std::getline(file, line) && line == columns;
+        };
+        if (access(path.c_str(), F_OK) == 0 && !is_older())
             fail("%s: expected an older table of the columns %s, found another file; move it away", path, columns);
         begin(columns + "\n");
     }

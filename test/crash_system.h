@@ -38,7 +38,7 @@ constexpr rlim_t MiB = 1 << 20;
 const Limit limits_set[] = {{"file size", RLIMIT_FSIZE, 0, 200000, "1"},  // a state has 126 kB
                             {"open files", RLIMIT_NOFILE, 0, 8, "1"},
                             {"processes", RLIMIT_NPROC, 0, 2, "2"},
-                            {"address space", RLIMIT_AS, 0, 4 * MiB, "2"}};
+                            {"address space", RLIMIT_AS, 0, MiB / 4, "2"}};
 const char* const limit_moments[] = {"start", "data ", "machine ", "step ", "validation", "checkpoint", "any"};
 
 // As that user, whom root may not always limit.

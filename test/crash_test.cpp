@@ -346,15 +346,16 @@ std::string data_lost() {
     constexpr int STEPS = 1200;  // enough of them after the first checkpoint that the data are gone before the last
     succeeds(place.command(place / "whole", {}, STEPS, 70), place);
     int64_t mismatches = 0, turns = 0;
-    for (int how = 0; how < lean(2, 6); how++, turns++) {
+    for (int how = 0; how < lean(3, 6); how++, turns++) {
         std::string folder = place / std::to_string(how);
         Process process(place.command(folder, {}, STEPS, 70), place.path);
         bool checkpointed = process.wait_for_output("checkpoint |");
-        if (how % 2) unlink(place.text.c_str());
-        else if (truncate(place.text.c_str(), how * 100) != 0) fail("truncate");
+        if (how % 3 == 0) fs::resize_file(place.text, size_t(how) * 100);
+        else fs::remove(place.text);
+        if (how % 3 == 2) fs::create_directory(place.text);
         Result r = process.wait();
         if (expect(checkpointed && r.code == 1, format("it went on to its end, code %d", r.code))) {
-            one_line(r, how % 2 ? "cannot be read" : "has been cut");
+            one_line(r, how % 3 ? "cannot be read" : "has been cut");
             int64_t last = 0;
             read_csv_rows(folder + "/log.csv", INT64_MAX, [&](int64_t step, const std::string&) { last = step; });
             bool in_validation = last % 5 == 4 && last_named_step(r.out, "checkpoint") <
@@ -363,7 +364,7 @@ std::string data_lost() {
                    format("the last step is %lld, the last checkpoint %lld", (long long)last,
                           (long long)last_named_step(r.out, "checkpoint")));
         }
-        spill(place.text, content);
+        fs::remove(place.text), spill(place.text, content);
         succeeds(place.command(folder, {}, STEPS, 70), place);
         mismatches += !same_run(place / "whole", folder, "after data was lost", STEPS);
     }

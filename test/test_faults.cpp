@@ -517,6 +517,7 @@ TEST_CASE("A pipe where a file is expected is refused, not waited for") {
     for (const char* name : {"pipe", "pipe.bin"}) CHECK_THROWS_AS(TokenSource({p / name}, "-i"), Error);
     CHECK_THROWS_AS(FileReader(p / "pipe", FILE_MODEL), Error);
     CHECK_THROWS_AS(read_csv_rows(p / "pipe", 9, [](int64_t, const std::string&) {}), UnreadableError);
+    CHECK_THROWS_AS(CsvLog(p / "pipe", "sublayer,val_loss"), Error);
 }
 
 TEST_CASE("Rows of a log: half a line, zeros, words, steps that go back and steps after the checkpoint are dropped") {
