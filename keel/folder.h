@@ -196,11 +196,11 @@ public:
     // Fails where the folder is no longer there, or another has its name: a checkpoint would go to another run. Takes
     // the lock anew where someone has removed its file.
     void keep() {
-        if (fd < 0) return;
+        if (fd < 0 || leads_to(path, fd)) return;
         if (!leads_to(folder, home))
             fail("-o: expected the folder %s of this run, found it moved or removed; put it back, and go on by -y",
                  folder);
-        if (!leads_to(path, fd)) *this = FolderLock(folder);
+        *this = FolderLock(folder);
     }
 
 private:
