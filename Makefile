@@ -140,6 +140,10 @@ build/test_run: test/test_run.cpp test/long.h test/files.h $(HEADERS) FORCE
 build/test_ranks: test/test_ranks.cpp test/long.h test/files.h $(HEADERS) FORCE
 	$(call program,g++ doctest-dev,$(CXX) $(FLAGS) -O0 -I.)
 
+# The GPU trainer on the CPU, whose CUDA calls fail.
+build/test_device_faults: test/test_device_faults.cpp test/long.h test/files.h $(HEADERS) FORCE
+	$(call program,g++ doctest-dev,$(CXX) $(FLAGS) -O1 -I.)
+
 # Text to tokens and back; and the trainers' encoder as a library, for Python to compare and to time.
 build/test_tokenizer: test/test_tokenizer.cpp test/long.h test/files.h $(HEADERS) FORCE
 	$(call program,g++ doctest-dev,$(CXX) $(FLAGS) -O1 -I.)
