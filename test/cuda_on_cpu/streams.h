@@ -353,13 +353,14 @@ cudaError_t api(Body&& body, bool even_after_misuse = false, const char* name = 
     return result;
 }
 
-// Forgets the misuse and the work that it left behind.
+// Forgets the misuse, or a fault that stays, and the work that it left behind.
 inline void clear_misuse() {
     std::lock_guard lock(shared_state().mutex);
     streams().drop_all();
     std::lock_guard misuse_lock(shared_state().misuse_mutex);
     shared_state().misuse.clear();
     shared_state().sticky = cudaSuccess;
+    calls().memory_gone = false;
     last_error = cudaSuccess;
 }
 
