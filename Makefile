@@ -254,6 +254,7 @@ build/sample_cpu.so: dev/bench/sample_cpu.cpp FORCE
 # Those that take longest to build come first.
 TEST_PROGRAMS = build/test_gpu_bf16_on_cpu build/test_gpu_fp32_on_cpu build/train_keel_on_cpu build/train_keel_fp32_on_cpu build/test_cuda_on_cpu \
                 train_keel_cpu train_keel_cpu_fp64 build/test_cpu_fp32 build/test_cpu_fp64 build/test_faults build/test_run build/test_ranks \
+                build/test_device_faults \
                 build/test_tokenizer build/tokenizer.so \
                 build/crash_test build/crash_shim.so
 # What LONG=1 adds: other readings of the same sources, and what only some of its test cases run.

@@ -4,6 +4,7 @@
 #include <doctest/doctest.h>
 #include <sys/wait.h>
 
+#include <array>
 #include <map>
 #include <set>
 
@@ -30,7 +31,7 @@ Result run(const Words& words, const Environment& environment = {}) {
         std::vector<char*> argv;
         for (const std::string& word : words) argv.push_back(const_cast<char*>(word.c_str()));
         argv.push_back(nullptr);
-        execv(argv[0], argv.data());
+        execvp(argv[0], argv.data());
         _exit(127);
     }
     close(out), close(err);
@@ -376,4 +377,55 @@ TEST_CASE("SIGTERM at any call: the run writes a checkpoint of the last step tha
     CHECK(stopped > 0);
     printf("%d stopped by a signal and went on to equal results, %d ended before it, %d had no step yet\n", stopped,
            too_late, too_early);
+}
+
+TEST_CASE("A call that fails on one of two ranks ends both by a line that names it, and -y goes on to equal results") {
+    std::string launcher;
+    FILE* pipe = popen("[ -z \"$(dev/tools/mpi.sh compile)\" ] || dev/tools/mpi.sh mpirun 1", "r");
+    for (int c; pipe && (c = getc(pipe)) != EOF;) launcher += char(c);
+    if (pipe) pclose(pipe);
+    if (launcher.empty()) return;
+    Place p;
+    const std::string folder = p / "run";
+    const Words rank = tiny(fp32, p, {{"-d", "64"}, {"-z", "1"}, {"-o", folder}});
+    // settings: of rank 0 and of rank 1, for env
+    auto run_ranks = [&](const std::array<Words, 2>& settings, const Words& more) {
+        std::stringstream in(launcher);
+        Words words;
+        for (std::string word; in >> word;) words.push_back(word);
+        words = words + Words{"env"} + settings[0] + rank + more;
+        return run(words + Words{":", "-np", "1", "env"} + settings[1] + rank + more);
+    };
+    auto list = [&](int r) { return p / format("calls%d", r); };
+    Result whole = run_ranks({Words{"CUDA_ON_CPU_CALLS=" + list(0)}, Words{"CUDA_ON_CPU_CALLS=" + list(1)}}, {});
+    REQUIRE_MESSAGE(whole.code == 0, whole.err);
+    const Files undisturbed = files_of(folder);
+    Counts counts;
+    size_t made = 0;
+    for (size_t r : {0, 1}) {
+        std::vector<Call> calls = calls_of(list(int(r)));
+        made += calls.size();
+        for (int i = 1, n = lean(3, 40); i < n; i++) {
+            size_t at = calls.size() * size_t(i) / size_t(n);
+            auto passed_over = [&](const Call& call) {  // the first one of each rank is NCCL's
+                return may_be_survived(call, {}) || (i == 1 && !call.name.starts_with("nccl"));
+            };
+            while (at + 1 < calls.size() && passed_over(calls[at])) at++;
+            fs::remove_all(folder);
+            std::array<Words, 2> settings;
+            settings[r] = {"CUDA_ON_CPU_FAIL=" + faults(calls[at], i % 2 == 0)};
+            Result ended = run_ranks(settings, {});
+            std::string line = ended.err.substr(0, ended.err.find('\n'));
+            CHECK_MESSAGE(ended.code != 0, calls[at].number, " ", calls[at].name);
+            // Rank 0 prints for all.
+            std::string who = r == 0 ? "train_keel_fp32_on_cpu: " : "rank 0: rank 1 (process ";
+            CHECK_MESSAGE((line.starts_with(who) && line.find(calls[at].name) != std::string::npos), calls[at].number,
+                          " ", calls[at].name, "\n", ended.err);
+            CHECK(damaged_file(files_of(folder)) == "");
+            Result again = run_ranks({}, {"-y"});
+            CHECK_MESSAGE((again.code == 0 && missing_file(files_of(folder), undisturbed) == ""), again.err);
+            counts.ended++;
+        }
+    }
+    counts.print("two ranks, -z 1", made);
 }
