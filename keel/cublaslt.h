@@ -12,8 +12,8 @@
 inline void check(cublasStatus_t status, const char* what) {
     if (status == CUBLAS_STATUS_ALLOC_FAILED) check(cudaErrorMemoryAllocation, what);
     if (status != CUBLAS_STATUS_SUCCESS)
-        fail("%s: expected a GPU that works, found %s; see the driver's log (dmesg) and go on by -y, or use "
-             "train_keel_cpu",
+        fail("%s: expected a GPU that works, found %s; see the driver's log (dmesg), or use train_keel_cpu; a run goes "
+             "on by -y",
              what, cublasLtGetStatusString(status));
 }
 // Whether cuBLASLt can do what it is asked. That it failed is no answer: a run would go on with other bits.
@@ -67,7 +67,9 @@ public:
             fail("--tune: %s cannot be read (%s); give another file", path,
                  fs::is_regular_file(path, error) ? errno_text() : "it is no file");
         for (int c; (c = getc(file)) != EOF && text.size() < (size_t(64) << 20);) text += char(c);
+        bool cut = ferror(file);
         fclose(file);
+        if (cut) fail("--tune: %s could not be read to its end; give another file", path);
         int line_number = 0;
         for (size_t at = 0; at < text.size();) {
             size_t end = std::min(text.find('\n', at), text.size());

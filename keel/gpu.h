@@ -23,11 +23,11 @@ inline void check(cudaError_t error, const char* what) {
     if (error == cudaSuccess) return;
     cudaGetLastError();  // forgotten: some can go on without the memory
     if (error == cudaErrorMemoryAllocation)
-        fail("%s: expected free memory on the GPU, found too little; end what else takes it (nvidia-smi) and go on by "
-             "-y, or use a smaller -b, -t, -C or -L, or -r layer",
+        fail("%s: expected free memory on the GPU, found too little; end what else takes it (nvidia-smi), or use a "
+             "smaller -b, -t, -C or -L, or -r layer; a run goes on by -y",
              what);
-    fail("%s: expected a GPU that works, found \"%s\" (%s); see the driver's log (dmesg) and go on by -y, or use "
-         "train_keel_cpu",
+    fail("%s: expected a GPU that works, found \"%s\" (%s); see the driver's log (dmesg), or use train_keel_cpu; a run "
+         "goes on by -y",
          what, cudaGetErrorString(error), cudaGetErrorName(error));
 }
 #define CUDA(call) check(call, #call)
