@@ -56,9 +56,9 @@ public:
         namespace fs = std::filesystem;
         std::error_code error;
         if (!fs::exists(path, error)) {
-            fs::path folder = fs::absolute(path).parent_path();
+            fs::path folder = fs::absolute(path, error).parent_path();
             if (writes && (!fs::is_directory(folder, error) || access(folder.c_str(), W_OK | X_OK) != 0))
-                fail("--tune: expected a folder that can be written, found %s; create it first", folder);
+                fail("--tune: expected a folder that can be written for %s, found '%s'; create it first", path, folder);
             return;
         }
         std::string text;

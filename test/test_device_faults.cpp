@@ -293,6 +293,20 @@ TEST_CASE("A CUDA or cuBLASLt call that fails ends --dump, --check, --ablate and
     fail_other("--ablate", {fp32, "-e", model, "--ablate", "all", "-i", p / "text.txt", "-m", "1"});
 }
 
+TEST_CASE("--tune and --dump in a folder that is gone end by one line, not by an exception") {
+    Place p;
+    for (const char* flag : {"--tune", "--dump"}) {
+        std::string line = format("mkdir %s && cd %s && rmdir %s && exec", p / "gone", p / "gone", p / "gone");
+        Words words = tiny(fp32, p, {{flag, "file"}});
+        words[0] = fs::absolute(fp32);
+        for (const std::string& word : words) line += " " + word;
+        Result r = run({"sh", "-c", line});
+        CHECK_MESSAGE((r.code == 1 && std::count(r.err.begin(), r.err.end(), '\n') == 1 &&
+                       r.err.find(format("%s: expected a folder", flag)) != std::string::npos),
+                      r.code, r.err);
+    }
+}
+
 TEST_CASE("A CUDA call that fails while a checkpoint is written leaves it whole, and the one before") {
     Place p;
     const std::string folder = p / "run";
