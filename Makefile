@@ -140,6 +140,10 @@ build/test_run: test/test_run.cpp test/long.h test/files.h $(HEADERS) FORCE
 build/test_ranks: test/test_ranks.cpp test/long.h test/files.h $(HEADERS) FORCE
 	$(call program,g++ doctest-dev,$(CXX) $(FLAGS) -O0 -I.)
 
+# The GPU trainer on the CPU, whose CUDA calls fail.
+build/test_device_faults: test/test_device_faults.cpp test/long.h test/files.h $(HEADERS) FORCE
+	$(call program,g++ doctest-dev,$(CXX) $(FLAGS) -O1 -I.)
+
 # Text to tokens and back; and the trainers' encoder as a library, for Python to compare and to time.
 build/test_tokenizer: test/test_tokenizer.cpp test/long.h test/files.h $(HEADERS) FORCE
 	$(call program,g++ doctest-dev,$(CXX) $(FLAGS) -O1 -I.)
@@ -255,6 +259,7 @@ build/sample_cpu.so: dev/bench/sample_cpu.cpp FORCE
 # Those that take longest to build come first.
 TEST_PROGRAMS = build/test_gpu_bf16_on_cpu build/test_gpu_fp32_on_cpu build/train_keel_on_cpu build/train_keel_fp32_on_cpu build/test_cuda_on_cpu \
                 train_keel_cpu train_keel_cpu_fp64 build/test_cpu_fp32 build/test_cpu_fp64 build/test_faults build/test_folder build/test_run build/test_ranks \
+                build/test_device_faults \
                 build/test_tokenizer build/tokenizer.so \
                 build/crash_test build/crash_shim.so
 # What LONG=1 adds: other readings of the same sources, and what only some of its test cases run.

@@ -10,7 +10,18 @@
 #include "gpu.h"
 
 inline void check(cublasStatus_t status, const char* what) {
-    if (status != CUBLAS_STATUS_SUCCESS) fail("%s: %s", what, cublasLtGetStatusString(status));
+    if (status == CUBLAS_STATUS_ALLOC_FAILED) check(cudaErrorMemoryAllocation, what);
+    if (status != CUBLAS_STATUS_SUCCESS)
+        fail("%s: expected a GPU that works, found %s; see the driver's log (dmesg), or use train_keel_cpu; a run goes "
+             "on by -y",
+             what, cublasLtGetStatusString(status));
+}
+// Whether cuBLASLt can do what it is asked. That it failed is no answer: a run would go on with other bits.
+inline bool supported(cublasStatus_t status, const char* what) {
+    for (auto no : {CUBLAS_STATUS_NOT_SUPPORTED, CUBLAS_STATUS_INVALID_VALUE, CUBLAS_STATUS_ARCH_MISMATCH})
+        if (status == no) return false;
+    check(status, what);
+    return true;
 }
 
 constexpr size_t GEMM_WORKSPACE = 32 << 20;  // bytes, what NVIDIA recommends for Hopper
@@ -45,9 +56,9 @@ public:
         namespace fs = std::filesystem;
         std::error_code error;
         if (!fs::exists(path, error)) {
-            fs::path folder = fs::absolute(path).parent_path();
+            fs::path folder = fs::absolute(path, error).parent_path();
             if (writes && (!fs::is_directory(folder, error) || access(folder.c_str(), W_OK | X_OK) != 0))
-                fail("--tune: expected a folder that can be written, found %s; create it first", folder);
+                fail("--tune: expected a folder that can be written for %s, found '%s'; create it first", path, folder);
             return;
         }
         std::string text;
@@ -56,7 +67,9 @@ public:
             fail("--tune: %s cannot be read (%s); give another file", path,
                  fs::is_regular_file(path, error) ? errno_text() : "it is no file");
         for (int c; (c = getc(file)) != EOF && text.size() < (size_t(64) << 20);) text += char(c);
+        bool cut = ferror(file);
         fclose(file);
+        if (cut) fail("--tune: %s could not be read to its end; give another file", path);
         int line_number = 0;
         for (size_t at = 0; at < text.size();) {
             size_t end = std::min(text.find('\n', at), text.size());
@@ -259,15 +272,16 @@ private:
                   const branch_t* b, Epilogue epilogue, const branch_t* h = nullptr) {
         float one = 1, beta = epilogue == Epilogue::ADD ? 1 : 0;
         if (epilogue == Epilogue::DGELU)  // the one argument that lies in the description
-            set(plan, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, h, "CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER");
+            set(plan, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, h);
         check(cublasLtMatmul(handle, plan.operation, &one, a, plan.a, b, plan.b, &beta, d, plan.d, d, plan.d,
                              &algorithm, workspace.data(), workspace.size(), stream),
               "cublasLtMatmul");
     }
 
     template <class Value>
-    static void set(const GemmPlan& plan, cublasLtMatmulDescAttributes_t which, const Value& value, const char* what) {
-        check(cublasLtMatmulDescSetAttribute(plan.operation, which, &value, sizeof value), what);
+    static void set(const GemmPlan& plan, cublasLtMatmulDescAttributes_t which, const Value& value) {
+        check(cublasLtMatmulDescSetAttribute(plan.operation, which, &value, sizeof value), "cublasLtMatmulDescSetAttrib"
+                                                                                           "ute");
     }
 
     static size_t twice_l2() {
@@ -285,14 +299,13 @@ private:
         GemmPlan plan{};
         cublasOperation_t op_a = ta ? CUBLAS_OP_T : CUBLAS_OP_N, op_b = tb ? CUBLAS_OP_T : CUBLAS_OP_N;
         check(cublasLtMatmulDescCreate(&plan.operation, CUBLAS_COMPUTE_32F, CUDA_R_32F), "cublasLtMatmulDescCreate");
-        set(plan, CUBLASLT_MATMUL_DESC_TRANSA, op_a, "CUBLASLT_MATMUL_DESC_TRANSA");
-        set(plan, CUBLASLT_MATMUL_DESC_TRANSB, op_b, "CUBLASLT_MATMUL_DESC_TRANSB");
-        if (int32_t most = product_multiprocessors; most > 0)
-            set(plan, CUBLASLT_MATMUL_DESC_SM_COUNT_TARGET, most, "CUBLASLT_MATMUL_DESC_SM_COUNT_TARGET");
+        set(plan, CUBLASLT_MATMUL_DESC_TRANSA, op_a);
+        set(plan, CUBLASLT_MATMUL_DESC_TRANSB, op_b);
+        if (int32_t most = product_multiprocessors; most > 0) set(plan, CUBLASLT_MATMUL_DESC_SM_COUNT_TARGET, most);
         if (epilogue == Epilogue::DGELU) {
-            set(plan, CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_EPILOGUE_DGELU, "CUBLASLT_MATMUL_DESC_EPILOGUE");
-            set(plan, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, int64_t(m), "CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD");
-            set(plan, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, h, "CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER");
+            set(plan, CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_EPILOGUE_DGELU);
+            set(plan, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, int64_t(m));
+            set(plan, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, h);
         }
         auto layout = [](cublasLtMatrixLayout_t* l, cudaDataType type, size_t rows, size_t cols) {
             check(cublasLtMatrixLayoutCreate(l, type, rows, cols, int64_t(rows)), "cublasLtMatrixLayoutCreate");
@@ -300,40 +313,40 @@ private:
         layout(&plan.a, in_type, ta ? k : m, ta ? m : k);
         layout(&plan.b, in_type, tb ? n : k, tb ? k : n);
         layout(&plan.d, out_type, m, n);
-        cublasLtMatmulPreference_t preference;
+        cublasLtMatmulPreference_t preference = nullptr;
         check(cublasLtMatmulPreferenceCreate(&preference), "cublasLtMatmulPreferenceCreate");
-        auto prefer = [&](cublasLtMatmulPreferenceAttributes_t which, const auto& value, const char* what) {
-            check(cublasLtMatmulPreferenceSetAttribute(preference, which, &value, sizeof value), what);
+        auto prefer = [&](cublasLtMatmulPreferenceAttributes_t which, const auto& value) {
+            check(cublasLtMatmulPreferenceSetAttribute(preference, which, &value, sizeof value), "cublasLtMatmulPrefere"
+                                                                                                 "nceSetAttribute");
         };
-        prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, GEMM_WORKSPACE, "workspace");
+        prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, GEMM_WORKSPACE);
         // A product that is split along k adds its partial sums in FP32, never in BF16.
         uint32_t schemes = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
-        prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, schemes, "reduction");
+        prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, schemes);
         // A tensor starts where the one before it ends: every size is a multiple of 8 elements in BF16, of one in FP32.
         uint32_t alignment = BRANCH_BF16 ? 16 : 4;  // bytes
         for (auto which : {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
                            CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
-            prefer(which, alignment, "alignment");
+            prefer(which, alignment);
         cublasLtMatmulHeuristicResult_t results[1 + MOST_CANDIDATES] = {};  // the first place is kept for split_sum's
         int found = 0;
         cublasStatus_t status =
             cublasLtMatmulAlgoGetHeuristic(handle, plan.operation, plan.a, plan.b, plan.d, plan.d, preference,
                                            measuring ? MOST_CANDIDATES : 1, results + 1, &found);
         cublasLtMatmulPreferenceDestroy(preference);
-        plan.offered = status == CUBLAS_STATUS_SUCCESS && found > 0;
-        if (!plan.offered && epilogue != Epilogue::DGELU) {
-            destroy(plan);
-            fail("cuBLASLt has no algorithm for a product of %zu x %zu x %zu (%s); use another -C or the FP32 build", m,
-                 n, k, cublasLtGetStatusString(status));
-        }
-        if (!plan.offered) return plans[key] = plan;
-        std::span candidates(results + 1, size_t(found));
-        bool weight_gradient = !ta && tb;
-        if (weight_gradient && split_sum(plan, results[0].algo, results[1], k))
-            candidates = {results, size_t(found) + 1};
-        plan.algorithm = candidates[0].algo;
         const cublasLtMatmulAlgo_t* tuned = tuning ? tuning->find(key) : nullptr;
         try {
+            plan.offered = supported(status, "cublasLtMatmulAlgoGetHeuristic") && found > 0;
+            if (!plan.offered && epilogue == Epilogue::DGELU) return plans[key] = plan;
+            if (!plan.offered)
+                fail("cuBLASLt: expected an algorithm for a product of %zu x %zu x %zu, found none (%s); use another "
+                     "-C or the FP32 build",
+                     m, n, k, cublasLtGetStatusString(status));
+            std::span candidates(results + 1, size_t(found));
+            bool weight_gradient = !ta && tb;
+            if (weight_gradient && split_sum(plan, results[0].algo, results[1], k))
+                candidates = {results, size_t(found) + 1};
+            plan.algorithm = candidates[0].algo;
             if (tuned && usable(plan, *tuned)) plan.algorithm = *tuned;
             else if (measuring) plan.algorithm = fastest(plan, key, candidates);
             if (measuring && agree) agree(plan.algorithm);
@@ -351,8 +364,9 @@ private:
 
     bool usable(const GemmPlan& plan, const cublasLtMatmulAlgo_t& algorithm) {
         cublasLtMatmulHeuristicResult_t result{};
-        return cublasLtMatmulAlgoCheck(handle, plan.operation, plan.a, plan.b, plan.d, plan.d, &algorithm, &result) ==
-                   CUBLAS_STATUS_SUCCESS &&
+        return supported(cublasLtMatmulAlgoCheck(handle, plan.operation, plan.a, plan.b, plan.d, plan.d, &algorithm,
+                                                 &result),
+                         "cublasLtMatmulAlgoCheck") &&
                result.workspaceSize <= GEMM_WORKSPACE;
     }
 
@@ -366,18 +380,21 @@ private:
         float waves = first.wavesCount;  // how often the algorithm fills the GPU
         int32_t already = 1;
         size_t written = 0, most = waves > 0 ? size_t(std::min(1 / waves, float(MOST_SLICES))) : 1;
-        cublasLtMatmulAlgoConfigGetAttribute(&first.algo, CUBLASLT_ALGO_CONFIG_SPLITK_NUM, &already, sizeof already,
-                                             &written);
+        supported(cublasLtMatmulAlgoConfigGetAttribute(&first.algo, CUBLASLT_ALGO_CONFIG_SPLITK_NUM, &already,
+                                                       sizeof already, &written),
+                  "cublasLtMatmulAlgoConfigGetAttribute");
         if (already > 1) return false;
+        auto set = [&](cublasLtMatmulAlgoConfigAttributes_t which, const auto& value) {
+            return supported(cublasLtMatmulAlgoConfigSetAttribute(&split, which, &value, sizeof value), "cublasLtMatmul"
+                                                                                                        "AlgoConfigSetA"
+                                                                                                        "ttribute");
+        };
         for (size_t slices = std::bit_floor(std::min(most, k / LEAST_SLICE)); slices > 1; slices /= 2) {
             if (k % (slices * WHOLE_STEPS)) continue;
             split = first.algo;
             int32_t count = int32_t(slices);
             uint32_t scheme = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
-            if (cublasLtMatmulAlgoConfigSetAttribute(&split, CUBLASLT_ALGO_CONFIG_SPLITK_NUM, &count, sizeof count) ==
-                    CUBLAS_STATUS_SUCCESS &&
-                cublasLtMatmulAlgoConfigSetAttribute(&split, CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME, &scheme,
-                                                     sizeof scheme) == CUBLAS_STATUS_SUCCESS &&
+            if (set(CUBLASLT_ALGO_CONFIG_SPLITK_NUM, count) && set(CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME, scheme) &&
                 usable(plan, split))
                 return true;
         }

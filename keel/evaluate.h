@@ -51,7 +51,7 @@ inline void check_dump_target(const std::string& path) {
     std::error_code error;
     fs::path folder = fs::absolute(path, error).parent_path();
     if (!fs::is_directory(folder, error) || access(folder.c_str(), W_OK | X_OK) != 0)
-        fail("--dump: expected a folder that can be written, found %s; create it first", folder);
+        fail("--dump: expected a folder that can be written for %s, found '%s'; create it first", path, folder);
     if (fs::exists(path + ".tmp", error))
         fail("--dump: expected no file %s.tmp, which it writes first; move it away or give another name", path);
     if (!fs::exists(path, error)) return;

@@ -17,10 +17,18 @@ constexpr int WIDE = 16 / int(sizeof(branch_t));  // branch numbers in the 16 by
 constexpr int WARP = 32;             // threads
 constexpr unsigned ALL_LANES = ~0u;  // the mask of a whole warp
 
+// An error is often found by a later call than the one whose work has failed. Memory that a run takes was there when it
+// was planned, but for what the driver takes by itself.
 inline void check(cudaError_t error, const char* what) {
-    if (error != cudaSuccess)
-        fail("%s: %s (%s); see the driver's log (dmesg), or use train_keel_cpu", what, cudaGetErrorString(error),
-             cudaGetErrorName(error));
+    if (error == cudaSuccess) return;
+    cudaGetLastError();  // forgotten: some can go on without the memory
+    if (error == cudaErrorMemoryAllocation)
+        fail("%s: expected free memory on the GPU, found too little; end what else takes it (nvidia-smi), or use a "
+             "smaller -b, -t, -C or -L, or -r layer; a run goes on by -y",
+             what);
+    fail("%s: expected a GPU that works, found \"%s\" (%s); see the driver's log (dmesg), or use train_keel_cpu; a run "
+         "goes on by -y",
+         what, cudaGetErrorString(error), cudaGetErrorName(error));
 }
 #define CUDA(call) check(call, #call)
 
@@ -38,11 +46,8 @@ public:
     }
     explicit DeviceArray(size_t n) : n(n) {
         if (n == 0) return;
-        if (cudaError_t error = cudaMalloc(&pointer, n * sizeof(T)); error != cudaSuccess) {
-            cudaGetLastError();
-            fail("GPU memory: expected %s more, found less (%s); use a smaller -b, -t, -C or -L, or -r layer",
-                 bytes_text(double(n * sizeof(T))), cudaGetErrorString(error));
-        }
+        cudaError_t error = cudaMalloc(&pointer, n * sizeof(T));
+        if (error) check(error, format("cudaMalloc of %s", bytes_text(double(n * sizeof(T)))).c_str());
     }
     DeviceArray(DeviceArray&& a) noexcept
         : pointer(std::exchange(a.pointer, nullptr)), n(std::exchange(a.n, 0)), borrowed(a.borrowed) {}
@@ -68,7 +73,14 @@ template <class T>
 class PinnedArray {
 public:
     PinnedArray() = default;
-    explicit PinnedArray(size_t n) : n(n) { CUDA(cudaMallocHost((void**)&pointer, n * sizeof(T))); }
+    explicit PinnedArray(size_t n) : n(n) {
+        cudaError_t error = cudaMallocHost((void**)&pointer, n * sizeof(T));
+        if (error == cudaErrorMemoryAllocation)
+            fail("cudaMallocHost: expected %s of page-locked memory on the host, found less; end what else takes it, "
+                 "or allow more (ulimit -l, a container's limit)",
+                 bytes_text(double(n * sizeof(T))));
+        check(error, "cudaMallocHost");
+    }
     PinnedArray(PinnedArray&& a) noexcept : pointer(std::exchange(a.pointer, nullptr)), n(std::exchange(a.n, 0)) {}
     PinnedArray& operator=(PinnedArray&& a) noexcept {
         std::swap(pointer, a.pointer), std::swap(n, a.n);

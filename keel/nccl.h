@@ -11,7 +11,9 @@
 #include <nccl.h>
 
 inline void check(ncclResult_t result, const char* what) {
-    if (result != ncclSuccess) fail("%s: %s; NCCL_DEBUG=INFO says more", what, ncclGetErrorString(result));
+    if (result != ncclSuccess)
+        fail("%s: expected ranks that reach each other, found: %s; run again with NCCL_DEBUG=INFO, which says more",
+             what, ncclGetErrorString(result));
 }
 #define NCCL(call) check(call, #call)
 

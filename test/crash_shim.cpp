@@ -1,6 +1,7 @@
 // crash_shim.cpp: preloaded into a trainer, it notes after each fsync what is now certain to be on the disk.
-// CRASH_FOLDER is the folder that is watched, CRASH_RECORD where the notes go. With CRASH_CLOCK the time of day, and
-// that since the machine's start, are up to 30 days off in either direction, at each call anew.
+// CRASH_FOLDER is the folder that is watched, CRASH_RECORD where the notes go. CRASH_FSYNC_MS makes each fsync slow.
+// With CRASH_CLOCK the time of day, and that since the machine's start, are up to 30 days off in either direction, at
+// each call anew.
 #include <dlfcn.h>
 #include <sys/time.h>
 
@@ -9,6 +10,8 @@
 extern "C" int fsync(int fd) {
     static const auto real = reinterpret_cast<int (*)(int)>(dlsym(RTLD_NEXT, "fsync"));
     static const char *folder = getenv("CRASH_FOLDER"), *record = getenv("CRASH_RECORD");
+    static const char* delay = getenv("CRASH_FSYNC_MS");
+    if (delay) usleep(useconds_t(1000 * atoi(delay)));
     int result = real(fd);
     struct stat st;
     if (result != 0 || !folder || !record || fstat(fd, &st) != 0) return result;

@@ -1272,6 +1272,8 @@ TEST_SUITE("the GPU trainer") {
             p.fails(wide(p, "./train_keel_cpu", "4", {flag, "fp32"}), {flag, "the GPU trainer"});
         p.fails(wide(p, gpu_bf16, "4", {"--moments", "fp16"}), {"--moments", "expected fp32 or bf16", "fp16"});
         p.fails(wide(p, gpu_bf16, "4", {"-o", p / "new", "--tune", p.text}), {"--tune", "expected the columns"});
+        p.fails(wide(p, gpu_bf16, "4", {"-o", p / "new", "--tune", "/proc/self/mem"}),  // whose first page is none
+                {"--tune", "could not be read to its end"});
         succeeds(wide(p, gpu_fp32, "4", {"-o", p / "fp32", "--moments", "bf16"}));
         p.fails(wide(p, "./train_keel_cpu", "8", {"-o", p / "fp32", "-y"}), {"-y", "FP32 moments", "train_keel_fp32"});
     }

@@ -138,10 +138,25 @@ inline const char* cublasGetStatusString(cublasStatus_t status) { return cublasL
 inline const char* cublasGetStatusName(cublasStatus_t status) { return cublasLtGetStatusName(status); }
 inline size_t cublasLtGetVersion() { return 130100; }
 
+namespace cuda_on_cpu {
+// The first line of each call but cublasLtMatmul, which goes through api(): the status that it is to return at once.
+inline cublasStatus_t fault_of_lt(const char* name) {
+    std::lock_guard lock(shared_state().mutex);
+    cudaError_t error = fault_of_call(name);
+    return !error                               ? CUBLAS_STATUS_SUCCESS
+           : error == cudaErrorMemoryAllocation ? CUBLAS_STATUS_ALLOC_FAILED
+                                                : CUBLAS_STATUS_INTERNAL_ERROR;
+}
+}  // namespace cuda_on_cpu
+
 inline cublasStatus_t cublasLtCreate(cublasLtHandle_t* handle) {
+    if (cublasStatus_t fault = cuda_on_cpu::fault_of_lt(__func__)) return fault;
     return *handle = new cublasLtContext, CUBLAS_STATUS_SUCCESS;
 }
-inline cublasStatus_t cublasLtDestroy(cublasLtHandle_t handle) { return delete handle, CUBLAS_STATUS_SUCCESS; }
+inline cublasStatus_t cublasLtDestroy(cublasLtHandle_t handle) {
+    if (cublasStatus_t fault = cuda_on_cpu::fault_of_lt(__func__)) return fault;
+    return delete handle, CUBLAS_STATUS_SUCCESS;
+}
 
 namespace cuda_on_cpu {
 
@@ -161,6 +176,7 @@ inline cublasStatus_t expect_attribute(int32_t expected, const void* from, size_
 
 inline cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t* desc, cublasComputeType_t compute,
                                                cudaDataType_t scale) {
+    if (cublasStatus_t fault = cuda_on_cpu::fault_of_lt(__func__)) return fault;
     *desc = nullptr;
     if (compute != CUBLAS_COMPUTE_32F && compute != CUBLAS_COMPUTE_32F_PEDANTIC &&
         compute != CUBLAS_COMPUTE_32F_FAST_TF32)
@@ -169,11 +185,13 @@ inline cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t* desc, cubla
     return *desc = new cublasLtMatmulDescOpaque_t, CUBLAS_STATUS_SUCCESS;
 }
 inline cublasStatus_t cublasLtMatmulDescDestroy(cublasLtMatmulDesc_t desc) {
+    if (cublasStatus_t fault = cuda_on_cpu::fault_of_lt(__func__)) return fault;
     return delete desc, CUBLAS_STATUS_SUCCESS;
 }
 inline cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t desc,
                                                      cublasLtMatmulDescAttributes_t attribute, const void* value,
                                                      size_t bytes) {
+    if (cublasStatus_t fault = cuda_on_cpu::fault_of_lt(__func__)) return fault;
     switch (attribute) {
         case CUBLASLT_MATMUL_DESC_TRANSA:
             return cuda_on_cpu::read_attribute(desc->trans_a, value, bytes);
@@ -209,14 +227,17 @@ inline cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t desc,
 
 inline cublasStatus_t cublasLtMatrixLayoutCreate(cublasLtMatrixLayout_t* layout, cudaDataType type, uint64_t rows,
                                                  uint64_t cols, int64_t ld) {
+    if (cublasStatus_t fault = cuda_on_cpu::fault_of_lt(__func__)) return fault;
     return *layout = new cublasLtMatrixLayoutOpaque_t{type, rows, cols, ld}, CUBLAS_STATUS_SUCCESS;
 }
 inline cublasStatus_t cublasLtMatrixLayoutDestroy(cublasLtMatrixLayout_t layout) {
+    if (cublasStatus_t fault = cuda_on_cpu::fault_of_lt(__func__)) return fault;
     return delete layout, CUBLAS_STATUS_SUCCESS;
 }
 inline cublasStatus_t cublasLtMatrixLayoutSetAttribute(cublasLtMatrixLayout_t layout,
                                                        cublasLtMatrixLayoutAttribute_t attribute, const void* value,
                                                        size_t bytes) {
+    if (cublasStatus_t fault = cuda_on_cpu::fault_of_lt(__func__)) return fault;
     switch (attribute) {
         case CUBLASLT_MATRIX_LAYOUT_TYPE:
             return cuda_on_cpu::read_attribute(layout->type, value, bytes);
@@ -236,14 +257,17 @@ inline cublasStatus_t cublasLtMatrixLayoutSetAttribute(cublasLtMatrixLayout_t la
 }
 
 inline cublasStatus_t cublasLtMatmulPreferenceCreate(cublasLtMatmulPreference_t* preference) {
+    if (cublasStatus_t fault = cuda_on_cpu::fault_of_lt(__func__)) return fault;
     return *preference = new cublasLtMatmulPreferenceOpaque_t, CUBLAS_STATUS_SUCCESS;
 }
 inline cublasStatus_t cublasLtMatmulPreferenceDestroy(cublasLtMatmulPreference_t preference) {
+    if (cublasStatus_t fault = cuda_on_cpu::fault_of_lt(__func__)) return fault;
     return delete preference, CUBLAS_STATUS_SUCCESS;
 }
 inline cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t preference,
                                                            cublasLtMatmulPreferenceAttributes_t attribute,
                                                            const void* value, size_t bytes) {
+    if (cublasStatus_t fault = cuda_on_cpu::fault_of_lt(__func__)) return fault;
     switch (attribute) {
         case CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES:
             return cuda_on_cpu::read_attribute(preference->max_workspace, value, bytes);
@@ -265,6 +289,7 @@ inline cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPrefere
 inline cublasStatus_t cublasLtMatmulAlgoConfigSetAttribute(cublasLtMatmulAlgo_t* algo,
                                                            cublasLtMatmulAlgoConfigAttributes_t attribute,
                                                            const void* value, size_t bytes) {
+    if (cublasStatus_t fault = cuda_on_cpu::fault_of_lt(__func__)) return fault;
     uint32_t number;
     if (!algo || cuda_on_cpu::read_attribute(number, value, bytes)) return CUBLAS_STATUS_INVALID_VALUE;
     if (attribute != CUBLASLT_ALGO_CONFIG_SPLITK_NUM && attribute != CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME)
@@ -274,6 +299,7 @@ inline cublasStatus_t cublasLtMatmulAlgoConfigSetAttribute(cublasLtMatmulAlgo_t*
 inline cublasStatus_t cublasLtMatmulAlgoConfigGetAttribute(const cublasLtMatmulAlgo_t* algo,
                                                            cublasLtMatmulAlgoConfigAttributes_t attribute, void* value,
                                                            size_t bytes, size_t* written) {
+    if (cublasStatus_t fault = cuda_on_cpu::fault_of_lt(__func__)) return fault;
     if (!algo || !value || bytes != sizeof(uint32_t)) return CUBLAS_STATUS_INVALID_VALUE;
     if (attribute != CUBLASLT_ALGO_CONFIG_SPLITK_NUM && attribute != CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME)
         return CUBLAS_STATUS_INVALID_VALUE;
@@ -465,6 +491,7 @@ inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cu
                                                      cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t d,
                                                      cublasLtMatmulPreference_t preference, int requested,
                                                      cublasLtMatmulHeuristicResult_t results[], int* found) {
+    if (cublasStatus_t fault = cuda_on_cpu::fault_of_lt(__func__)) return fault;
     *found = 0;
     if (!handle) return CUBLAS_STATUS_NOT_INITIALIZED;
     if (!preference || requested < 1 || !results) return CUBLAS_STATUS_INVALID_VALUE;
@@ -490,6 +517,7 @@ inline cublasStatus_t cublasLtMatmulAlgoCheck(cublasLtHandle_t handle, cublasLtM
                                               cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t d,
                                               const cublasLtMatmulAlgo_t* algo,
                                               cublasLtMatmulHeuristicResult_t* result) {
+    if (cublasStatus_t fault = cuda_on_cpu::fault_of_lt(__func__)) return fault;
     if (!handle) return CUBLAS_STATUS_NOT_INITIALIZED;
     if (!algo || !result) return CUBLAS_STATUS_INVALID_VALUE;
     if (cublasStatus_t status = cuda_on_cpu::check_layouts(desc, a, b, c, d)) return status;

@@ -64,81 +64,93 @@ inline bool load_injected_library() {
 }  // namespace cuda_on_cpu
 inline cudaError_t cudaGetDeviceCount(int* count) {
     [[maybe_unused]] static const bool injected = cuda_on_cpu::load_injected_library();
-    return *count = 1, cudaSuccess;
+    return cuda_on_cpu::api([&](auto&) { return *count = 1, cudaSuccess; });
 }
-inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaGetDevice(int* device) {
+    return cuda_on_cpu::api([&](auto&) { return *device = 0, cudaSuccess; });
+}
 inline cudaError_t cudaSetDevice(int device) {
     return cuda_on_cpu::api([&](auto&) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; });
 }
-inline cudaError_t cudaDriverGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
-inline cudaError_t cudaRuntimeGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
+inline cudaError_t cudaDriverGetVersion(int* version) {
+    return cuda_on_cpu::api([&](auto&) { return *version = CUDART_VERSION, cudaSuccess; }, true);
+}
+inline cudaError_t cudaRuntimeGetVersion(int* version) {
+    return cuda_on_cpu::api([&](auto&) { return *version = CUDART_VERSION, cudaSuccess; }, true);
+}
+namespace cuda_on_cpu {
+inline cudaDeviceProp device_properties() {
+    cudaDeviceProp p{};
+    snprintf(p.name, sizeof p.name, "CUDA on CPU");
+    p.totalGlobalMem = memory().total;
+    p.sharedMemPerBlock = shared_without_opt_in, p.sharedMemPerBlockOptin = shared_limit;
+    p.sharedMemPerMultiprocessor = 228 << 10;
+    p.regsPerBlock = p.regsPerMultiprocessor = 65536;
+    p.warpSize = warpSize, p.maxThreadsPerBlock = int(max_threads);
+    p.maxThreadsDim[0] = p.maxThreadsDim[1] = 1024, p.maxThreadsDim[2] = 64;
+    p.maxGridSize[0] = 2147483647, p.maxGridSize[1] = p.maxGridSize[2] = 65535;
+    p.major = 9, p.minor = 0, p.multiProcessorCount = 4;
+    p.memoryBusWidth = 128, p.l2CacheSize = 4 << 20, p.maxThreadsPerMultiProcessor = 2048,
+    p.maxBlocksPerMultiProcessor = 32;
+    p.asyncEngineCount = 1, p.concurrentKernels = 1, p.unifiedAddressing = 1, p.streamPrioritiesSupported = 1;
+    return p;
+}
+}  // namespace cuda_on_cpu
 inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
     return cuda_on_cpu::api([&](auto&) {
         if (device != 0) return cudaErrorInvalidDevice;
-        cudaDeviceProp p{};
-        snprintf(p.name, sizeof p.name, "CUDA on CPU");
-        p.totalGlobalMem = cuda_on_cpu::memory().total;
-        p.sharedMemPerBlock = cuda_on_cpu::shared_without_opt_in, p.sharedMemPerBlockOptin = cuda_on_cpu::shared_limit;
-        p.sharedMemPerMultiprocessor = 228 << 10;
-        p.regsPerBlock = p.regsPerMultiprocessor = 65536;
-        p.warpSize = warpSize, p.maxThreadsPerBlock = int(cuda_on_cpu::max_threads);
-        p.maxThreadsDim[0] = p.maxThreadsDim[1] = 1024, p.maxThreadsDim[2] = 64;
-        p.maxGridSize[0] = 2147483647, p.maxGridSize[1] = p.maxGridSize[2] = 65535;
-        p.major = 9, p.minor = 0, p.multiProcessorCount = 4;
-        p.memoryBusWidth = 128, p.l2CacheSize = 4 << 20, p.maxThreadsPerMultiProcessor = 2048,
-        p.maxBlocksPerMultiProcessor = 32;
-        p.asyncEngineCount = 1, p.concurrentKernels = 1, p.unifiedAddressing = 1, p.streamPrioritiesSupported = 1;
-        *properties = p;
-        return cudaSuccess;
+        return *properties = cuda_on_cpu::device_properties(), cudaSuccess;
     });
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
-    cudaDeviceProp p;
-    if (cudaError_t error = cudaGetDeviceProperties(&p, device)) return error;
-    switch (attribute) {
-        case cudaDevAttrMaxThreadsPerBlock:
-            *value = p.maxThreadsPerBlock;
-            break;
-        case cudaDevAttrMaxSharedMemoryPerBlock:
-            *value = int(p.sharedMemPerBlock);
-            break;
-        case cudaDevAttrWarpSize:
-            *value = p.warpSize;
-            break;
-        case cudaDevAttrClockRate:
-            *value = 1000000;
-            break;  // kHz; made up
-        case cudaDevAttrMemoryClockRate:
-            *value = 1000000;
-            break;  // kHz; made up
-        case cudaDevAttrGlobalMemoryBusWidth:
-            *value = p.memoryBusWidth;
-            break;
-        case cudaDevAttrMultiProcessorCount:
-            *value = p.multiProcessorCount;
-            break;
-        case cudaDevAttrL2CacheSize:
-            *value = p.l2CacheSize;
-            break;
-        case cudaDevAttrMaxThreadsPerMultiProcessor:
-            *value = p.maxThreadsPerMultiProcessor;
-            break;
-        case cudaDevAttrComputeCapabilityMajor:
-            *value = p.major;
-            break;
-        case cudaDevAttrComputeCapabilityMinor:
-            *value = p.minor;
-            break;
-        case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
-            *value = int(p.sharedMemPerMultiprocessor);
-            break;
-        case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-            *value = int(p.sharedMemPerBlockOptin);
-            break;
-        default:
-            return cuda_on_cpu::last_error = cudaErrorInvalidValue;
-    }
-    return cudaSuccess;
+    return cuda_on_cpu::api([&](auto&) {
+        if (device != 0) return cudaErrorInvalidDevice;
+        cudaDeviceProp p = cuda_on_cpu::device_properties();
+        switch (attribute) {
+            case cudaDevAttrMaxThreadsPerBlock:
+                *value = p.maxThreadsPerBlock;
+                break;
+            case cudaDevAttrMaxSharedMemoryPerBlock:
+                *value = int(p.sharedMemPerBlock);
+                break;
+            case cudaDevAttrWarpSize:
+                *value = p.warpSize;
+                break;
+            case cudaDevAttrClockRate:
+                *value = 1000000;
+                break;  // kHz; made up
+            case cudaDevAttrMemoryClockRate:
+                *value = 1000000;
+                break;  // kHz; made up
+            case cudaDevAttrGlobalMemoryBusWidth:
+                *value = p.memoryBusWidth;
+                break;
+            case cudaDevAttrMultiProcessorCount:
+                *value = p.multiProcessorCount;
+                break;
+            case cudaDevAttrL2CacheSize:
+                *value = p.l2CacheSize;
+                break;
+            case cudaDevAttrMaxThreadsPerMultiProcessor:
+                *value = p.maxThreadsPerMultiProcessor;
+                break;
+            case cudaDevAttrComputeCapabilityMajor:
+                *value = p.major;
+                break;
+            case cudaDevAttrComputeCapabilityMinor:
+                *value = p.minor;
+                break;
+            case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
+                *value = int(p.sharedMemPerMultiprocessor);
+                break;
+            case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+                *value = int(p.sharedMemPerBlockOptin);
+                break;
+            default:
+                return cudaErrorInvalidValue;
+        }
+        return cudaSuccess;
+    });
 }
 inline cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
     return cuda_on_cpu::api([&](auto&) {
@@ -176,25 +188,27 @@ inline cudaError_t cudaFree(void* p) {
         return cuda_on_cpu::memory().release(p) ? cudaSuccess : cudaErrorInvalidValue;
     });
 }
-inline cudaError_t cudaHostAlloc(void** p, size_t bytes, unsigned) {
-    return cuda_on_cpu::api([&](auto& s) {
+namespace cuda_on_cpu {
+// name: of the call.
+inline cudaError_t allocate_pinned(void** p, size_t bytes, const char* name) {
+    return api([&](Streams& s) {
         *p = nullptr;
         if (cudaError_t error = s.refuse_in_capture(true)) return error;
         if (bytes == 0) return cudaSuccess;
         if (posix_memalign(p, 256, bytes)) return cudaErrorMemoryAllocation;
-        memset(*p, cuda_on_cpu::settings().poison, bytes);
-        cuda_on_cpu::memory().pinned[(char*)*p] = bytes;
+        memset(*p, settings().poison, bytes);
+        memory().pinned[(char*)*p] = bytes;
         return cudaSuccess;
-    });
+    }, false, name);
+}
+}  // namespace cuda_on_cpu
+template <class T>
+cudaError_t cudaHostAlloc(T** p, size_t bytes, unsigned) {
+    return cuda_on_cpu::allocate_pinned(reinterpret_cast<void**>(p), bytes, __func__);
 }
 template <class T>
-cudaError_t cudaHostAlloc(T** p, size_t bytes, unsigned flags) {
-    return cudaHostAlloc(reinterpret_cast<void**>(p), bytes, flags);
-}
-inline cudaError_t cudaMallocHost(void** p, size_t bytes) { return cudaHostAlloc(p, bytes, cudaHostAllocDefault); }
-template <class T>
-cudaError_t cudaMallocHost(T** p, size_t bytes, unsigned flags = cudaHostAllocDefault) {
-    return cudaHostAlloc(reinterpret_cast<void**>(p), bytes, flags);
+cudaError_t cudaMallocHost(T** p, size_t bytes, unsigned = cudaHostAllocDefault) {
+    return cuda_on_cpu::allocate_pinned(reinterpret_cast<void**>(p), bytes, __func__);
 }
 inline cudaError_t cudaFreeHost(void* p) {
     return cuda_on_cpu::api([&](auto& s) {
@@ -255,37 +269,54 @@ inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemc
         return error || kind == cudaMemcpyDeviceToDevice ? error : s.synchronise(s.legacy());
     });
 }
+namespace cuda_on_cpu {
+inline cudaError_t enqueue_memset(Streams& s, void* to, int value, size_t bytes, cudaStream_t stream) {
+    if (bytes == 0) return cudaSuccess;
+    if (!memory().contains(to, bytes)) return cudaErrorInvalidValue;
+    return s.enqueue(stream, cudaGraphNodeTypeMemset, [=] { memset(to, value, bytes); });
+}
+}  // namespace cuda_on_cpu
 inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream = nullptr) {
-    return cuda_on_cpu::api([&](cuda_on_cpu::Streams& s) {
-        if (bytes == 0) return cudaSuccess;
-        if (!cuda_on_cpu::memory().contains(to, bytes)) return cudaErrorInvalidValue;
-        return s.enqueue(stream, cudaGraphNodeTypeMemset, [=] { memset(to, value, bytes); });
-    });
+    return cuda_on_cpu::api([&](auto& s) { return cuda_on_cpu::enqueue_memset(s, to, value, bytes, stream); });
 }
 // In the legacy stream, without a wait: work of a non-blocking stream may come first.
 inline cudaError_t cudaMemset(void* to, int value, size_t bytes) {
-    cudaError_t error = cuda_on_cpu::api([&](auto& s) { return s.refuse_in_capture(); });
-    return error ? error : cudaMemsetAsync(to, value, bytes, nullptr);
+    return cuda_on_cpu::api([&](auto& s) {
+        cudaError_t error = s.refuse_in_capture();
+        return error ? error : cuda_on_cpu::enqueue_memset(s, to, value, bytes, nullptr);
+    });
 }
 
 // ----- streams and events
 
-inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) {
-    return cuda_on_cpu::api([&](auto& s) {
+namespace cuda_on_cpu {
+inline cudaError_t create_stream(cudaStream_t* stream, unsigned flags, const char* name) {
+    return api([&](Streams& s) {
         s.all.push_back(std::make_unique<CUstream_st>());
         s.all.back()->flags = flags;
         *stream = s.all.back().get();
         return cudaSuccess;
-    });
+    }, false, name);
+}
+inline cudaError_t create_event(cudaEvent_t* event, unsigned flags, const char* name) {
+    return api([&](auto&) {
+        *event = new CUevent_st;
+        (*event)->flags = flags;
+        return cudaSuccess;
+    }, false, name);
+}
+}  // namespace cuda_on_cpu
+inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) {
+    return cuda_on_cpu::create_stream(stream, flags, __func__);
 }
 inline cudaError_t cudaStreamCreate(cudaStream_t* stream) {
-    return cudaStreamCreateWithFlags(stream, cudaStreamDefault);
+    return cuda_on_cpu::create_stream(stream, cudaStreamDefault, __func__);
 }
 inline cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned flags, int) {
-    return cudaStreamCreateWithFlags(stream, flags);
+    return cuda_on_cpu::create_stream(stream, flags, __func__);
 }
 inline cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
-    return *least = 0, *greatest = -5, cudaSuccess;
+    return cuda_on_cpu::api([&](auto&) { return *least = 0, *greatest = -5, cudaSuccess; });
 }
 inline cudaError_t cudaStreamDestroy(cudaStream_t stream) {
     return cuda_on_cpu::api([&](auto& s) {
@@ -322,13 +353,11 @@ inline cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t function
 }
 
 inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags) {
-    return cuda_on_cpu::api([&](auto&) {
-        *event = new CUevent_st;
-        (*event)->flags = flags;
-        return cudaSuccess;
-    });
+    return cuda_on_cpu::create_event(event, flags, __func__);
 }
-inline cudaError_t cudaEventCreate(cudaEvent_t* event) { return cudaEventCreateWithFlags(event, cudaEventDefault); }
+inline cudaError_t cudaEventCreate(cudaEvent_t* event) {
+    return cuda_on_cpu::create_event(event, cudaEventDefault, __func__);
+}
 inline cudaError_t cudaEventDestroy(cudaEvent_t event) {
     return cuda_on_cpu::api([&](auto&) {
         delete event;
@@ -390,7 +419,7 @@ inline cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t* nodes, 
     });
 }
 inline cudaError_t cudaGraphNodeGetType(cudaGraphNode_t node, cudaGraphNodeType* type) {
-    return *type = node->type, cudaSuccess;
+    return cuda_on_cpu::api([&](auto&) { return *type = node->type, cudaSuccess; });
 }
 inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t* exec, cudaGraph_t graph, unsigned long long = 0) {
     return cuda_on_cpu::api([&](auto& s) { return graph ? s.instantiate(exec, graph) : cudaErrorInvalidValue; });
@@ -509,7 +538,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
             function, config->gridDim, config->blockDim, config->dynamicSmemBytes, cuda_on_cpu::may_overlap(*config),
             [kernel, arguments] { std::apply(kernel, arguments); }});
         return s.enqueue(config->stream, cudaGraphNodeTypeKernel, [launch] { cuda_on_cpu::run_grid(*launch); });
-    });
+    }, false, __func__);
 }
 
 inline cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute, int value) {

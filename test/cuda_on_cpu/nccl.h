@@ -183,7 +183,7 @@ ncclResult_t nccl_enqueue(ncclComm_t comm, const char* name, const void* send, s
                 return cudaErrorInvalidValue;
             }
         return s.enqueue(stream, cudaGraphNodeTypeKernel, std::move(body));
-    });
+    }, false, name);
     return error ? ncclUnhandledCudaError : ncclSuccess;
 }
 

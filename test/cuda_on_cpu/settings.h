@@ -25,6 +25,10 @@ struct Settings {
     bool trace;            // the program ends with a table of the kernels that it launched
     bool epilogues;        // whether cuBLASLt has GELU in its epilogues
     int ptx;               // what the kernels look built for: 90, or 80, where they cannot wait for the kernel before
+    uint64_t fail_at;      // the number of the call that fails, from 1; 0: none
+    bool fail_on;          // its fault stays: the device is lost, or the memory used up
+    uint64_t signal_at;    // the number of the call at which SIGTERM comes; 0: none
+    const char* calls;     // a file for the list of all calls; null: none
 };
 
 inline Settings& settings() {
@@ -33,6 +37,7 @@ inline Settings& settings() {
             const char* text = getenv(name);
             return text && *text ? strtol(text, nullptr, 0) : otherwise;
         };
+        const char *fail = getenv("CUDA_ON_CPU_FAIL"), *list = getenv("CUDA_ON_CPU_CALLS");
         long hardware = std::max(1, int(std::thread::hardware_concurrency()));
         return Settings{uint64_t(number("CUDA_ON_CPU_SEED", 1)),
                         (unsigned char)number("CUDA_ON_CPU_POISON", 0xFF),
@@ -40,7 +45,11 @@ inline Settings& settings() {
                         number("CUDA_ON_CPU_PROTECT", 1) != 0,
                         number("CUDA_ON_CPU_TRACE", 0) != 0,
                         number("CUDA_ON_CPU_EPILOGUES", 1) != 0,
-                        int(number("CUDA_ON_CPU_PTX", 90))};
+                        int(number("CUDA_ON_CPU_PTX", 90)),
+                        uint64_t(number("CUDA_ON_CPU_FAIL", 0)),
+                        fail && strchr(fail, '+') != nullptr,
+                        uint64_t(number("CUDA_ON_CPU_SIGNAL", 0)),
+                        list && *list ? list : nullptr};
     }();
     return values;
 }

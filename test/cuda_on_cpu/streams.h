@@ -4,6 +4,7 @@
 
 #include <chrono>
 
+#include "calls.h"
 #include "fibers.h"
 
 namespace cuda_on_cpu {
@@ -335,30 +336,31 @@ struct Streams {
 };
 inline Streams& streams() {
     // Built first, so that they outlive the streams.
-    shared_state(), memory(), pool();
+    shared_state(), memory(), pool(), calls();
     static Streams instance;
     return instance;
 }
 
-// The frame of every call of the runtime: one at a time; after device misuse all fail.
+// The frame of every call of the runtime: one at a time; after device misuse all fail. name: the caller's.
 template <class Body>
-cudaError_t api(Body&& body, bool even_after_misuse = false) {
+cudaError_t api(Body&& body, bool even_after_misuse = false, const char* name = __builtin_FUNCTION()) {
     std::lock_guard lock(shared_state().mutex);
     Streams& s = streams();
-    cudaError_t result = cudaSuccess;
-    if (!shared_state().sticky || even_after_misuse) result = body(s);
+    cudaError_t result = fault_of_call(name);
+    if (!result && (!shared_state().sticky || even_after_misuse)) result = body(s);
     if (shared_state().sticky) result = shared_state().sticky;
     if (result) last_error = result;
     return result;
 }
 
-// Forgets the misuse and the work that it left behind.
+// Forgets the misuse, or a fault that stays, and the work that it left behind.
 inline void clear_misuse() {
     std::lock_guard lock(shared_state().mutex);
     streams().drop_all();
     std::lock_guard misuse_lock(shared_state().misuse_mutex);
     shared_state().misuse.clear();
     shared_state().sticky = cudaSuccess;
+    calls().memory_gone = false;
     last_error = cudaSuccess;
 }
 

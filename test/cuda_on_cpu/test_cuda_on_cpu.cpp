@@ -1212,7 +1212,7 @@ TEST_CASE("what cuBLASLt would refuse is refused") {
     CHECK(matmul.run(a.p + 1, b.p, c.p, 1, 0) == CUBLAS_STATUS_NOT_SUPPORTED);
     CHECK(matmul.run(nullptr, b.p, c.p, 1, 0) == CUBLAS_STATUS_INVALID_VALUE);
     float one = 1;
-    cublasLtMatrixLayout_t wrong;
+    cublasLtMatrixLayout_t wrong = nullptr;
     cublasLtMatrixLayoutCreate(&wrong, CUDA_R_16BF, 64, 56, 64);
     CHECK(cublasLtMatmul(matmul.handle, matmul.desc, &one, a.p, matmul.a, b.p, wrong, &one, c.p, matmul.c, c.p,
                          matmul.c, nullptr, nullptr, 0, nullptr) == CUBLAS_STATUS_INVALID_VALUE);
@@ -1535,6 +1535,101 @@ __global__ void many_products(float* out) {
     for (int i = 0; i < N; i++) mma_16x8x16(d, a, 0x3f803f80, 0x3f803f80);
     out[threadIdx.x] = d[0];
 }
+namespace {
+// The next call fails; its fault stays, where asked.
+void fail_next(bool stays) { settings().fail_at = cuda_on_cpu::calls().made + 1, settings().fail_on = stays; }
+volatile sig_atomic_t signals = 0;
+}  // namespace
+
+TEST_CASE("a call that is to fail does nothing and returns an error of its kind; the next works again") {
+    Device<int> numbers(std::vector<int>{7});
+    fail_next(false);
+    CHECK(cudaMemset(numbers.p, 0, 4) == cudaErrorUnknown);
+    CHECK(cudaGetLastError() == cudaErrorUnknown);
+    CHECK(numbers.read()[0] == 7);
+    void* p = nullptr;
+    cublasLtMatmulDesc_t description = nullptr;
+    for (auto allocate : {+[](void** p) { return cudaMalloc(p, 4); }, +[](void** p) { return cudaMallocHost(p, 4); }}) {
+        fail_next(false);
+        CHECK(allocate(&p) == cudaErrorMemoryAllocation);
+        CHECK_OK(allocate(&p));
+        CHECK((cudaFree(p) == cudaSuccess || cudaFreeHost(p) == cudaSuccess));
+    }
+    fail_next(false);
+    CHECK(cublasLtMatmulDescCreate(&description, CUBLAS_COMPUTE_32F, CUDA_R_32F) == CUBLAS_STATUS_ALLOC_FAILED);
+    CHECK(cublasLtMatmulDescCreate(&description, CUBLAS_COMPUTE_32F, CUDA_R_32F) == CUBLAS_STATUS_SUCCESS);
+    fail_next(false);
+    CHECK(cublasLtMatmulDescDestroy(description) == CUBLAS_STATUS_INTERNAL_ERROR);
+    CHECK(cublasLtMatmulDescDestroy(description) == CUBLAS_STATUS_SUCCESS);
+    settings().fail_at = 0;
+}
+
+TEST_CASE("a fault that stays: the device is lost to all later calls, or no more memory is to be had") {
+    void* p = nullptr;
+    int devices = 0;
+    cudaEvent_t event = nullptr;
+    fail_next(true);
+    CHECK(cudaMalloc(&p, 4) == cudaErrorMemoryAllocation);
+    CHECK(cudaEventCreate(&event) == cudaErrorMemoryAllocation);
+    CHECK_OK(cudaDeviceSynchronize());
+    cuda_on_cpu::clear_misuse();
+    CHECK_OK(cudaEventCreate(&event));
+    fail_next(true);
+    CHECK(cudaEventRecord(event) == cudaErrorIllegalAddress);
+    CHECK(cudaMalloc(&p, 4) == cudaErrorIllegalAddress);
+    CHECK(cudaGetDeviceCount(&devices) == cudaErrorIllegalAddress);
+    CHECK(cudaEventDestroy(event) == cudaErrorIllegalAddress);
+    CHECK(cudaGetLastError() == cudaErrorIllegalAddress);
+    cuda_on_cpu::clear_misuse();
+    settings().fail_at = 0;
+    CHECK_OK(cudaDeviceSynchronize());
+}
+
+TEST_CASE("each call counts once, by its name, whatever it is made of; a signal comes at the call that it is set to") {
+    const std::string list = "/tmp/cuda_on_cpu_calls_" + std::to_string(getpid());
+    fflush(stdout);
+    if (pid_t child = fork(); child == 0) {
+        cuda_on_cpu::calls().list = fopen(list.c_str(), "w");
+        void *p = nullptr, *pinned = nullptr;
+        int value = 0;
+        cudaStream_t stream = nullptr;
+        cudaEvent_t event = nullptr;
+        cublasLtHandle_t handle = nullptr;
+        cudaMalloc(&p, 4), cudaMallocHost(&pinned, 4), cudaMemset(p, 0, 4), cudaStreamCreate(&stream);
+        cudaEventCreate(&event), cudaDeviceGetAttribute(&value, cudaDevAttrWarpSize, 0), cublasLtCreate(&handle);
+        launch(write_indices, 1, 1, 0, stream, static_cast<int*>(p));
+        fclose(cuda_on_cpu::calls().list);
+        _exit(0);
+    } else {
+        waitpid(child, nullptr, 0);
+    }
+    FILE* file = fopen(list.c_str(), "r");
+    REQUIRE(file);
+    std::string names;
+    char line[2048], name[256];
+    for (unsigned long long number, before = 0; fgets(line, sizeof line, file); before = number) {
+        int place = 0;
+        REQUIRE(sscanf(line, "%llu %255s %n", &number, name, &place) == 2);
+        CHECK((before == 0 || number == before + 1));
+        CHECK(strchr(line + place, ' '));  // more than one address
+        names += std::string(name) + " ";
+    }
+    fclose(file);
+    unlink(list.c_str());
+    CHECK(names == "cudaMalloc cudaMallocHost cudaMemset cudaStreamCreate cudaEventCreate cudaDeviceGetAttribute "
+                   "cublasLtCreate cudaLaunchKernelEx ");
+
+    auto before = signal(SIGTERM, [](int) { signals = signals + 1; });
+    settings().signal_at = cuda_on_cpu::calls().made + 2;
+    int device = 0;
+    CHECK_OK(cudaGetDevice(&device));
+    CHECK(signals == 0);
+    CHECK_OK(cudaGetDevice(&device));
+    CHECK(signals == 1);
+    settings().signal_at = 0;
+    signal(SIGTERM, before);
+}
+
 TEST_CASE("cost: printed, not judged, since it depends on the machine and the build") {
     Device<float> out(32);
     int* none = nullptr;
