@@ -67,7 +67,8 @@ const char *fp32 = "build/train_keel_fp32_on_cpu", *bf16 = "build/train_keel_on_
 // Three micro-batches a step; two steps are in flight at 1, 2 and 4. other: flags in place of these or beside them.
 Words tiny(const char* binary, const Place& p, const std::map<std::string, std::string>& other = {}) {
     std::map<std::string, std::string> flags = {{"-i", p / "text.txt"}};
-    std::stringstream in("-L 2 -C 8 -H 2 -t 8 -b 2 -d 48 -x 7 -n 3 -v 3 -m 1 -s 5 -g 2 --keep 0");
+    std::string shape = "-L 2 -C 8 -H 2 -t 8 -b 2 -d 48", run = " -x 7 -n 3 -v 3 -m 1 -s 5 -g 2 --keep 0";
+    std::stringstream in(other.count("--dump") ? shape : shape + run);
     for (std::string flag, value; in >> flag >> value;) flags[flag] = value;
     if (binary == bf16) flags["-C"] = "64", flags["-H"] = "4";
     for (const auto& [flag, value] : other) flags[flag] = value;
