@@ -74,7 +74,7 @@ suite 25 test/test_build.sh
 suite 60 build/test_run
 suite 5/15 build/test_faults
 suite 40/150 build/crash_test
-suite 55/1200 build/test_device_faults
+suite 45/1000 build/test_device_faults
 suite 4/90 build/test_tokenizer
 suite 5 build/test_cpu_fp32
 suite 8 build/test_cpu_fp64
