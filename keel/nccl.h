@@ -85,7 +85,7 @@ public:
         for (int queries = 1;; queries++) {
             cudaError_t state = cudaEventQuery(event);
             if (state == cudaSuccess) return;
-            if (state != cudaErrorNotReady) check(state, "a step of this rank");
+            if (state != cudaErrorNotReady) check(state, "cudaEventQuery, a step of this rank");
             if (queries % 64) continue;
             ncclResult_t error = ncclSuccess;
             NCCL(ncclCommGetAsyncError(comm, &error));

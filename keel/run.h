@@ -82,7 +82,12 @@ private:
     void start_ranks() {
         for (const char* flag : {"--tune", "--moments", "--grads"})
             if (Trainer::on_host && o.has(flag)) fail("%s: is for the GPU trainer, train_keel; leave it out", flag);
-        Trainer::require_machine();
+        try {
+            Trainer::require_machine();
+        } catch (const Error& e) {  // of this rank alone, and no lifeline tells rank 0 yet
+            if (session.launch.rank > 0) fprintf(stderr, "rank %d: %s\n", session.launch.rank, e.what());
+            throw;
+        }
         session.start();
         ranks = session.ranks();
         if (o.zero > 0 && session.launch.launcher.empty())
