@@ -221,8 +221,8 @@ public:
     using Real = typename Trainer::Real;
 
     CheckpointWriter(Trainer& trainer, const DataSplit& data, const std::string& folder, int64_t keep, bool background,
-                     std::vector<CsvLog*> logs, const Ranks& ranks = {})
-        : trainer(trainer), data(data), folder(folder), keep(keep), logs(std::move(logs)), ranks(ranks),
+                     std::vector<CsvLog*> logs, const Ranks& ranks = {}, FolderLock* lock = nullptr)
+        : trainer(trainer), data(data), folder(folder), keep(keep), logs(std::move(logs)), ranks(ranks), lock(lock),
           owned(trainer.layout().owned_count(ranks.rank())) {
         if (!background && !ranks) return;
         try {
@@ -339,6 +339,7 @@ private:
             for (bool state : {true, false}) {
                 if (what != STATE_AND_MODEL && state != (what == STATE)) continue;
                 if (!state && ranks.rank() != 0) continue;
+                if (lock) lock->keep();
                 FileWriter out(state ? state_path(folder, job.step, ranks.rank()) : model_path(folder, job.step));
                 out.write(state ? &job.state : &job.model, sizeof(FileHeader));
                 if (phase == NOTHING && !ranks) {  // there is no snapshot
@@ -380,6 +381,7 @@ private:
     int64_t keep;
     std::vector<CsvLog*> logs;
     Ranks ranks;
+    FolderLock* lock;                      // of the folder; null: another rank, or the caller, has it
     size_t owned;                          // reals of the parameters that this rank owns
     typename Trainer::HostArray snapshot;  // empty: checkpoints are written while training waits
     Job job;

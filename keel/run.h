@@ -294,8 +294,8 @@ private:
             if (first_rank()) logs.push_back(log.get());
             if (first_rank() && probe_log) logs.push_back(&probe_log->sublayers), logs.push_back(&probe_log->weights);
             if (hops_log) logs.push_back(hops_log.get());
-            checkpoints =
-                std::make_unique<CheckpointWriter<Trainer>>(*trainer, *data, o.out, o.keep, in_background, logs, ranks);
+            checkpoints = std::make_unique<CheckpointWriter<Trainer>>(*trainer, *data, o.out, o.keep, in_background,
+                                                                      logs, ranks, first_rank() ? &lock : nullptr);
             checkpoints->resume(resume_from);
             if (ranks && !ranks.all(!no_model)) checkpoints->write_model(step);
         }
@@ -464,7 +464,6 @@ private:
     // Where the disk has no room for a checkpoint, training goes on and the next step tries again; the run's end fails.
     void checkpoint() {
         if (!checkpoints || newest == step) return;
-        if (first_rank()) lock.keep();
         bool skipping = trainer->run.skipped_in_row > 0;
         if (!skipping) checkpoints->wait(), checkpoints->remove_old(known_good);  // before space is asked for
         std::string fault = space_fault(o.out, checkpoint_bytes(config.model, real_type<Real>));

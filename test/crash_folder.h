@@ -67,7 +67,7 @@ std::string foreign() {
         for (int kind = 0; kind < 6; kind++) {
             if (!long_tests() && dice() % 4) continue;
             std::string what = format("a %s under the name %s", kinds_of_things[kind], name.c_str());
-            std::string path = folder + "/" + name, step = name.substr(0, name.find(".bin"));
+            std::string path = folder + "/" + name;
             fs::remove_all(folder), fs::copy(base, folder);
             put(kind, path, elsewhere);
             Result r = Process(command, place.path).wait();

@@ -93,6 +93,7 @@ public:
             for (const std::string& word : words) argv.push_back(const_cast<char*>(word.c_str()));
             argv.push_back(nullptr);
             if (prepare) prepare();
+            for (int fd = 3; fd < 256; fd++) close(fd);  // make's, for one
             execvp(argv[0], argv.data());
             _exit(127);
         }

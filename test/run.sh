@@ -74,7 +74,7 @@ suite 25 test/test_build.sh
 suite 60 build/test_run
 suite 5/15 build/test_faults
 suite 10 build/test_folder
-suite 70/420 build/crash_test
+suite 60/220 build/crash_test
 suite 45 env LONG= build/test_device_faults  # LONG=1 fails thousands of calls, in half an hour
 suite 4/90 build/test_tokenizer
 suite 5 build/test_cpu_fp32
