@@ -280,8 +280,8 @@ private:
 
     template <class Value>
     static void set(const GemmPlan& plan, cublasLtMatmulDescAttributes_t which, const Value& value) {
-        check(cublasLtMatmulDescSetAttribute(plan.operation, which, &value, sizeof value), "cublasLtMatmulDescSetAttrib"
-                                                                                           "ute");
+        cublasStatus_t status = cublasLtMatmulDescSetAttribute(plan.operation, which, &value, sizeof value);
+        check(status, "cublasLtMatmulDescSetAttribute");
     }
 
     static size_t twice_l2() {
@@ -316,8 +316,8 @@ private:
         cublasLtMatmulPreference_t preference = nullptr;
         check(cublasLtMatmulPreferenceCreate(&preference), "cublasLtMatmulPreferenceCreate");
         auto prefer = [&](cublasLtMatmulPreferenceAttributes_t which, const auto& value) {
-            check(cublasLtMatmulPreferenceSetAttribute(preference, which, &value, sizeof value), "cublasLtMatmulPrefere"
-                                                                                                 "nceSetAttribute");
+            cublasStatus_t status = cublasLtMatmulPreferenceSetAttribute(preference, which, &value, sizeof value);
+            check(status, "cublasLtMatmulPreferenceSetAttribute");
         };
         prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, GEMM_WORKSPACE);
         // A product that is split along k adds its partial sums in FP32, never in BF16.
@@ -385,9 +385,8 @@ private:
                   "cublasLtMatmulAlgoConfigGetAttribute");
         if (already > 1) return false;
         auto set = [&](cublasLtMatmulAlgoConfigAttributes_t which, const auto& value) {
-            return supported(cublasLtMatmulAlgoConfigSetAttribute(&split, which, &value, sizeof value), "cublasLtMatmul"
-                                                                                                        "AlgoConfigSetA"
-                                                                                                        "ttribute");
+            cublasStatus_t status = cublasLtMatmulAlgoConfigSetAttribute(&split, which, &value, sizeof value);
+            return supported(status, "cublasLtMatmulAlgoConfigSetAttribute");
         };
         for (size_t slices = std::bit_floor(std::min(most, k / LEAST_SLICE)); slices > 1; slices /= 2) {
             if (k % (slices * WHOLE_STEPS)) continue;
