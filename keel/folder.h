@@ -57,10 +57,11 @@ inline void remove_old_checkpoints(const std::string& folder, int64_t step, int6
     long long oldest = 0;  // the first step that stays
     for (const auto& file : files_by_step(folder, STATE_PATTERN))
         if (file.first <= step && !passed_over.count(file.first) && ++seen == keep) oldest = file.first;
+    auto goes = [&](long long s) { return s < oldest || (s < step && passed_over.count(s)); };
+    std::error_code gone;
     for (const char* pattern : {ANY_STATE_PATTERN, MODEL_PATTERN})
-        for (const auto& [file_step, path] : files_by_step(folder, pattern))
-            if (std::error_code gone; file_step < oldest || (file_step < step && passed_over.count(file_step)))
-                if (is_regular_file(std::filesystem::symlink_status(path, gone))) unlink(path.c_str());  // no link
+        for (const auto& [file_step, path] : files_by_step(folder, pattern))  // and no links, which are others'
+            if (goes(file_step) && is_regular_file(std::filesystem::symlink_status(path, gone))) unlink(path.c_str());
 }
 
 // Removes what a killed run left half-written.
@@ -242,6 +243,7 @@ LogFaults read_csv_rows(const std::string& path, int64_t last_step, Row row) {
         row(step, std::string(line, size_t(length)));
     }
     free(line);
+    if (ferror(file.get())) throw UnreadableError(format("%s: could not be read to its end; see to its disk", path));
     return faults;
 }
 
@@ -280,9 +282,8 @@ public:
             for (int i = 1; old = format("%s.%d", path, i), access(old.c_str(), F_OK) == 0;) i++;
             if (link(path.c_str(), old.c_str()) != 0 && rename(path.c_str(), old.c_str()) != 0)
                 fail("%s: %s", old, write_fault(errno));
-            warn(format("%s: expected rows that start with a step, in order, found others (%zu, the first in line "
-                        "%zu); "
-                        "they are left out, and the file is kept as %s",
+            warn(format("%s: expected rows that start with a step, in order, found %zu other lines (the first is line "
+                        "%zu), which are left out; the file is kept as %s",
                         path, faults.odd, faults.first_odd, old));
         }
         if (every_step && rows < resume_step)
@@ -300,9 +301,7 @@ public:
         if (fsync(fileno(file.get())) != 0 && errno != EINVAL)
             fail("%s: %s, and go on by -y", path, write_fault(errno));
         if (!leads_to(path, fileno(file.get())) && !std::exchange(told, true))
-            warn(format("%s: expected the file that the run writes, found that it was moved or removed; its rows go on "
-                        "there",
-                        path));
+            warn(format("%s: expected the file that the run writes, found it moved or removed, with its rows", path));
     }
 
 private:
