@@ -109,6 +109,7 @@ inline void check_output_folder(const std::string& folder, bool resume) {
             fail("-o: %s cannot be used (%s); give another folder", folder, strerror(ENAMETOOLONG));
     // The nearest folder that exists is the one that must be writable.
     fs::path probe = fs::absolute(folder, error);
+    if (error) fail("-o: %s cannot be used (%s); give another folder", folder, error.message());
     while (!fs::exists(probe, error) && probe.has_parent_path() && probe != probe.parent_path())
         probe = probe.parent_path();
     if (!fs::is_directory(probe, error)) fail("-o: expected a folder, found the file %s; give another name", probe);

@@ -1902,14 +1902,15 @@ TEST_SUITE("memory and machine") {
         CHECK_MESSAGE(plans >= 4, plans << " plans");
         CHECK_MESSAGE(last_error.find("a smaller -C, -L or -t") != std::string::npos, last_error);
 
-        auto turn = [&](int B, bool chosen, int level) {
+        auto turn = [&](int B, bool chosen, int level, size_t bytes) {
             RunConfig run = open;
             run.B = B, run.recompute_chosen = chosen, run.recompute = {level};
-            return error_of([&] { Trainer::choose_memory_plan(run, 1000); });
+            return error_of([&] { Trainer::choose_memory_plan(run, bytes); });
         };
-        CHECK(turn(4, false, 0).find("use a smaller -b") != std::string::npos);
-        CHECK(turn(1, true, 0).find("use -r auto") != std::string::npos);
-        CHECK(turn(1, true, 4).find("use a smaller -C, -L or -t") != std::string::npos);
+        CHECK(turn(4, false, 0, last).find("use a smaller -b") != std::string::npos);
+        CHECK(turn(1, true, 0, last).find("use -r auto") != std::string::npos);
+        for (int B : {1, 4})  // where the parameters alone do not fit
+            CHECK(turn(B, true, 0, 1000).find("use a smaller -C, -L or -t") != std::string::npos);
         RunConfig large = open;
         large.B = 1 << 20, large.T = 1 << 12;
         CHECK(error_of([&] { Trainer::choose_memory_plan(large, SIZE_MAX); }).find("fewer than 2^30 tokens") !=
