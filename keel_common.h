@@ -822,6 +822,12 @@ struct CloseFile {
     void operator()(FILE* file) const { fclose(file); }
 };
 
+// Whether nothing has this name, not even a link that leads nowhere.
+inline bool is_absent(const std::string& path) {
+    struct stat st;
+    return lstat(path.c_str(), &st) != 0 && (errno == ENOENT || errno == ENOTDIR);
+}
+
 // Reads one of our files. The constructor checks the header and the file's size against each other, so that nothing is
 // allocated on the word of a broken file; finish() checks the CRC of everything read.
 class FileReader {
@@ -837,8 +843,9 @@ public:
         if (!file || fstat(fd, &st) != 0) {
             std::string text =
                 format("%s: cannot be read (%s); expected a %s file", path, errno_text(), kind_name(kind));
-            if (errno == ENOENT || errno == ENOTDIR) throw Error(text);
-            throw UnreadableError(text + "; " + errno_advice(errno));
+            int e = errno;
+            if (is_absent(path)) throw Error(text);
+            throw UnreadableError(text + "; " + (e == ENOENT ? "it is a link that leads nowhere" : errno_advice(e)));
         }
         if (!S_ISREG(st.st_mode))
             throw UnreadableError(format("%s: expected a %s file, found no regular file; move it away", path,

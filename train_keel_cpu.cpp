@@ -1085,7 +1085,9 @@ struct Trainer {
             omp_set_num_threads(threads);
             print("note       %d threads of %d, as no more can be started (ulimit -u, -v)\n", threads, wanted);
         }
-        #pragma omp parallel reduction(+ : started)  // they stay, whatever limit comes later
+        // Has OpenMP start its threads, which stay, whatever limit comes later; a region without work might be left
+        // out.
+        #pragma omp parallel reduction(+ : started)
         started++;
     }
     static void check_model(const ModelConfig&) {}  // any shape that config_fault lets pass

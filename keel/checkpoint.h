@@ -222,8 +222,8 @@ public:
 
     CheckpointWriter(Trainer& trainer, const DataSplit& data, const std::string& folder, int64_t keep, bool background,
                      std::vector<CsvLog*> logs, const Ranks& ranks = {}, FolderLock* lock = nullptr)
-        : trainer(trainer), data(data), folder(folder), keep(keep), logs(std::move(logs)), ranks(ranks), lock(lock),
-          owned(trainer.layout().owned_count(ranks.rank())) {
+        : trainer(trainer), data(data), folder(folder), home(folder), keep(keep), logs(std::move(logs)), ranks(ranks),
+          lock(lock), owned(trainer.layout().owned_count(ranks.rank())) {
         if (!background && !ranks) return;
         try {
             snapshot = typename Trainer::HostArray(snapshot_count(trainer.layout(), ranks));
@@ -244,7 +244,14 @@ public:
     }
 
     // states: the checkpoint that a resume goes on from, if any, and those passed over.
-    void resume(const StateFiles& states) { newest = states.step, passed_over = states.passed_over, outdated = true; }
+    void resume(const StateFiles& states) {
+        whole = states.step, passed_over = states.passed_over, outdated = bool(states);
+    }
+    // Why no checkpoint can be written now; empty if one can.
+    std::string fault(size_t bytes) const {
+        std::string moved = home.fault();
+        return moved.empty() ? space_fault(folder, bytes) : moved;
+    }
 
     void write(int64_t step) {
         wait();
@@ -287,9 +294,9 @@ public:
     // --keep, called after a finite step from the weights of the checkpoint of step `proven`: only then does the newest
     // one stand for those before it, as its last update may have left weights from which nothing can be trained.
     void remove_old(int64_t proven) {
-        if (!outdated || phase != NOTHING || proven != newest) return;
+        if (!outdated || phase != NOTHING || proven != whole) return;
         try {
-            if (ranks.rank() == 0) remove_old_checkpoints(folder, newest, keep, passed_over);
+            if (ranks.rank() == 0) remove_old_checkpoints(folder, whole, keep, passed_over);
             outdated = false;
         } catch (const UnreadableError&) {  // no reason to end a run: the next step tries again
         }
@@ -339,7 +346,8 @@ private:
             for (bool state : {true, false}) {
                 if (what != STATE_AND_MODEL && state != (what == STATE)) continue;
                 if (!state && ranks.rank() != 0) continue;
-                if (lock) lock->keep();
+                if (std::string moved = home.fault(); !moved.empty()) fail("%s, and go on by -y", moved);
+                if (lock) lock->retake();
                 FileWriter out(state ? state_path(folder, job.step, ranks.rank()) : model_path(folder, job.step));
                 out.write(state ? &job.state : &job.model, sizeof(FileHeader));
                 if (phase == NOTHING && !ranks) {  // there is no snapshot
@@ -370,7 +378,7 @@ private:
     void finish() {
         phase = NOTHING;
         if (error) std::rethrow_exception(std::exchange(error, nullptr));
-        newest = job.step, outdated = true;
+        whole = job.step, outdated = true;
         print("checkpoint | %s | training stalled for %.1f ms, written in %.0f ms\n", state_path(folder, job.step),
               job.stalled * 1e3, job.written * 1e3);
     }
@@ -378,6 +386,7 @@ private:
     Trainer& trainer;
     const DataSplit& data;
     std::string folder;
+    RunFolder home;
     int64_t keep;
     std::vector<CsvLog*> logs;
     Ranks ranks;
@@ -385,7 +394,7 @@ private:
     size_t owned;                          // reals of the parameters that this rank owns
     typename Trainer::HostArray snapshot;  // empty: checkpoints are written while training waits
     Job job;
-    int64_t newest = -1;            // step of the last whole checkpoint
+    int64_t whole = -1;             // step of the last checkpoint that is on the disk
     bool outdated = false;          // older ones than that have not been removed yet
     std::set<int64_t> passed_over;  // steps of checkpoints from which a resume could not go on
     Phase phase = NOTHING;

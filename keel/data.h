@@ -77,7 +77,7 @@ public:
     std::vector<TokenFile> files;
     const ShardFormat* shards = nullptr;  // null: text
     size_t count = 0;                     // tokens in all
-    // The tokens of text that has been encoded (keel/data.h); null: a byte is a token.
+    // The tokens of text that has been encoded, below; null: a byte is a token.
     std::shared_ptr<const std::vector<int>> encoded;
 
     TokenSource() = default;
@@ -123,7 +123,7 @@ public:
         std::vector<int> tokens(block);
         uint32_t sum = crc32(&n, sizeof n);
         for (size_t i = 0; i < blocks; i++) {
-            size_t at = i == 0 ? 0 : size_t(double(n - block) * (double(i) / double(blocks - 1)));
+            size_t at = i == 0 ? 0 : (n - block) * i / (blocks - 1);
             read(first + at, block, INT_MAX, tokens.data());
             sum = crc32(tokens.data(), block * sizeof(int), sum);
         }

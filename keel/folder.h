@@ -91,13 +91,13 @@ struct StateFiles {
     // The path of a file that is missing; "" where none is.
     std::string missing() const {
         for (int r = 0; r < ranks; r++)
-            if (access(path(r).c_str(), F_OK) != 0) return path(r);
+            if (is_absent(path(r))) return path(r);
         return "";
     }
 };
 
-// Fails, before anything is written, unless the folder can be made and written and holds no other run.
-inline void check_output_folder(const std::string& folder, bool resume) {
+// Fails, before anything is written, unless the folder can be made and written.
+inline void check_output_folder(const std::string& folder) {
     namespace fs = std::filesystem;
     std::error_code error;
     fs::file_type type = fs::status(folder, error).type();
@@ -115,20 +115,24 @@ inline void check_output_folder(const std::string& folder, bool resume) {
     if (!fs::is_directory(probe, error)) fail("-o: expected a folder, found the file %s; give another name", probe);
     if (access(probe.c_str(), W_OK | X_OK) != 0)
         fail("-o: %s cannot be written (%s); give a folder that can", probe, errno_text());
-    if (resume) return;
+}
+
+// Fails where the folder holds a run, which a new one would write over.
+inline void refuse_other_run(const std::string& folder) {
     for (const std::string& name : names_in(folder))
-        for (const char* ours : {"log.csv", "probe.csv", "probe_weights.csv", "hops.csv", "state_", "model_"})
-            if (name.starts_with(ours))
+        for (const char* ours : {"log.csv", "probe.csv", "probe_weights.csv", "hops.csv"})
+            if (name == ours)
                 fail("-o: %s holds a run (%s); go on with it by -y, or give another folder", folder, name);
+    for (const char* pattern : {ANY_STATE_PATTERN, MODEL_PATTERN})
+        for (const auto& file : files_by_step(folder, pattern))
+            fail("-o: %s holds a run (%s); go on with it by -y, or give another folder", folder, file.second);
 }
 
 // -y in a folder without checkpoints starts fresh, unless models in it show that a run has lost its states.
 inline void check_fresh_resume(const std::string& folder) {
-    for (const std::string& name : names_in(folder))
-        if (name.starts_with("model_") && !name.ends_with(".tmp"))
-            fail("-y: expected a training state in %s, found only models such as %s; start from one by -e in another "
-                 "-o",
-                 folder, name);
+    for (const auto& model : files_by_step(folder, MODEL_PATTERN))
+        fail("-y: expected a training state in %s, found only models such as %s; start from one by -e in another -o",
+             folder, model.second);
     print("starting   fresh, as there is no checkpoint in %s\n", folder);
 }
 
@@ -147,20 +151,41 @@ inline void create_output_folder(const std::string& folder) {
     }
 }
 
-// Whether the path leads to the open file.
-inline bool leads_to(const std::string& path, int fd) {
+// Whether the path leads to another file than the open one, or to none. What cannot be looked at is no other.
+inline bool leads_elsewhere(const std::string& path, int fd) {
     struct stat ours, there;
-    return fstat(fd, &ours) == 0 && stat(path.c_str(), &there) == 0 && ours.st_ino == there.st_ino &&
-           ours.st_dev == there.st_dev;
+    if (stat(path.c_str(), &there) != 0) return errno == ENOENT || errno == ENOTDIR;
+    return fstat(fd, &ours) == 0 && (ours.st_ino != there.st_ino || ours.st_dev != there.st_dev);
 }
+
+// The folder of a run, held open: another may get its name while the run goes on.
+class RunFolder {
+public:
+    explicit RunFolder(const std::string& path)
+        : path(path), fd(open(path.c_str(), O_PATH | O_DIRECTORY | O_CLOEXEC)) {}
+    ~RunFolder() {
+        if (fd >= 0) close(fd);
+    }
+    RunFolder(const RunFolder&) = delete;
+    RunFolder& operator=(const RunFolder&) = delete;
+
+    // The fault if a checkpoint would now go to another folder; empty if it would not.
+    std::string fault() const {
+        if (fd < 0 || !leads_elsewhere(path, fd)) return "";
+        return format("-o: expected the folder %s of this run, found it moved or removed; put it back", path);
+    }
+
+private:
+    std::string path;
+    int fd;
+};
 
 // Keeps a second run out of the folder. The lock is the kernel's, on a file that names its holder: it ends with the
 // process, however that ends, and the file that a killed run leaves behind blocks nobody.
 class FolderLock {
 public:
     FolderLock() = default;
-    explicit FolderLock(const std::string& folder)
-        : folder(folder), path(folder + "/lock"), home(open(folder.c_str(), O_PATH | O_DIRECTORY | O_CLOEXEC)) {
+    explicit FolderLock(const std::string& folder) : folder(folder), path(folder + "/lock") {
         for (;;) {
             fd = open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC | O_NONBLOCK | O_NOFOLLOW, 0666);
             if (fd < 0) fail("-o: %s %s", path, write_fault(errno));
@@ -175,44 +200,42 @@ public:
                 close(fd);
                 fail("-o: %s is in use by %s; wait for it, end it, or give another folder", folder, holder);
             }
-            if (leads_to(path, fd)) break;
+            if (!leads_elsewhere(path, fd)) break;
             close(fd);  // the last holder has removed the file between our open and our lock
         }
+        locked = true;
         std::string text = process_name();
         if (ftruncate(fd, 0) != 0 || pwrite(fd, text.data(), text.size(), 0) != ssize_t(text.size())) {
         }  // on a full disk the lock names no holder
     }
     ~FolderLock() {
         if (fd < 0) return;
-        if (leads_to(path, fd)) unlink(path.c_str());
-        close(fd), close(home);
+        if (locked && !leads_elsewhere(path, fd)) unlink(path.c_str());
+        close(fd);
     }
     FolderLock(FolderLock&& other) noexcept { *this = std::move(other); }
     FolderLock& operator=(FolderLock&& other) noexcept {
         std::swap(folder, other.folder), std::swap(path, other.path);
-        std::swap(home, other.home), std::swap(fd, other.fd);
+        std::swap(fd, other.fd), std::swap(locked, other.locked);
         return *this;
     }
     explicit operator bool() const { return fd >= 0; }
 
-    // Fails where the folder is no longer there, or another has its name: a checkpoint would go to another run. Takes
-    // the lock anew where someone has removed its file.
-    void keep() {
-        if (fd < 0 || leads_to(path, fd)) return;
-        if (!leads_to(folder, home))
-            fail("-o: expected the folder %s of this run, found it moved or removed; put it back, and go on by -y",
-                 folder);
-        *this = FolderLock(folder);
+    // Takes it anew where someone has removed its file.
+    void retake() {
+        if (locked && leads_elsewhere(path, fd)) *this = FolderLock(folder);
     }
 
 private:
     std::string folder, path;
-    int home = -1, fd = -1;  // the folder, the lock in it
+    int fd = -1;
+    bool locked = false;  // false: the file system has no locks
 };
 
 // What was not as a run leaves it in a log.
 struct LogFaults {
     size_t odd = 0, first_odd = 0;  // lines that are none of its rows; the number of the first, from 1
+    size_t later = 0;               // rows of steps after last_step
     bool windows = false;           // its lines end in CR LF
 };
 
@@ -222,12 +245,13 @@ template <class Row>
 LogFaults read_csv_rows(const std::string& path, int64_t last_step, Row row) {
     LogFaults faults;
     int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-    if (fd < 0 && (errno == ENOENT || errno == ENOTDIR)) return faults;
+    std::string why = errno_text();
+    if (fd < 0 && is_absent(path)) return faults;
     struct stat st;
     std::unique_ptr<FILE, CloseFile> file(fd >= 0 ? fdopen(fd, "r") : nullptr);
     if (!file || fstat(fd, &st) != 0 || !S_ISREG(st.st_mode))
         throw UnreadableError(format("%s: cannot be read (%s); make it readable, or move it away", path,
-                                     file ? "it is no file" : errno_text()));
+                                     file ? "it is no file" : why));
     char* line = nullptr;
     size_t capacity = 0, number = 0;
     ssize_t length;
@@ -237,6 +261,7 @@ LogFaults read_csv_rows(const std::string& path, int64_t last_step, Row row) {
         if (line[length - 1] != '\n') break;
         faults.windows |= length > 1 && line[length - 2] == '\r';
         int64_t step = isdigit((unsigned char)line[0]) && size_t(length) == strlen(line) ? atoll(line) : -1;
+        faults.later += step > last_step;
         if (step > last_step || (number == 1 && std::string_view(line).starts_with("step,"))) continue;
         if (step < before && faults.odd++ == 0) faults.first_odd = number;
         if (step < before) continue;
@@ -266,8 +291,10 @@ public:
             fail("%s: expected an older table of the columns %s, found another file; move it away", path, columns);
         begin(columns + "\n");
     }
+    // copy_later: rows of later steps are kept in a copy, as the checkpoints that they belong to may come back.
     // every_step: it has a row for each.
-    CsvLog(const std::string& path, const std::string& columns, int64_t resume_step, bool every_step = false)
+    CsvLog(const std::string& path, const std::string& columns, int64_t resume_step, bool copy_later,
+           bool every_step = false)
         : path(path) {
         std::string kept = columns + "\n";
         int64_t rows = 0;
@@ -278,15 +305,18 @@ public:
             kept += line.substr(0, line.find_last_not_of("\r\n") + 1) + std::string(unknown, ',') + "\n";
             rows++;
         });
-        if (faults.odd) {
-            std::string old;
-            for (int i = 1; old = format("%s.%d", path, i), access(old.c_str(), F_OK) == 0;) i++;
-            if (link(path.c_str(), old.c_str()) != 0 && rename(path.c_str(), old.c_str()) != 0)
-                fail("%s: %s", old, write_fault(errno));
+        std::string copy;
+        if (faults.odd || (faults.later && copy_later)) {
+            for (int i = 1; copy = format("%s.%d", path, i), access(copy.c_str(), F_OK) == 0;) i++;
+            if (link(path.c_str(), copy.c_str()) != 0 && rename(path.c_str(), copy.c_str()) != 0)
+                fail("%s: %s", copy, write_fault(errno));
+        }
+        if (faults.odd)
             warn(format("%s: expected rows that start with a step, in order, found %zu other lines (the first is line "
                         "%zu), which are left out; the file is kept as %s",
-                        path, faults.odd, faults.first_odd, old));
-        }
+                        path, faults.odd, faults.first_odd, copy));
+        else if (!copy.empty())
+            print("note       %s has %zu rows of later steps, and is kept as %s\n", path, faults.later, copy);
         if (every_step && rows < resume_step)
             warn(format("%s: expected a row for each of %lld steps, found %lld", path, resume_step, rows));
         if (faults.windows) print("note       %s had the line ends of Windows, and has LF again\n", path);
@@ -301,7 +331,7 @@ public:
     void sync() {
         if (fsync(fileno(file.get())) != 0 && errno != EINVAL)
             fail("%s: %s, and go on by -y", path, write_fault(errno));
-        if (!leads_to(path, fileno(file.get())) && !std::exchange(told, true))
+        if (leads_elsewhere(path, fileno(file.get())) && !std::exchange(told, true))
             warn(format("%s: expected the file that the run writes, found it moved or removed, with its rows", path));
     }
 

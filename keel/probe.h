@@ -101,9 +101,9 @@ struct ProbeLog {
     // sublayer -1: outside the blocks
     static constexpr const char* WEIGHT_COLUMNS = "step,sublayer,tensor,weight_norm,grad_norm,update_norm";
     CsvLog sublayers, weights;
-    ProbeLog(const std::string& folder, int64_t resume_step)
-        : sublayers(folder + "/probe.csv", COLUMNS, resume_step),
-          weights(folder + "/probe_weights.csv", WEIGHT_COLUMNS, resume_step) {}
+    ProbeLog(const std::string& folder, int64_t resume_step, bool copy_later)
+        : sublayers(folder + "/probe.csv", COLUMNS, resume_step, copy_later),
+          weights(folder + "/probe_weights.csv", WEIGHT_COLUMNS, resume_step, copy_later) {}
 };
 
 // An rms is over rows and channels, a norm over all elements, a sub-layer's grad_norm or update_norm over its tensors.

@@ -17,47 +17,43 @@ inline void open_standard_streams() {
 }
 
 // Signals that ask a run to finish its step, write a checkpoint and end with status 0: so that a scheduler can take the
-// machine back, a terminal can close and `| head` can end. A second SIGTERM, SIGINT or SIGUSR1 ends it at once; two
-// within 50 ms count as one, as some programs signal a process and its group. SIGHUP and SIGPIPE stay ignored where
-// they were, as under nohup. A limit of file sizes makes writes fail instead of killing the program.
+// machine back, a terminal can close and `| head` can end. A second SIGTERM, SIGINT or SIGUSR1 of the same kind ends it
+// at once; two within 50 ms count as one, as some programs signal a process and its group. SIGHUP and SIGPIPE stay
+// ignored where they were, as under nohup. A limit of file sizes makes writes fail instead of killing the program.
 class StopSignals {
 public:
     // Lasts to the end of the process: a signal just after the run's end must not change its exit status.
     static void watch() {
         for (int number : {SIGTERM, SIGINT, SIGUSR1, SIGHUP, SIGPIPE, SIGXCPU}) {
             struct sigaction action = {}, before = {};
-            bool may_end = number == SIGTERM || number == SIGINT || number == SIGUSR1;
-            action.sa_handler = may_end ? ask_or_end : ask;
+            action.sa_handler = may_end(number) ? ask_or_end : ask;
             action.sa_flags = SA_RESTART;
             sigaction(number, nullptr, &before);
-            if (may_end || before.sa_handler != SIG_IGN) sigaction(number, &action, nullptr);
+            if (may_end(number) || before.sa_handler != SIG_IGN) sigaction(number, &action, nullptr);
         }
     }
     static void ignore_file_size() { signal(SIGXFSZ, SIG_IGN); }
-    static bool asked() { return first_at != 0; }
+    static bool asked() { return told; }
 
 private:
-    static inline std::atomic<int64_t> first_at = 0;  // nanoseconds; 0: none has come
+    static inline std::atomic<bool> told = false;
+    static inline std::atomic<int64_t> first_at[NSIG] = {};  // nanoseconds, when each kind came first; 0: not yet
 
-    static void ask(int) {
-        int64_t first = 0;
-        first_at.compare_exchange_strong(first, now());
-    }
+    static bool may_end(int number) { return number == SIGTERM || number == SIGINT || number == SIGUSR1; }
+    static void ask(int) { told = true; }
     static void ask_or_end(int number) {
-        int64_t at = now(), first = 0;
-        if (first_at.compare_exchange_strong(first, at) || at - first < 50000000) return;
+        told = true;
+        timespec t;
+        clock_gettime(CLOCK_MONOTONIC, &t);
+        int64_t at = int64_t(t.tv_sec) * 1000000000 + t.tv_nsec, first = 0;
+        if (first_at[number].compare_exchange_strong(first, at) || at - first < 50000000) return;
         signal(number, SIG_DFL);
         raise(number);
     }
-    static int64_t now() {
-        timespec t;
-        clock_gettime(CLOCK_MONOTONIC, &t);
-        return int64_t(t.tv_sec) * 1000000000 + t.tv_nsec;
-    }
 };
 
-// How many threads, of the n wanted and this one counted, a limit of processes or of memory lets start. By pthreads, as
-// what std::thread frees in the new thread would give that a heap of its own.
+// How many threads, of the n wanted and this one counted, a limit of processes or of memory lets start. By pthreads:
+// the first free() in a std::thread would give malloc an arena of 64 MiB of address space for it.
 inline int startable_threads(int n) {
     std::vector<pthread_t> threads(static_cast<size_t>(n));
     std::mutex waiting;

@@ -103,9 +103,9 @@ private:
     void find_start() {
         if (!o.out.empty()) {
             std::error_code ignored;
-            if (first_rank()) check_output_folder(o.out, true);
+            if (first_rank()) check_output_folder(o.out);
             if (first_rank() && std::filesystem::is_directory(o.out, ignored)) lock = FolderLock(o.out);
-            if (first_rank()) check_output_folder(o.out, o.resume || !o.ablate.empty());  // its model may lie there
+            if (first_rank() && !o.resume && o.ablate.empty()) refuse_other_run(o.out);
             if (o.resume) resume_from = newest_states(o.out, ranks);
             if (first_rank() && o.resume && !resume_from) check_fresh_resume(o.out);
         }
@@ -186,8 +186,9 @@ private:
         std::vector<MemoryRow> memory = Trainer::memory_rows(config);
         memory.push_back(beside);
         if (wants_checkpoints()) {
+            if (resume_from && first_rank()) remove_unfinished_files(o.out);
             std::string fault = space_fault(o.out, checkpoint_bytes(model, real_type<Real>));
-            if (!fault.empty()) fail("%s", fault);
+            if (!fault.empty() && !resume_from) fail("%s", fault);  // else --keep may make room
         }
         size_t host_left = ::available_memory();
         size_t snapshot =
@@ -247,17 +248,19 @@ private:
             create_output_folder(o.out);
             if (!lock) {  // the folder is new, unless another run has just made it
                 lock = FolderLock(o.out);
-                check_output_folder(o.out, o.resume && resume_from);
+                if (!resume_from) refuse_other_run(o.out);
             }
             keep_tokenizer();
             remove_unfinished_files(o.out);
             int64_t kept = resume_from ? step : -1;
+            bool copy_later = !resume_from;  // or where a checkpoint that was whole once has been passed over
+            for (int64_t s : resume_from.passed_over) copy_later |= !is_absent(model_path(o.out, s));
             log = std::make_unique<CsvLog>(o.out + "/log.csv",
                                            "step,loss,val_loss,lr,grad_norm,ms,tokens_per_second,mfu,val_bits_per_byte",
-                                           kept, true);
-            if (o.probe > 0) probe_log = std::make_unique<ProbeLog>(o.out, kept);
+                                           kept, copy_later, true);
+            if (o.probe > 0) probe_log = std::make_unique<ProbeLog>(o.out, kept, copy_later);
             if (data->programs.hops)
-                hops_log = std::make_unique<CsvLog>(o.out + "/hops.csv", HopAccuracy::COLUMNS, kept);
+                hops_log = std::make_unique<CsvLog>(o.out + "/hops.csv", HopAccuracy::COLUMNS, kept, copy_later);
         } else if (o.probe > 0) {
             probe_log = std::make_unique<ProbeLog>();
         }
@@ -346,36 +349,50 @@ private:
         end();
     }
 
-    // Says what a run has left whose last steps, or whose final weights, are not finite.
+    // Says what a run has left whose last steps were skipped, or whose last update broke the weights.
     void end() {
         int64_t skipped = trainer->run.skipped, in_row = trainer->run.skipped_in_row;
         if (skipped > 0) print("skipped    %lld of %lld steps, whose loss or gradient was not finite\n", skipped, step);
-        if (in_row == 0 && std::isfinite(last_validation)) {
-            if (checkpoints && !stop_asked()) checkpoints->remove_old(newest);
+        if (stop_asked()) return;
+        if (in_row == 0 && (!checkpoints || weights_are_sound())) {
+            if (checkpoints) checkpoints->remove_old(newest);
             return;
         }
         std::string found = in_row ? format("found the last %lld steps skipped, and the weights those of step %lld",
                                             in_row, step - in_row)
-                                   : format("found a validation loss of %s", number_text(last_validation));
+                                   : "found weights whose loss is not finite";
         std::string text =
             format("step %lld: expected a run that ends with finite numbers, %s; %s", step, found, advice());
         if (in_row >= steps_here && steps_here > 0) fail("%s", text);
         if (first_rank()) warn(text);
     }
 
+    // Whether the weights give a finite loss, on the first micro-batch of the step that would be next.
+    bool weights_are_sound() {
+        if (ranks) trainer->gather_weights();
+        std::vector<int> tokens(size_t(config.B) * size_t(config.T)), targets(tokens.size());
+        double loss = 0;
+        try {
+            train_data->batch(config.sequence(step + 1, 0), config.B, tokens.data(), targets.data());
+            loss = trainer->evaluate(tokens.data(), targets.data(), config.B, nullptr);
+        } catch (const DataError&) {  // the run has ended, and nothing can be told of its weights
+        }
+        return ranks.all(std::isfinite(loss));
+    }
+
     // After steps that were skipped: from where to go on. A checkpoint is good if a finite step was made from it.
     std::string advice() const {
-        auto there = [&](int64_t s) { return s >= 0 && access(state_path(o.out, s).c_str(), F_OK) == 0; };
         if (newest < 0) return "there is no checkpoint: start again with a smaller -l";
-        if (there(known_good))
+        std::string again = "start again in another folder with a smaller -l";
+        if (last_updated < 0) return "no checkpoint was written after a finite step: " + again;
+        if (known_good >= 0 && !is_absent(state_path(o.out, known_good)))
             return format("the last good checkpoint is %s: %sgo on from it by -y with a smaller -l",
                           state_path(o.out, known_good), known_good < last_updated ? "remove the newer ones and " : "");
-        std::string none =
-            format("no finite step was made from %s: ", state_path(o.out, std::max(last_updated, int64_t(0))));
-        if (last_updated < 0) none = "no step was finite: ";
-        for (const auto& [s, path] : files_by_step(o.out, STATE_PATTERN))
-            if (s < last_updated) return none + format("remove it and go on from %s, by -y with a smaller -l", path);
-        return none + "start again in another folder with a smaller -l";
+        auto states = files_by_step(o.out, STATE_PATTERN);
+        auto older = std::find_if(states.begin(), states.end(), [&](const auto& f) { return f.first < last_updated; });
+        if (older != states.end())
+            again = format("remove it and go on from %s, by -y with a smaller -l", older->second);
+        return format("no finite step was made from %s: %s", state_path(o.out, last_updated), again);
     }
 
     // Gives the trainer the next step, and the one after it where nothing comes between the two.
@@ -453,7 +470,6 @@ private:
         auto [loss, bits_per_byte] =
             validate(*trainer, *val_data, config, tokenizer(), ranks, data->programs.hops ? &hops : nullptr);
         bool known = std::isfinite(bits_per_byte);
-        last_validation = loss;
         print("validation | loss %.4f | perplexity %.3f%s\n", loss, std::exp(loss),
               known ? format(" | %.4f bits per byte", bits_per_byte) : "");
         if (data->programs.hops) hops.print();
@@ -461,14 +477,17 @@ private:
         return {number_text(loss), known ? number_text(bits_per_byte) : ""};
     }
 
-    // Where the disk has no room for a checkpoint, training goes on and the next step tries again; the run's end fails.
+    // Where the disk has no room for a checkpoint, or the folder is not there, training goes on and the next step tries
+    // again; the run's end fails.
     void checkpoint() {
         if (!checkpoints || newest == step) return;
         bool skipping = trainer->run.skipped_in_row > 0;
+        if (skipping && step < config.steps) return;                              // a resume could not go on from it
         if (!skipping) checkpoints->wait(), checkpoints->remove_old(known_good);  // before space is asked for
-        std::string fault = space_fault(o.out, checkpoint_bytes(config.model, real_type<Real>));
+        std::string fault = checkpoints->fault(checkpoint_bytes(config.model, real_type<Real>));
         if (ranks.all(fault.empty())) fault = "";
-        else if (fault.empty()) fault = "disk: expected more space, found less on another rank";
+        else if (fault.empty())
+            fault = "disk: expected all ranks to find the folder and space in it, found one that does not";
         if (!fault.empty() && (step >= config.steps || stop_asked())) fail("step %lld: %s", step, fault);
         if (!fault.empty() && !overdue && first_rank())
             warn(format("the checkpoint of step %lld is put off: %s", step, fault));
@@ -527,7 +546,6 @@ private:
     int64_t steps_here = 0;         // steps done by this process
     // Steps of checkpoints: the last; the last whose step updated the weights; the last that a finite step followed.
     int64_t newest = -1, last_updated = -1, known_good = -1;
-    double last_validation = 0;
     bool overdue = false;       // a checkpoint waits for room on the disk
     bool told_to_stop = false;  // by the flags of the last step, which are the same on all ranks
     std::exception_ptr data_error;

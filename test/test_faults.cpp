@@ -18,11 +18,13 @@ namespace {
 namespace fs = std::filesystem;
 
 // The CPU trainer with faults: in the steps of KEEL_TEST_BAD, a list such as "3,4,9", a weight is not a number while
-// the step is computed. From step KEEL_TEST_BROKEN on it stays so, as after an update that went too far.
+// the step is computed. From step KEEL_TEST_BROKEN on it stays so, as after an update that went too far; the
+// update of step KEEL_TEST_BREAKS does so.
 struct FaultyTrainer : Trainer {
     using Trainer::Trainer;
     void start(const Loader& data, int64_t step, ProbeLog* probe, unsigned flags = 0) {
-        static const char *bad = getenv("KEEL_TEST_BAD"), *broken = getenv("KEEL_TEST_BROKEN");
+        static const char *bad = getenv("KEEL_TEST_BAD"), *broken = getenv("KEEL_TEST_BROKEN"),
+                          *breaks = getenv("KEEL_TEST_BREAKS");
         bool once = bad && ("," + std::string(bad) + ",").find(format(",%lld,", (long long)step)) != std::string::npos;
         real& weight = model.params[model.layout.offset(QKVW, 0)];
         if (broken && step == atoll(broken)) weight = real(NAN);
@@ -30,6 +32,7 @@ struct FaultyTrainer : Trainer {
         if (once) weight = real(NAN);
         Trainer::start(data, step, probe, flags);
         if (once) weight = good;
+        if (breaks && step == atoll(breaks)) weight = real(NAN);
     }
     static double matrix_rate() { return 1e9; }  // seconds under a sanitizer
 };
@@ -251,6 +254,20 @@ TEST_CASE("A run whose last steps were skipped says what it has left, and a resu
     CHECK_MESSAGE(r.err.find("expected a checkpoint to go on from") != std::string::npos, r.err);
 }
 
+TEST_CASE("A run whose last update broke the weights says so, also when it is resumed, and keeps the checkpoint "
+          "before") {
+    Place p;
+    Words words = p.tiny();
+    *(std::find(words.begin(), words.end(), "--keep") + 1) = "1";
+    Result r = run(words, {{"KEEL_TEST_BREAKS", "24"}});
+    for (int turn = 0; turn < 2; turn++) {
+        CHECK(r.code == 0);
+        CHECK_MESSAGE(r.err.find("found weights whose loss is not finite") != std::string::npos, r.err);
+        CHECK(files_by_step(p / "run", STATE_PATTERN).size() == 2);
+        r = run({"train", "-y", "-i", p.text, "-o", p / "run", "-s", "0", "--keep", "1"});
+    }
+}
+
 TEST_CASE("--keep 1 leaves two checkpoints until a finite step was made from the newer") {
     Place p;
     Words words = p.tiny({"--max-skips", "3"});
@@ -280,6 +297,13 @@ TEST_CASE("The checksum of data: of the tokens, not of their files; of all of th
         text[at] = 'b';
         CHECK_MESSAGE(sum(text, 5, 100000) != small, at);
         text[at] = 'a';
+    }
+    const size_t block = size_t(1) << 14, fifty = 50 * block;
+    uint32_t even = sum(text, 0, fifty);
+    for (size_t i = 1; i <= 50; i++) {  // the last token of each block
+        text[i * block - 1] = 'b';
+        CHECK_MESSAGE(sum(text, 0, fifty) != even, i);
+        text[i * block - 1] = 'a';
     }
     spill(p / "1.txt", text.substr(0, 7)), spill(p / "2.txt", text.substr(7, 99998));
     CHECK(TokenSource({p / "[12].txt"}, "-i").checksum(5, 100000) == small);
@@ -396,7 +420,7 @@ TEST_CASE("Checkpoints written in the background, from the snapshot, and while t
     RunConfig config = resolve_run(o, &file.header, {});
     Trainer trainer(config);
     load_body(trainer, file, trainer.layout().owned(0), SECTIONS), trainer.loaded(), file.finish();
-    CsvLog log(p / "log.csv", "step", -1);
+    CsvLog log(p / "log.csv", "step", -1, false);
     for (bool background : {false, true}) {
         std::string folder = p / (background ? "b" : "f");
         fs::create_directory(folder);

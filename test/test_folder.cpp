@@ -156,6 +156,9 @@ Make bring(const std::string& from, const std::string& name, const std::string& 
 Make folder(const std::string& name) {
     return [=](auto& d, auto&) { fs::remove(d + "/" + name), fs::create_directory(d + "/" + name); };
 }
+Make dangling(const std::string& name) {
+    return [=](auto& d, auto&) { fs::remove(d + "/" + name), fs::create_symlink("none", d + "/" + name); };
+}
 Make mode(const std::string& name, mode_t bits) {
     return [=](auto& d, auto&) { chmod((d + "/" + name).c_str(), bits); };
 }
@@ -211,11 +214,13 @@ const std::vector<Group> groups = {
         {"state 6 is of a newer version of the file", change(S6, [](std::string& s) { s[4 * H_VERSION] = 2; })},
         {"state 6 may not be read", mode(S6, 0)},
         {"a folder has the name of state 6", folder(S6)},
+        {"state 6 is a link that leads nowhere", dangling(S6)},
         {"state 4 under the name of step 7", bring(file("state", 4), S7)},
         {"a model under the name of state 7", bring(M6, S7)},
         {"almost the names of states", both(put("state_7_00000.bin", "mine"), put(S7 + ".old", "mine"))},
         {"state 7, whose last steps were skipped", skipped()},
         {"nothing but a state whose last steps were skipped", both(drop(""), skipped())},
+        {"state 7 is damaged, and has its model", both(put(S7, "KEEL"), put("model_00000007.bin", "mine"))},
         {"another run's state of a later step, 8", bring(file("state", 8), file("state", 8), "other")},
         {"another run's state of an earlier step, 5", bring(file("state", 4), file("state", 5), "other")},
         {"states of the FP64 build", both(drop(""), bring(S6, S6, "fp64"))},

@@ -549,6 +549,29 @@ TEST_SUITE("checkpoints") {
         CHECK(p.model("run", 6) == model);
     }
 
+    TEST_CASE("No rank writes into a folder that has got the name of the run's own; with that one back the run goes "
+              "on") {
+        Place p;
+        Words words = p.words(cpu, "run", {"-x", "1500", "-b", "1", "-n", "500", "-y"});
+        Process run(on_ranks(2, words), {{"KEEL_TEST_PLACE", p.path}});
+        CHECK(run.prints("checkpoint |"));
+        fs::rename(p / "run", p / "away"), fs::create_directory(p / "run");
+        std::string others = state_path(p / "run", 1500, 1);
+        spill(others, "another run's");
+        Result r = run.wait();
+        INFO(r.out << r.err);
+        CHECK(r.code == 1);
+        CHECK(r.err.find("found it moved or removed; put it back") != std::string::npos);
+        CHECK(slurp(others) == "another run's");
+        CHECK(fs::exists(state_path(p / "away", 500, 1)));
+        fs::remove_all(p / "run"), fs::rename(p / "away", p / "run");
+        p.run(2, words);
+        words.back() = "--norm", words.push_back("keel"),
+        *std::find(words.begin(), words.end(), p / "run") = p / "whole";
+        p.run(2, words);
+        CHECK(p.model("run", 1500) == p.model("whole", 1500));
+    }
+
     TEST_CASE("One rank has the bits of a run alone, and each goes on from the other's checkpoint") {
         for (const Build& build : builds(2)) {
             Place p;
