@@ -1724,7 +1724,7 @@ TEST_SUITE("training") {
                 expected.initialise(1), trainer.initialise(1), unprobed.initialise(1);
                 std::string cpu_path = data.folder.path + "/cpu", gpu_path = data.folder.path + "/gpu";
                 std::filesystem::create_directory(cpu_path), std::filesystem::create_directory(gpu_path);
-                ProbeLog cpu_log(cpu_path, -1), gpu_log(gpu_path, -1);
+                ProbeLog cpu_log(cpu_path, -1, false), gpu_log(gpu_path, -1, false);
                 for (int step = 1; step <= 4;
                      step++) {  // the third comes after the graphs are recorded, the fourth is replayed
                     expected.step(loader, step, step % 2 ? &cpu_log : nullptr);
