@@ -89,13 +89,9 @@ public:
             for (const auto& [name, value] : environment) setenv(name.c_str(), value.c_str(), 1);
             if (!getenv("OMP_NUM_THREADS")) setenv("OMP_NUM_THREADS", "1", 1);  // such a small model is faster so
             dup2(out, 1), dup2(ends[1], 2);
-            std::vector<char*> argv;
-            for (const std::string& word : words) argv.push_back(const_cast<char*>(word.c_str()));
-            argv.push_back(nullptr);
             if (prepare) prepare();
             for (int fd = 3; fd < 256; fd++) close(fd);  // make's, for one
-            execvp(argv[0], argv.data());
-            _exit(127);
+            exec_words(words);
         }
         close(out), close(ends[1]);
         err_end = ends[0];

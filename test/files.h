@@ -1,6 +1,8 @@
 // What tests that read and write a run's files share.
 #pragma once
 
+#include <unistd.h>
+
 #include <fstream>
 #include <iterator>
 #include <sstream>
@@ -14,6 +16,15 @@ struct Result {
     int code;  // exit status; -signal if killed
     std::string out, err;
 };
+
+// In a child process: becomes the program of words[0], or `program`, with these words; exit status 127 where it cannot.
+[[noreturn]] inline void exec_words(const Words& words, const char* program = nullptr) {
+    std::vector<char*> argv;
+    for (const std::string& word : words) argv.push_back(const_cast<char*>(word.c_str()));
+    argv.push_back(nullptr);
+    execvp(program ? program : argv[0], argv.data());
+    _exit(127);
+}
 
 inline std::string slurp(const std::string& path) {
     std::ifstream in(path, std::ios::binary);

@@ -28,11 +28,7 @@ Result run(const Words& words, const Environment& environment = {}) {
         setenv("CUDA_ON_CPU_PROTECT", "0", 1);  // costs system calls
         for (const auto& [name, value] : environment) setenv(name.c_str(), value.c_str(), 1);
         dup2(out, 1), dup2(err, 2);
-        std::vector<char*> argv;
-        for (const std::string& word : words) argv.push_back(const_cast<char*>(word.c_str()));
-        argv.push_back(nullptr);
-        execvp(argv[0], argv.data());
-        _exit(127);
+        exec_words(words);
     }
     close(out), close(err);
     int status = 0;

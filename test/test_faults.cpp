@@ -67,11 +67,7 @@ Result run(const Words& words, const std::map<std::string, std::string>& environ
         setenv("OMP_NUM_THREADS", "1", 1);  // such a small model is faster so
         for (const auto& [name, value] : environment) setenv(name.c_str(), value.c_str(), 1);
         dup2(out, 1), dup2(err, 2);
-        std::vector<char*> argv;
-        for (const std::string& word : words) argv.push_back(const_cast<char*>(word.c_str()));
-        argv.push_back(nullptr);
-        execv("/proc/self/exe", argv.data());
-        _exit(127);
+        exec_words(words, "/proc/self/exe");
     }
     int status = 0;
     waitpid(child, &status, 0);

@@ -40,11 +40,7 @@ Result run(const Words& words, const std::string& folder) {
         for (auto [name, fd] : {std::pair{"/stdout", 1}, {"/stderr", 2}})
             dup2(open((folder + name).c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0666), fd);
         if (getuid() == 0 && setuid(65534) != 0) _exit(126);
-        std::vector<char*> argv;
-        for (const std::string& word : words) argv.push_back(const_cast<char*>(word.c_str()));
-        argv.push_back(nullptr);
-        execvp(argv[0], argv.data());
-        _exit(127);
+        exec_words(words);
     }
     int status = 0;
     waitpid(child, &status, 0);

@@ -32,11 +32,7 @@ struct Process {
                    1);  // system calls for each time the device runs: the tests of what a rank sends have it on
             for (const auto& [name, value] : environment) setenv(name.c_str(), value.c_str(), 1);
             dup2(out_fd, 1), dup2(err_fd, 2);
-            std::vector<char*> argv;
-            for (const std::string& word : words) argv.push_back(const_cast<char*>(word.c_str()));
-            argv.push_back(nullptr);
-            execvp(argv[0], argv.data());
-            _exit(127);
+            exec_words(words);
         }
         close(out_fd), close(err_fd);
     }
