@@ -85,7 +85,11 @@ private:
         while (one_of("lz")) at++;
         bool text = std::is_convertible_v<const T&, std::string>, number = std::is_integral_v<T> || std::is_enum_v<T>;
         if (text ? !one_of("s") : number ? !one_of("diuxc") : !one_of("efg")) throw "a conversion of another type";
-        if (number && (at - length > 0) != (sizeof(T) == 8)) throw "a whole number of another size";
+        size_t bytes = at == length       ? sizeof(int)
+                       : *length == 'z'   ? sizeof(size_t)
+                       : at - length == 2 ? sizeof(long long)
+                                          : sizeof(long);
+        if (number && std::max(sizeof(T), sizeof(int)) != bytes) throw "a whole number of another size";
         at++;
     }
 };
@@ -609,7 +613,7 @@ struct SublayerTensors {
 template <class Real>
 void initialise_tensor(Real* out, const TensorInfo& t, size_t tensor_index, uint64_t seed, size_t first, size_t last) {
     Philox block{};
-    size_t block_index = SIZE_MAX;
+    uint64_t block_index = UINT64_MAX;
     for (size_t row = first; row < last; row++) {
         float bound = row < t.tail_row ? t.bound : t.bound_tail;
         for (size_t col = 0; col < t.cols; col++) {

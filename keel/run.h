@@ -558,7 +558,7 @@ int trainer_main(int argc, char** argv) {
     setvbuf(stdout, nullptr, _IOLBF, 0);
     StopSignals::ignore_file_size();
     RankSession<Trainer> session;
-    std::string program = basename(argv[0]), text;
+    std::string program = std::filesystem::path(argv[0]).filename(), text;
     text.reserve(4096);  // where there is no memory left, there is room to say so
     try {
         session.launch = Launch::from_environment();
