@@ -64,6 +64,7 @@ learn
   make train                trains the default model on the trainer's own sources, a minute or two, and samples from it
   make lesson               trains seven placements, 11 minutes on 2 cores: build/lesson.html, why Post-LN dies
                             RESULTS=dev/results/lesson: the page from the committed tables, in seconds
+  make page                 the CPU trainer in a browser: build/page.html, placements that race; needs emscripten
   make train_keel_cpu       the trainer for the CPU, FP32
   make train_keel_cpu_fp64  the same in FP64, the yardstick for gradients
 check
@@ -331,6 +332,18 @@ rehearsal_pack:  # of those that are there
 	@dev/card.sh --pack --rehearse
 rehearsal: rehearsal_programs
 	@dev/card.sh --rehearse --seconds 900
+
+# The CPU trainer as WebAssembly, in the registers of 16 bytes and without the threads that a page has, and the page.
+PAGE = em++ -std=c++20 -O3 -msimd128 -fwasm-exceptions -fopenmp-simd -fno-math-errno -fno-trapping-math -Wall -Wextra \
+       -Wno-unknown-pragmas -Idev/page -DKEEL_NO_MAIN -sMODULARIZE=1 -sEXPORT_NAME=createTrainer -sENVIRONMENT=worker \
+       -sALLOW_MEMORY_GROWTH=1 -sFORCE_FILESYSTEM=1 -sEXPORTED_RUNTIME_METHODS=ccall,FS
+build/page/trainer.js: export NODE_PATH = /usr/share/nodejs
+build/page/trainer.js: dev/page/page.cpp dev/page/omp.h train_keel_cpu.cpp $(HEADERS) FORCE
+	$(call program,emscripten,$(PAGE))
+
+.PHONY: page
+page: build/page/trainer.js
+	@$$(dev/tools/find_python.sh json) dev/page/build.py --trainer build/page/trainer --out build/page.html
 
 # The lesson: what is finished in build/experiments is not run again. RESULTS=dev/results/lesson builds the page from
 # the committed tables, in seconds.

@@ -21,6 +21,8 @@ constexpr int VECTOR_BYTES = 64, REGISTER_ROWS = 12;  // 32 registers: 12 x 2 su
 constexpr int VECTOR_BYTES = 32, REGISTER_ROWS = 6;  // 16 registers: 6 x 2 sums, 2 of B, 1 of A
 #elif defined(__ARM_NEON) && defined(__aarch64__)
 constexpr int VECTOR_BYTES = 16, REGISTER_ROWS = 12;  // 32 registers, as with AVX-512
+#elif defined(__wasm_simd128__)
+constexpr int VECTOR_BYTES = 16, REGISTER_ROWS = 4;  // of the 16 registers beneath, a browser leaves fewer to us
 #else
 constexpr int VECTOR_BYTES = 16, REGISTER_ROWS = 6;
 #endif

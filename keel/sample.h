@@ -51,20 +51,12 @@ inline std::vector<int> prompt_tokens(const Options& o, const Tokenizer* tokeniz
     return tokens;
 }
 
-// Prints the prompt and -g more tokens. Each time the window (tokens) is full, its second half starts a new one.
-template <IsTrainer Trainer>
-void print_sample(Trainer& trainer, const Options& o, const Tokenizer* tokenizer, int window, uint64_t seed,
-                  int64_t step) {
-    int V = trainer.run.model.V;
-    std::vector<int> text = prompt_tokens(o, tokenizer, V);
-    TextStream stream;
-    auto print_token = [&](int token) {
-        print("%s", tokenizer ? stream.add(tokenizer->token(token)) : format("%d ", token));
-        fflush(stdout);
-    };
+// Draws -g tokens that go on from text, which is of one token at least, and gives each to emit(token). Each time the
+// window (tokens) is full, its second half starts a new one.
+template <IsTrainer Trainer, class Emit>
+void draw_tokens(Trainer& trainer, const Options& o, std::vector<int> text, int window, uint64_t seed, int64_t step,
+                 Emit emit) {
     typename Trainer::Generator generator(trainer.model, window);
-    print("--- sample%s\n", step > 0 ? format(" at step %lld", step) : "");
-    for (int token : text) print_token(token);
     size_t fed = text.size() > size_t(window) ? text.size() - size_t(window) : 0;
     for (int64_t i = 0; i < o.sample_tokens; i++) {
         if (generator.size() + int(text.size() - fed) > window) {
@@ -74,9 +66,24 @@ void print_sample(Trainer& trainer, const Options& o, const Tokenizer* tokenizer
         const auto* logits = generator.feed(text.data() + fed, int(text.size() - fed));
         fed = text.size();
         Philox draw = philox(seed, uint32_t(i), uint32_t(step), uint32_t(uint64_t(step) >> 32), STREAM_SAMPLE);
-        text.push_back(sample_token(logits, V, o.temperature, int(o.top_k), draw.word[0] * 0x1p-32));
-        print_token(text.back());
+        text.push_back(sample_token(logits, trainer.run.model.V, o.temperature, int(o.top_k), draw.word[0] * 0x1p-32));
+        emit(text.back());
     }
+}
+
+// Prints the prompt and -g more tokens.
+template <IsTrainer Trainer>
+void print_sample(Trainer& trainer, const Options& o, const Tokenizer* tokenizer, int window, uint64_t seed,
+                  int64_t step) {
+    std::vector<int> text = prompt_tokens(o, tokenizer, trainer.run.model.V);
+    TextStream stream;
+    auto print_token = [&](int token) {
+        print("%s", tokenizer ? stream.add(tokenizer->token(token)) : format("%d ", token));
+        fflush(stdout);
+    };
+    print("--- sample%s\n", step > 0 ? format(" at step %lld", step) : "");
+    for (int token : text) print_token(token);
+    draw_tokens(trainer, o, text, window, seed, step, print_token);
     print("%s\n---\n", stream.finish());
 }
 

@@ -7,6 +7,7 @@ for package in "$@"; do
     case $package in
         nvcc | cupti) dev/tools/cuda.sh "$package" >/dev/null || exit 1; continue ;;
         g++) command -v "${CXX:-g++}" >/dev/null 2>&1 && continue ;;
+        emscripten) command -v em++ >/dev/null 2>&1 && continue ;;
         clang) command -v clang++ >/dev/null 2>&1 && continue ;;
         doctest-dev) echo '#include <doctest/doctest.h>' | "${CXX:-g++}" -x c++ -E - >/dev/null 2>&1 && continue ;;
         libboost-context-dev)  # the library too: other packages bring the headers alone
