@@ -1456,6 +1456,17 @@ void add_sum(Device& device, double* out, const T* values, size_t n) {
            device.partial_doubles.data(), device.arrived.data());
 }
 
+// sums (C) += x (rows,C) summed over rows.  4 bytes an element
+__global__ void sum_rows_kernel(double* sums, const float* x, int rows, int C, double* partial, unsigned* arrived) {
+    begin_kernel();
+    for (int c = threadIdx.x; c < C; c += blockDim.x) {
+        double sum = 0;
+        for (int row = blockIdx.x; row < rows; row += gridDim.x) sum += x[size_t(row) * C + c];
+        partial[size_t(blockIdx.x) * C + c] = sum;
+    }
+    add_partials(partial, C, arrived, [&](int c, double sum) { sums[c] += sum; });
+}
+
 // ----------------------------------------------------------------------------------------------------
 // The parameters: AdamW (Loshchilov and Hutter 2019), initial values, the branch's copy
 
@@ -1791,6 +1802,7 @@ struct Model {
     size_t update_blocks = 0;  // chunks in use, the blocks of adamw_kernel
 
     DeviceArray<ProbeSums> probe;  // (L), of size 0 but for --probe
+    DeviceArray<double> probe_x;   // (L,C), as probe: x_l summed over rows
     bool probing = false;
     int ablated = -1;  // the sub-layer whose branch evaluate leaves out; -1: none
 
@@ -2190,6 +2202,8 @@ struct Model {
             ProbeSums* sums = probe.data() + l;
             highway_x(device, scratch_x(), point(l), rows, config.C);
             add_sum<true>(device, &sums->x, scratch_x(), n);
+            launch_gains(sum_rows_kernel, rows, 8, 0, device.stream, probe_x.data() + size_t(l) * config.C, scratch_x(),
+                         int(rows), config.C, reinterpret_cast<double*>(gain_partial.data()), device.arrived.data());
             add_sum<true>(device, &sums->f, f.data(), n);
             add_sum<true>(device, &sums->z, z(l), n);
         }
@@ -2617,10 +2631,11 @@ struct Trainer {
     void begin_probe() {
         if (model.probe.size() == 0) {
             model.probe = DeviceArray<ProbeSums>(size_t(run.model.L));
+            model.probe_x = DeviceArray<double>(size_t(run.model.L) * size_t(run.model.C));
             chunk_squares = DeviceArray<double>(model.update_blocks);
             params_before = DeviceArray<float>(model.layout.count);
         }
-        model.device.zero(model.probe);
+        model.device.zero(model.probe, model.probe_x);
         model.probing = true;
     }
 
@@ -2653,6 +2668,7 @@ struct Trainer {
         std::vector<ProbeSums> sums(size_t(run.model.L));
         std::vector<float> gains(size_t(run.model.L) * size_t(run.model.C));  // gamma_out (L,C), where it exists
         device.copy(sums.data(), model.probe.data(), sums.size());
+        device.copy(probe.x_sums.data(), model.probe_x.data(), probe.x_sums.size());
         auto gain = [&](int l) {
             return model.parameter(GAMMA_OUT, l) ? gains.data() + size_t(l) * size_t(run.model.C) : nullptr;
         };
@@ -2774,7 +2790,7 @@ struct Trainer {
         GradientLayout gradients(layout, run.model.L, run.types.grads_bf16);
         if (o.probe > 0)
             bytes += layout.count * sizeof(float) + size_t(run.model.L) * sizeof(ProbeSums) +
-                     update_chunks(layout, gradients).size() * sizeof(double);
+                     (size_t(run.model.L) * run.model.C + update_chunks(layout, gradients).size()) * sizeof(double);
         return {"samples, probe", bytes};
     }
 

@@ -613,7 +613,7 @@ struct Model {
     // x_{l+1} in x, in place of x_l; z_l and the branch's activations in their slots.
     void forward_sublayer(int l, int b) {
         size_t rows = size_t(b) * size_t(T);
-        if (probe) probe->sublayers[size_t(l)].x += sum_of_squares(x.data(), rows * size_t(config.C));
+        if (probe) probe_x(l, rows);
         sublayer_forward(x.data(), z(l), f.data(), activations(l), weights(l), config, l, b, T, 0, l == ablated);
         if (probe) probe_forward(l, rows);
     }
@@ -769,6 +769,15 @@ struct Model {
         embedding_backward(gradients()[WTE], gradients()[WPE], dx.data(), tokens, b, T, config.C);
         if (bucket_done) bucket_done(0);
         return loss;
+    }
+
+    void probe_x(int l, size_t rows) {
+        size_t C = size_t(config.C);
+        probe->sublayers[size_t(l)].x += sum_of_squares(x.data(), rows * C);
+        #pragma omp parallel
+        for (size_t i = 0; i < rows; i++)
+            #pragma omp for schedule(static) nowait  // a thread has the same channels in every row
+            for (index_t k = 0; k < config.C; k++) probe->x_sums[size_t(l) * C + k] += double(x[i * C + k]);
     }
 
     void probe_forward(int l, size_t rows) {

@@ -21,6 +21,9 @@
 // The product is taken row by row and channel by channel, and averaged after: the product of the averages is another
 // number. A product of diagonal matrices with entries a_i g_c has the norm |prod a_i| ||prod g_c||, so the factors of
 // the rows and those of the channels are multiplied up apart.
+//
+//     same_x                ||mean over rows of x_l||^2 / mean over rows of ||x_l||^2: the share of x_l that all
+//                           positions of all sequences have in common, 1 where they hold the same vector
 
 // Sums for one sub-layer over the micro-batches of a step.
 struct SublayerProbe {
@@ -32,12 +35,13 @@ struct SublayerProbe {
 
 struct StepProbe {
     std::vector<SublayerProbe> sublayers;  // (L)
+    std::vector<double> x_sums;            // (L,C): x_l summed over rows
     // (L): rms over channels of gamma_out_l, and of its product over the sub-layers from l on
     std::vector<double> gamma, gamma_to_top;
     // (tensors): squares of the weights before the update, of the gradients before the clip, of what the update adds
     std::vector<double> weights, gradients, updates;
 
-    explicit StepProbe(const ModelConfig& c) : sublayers(size_t(c.L)) {}
+    explicit StepProbe(const ModelConfig& c) : sublayers(size_t(c.L)), x_sums(size_t(c.L) * size_t(c.C)) {}
 
     // Adds the shortcut gains of one micro-batch. r (L,rows): 1 / rms(z_l), not read where there is no outer norm.
     template <class Real>
@@ -58,11 +62,12 @@ struct StepProbe {
     // of the parameters that it owns. gather(mine, all, bytes) gives each rank what all have.
     template <class Gather>
     void add_ranks(int ranks, Gather gather) {
-        std::vector<double> mine(sublayers.size() * sizeof(SublayerProbe) / sizeof(double) + gradients.size() +
-                                 updates.size());
+        std::vector<double> mine(sublayers.size() * sizeof(SublayerProbe) / sizeof(double) + x_sums.size() +
+                                 gradients.size() + updates.size());
         auto exchange = [&](auto copy) {  // copy(values, where they are in a rank's row, elements)
             size_t at = 0, n = sublayers.size() * sizeof(SublayerProbe) / sizeof(double);
             copy(reinterpret_cast<double*>(sublayers.data()), at, n), at += n;
+            copy(x_sums.data(), at, x_sums.size()), at += x_sums.size();
             copy(gradients.data(), at, gradients.size()), at += gradients.size();
             copy(updates.data(), at, updates.size());
         };
@@ -94,33 +99,62 @@ struct StepProbe {
     }
 };
 
+// A row of probe.csv. An rms is over rows and channels, a norm over all elements, a sub-layer's grad_norm or
+// update_norm over its tensors.
+struct SublayerFigures {
+    double rms_x, rms_f, rms_z, shortcut_gain, shortcut_gain_to_top, dx_norm, df_norm, grad_norm, update_norm, same_x;
+};
+
+inline std::vector<SublayerFigures> sublayer_figures(const RunConfig& run, const ParameterLayout& layout,
+                                                     const StepProbe& probe) {
+    size_t L = size_t(run.model.L), C = size_t(run.model.C);
+    double rows = double(run.total_batch), elements = rows * double(C);
+    std::vector<double> gradients(L), updates(L);
+    for (size_t i = 0; i < layout.tensors.size(); i++)
+        if (int l = layout.tensors[i].layer; l >= 0)
+            gradients[size_t(l)] += probe.gradients[i], updates[size_t(l)] += probe.updates[i];
+    std::vector<SublayerFigures> figures;
+    for (size_t l = 0; l < L; l++) {
+        const SublayerProbe& p = probe.sublayers[l];
+        double sum_squares = 0;  // of the rows' sum
+        for (size_t k = l * C; k < (l + 1) * C; k++) sum_squares += probe.x_sums[k] * probe.x_sums[k];
+        figures.push_back({.rms_x = std::sqrt(p.x / elements),
+                           .rms_f = std::sqrt(p.f / elements),
+                           .rms_z = std::sqrt(p.z / elements),
+                           .shortcut_gain = probe.gamma[l] * p.shortcut / rows,
+                           .shortcut_gain_to_top = probe.gamma_to_top[l] * p.shortcut_to_top / rows,
+                           .dx_norm = std::sqrt(p.dx),
+                           .df_norm = std::sqrt(p.df),
+                           .grad_norm = std::sqrt(gradients[l]),
+                           .update_norm = std::sqrt(updates[l]),
+                           .same_x = sum_squares / (rows * p.x)});
+    }
+    return figures;
+}
+
 struct ProbeLog {
     ProbeLog() = default;  // one that drops its rows, for the ranks that write no files
+    // A new column comes last: a resume leaves it empty in the rows of an older program.
     static constexpr const char* COLUMNS = "step,sublayer,kind,rms_x,rms_f,rms_z,shortcut_gain,shortcut_gain_to_top,dx_"
-                                           "norm,df_norm,grad_norm,update_norm";
+                                           "norm,df_norm,grad_norm,update_norm,same_x";
     // sublayer -1: outside the blocks
     static constexpr const char* WEIGHT_COLUMNS = "step,sublayer,tensor,weight_norm,grad_norm,update_norm";
     CsvLog sublayers, weights;
+    std::vector<SublayerFigures> last;  // (L), of the last step that was probed and finite
     ProbeLog(const std::string& folder, int64_t resume_step, bool copy_later)
         : sublayers(folder + "/probe.csv", COLUMNS, resume_step, copy_later),
           weights(folder + "/probe_weights.csv", WEIGHT_COLUMNS, resume_step, copy_later) {}
 };
 
-// An rms is over rows and channels, a norm over all elements, a sub-layer's grad_norm or update_norm over its tensors.
 inline void write_probe(ProbeLog& log, const RunConfig& run, const ParameterLayout& layout, int64_t step,
                         const StepProbe& probe) {
-    double rows = double(run.total_batch), elements = rows * run.model.C;
-    std::vector<double> gradients(size_t(run.model.L)), updates(gradients.size());
-    for (size_t i = 0; i < layout.tensors.size(); i++)
-        if (int l = layout.tensors[i].layer; l >= 0)
-            gradients[size_t(l)] += probe.gradients[i], updates[size_t(l)] += probe.updates[i];
-    for (size_t l = 0; l < gradients.size(); l++) {
-        const SublayerProbe& p = probe.sublayers[l];
-        log.sublayers.row(format("%lld,%zu,%s,%.6g,%.6g,%.6g,%.6g,%.6g,%.6g,%.6g,%.6g,%.6g", step, l,
-                                 is_attention(int(l)) ? "attention" : "feed-forward", std::sqrt(p.x / elements),
-                                 std::sqrt(p.f / elements), std::sqrt(p.z / elements),
-                                 probe.gamma[l] * p.shortcut / rows, probe.gamma_to_top[l] * p.shortcut_to_top / rows,
-                                 std::sqrt(p.dx), std::sqrt(p.df), std::sqrt(gradients[l]), std::sqrt(updates[l])));
+    log.last = sublayer_figures(run, layout, probe);
+    for (size_t l = 0; l < log.last.size(); l++) {
+        const SublayerFigures& f = log.last[l];
+        log.sublayers.row(format("%lld,%zu,%s,%.6g,%.6g,%.6g,%.6g,%.6g,%.6g,%.6g,%.6g,%.6g,%.6g", step, l,
+                                 is_attention(int(l)) ? "attention" : "feed-forward", f.rms_x, f.rms_f, f.rms_z,
+                                 f.shortcut_gain, f.shortcut_gain_to_top, f.dx_norm, f.df_norm, f.grad_norm,
+                                 f.update_norm, f.same_x));
     }
     for (size_t i = 0; i < layout.tensors.size(); i++)
         log.weights.row(format("%lld,%d,%s,%.6g,%.6g,%.6g", step, layout.tensors[i].layer,

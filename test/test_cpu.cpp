@@ -621,11 +621,13 @@ TEST_SUITE("model") {
         MESSAGE("largest relative error of a loss: " << worst);
     }
 
-    TEST_CASE("The probe's figures are PyTorch's: rms, the shortcut's gains, gradients of x and F, and norms of every "
-              "tensor, in two steps of AdamW") {
+    TEST_CASE("The probe's figures are PyTorch's: rms, same_x, the shortcut's gains, gradients of x and F, and norms "
+              "of "
+              "every tensor, in two steps of AdamW") {
         std::unique_ptr<Model> model;
         DebugState<real> state;
         std::unique_ptr<StepProbe> probe;
+        std::vector<SublayerFigures> figures;
         std::string current;
         double worst = 0;
         size_t rows_seen = 0;
@@ -642,13 +644,14 @@ TEST_SUITE("model") {
                     current = at;
                     RunConfig run;
                     run.lr = std::stod(row["peak_lr"]), run.warmup = 0, run.steps = 10, run.weight_decay = 0.01,
-                    run.clip = 2;
+                    run.clip = 2, run.model = model->config, run.total_batch = int64_t(state.tokens.size());
                     probe = std::make_unique<StepProbe>(model->config);
                     model->probe = probe.get();
                     model->forward_backward(state.tokens.data(), state.targets.data(), model->B,
                                             real(1.0 / double(state.tokens.size())));
                     model->probe_parameters(0);
                     adamw_update(*model, run, std::stoll(row["step"]), gradient_norm(*model));
+                    figures = sublayer_figures(run, model->layout, *probe);
                 }
                 auto compare = [&](const char* column, double found) {
                     double error = std::fabs(found / std::stod(row[column]) - 1);
@@ -663,15 +666,11 @@ TEST_SUITE("model") {
                                        << " for " << row[column]);
                 };
                 rows_seen++;
-                double rows = double(state.tokens.size()), elements = rows * model->config.C;
                 if (std::string(file) == "probe.csv") {
-                    size_t l = size_t(std::stoi(row["sublayer"]));
-                    const SublayerProbe& p = probe->sublayers[l];
-                    compare("rms_x", std::sqrt(p.x / elements)), compare("rms_f", std::sqrt(p.f / elements)),
-                        compare("rms_z", std::sqrt(p.z / elements));
-                    compare("shortcut_gain", probe->gamma[l] * p.shortcut / rows),
-                        compare("shortcut_gain_to_top", probe->gamma_to_top[l] * p.shortcut_to_top / rows);
-                    compare("dx_norm", std::sqrt(p.dx)), compare("df_norm", std::sqrt(p.df));
+                    const SublayerFigures& f = figures.at(size_t(std::stoi(row["sublayer"])));
+                    compare("rms_x", f.rms_x), compare("rms_f", f.rms_f), compare("rms_z", f.rms_z);
+                    compare("shortcut_gain", f.shortcut_gain), compare("shortcut_gain_to_top", f.shortcut_gain_to_top);
+                    compare("dx_norm", f.dx_norm), compare("df_norm", f.df_norm), compare("same_x", f.same_x);
                 } else {
                     const auto& tensors = model->layout.tensors;
                     auto found = std::find_if(tensors.begin(), tensors.end(),

@@ -879,6 +879,27 @@ TEST_SUITE("layers") {
                 check_sum<branch_t, false>(n, offset, compare), check_sum<branch_t, true>(n, offset, compare);
             }
     }
+
+    TEST_CASE("Sums over rows add to what is there, for any rows and channels") {
+        Comparison compare("sums over rows", 1e-13);  // in double, of the terms' sizes
+        for (size_t rows : {1, 7, 700})
+            for (size_t C : {1, 256, 300}) {
+                Field<float> x(random_floats(rows * C, 1));
+                auto host = x.values();
+                DeviceArray<double> sums(C), partial(std::min<size_t>(rows, MAX_PARTIAL_BLOCKS) * C);
+                std::vector<double> start(C, 5);
+                device().copy(sums.data(), start.data(), C);
+                launch_gains(sum_rows_kernel, rows, 8, 0, device().stream, sums.data(), x.data(), int(rows), int(C),
+                             partial.data(), device().arrived.data());
+                auto found = download(sums.data(), C);
+                for (size_t c = 0; c < C; c++) {
+                    double expected = 5, size = 5;
+                    for (size_t i = c; i < host.size(); i += C) expected += host[i], size += std::fabs(host[i]);
+                    compare.error(format("%zu rows, channel %zu of %zu", rows, c, C),
+                                  std::fabs(found[c] - expected) / size);
+                }
+            }
+    }
 }
 
 // ----------------------------------------------------------------------------------------------------
@@ -1734,6 +1755,11 @@ TEST_SUITE("training") {
                     CHECK_MESSAGE(same_bits(host(trainer.model.params), host(unprobed.model.params)), "step " << step);
                 }
                 CHECK(trainer.micro_step.nodes == unprobed.micro_step.nodes);
+                ProbeLog dropped;
+                trainer.step(loader, 5, &dropped);
+                CHECK(dropped.last.size() == size_t(run.model.L));
+                REQUIRE(gpu_log.last.size() == size_t(run.model.L));
+                CHECK(read_csv(gpu_path + "/probe.csv").back().back() == format("%.6g", gpu_log.last.back().same_x));
                 for (auto [file, rows] : {std::pair("/probe.csv", size_t(run.model.L)),
                                           std::pair("/probe_weights.csv", trainer.model.layout.tensors.size())}) {
                     auto wanted = read_csv(cpu_path + file), found = read_csv(gpu_path + file);
@@ -2018,7 +2044,7 @@ TEST_SUITE("alone") {
                 if (level) continue;
                 Options o;
                 o.sample_every = 0, o.probe = 1;
-                check_taken("probe", Trainer::memory_beside(run, o).bytes, 3, [&] {
+                check_taken("probe", Trainer::memory_beside(run, o).bytes, 4, [&] {
                     trainer->begin_probe();
                     return 0;
                 });

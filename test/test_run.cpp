@@ -490,7 +490,8 @@ TEST_SUITE("the run") {
         std::string csv = slurp(p / "a/probe.csv");
         CHECK(std::count(csv.begin(), csv.end(), '\n') == 1 + 3 * 4);
         CHECK(csv.find("nan") == std::string::npos);
-        CHECK(csv.find("2,0,attention,") != std::string::npos);
+        CHECK(csv.starts_with("step,sublayer,kind,rms_x,rms_f,rms_z,shortcut_gain,shortcut_gain_to_top,dx_norm,df_norm,"
+                              "grad_norm,update_norm,same_x\n2,0,attention,"));
         ModelConfig c;
         c.max_seq_len = 8, c.V = 256, c.L = 4, c.H = 2, c.C = 8;
         csv = slurp(p / "a/probe_weights.csv");
@@ -1125,24 +1126,32 @@ TEST_SUITE("tokenizers") {
         p.fails(p.tiny({"-e", p / "unknown/model_00000006.bin"}), {"--tokenizer", "V = 50257", "byte"});
     }
 
-    TEST_CASE("A run whose log has no bits per byte yet goes on, and the column is added") {
+    TEST_CASE("A run whose logs have no bits per byte and no same_x yet goes on, and the columns are added") {
         Place p;
-        succeeds(p.tiny({"-o", p / "run"}));
-        std::string older;
-        for (Words& row : rows_of(p / "run/log.csv")) {
-            for (size_t i = 0; i + 1 < row.size(); i++) older += (i ? "," : "") + row[i];
-            older += row[0] == "3" ? "\r\n" : "\n";  // one that an editor has changed
+        succeeds(p.tiny({"-o", p / "run", "--probe", "3"}));
+        for (const char* file : {"run/log.csv", "run/probe.csv"}) {
+            std::string older;
+            for (Words& row : rows_of(p / file)) {
+                for (size_t i = 0; i + 1 < row.size(); i++) older += (i ? "," : "") + row[i];
+                older += row[0] == "3" ? "\r\n" : "\n";  // one that an editor has changed
+            }
+            spill(p / file, older);
         }
-        spill(p / "run/log.csv", older);
-        Words more = p.tiny({"-o", p / "run", "-y"});
-        *(std::find(more.begin(), more.end(), "-x") + 1) = "8";
+        Words more = p.tiny({"-o", p / "run", "-y", "--probe", "3"});
+        *(std::find(more.begin(), more.end(), "-x") + 1) = "9";
         succeeds(more);
-        std::vector<Words> rows = rows_of(p / "run/log.csv");
-        REQUIRE(rows.size() == 9);
-        for (size_t i = 0; i < rows.size(); i++) {
-            REQUIRE(rows[i].size() == 9);
-            CHECK(rows[i][8].empty() == (i > 0 && i < 8));
-            CHECK(rows[i][7].find('\r') == std::string::npos);
+        struct {
+            const char* file;
+            size_t rows, columns, older;
+        } logs[] = {{"run/log.csv", 10, 9, 9}, {"run/probe.csv", 1 + 3 * 4, 13, 1 + 2 * 4}};
+        for (auto [file, size, columns, older] : logs) {
+            std::vector<Words> rows = rows_of(p / file);
+            REQUIRE(rows.size() == size);
+            for (size_t i = 0; i < rows.size(); i++) {
+                REQUIRE(rows[i].size() == columns);
+                CHECK(rows[i].back().empty() == (i > 0 && i < older));
+                CHECK(rows[i][columns - 2].find('\r') == std::string::npos);
+            }
         }
     }
 

@@ -26,7 +26,7 @@ WATCH = ROOT / "dev" / "watch.py"
 TRAINER = ROOT / "train_keel_cpu"
 COLUMNS = "step,loss,val_loss,lr,grad_norm,ms,tokens_per_second,mfu,val_bits_per_byte"
 PROBE = ("step,sublayer,kind,rms_x,rms_f,rms_z,shortcut_gain,shortcut_gain_to_top,dx_norm,df_norm,grad_norm,"
-         "update_norm")
+         "update_norm,same_x")
 PICTURES = {"depth/dx_norm", "depth/grad_norm", "depth/shortcut_gain_to_top", "depth/branch_share"}
 RATIO = "depth/log10_dx_norm_2_over_last"
 
@@ -141,7 +141,7 @@ def row(step, loss=None):
 
 def probed(step, layers=8):
     return "".join(f"{step},{l},attention,1,{0.1 + l / 100:.6g},2,1,{0.9 ** (layers - l):.6g},"
-                   f"{2.0 ** (l - layers) / step:.6g},1,{0.01 * (l + 1):.6g},1\n" for l in range(layers))
+                   f"{2.0 ** (l - layers) / step:.6g},1,{0.01 * (l + 1):.6g},1,0.5\n" for l in range(layers))
 
 
 def write(folder, steps, probe_every=0, rows=row):

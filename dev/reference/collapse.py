@@ -35,11 +35,9 @@ def sublayers(model, tokens, targets):
     rows = []
     for l, (f, z) in enumerate(branches):
         alpha = keel_file.sub_layer(model.cfg, l).alpha
-        x = xs[l].flatten(0, 1)
         shortcut, branch = alpha * dzs[l], dxs[l] - alpha * dzs[l]
         rows.append({
-            "same": (x.mean(0).square().sum() / x.square().sum(1).mean()).item(),
-            "s_f": (f.norm() / (alpha * xs[l].norm())).item(), "cos_f": cosine(xs[l], f),
+            "same": keel.same(xs[l]), "s_f": (f.norm() / (alpha * xs[l].norm())).item(), "cos_f": cosine(xs[l], f),
             "s_b": (branch.norm() / shortcut.norm()).item(), "cos_b": cosine(shortcut, branch),
             "shortcut": (shortcut.norm() / dxs[l + 1].norm()).item(), "all": (dxs[l].norm() / dxs[l + 1].norm()).item()})
     return loss.item(), rows

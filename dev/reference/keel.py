@@ -172,6 +172,12 @@ def debug_tensors(model, tokens, targets):
     return {name: t.detach().cpu().numpy() for name, t in out.items()}
 
 
+def same(x):
+    """The share of x (B,T,C) that all rows have in common: 1 where all positions of all sequences hold the same vector."""
+    x = x.flatten(0, 1)
+    return (x.mean(0).square().sum() / x.square().sum(1).mean()).item()
+
+
 def probe(model, tokens, targets):
     """What the trainers' --probe writes of one forward and backward pass on (B,T), as its columns are defined in keel/probe.h:
     ([a dict a sub-layer], the parameters' gradients in parameter order). The Jacobians of the shortcuts are multiplied up
@@ -192,7 +198,8 @@ def probe(model, tokens, targets):
         to_top = to_top * shortcut
         gain, gain_to_top = ((j.norm(dim=-1) / math.sqrt(cfg.C)).mean().item() for j in (shortcut, to_top))
         rows[l] = {"rms_x": rms(xs[l]), "rms_f": rms(fs[l]), "rms_z": rms(zs[l]), "shortcut_gain": gain,
-                   "shortcut_gain_to_top": gain_to_top, "dx_norm": dxs[l].norm().item(), "df_norm": dfs[l].norm().item()}
+                   "shortcut_gain_to_top": gain_to_top, "dx_norm": dxs[l].norm().item(), "df_norm": dfs[l].norm().item(),
+                   "same_x": same(xs[l])}
     return rows, grads[:len(params)]
 
 

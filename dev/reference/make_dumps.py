@@ -160,9 +160,11 @@ def compare_csv(a, b):
     rows_a, rows_b = (list(csv.reader(open(p))) for p in (a, b))
     if len(rows_a) != len(rows_b):
         return f"{len(rows_a)} rows, expected {len(rows_b)}"
+    if rows_a[0] != rows_b[0]:
+        return f"columns {rows_a[0]}, expected {rows_b[0]}"
     for i, (row_a, row_b) in enumerate(zip(rows_a, rows_b)):
         for column, x, y in zip(rows_a[0], row_a, row_b):
-            measured = i > 0 and (column in ("loss", "lr") or column.startswith(("rms_", "shortcut_")) or column.endswith("_norm"))
+            measured = i > 0 and (column in ("loss", "lr", "same_x") or column.startswith(("rms_", "shortcut_")) or column.endswith("_norm"))
             if x != y and not (measured and abs(float(x) - float(y)) <= 1e-11 * abs(float(y))):
                 return f"line {i + 1}, {column}: {x}, expected {y}"
 
