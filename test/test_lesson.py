@@ -4,11 +4,9 @@ The driver runs on tiny models, is interrupted and goes on; the page is built fr
 headless Chromium, where its controls are clicked.
 """
 
-import contextlib
 import csv
 import json
 import math
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "dev" / "experiments"), str(ROOT / "test")]
 sys.path.append(str(ROOT / "build" / "python"))  # where .ci/run puts playwright
 
+import browser
 import depth
 import lesson
 import max_lr
@@ -310,46 +309,8 @@ def test_formulas(folder):
             raise AssertionError(wrong)
 
 
-LIMIT = 300_000  # ms that anything on the page may take, on however busy a machine
-
-
-@contextlib.contextmanager
-def chromium():
-    """Debian's Chromium, headless and driven by playwright, which brings none; with scrollbars that take room, as a reader's do."""
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if not path:
-        raise suite.Skip("no Chromium (Debian: chromium)")
-    if not has("plotly"):
-        raise suite.Skip("no plotly (Debian: python3-plotly)")
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        raise suite.Skip(f"no playwright ({sys.executable} -m pip install --target build/python playwright)") from None
-    with sync_playwright() as playwright, playwright.chromium.launch(executable_path=path, timeout=LIMIT, ignore_default_args=["--hide-scrollbars"]) as browser:
-        yield browser
-
-
-def open_page(browser, path, width, scheme="light"):
-    """The page, and what it says as it goes on: errors and warnings, and the addresses that it asks for."""
-    page, errors, requests = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme), [], []
-    page.set_default_timeout(LIMIT)
-    page.on("pageerror", lambda error: errors.append(str(error)))
-    page.on("console", lambda message: message.type in ("error", "warning", "assert") and errors.append(message.text))
-    page.on("request", lambda request: requests.append(request.url))
-    page.goto(path.as_uri())
-    return page, errors, requests
-
-
-def wait(page, condition):
-    """Waits until the JavaScript expression is true."""
-    try:
-        page.wait_for_function(condition)
-    except Exception as error:
-        raise AssertionError(f"expected that {condition}: {error}") from None
-
-
 def check_page(page, figures):
-    wait(page, "document.documentElement.dataset.drawn")
+    browser.wait(page, "document.documentElement.dataset.drawn")
     assert int(page.evaluate("document.documentElement.dataset.drawn")) == len(figures)
     for name in figures:  # something is drawn in each, inside its frame
         marks = page.evaluate(f"document.querySelectorAll('#plot-{name} .main-svg .trace, #plot-{name} .main-svg image, #plot-{name} .main-svg .point').length")
@@ -368,42 +329,44 @@ def check_controls(page):
     before = page.evaluate(line.format("flow", "Post-LN") + ".y.join()")
     for _ in range(2):
         page.press("#step-flow", "ArrowRight")
-    wait(page, f"{line.format('flow', 'Post-LN')}.y.join() !== {json.dumps(before)}")
-    wait(page, "document.getElementById('step-flow-is').textContent === 'step ' + D.gradient.steps[2]")
-    wait(page, "document.getElementById('step-shortcut').value === '2'")  # the other slider follows
+    browser.wait(page, f"{line.format('flow', 'Post-LN')}.y.join() !== {json.dumps(before)}")
+    browser.wait(page, "document.getElementById('step-flow-is').textContent === 'step ' + D.gradient.steps[2]")
+    browser.wait(page, "document.getElementById('step-shortcut').value === '2'")  # the other slider follows
     page.press("#step-flow", "End")
-    wait(page, "state.step === D.gradient.steps.length - 1")
+    browser.wait(page, "state.step === D.gradient.steps.length - 1")
     page.press("#step-flow", "Home")
-    wait(page, "state.step === 0")
+    browser.wait(page, "state.step === 0")
     page.click("#play-flow")  # plays on its own
-    wait(page, "state.step >= 2")
+    browser.wait(page, "state.step >= 2")
     page.click("#play-flow")  # pauses; at the end, where a slow machine may be by now, it plays once more
-    wait(page, "document.getElementById('play-flow').getAttribute('aria-pressed') === 'false'")
+    browser.wait(page, "document.getElementById('play-flow').getAttribute('aria-pressed') === 'false'")
     for norm in page.evaluate("D.norms"):  # a button for each placement takes its line away, everywhere, and brings it back
         page.click(f"#controls-flow button[data-norm={norm}]")
-        wait(page, f"!['flow', 'shortcut', 'loss'].some(n => document.getElementById('plot-' + n).data.some(t => t.name === D.labels.{norm}))")
-        wait(page, f"document.querySelector('#controls-loss button[data-norm={norm}]').getAttribute('aria-pressed') === 'false'")
+        browser.wait(page, f"!['flow', 'shortcut', 'loss'].some(n => document.getElementById('plot-' + n).data.some(t => t.name === D.labels.{norm}))")
+        browser.wait(page, f"document.querySelector('#controls-loss button[data-norm={norm}]').getAttribute('aria-pressed') === 'false'")
         page.click(f"#controls-loss button[data-norm={norm}]")
-        wait(page, f"['flow', 'shortcut', 'loss'].every(n => document.getElementById('plot-' + n).data.some(t => t.name === D.labels.{norm}))")
+        browser.wait(page, f"['flow', 'shortcut', 'loss'].every(n => document.getElementById('plot-' + n).data.some(t => t.name === D.labels.{norm}))")
     for norm in ("keel", "pre"):
         page.click(f"#controls-heat button[data-norm={norm}]")
-        wait(page, f"document.getElementById('plot-heat').data[0].z[0][0] === Math.log10(D.gradient.dx.{norm}[0][0])")
+        browser.wait(page, f"document.getElementById('plot-heat').data[0].z[0][0] === Math.log10(D.gradient.dx.{norm}[0][0])")
     before = page.evaluate("document.getElementById('plot-redundancy').data[0].y.join()")
     page.click("#controls-redundancy button[aria-pressed=false]")
-    wait(page, f"document.getElementById('plot-redundancy').data[0].y.join() !== {json.dumps(before)}")
+    browser.wait(page, f"document.getElementById('plot-redundancy').data[0].y.join() !== {json.dumps(before)}")
     page.click("#controls-hops button[data-norm=pre]")  # moves both figures
-    wait(page, "document.getElementById('plot-hops').data[0].z === D.hops.end.pre && document.getElementById('plot-learning').data[0].y === D.hops.training.pre[0]")
+    browser.wait(page, "document.getElementById('plot-hops').data[0].z === D.hops.end.pre && document.getElementById('plot-learning').data[0].y === D.hops.training.pre[0]")
     page.press("#depth-alpha", "ArrowRight")
-    wait(page, "state.L === 128 && document.getElementById('plot-alpha').data[1].text[2].startsWith('α = L: 0.996')")
+    browser.wait(page, "state.L === 128 && document.getElementById('plot-alpha').data[1].text[2].startsWith('α = L: 0.996')")
 
 
 def test_page(folder):
     """The page of the committed results draws every figure at 385 and 1400 pixels, light and dark; its controls work; it asks for nothing but itself and prints no error."""
     path = folder / "lesson.html"
-    with chromium() as browser:
+    if not has("plotly"):
+        raise suite.Skip("no plotly (Debian: python3-plotly)")
+    with browser.chromium() as chromium:
         succeed(sys.executable, ROOT / "dev/experiments/lesson.py", "--results", COMMITTED, "--out", path)
         for width, scheme in ((1400, "light"), (385, "dark")):
-            page, errors, requests = open_page(browser, path, width, scheme)
+            page, errors, requests = browser.open_page(chromium, path, width, scheme)
             check_page(page, lesson.FIGURES)
             check_controls(page)
             assert not errors, errors
@@ -414,8 +377,8 @@ def test_page(folder):
             page.close()
         broken = folder / "broken.html"  # what these checks are worth: an error in the script, and a table that is too wide, are found
         broken.write_text(path.read_text().replace("figures.loss = ", "D.nothing.here; figures.loss = ", 1).replace("<main>", "<main><div style='width: 2000px'>x</div>", 1))
-        page, errors, _ = open_page(browser, broken, 400)
-        wait(page, "document.readyState === 'complete'")
+        page, errors, _ = browser.open_page(chromium, broken, 400)
+        browser.wait(page, "document.readyState === 'complete'")
         assert any("nothing" in e or "undefined" in e for e in errors), errors
         assert not page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
 
