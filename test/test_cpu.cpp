@@ -1011,7 +1011,7 @@ TEST_SUITE("data") {
             return DataSplit(parse_command_line(3, std::array{"train", "-i", "hops:3"}.data())).loader(run, training);
         };
         Loader a = loader(1, true), b = loader(1, true), other = loader(2, true), val = loader(1, false);
-        CHECK(a.sequences_per_epoch() == SIZE_MAX);
+        CHECK(a.sequences_per_epoch() == UINT64_MAX);
         std::set<std::vector<int>> seen;
         size_t size = size_t(2 * T), drawn = 0;
         std::vector<int> tokens(size), targets(size), again(size), ignored(size);
