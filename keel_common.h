@@ -590,10 +590,11 @@ private:
                 info.bound_tail = float(scaled);
                 if (c.norm == DEEPNORM && t == QKVW) info.tail_row = 2 * size_t(c.C);
             }
-            if (info.rows > (SIZE_MAX / sizeof(double) - count) / info.cols)
-                fail("memory: expected fewer parameters than fill the %s that this build can address, found more; use "
-                     "a smaller -C, -L or -t",
-                     bytes_text(double(SIZE_MAX)));
+            // Parameters, gradients and two moments, in FP32 at least. Addresses of 32 bits end before some models do.
+            double bytes = 4.0 * sizeof(float) * (double(count) + double(info.rows) * double(info.cols));
+            if (bytes > double(SIZE_MAX))
+                fail("memory: expected at least %s, found a build that can address %s; use a smaller -C, -L or -t",
+                     bytes_text(bytes), bytes_text(double(SIZE_MAX)));
             index[size_t(l + 1)][t] = count;
             count += info.size();
             tensors.push_back(info);
