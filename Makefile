@@ -178,6 +178,21 @@ build/train_keel_cpu_valgrind: train_keel_cpu.cpp $(HEADERS) FORCE
 SANITIZED = $(foreach suite,cpu faults tokenizer,build/test_$(suite)_asan build/test_$(suite)_tsan) \
             build/train_keel_cpu_valgrind
 
+# The CPU trainer with addresses of 32 bits, its tests under UBSan, and a trainer of 64 bits with the same vectors and
+# roundings.
+SSE2 = $(FLAGS) -O1 -march=x86-64 -ffp-contract=off
+M32  = -m32 -mfpmath=sse -D_FILE_OFFSET_BITS=64 -Werror=overflow -Werror=shift-count-overflow
+build/test_cpu_32bit: test/test_cpu.cpp test/numbers.h train_keel_cpu.cpp $(HEADERS) FORCE
+	$(call program,g++ g++-multilib doctest-dev,$(CXX) $(SSE2) $(M32) -fsanitize=undefined -fno-sanitize-recover=all -I. -DKEEL_NO_MAIN)
+
+build/train_keel_cpu_32bit: train_keel_cpu.cpp $(HEADERS) FORCE
+	$(call program,g++ g++-multilib,$(CXX) $(SSE2) $(M32))
+
+build/train_keel_cpu_64bit: train_keel_cpu.cpp $(HEADERS) FORCE
+	$(call program,g++,$(CXX) $(SSE2))
+
+PROGRAMS_32BIT = build/test_cpu_32bit build/train_keel_cpu_32bit build/train_keel_cpu_64bit
+
 # libFuzzer's targets, under ASan and UBSan.
 FUZZERS = $(patsubst test/fuzz/%.cpp,build/fuzz_%,$(wildcard test/fuzz/*.cpp))
 FUZZ_FLAGS = -std=c++20 -O2 -g -I. -Wall -Wextra -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
@@ -271,7 +286,7 @@ export LONG
 test:
 	@dev/tools/need.sh g++ doctest-dev libboost-context-dev
 	@[ "$(MPI)" = 0 ] || [ "$$(dev/tools/mpi.sh compile)" ] || dev/tools/need.sh libopenmpi-dev openmpi-bin || true
-	+@test/build.sh $(if $(LONG),$(LONG_PROGRAMS) $$(dev/tools/need.sh $(CLANG_PACKAGES) valgrind >&2 && echo $(SANITIZED) $(FUZZERS))) $(TEST_PROGRAMS) \
+	+@test/build.sh $(if $(LONG),$(LONG_PROGRAMS) $$(dev/tools/need.sh $(CLANG_PACKAGES) valgrind >&2 && echo $(SANITIZED) $(FUZZERS)) $$(dev/tools/need.sh g++-multilib >&2 && echo $(PROGRAMS_32BIT))) $(TEST_PROGRAMS) \
 	    $$([ -z "$$(dev/tools/mpi.sh compile)" ] || echo build/test_nccl)
 	@$(MAKE) --no-print-directory rehearsal_pack
 	@test/run.sh

@@ -38,6 +38,7 @@
 #include <vector>
 
 static_assert(std::endian::native == std::endian::little, "the file formats are little-endian");
+static_assert(sizeof(off_t) == 8, "files of more than 2 GiB: build with -D_FILE_OFFSET_BITS=64");
 
 // The program's version, for -h and CHANGELOG.md; the files have one of their own (H_VERSION).
 inline constexpr const char* KEEL_VERSION = "0.9.0";
@@ -135,7 +136,10 @@ inline double seconds() {
 
 inline constexpr bool SET = false, ADD = true;  // a matrix product replaces what is there, or adds to it
 
-inline size_t round_up(size_t n, size_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+template <class N>
+N round_up(N n, std::type_identity_t<N> multiple) {
+    return (n + multiple - 1) / multiple * multiple;
+}
 
 inline std::string errno_text() { return strerror(errno); }
 
@@ -177,11 +181,11 @@ inline std::string bytes_text(double bytes) {
 
 // "1h02m", "3m20s", "12s"
 inline std::string duration_text(double s) {
-    long n = long(s + 0.5);
-    if (n >= 86400) return format("%ldd%02ldh", n / 86400, n % 86400 / 3600);
-    if (n >= 3600) return format("%ldh%02ldm", n / 3600, n % 3600 / 60);
-    if (n >= 60) return format("%ldm%02lds", n / 60, n % 60);
-    return format("%lds", n);
+    int64_t n = int64_t(s + 0.5);
+    if (n >= 86400) return format("%lldd%02lldh", n / 86400, n % 86400 / 3600);
+    if (n >= 3600) return format("%lldh%02lldm", n / 3600, n % 3600 / 60);
+    if (n >= 60) return format("%lldm%02llds", n / 60, n % 60);
+    return format("%llds", n);
 }
 
 // "1.62 M"
@@ -469,8 +473,8 @@ struct Bucket {
     size_t shard_first;  // where a rank's shard starts in the arrays that hold its shards of all buckets
     size_t count;        // elements of tensors; the rest is padding
 };
-inline size_t shard_elements(size_t count, int ranks) {
-    return round_up((count + size_t(ranks) - 1) / size_t(ranks), 128);
+inline uint64_t shard_elements(uint64_t count, int ranks) {
+    return round_up((count + uint64_t(ranks) - 1) / uint64_t(ranks), 128);
 }
 
 // The elements of one tensor that one rank owns.
@@ -586,6 +590,11 @@ private:
                 info.bound_tail = float(scaled);
                 if (c.norm == DEEPNORM && t == QKVW) info.tail_row = 2 * size_t(c.C);
             }
+            // Parameters, gradients and two moments, in FP32 at least. Addresses of 32 bits end before some models do.
+            double bytes = 4.0 * sizeof(float) * (double(count) + double(info.rows) * double(info.cols));
+            if (bytes > double(SIZE_MAX))
+                fail("memory: expected at least %s, found a build that can address %s; use a smaller -C, -L or -t",
+                     bytes_text(bytes), bytes_text(double(SIZE_MAX)));
             index[size_t(l + 1)][t] = count;
             count += info.size();
             tensors.push_back(info);
@@ -781,42 +790,42 @@ inline std::string state_fault(const FileHeader& h);
 
 // Number of a model's parameters in sub-layers [first, last), where -1 is what stands outside the blocks. It needs no
 // ParameterLayout, as nothing may be allocated on the word of a broken file.
-inline size_t parameter_count(const ModelConfig& c, int first, int last, bool matrices_only = false) {
-    size_t count = 0;
+inline uint64_t parameter_count(const ModelConfig& c, int first, int last, bool matrices_only = false) {
+    uint64_t count = 0;
     for (int l = first; l < last; l++) {
         SublayerNorm norm = l >= 0 ? c.sublayer(l) : SublayerNorm{};
         TensorPlace place = l < 0 ? BEFORE_BLOCKS : is_attention(l) ? ATTENTION : FEED_FORWARD;
         for (const TensorRow& row : tensor_rows) {
             bool here = row.place == place || row.place == (l < 0 ? AFTER_BLOCKS : EVERY_SUBLAYER);
             if (here && row.exists(c, norm) && (!matrices_only || row.fan_in(c) > 0))
-                count += size_t(row.rows(c)) * size_t(row.cols(c));
+                count += uint64_t(row.rows(c)) * uint64_t(row.cols(c));
         }
     }
     return count;
 }
-inline size_t parameter_count(const ModelConfig& c) { return parameter_count(c, -1, c.L); }
+inline uint64_t parameter_count(const ModelConfig& c) { return parameter_count(c, -1, c.L); }
 
 // ParameterLayout(c, ranks).owned_count(rank) without the layout: the matrices of all blocks have the same shapes.
-inline size_t owned_parameter_count(const ModelConfig& c, int ranks, int rank) {
-    size_t blocks = size_t(c.L) / 2, block = parameter_count(c, 0, 2, true), owned = 0;
+inline uint64_t owned_parameter_count(const ModelConfig& c, int ranks, int rank) {
+    uint64_t blocks = uint64_t(c.L) / 2, block = parameter_count(c, 0, 2, true), owned = 0;
     ranks = std::max(1, ranks);
-    for (auto [count, buckets] : {std::pair{parameter_count(c) - blocks * block, size_t(1)}, {block, blocks}}) {
-        size_t shard = shard_elements(count, ranks), before = std::min(count, size_t(rank) * shard);
+    for (auto [count, buckets] : {std::pair{parameter_count(c) - blocks * block, uint64_t(1)}, {block, blocks}}) {
+        uint64_t shard = shard_elements(count, ranks), before = std::min(count, uint64_t(rank) * shard);
         owned += buckets * std::min(shard, count - before);
     }
     return owned;
 }
 
 // Bytes of a file with this header, the CRC included; 0 where no file can be that long.
-inline size_t expected_file_size(const FileHeader& h) {
+inline uint64_t expected_file_size(const FileHeader& h) {
     ModelConfig c = h.model();
-    size_t reals = h.word[H_KIND] == FILE_STATE ? 3 * owned_parameter_count(c, h.word[H_RANKS], h.word[H_RANK])
-                                                : parameter_count(c),
-           ints = 0;
+    uint64_t reals = h.word[H_KIND] == FILE_STATE ? 3 * owned_parameter_count(c, h.word[H_RANKS], h.word[H_RANK])
+                                                  : parameter_count(c),
+             ints = 0;
     if (h.word[H_KIND] == FILE_DEBUG) {
-        size_t rows = size_t(h.word[H_B]) * size_t(h.word[H_T]);
+        uint64_t rows = uint64_t(h.word[H_B]) * uint64_t(h.word[H_T]);
         if (double(rows) * (double(c.V) + 2 * (double(c.L) + 1) * double(c.C)) > 1e18) return 0;
-        reals = 2 * reals + 1 + rows * size_t(c.V) + 2 * (size_t(c.L) + 1) * rows * size_t(c.C);
+        reals = 2 * reals + 1 + rows * uint64_t(c.V) + 2 * (uint64_t(c.L) + 1) * rows * uint64_t(c.C);
         ints = 2 * rows;
     }
     return sizeof(FileHeader) + reals * real_size(h.word[H_TYPE]) + ints * 4 + 4;
@@ -838,7 +847,7 @@ class FileReader {
 public:
     FileHeader header;
     std::string path;
-    size_t body_bytes = 0;  // between the header and the CRC
+    uint64_t body_bytes = 0;  // between the header and the CRC
 
     FileReader(const std::string& path, FileKind kind) : path(path) {
         int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // opening a pipe must not wait for its writer
@@ -854,9 +863,9 @@ public:
         if (!S_ISREG(st.st_mode))
             throw UnreadableError(format("%s: expected a %s file, found no regular file; move it away", path,
                                          kind_name(kind)));
-        size_t size = size_t(st.st_size);
+        uint64_t size = uint64_t(st.st_size);
         if (size < sizeof header + 4)
-            fail("%s: expected a %s file of at least %zu bytes, found %zu; it is cut short or another file", path,
+            fail("%s: expected a %s file of at least %zu bytes, found %llu; it is cut short or another file", path,
                  kind_name(kind), sizeof header + 4, size);
         read(&header, sizeof header);
         const auto& w = header.word;
@@ -884,10 +893,10 @@ public:
         if (int64_t step = header.get<int64_t>(H_STEP); fault.empty() && (step < 0 || double(step) > MAX_STEPS))
             fault = format("its step must be from 0 to %.0f and is %lld", MAX_STEPS, step);
         if (!fault.empty()) fail("%s: %s; the file is damaged", path, fault);
-        size_t expected = expected_file_size(header);
+        uint64_t expected = expected_file_size(header);
         if (size != expected)
-            fail("%s: expected %zu bytes from its header, found %zu; the file is cut short or damaged", path, expected,
-                 size);
+            fail("%s: expected %llu bytes from its header, found %llu; the file is cut short or damaged", path,
+                 expected, size);
     }
 
     void read(void* out, size_t bytes) {
@@ -928,10 +937,10 @@ public:
 
     // Reads what is left of the body, compares the CRC and returns it.
     uint32_t finish() {
-        size_t left = sizeof header + body_bytes - size_t(ftello(file.get()));
-        std::vector<char> chunk(std::min(left, size_t(8) << 20));
+        uint64_t left = sizeof header + body_bytes - uint64_t(ftello(file.get()));
+        std::vector<char> chunk(std::min<uint64_t>(left, 8 << 20));
         while (left > 0) {
-            size_t n = std::min(left, chunk.size());
+            size_t n = std::min<uint64_t>(left, chunk.size());
             read(chunk.data(), n);
             left -= n;
         }
@@ -1065,9 +1074,9 @@ struct DebugState {
 
 // Bytes of a DebugState in the host's memory, tokens aside.
 template <class Real>
-size_t debug_state_bytes(const ModelConfig& c, int64_t B, int T) {
-    return sizeof(Real) *
-           (2 * ParameterLayout(c).count + size_t(B) * size_t(T) * (2 * size_t(c.L + 1) * size_t(c.C) + size_t(c.V)));
+uint64_t debug_state_bytes(const ModelConfig& c, int64_t B, int T) {
+    uint64_t row = 2 * uint64_t(c.L + 1) * uint64_t(c.C) + uint64_t(c.V);
+    return sizeof(Real) * (2 * parameter_count(c) + uint64_t(B) * uint64_t(T) * row);
 }
 
 // ----------------------------------------------------------------------------------------------------
@@ -1572,7 +1581,7 @@ inline RunConfig resolve_run(const Options& o, const FileHeader* init, Vocabular
     run.total_batch = o.total_batch ? o.total_batch
                       : resume      ? init->get<int64_t>(H_TOTAL_BATCH)
                       : o.batch     ? o.batch * least
-                                    : int64_t(round_up(size_t(default_total_batch(m.C, run.T)), size_t(least)));
+                                    : round_up(default_total_batch(m.C, run.T), least);
     // Where the checkpoint's micro-batch does not fit another number of ranks, it is chosen anew.
     if (resume && !o.batch && init->word[H_RANKS] != std::max(1, ranks) && run.total_batch % (run.B * least)) run.B = 0;
     const char* kept = resume && !o.total_batch ? " as in the checkpoint" : "";

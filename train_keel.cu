@@ -2772,7 +2772,7 @@ struct Trainer {
     double matrix_rate() { return model.device.matrix_rate(); }
 
     // ----- Memory
-    static size_t available_memory() { return available_gpu_memory(); }
+    static uint64_t available_memory() { return available_gpu_memory(); }
 
     static std::vector<MemoryRow> memory_rows(const RunConfig& run) {
         return plan(run, Model::Counts(run.model, run.types, Sharing(run)), run.B, run.recompute);
@@ -2794,12 +2794,12 @@ struct Trainer {
         return {"samples, probe", bytes};
     }
 
-    static size_t sampling_bytes(const ModelConfig& c, int window) {
+    static uint64_t sampling_bytes(const ModelConfig& c, int window) {
         return total_bytes(Model::plan(c, Model::Counts(c, {}), 1, 1, {1})) + TokenGenerator::bytes(c, window);
     }
 
     static constexpr int64_t MAX_ROWS = int64_t(1) << 30;  // kernels count rows in int
-    static void choose_memory_plan(RunConfig& run, size_t available) {
+    static void choose_memory_plan(RunConfig& run, uint64_t available) {
         if (int64_t(run.B) * run.T >= MAX_ROWS)
             fail("-b: expected fewer than 2^30 tokens (B*T) at a time, found %lld; use a smaller -b",
                  int64_t(run.B) * run.T);

@@ -96,7 +96,7 @@ void rmsnorm_forward(real* y, const real* x, const real* g, size_t rows, int C) 
 // partial (blocks,C); then one thread adds the blocks in order, while the others go on: partial is written again only
 // after a product, at whose end all wait.
 constexpr index_t GAIN_ROWS = 32;
-inline size_t gain_blocks(size_t rows) { return (rows + GAIN_ROWS - 1) / GAIN_ROWS; }
+inline uint64_t gain_blocks(uint64_t rows) { return (rows + GAIN_ROWS - 1) / GAIN_ROWS; }
 
 inline void add_gain_blocks(real* dg, const real* partial, size_t blocks, size_t stride, int C) {
     #pragma omp single nowait
@@ -523,18 +523,18 @@ struct Model {
     struct BufferRow {
         const char* name;
         Buffer<real> Model::* buffer;
-        size_t elements;
+        uint64_t elements;
     };
 
-    static size_t head_rows(const ModelConfig& c, size_t rows) {
+    static uint64_t head_rows(const ModelConfig& c, uint64_t rows) {
         // Logits of so many rows at a time that 16 M elements hold them, whatever V is.
-        return std::min(rows, std::max<size_t>(16, (size_t(1) << 24) / size_t(c.Vp())));
+        return std::min(rows, std::max<uint64_t>(16, (uint64_t(1) << 24) / uint64_t(c.Vp())));
     }
 
     static std::vector<BufferRow> plan(const ModelConfig& c, const ParameterLayout& layout, int B, int T, Recompute r,
                                        Sharing s = {}) {
-        size_t rows = size_t(B) * size_t(T), C = size_t(c.C);
-        size_t partial = gain_blocks(rows) * std::max(C, c.norm == HYBRIDNORM ? 3 * size_t(c.D()) : 0);
+        uint64_t rows = uint64_t(B) * uint64_t(T), C = uint64_t(c.C);
+        uint64_t partial = gain_blocks(rows) * std::max(C, c.norm == HYBRIDNORM ? 3 * uint64_t(c.D()) : 0);
         ActivationSlots slots(c.L, r);
         return {
             {"parameters", &Model::params, layout.size},
@@ -563,9 +563,9 @@ struct Model {
         };
     }
 
-    static size_t bytes(const ModelConfig& c, const ParameterLayout& layout, int B, int T, Recompute r,
-                        Sharing s = {}) {
-        size_t sum = 0;
+    static uint64_t bytes(const ModelConfig& c, const ParameterLayout& layout, int B, int T, Recompute r,
+                          Sharing s = {}) {
+        uint64_t sum = 0;
         for (const BufferRow& row : plan(c, layout, B, T, r, s)) sum += row.elements * sizeof(real);
         return sum;
     }
@@ -878,9 +878,9 @@ public:
           z(window * C), y(window * C), lse(size_t(window) * size_t(model.config.H)), h(window * 4 * C),
           gelu(window * 4 * C), logits(size_t(model.config.Vp())) {}
 
-    static size_t bytes(const ModelConfig& c, int window) {
-        size_t caches = (c.norm == HYBRIDNORM ? 2 : 1) * size_t(c.L / 2) * 3 * size_t(c.C);
-        return (size_t(window) * (caches + 13 * size_t(c.C) + size_t(c.H)) + size_t(c.Vp())) * sizeof(real);
+    static uint64_t bytes(const ModelConfig& c, int window) {
+        uint64_t caches = (c.norm == HYBRIDNORM ? 2 : 1) * uint64_t(c.L / 2) * 3 * uint64_t(c.C);
+        return (uint64_t(window) * (caches + 13 * uint64_t(c.C) + uint64_t(c.H)) + uint64_t(c.Vp())) * sizeof(real);
     }
 
     // Appends n tokens; returns the logits (V) that follow the last. At most `window` tokens fit.
@@ -1103,7 +1103,7 @@ struct Trainer {
     static std::string machine_name() { return format("%d threads", omp_get_max_threads()); }
 
     static double matrix_rate() { return product_rate(); }
-    static size_t available_memory() { return ::available_memory(); }
+    static uint64_t available_memory() { return ::available_memory(); }
 
     static std::vector<MemoryRow> memory_rows(const RunConfig& run) {
         std::vector<MemoryRow> rows;
@@ -1119,25 +1119,25 @@ struct Trainer {
     }
 
     static MemoryRow memory_beside(const RunConfig& run, const Options& o) {
-        size_t debug_state = debug_state_bytes<real>(run.model, run.B ? run.B : run.rank_sequences(), run.T);
+        uint64_t debug_state = debug_state_bytes<real>(run.model, run.B ? run.B : run.rank_sequences(), run.T),
+                 rows = uint64_t(run.B ? run.B : run.batch_sequences()) * uint64_t(run.T), bytes = 0;
         if (!o.check.empty()) return {"debug states", 2 * debug_state};
-        size_t bytes = !o.dump.empty() ? debug_state : o.sample_every > 0 ? TokenGenerator::bytes(run.model, run.T) : 0;
+        if (!o.dump.empty()) bytes = debug_state;
+        else if (o.sample_every > 0) bytes = TokenGenerator::bytes(run.model, run.T);
         if (o.probe > 0)  // the parameters before their update; 1 / rms(z) of all rows
-            bytes +=
-                sizeof(real) * (ParameterLayout(run.model).count +
-                                size_t(run.model.L) * size_t(run.B ? run.B : run.batch_sequences()) * size_t(run.T));
+            bytes += sizeof(real) * (parameter_count(run.model) + uint64_t(run.model.L) * rows);
         // of each thread: its stack and its panels
         bytes += size_t(omp_get_max_threads()) * ((size_t(8) << 20) + (A_PANELS + B_PANELS) * sizeof(real));
         return {o.dump.empty() ? "samples, probe, threads" : "debug state, threads", bytes};
     }
 
-    static size_t sampling_bytes(const ModelConfig& c, int window) {
+    static uint64_t sampling_bytes(const ModelConfig& c, int window) {
         return Model::bytes(c, ParameterLayout(c), 1, 1, {1}) + TokenGenerator::bytes(c, window);
     }
 
     // The cost that a CPU knows: least recomputation, then the largest micro-batch of at most 8192 tokens, from where
     // on a larger one is no faster.
-    static void choose_memory_plan(RunConfig& run, size_t available) {
+    static void choose_memory_plan(RunConfig& run, uint64_t available) {
         ParameterLayout layout(run.model, run.ranks);
         auto bytes = [&](int B, Recompute r) { return Model::bytes(run.model, layout, B, run.T, r, Sharing(run)); };
         auto cost = [](int B, Recompute r) {

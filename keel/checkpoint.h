@@ -248,7 +248,7 @@ public:
         whole = states.step, passed_over = states.passed_over, outdated = bool(states);
     }
     // Why no checkpoint can be written now; empty if one can.
-    std::string fault(size_t bytes) const {
+    std::string fault(uint64_t bytes) const {
         std::string moved = home.fault();
         return moved.empty() ? space_fault(folder, bytes) : moved;
     }

@@ -66,7 +66,7 @@ inline void refuse_foreign(const std::string& path, std::string_view head) {
 
 struct TokenFile {
     std::string path;
-    size_t first = 0, count = 0;  // its tokens are [first, first + count) of the row
+    uint64_t first = 0, count = 0;  // its tokens are [first, first + count) of the row
     dev_t device = 0;
     ino_t inode = 0;
 };
@@ -76,7 +76,7 @@ public:
     std::string pattern;
     std::vector<TokenFile> files;
     const ShardFormat* shards = nullptr;  // null: text
-    size_t count = 0;                     // tokens in all
+    uint64_t count = 0;                   // tokens in all
     // The tokens of text that has been encoded, below; null: a byte is a token.
     std::shared_ptr<const std::vector<int>> encoded;
 
@@ -100,15 +100,15 @@ public:
     }
 
     // Reads tokens [first, first + n) of the row into out (n) and checks that each is below V.
-    void read(size_t first, size_t n, int V, int* out) const {
+    void read(uint64_t first, size_t n, int V, int* out) const {
         if (encoded) {
             std::copy_n(encoded->begin() + ptrdiff_t(first), n, out);
             return;
         }
         auto file = std::upper_bound(files.begin(), files.end(), first,
-                                     [](size_t at, const TokenFile& f) { return at < f.first + f.count; });
+                                     [](uint64_t at, const TokenFile& f) { return at < f.first + f.count; });
         while (n > 0) {
-            size_t m = std::min(n, file->first + file->count - first);
+            size_t m = std::min<uint64_t>(n, file->first + file->count - first);
             read_from(*file, first - file->first, m, V, out);
             first += m, out += m, n -= m;
             ++file;
@@ -117,13 +117,13 @@ public:
 
     // CRC-32 of tokens [first, first + n) as int32, by which a resume knows its data, however they lie in files: of all
     // up to 2^24, else of 1024 blocks or more, evenly spaced, one in every 2^26 tokens at least.
-    uint32_t checksum(size_t first, size_t n) const {
-        size_t block = std::clamp<size_t>(n, 1, 1 << 14);
-        size_t blocks = std::min((n + block - 1) / block, std::max<size_t>(1 << 10, n >> 26));
+    uint32_t checksum(uint64_t first, uint64_t n) const {
+        size_t block = std::clamp<uint64_t>(n, 1, 1 << 14);
+        uint64_t blocks = std::min((n + block - 1) / block, std::max<uint64_t>(1 << 10, n >> 26));
         std::vector<int> tokens(block);
         uint32_t sum = crc32(&n, sizeof n);
-        for (size_t i = 0; i < blocks; i++) {
-            size_t at = i == 0 ? 0 : (n - block) * i / (blocks - 1);
+        for (uint64_t i = 0; i < blocks; i++) {
+            uint64_t at = i == 0 ? 0 : (n - block) * i / (blocks - 1);
             read(first + at, block, INT_MAX, tokens.data());
             sum = crc32(tokens.data(), block * sizeof(int), sum);
         }
@@ -153,7 +153,7 @@ private:
         bool readable = fstat(fd, &st) == 0 && S_ISREG(st.st_mode);
         head.resize(size_t(std::max<ssize_t>(readable ? pread(fd, head.data(), head.size(), 0) : 0, 0)));
         close(fd);
-        size_t size = size_t(st.st_size);
+        uint64_t size = uint64_t(st.st_size);
         if (!readable) fail("%s: expected a file, found something else; name files or a quoted glob", path);
         if (size == 0) fail("%s: the file is empty; leave it out of %s", path, flag);
         int32_t header[256] = {};
@@ -174,19 +174,20 @@ private:
         shards = shard;
         TokenFile file{path, count, size, st.st_dev, st.st_ino};
         if (shard) {
-            size_t width = size_t(shard->token_bytes), body = size - std::min(size, sizeof header);
-            if (header[2] < 0 || body != width * size_t(header[2]))
-                fail("%s: expected %d tokens from its header, found %zu; fetch the shard again", path, header[2],
+            uint64_t width = uint64_t(shard->token_bytes), body = size - std::min<uint64_t>(size, sizeof header);
+            if (header[2] < 0 || body != width * uint64_t(header[2]))
+                fail("%s: expected %d tokens from its header, found %llu; fetch the shard again", path, header[2],
                      body / width);
-            file.count = size_t(header[2]);
+            file.count = uint64_t(header[2]);
             if (file.count == 0) return;
         }
         files.push_back(file);
         count += file.count;
     }
 
-    void read_from(const TokenFile& file, size_t first, size_t n, int V, int* out) const {
-        size_t width = shards ? size_t(shards->token_bytes) : 1, offset = (shards ? 1024 : 0) + first * width;
+    void read_from(const TokenFile& file, uint64_t first, size_t n, int V, int* out) const {
+        size_t width = shards ? size_t(shards->token_bytes) : 1;
+        uint64_t offset = (shards ? 1024 : 0) + first * width;
         std::vector<unsigned char> bytes(n * width);
         int fd = open_file(file.path);
         size_t done = 0;
@@ -202,14 +203,15 @@ private:
             throw DataError(format("%s: cannot be read (%s); see to its disk, or restore it", file.path,
                                    strerror(error)));
         if (done < bytes.size())
-            throw DataError(format("%s: expected %zu tokens as at the start of the run, found fewer; the file has been "
+            throw DataError(format("%s: expected %llu tokens as at the start of the run, found fewer; the file has "
+                                   "been "
                                    "cut short, restore it",
                                    file.path, file.count));
         for (size_t i = 0; i < n; i++) {
             uint32_t token = 0;
             memcpy(&token, &bytes[i * width], width);
             if (token >= uint32_t(V))
-                fail("%s: expected tokens below the model's V = %d, found %u at token %zu; use other data or another "
+                fail("%s: expected tokens below the model's V = %d, found %u at token %llu; use other data or another "
                      "model",
                      file.path, V, token, first + i);
             out[i] = int(token);
@@ -274,13 +276,13 @@ inline void encode_source(TokenSource& source, const Tokenizer& t, int local_ran
     constexpr size_t block = size_t(64) << 20;  // bytes
     local_ranks = std::max(1, local_ranks);
     auto tokens = std::make_shared<std::vector<int>>();
-    size_t bytes = source.count, done = 0;
+    uint64_t bytes = source.count, done = 0;
     // Makes room for what the rest of the text needs at the rate so far. Growing keeps the old array until it is
     // copied.
     auto make_room = [&] {
-        size_t left = size_t(double(tokens->size()) / double(done) * double(bytes - std::min(bytes, done)));
+        uint64_t left = uint64_t(double(tokens->size()) / double(done) * double(bytes - std::min(bytes, done)));
         if (tokens->capacity() - tokens->size() >= left) return;
-        size_t needed = (tokens->size() + left) * sizeof(int), available = available_memory() / size_t(local_ranks);
+        uint64_t needed = (tokens->size() + left) * sizeof(int), available = available_memory() / uint64_t(local_ranks);
         if (needed > available)
             fail("%s: its tokens need %s of memory, found %s; write shards: python3 data/tokenizer.py encode -t %s -o "
                  "DIR FILES",
@@ -294,7 +296,7 @@ inline void encode_source(TokenSource& source, const Tokenizer& t, int local_ran
         std::string text;
         for (bool more = true; more;) {
             size_t had = text.size();
-            text.resize(had + std::min(block, file.count + 1));  // so that a small file's end is seen at once
+            text.resize(had + std::min<uint64_t>(block, file.count + 1));  // so that a small file's end is seen at once
             size_t got = fread(text.data() + had, 1, text.size() - had, in.get());
             more = had + got == text.size();
             text.resize(had + got);
@@ -302,7 +304,7 @@ inline void encode_source(TokenSource& source, const Tokenizer& t, int local_ran
             if (more && end == 0) continue;  // a block that cannot be divided
             std::string_view part = std::string_view(text).substr(0, end);
             if (size_t zero = part.find('\0'); zero != part.npos)
-                fail("%s: expected text, found a zero byte at %zu; train on text alone", file.path,
+                fail("%s: expected text, found a zero byte at %llu; train on text alone", file.path,
                      done - file.first + zero);
             if (size_t at = find_no_utf8(part); !told && done == file.first && at != part.npos)
                 told = true, print("note       %s is not UTF-8 at byte %zu: such bytes become tokens of their own; if "
@@ -324,27 +326,27 @@ inline void encode_source(TokenSource& source, const Tokenizer& t, int local_ran
 // state of the loader, and any rank can read any sequence of any batch.
 class Loader {
 public:
-    Loader(const TokenSource& source, size_t start, size_t count, int T, int V, uint64_t seed, bool shuffle)
-        : source(&source), start(start), T(size_t(T)), V(V), seed(seed), shuffle(shuffle) {
-        sequences = count > size_t(T) ? (count - 1) / size_t(T) : 0;
-        spare = sequences ? count - 1 - sequences * size_t(T) : 0;
+    Loader(const TokenSource& source, uint64_t start, uint64_t count, int T, int V, uint64_t seed, bool shuffle)
+        : source(&source), T(size_t(T)), start(start), V(V), seed(seed), shuffle(shuffle) {
+        sequences = count > uint64_t(T) ? (count - 1) / uint64_t(T) : 0;
+        spare = sequences ? count - 1 - sequences * uint64_t(T) : 0;
         half_bits = 1;
         while ((uint64_t(1) << (2 * half_bits)) < sequences) half_bits++;
     }
 
     // generate(s, n, row) makes the first n tokens of sequence s, for any s: there is no last sequence.
     using Generate = std::function<void(uint64_t s, int n, int* row)>;
-    Loader(Generate generate, int T) : generate(std::move(generate)), T(size_t(T)), sequences(SIZE_MAX) {}
+    Loader(Generate generate, int T) : generate(std::move(generate)), T(size_t(T)), sequences(UINT64_MAX) {}
 
-    size_t sequences_per_epoch() const { return sequences; }
+    uint64_t sequences_per_epoch() const { return sequences; }
 
     // Where sequence s, counted from the start of training, begins in the source's row of tokens.
-    size_t position(uint64_t s) const {
+    uint64_t position(uint64_t s) const {
         uint64_t epoch = s / sequences, i = s % sequences;
-        if (!shuffle) return start + size_t(i) * T;
-        size_t shift =
+        if (!shuffle) return start + i * T;
+        uint64_t shift =
             philox(seed, uint32_t(epoch), uint32_t(epoch >> 32), 0xFFFFFFFFu, STREAM_DATA).word[0] % (spare + 1);
-        return start + shift + size_t(permuted(i, epoch)) * T;
+        return start + shift + permuted(i, epoch) * T;
     }
 
     // Sequences s .. s+B-1 as tokens (B,T) and targets (B,T).
@@ -361,7 +363,8 @@ public:
 private:
     const TokenSource* source = nullptr;
     Generate generate;  // empty: sequences come from the source
-    size_t start = 0, T, sequences = 0, spare = 0;
+    size_t T;
+    uint64_t start = 0, sequences = 0, spare = 0;
     int V = 0, half_bits = 0;
     uint64_t seed = 0;
     bool shuffle = false;
@@ -406,10 +409,10 @@ inline TokenSource open_training_data(const Options& o) {
 struct DataSplit {
     HopPrograms programs;
     TokenSource train, val;
-    size_t train_count = 0, val_start = 0, val_count = 0;  // 0 for programs
-    uint32_t train_sum = 0, val_sum = 0;                   // as in TokenSource::checksum; 0 for programs
+    uint64_t train_count = 0, val_start = 0, val_count = 0;  // 0 for programs
+    uint32_t train_sum = 0, val_sum = 0;                     // as in TokenSource::checksum; 0 for programs
     Tokenizer tokenizer;
-    size_t text_bytes = 0, text_tokens = 0;  // what the tokenizer has encoded
+    uint64_t text_bytes = 0, text_tokens = 0;  // what the tokenizer has encoded
     double encode_seconds = 0;
 
     // init: as in open_tokenizer. local_ranks: as in encode_source.
@@ -472,7 +475,7 @@ struct DataSplit {
         for (const TokenSource* source : {&train, &val}) {
             if (source->encoded || (!source->shards && V >= 256)) continue;
             std::vector<int> chunk(1 << 16);
-            size_t n = std::min(source->count, size_t(1) << 27);
+            size_t n = std::min<uint64_t>(source->count, 1 << 27);
             for (size_t at = 0; at < n; at += chunk.size())
                 source->read(at, std::min(chunk.size(), n - at), V, chunk.data());
         }
@@ -481,7 +484,7 @@ struct DataSplit {
     // The loss, in nats a token, of a model that knows how frequent each token is and nothing more; taken from the
     // first 2^22 training tokens.
     double unigram_entropy(int V) const {
-        size_t n = programs.hops ? size_t(1) << 18 : std::min(train_count, size_t(1) << 22);
+        size_t n = programs.hops ? 1 << 18 : std::min<uint64_t>(train_count, 1 << 22);
         std::vector<size_t> counts(static_cast<size_t>(V));
         std::vector<int> chunk(1 << 16);
         for (size_t at = 0; at < n; at += chunk.size()) {
@@ -503,15 +506,14 @@ struct DataSplit {
             fail("-t: expected at least %d, a whole program of -i %s, found %d; give a larger -t or fewer hops",
                  natural_seq_len(), train.pattern, run.T);
         if (programs.hops) return;
-        size_t need = size_t(run.total_batch) + 1;
-        if ((train_count - 1) / size_t(run.T) < size_t(run.batch_sequences()))
-            fail("-i: expected at least %zu tokens to train on, one batch of %lld and a target, found %zu; give more "
+        if ((train_count - 1) / uint64_t(run.T) < uint64_t(run.batch_sequences()))
+            fail("-i: expected at least %lld tokens to train on, one batch of %lld and a target, found %llu; give more "
                  "data or a smaller %s",
-                 need, run.total_batch, train_count, o.batch && !o.total_batch ? "-b" : "-d");
+                 run.total_batch + 1, run.total_batch, train_count, o.batch && !o.total_batch ? "-b" : "-d");
     }
     void check_validation(const RunConfig& run) const {
-        if (!programs.hops && val_count < size_t(run.T) + 1)
-            fail("-j: expected at least T + 1 = %d tokens to validate on, found %zu; give more data, a smaller -t, or "
+        if (!programs.hops && val_count < uint64_t(run.T) + 1)
+            fail("-j: expected at least T + 1 = %d tokens to validate on, found %llu; give more data, a smaller -t, or "
                  "-v 0",
                  run.T + 1, val_count);
     }

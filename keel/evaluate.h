@@ -20,12 +20,14 @@ struct Validation {
 template <IsTrainer Trainer>
 Validation validate(Trainer& trainer, const Loader& loader, const RunConfig& run, const Tokenizer* tokenizer,
                     const Ranks& ranks = {}, HopAccuracy* hops = nullptr) {
-    size_t sequences = std::min(size_t(run.val_batches) * size_t(run.batch_sequences()), loader.sequences_per_epoch());
+    uint64_t sequences =
+        std::min(uint64_t(run.val_batches) * uint64_t(run.batch_sequences()), loader.sequences_per_epoch());
     std::vector<int> tokens(size_t(run.B) * size_t(run.T)), targets(tokens.size()),
         predictions(hops ? tokens.size() : 0);
     double sum = 0, bytes = 0;
-    for (size_t s = size_t(ranks.rank()) * size_t(run.B); s < sequences; s += size_t(ranks.count()) * size_t(run.B)) {
-        int b = int(std::min(size_t(run.B), sequences - s));
+    uint64_t B = uint64_t(run.B);
+    for (uint64_t s = uint64_t(ranks.rank()) * B; s < sequences; s += uint64_t(ranks.count()) * B) {
+        int b = int(std::min(B, sequences - s));
         loader.batch(s, b, tokens.data(), targets.data());
         sum += trainer.evaluate(tokens.data(), targets.data(), b, hops ? predictions.data() : nullptr);
         for (size_t i = 0; tokenizer && i < size_t(b) * size_t(run.T); i++)

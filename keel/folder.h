@@ -347,28 +347,28 @@ private:
     }
 };
 
-// Bytes that may still be written to a folder, or to the nearest one above it that exists; SIZE_MAX where the file
+// Bytes that may still be written to a folder, or to the nearest one above it that exists; UINT64_MAX where the file
 // system does not say.
-inline size_t free_space(const std::string& folder) {
+inline uint64_t free_space(const std::string& folder) {
     std::error_code ignored;
     std::filesystem::path path = std::filesystem::absolute(folder, ignored);
     struct statvfs fs;
     while (statvfs(path.c_str(), &fs) != 0) {
-        if (path == path.parent_path()) return SIZE_MAX;
+        if (path == path.parent_path()) return UINT64_MAX;
         path = path.parent_path();
     }
-    return fs.f_blocks ? size_t(fs.f_bavail) * size_t(fs.f_frsize) : SIZE_MAX;
+    return fs.f_blocks ? uint64_t(fs.f_bavail) * uint64_t(fs.f_frsize) : UINT64_MAX;
 }
 
 // Bytes of a checkpoint's model and states; the headers of other ranks' states are left out.
-inline size_t checkpoint_bytes(const ModelConfig& c, RealType type) {
+inline uint64_t checkpoint_bytes(const ModelConfig& c, RealType type) {
     return expected_file_size(make_header(FILE_STATE, type, c, 0)) +
            expected_file_size(make_header(FILE_MODEL, type, c, 0));
 }
 
 // The fault if a checkpoint does not fit beside the older ones, which stay until it is whole; empty if it fits.
-inline std::string space_fault(const std::string& folder, size_t bytes) {
-    size_t free = free_space(folder);
+inline std::string space_fault(const std::string& folder, uint64_t bytes) {
+    uint64_t free = free_space(folder);
     if (free >= bytes) return "";
     return format("disk: expected at least %s free in %s for a checkpoint, found %s; free some space, or give another "
                   "-o or -n 0",

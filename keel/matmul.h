@@ -36,10 +36,10 @@ template <class T>
 class Buffer {
 public:
     Buffer() = default;
-    explicit Buffer(size_t n) : n(n) {
+    explicit Buffer(uint64_t n) : n(size_t(n)) {
         if (n == 0) return;
-        size_t bytes = round_up(n * sizeof(T), 64);
-        data_ = static_cast<T*>(aligned_alloc(64, bytes));
+        uint64_t bytes = round_up(n * sizeof(T), 64);
+        if (bytes <= SIZE_MAX) data_ = static_cast<T*>(aligned_alloc(64, bytes));
         if (!data_)
             fail("expected %s of memory, found less; use a smaller -b, -t, -C or -L, or -r layer",
                  bytes_text(double(bytes)));

@@ -6,8 +6,8 @@
 #include "../keel_common.h"
 
 // Bytes that this process may still take: the least that the machine, its control group and its address space leave.
-inline size_t available_memory() {
-    size_t available = SIZE_MAX;
+inline uint64_t available_memory() {
+    uint64_t available = SIZE_MAX;
     auto number = [](const char* path, const char* key) {  // the number after key, or the first; -1: there is none
         FILE* f = fopen(path, "r");
         if (!f) return -1LL;
@@ -22,7 +22,8 @@ inline size_t available_memory() {
         fclose(f);
         return value;
     };
-    if (long long kib = number("/proc/meminfo", "MemAvailable:"); kib >= 0) available = size_t(kib) * 1024;
+    if (long long kib = number("/proc/meminfo", "MemAvailable:"); kib >= 0)
+        available = std::min(available, uint64_t(kib) * 1024);
     const char* groups[][3] = {
         {"/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat"},
         {"/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes",
@@ -31,30 +32,30 @@ inline size_t available_memory() {
         long long limit = number(g[0], nullptr), used = number(g[1], nullptr), cache = number(g[2], "inactive_file");
         if (limit < 0 || used < 0) continue;
         used = std::max(0LL, used - std::max(0LL, cache));  // page cache is given back on demand
-        available = std::min(available, size_t(std::max(0LL, limit - used)));
+        available = std::min(available, uint64_t(std::max(0LL, limit - used)));
     }
     struct rlimit limit;
     if (getrlimit(RLIMIT_AS, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY) {
         long long pages = number("/proc/self/statm", nullptr), taken = std::max(0LL, pages) * sysconf(_SC_PAGESIZE);
-        available = std::min(available, size_t(std::max(0LL, (long long)limit.rlim_cur - taken)));
+        available = std::min(available, uint64_t(std::max(0LL, (long long)limit.rlim_cur - taken)));
     }
     return available;
 }
 
 struct MemoryRow {
     std::string name;
-    size_t bytes;
+    uint64_t bytes;  // of a need, which may be more than the machine can address
 };
 
 // advice: the flags that would make it fit.
-inline void require_memory(size_t bytes, size_t available, const char* advice) {
+inline void require_memory(uint64_t bytes, uint64_t available, const char* advice) {
     if (bytes > available)
         fail("memory: expected at least %s, found %s; use %s", bytes_text(double(bytes)), bytes_text(double(available)),
              advice);
 }
 
-inline size_t total_bytes(const std::vector<MemoryRow>& rows) {
-    size_t sum = 0;
+inline uint64_t total_bytes(const std::vector<MemoryRow>& rows) {
+    uint64_t sum = 0;
     for (const MemoryRow& row : rows) sum += row.bytes;
     return sum;
 }
@@ -68,7 +69,7 @@ inline void print_memory_table(const std::vector<MemoryRow>& rows) {
 // that fits into `available` bytes. most_tokens: the largest micro-batch to try, unless one sequence is longer.
 // bytes(B, recompute), cost(B, recompute): the memory that a run takes, and its time a token in any unit.
 template <class Bytes, class Cost>
-void choose_micro_batch(RunConfig& run, size_t available, int64_t most_tokens, Bytes bytes, Cost cost) {
+void choose_micro_batch(RunConfig& run, uint64_t available, int64_t most_tokens, Bytes bytes, Cost cost) {
     int root = 2;  // -r K keeps z for K + L/K sub-layers, least at K = sqrt(L)
     while ((root + 2) * (root + 2) <= run.model.L) root += 2;
     std::vector<Recompute> levels = {{0}, {-1}, {1}, {root}};
@@ -80,11 +81,11 @@ void choose_micro_batch(RunConfig& run, size_t available, int64_t most_tokens, B
     if (run.B) batches = {run.B};
     double best = INFINITY;
     RunConfig chosen = run;
-    size_t least = SIZE_MAX, least_of_one = SIZE_MAX,
-           least_of_any = SIZE_MAX;  // bytes; of a micro-batch of 1; by any -r
+    uint64_t least = UINT64_MAX, least_of_one = UINT64_MAX,
+             least_of_any = UINT64_MAX;  // bytes; of a micro-batch of 1; by any -r
     for (int B : batches)
         for (Recompute level : levels) {
-            size_t needed = bytes(B, level);
+            uint64_t needed = bytes(B, level);
             double c = cost(B, level);
             least = std::min(least, needed);
             if (needed > available || c >= best) continue;

@@ -198,9 +198,9 @@ private:
             std::string list = nodes, first = list.substr(0, list.find_first_of("[,"));
             if (size_t open = list.find('['); open != std::string::npos && open == first.size())
                 first += list.substr(open + 1, list.find_first_of("-,]", open) - open - 1);
-            long job = getenv("SLURM_JOB_ID") ? atol(getenv("SLURM_JOB_ID")) : 0,
-                 step = getenv("SLURM_STEP_ID") ? atol(getenv("SLURM_STEP_ID")) : 0;
-            return format("%s:%ld", first, 20000 + (job * 17 + step) % 20000);
+            int64_t job = getenv("SLURM_JOB_ID") ? atoll(getenv("SLURM_JOB_ID")) : 0,
+                    step = getenv("SLURM_STEP_ID") ? atoll(getenv("SLURM_STEP_ID")) : 0;
+            return format("%s:%lld", first, 20000 + (job * 17 + step) % 20000);
         }
         fail("ranks: expected to be told where rank 0 is, found none of MPI, KEEL_RENDEZVOUS (a file that all ranks "
              "see), MASTER_ADDR, SLURM_STEP_NODELIST; set one");

@@ -131,10 +131,10 @@ private:
         if (o.ablate.empty() || data->programs.hops) data->check_lengths(config, o);
         read_all_tokens();
         if ((config.val_every > 0 || !o.ablate.empty()) && o.dump.empty()) data->check_validation(config);
-        auto same_count = [&](const char* flag, const char* what, HeaderWord word, size_t found) {
-            if (size_t expected = size_t(init->header.template get<int64_t>(word)); expected != found)
-                fail("%s: expected the %zu %s tokens of the checkpoint, found %zu; give the same data", flag, expected,
-                     what, found);
+        auto same_count = [&](const char* flag, const char* what, HeaderWord word, uint64_t found) {
+            if (uint64_t expected = init->header.template get<uint64_t>(word); expected != found)
+                fail("%s: expected the %llu %s tokens of the checkpoint, found %llu; give the same data", flag,
+                     expected, what, found);
         };
         if (resume_from) same_count("-i", "training", H_TRAIN_TOKENS, data->train_count);
         if (resume_from && config.val_every > 0) same_count("-j", "validation", H_VAL_TOKENS, data->val_count);
@@ -175,10 +175,10 @@ private:
     void plan_memory() {
         const ModelConfig& model = config.model;
         MemoryRow beside = Trainer::memory_beside(config, o);
-        size_t available = Trainer::available_memory();
+        uint64_t available = Trainer::available_memory();
         if (ranks && Trainer::on_host && session.launch.local_ranks > 1)  // which share the machine's
-            available /= size_t(session.launch.local_ranks);
-        for (size_t others : ranks.gather(available)) available = std::min(available, others);  // all choose alike
+            available /= uint64_t(session.launch.local_ranks);
+        for (uint64_t others : ranks.gather(available)) available = std::min(available, others);  // all choose alike
         Trainer::choose_memory_plan(config, available > beside.bytes ? available - beside.bytes : 0);
         if (!o.dump.empty())
             require_memory(debug_state_bytes<Real>(model, config.B, config.T), available_memory(),
@@ -190,11 +190,10 @@ private:
             std::string fault = space_fault(o.out, checkpoint_bytes(model, real_type<Real>));
             if (!fault.empty() && !resume_from) fail("%s", fault);  // else --keep may make room
         }
-        size_t host_left = ::available_memory();
-        size_t snapshot =
-            CheckpointWriter<Trainer>::snapshot_count(ParameterLayout(model, config.ranks), ranks) * sizeof(Real);
+        uint64_t host_left = ::available_memory(), snapshot = sizeof(Real);
+        snapshot *= CheckpointWriter<Trainer>::snapshot_count(ParameterLayout(model, config.ranks), ranks);
         if (wants_checkpoints()) {
-            size_t with_thread = snapshot + (size_t(8) << 20);  // 8 MiB: the stack of the thread that writes
+            uint64_t with_thread = snapshot + (8 << 20);  // 8 MiB: the stack of the thread that writes
             if (Trainer::on_host) host_left -= std::min(host_left, total_bytes(memory));
             in_background = with_thread <= host_left || ranks;
             if (in_background && Trainer::on_host) memory.push_back({"snapshot for checkpoints", with_thread});
@@ -207,14 +206,14 @@ private:
         fflush(stdout);
     }
 
-    void print_checkpoint_memory(size_t snapshot, size_t host_left) {
+    void print_checkpoint_memory(uint64_t snapshot, uint64_t host_left) {
         if (!in_background)
             print("note       a snapshot of %s does not fit into the %s of memory left: training waits while a "
                   "checkpoint is written\n",
                   bytes_text(double(snapshot)), bytes_text(double(host_left)));
         else if (!Trainer::on_host)
             print("  %-38s %12s\n", "snapshot for checkpoints, on the host", bytes_text(double(snapshot)));
-        size_t disk = (size_t(o.keep) + 1) * checkpoint_bytes(config.model, real_type<Real>);
+        uint64_t disk = (uint64_t(o.keep) + 1) * checkpoint_bytes(config.model, real_type<Real>);
         if (o.keep > 0 && o.keep < 1000 && free_space(o.out) < disk)
             print("note       %s is free in %s, and --keep %lld checkpoints with the next beside them take %s\n",
                   bytes_text(double(free_space(o.out))), o.out, o.keep, bytes_text(double(disk)));

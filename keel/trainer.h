@@ -61,7 +61,7 @@ concept IsCommunicator = requires(C c, const Launch& launch, const void* mine, v
 template <class T>
 concept IsTrainer =
     IsCommunicator<typename T::Communicator> &&
-    requires(RunConfig& run, const ModelConfig& c, const Options& o, size_t available, int window) {
+    requires(RunConfig& run, const ModelConfig& c, const Options& o, uint64_t available, int window) {
         typename T::Real;       // of its files and debug states
         typename T::HostArray;  // HostArray(n): n Reals at data() in the host's memory, to which save() is fast
         { T::branch_bf16 } -> std::convertible_to<bool>;  // header word H_BRANCH_BF16
@@ -72,14 +72,14 @@ concept IsTrainer =
         { T::probes_ranks } -> std::convertible_to<bool>;        // --probe works on several ranks
         T::require_machine();                                    // throws where there is nothing to compute on
         T::check_model(c);                                       // throws where this build cannot run the shape
-        { T::available_memory() } -> std::same_as<size_t>;       // bytes of the memory that the three below count
+        { T::available_memory() } -> std::same_as<uint64_t>;     // bytes of the memory that the three below count
         T::choose_memory_plan(run, available);  // fills in B and recompute where still open; throws where nothing fits
         { T::memory_rows(run) } -> std::same_as<std::vector<MemoryRow>>;  // what a Trainer of this run takes
         // What else it takes, with its name for the table: samples and probe, or the debug states of --dump (one) and
         // --check (two) where they lie in that memory. B may still be 0.
         { T::memory_beside(run, o) } -> std::same_as<MemoryRow>;
         // Bytes of a Trainer of B = T = 1, recompute 1, and of its Generator.
-        { T::sampling_bytes(c, window) } -> std::same_as<size_t>;
+        { T::sampling_bytes(c, window) } -> std::same_as<uint64_t>;
     } &&
     requires(T t, Section section, const ShardRange& range, size_t n, typename T::Real* out, const typename T::Real* in,
              const Loader& data, int64_t step, ProbeLog* probe, unsigned flags, const int* tokens, int* predictions,

@@ -108,6 +108,11 @@ if [ "$LONG" ]; then
     else
         skip 2 "the sanitizers and the fuzzers: no clang 14 or valgrind"
     fi
+    if dev/tools/need.sh g++-multilib >/dev/null 2>&1; then
+        suite 20 test/test_32bit.sh
+    else
+        skip 1 "a 32-bit build beside a 64-bit one: no g++-multilib"
+    fi
 fi
 run_jobs ended
 

@@ -270,6 +270,25 @@ TEST_SUITE("tables") {
             CHECK(run.total_batch % run.T == 0);
         }
     }
+
+    TEST_CASE("Bytes and tokens beyond 2^32 are counted, and what a build cannot address is refused") {
+        ModelConfig c = small_config(KEEL, 64, 512, 8, 256, 4096);
+        double z = 65.0 * 64 * 4096 * 512 * sizeof(real);  // of a micro-batch of 64 sequences
+        CHECK(double(Model::bytes(c, ParameterLayout(c), 64, 4096, {0})) > z);
+        CHECK(double(debug_state_bytes<real>(c, 64, 4096)) > 2 * z);
+        CHECK(double(TokenGenerator::bytes(c, 1 << 22)) > 32.0 * (1 << 22) * 3 * 512 * sizeof(real));
+
+        c = small_config(PRE, 1024, 1024, 8, 256, 1024);
+        uint64_t count = 1024 * (12 * uint64_t(512) * 1024 + 256 + 1024 + 1024 + 1);
+        CHECK(parameter_count(c) == count);
+        CHECK(expected_file_size(make_header(FILE_MODEL, REAL_FP32, c, 0)) == 1024 + 4 * count + 4);
+        std::string refused = SIZE_MAX < count ? "memory: expected at least 4" : "";
+        CHECK(error_of([&] { ParameterLayout layout(c); }).substr(0, 27) == refused);
+
+        std::array flags{"train", "-L", "2", "-C", "131072", "-t", "16777216"};
+        CHECK(resolve_run(parse_command_line(int(flags.size()), flags.data()), nullptr, {256}).total_batch ==
+              int64_t(1) << 39);
+    }
 }
 
 // ----------------------------------------------------------------------------------------------------
@@ -1010,7 +1029,7 @@ TEST_SUITE("data") {
             return DataSplit(parse_command_line(3, std::array{"train", "-i", "hops:3"}.data())).loader(run, training);
         };
         Loader a = loader(1, true), b = loader(1, true), other = loader(2, true), val = loader(1, false);
-        CHECK(a.sequences_per_epoch() == SIZE_MAX);
+        CHECK(a.sequences_per_epoch() == UINT64_MAX);
         std::set<std::vector<int>> seen;
         size_t size = size_t(2 * T), drawn = 0;
         std::vector<int> tokens(size), targets(size), again(size), ignored(size);
@@ -1102,6 +1121,28 @@ TEST_SUITE("data") {
         CHECK(error_of([&] {
             TokenSource s({folder.path + "/a.txt", folder.path + "/x_0.bin"}, "-i");
         }).find("train on one kind") != std::string::npos);
+    }
+
+    TEST_CASE("Of more than 2^32 tokens each is read where it is, and every build shuffles and sums them alike") {
+        TemporaryFolder folder;
+        std::string path = folder.write("text", numbered_text(1 << 16));
+        const uint64_t at = (uint64_t(1) << 32) + 12345;
+        std::filesystem::resize_file(path, at + 1000);  // with a hole, which takes no disk
+        std::fstream(path, std::ios::in | std::ios::out | std::ios::binary).seekp(std::streamoff(at)) << "far away";
+        TokenSource source({path}, "-i");
+        CHECK(source.count == at + 1000);
+        std::vector<int> tokens(8);
+        source.read(at, 8, 256, tokens.data());
+        CHECK(std::string(tokens.begin(), tokens.end()) == "far away");
+        Loader in_order(source, 0, source.count, 64, 256, 42, false),
+            shuffled(source, 0, source.count, 64, 256, 42, true);
+        uint64_t n = in_order.sequences_per_epoch();
+        CHECK(n == (at + 999) / 64);
+        CHECK(in_order.position(n - 1) == (n - 1) * 64);
+        CHECK(shuffled.position(5) == 3447968864);
+        CHECK(shuffled.position(n + 7) == 1374284241);
+        CHECK(source.checksum(0, source.count) == 2390360580);
+        CHECK(source.checksum(0, uint64_t(100) << 20) == 3001654787);
     }
 
     TEST_CASE("A file that is cut during the run is an error, not a crash") {
