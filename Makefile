@@ -76,6 +76,7 @@ check
   make sanitize             the CPU trainer's tests under ASan, UBSan and TSan, and a run under valgrind's memcheck
   make fuzz                 libFuzzer on each parser and the command line, 60 s each; FUZZ_SECONDS=600 for longer
   make bench_cpu            a CPU's training steps beside PyTorch's at its best, by layer, and products beside OpenBLAS's
+  make bench_page           the page's steps beside the native trainer's on one core, its first step and its memory
 GPU
   make train_keel           the trainer for an NVIDIA GPU: branches in BF16, highway in FP32
   make train_keel_fp32      the same all in FP32, for comparing
@@ -287,7 +288,8 @@ test:
 	@dev/tools/need.sh g++ doctest-dev libboost-context-dev
 	@[ "$(MPI)" = 0 ] || [ "$$(dev/tools/mpi.sh compile)" ] || dev/tools/need.sh libopenmpi-dev openmpi-bin || true
 	+@test/build.sh $(if $(LONG),$(LONG_PROGRAMS) $$(dev/tools/need.sh $(CLANG_PACKAGES) valgrind >&2 && echo $(SANITIZED) $(FUZZERS)) $$(dev/tools/need.sh g++-multilib >&2 && echo $(PROGRAMS_32BIT))) $(TEST_PROGRAMS) \
-	    $$([ -z "$$(dev/tools/mpi.sh compile)" ] || echo build/test_nccl)
+	    $$([ -z "$$(dev/tools/mpi.sh compile)" ] || echo build/test_nccl) \
+	    $$(! command -v em++ >/dev/null || echo build/page/trainer.js build/train_keel_cpu_64bit)
 	@$(MAKE) --no-print-directory rehearsal_pack
 	@test/run.sh
 
@@ -301,6 +303,7 @@ crash_test:   train_keel_cpu build/crash_test build/crash_shim.so
 sanitize:     $(SANITIZED)
 fuzz:         $(FUZZERS)
 bench_cpu:    train_keel_cpu
+bench_page:   page build/train_keel_cpu_sse2
 test_hf_latest: train_keel_cpu train_keel_cpu_fp64 build/train_keel_on_cpu build/tokenizer.so
 test_gpu:     build/test_gpu_bf16 build/test_gpu_fp32
 memory_table: build/memory_table
@@ -313,6 +316,7 @@ run.crash_test   = LONG=1 build/crash_test
 run.sanitize     = test/sanitize.sh
 run.fuzz         = test/fuzz/run.sh $(FUZZ_SECONDS)
 run.bench_cpu    = dev/bench/bench_cpu.sh
+run.bench_page   = $$(dev/tools/find_python.sh json) dev/page/bench.py
 run.test_gpu     = build/test_gpu_bf16 && build/test_gpu_fp32
 run.bench_gpu    = dev/bench/bench_gpu.sh
 run.idle         = dev/bench/idle.sh
@@ -359,6 +363,10 @@ build/page/trainer.js: dev/page/page.cpp dev/page/omp.h train_keel_cpu.cpp $(HEA
 .PHONY: page
 page: build/page/trainer.js
 	@$$(dev/tools/find_python.sh json) dev/page/build.py --trainer build/page/trainer --out build/page.html
+
+# The native trainer in the page's registers, for a comparison at full optimisation.
+build/train_keel_cpu_sse2: train_keel_cpu.cpp $(HEADERS) FORCE
+	$(call program,g++,$(CXX) $(FLAGS) -march=x86-64 -ffp-contract=off)
 
 # The lesson: what is finished in build/experiments is not run again. RESULTS=dev/results/lesson builds the page from
 # the committed tables, in seconds.

@@ -95,6 +95,7 @@ if python=$(dev/tools/find_python.sh torch numpy matplotlib plotly 2>/dev/null |
 else
     skip 1 "the experiments and the lesson: no Python with numpy and matplotlib (Debian: python3-matplotlib)"
 fi
+[ "$any_python" ] && suite 70 "$(dev/tools/find_python.sh playwright 2>/dev/null || echo "$any_python")" test/test_page.py
 if [ "$LONG" ]; then
     suite 600 env LONG= build/test_gpu_bf16_sanitized  # at the leaner shapes
     if dev/tools/cuda.sh nvcc >/dev/null 2>&1; then

@@ -102,14 +102,14 @@ const heatTable = Array.from({ length: 256 }, (_, i) => {
   return [1, 2, 3].map(c => a[c] + s * (b[c] - a[c]));
 });
 
-// value(column, row), row 0 at the bottom: 0 to 1, or NaN for nothing. Each canvas pixel takes the nearest value.
+// value(column, row), row 0 at the bottom: 0 to 1, or no number for nothing. Each canvas pixel takes the nearest value.
 function drawHeat(canvas, columns, rows, value) {
   const { g } = fresh(canvas), image = g.createImageData(canvas.width, canvas.height);
   for (let y = 0, at = 0; y < canvas.height; y++) {
     const row = rows - 1 - Math.floor(y * rows / canvas.height);
     for (let x = 0; x < canvas.width; x++, at += 4) {
       const v = value(Math.floor(x * columns / canvas.width), row);
-      if (!(v >= 0 || v < 0)) continue;
+      if (!(v >= 0 || v < 0)) continue;  // NaN, undefined
       const colour = heatTable[Math.round(255 * Math.min(Math.max(v, 0), 1))];
       image.data[at] = colour[0], image.data[at + 1] = colour[1], image.data[at + 2] = colour[2], image.data[at + 3] = 255;
     }

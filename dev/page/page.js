@@ -16,7 +16,7 @@ const mean = values => values.reduce((a, b) => a + b, 0) / values.length;
 
 const RATES = [-4, -3, -2].flatMap(e => [1, 1.5, 2, 3, 5, 7].map(m => m * 10 ** e)).concat(0.1).map(r => +r.toPrecision(2));
 const ALPHAS = [0, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128];  // 0: the placement's own
-const DEFAULTS = { norms: ["post", "keel"], L: 64, C: 32, T: 64, B: 4, lr: 3e-3, alpha: 0, warmup: 10, steps: 1000, seed: 1337, every: 100 };
+const DEFAULTS = { norms: ["keel", "post"], L: 64, C: 32, T: 64, B: 4, lr: 5e-3, alpha: 0, warmup: 10, steps: 1000, seed: 1337, every: 100 };
 let settings = { ...DEFAULTS };
 let text = null;  // {name, bytes} of the reader's own; null: the trainer's sources
 
@@ -63,9 +63,11 @@ function showSettings() {
   for (const [id, value] of [["lr", settings.lr], ["alpha", el("alpha-is").textContent]]) el(id).setAttribute("aria-valuetext", value);
   el("text-is").textContent = text ? `${text.name}, ${text.bytes.length} bytes` : "the trainer’s own sources";
   el("own").hidden = !text;
-  el("commands").textContent = settings.norms.map(norm => "./train_keel_cpu " + commandLine(norm).map(w => /^[\w.,/+-]+$/.test(w) ? w : `'${w.replaceAll("'", "'\\''")}'`).join(" ")).join("\n")
-    + "\n./train_keel_cpu -e SAVED.bin" + (text ? " -i " + text.name : "") + " -x 0  # its validation loss; with more steps it trains on";
+  el("commands").textContent = settings.norms.map(norm => "./train_keel_cpu " + commandLine(norm).map(shellWord).join(" ")).join("\n")
+    + `\n./train_keel_cpu -e SAVED.bin -b ${settings.B} -x 0${text ? " -i " + shellWord(text.name) : ""}  # its validation loss; with more steps it trains on`;
 }
+
+const shellWord = w => /^[\w.,/+-]+$/.test(w) ? w : `'${w.replaceAll("'", "'\\''")}'`;
 
 function commandLine(norm) {
   const s = settings, words = ["--norm", norm, "-L", s.L, "-C", s.C, "-H", Math.max(1, s.C / 16), "-t", s.T, "-b", s.B, "-l", s.lr, "-u", s.warmup, "-x", s.steps, "--seed", s.seed];
@@ -106,7 +108,7 @@ async function startRace(until, keepAlert = false) {
   for (const r of racers) {
     r.worker.onmessage = event => r.state !== "ended" && answers[event.data.kind](r, event.data);
     r.worker.onerror = event => fail(r, event.message || "its worker ended");
-    r.worker.postMessage({ kind: "create", module, files, words: commandLine(r.norm) });
+    r.worker.postMessage({ kind: "create", module, files, words: commandLine(r.norm), every: settings.every });
   }
   limits.flow = limits.product = null;
   running = until > 0, limit = until;
@@ -157,9 +159,10 @@ const answers = {
     r.step = step, r.memory = memory, r.lr = values[2];
     r.loss.push(values[0]);
     const column = name => Float32Array.from({ length: r.run.L }, (_, l) => values[4 + l * r.columns.length + r.columns.indexOf(name)]);
-    r.depth.push(values.length > 4 ? { dx: column("dx_norm"), product: column("shortcut_gain_to_top"), same: column("same_x") } : null);
+    const dx = column("dx_norm");
+    r.depth.push(values.length > 4 ? { dx, product: column("shortcut_gain_to_top"), same: column("same_x"), heat: dx.map(v => 1 + Math.log10(v / dx.at(-1)) / 12) } : null);
     r.times.push(performance.now());
-    if (settings.every && (step % settings.every === 0 || step === limit)) r.worker.postMessage({ kind: "sample", prompt: "\n", tokens: 100 });
+    if (step === Math.min(limit, settings.steps) && !(settings.every && step % settings.every === 0)) r.worker.postMessage({ kind: "sample" });
     goOn();
     redraw();
   },
@@ -235,7 +238,7 @@ function fact(name) {
 }
 
 // ---------------------------------------------------------------------------------------------------------
-// Drawing: at most 25 times a second, in one go
+// Drawing: at most 33 times a second, in one go
 
 const limits = { flow: null, product: null };  // exponents that an axis keeps during a race
 const pointers = {};                           // chart -> x under the pointer or the arrow keys
@@ -244,7 +247,7 @@ const drawings = { count: 0, last: 0, asked: false };
 function redraw() {
   if (drawings.asked) return;
   drawings.asked = true;
-  const wait = Math.max(0, drawings.last + 40 - performance.now());
+  const wait = Math.max(0, drawings.last + 30 - performance.now());
   setTimeout(() => requestAnimationFrame(draw), wait);
 }
 
@@ -296,7 +299,7 @@ function draw() {
   for (const name in charts) drawLines(el(name), { ...charts[name](), at: pointers[name] ?? null });
   for (const r of racers) {
     const canvas = el("heat-" + r.norm), columns = Math.max(steps(), 60), L = r.run?.L ?? 1;
-    if (canvas) drawHeat(canvas, columns, L, (c, l) => r.depth[c] ? 1 + Math.log10(r.depth[c].dx[l] / r.depth[c].dx[L - 1]) / 12 : NaN);
+    if (canvas) drawHeat(canvas, columns, L, (c, l) => r.depth[c]?.heat[l]);
   }
   showRacers();
   showFacts();
@@ -311,7 +314,8 @@ function showReading() {
     if (pre && r.sample && pre.textContent !== r.sample) pre.textContent = r.sample, pre.previousSibling.lastChild.textContent = ` at step ${r.sampledAt}`;
   }
   if (!r?.run) return;
-  if (r.attention) drawHeat(el("attention"), r.run.T, r.run.T, (key, row) => { const query = r.run.T - 1 - row; return key > query ? NaN : Math.sqrt(r.attention[query * r.run.T + key]); });
+  if (r.attention && attention.drawn !== r.attention) drawHeat(el("attention"), r.run.T, r.run.T, (key, row) => { const query = r.run.T - 1 - row; return key > query ? NaN : Math.sqrt(r.attention[query * r.run.T + key]); });
+  attention.drawn = r.attention;
   const asks = [r.norm, r.step, el("sublayer").value, el("head").value].join();
   if (r.state !== "ready" || r.step === 0 || asks === attention.asked || attention.waiting || performance.now() - attention.last < 300) {
     if (asks !== attention.asked && r.step > 0 && !attention.later) attention.later = setTimeout(() => { attention.later = 0; redraw(); }, 320);
@@ -341,7 +345,7 @@ function showState() {
 const stroke = norm => `<svg class="stroke" viewBox="0 0 34 8" aria-hidden="true"><path d="M0 4H34" stroke="${D.colours[norm]}" stroke-width="3" stroke-dasharray="${D.dashes[norm].join(" ") || "none"}"/></svg>`;
 
 function showRacers() {
-  const body = el("racers").tBodies[0], names = racers.map(r => r.norm).join();
+  const body = el("racers").tBodies[0], names = [...racers.map(r => r.norm), settings.L, settings.C].join();
   if (body.dataset.names !== names) {
     body.dataset.names = names;
     body.replaceChildren(...racers.map(({ norm }) => {
@@ -395,6 +399,7 @@ function showStop() {
 function goTo(at) {
   tour.at = at;
   settings = { ...DEFAULTS, seed: settings.seed, every: settings.every, ...STOPS[at].settings };
+  settings.norms = D.norms.filter(norm => settings.norms.includes(norm));
   showStop();
   showSettings();
   return startRace(STOPS[at].until);
@@ -486,6 +491,7 @@ document.querySelectorAll("[data-line]").forEach(b => { b.onclick = () => openSo
 new ResizeObserver(redraw).observe(document.body);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
 function open() {
+  warn("");
   const { s, stop: at } = readAddress();
   const fresh = location.hash.length < 2;
   settings = s;

@@ -24,7 +24,7 @@ const STOPS = [
     <p>So it is the weight that saves it, not the norms. Now move α up, to 4, 16, 64, and run again: how much is enough? And how much is too much for so small a model, whose branches then
     move x by one part in α?</p>` },
   { name: "raise the rate", until: 150, settings: { norms: ["post", "deepnorm", "pre", "keel"], L: 32, lr: 3e-2 }, text: `
-    <p>Ten times the learning rate. A loss that jumps and comes back is alive; one that stays at {entropy} knows byte frequencies and nothing else. Means of the last steps: Post-LN {post.loss},
+    <p>Six times the learning rate. A loss that jumps and comes back is alive; one that stays at {entropy} knows byte frequencies and nothing else. Means of the last steps: Post-LN {post.loss},
     DeepNorm {deepnorm.loss}, Pre-LN {pre.loss}, KEEL {keel.loss}.</p>
     <p>Who breaks first? It depends on the seed, so take another, and go up and down with the rate, before you believe what you see. The paper’s Table 1 raises the rate until each breaks:
     at 64 layers KEEL bore 1.01e-2, Pre-LN 7.65e-3, Post-LN 3.0e-4, in a model of 1024 channels.</p>` },

@@ -5,6 +5,7 @@
 let trainer;    // the WebAssembly instance
 let step = 0;   // steps finished
 let until = 0;  // steps that the page wants
+let every = 0;   // steps from one sample to the next; 0: only when asked
 let waiting = false;
 const turns = new MessageChannel();  // comes back at once; a timer would wait 4 ms
 turns.port1.onmessage = turn;
@@ -36,6 +37,7 @@ function turn() {
     goOn();
     return { step, values, memory: trainer.HEAPF64.buffer.byteLength };
   });
+  if (every && step % every === 0) requests.sample();
 }
 
 function answer(kind, make) {
@@ -50,7 +52,8 @@ function answer(kind, make) {
 
 const requests = {
   // files: name -> text or bytes; words: the command line
-  async create({ module, files, words }) {
+  async create({ module, files, words, every: sampleEvery }) {
+    every = sampleEvery;
     trainer = await createTrainer({
       instantiateWasm: (imports, done) => { WebAssembly.instantiate(module, imports).then(done); return {}; },
     });
@@ -71,8 +74,8 @@ const requests = {
     until = step;
     postMessage({ kind: "stopped", step });
   },
-  sample: ({ prompt, tokens }) => answer("sample", () => {
-    call("sample", ["string", "number"], [prompt, tokens]);
+  sample: () => answer("sample", () => {
+    call("sample", ["string", "number"], ["\n", 100]);
     return { step, text: message() };
   }),
   attention: ({ sublayer, head }) => answer("attention", () => {
