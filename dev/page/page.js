@@ -270,10 +270,11 @@ function runningMean(values) {
 
 const charts = {
   loss() {
-    const all = racers.flatMap(r => r.loss).filter(Number.isFinite), low = Math.min(...all, fact("entropy") || 3), n = Math.max(2, steps());
-    const lines = racers.flatMap(r => [line(r, r.loss, { x0: 1, opacity: 0.25, width: 1, label: "", dash: [] }), line(r, runningMean(r.loss), { x0: 1 })]);
-    lines.unshift({ x0: 1, y: Array(n).fill(fact("entropy")), colour: css("--soft"), dash: [3, 4], width: 1 });
-    return { x: [1, n], y: [low - 0.15, Math.min(Math.max(...all, low + 0.5), low + 4) + 0.1], lines, xTitle: "step" };
+    const n = Math.max(2, steps()), floor = fact("entropy") || 3, means = racers.map(r => runningMean(r.loss));
+    const later = means.flatMap(m => m.slice(Math.floor(m.length / 20))).filter(Number.isFinite);  // the first steps' losses may leave at the top
+    const lines = racers.flatMap((r, i) => [line(r, r.loss, { x0: 1, opacity: 0.25, width: 1, label: "", dash: [] }), line(r, means[i], { x0: 1 })]);
+    lines.unshift({ x0: 1, y: Array(n).fill(floor), colour: css("--soft"), dash: [3, 4], width: 1 });
+    return { x: [1, n], y: [Math.min(...later, floor) - 0.2, Math.min(Math.max(...later, floor + 0.5), floor + 4) + 0.2], lines, xTitle: "step" };
   },
   flow() {
     const lines = [];
