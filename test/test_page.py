@@ -244,6 +244,11 @@ def test_text(chromium, folder):
             wait(race.page, f"el('alert').textContent.includes({name!r}) && racers.length === 2 && racers.every(r => r.step === 1)")
             assert words in race.text("alert") and "my text.txt" in race.text("text-is"), race.text("alert")
             assert race.of("keel", "r.loss[0]") == loss
+        race.page.evaluate("""(data => {
+            data.items.add(new File(["so long as men can breathe or eyes can see, ".repeat(100)], "dropped.txt"));
+            document.body.dispatchEvent(new DragEvent("drop", { dataTransfer: data, bubbles: true, cancelable: true }));
+        })(new DataTransfer())""")
+        wait(race.page, "el('text-is').textContent.startsWith('dropped.txt, 4400 bytes') && racers.length === 2 && racers.every(r => r.step === 1)")
         race.page.click("#own")
         wait(race.page, f"racers.length === 2 && racers.every(r => r.step === 1) && racers[0].loss[0] === {before}")
 
@@ -297,13 +302,16 @@ def test_sources(chromium, folder):
     """Each formula's button opens its file at its line; the sources are those of the project; no network can be asked."""
     with Race(chromium, SMALL) as race:
         page = race.page
-        buttons = page.evaluate("[...document.querySelectorAll('[data-line]')].map(b => [b.dataset.file, +b.dataset.line])")
+        buttons = page.evaluate("[...document.querySelectorAll('#formulas [data-line]')].map(b => [b.dataset.file, +b.dataset.line])")
         assert len(buttons) == len(build.FORMULAS)
-        for (file, line), (_, _, _, _, anchor) in zip(buttons, build.FORMULAS, strict=True):
-            page.click(f"[data-file='{file}'][data-line='{line}']")
+        for (file, line), (_, _, _, _, anchor) in zip(buttons, build.FORMULAS.values(), strict=True):
+            page.click(f"#formulas [data-file='{file}'][data-line='{line}']")
             marked = page.evaluate("document.querySelector('dialog[open] mark').textContent")
             assert anchor in marked and marked.strip() == (ROOT / file).read_text().split("\n")[line - 1].strip(), (file, line, marked)
             page.keyboard.press("Escape")
+        page.click("#tour-text [data-line]")
+        assert "alpha" in page.evaluate("document.querySelector('dialog[open] mark').textContent")
+        page.keyboard.press("Escape")
         assert page.evaluate("D.files") == build.sources()
         assert page.evaluate("fetch('https://example.com').then(() => 'asked', () => 'refused')") == "refused"
         assert any("Content Security Policy" in e for e in race.errors)

@@ -393,7 +393,7 @@ function showStop() {
   el("stops").querySelectorAll("button").forEach((b, i) => b.setAttribute("aria-pressed", i === tour.at));
   const stop = STOPS[tour.at];
   el("tour-title").textContent = `${tour.at + 1}. ${stop.name[0].toUpperCase()}${stop.name.slice(1)}`;
-  el("tour-text").innerHTML = stop.text.replace(/\{([\w.]+)\}/g, '<output data-fact="$1">–</output>');
+  el("tour-text").innerHTML = stop.text.replace(/\{line (\w+)\}/g, (_, name) => D.links[name]).replace(/\{([\w.]+)\}/g, '<output data-fact="$1">–</output>');
   el("back").disabled = tour.at === 0;
   el("next").disabled = tour.at === STOPS.length - 1;
 }
@@ -487,7 +487,10 @@ function openSource(file, number) {
   code.querySelector("mark").scrollIntoView({ block: "center" });
 }
 el("close").onclick = () => el("source").close();
-document.querySelectorAll("[data-line]").forEach(b => { b.onclick = () => openSource(b.dataset.file, +b.dataset.line); });
+addEventListener("click", event => {
+  const b = event.target.closest("[data-line]");
+  if (b) openSource(b.dataset.file, +b.dataset.line);
+});
 
 new ResizeObserver(redraw).observe(document.body);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);

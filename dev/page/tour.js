@@ -1,5 +1,5 @@
 // tour.js: the tour's stops. Each sets the controls and runs to a step; what it says of numbers is filled in as they are
-// measured: {post.ratio} is page.js's fact of that name. No stop promises an order that another seed would change.
+// measured: {post.ratio} is page.js's fact of that name; {line sum} opens a formula's line. No stop promises an order that another seed would change.
 "use strict";
 
 const STOPS = [
@@ -7,14 +7,14 @@ const STOPS = [
     <p>Both models are new. One step has been taken, and the gradient is that of the weights they were born with.</p>
     <p>It reaches the bottom of both: of its norm at the last sub-layer, sub-layer 2 sees {post.ratio} in Post-LN and {keel.ratio} in KEEL. So far nothing is wrong with Post-LN.</p>
     <p>But look at <b>the shortcut’s product</b>. The outer norm divides by the length of x + F, sub-layer after sub-layer: Post-LN’s shortcut alone keeps {post.product} (the paper’s estimate, for
-    branches as long as x, is {estimate}), KEEL’s {keel.product}. In a new model random branches carry the rest of the gradient down. It will not last.</p>` },
+    branches as long as x, is {estimate}), KEEL’s {keel.product} ({line factor}). In a new model random branches carry the rest of the gradient down. It will not last.</p>` },
   { name: "fifty steps", until: 50, settings: { norms: ["post", "keel"], L: 64 }, text: `
     <p>First a model learns how frequent each byte is. For that every position needs the same vector, so all branches learn to add it, and <b>all positions become alike</b>: of Post-LN’s x
     {post.same} is common to all positions (mean over the sub-layers), of KEEL’s {keel.same}.</p>
-    <p>Branches that agree with x make x + F longer, and the outer norm divides the gradient by that length, once a sub-layer. Now sub-layer 2 sees {post.ratio} of the last one’s gradient in Post-LN,
+    <p>Branches that agree with x make x + F longer, and the outer norm divides the gradient by that length, once a sub-layer ({line estimate}). Now sub-layer 2 sees {post.ratio} of the last one’s gradient in Post-LN,
     {keel.ratio} in KEEL. What is below hardly learns any more: watch whether Post-LN’s loss, {post.loss}, leaves what byte frequencies give, {entropy}.</p>` },
   { name: "why α", until: 50, settings: { norms: ["post", "scaledpost", "keel"], L: 64 }, text: `
-    <p>Give the shortcut a weight: Norm(αx + F). The norm divides by about √(α² + 1) what α has multiplied, so a sub-layer keeps α/√(α² + 1), and L of them, with α = L, keep {limit}.
+    <p>Give the shortcut a weight: Norm(αx + F) ({line sum}). The norm divides by about √(α² + 1) what α has multiplied, so a sub-layer keeps α/√(α² + 1), and L of them, with α = L, keep {limit} ({line limit}).
     As branches agree, they cost a bounded factor in all, not a factor each.</p>
     <p>Scaled Post-LN is this and no more, the paper’s first attempt; its gradient at sub-layer 2 is {scaledpost.ratio} of the last one’s, and KEEL’s is {keel.ratio}, where Post-LN has {post.ratio}.
     KEEL also norms what the branch reads. That is not for the gradient over depth: the paper found that without it the loss lags. Run on, with more than one seed, to compare losses:
