@@ -9,7 +9,7 @@ from pathlib import Path
 import suite
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "build" / "python"))  # where .ci/run puts playwright
-LIMIT = 300  # seconds that anything on a page may take, on however busy a machine
+LIMIT = 120  # seconds that anything on a page may take, on however busy a machine
 
 
 @contextlib.contextmanager

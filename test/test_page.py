@@ -145,7 +145,7 @@ def test_tour(chromium, folder):
             wait(race.page, "!document.querySelector('#tour-text').textContent.includes('–')")
             assert race.page.evaluate("settings.L") == layers and race.page.evaluate("el('stops').querySelectorAll('[aria-pressed=true]').length") == 1
             found[at] = {norm: {what: race.fact(f"{norm}.{what}") for what in ("ratio", "product", "same", "loss")} for norm in race.page.evaluate("settings.norms")}
-            for value in race.page.evaluate("[...document.querySelectorAll('#tour-text output')].map(o => [o.dataset.fact, o.textContent === numberText(fact(o.dataset.fact))])"):
+            for value in race.page.evaluate("[...document.querySelectorAll('#tour-text output')].map(o => [o.dataset.fact, o.innerHTML === numberHtml(fact(o.dataset.fact))])"):
                 assert value[1], value
         new, fifty, why, one, rate, deep = (found[at] for at in range(6))
         assert new["post"]["ratio"] > 0.1 and new["keel"]["ratio"] > 0.1 and new["post"]["product"] < 1e-5 and new["keel"]["product"] > 0.9, new
@@ -157,6 +157,13 @@ def test_tour(chromium, folder):
         print({at: {norm: f"{facts['ratio']:.1e}" for norm, facts in found[at].items()} for at in found})
         race.page.keyboard.press("[")
         wait(race.page, "tour.at === 4")
+        race.page.click("#stops button:nth-child(4)")
+        race.step(50)
+        wait(race.page, "el('tour-note').hidden && !el('tour-text').textContent.includes('–')")
+        said = race.page.evaluate("el('tour-text').innerHTML")
+        race.page.click("[data-try='alpha=16']")  # another race leaves the stop's words and numbers as they were, and says so
+        wait(race.page, "settings.alpha === 16 && racers.length === 2 && racers.every(r => r.step === 50 && r.run.alpha === (r.norm === 'keel' ? 16 : 1)) && !running")
+        assert race.fact("keel.ratio") > 1e-3 and race.page.evaluate("el('tour-text').innerHTML") == said and "α 16" in race.text("tour-note"), race.text("tour-note")
 
 
 @pages
@@ -164,16 +171,16 @@ def test_controls(chromium, folder):
     """Every control does what it says; the address holds all settings and opens the same race."""
     with Race(chromium, SMALL) as race:
         page = race.page
-        page.click("summary")
+        page.click("#more summary")
         for norm in placements.NORMS:  # a button for each placement puts it into the race, and takes it out
             there = norm in ("keel", "post")
             page.click(f"#norm-{norm}")
             wait(page, f"racers.some(r => r.norm === '{norm}') === {str(not there).lower()} && racers.every(r => r.step === 1)")
             page.click(f"#norm-{norm}")
             wait(page, f"racers.some(r => r.norm === '{norm}') === {str(there).lower()} && racers.every(r => r.step === 1)")
-        for name, value in (("L", 10), ("C", 32), ("lr", 0.007), ("alpha", 1)):  # a slider's next value is the model's
-            page.press(f"#{name}", "ArrowRight")
-            wait(page, f"settings.{name} === {value} && racers.length === 2 && racers.every(r => r.step === 1 && r.run?.{name} === {value})")
+        for name, value in (("L", 10), ("C", 32), ("lr", 0.007), ("alpha", 128)):  # a slider's next value is the model's
+            page.press(f"#{name}", "ArrowLeft" if name == "alpha" else "ArrowRight")
+            wait(page, f"settings.{name} === {value} && racers.length === 2 && racers.every(r => r.step === 1 && r.run?.{name} === ('{name}' === 'alpha' && r.norm === 'post' ? 1 : {value}))")
         for name, value in (("T", "32"), ("B", "2")):
             page.select_option(f"#{name}", value)
             wait(page, f"racers.length === 2 && racers.every(r => r.step === 1 && r.run?.{name} === {value})")
@@ -186,7 +193,7 @@ def test_controls(chromium, folder):
         page.press("#seed", "Enter")
         wait(page, "settings.seed === 7")  # what the field does not allow is not taken
         address = page.evaluate("location.hash")
-        assert address == "#L=10&T=32&B=2&lr=0.007&alpha=1&warmup=3&steps=12&seed=7&every=5&stop=1", address
+        assert address == "#L=10&T=32&B=2&lr=0.007&alpha=128&warmup=3&steps=12&seed=7&every=5&stop=1", address
         loss = race.of("keel", "r.loss[0]")
         page.click("#one")
         race.step(2)
@@ -232,7 +239,7 @@ def test_text(chromium, folder):
     (folder / "empty.txt").write_text("")
     with Race(chromium, SMALL) as race:
         before = race.of("keel", "r.loss[0]")
-        race.page.click("summary")
+        race.page.click("#more summary")
         race.drop(folder / "my text.txt")
         wait(race.page, f"racers.length === 2 && racers.every(r => r.step === 1) && racers[0].loss[0] !== {before}")
         assert "my text.txt, 8200 bytes" in race.text("text-is") and "-i 'my text.txt'" in race.text("commands")
@@ -326,7 +333,7 @@ def test_widths(chromium, folder):
         with Race(chromium, "#norms=" + ",".join(placements.NORMS) + "&L=8&C=16&T=16&B=1&steps=20", width, scheme) as race:
             race.race_to(20)
             page = race.page
-            page.click("summary")
+            page.evaluate("el('knobs').open = el('more').open = true")
             wait(page, "drawings.count > 2 && racers.some(r => r.attention)")
             page.wait_for_timeout(200)
             assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth"), width

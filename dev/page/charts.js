@@ -11,6 +11,8 @@ function numberText(x) {
   return `${mantissa.replace("-", "−")}·10${superscript(+exponent)}`;
 }
 
+const numberHtml = x => numberText(x).replace(/[⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+/, c => `<sup>${c.replace(/./g, d => "−0123456789"["⁻⁰¹²³⁴⁵⁶⁷⁸⁹".indexOf(d)])}</sup>`);
+
 // The canvas's context at the screen's resolution, cleared, and its size in CSS pixels.
 function fresh(canvas) {
   const width = canvas.clientWidth, height = canvas.clientHeight, scale = devicePixelRatio || 1;
@@ -72,6 +74,7 @@ function drawLines(canvas, chart) {
       drawing = true;
     }
     g.stroke();
+    if (line.y.length === 1) g.beginPath(), g.arc(px(line.x0), py(line.y[0]), 3, 0, 7), g.stroke();
   }
   g.restore();
   g.globalAlpha = 1;
@@ -80,6 +83,9 @@ function drawLines(canvas, chart) {
   if (inside) {
     g.strokeStyle = css("--soft");
     g.beginPath(), g.moveTo(px(chart.at), margin.top), g.lineTo(px(chart.at), margin.top + h), g.stroke();
+    g.textAlign = px(chart.at) > margin.left + w / 2 ? "right" : "left";
+    g.fillStyle = css("--ink");
+    g.fillText(` ${chart.xTitle.split(" ")[0]} ${chart.at} `, px(chart.at), margin.top);
   }
   // Labels at the lines' ends, moved apart; with a pointer on the chart their values there.
   const labels = named.map(line => {

@@ -15,7 +15,7 @@ const mean = values => values.reduce((a, b) => a + b, 0) / values.length;
 // Settings: what the controls say, and the address with them
 
 const RATES = [-4, -3, -2].flatMap(e => [1, 1.5, 2, 3, 5, 7].map(m => m * 10 ** e)).concat(0.1).map(r => +r.toPrecision(2));
-const ALPHAS = [0, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128];  // 0: the placement's own
+const ALPHAS = [1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 0];  // 0: the placement's own
 const DEFAULTS = { norms: ["keel", "post"], L: 64, C: 32, T: 64, B: 4, lr: 5e-3, alpha: 0, warmup: 10, steps: 1000, seed: 1337, every: 100 };
 let settings = { ...DEFAULTS };
 let text = null;  // {name, bytes} of the reader's own; null: the trainer's sources
@@ -59,7 +59,7 @@ function showSettings() {
   el("lr-is").textContent = settings.lr;
   const weighed = settings.norms.filter(norm => D.alpha.includes(norm));
   el("alpha").disabled = !weighed.length;
-  el("alpha-is").textContent = !weighed.length ? "none of these has one" : settings.alpha || (weighed.includes("deepnorm") ? "each one’s own" : `L = ${settings.L}`);
+  el("alpha-is").textContent = !weighed.length ? "none of these has one" : `${settings.alpha || (weighed.includes("deepnorm") ? "each one’s own" : `own: L = ${settings.L}`)} (${weighed.map(norm => D.labels[norm]).join(", ")})`;
   for (const [id, value] of [["lr", settings.lr], ["alpha", el("alpha-is").textContent]]) el(id).setAttribute("aria-valuetext", value);
   el("text-is").textContent = text ? `${text.name}, ${text.bytes.length} bytes` : "the trainer’s own sources";
   el("own").hidden = !text;
@@ -223,7 +223,7 @@ function save(r) {
 // Of the last step: gradient at sub-layer 2 over the last one's, and so on. NaN where there is nothing yet.
 function facts(r) {
   const d = r.depth.findLast(Boolean), low = Math.min(2, (r.run?.L ?? 0) - 1);
-  return { ratio: d ? d.dx[low] / d.dx.at(-1) : NaN, product: d ? d.product[low] : NaN, same: d ? mean(Array.from(d.same)) : NaN, loss: r.loss.length ? mean(r.loss.slice(-10)) : NaN,
+  return { ratio: d ? d.dx[low] / d.dx.at(-1) : NaN, product: d ? d.product[low] : NaN, same: d ? mean(Array.from(d.same)) : NaN, born: r.depth[0] ? mean(Array.from(r.depth[0].same)) : NaN, loss: r.loss.length ? mean(r.loss.slice(-10)) : NaN,
     rate: r.times.length > 2 ? (Math.min(r.times.length, 40) - 1) * 1000 / (r.times.at(-1) - r.times.at(-Math.min(r.times.length, 40))) : NaN };
 }
 const alphaOf = norm => settings.alpha || (norm === "deepnorm" ? settings.L ** 0.25 : settings.L);
@@ -273,7 +273,7 @@ const charts = {
     const n = Math.max(2, steps()), floor = fact("entropy") || 3, means = racers.map(r => runningMean(r.loss));
     const later = means.flatMap(m => m.slice(Math.floor(m.length / 20))).filter(Number.isFinite);  // the first steps' losses may leave at the top
     const lines = racers.flatMap((r, i) => [line(r, r.loss, { x0: 1, opacity: 0.25, width: 1, label: "", dash: [] }), line(r, means[i], { x0: 1 })]);
-    lines.unshift({ x0: 1, y: Array(n).fill(floor), colour: css("--soft"), dash: [3, 4], width: 1 });
+    lines.unshift({ x0: 1, y: Array(n).fill(floor), colour: css("--soft"), dash: [3, 4], width: 1, label: "bytes" });
     return { x: [1, n], y: [Math.min(...later, floor) - 0.2, Math.min(Math.max(...later, floor + 0.5), floor + 4) + 0.2], lines, xTitle: "step" };
   },
   flow() {
@@ -288,8 +288,8 @@ const charts = {
   product() {
     const lines = racers.filter(r => r.depth.findLast(Boolean)).map(r => line(r, log10(r.depth.findLast(Boolean).product)));
     const y = widen("product", lines), over = f => Array.from({ length: settings.L }, (_, l) => Math.log10(f(settings.L - l)));
-    lines.unshift({ x0: 0, y: over(n => 2 ** (-n / 2)), colour: css("--soft"), dash: [3, 4], width: 1.5 });
-    if (settings.norms.includes("keel")) lines.unshift({ x0: 0, y: over(n => shortcut(alphaOf("keel")) ** n), colour: css("--soft"), dash: [1, 3], width: 1.5 });
+    lines.unshift({ x0: 0, y: over(n => 2 ** (-n / 2)), colour: css("--soft"), dash: [3, 4], width: 1.5, label: "paper’s" });
+    if (settings.norms.includes("keel")) lines.unshift({ x0: 0, y: over(n => shortcut(alphaOf("keel")) ** n), colour: css("--soft"), dash: [1, 3], width: 1.5, label: "limit" });
     return { log: true, x: [0, settings.L - 1], y: [Math.min(y[0], -3), y[1]], lines, xTitle: "sub-layer l" };
   },
   same: () => ({ x: [0, settings.L - 1], y: [0, 1.02], lines: racers.filter(r => r.depth.findLast(Boolean)).map(r => line(r, Array.from(r.depth.findLast(Boolean).same))), xTitle: "sub-layer l" }),
@@ -337,6 +337,7 @@ function showState() {
   const going = running && live().some(r => r.step < Math.min(limit, settings.steps)), megabytes = racers.reduce((sum, r) => sum + r.memory, 0) / 2 ** 20;
   el("go").textContent = going ? "❚❚ pause" : "▶ run";
   el("go").setAttribute("aria-pressed", going);
+  el("stop").disabled = !going;
   const words = racers.some(r => r.state === "starting") ? "starting" : going ? "running" : !live().length ? "ended" : steps() >= settings.steps ? `finished, step ${steps()}` : `waiting at step ${steps()}`;
   if (!going || el("state").dataset.words !== words) say(words + (megabytes ? ` · ${megabytes.toFixed(0)} MB of memory` : ""));
   el("state").dataset.words = words;
@@ -360,6 +361,7 @@ function showRacers() {
     el("heats").replaceChildren(...racers.map(({ norm }) => element("figure", {}, element("figcaption", {}, D.labels[norm]), element("canvas", { id: "heat-" + norm, role: "img" }))));
     el("samples").replaceChildren(element("p", { class: "caption" }, "100 bytes that each model writes after a line’s end."), ...racers.flatMap(({ norm }) => [element("p", {}, D.labels[norm], element("span")), element("pre", { id: "sample-" + norm })]));
     el("who").replaceChildren(...racers.map(({ norm }) => element("option", { value: norm }, D.labels[norm])));
+    if (settings.norms.includes("post")) el("who").value = "post";
     el("sublayer").max = settings.L - 2;
     el("sublayer").value = Math.min(settings.L - 2, 2 * Math.round(settings.L / 4));
     el("head").replaceChildren(...Array.from({ length: Math.max(1, settings.C / 16) }, (_, h) => element("option", { value: h }, h)));
@@ -367,7 +369,7 @@ function showRacers() {
   }
   for (const r of racers) {
     const f = facts(r), row = el("row-" + r.norm);
-    [r.step, numberText(f.loss), numberText(f.ratio), numberText(f.same), r.note ? "ended" : numberText(f.rate)].forEach((value, i) => { row.cells[i + 1].textContent = value; });
+    [r.step, numberHtml(f.loss), numberHtml(f.ratio), numberHtml(f.same), r.note ? "stopped" : numberText(f.rate)].forEach((value, i) => { row.cells[i + 1].innerHTML = value; });
     row.querySelector("button").disabled = r.state !== "ready" || r.step === 0;
   }
 }
@@ -387,13 +389,18 @@ setInterval(describe, 2000);
 // ---------------------------------------------------------------------------------------------------------
 // The tour
 
-const tour = { at: 0 };
+const tour = { at: 0, settings: "" };  // settings: those that the stop has set
 
 function showStop() {
   el("stops").querySelectorAll("button").forEach((b, i) => b.setAttribute("aria-pressed", i === tour.at));
-  const stop = STOPS[tour.at];
+  const stop = STOPS[tour.at], named = { alpha: "α", lr: "rate" };
   el("tour-title").textContent = `${tour.at + 1}. ${stop.name[0].toUpperCase()}${stop.name.slice(1)}`;
-  el("tour-text").innerHTML = stop.text.replace(/\{line (\w+)\}/g, (_, name) => D.links[name]).replace(/\{([\w.]+)\}/g, '<output data-fact="$1">–</output>');
+  el("tour-text").innerHTML = stop.text
+    .replace(/\{line (\w+)\}/g, (_, name) => D.links[name])
+    .replace(/\{try (\w+)=([\d.]+)\}/g, (_, name, value) => `<button type="button" data-try="${name}=${value}">${named[name]} = ${value}</button>`)
+    .replace(/\{([\w.]+)\}/g, '<output data-fact="$1">–</output>')
+    .replace(/\{look (\w+): ([^{}]*)\}/g, '<button type="button" class="text" data-look="$1">$2</button>');
+  for (const name in charts) el(name).parentElement.classList.toggle("look", name === stop.look);
   el("back").disabled = tour.at === 0;
   el("next").disabled = tour.at === STOPS.length - 1;
 }
@@ -401,12 +408,20 @@ function goTo(at) {
   tour.at = at;
   settings = { ...DEFAULTS, seed: settings.seed, every: settings.every, ...STOPS[at].settings };
   settings.norms = D.norms.filter(norm => settings.norms.includes(norm));
+  tour.settings = JSON.stringify(settings);
   showStop();
   showSettings();
   return startRace(STOPS[at].until);
 }
+// The stop's numbers are those of its own settings up to its step; of another race the table tells.
 function showFacts() {
-  for (const output of document.querySelectorAll("[data-fact]")) output.textContent = numberText(fact(output.dataset.fact));
+  const own = tour.settings === JSON.stringify(settings) && !text, until = STOPS[tour.at].until;
+  if (own && steps() <= until)
+    for (const output of document.querySelectorAll("[data-fact]")) output.innerHTML = numberHtml(fact(output.dataset.fact));
+  const first = JSON.parse(tour.settings || "{}"), changed = Object.keys(DEFAULTS).filter(name => String(settings[name]) !== String(first[name]));
+  el("tour-note").hidden = own && steps() <= until;
+  el("tour-note").textContent = own ? `The race has gone on to step ${steps()}; the numbers above are of step ${until}.`
+    : `The race is another one now (${changed.map(name => `${name === "alpha" ? "α" : name} ${name === "alpha" && !settings.alpha ? "its own" : settings[name]}`).concat(text ? [text.name] : []).join(", ")}); what is said above is of this stop’s own. The table has the new numbers.`;
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -473,8 +488,8 @@ addEventListener("drop", event => { event.preventDefault(); el("drop").classList
 el("own").onclick = () => { text = null; showSettings(); startRace(1); };
 
 addEventListener("keydown", event => {
-  if (event.ctrlKey || event.metaKey || event.altKey || el("source").open || event.target.closest("input, select, button, summary, a, textarea")) return;
-  const press = { " ": "go", ".": "one", "r": "reset", "[": "back", "]": "next" }[event.key];
+  if (event.ctrlKey || event.metaKey || event.altKey || el("source").open || event.target.closest("select, input:not([type=range])")) return;
+  const press = { ".": "one", "r": "reset", "[": "back", "]": "next", " ": event.target.closest("button, summary, a, input") ? null : "go" }[event.key];
   if (press) event.preventDefault(), el(press).click();
 });
 
@@ -488,21 +503,29 @@ function openSource(file, number) {
 }
 el("close").onclick = () => el("source").close();
 addEventListener("click", event => {
-  const b = event.target.closest("[data-line]");
-  if (b) openSource(b.dataset.file, +b.dataset.line);
+  const { line, file, look, try: other } = event.target.closest("[data-line], [data-look], [data-try]")?.dataset ?? {};
+  if (line) openSource(file, +line);
+  if (look) el(look).parentElement.scrollIntoView({ block: "center" });
+  if (other) {
+    const [name, value] = other.split("=");
+    settings = { ...JSON.parse(tour.settings), [name]: +value };
+    showSettings();
+    startRace(STOPS[tour.at].until);
+  }
 });
 
 new ResizeObserver(redraw).observe(document.body);
+el("knobs").open = innerWidth >= 600;
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
 function open() {
   warn("");
   const { s, stop: at } = readAddress();
-  const fresh = location.hash.length < 2;
   settings = s;
   tour.at = at ?? 0;
+  tour.settings = JSON.stringify({ ...DEFAULTS, ...STOPS[tour.at].settings, norms: D.norms.filter(norm => STOPS[tour.at].settings.norms.includes(norm)), seed: s.seed, every: s.every });
   showStop();
   showSettings();
-  startRace(fresh || at === null ? 1 : STOPS[at].until, true);
+  startRace(at === null ? 1 : STOPS[at].until, true);
 }
 addEventListener("hashchange", open);
 open();
