@@ -355,7 +355,7 @@ rehearsal: rehearsal_programs
 # The CPU trainer as WebAssembly, in the registers of 16 bytes and without the threads that a page has, and the page.
 PAGE = em++ -std=c++20 -O3 -msimd128 -fwasm-exceptions -fopenmp-simd -fno-math-errno -fno-trapping-math -Wall -Wextra \
        -Wno-unknown-pragmas -Idev/page -DKEEL_NO_MAIN -sMODULARIZE=1 -sEXPORT_NAME=createTrainer -sENVIRONMENT=worker \
-       -sALLOW_MEMORY_GROWTH=1 -sFORCE_FILESYSTEM=1 -sEXPORTED_RUNTIME_METHODS=ccall,FS
+       -sALLOW_MEMORY_GROWTH=1 -sFORCE_FILESYSTEM=1 -sEXPORTED_RUNTIME_METHODS=ccall,FS,HEAPF64
 build/page/trainer.js: export NODE_PATH = /usr/share/nodejs
 build/page/trainer.js: dev/page/page.cpp dev/page/omp.h train_keel_cpu.cpp $(HEADERS) FORCE
 	$(call program,emscripten,$(PAGE))
@@ -370,8 +370,8 @@ build/train_keel_cpu_sse2: train_keel_cpu.cpp $(HEADERS) FORCE
 
 # The lesson: what is finished in build/experiments is not run again. RESULTS=dev/results/lesson builds the page from
 # the committed tables, in seconds.
-LESSON_PYTHON = dev/tools/find_python.sh torch numpy matplotlib plotly
-LESSON_PACKAGES = python3-torch python3-numpy python3-matplotlib python3-plotly
+LESSON_PYTHON = dev/tools/find_python.sh $(if $(RESULTS),,torch) numpy matplotlib plotly
+LESSON_PACKAGES = $(if $(RESULTS),,python3-torch) python3-numpy python3-matplotlib python3-plotly
 .PHONY: lesson
 lesson: $(if $(RESULTS),,train_keel_cpu)
 	@$(LESSON_PYTHON) >/dev/null 2>&1 || dev/tools/need.sh $(LESSON_PACKAGES)

@@ -272,9 +272,15 @@ def test_pause_and_stop(chromium, folder):
         wait(page, "!running && new Set(racers.map(r => r.step)).size === 1 && racers.every(r => r.asked === r.step)")
         assert drawn > 1
         at = race.of("keel", "r.step")
+        for _ in range(10):
+            page.click("#go")
+            wait(page, f"racers.every(r => r.step > {at + 2})")
+            page.click("#go")
+            wait(page, "!running && new Set(racers.map(r => r.step)).size === 1 && racers.every(r => r.asked === r.step)")
+            at = race.of("keel", "r.step")
         page.click("#go")
         wait(page, f"racers.every(r => r.step > {at + 20})")
-        page.click("#stop")
+        page.dblclick("#stop", force=True)
         wait(page, "racers.every(r => !r.stopping)")
         at = page.evaluate("racers.map(r => r.step)")
         page.wait_for_timeout(300)

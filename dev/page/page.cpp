@@ -129,13 +129,16 @@ EMSCRIPTEN_KEEPALIVE int validation_loss() {
     });
 }
 
-// numbers(): the probabilities (T,T) of head h of attention sub-layer l in the first sequence of the last batch, a row
-// a query: p = exp(q k / sqrt(D) - lse).
+// numbers(): the probabilities (T,T) of head h of attention sub-layer l in the first sequence that the model has read
+// last, a row a query: softmax(q k / sqrt(D)), of the activations with the gains of after the update.
 EMSCRIPTEN_KEEPALIVE int attention(int l, int h) {
     return answer([&] {
         Model& model = race->trainer->model;
         const ModelConfig& c = race->config.model;
         int T = race->config.T, D = c.D();
+        if (l < 0 || l >= c.L || !is_attention(l) || h < 0 || h >= c.H)
+            fail("attention: expected an attention sub-layer below %d and a head below %d, found %d and %d", c.L, c.H,
+                 l, h);
         if (race->step == 0) fail("expected a step first, as attention is that of its batch");
         if (model.recompute.level != 0) fail("expected a model whose activations are all kept; take a smaller one");
         BranchActivations a = model.activations(l);
@@ -146,15 +149,17 @@ EMSCRIPTEN_KEEPALIVE int attention(int l, int h) {
             qkv = a.qkv_normed;
         }
         results.assign(size_t(T) * size_t(T), 0);
-        for (int i = 0; i < T; i++)
+        for (int i = 0; i < T; i++) {
+            double *row = &results[size_t(i) * size_t(T)], sum = 0;
             for (int j = 0; j <= i; j++) {
-                const real *q = qkv + size_t(i) * 3 * size_t(c.C) + h * D,
-                           *k = qkv + (size_t(j) * 3 + 1) * size_t(c.C) + h * D;
+                const real* q = qkv + size_t(i) * 3 * size_t(c.C) + h * D;
+                const real* k = qkv + (size_t(j) * 3 + 1) * size_t(c.C) + h * D;
                 double score = 0;
                 for (int d = 0; d < D; d++) score += double(q[d]) * double(k[d]);
-                results[size_t(i) * size_t(T) + size_t(j)] =
-                    std::exp(score / std::sqrt(double(D)) - double(a.lse[i * c.H + h]));
+                sum += row[j] = std::exp(score / std::sqrt(double(D)) - double(a.lse[i * c.H + h]));
             }
+            for (int j = 0; j <= i; j++) row[j] /= sum;
+        }
     });
 }
 

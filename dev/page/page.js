@@ -20,8 +20,6 @@ const DEFAULTS = { norms: ["keel", "post"], L: 64, C: 32, T: 64, B: 4, lr: 5e-3,
 let settings = { ...DEFAULTS };
 let text = null;  // {name, bytes} of the reader's own; null: the trainer's sources
 
-const nearest = (grid, value) => grid.reduce((best, x, i) => Math.abs(Math.log(x || 0.5) - Math.log(value || 0.5)) < Math.abs(Math.log(grid[best] || 0.5) - Math.log(value || 0.5)) ? i : best, 0);
-
 // Settings from the address, such as #norms=post,keel&L=64; what is not possible is left at its default, and told.
 function readAddress() {
   const given = new URLSearchParams(location.hash.slice(1)), wrong = [], s = { ...DEFAULTS };
@@ -32,7 +30,7 @@ function readAddress() {
       if (norms.length && norms.length === value.split(",").length) s.norms = norms;
       else wrong.push(`norms=${value}`);
     } else if (name === "stop") continue;
-    else if (!(name in DEFAULTS) || value === "" || !Number.isFinite(number)) wrong.push(`${name}=${value}`);
+    else if (!Object.hasOwn(DEFAULTS, name) || value === "" || !Number.isFinite(number)) wrong.push(`${name}=${value}`);
     else if (name === "lr" ? RATES.includes(number) : name === "alpha" ? ALPHAS.includes(number) : input.tagName === "SELECT" ? [...input.options].some(o => o.value === value)
       : number >= input.min && number <= input.max && Number.isInteger(number / (input.step || 1))) s[name] = number;
     else wrong.push(`${name}=${value}`);
@@ -52,7 +50,7 @@ function writeAddress() {
 function showSettings() {
   for (const norm of D.norms) el("norm-" + norm).setAttribute("aria-pressed", settings.norms.includes(norm));
   for (const name of ["L", "C", "T", "B", "warmup", "steps", "seed", "every"]) el(name).value = settings[name];
-  el("lr").value = nearest(RATES, settings.lr);
+  el("lr").value = RATES.indexOf(settings.lr);
   el("alpha").value = ALPHAS.indexOf(settings.alpha);
   el("L-is").textContent = settings.L;
   el("C-is").textContent = settings.C;
@@ -69,10 +67,10 @@ function showSettings() {
 
 const shellWord = w => /^[\w.,/+-]+$/.test(w) ? w : `'${w.replaceAll("'", "'\\''")}'`;
 
-function commandLine(norm) {
+function commandLine(norm, file = text?.name) {
   const s = settings, words = ["--norm", norm, "-L", s.L, "-C", s.C, "-H", Math.max(1, s.C / 16), "-t", s.T, "-b", s.B, "-l", s.lr, "-u", s.warmup, "-x", s.steps, "--seed", s.seed];
   if (s.alpha && D.alpha.includes(norm)) words.push("-a", s.alpha);
-  if (text) words.push("-i", text.name);
+  if (file) words.push("-i", file);
   return words.map(String);
 }
 
@@ -99,18 +97,20 @@ const workerAddress = URL.createObjectURL(new Blob([el("worker").textContent], {
 const live = () => racers.filter(r => r.state === "ready");
 const steps = () => Math.max(0, ...racers.map(r => r.step));
 
-async function startRace(until, keepAlert = false) {
-  for (const r of racers) r.worker.terminate();
+function startRace(until, keepAlert = false) {
+  clearTimeout(change.timer);
+  for (const r of racers) end(r);
   if (!keepAlert) warn("");
-  const files = text ? { [text.name]: text.bytes } : D.files, module = await compiled;
+  const files = text ? { [text.file]: text.bytes } : D.files;
   racers = settings.norms.map(norm => ({
-    norm, worker: new Worker(workerAddress), state: "starting", step: 0, asked: 0, loss: [], depth: [], lr: 0, times: [], memory: 0, run: null, sample: "", validation: null, stopping: 0 }));
+    norm, worker: new Worker(workerAddress), state: "starting", step: 0, asked: 0, loss: [], depth: [], times: [], memory: 0, run: null, sample: "", stopping: 0 }));
   for (const r of racers) {
     r.worker.onmessage = event => r.state !== "ended" && answers[event.data.kind](r, event.data);
     r.worker.onerror = event => fail(r, event.message || "its worker ended");
-    r.worker.postMessage({ kind: "create", module, files, words: commandLine(r.norm), every: settings.every });
+    const words = commandLine(r.norm, text?.file), every = settings.every;
+    compiled.then(module => r.worker.postMessage({ kind: "create", module, files, words, every }));
   }
-  limits.flow = limits.product = null;
+  limits.flow = limits.product = attention.asked = null;
   running = until > 0, limit = until;
   writeAddress();
   showRacers();
@@ -127,10 +127,13 @@ function goOn() {
   showState();
 }
 
-function fail(r, words) {
+function end(r) {
   clearTimeout(r.stopping);
   r.worker.terminate();
   r.state = "ended";
+}
+function fail(r, words) {
+  end(r);
   r.note = words;
   warn(`${D.labels[r.norm]}: ${words}`);
   goOn();
@@ -140,23 +143,25 @@ const answers = {
   created(r, { run }) {
     r.state = "ready";
     r.run = run;
+    if (text) text.before = null, text.taken = true;
     r.columns = run.columns.split(",").slice(3);  // behind step, sublayer and kind
     goOn();
     redraw();
   },
   refused(r, { asked, text: words }) {
+    if (text) words = words.replaceAll(text.file, text.name);
     if (asked === "attention") return;
-    if (asked === "created" && text) {  // the file before it stays
+    if (asked === "created" && text && !text.taken) {  // the file before it stays
       const name = text.name;
       text = text.before;
       showSettings();
       warn(`${name} is refused: ${words}`);
       startRace(1, true);
-    } else if (asked === "sample") warn(`${D.labels[r.norm]}: ${words}`);
+    } else if (asked === "sample" || asked === "saved") warn(`${D.labels[r.norm]}: ${words}`);
     else fail(r, words);
   },
   step(r, { step, values, memory }) {
-    r.step = step, r.memory = memory, r.lr = values[2];
+    r.step = step, r.memory = memory;
     r.loss.push(values[0]);
     const column = name => Float32Array.from({ length: r.run.L }, (_, l) => values[4 + l * r.columns.length + r.columns.indexOf(name)]);
     const dx = column("dx_norm");
@@ -170,29 +175,29 @@ const answers = {
     clearTimeout(r.stopping);
     r.stopping = 0;
     r.asked = step;
-    showState();
+    if (limit) limit = Math.max(limit, step);  // of a pause: the step at work went past it
+    goOn();
   },
   sample(r, { text: words, step }) {
     r.sample = words, r.sampledAt = step;
     redraw();
   },
-  attention(r, { step, values }) {
-    r.attention = values, r.attentionAt = step;
+  attention(r, { values }) {
+    r.attention = values;
     attention.waiting = false;
     redraw();
   },
-  validated(r, { loss }) { r.validation = loss; },
-  saved(r, { step, bytes }) {
+  saved(r, { step, bytes, loss }) {
     const name = `${r.norm}_L${r.run.L}_C${r.run.C}_step${step}.bin`, a = element("a", { download: name, href: URL.createObjectURL(new Blob([bytes])) });
     a.click();
     setTimeout(() => URL.revokeObjectURL(a.href), 60000);
-    say(`Saved ${name}; its validation loss is ${r.validation.toPrecision(9)}.`);
+    say(`Saved ${name}; its validation loss is ${loss.toPrecision(9)}.`);
   },
 };
 
 function run(until) {
   if (!live().length) return startRace(until);
-  if (steps() >= settings.steps) return say(`The race has its ${settings.steps} steps; give it more, or reset it.`);
+  if (live().every(r => r.step >= settings.steps)) return say(`The race has its ${settings.steps} steps; give it more, or reset it.`);
   running = true, limit = until;
   goOn();
 }
@@ -200,22 +205,19 @@ function run(until) {
 function pause() {
   running = false, limit = steps();
   for (const r of live()) r.worker.postMessage({ kind: "stop" });
-  setTimeout(goOn);
+  showState();
 }
 // After the step at work; where that takes over 200 ms its worker ends.
 function stop() {
   running = false, limit = 0;
   for (const r of racers) {
-    if (r.state === "ended") continue;
+    if (r.state === "ended" || r.stopping || (r.state === "ready" && r.asked === r.step)) continue;
     r.worker.postMessage({ kind: "stop" });
     r.stopping = setTimeout(() => { fail(r, "was stopped in the middle of a step, and is gone; reset starts again"); }, 200);
   }
   showState();
 }
-function save(r) {
-  r.worker.postMessage({ kind: "validate" });
-  r.worker.postMessage({ kind: "save" });
-}
+const save = r => r.worker.postMessage({ kind: "save" });
 
 // ---------------------------------------------------------------------------------------------------------
 // What is measured
@@ -226,7 +228,6 @@ function facts(r) {
   return { ratio: d ? d.dx[low] / d.dx.at(-1) : NaN, product: d ? d.product[low] : NaN, same: d ? mean(Array.from(d.same)) : NaN, born: r.depth[0] ? mean(Array.from(r.depth[0].same)) : NaN, loss: r.loss.length ? mean(r.loss.slice(-10)) : NaN,
     rate: r.times.length > 2 ? (Math.min(r.times.length, 40) - 1) * 1000 / (r.times.at(-1) - r.times.at(-Math.min(r.times.length, 40))) : NaN };
 }
-const alphaOf = norm => settings.alpha || (norm === "deepnorm" ? settings.L ** 0.25 : settings.L);
 const shortcut = alpha => alpha / Math.sqrt(alpha * alpha + 1);
 function fact(name) {
   const [of, what] = name.split(".");
@@ -289,7 +290,7 @@ const charts = {
     const lines = racers.filter(r => r.depth.findLast(Boolean)).map(r => line(r, log10(r.depth.findLast(Boolean).product)));
     const y = widen("product", lines), over = f => Array.from({ length: settings.L }, (_, l) => Math.log10(f(settings.L - l)));
     lines.unshift({ x0: 0, y: over(n => 2 ** (-n / 2)), colour: css("--soft"), dash: [3, 4], width: 1.5, label: "paper’s" });
-    if (settings.norms.includes("keel")) lines.unshift({ x0: 0, y: over(n => shortcut(alphaOf("keel")) ** n), colour: css("--soft"), dash: [1, 3], width: 1.5, label: "limit" });
+    if (settings.norms.includes("keel")) lines.unshift({ x0: 0, y: over(n => shortcut(settings.alpha || settings.L) ** n), colour: css("--soft"), dash: [1, 3], width: 1.5, label: "limit" });
     return { log: true, x: [0, settings.L - 1], y: [Math.min(y[0], -3), y[1]], lines, xTitle: "sub-layer l" };
   },
   same: () => ({ x: [0, settings.L - 1], y: [0, 1.02], lines: racers.filter(r => r.depth.findLast(Boolean)).map(r => line(r, Array.from(r.depth.findLast(Boolean).same))), xTitle: "sub-layer l" }),
@@ -341,7 +342,6 @@ function showState() {
   const words = racers.some(r => r.state === "starting") ? "starting" : going ? "running" : !live().length ? "ended" : steps() >= settings.steps ? `finished, step ${steps()}` : `waiting at step ${steps()}`;
   if (!going || el("state").dataset.words !== words) say(words + (megabytes ? ` · ${megabytes.toFixed(0)} MB of memory` : ""));
   el("state").dataset.words = words;
-  document.documentElement.dataset.state = words;
 }
 
 const stroke = norm => `<svg class="stroke" viewBox="0 0 34 8" aria-hidden="true"><path d="M0 4H34" stroke="${D.colours[norm]}" stroke-width="3" stroke-dasharray="${D.dashes[norm].join(" ") || "none"}"/></svg>`;
@@ -374,7 +374,7 @@ function showRacers() {
   }
 }
 
-// What a chart shows, in words, for who cannot see it: on the canvases, each time a race comes to rest and every 2 s.
+// What a chart shows, in words, for who cannot see it: on the canvases, every 2 s.
 function describe() {
   const each = what => racers.map(r => `${D.labels[r.norm]} ${numberText(facts(r)[what])}`).join(", ");
   el("loss").setAttribute("aria-label", `Loss over ${steps()} steps; means of the last ten: ${each("loss")}`);
@@ -421,7 +421,7 @@ function showFacts() {
   const first = JSON.parse(tour.settings || "{}"), changed = Object.keys(DEFAULTS).filter(name => String(settings[name]) !== String(first[name]));
   el("tour-note").hidden = own && steps() <= until;
   el("tour-note").textContent = own ? `The race has gone on to step ${steps()}; the numbers above are of step ${until}.`
-    : `The race is another one now (${changed.map(name => `${name === "alpha" ? "α" : name} ${name === "alpha" && !settings.alpha ? "its own" : settings[name]}`).concat(text ? [text.name] : []).join(", ")}); what is said above is of this stop’s own. The table has the new numbers.`;
+    : `The race is another one now (${changed.map(name => name === "norms" ? settings.norms.map(norm => D.labels[norm]).join(", ") : name === "alpha" ? `α ${settings.alpha || "its own"}` : `${name} ${settings[name]}`).concat(text ? [text.name] : []).join(", ")}); what is said above is of this stop’s own. The table has the new numbers.`;
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -451,7 +451,7 @@ el("stop").onclick = stop;
 el("reset").onclick = () => startRace(1);
 el("link").onclick = () => {
   writeAddress();
-  navigator.clipboard?.writeText(location.href).then(() => say("The link with all settings is on the clipboard."), () => say("The address has all settings; copy it from there."));
+  (navigator.clipboard?.writeText(location.href) ?? Promise.reject()).then(() => say("The link with all settings is on the clipboard."), () => say("The address has all settings; copy it from there."));
 };
 STOPS.forEach((stop, i) => {
   const b = element("button", { type: "button", class: "plain" }, `${i + 1} ${stop.name}`);
@@ -477,7 +477,13 @@ async function take(file) {
   if (!file) return;
   const name = file.name.replaceAll("/", "_");
   if (file.size > 64 * 2 ** 20) return warn(`${name} is refused: expected at most 64 MiB of text, found ${(file.size / 2 ** 20).toFixed(0)}; give a part of it`);
-  text = { name, bytes: new Uint8Array(await file.arrayBuffer()), before: text };
+  let bytes;
+  try {
+    bytes = new Uint8Array(await file.arrayBuffer());
+  } catch (error) {
+    return warn(`${name} is refused: expected a file, found what cannot be read (${error.message})`);
+  }
+  text = { name, file: `text/own${name.endsWith(".bin") ? ".bin" : ""}`, bytes, before: text?.taken ? text : text?.before };
   showSettings();
   startRace(1);
 }
@@ -488,7 +494,7 @@ addEventListener("drop", event => { event.preventDefault(); el("drop").classList
 el("own").onclick = () => { text = null; showSettings(); startRace(1); };
 
 addEventListener("keydown", event => {
-  if (event.ctrlKey || event.metaKey || event.altKey || el("source").open || event.target.closest("select, input:not([type=range])")) return;
+  if (event.repeat || event.ctrlKey || event.metaKey || event.altKey || el("source").open || event.target.closest("select, input:not([type=range])")) return;
   const press = { ".": "one", "r": "reset", "[": "back", "]": "next", " ": event.target.closest("button, summary, a, input") ? null : "go" }[event.key];
   if (press) event.preventDefault(), el(press).click();
 });

@@ -45,7 +45,7 @@ function answer(kind, make) {
     const reply = { kind, ...make() };
     postMessage(reply, Object.values(reply).filter(v => ArrayBuffer.isView(v)).map(v => v.buffer));
   } catch (error) {  // a refusal of the trainer, or what WebAssembly gave up at
-    until = step;
+    if (kind === "step") until = step;
     postMessage({ kind: "refused", asked: kind, text: error.message || String(error) });
   }
 }
@@ -54,14 +54,18 @@ const requests = {
   // files: name -> text or bytes; words: the command line
   async create({ module, files, words, every: sampleEvery }) {
     every = sampleEvery;
-    trainer = await createTrainer({
-      instantiateWasm: (imports, done) => { WebAssembly.instantiate(module, imports).then(done); return {}; },
-    });
-    for (const [name, content] of Object.entries(files)) {
-      if (name.includes("/")) trainer.FS.mkdirTree(name.slice(0, name.lastIndexOf("/")));
-      trainer.FS.writeFile(name, content);
+    try {
+      trainer = await createTrainer({
+        instantiateWasm: (imports, done) => { WebAssembly.instantiate(module, imports).then(done); return {}; },
+      });
+    } catch (error) {
+      return answer("created", () => { throw error; });
     }
     answer("created", () => {
+      for (const [name, content] of Object.entries(files)) {
+        if (name.includes("/")) trainer.FS.mkdirTree(name.slice(0, name.lastIndexOf("/")));
+        trainer.FS.writeFile(name, content);
+      }
       call("create", ["string"], [words.join("\n")]);
       return { run: JSON.parse(message()) };
     });
@@ -80,15 +84,13 @@ const requests = {
   }),
   attention: ({ sublayer, head }) => answer("attention", () => {
     call("attention", ["number", "number"], [sublayer, head]);
-    return { step, sublayer, head, values: numbers() };
-  }),
-  validate: () => answer("validated", () => {
-    call("validation_loss");
-    return { step, loss: numbers()[0] };
+    return { values: numbers() };
   }),
   save: () => answer("saved", () => {
+    call("validation_loss");
+    const loss = numbers()[0];
     call("save", ["string"], ["model.bin"]);
-    return { step, bytes: trainer.FS.readFile("model.bin") };
+    return { step, loss, bytes: trainer.FS.readFile("model.bin") };
   }),
 };
 
