@@ -223,6 +223,11 @@ def test_controls(chromium, folder):
         sums = race.of("post", "Array.from({length: 32}, (_, q) => r.attention.slice(32 * q, 32 * q + 32).reduce((a, b) => a + b))")
         assert all(abs(s - 1) < 1e-5 for s in sums), sums
         wait(page, "describe() || ['loss', 'flow', 'product', 'same', 'heat-post', 'attention'].every(id => el(id).getAttribute('aria-label').length > 20)")
+    with Race(chromium, "#norms=hybridnorm&L=8&C=32&T=32&B=2&warmup=0&lr=0.03&steps=2") as race:  # the gains of q and k have moved since
+        race.race_to(2)
+        wait(race.page, "racers[0].attention")
+        sums = race.of("hybridnorm", "Array.from({length: 32}, (_, q) => r.attention.slice(32 * q, 32 * q + 32).reduce((a, b) => a + b))")
+        assert all(abs(s - 1) < 1e-12 for s in sums), sums
     with Race(chromium, address) as race:
         assert race.of("keel", "r.loss[0]") == loss and race.page.evaluate("settings.seed") == 7
     with Race(chromium, "#norms=keel,gpt&L=7&C=32&rate=1&seed=x") as race:  # what is wrong is told, what is right is taken
@@ -237,6 +242,7 @@ def test_text(chromium, folder):
     (folder / "photo.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(5000))
     (folder / "short.txt").write_text("to be")
     (folder / "empty.txt").write_text("")
+    (folder / "tmp").write_text("names that a file system has of its own, ".join("abcdefgh") * 20)
     with Race(chromium, SMALL) as race:
         before = race.of("keel", "r.loss[0]")
         race.page.click("#more summary")
@@ -256,6 +262,8 @@ def test_text(chromium, folder):
             document.body.dispatchEvent(new DragEvent("drop", { dataTransfer: data, bubbles: true, cancelable: true }));
         })(new DataTransfer())""")
         wait(race.page, "el('text-is').textContent.startsWith('dropped.txt, 4400 bytes') && racers.length === 2 && racers.every(r => r.step === 1)")
+        race.drop(folder / "tmp")
+        wait(race.page, "el('text-is').textContent.startsWith('tmp,') && racers.length === 2 && racers.every(r => r.step === 1)")
         race.page.click("#own")
         wait(race.page, f"racers.length === 2 && racers.every(r => r.step === 1) && racers[0].loss[0] === {before}")
 
