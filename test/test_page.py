@@ -91,7 +91,7 @@ def pages(test):
 
 @pages
 def test_losses(chromium, folder):
-    """Over ten steps the losses and gradient norms of all placements are the native trainer's to 1e-5, and so are the probe's figures."""
+    """Over ten steps the losses of all placements are the native trainer's to 1e-5, and so are the probe's figures."""
     with Race(chromium, f"#norms={','.join(placements.NORMS)}&L=12&steps=10") as race:
         race.race_to(10)
         for norm in placements.NORMS:
