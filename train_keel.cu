@@ -135,8 +135,7 @@ __device__ __forceinline__ void store(T* p, const Pack<T, N>& values) {
 }
 
 // Calls use(c, load(c)) for c = first, first + step, ... below end. IN_FLIGHT loads are on their way before the first
-// of them is used: a store in use() would hold up the loads after it, as the compiler cannot know that the two never
-// meet.
+// of them is used: a store in use() would hold up the loads after it, as the compiler cannot tell them apart.
 constexpr int IN_FLIGHT = 4;
 template <class Load, class Use>
 __device__ __forceinline__ void each_in_flight(int first, int end, int step, Load load, Use use) {
@@ -206,8 +205,7 @@ void matmul_forward(Device& device, Out* out, const branch_t* in, const branch_t
     device.product(out, w, TRANSPOSED, in, PLAIN, N, rows, K, SET);  // out^T (N,rows) = W in^T
 }
 
-// x in BF16, up or down at random (16 random bits) so that the mean is x: they are added below BF16's last bit, whose
-// carry rounds up.
+// x in BF16, rounded up or down at random so that the mean is x: 16 random bits are added below BF16's last bit.
 __device__ __forceinline__ __nv_bfloat16 round_stochastic(float x, uint32_t random) {
     uint32_t bits = __float_as_uint(x);
     if ((bits & 0x7F800000u) != 0x7F800000u) bits += random & 0xFFFFu;  // infinity and NaN stay
@@ -271,8 +269,8 @@ void matmul_backward(Device& device, branch_t* din, const MatrixGradient& dw, co
 
 // ----- Embedding
 
-// x_0 (B,T,C) = sqrt(C) * (wte[token] + wpe[position]), positions from `first` on.  12 bytes an element, 4 of them of
-// wpe mostly cached
+// x_0 (B,T,C) = sqrt(C) * (wte[token] + wpe[position]), positions from `first` on.  12 bytes an element, 8 if wpe is
+// cached
 template <int N>
 __global__ void embedding_forward_kernel(float* x, const int* tokens, const float* wte, const float* wpe, int rows,
                                          int T, int C, int first) {
@@ -702,8 +700,7 @@ struct AttentionShape {
 };
 
 #ifdef KEEL_FP32
-// Without tensor cores, for any D: a block has 8 rows, a warp each, and meets 32 rows of the other side at a time, a
-// lane each.
+// Without tensor cores, for any D: a block has 8 rows, a warp each, and meets 32 rows of the other side, a lane each.
 constexpr int PLAIN_WARPS = 8;
 struct PlainShared {
     float row[PLAIN_WARPS][WARP];  // 32 channels of each warp's row
@@ -858,8 +855,7 @@ __device__ __forceinline__ int tile_at(int row, int chunk) {
     return row * D + (chunk ^ (row / rows_a_pass % chunks)) * 8;
 }
 
-// Starts the copy of rows [first, first + ROWS) to a tile; rows from `end` on are zero. Threads of the block: ATT_WARPS
-// warps.
+// Starts the copy of rows [first, first + ROWS) to a tile by ATT_WARPS warps; rows from `end` on are zero.
 template <int ROWS, int D>
 __device__ __forceinline__ void load_tile(branch_t* tile, const branch_t* from, size_t stride, int first, int end) {
     for (int i = threadIdx.x; i < ROWS * (D / 8); i += ATT_WARPS * WARP) {
@@ -1162,8 +1158,7 @@ struct AttentionKvShared {
     float lse[2][STAGE], delta[2][STAGE];
 };
 
-// dk and dv of the keys from k0 on: a warp has keys, and meets the queries from them on. Scores are made transposed,
-// (keys, queries).
+// dk and dv of the keys from k0 on: a warp has keys, and meets the queries from them on. Scores are (keys, queries).
 template <int D, int M, int N, int STAGE>
 __device__ __forceinline__ void attention_dk_dv(branch_t* dqkv, const branch_t* dy, const branch_t* qkv,
                                                 const float* lse, const float* delta, const AttentionShape& shape,
@@ -1297,8 +1292,7 @@ __global__ void gelu_forward_kernel(branch_t* out, const branch_t* h, size_t n) 
     store<WIDE>(out + at, x);
 }
 
-// d gelu/dh = sigmoid(2w) + h sigmoid(2w) (1 - sigmoid(2w)) 2 dw/dh.  dh comes as the gradient of gelu's output.  6
-// bytes an element in BF16
+// d gelu/dh = sigmoid(2w) (1 + h (1 - sigmoid(2w)) 2 dw/dh).  dh comes as that of gelu's output.  6 bytes an element
 __global__ void gelu_backward_kernel(branch_t* dh, const branch_t* h, size_t n) {
     begin_kernel();
     size_t at = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * WIDE;
@@ -1834,8 +1828,7 @@ struct Model {
                 shard_grads = layout.shard_size, incoming = std::max(layout.buckets[0].shard, layout.buckets[1].shard);
         }
     };
-    // Whether the FP32 weights of the blocks are of what the rank owns alone: products read the BF16 copy, which all
-    // have.
+    // Whether the FP32 weights of the blocks are of what the rank owns alone: products read the BF16 copy.
     static bool masters_apart(Sharing s) { return BRANCH_BF16 && s.states(); }
 
     // One row a buffer: what it is called in the table at the start, where it lives, its elements.
@@ -1989,8 +1982,7 @@ struct Model {
     // This rank's shard of a bucket of the blocks, where masters are apart.
     float* master(const Bucket& bucket) { return masters.data() + bucket.shard_first - layout.buckets[0].shard; }
 
-    // After this rank's weights and moments were written from outside: the others get them, and the matrix products
-    // their copy.
+    // After this rank's weights and moments were written from outside: the others and the products' copy get them.
     void parameters_changed() {
         if (communicator) share_states();
         else if (BRANCH_BF16) round_params();
@@ -2001,8 +1993,7 @@ struct Model {
                        params.data(), params.size());
     }
 
-    // ----- Several ranks. What travels is on the communicator's stream, in the order of the calls; events hold the two
-    // streams together.
+    // ----- Several ranks. What travels is on the communicator's stream, in the order of the calls, joined by events.
 #ifdef KEEL_NCCL
     // Called in the backward pass when a bucket's gradients are complete: sums them over the ranks and adds this rank's
     // shard to shard_grads, while the next block's backward runs. At bucket_events[i] the bucket's memory is zero
@@ -2069,8 +2060,7 @@ struct Model {
         gather_buckets(m), gather_buckets(v), gather_buckets(m_bf16), gather_buckets(v_bf16);
         if (BRANCH_BF16) round_params();
     }
-    // The whole of a bucket's FP32 weights, where masters are apart, in the memory of its gradients, which is to be
-    // zeroed after.
+    // The whole of a bucket's FP32 weights, where masters are apart, in its gradients' memory, to be zeroed after.
     float* gather_masters(size_t i) {
         const Bucket& bucket = layout.buckets[i];
         float* whole = grads.data() + grad_layout.buckets[i].first;
@@ -2146,8 +2136,7 @@ struct Model {
                         config.C);
     }
 
-    // From dz_l in dz (at point L: from the head's du_L) to dz_{l-1} in dz and dF_{l-1} in df; x and u as point l has
-    // them.
+    // From dz_l in dz (at point L: the head's du_L) to dz_{l-1} in dz and dF_{l-1} in df; x, u as point l has them.
     void point_backward(int l, int b, float* dx) {
         HighwayPoint before = l > 0 ? point(l - 1) : HighwayPoint{};
         if (!recompute.drops_u()) before.u = nullptr;  // it was kept
@@ -2188,8 +2177,7 @@ struct Model {
             for (size_t j = 0; j < V; j++) out[r * V + j] = float(host[r * Vp + j]);
     }
 
-    // From tokens (b,T) on the device to u_L in head_in. gather: the weights that other ranks have updated come
-    // meanwhile, a bucket at a time.
+    // From tokens (b,T) on the device to u_L in head_in. gather: weights come meanwhile from other ranks, by buckets.
     void forward(const int* tokens, int b, bool gather = false) {
         size_t rows = size_t(b) * size_t(T), n = rows * size_t(config.C);
         if (gather) gather_updates(), await_bucket(0);
@@ -2508,8 +2496,7 @@ struct Trainer {
     void give_up() {
         if (communicator) communicator->abort();
     }
-    // While gradients travel NCCL's kernels are at work too, and a product over all multiprocessors would wait for
-    // theirs.
+    // While gradients travel NCCL's kernels are at work too: a product over all multiprocessors would wait for them.
     void leave_multiprocessors() {
         int all = gpu_properties().multiProcessorCount;
         if (communicator && communicator->ranks > 1 && all >= 4 * Communicator::MULTIPROCESSORS)
@@ -2700,9 +2687,7 @@ struct Trainer {
     }
     void load(Section section, const ShardRange& range, size_t first, size_t n, const float* values) {
         auto [fp32, bf16] = place(section, range);
-        std::vector<__nv_bfloat16> rounded(fp32 ? 0 : n);
-        for (size_t i = 0; i < rounded.size(); i++)
-            rounded[i] = __nv_bfloat16(values[i]);  // exact where --moments bf16 wrote it
+        std::vector<__nv_bfloat16> rounded(values, values + (fp32 ? 0 : n));  // exact where --moments bf16 wrote them
         if (fp32) model.device.copy(fp32 + first, values, n);
         else model.device.copy(bf16 + first, rounded.data(), n);
         model.device.synchronize();

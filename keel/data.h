@@ -204,8 +204,7 @@ private:
                                    strerror(error)));
         if (done < bytes.size())
             throw DataError(format("%s: expected %llu tokens as at the start of the run, found fewer; the file has "
-                                   "been "
-                                   "cut short, restore it",
+                                   "been cut short, restore it",
                                    file.path, file.count));
         for (size_t i = 0; i < n; i++) {
             uint32_t token = 0;

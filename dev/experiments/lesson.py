@@ -21,7 +21,7 @@ import max_lr
 import redundancy
 import report
 import road
-from markup import code_html, extract, fill, mathml
+from markup import code_html, extract, fill, mathml, write_page
 from run import LESSON
 from shared import COLOURS, LABELS, NORMS, Failure, read_csv, smooth
 
@@ -405,12 +405,7 @@ def main():
     parser.add_argument("--results", type=Path, required=True, help="folder with the tables of all experiments")
     parser.add_argument("--out", type=Path, required=True)
     o = parser.parse_args()
-    page = build(o.results)
-    o.out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = o.out.with_suffix(".tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(o.out)
-    print(f"wrote {o.out}, {len(page) / 1e6:.1f} MB; open it in a browser")
+    write_page(o.out, build(o.results))
 
 
 if __name__ == "__main__":

@@ -117,3 +117,12 @@ def fill(template, makers):
         except KeyError:
             raise Failure(f"the template: [[{kind} {argument}]] names nothing that there is") from None
     return re.sub(r"\[\[(\w+)(?:\s+(.*?))?\]\]", made, template)
+
+
+def write_page(path, page):
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(page, encoding="utf-8")
+    temporary.replace(path)
+    print(f"wrote {path}, {path.stat().st_size / 1e6:.1f} MB; open it in a browser")

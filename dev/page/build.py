@@ -15,7 +15,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "experiments")]
 
 import placements
-from markup import extract, fill, mathml
+from markup import extract, fill, mathml, write_page
 from shared import COLOURS, LABELS, ROOT, Failure
 
 # A line of its own for each, beside its colour.
@@ -76,11 +76,7 @@ def main():
     parser.add_argument("--trainer", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     o = parser.parse_args()
-    page = build(o.trainer).encode()
-    temporary = o.out.with_suffix(".tmp")
-    temporary.write_bytes(page)
-    temporary.replace(o.out)
-    print(f"wrote {o.out}, {len(page) / 1e6:.2f} MB; open it in a browser")
+    write_page(o.out, build(o.trainer))
 
 
 if __name__ == "__main__":

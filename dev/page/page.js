@@ -57,18 +57,22 @@ function showSettings() {
   el("lr-is").textContent = settings.lr;
   const weighed = settings.norms.filter(norm => D.alpha.includes(norm));
   el("alpha").disabled = !weighed.length;
-  el("alpha-is").textContent = !weighed.length ? "none of these has one" : `${settings.alpha || (weighed.includes("deepnorm") ? "each one’s own" : `own: L = ${settings.L}`)} (${weighed.map(norm => D.labels[norm]).join(", ")})`;
+  const own = weighed.includes("deepnorm") ? "each one’s own" : `own: L = ${settings.L}`, whose = weighed.map(norm => D.labels[norm]).join(", ");
+  el("alpha-is").textContent = weighed.length ? `${settings.alpha || own} (${whose})` : "none of these has one";
   for (const [id, value] of [["lr", settings.lr], ["alpha", el("alpha-is").textContent]]) el(id).setAttribute("aria-valuetext", value);
   el("text-is").textContent = text ? `${text.name}, ${text.bytes.length} bytes` : "the trainer’s own sources";
   el("own").hidden = !text;
-  el("commands").textContent = settings.norms.map(norm => "./train_keel_cpu " + commandLine(norm).map(shellWord).join(" ")).join("\n")
-    + `\n./train_keel_cpu -e SAVED.bin -b ${settings.B} -x 0${text ? " -i " + shellWord(text.name) : ""}  # its validation loss; with more steps it trains on`;
+  el("commands").textContent = [...settings.norms.map(norm => commandLine(norm).map(shellWord).join(" ")),
+    `-e SAVED.bin -b ${settings.B} -x 0${text ? " -i " + shellWord(text.name) : ""}  # its validation loss; with more steps it trains on`,
+  ].map(flags => "./train_keel_cpu " + flags).join("\n");
 }
 
 const shellWord = w => /^[\w.,/+-]+$/.test(w) ? w : `'${w.replaceAll("'", "'\\''")}'`;
 
 function commandLine(norm, file = text?.name) {
-  const s = settings, words = ["--norm", norm, "-L", s.L, "-C", s.C, "-H", Math.max(1, s.C / 16), "-t", s.T, "-b", s.B, "-l", s.lr, "-u", s.warmup, "-x", s.steps, "--seed", s.seed];
+  const s = settings;
+  const words = ["--norm", norm, "-L", s.L, "-C", s.C, "-H", Math.max(1, s.C / 16), "-t", s.T, "-b", s.B,
+    "-l", s.lr, "-u", s.warmup, "-x", s.steps, "--seed", s.seed];
   if (s.alpha && D.alpha.includes(norm)) words.push("-a", s.alpha);
   if (file) words.push("-i", file);
   return words.map(String);
@@ -103,7 +107,8 @@ function startRace(until, keepAlert = false) {
   if (!keepAlert) warn("");
   const files = text ? { [text.file]: text.bytes } : D.files;
   racers = settings.norms.map(norm => ({
-    norm, worker: new Worker(workerAddress), state: "starting", step: 0, asked: 0, loss: [], depth: [], times: [], memory: 0, run: null, sample: "", stopping: 0 }));
+    norm, worker: new Worker(workerAddress), state: "starting", step: 0, asked: 0, stopping: 0,
+    loss: [], depth: [], times: [], memory: 0, run: null, sample: "" }));
   for (const r of racers) {
     r.worker.onmessage = event => r.state !== "ended" && answers[event.data.kind](r, event.data);
     r.worker.onerror = event => fail(r, event.message || "its worker ended");
@@ -163,9 +168,9 @@ const answers = {
   step(r, { step, values, memory }) {
     r.step = step, r.memory = memory;
     r.loss.push(values[0]);
-    const column = name => Float32Array.from({ length: r.run.L }, (_, l) => values[4 + l * r.columns.length + r.columns.indexOf(name)]);
-    const dx = column("dx_norm");
-    r.depth.push(values.length > 4 ? { dx, product: column("shortcut_gain_to_top"), same: column("same_x"), heat: dx.map(v => 1 + Math.log10(v / dx.at(-1)) / 12) } : null);
+    const at = name => 4 + r.columns.indexOf(name), column = name => Float32Array.from({ length: r.run.L }, (_, l) => values[at(name) + l * r.columns.length]);
+    const dx = column("dx_norm"), heat = dx.map(v => 1 + Math.log10(v / dx.at(-1)) / 12);
+    r.depth.push(values.length > 4 ? { dx, heat, product: column("shortcut_gain_to_top"), same: column("same_x") } : null);
     r.times.push(performance.now());
     if (step === Math.min(limit, settings.steps) && !(settings.every && step % settings.every === 0)) r.worker.postMessage({ kind: "sample" });
     goOn();
@@ -188,7 +193,8 @@ const answers = {
     redraw();
   },
   saved(r, { step, bytes, loss }) {
-    const name = `${r.norm}_L${r.run.L}_C${r.run.C}_step${step}.bin`, a = element("a", { download: name, href: URL.createObjectURL(new Blob([bytes])) });
+    const name = `${r.norm}_L${r.run.L}_C${r.run.C}_step${step}.bin`;
+    const a = element("a", { download: name, href: URL.createObjectURL(new Blob([bytes])) });
     a.click();
     setTimeout(() => URL.revokeObjectURL(a.href), 60000);
     say(`Saved ${name}; its validation loss is ${loss.toPrecision(9)}.`);
@@ -222,11 +228,19 @@ const save = r => r.worker.postMessage({ kind: "save" });
 // ---------------------------------------------------------------------------------------------------------
 // What is measured
 
+const last = r => r.depth.findLast(Boolean);  // the probe's figures of the last step that was finite
+
 // Of the last step: gradient at sub-layer 2 over the last one's, and so on. NaN where there is nothing yet.
 function facts(r) {
-  const d = r.depth.findLast(Boolean), low = Math.min(2, (r.run?.L ?? 0) - 1);
-  return { ratio: d ? d.dx[low] / d.dx.at(-1) : NaN, product: d ? d.product[low] : NaN, same: d ? mean(Array.from(d.same)) : NaN, born: r.depth[0] ? mean(Array.from(r.depth[0].same)) : NaN, loss: r.loss.length ? mean(r.loss.slice(-10)) : NaN,
-    rate: r.times.length > 2 ? (Math.min(r.times.length, 40) - 1) * 1000 / (r.times.at(-1) - r.times.at(-Math.min(r.times.length, 40))) : NaN };
+  const d = last(r), low = Math.min(2, settings.L - 1), times = r.times.slice(-40);
+  return {
+    ratio: d ? d.dx[low] / d.dx.at(-1) : NaN,
+    product: d ? d.product[low] : NaN,
+    same: d ? mean(Array.from(d.same)) : NaN,
+    born: r.depth[0] ? mean(Array.from(r.depth[0].same)) : NaN,
+    loss: r.loss.length ? mean(r.loss.slice(-10)) : NaN,
+    rate: times.length > 2 ? (times.length - 1) * 1000 / (times.at(-1) - times[0]) : NaN,
+  };
 }
 const shortcut = alpha => alpha / Math.sqrt(alpha * alpha + 1);
 function fact(name) {
@@ -263,8 +277,10 @@ function widen(name, lines) {
   const [a, b] = limits[name];
   return a <= b ? [Math.floor(a - 0.2), Math.ceil(b + 0.2)] : [-1, 1];
 }
-function runningMean(values) {
-  const n = Math.max(1, Math.round(values.length / 25));
+// A loss that is no number, of a step that was skipped, counts as the one before it.
+function runningMean(losses) {
+  const n = Math.max(1, Math.round(losses.length / 25)), values = [];
+  for (const v of losses) values.push(Number.isFinite(v) ? v : values.at(-1) ?? NaN);
   let sum = 0;
   return values.map((v, i) => { sum += v - (i >= n ? values[i - n] : 0); return sum / Math.min(i + 1, n); });
 }
@@ -282,18 +298,22 @@ const charts = {
     for (const r of racers) {
       const past = GHOSTS.filter(s => s < r.step && r.depth[s - 1]);
       past.forEach((s, i) => lines.push(line(r, log10(r.depth[s - 1].dx), { opacity: 0.12 + 0.3 * (i + 1) / past.length, width: 1, label: "", dash: [] })));
-      if (r.depth.findLast(Boolean)) lines.push(line(r, log10(r.depth.findLast(Boolean).dx)));
+      if (last(r)) lines.push(line(r, log10(last(r).dx)));
     }
     return { log: true, x: [0, settings.L - 1], y: widen("flow", lines), lines, xTitle: "sub-layer l" };
   },
   product() {
-    const lines = racers.filter(r => r.depth.findLast(Boolean)).map(r => line(r, log10(r.depth.findLast(Boolean).product)));
+    const lines = racers.filter(last).map(r => line(r, log10(last(r).product)));
     const y = widen("product", lines), over = f => Array.from({ length: settings.L }, (_, l) => Math.log10(f(settings.L - l)));
     lines.unshift({ x0: 0, y: over(n => 2 ** (-n / 2)), colour: css("--soft"), dash: [3, 4], width: 1.5, label: "paper’s" });
-    if (settings.norms.includes("keel")) lines.unshift({ x0: 0, y: over(n => shortcut(settings.alpha || settings.L) ** n), colour: css("--soft"), dash: [1, 3], width: 1.5, label: "limit" });
+    if (settings.norms.includes("keel"))
+      lines.unshift({ x0: 0, y: over(n => shortcut(settings.alpha || settings.L) ** n), colour: css("--soft"), dash: [1, 3], width: 1.5, label: "limit" });
     return { log: true, x: [0, settings.L - 1], y: [Math.min(y[0], -3), y[1]], lines, xTitle: "sub-layer l" };
   },
-  same: () => ({ x: [0, settings.L - 1], y: [0, 1.02], lines: racers.filter(r => r.depth.findLast(Boolean)).map(r => line(r, Array.from(r.depth.findLast(Boolean).same))), xTitle: "sub-layer l" }),
+  same() {
+    const lines = racers.filter(last).map(r => line(r, Array.from(last(r).same)));
+    return { x: [0, settings.L - 1], y: [0, 1.02], lines, xTitle: "sub-layer l" };
+  },
 };
 
 function draw() {
@@ -316,7 +336,8 @@ function showReading() {
     if (pre && r.sample && pre.textContent !== r.sample) pre.textContent = r.sample, pre.previousSibling.lastChild.textContent = ` at step ${r.sampledAt}`;
   }
   if (!r?.run) return;
-  if (r.attention && attention.drawn !== r.attention) drawHeat(el("attention"), r.run.T, r.run.T, (key, row) => { const query = r.run.T - 1 - row; return key > query ? NaN : Math.sqrt(r.attention[query * r.run.T + key]); });
+  const T = r.run.T, p = (query, key) => key > query ? NaN : Math.sqrt(r.attention[query * T + key]);
+  if (r.attention && attention.drawn !== r.attention) drawHeat(el("attention"), T, T, (key, row) => p(T - 1 - row, key));
   attention.drawn = r.attention;
   const asks = [r.norm, r.step, el("sublayer").value, el("head").value].join();
   if (r.state !== "ready" || r.step === 0 || asks === attention.asked || attention.waiting || performance.now() - attention.last < 300) {

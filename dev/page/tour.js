@@ -18,7 +18,7 @@ const STOPS = [
     in Post-LN, {keel.ratio} in KEEL.</p>
     <p>The losses do not yet tell: bytes’ frequencies alone give about {entropy}. Run on for some hundred steps, and see whose goes on falling.</p>` },
   { name: "why α", until: 50, look: "product", settings: { norms: ["post", "scaledpost", "keel"], L: 64 }, text: `
-    <p>Give the shortcut a weight: Norm(αx + F) ({line sum}). The norm divides by about √(α² + 1) what α has multiplied, so a sub-layer keeps α/√(α² + 1), and L of them, with α = L, {limit}
+    <p>Give the shortcut a weight: Norm(αx + F) ({line sum}). The norm divides by about √(α² + 1) what α has multiplied, so a sub-layer keeps α/√(α² + 1), and all of them, with α = L, {limit}
     ({line limit}), if branches point anywhere. They agree, as you saw: {look product: measured}, KEEL’s shortcut keeps {keel.product}. That too is a bounded factor in all, not one for each sub-layer:
     Post-LN’s keeps {post.product}.</p>
     <p>Scaled Post-LN is this and no more, the paper’s first attempt, and its gradient lives: {scaledpost.ratio} arrives, of KEEL’s {keel.ratio}, of Post-LN’s {post.ratio}. KEEL also norms what the
