@@ -390,9 +390,14 @@ function showRacers() {
   }
   for (const r of racers) {
     const f = facts(r), row = el("row-" + r.norm);
-    [r.step, numberHtml(f.loss), numberHtml(f.ratio), numberHtml(f.same), r.note ? "stopped" : numberText(f.rate)].forEach((value, i) => { row.cells[i + 1].innerHTML = value; });
+    [r.step, numberHtml(f.loss), numberHtml(f.ratio), numberHtml(f.same), r.note ? "stopped" : numberText(f.rate)].forEach((value, i) => put(row.cells[i + 1], String(value)));
     row.querySelector("button").disabled = r.state !== "ready" || r.step === 0;
   }
+}
+
+// Writes what has changed alone: the browser lays out again what is written.
+function put(e, html) {
+  if (e.written !== html) e.innerHTML = e.written = html;
 }
 
 // What a chart shows, in words, for who cannot see it: on the canvases, every 2 s.
@@ -438,7 +443,7 @@ function goTo(at) {
 function showFacts() {
   const own = tour.settings === JSON.stringify(settings) && !text, until = STOPS[tour.at].until;
   if (own && steps() <= until)
-    for (const output of document.querySelectorAll("[data-fact]")) output.innerHTML = numberHtml(fact(output.dataset.fact));
+    for (const output of document.querySelectorAll("[data-fact]")) put(output, numberHtml(fact(output.dataset.fact)));
   const first = JSON.parse(tour.settings || "{}"), changed = Object.keys(DEFAULTS).filter(name => String(settings[name]) !== String(first[name]));
   el("tour-note").hidden = own && steps() <= until;
   el("tour-note").textContent = own ? `The race has gone on to step ${steps()}; the numbers above are of step ${until}.`
