@@ -33,11 +33,14 @@ constexpr float NORM_EPSILON = 1e-6f;  // rms(x) = sqrt(mean(x^2) + this)
 // ----------------------------------------------------------------------------------------------------
 // The device's primitives: the one room with PTX (PTX ISA 8.0, sections on mma, ldmatrix, cp.async)
 
+#if defined(CUDA_ON_CPU) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define HOPPER_CODE
+#endif
 #ifndef CUDA_ON_CPU  // there, the headers bring their own
 // The block's shared memory as a T, a struct or the first of an array; its size in bytes is an argument of launch().
 template <class T>
 __device__ __forceinline__ T& shared() {
-    extern __shared__ __align__(128) unsigned char shared_memory[];
+    extern __shared__ __align__(1024) unsigned char shared_memory[];
     return *reinterpret_cast<T*>(shared_memory);
 }
 
@@ -85,6 +88,84 @@ __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commi
 template <int N>
 __device__ __forceinline__ void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+// ----- A warpgroup's products, in code built for Hopper (sm_90a; PTX ISA, "asynchronous warpgroup level matrix
+// multiply-accumulate"). d (64,N) = or += a (64,16) b (16,N), BF16 in, FP32 out, by 4 warps together, which go on while
+// the tensor cores work. Warp w of the 4 has rows 16w to 16w + 15 of d, and of an a in registers, laid out in its lanes
+// as mma_16x8x16's d and a are: d[n] is the tile of columns 8n. From issue to wait no thread may touch the registers,
+// nor anyone the shared memory, that a product reads or writes.
+
+// An operand in shared memory is a matrix of rows of 64 numbers, 128 bytes: of its chunks of 16 bytes the one at place
+// c of row r lies at c ^ r % 8, so that neither 8 rows of one chunk nor 8 chunks of one row meet in a bank. K_MAJOR: a
+// row is one row of a, or one column of b, and runs along k, of which a product takes 16 numbers. MN_MAJOR: a row is
+// one k, of which a product takes 16, and runs along d's rows or columns.
+enum Major { K_MAJOR, MN_MAJOR };
+__device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+
+#define D4(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
+#define D16(i) D4(i), D4(i + 1), D4(i + 2), D4(i + 3)
+#define LIST_32 \
+    "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29," \
+    "%30,%31"
+#define LIST_64 \
+    LIST_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56," \
+            "%57,%58,%59,%60,%61,%62,%63"
+#define WGMMA(n, list, add, a, b_and_rest, ...) \
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %" add ", 0; wgmma.mma_async.sync.aligned.m64n" n \
+                 "k16.f32.bf16.bf16 {" list "}, " a ", %" b_and_rest ";}" : __VA_ARGS__)
+template <int N, Major A, Major B>
+__device__ __forceinline__ void wgmma(float (&d)[N / 8][4], uint64_t a, uint64_t b, bool add) {
+    static_assert(N == 64 || N == 128);
+    if constexpr (N == 64)
+        WGMMA("64", LIST_32, "34", "%32", "33, p, 1, 1, %35, %36", D16(0), D16(4) : "l"(a), "l"(b), "r"(int(add)),
+              "n"(int(A)), "n"(int(B)));
+    else
+        WGMMA("128", LIST_64, "66", "%64", "65, p, 1, 1, %67, %68", D16(0), D16(4), D16(8), D16(12) : "l"(a), "l"(b),
+              "r"(int(add)), "n"(int(A)), "n"(int(B)));
+}
+template <int N, Major B>
+__device__ __forceinline__ void wgmma(float (&d)[N / 8][4], const uint32_t (&a)[4], uint64_t b, bool add) {
+    static_assert(N == 64 || N == 128);
+    if constexpr (N == 64)
+        WGMMA("64", LIST_32, "37", "{%32,%33,%34,%35}", "36, p, 1, 1, %38", D16(0), D16(4) : "r"(a[0]), "r"(a[1]),
+              "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)), "n"(int(B)));
+    else
+        WGMMA("128", LIST_64, "69", "{%64,%65,%66,%67}", "68, p, 1, 1, %70", D16(0), D16(4), D16(8), D16(12) : "r"(a[0]),
+              "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)), "n"(int(B)));
+}
+
+// fence: products issued after it see what the thread has made of these registers. commit: the products issued since the
+// last make a group. wait: until all but the N newest groups are done; these registers, theirs, are the thread's again.
+template <class T, int N>
+__device__ __forceinline__ void pin(T (&registers)[N][4]) {  // so that the compiler moves no access to them across
+#pragma unroll
+    for (int i = 0; i < N; i++)
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            if constexpr (std::is_same_v<T, float>) asm volatile("" : "+f"(registers[i][j])::"memory");
+            else asm volatile("" : "+r"(registers[i][j])::"memory");
+}
+template <class... Registers>
+__device__ __forceinline__ void wgmma_fence(Registers&... registers) {
+    (pin(registers), ...);
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int N, class... Registers>
+__device__ __forceinline__ void wgmma_wait(Registers&... registers) {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+    (pin(registers), ...);
+}
+
+// What this thread has written to shared memory, a landed cp.async too, products issued after a barrier see.
+__device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// The way back of ldmatrix_x4: lane i gives the address of row i % 8 of matrix i / 8.
+__device__ __forceinline__ void stmatrix_x4(__nv_bfloat16* row, const uint32_t (&r)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(shared_address(row)), "r"(r[0]),
+                 "r"(r[1]), "r"(r[2]), "r"(r[3])
+                 : "memory");
 }
 
 // Programmatic dependent launch, in code built for Hopper and later; elsewhere kernels start one after another. wait:
@@ -823,8 +904,9 @@ void attention_forward(Device& device, float* y, float* lse, const float* qkv, i
            sizeof(PlainShared), device.stream, y, lse, qkv, AttentionShape{T, C, H, first});
 }
 
+inline size_t attention_scratch(int, int, int, int) { return 0; }
 void attention_backward(Device& device, float* dqkv, float* delta, const float* dy, const float* qkv, const float* y,
-                        const float* lse, int B, int T, int C, int H) {
+                        const float* lse, int B, int T, int C, int H, float*) {
     AttentionShape shape{T, C, H, 0};
     size_t blocks = ceil_div(size_t(T), PLAIN_WARPS) * B * H;
     launch(attention_backward_q_kernel, blocks, PLAIN_WARPS * WARP, sizeof(PlainShared), device.stream, dqkv, delta, dy,
@@ -989,6 +1071,71 @@ __device__ __forceinline__ unsigned attention_head() { return blockIdx.z * gridD
 
 constexpr float LOG2_E = 1.44269504088896341f, LN_2 = 0.69314718055994531f;
 
+// The running softmax of a warp's rows: row 16 m + 8 half + g has its largest score so far, the sum of exp2(scale score -
+// scale largest) over this lane's columns, and what the last tile has shrunk the earlier ones by.
+template <int M>
+struct OnlineSoftmax {
+    float largest[M][2], sum[M][2], shrinks[M][2];
+    __device__ __forceinline__ OnlineSoftmax() {
+#pragma unroll
+        for (int m = 0; m < M; m++)
+            largest[m][0] = largest[m][1] = -INFINITY, sum[m][0] = sum[m][1] = 0;
+    }
+    // The next tile's scores become weights.
+    template <int N>
+    __device__ __forceinline__ void weigh(WarpTile<M, N>& p, float scale) {
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                float most = largest[m][half], added = 0;
+#pragma unroll
+                for (int n = 0; n < N / 8; n++)
+                    most = fmaxf(most, fmaxf(p.v[m][n][2 * half], p.v[m][n][2 * half + 1]));
+                most = fmaxf(most, __shfl_xor_sync(ALL_LANES, most, 1));  // the four lanes of a row
+                most = fmaxf(most, __shfl_xor_sync(ALL_LANES, most, 2));
+                float shift = scale * most;
+                shrinks[m][half] = fast_exp2(scale * (largest[m][half] - most));  // exactly 1 where the largest stays
+                largest[m][half] = most;
+#pragma unroll
+                for (int n = 0; n < N / 8; n++)
+#pragma unroll
+                    for (int i = 2 * half; i < 2 * half + 2; i++)
+                        added += p.v[m][n][i] = fast_exp2(scale * p.v[m][n][i] - shift);
+                sum[m][half] = sum[m][half] * shrinks[m][half] + added;
+            }
+    }
+    template <int D>
+    __device__ __forceinline__ void shrink(WarpTile<M, D>& out) {
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int n = 0; n < D / 8; n++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) out.v[m][n][i] *= shrinks[m][i / 2];
+    }
+    // y and lse of the warp's rows, from query warp_q0 on
+    template <int D>
+    __device__ __forceinline__ void store(branch_t* y, float* lse, const WarpTile<M, D>& out,
+                                          const AttentionShape& shape, unsigned head, int warp_q0, int lane,
+                                          float scale) {
+        int T = shape.T, C = shape.C, H = shape.H, Tq = shape.queries();
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                sum[m][half] += __shfl_xor_sync(ALL_LANES, sum[m][half], 1);
+                sum[m][half] += __shfl_xor_sync(ALL_LANES, sum[m][half], 2);
+                int query = warp_q0 + 16 * m + 8 * half + lane / 4;
+                if (lane % 4 == 0 && query < T)
+                    lse[size_t(head) * Tq + query - shape.first] =
+                        LN_2 * (scale * largest[m][half]) + logf(sum[m][half]);
+            }
+        store_rows(y + size_t(head / H) * Tq * C + head % H * D, C, warp_q0 - shape.first, Tq, out, lane,
+                   [&](int m, int half) { return 1 / sum[m][half]; });
+    }
+};
+
 template <int D, int ROWS, int N>
 struct AttentionForwardShared {
     branch_t q[ROWS * D], k[2][N * D], v[2][N * D];
@@ -1015,10 +1162,7 @@ __global__ void __launch_bounds__(ATT_WARPS* WARP)
     cp_async_commit();
     WarpTile<M, D> out;
     out.zero();
-    // Of rows 16 m + 8 half + g; sum: of this lane's columns, to which the row's other three lanes add at the end.
-    float largest[M][2], sum[M][2];
-#pragma unroll
-    for (int m = 0; m < M; m++) largest[m][0] = largest[m][1] = -INFINITY, sum[m][0] = sum[m][1] = 0;
+    OnlineSoftmax<M> softmax;
     for (int k0 = 0; k0 < end; k0 += N) {
         int now = k0 / N % 2;
         if (k0 + N < end) {
@@ -1035,54 +1179,23 @@ __global__ void __launch_bounds__(ATT_WARPS* WARP)
                 p.each(lane, [&](float& score, int m, int half, int column) {
                     if (k0 + column > warp_q0 + 16 * m + 8 * half + lane / 4) score = -INFINITY;
                 });
-#pragma unroll
-            for (int m = 0; m < M; m++)
-#pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    float most = largest[m][half], added = 0;
-#pragma unroll
-                    for (int n = 0; n < N / 8; n++)
-                        most = fmaxf(most, fmaxf(p.v[m][n][2 * half], p.v[m][n][2 * half + 1]));
-                    most = fmaxf(most, __shfl_xor_sync(ALL_LANES, most, 1));  // the four lanes of a row
-                    most = fmaxf(most, __shfl_xor_sync(ALL_LANES, most, 2));
-                    float shift = scale * most,
-                          shrink = fast_exp2(scale * (largest[m][half] - most));  // exactly 1 where the largest stays
-                    largest[m][half] = most;
-#pragma unroll
-                    for (int n = 0; n < N / 8; n++)
-#pragma unroll
-                        for (int i = 2 * half; i < 2 * half + 2; i++)
-                            added += p.v[m][n][i] = fast_exp2(scale * p.v[m][n][i] - shift);
-                    sum[m][half] = sum[m][half] * shrink + added;
-#pragma unroll
-                    for (int n = 0; n < D / 8; n++)
-                        out.v[m][n][2 * half] *= shrink, out.v[m][n][2 * half + 1] *= shrink;
-                }
+            softmax.weigh(p, scale);
+            softmax.shrink(out);
             add_tile_product<M, N, D>(out, p, s.v[now], lane);
         }
         __syncthreads();  // before the tiles are overwritten
     }
     cp_async_wait<0>();
-#pragma unroll
-    for (int m = 0; m < M; m++)
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            sum[m][half] += __shfl_xor_sync(ALL_LANES, sum[m][half], 1);
-            sum[m][half] += __shfl_xor_sync(ALL_LANES, sum[m][half], 2);
-            int query = warp_q0 + 16 * m + 8 * half + lane / 4;
-            if (lane % 4 == 0 && query < T)
-                lse[size_t(head) * Tq + query - shape.first] = LN_2 * (scale * largest[m][half]) + logf(sum[m][half]);
-        }
-    store_rows(y + b * Tq * C + head % H * D, C, warp_q0 - shape.first, Tq, out, lane,
-               [&](int m, int half) { return 1 / sum[m][half]; });
+    softmax.store(y, lse, out, shape, head, warp_q0, lane, scale);
 }
 
 // delta (B,H,T) = sum_d dy y, n = B T C numbers: D / 8 lanes share a head's row, 8 channels a lane.  4 bytes an element
 template <int D>
 __global__ void attention_delta_kernel(float* delta, const branch_t* dy, const branch_t* y, size_t n,
-                                       AttentionShape shape) {
+                                       unsigned* counters, size_t count, AttentionShape shape) {
     begin_kernel();
     size_t at = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * 8, head = at / D, row = head / shape.H, T = shape.T;
+    for (size_t i = at / 8; counters && i < count; i += size_t(gridDim.x) * blockDim.x) counters[i] = 0;
     float sum = 0;
     if (at < n) {
         auto dys = load<8>(dy + at), ys = load<8>(y + at);
@@ -1234,6 +1347,283 @@ __global__ void __launch_bounds__(ATT_WARPS* WARP)
     else attention_dq<D, M, Tiles::Q_N>(dqkv, dy, qkv, lse, delta, shape, (tiles - 1 - longer) * ROWS);
 }
 
+// ----- Attention on Hopper: D = 64 and 128, by products of warpgroups
+//
+// A warpgroup has 64 rows, a warp 16 of them. Where a product reads a tile from shared memory, it lies there as panels
+// of 64 columns, each (ROWS,64) and swizzled as wgmma wants it.
+constexpr int WARPGROUP = 4 * WARP, PANEL = 64;
+
+template <int ROWS>
+__device__ __forceinline__ int panel_at(int row, int chunk) {
+    return chunk / 8 * ROWS * PANEL + row * PANEL + (chunk % 8 ^ row % 8) * 8;
+}
+template <int ROWS, int D, int THREADS>
+__device__ __forceinline__ void load_panels(branch_t* tile, const branch_t* from, size_t stride, int first, int end) {
+#pragma unroll
+    for (int i = threadIdx.x; i < ROWS * (D / 8); i += THREADS) {
+        int row = i / (D / 8), chunk = i % (D / 8);
+        bool valid = first + row < end;
+        cp_async_16(tile + panel_at<ROWS>(row, chunk), from + size_t(valid ? first + row : 0) * stride + chunk * 8,
+                    valid);
+    }
+}
+
+// wgmma's descriptor of a tile of panels: its address, and in units of 16 bytes too how far it is to the next panel and
+// to the next 8 rows; bit 62: 128-byte swizzle.
+template <int ROWS>
+__device__ __forceinline__ uint64_t panels(const branch_t* tile) {
+    return (shared_address(tile) & 0x3FFFF) >> 4 | uint64_t(ROWS * 8) << 16 | uint64_t(64) << 32 | uint64_t(1) << 62;
+}
+// How far k's 16 numbers k are from its first, in the same units: along the rows, a panel every 4, and down the rows.
+template <int ROWS>
+__device__ __forceinline__ uint64_t along(int k) {
+    return uint64_t(k / 4 * ROWS * 8 + k % 4 * 2);
+}
+__device__ __forceinline__ uint64_t down(int k) { return uint64_t(k * 128); }
+
+// Numbers of a product, in BF16, as a of the next: p[k] is of columns 16 k to 16 k + 15.
+template <int N>
+__device__ __forceinline__ void pack(uint32_t (&p)[N / 16][4], const WarpTile<1, N>& s) {
+#pragma unroll
+    for (int k = 0; k < N / 16; k++)
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            p[k][i] = pack_pair(s.v[0][2 * k + i / 2][i % 2 * 2], s.v[0][2 * k + i / 2][i % 2 * 2 + 1]);
+}
+
+template <int D>
+struct HopperForward {
+    static constexpr int N = D == 64 ? 64 : 128, WARPGROUPS = 2, BLOCKS = D == 64 ? 2 : 1;
+};
+template <int D, int N, int WARPGROUPS>
+struct HopperForwardShared {
+    branch_t q[WARPGROUPS * 64 * D], k[2][N * D], v[2][N * D];
+};
+
+template <int D, int N, int WARPGROUPS, int BLOCKS>
+__global__ void __launch_bounds__(WARPGROUPS* WARPGROUP, BLOCKS)
+    attention_forward_hopper_kernel(branch_t* y, float* lse, const branch_t* qkv, AttentionShape shape) {
+    begin_kernel();
+#ifdef HOPPER_CODE
+    constexpr int ROWS = 64 * WARPGROUPS, THREADS = WARPGROUPS * WARPGROUP;
+    auto& s = shared<HopperForwardShared<D, N, WARPGROUPS>>();
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, T = shape.T, C = shape.C, H = shape.H;
+    unsigned head = attention_head();
+    int q0 = shape.first + int(gridDim.y - 1 - blockIdx.y) * ROWS, warp_q0 = q0 + warp * 16;
+    size_t b = head / H, stride = 3 * size_t(C);
+    const branch_t *q = qkv + b * T * stride + head % H * D, *k = q + C, *v = k + C;
+    int end = min(q0 + ROWS, T), tiles = (end + N - 1) / N;  // of the keys that any query here sees
+    float scale = LOG2_E / sqrtf(float(D));
+    uint64_t q_tile = panels<ROWS>(s.q + warp / 4 * 64 * PANEL);
+
+    // Before a tile of scores: K_j and V_{j-1} have come, and all are done with K_{j-1} and V_{j-2}, whose places the
+    // next two take.
+    auto next_tiles = [&](int j) {
+        cp_async_wait<0>();
+        fence_proxy_async();
+        __syncthreads();
+        if (j + 1 < tiles) load_panels<N, D, THREADS>(s.k[(j + 1) % 2], k, stride, (j + 1) * N, end);
+        if (j < tiles) load_panels<N, D, THREADS>(s.v[j % 2], v, stride, j * N, end);
+        cp_async_commit();
+    };
+    WarpTile<1, N> scores;
+    WarpTile<1, D> out;
+    uint32_t p[N / 16][4];
+    OnlineSoftmax<1> softmax;
+    auto multiply_scores = [&](int j) {  // scores = q k^T
+        uint64_t k_tile = panels<N>(s.k[j % 2]);
+#pragma unroll
+        for (int i = 0; i < D / 16; i++)
+            wgmma<N, K_MAJOR, K_MAJOR>(scores.v[0], q_tile + along<ROWS>(i), k_tile + along<N>(i), i > 0);
+        wgmma_commit();
+    };
+    auto multiply_values = [&](int j) {  // out += p v
+        uint64_t v_tile = panels<N>(s.v[j % 2]);
+#pragma unroll
+        for (int i = 0; i < N / 16; i++) wgmma<D, MN_MAJOR>(out.v[0], p[i], v_tile + down(i), true);
+        wgmma_commit();
+    };
+    auto weigh = [&](int j) {
+        if ((j + 1) * N > warp_q0)
+            scores.each(lane, [&](float& score, int, int half, int column) {
+                if (j * N + column > warp_q0 + 8 * half + lane / 4) score = -INFINITY;
+            });
+        softmax.weigh(scores, scale);
+    };
+
+    load_panels<ROWS, D, THREADS>(s.q, q, stride, q0, T);
+    load_panels<N, D, THREADS>(s.k[0], k, stride, 0, end);
+    cp_async_commit();
+    out.zero();
+    next_tiles(0);
+    wgmma_fence(scores.v[0]);
+    multiply_scores(0);
+    wgmma_wait<0>(scores.v[0]);
+    weigh(0);
+    pack(p, scores);
+    for (int j = 1; j < tiles; j++) {
+        next_tiles(j);
+        wgmma_fence(scores.v[0], out.v[0], p);
+        multiply_scores(j);
+        multiply_values(j - 1);
+        wgmma_wait<1>(scores.v[0]);
+        weigh(j);  // beside out += p v
+        wgmma_wait<0>(out.v[0], p);
+        if (__any_sync(ALL_LANES, softmax.shrinks[0][0] != 1 || softmax.shrinks[0][1] != 1)) softmax.shrink(out);
+        pack(p, scores);
+    }
+    next_tiles(tiles);
+    wgmma_fence(out.v[0], p);
+    multiply_values(tiles - 1);
+    wgmma_wait<0>(out.v[0], p);
+    softmax.store(y, lse, out, shape, head, warp_q0, lane, scale);
+#endif
+}
+
+// Query tiles of Q rows, key tiles of 128; both warpgroups of a block have 64 of its keys.
+template <int D>
+struct HopperBackward {
+    static constexpr int KEYS = 128, Q = D == 64 ? 128 : 64, THREADS = 2 * WARPGROUP;
+};
+template <int D, int Q>
+struct HopperBackwardShared {
+    branch_t k[128 * D], v[128 * D], q[2][Q * D], dy[2][Q * D], ds[128 * Q];
+    float lse[2][Q], delta[2][Q];
+    unsigned ticket;
+};
+
+// dq of a query tile is a sum over key tiles, which blocks add in the order of the tiles: the first stores, the others
+// wait for the one before and add, the last writes dqkv. They pass the sums as the lanes hold them.
+struct DqSums {
+    float4* sums;     // (B H, query tiles, 8, threads)
+    unsigned* added;  // (B H, query tiles, warps): how many key tiles are in it; then the next ticket
+};
+
+template <int D>
+__global__ void __launch_bounds__(HopperBackward<D>::THREADS, 1)
+    attention_backward_hopper_kernel(branch_t* dqkv, const branch_t* dy, const branch_t* qkv, const float* lse,
+                                     const float* delta, DqSums dq_sums, AttentionShape shape) {
+    begin_kernel();
+#ifdef HOPPER_CODE
+    constexpr int Q = HopperBackward<D>::Q, KEYS = HopperBackward<D>::KEYS, THREADS = HopperBackward<D>::THREADS;
+    auto& s = shared<HopperBackwardShared<D, Q>>();
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, group = warp / 4, T = shape.T, C = shape.C, H = shape.H;
+    int query_tiles = (T + Q - 1) / Q;
+    unsigned heads = gridDim.x * gridDim.z;
+    // Blocks take their work in the order in which they start, so that one waits only for others that have started.
+    if (threadIdx.x == 0) s.ticket = atomicAdd(dq_sums.added + size_t(heads) * query_tiles * (THREADS / WARP), 1u);
+    __syncthreads();
+    unsigned ticket = s.ticket, head = ticket / (gridDim.x * gridDim.y) * gridDim.x + ticket % gridDim.x;
+    int key_tile = int(ticket / gridDim.x % gridDim.y), k0 = key_tile * KEYS, warp_k0 = k0 + warp * 16;
+    size_t b = head / H, stride = 3 * size_t(C), at = b * T * stride + head % H * D;
+    const branch_t *q = qkv + at, *k = q + C, *v = k + C, *dout = dy + b * T * C + head % H * D;
+    float scale = LOG2_E / sqrtf(float(D));
+
+    auto load_queries = [&](int tile, int buffer) {
+        load_panels<Q, D, THREADS>(s.q[buffer], q, stride, tile * Q, T);
+        load_panels<Q, D, THREADS>(s.dy[buffer], dout, C, tile * Q, T);
+        for (int i = threadIdx.x; i < Q; i += THREADS) {
+            bool valid = tile * Q + i < T;
+            s.lse[buffer][i] = valid ? LOG2_E * lse[size_t(head) * T + tile * Q + i] : 0;
+            s.delta[buffer][i] = valid ? delta[size_t(head) * T + tile * Q + i] : 0;
+        }
+    };
+    load_panels<KEYS, D, THREADS>(s.k, k, stride, k0, T);
+    load_panels<KEYS, D, THREADS>(s.v, v, stride, k0, T);
+    load_queries(query_tiles - 1, 0);
+    cp_async_commit();
+    uint64_t own_keys = panels<KEYS>(s.k + group * 64 * PANEL), own_values = panels<KEYS>(s.v + group * 64 * PANEL);
+    // dq's tile of this warpgroup: of 128 queries of 64 channels 64 queries, of 64 of 128 channels 64 channels
+    int dq_row = D == 64 ? group * 64 : 0, dq_column = D == 64 ? 0 : group * 64;
+    uint64_t ds_tile = panels<KEYS>(s.ds + dq_row * KEYS), dq_keys = panels<KEYS>(s.k + dq_column * KEYS);
+    WarpTile<1, D> dk, dv;
+    dk.zero(), dv.zero();
+    for (int tile = query_tiles - 1; tile >= k0 / Q; tile--) {
+        int now = (query_tiles - 1 - tile) % 2, q0 = tile * Q;
+        cp_async_wait<0>();
+        fence_proxy_async();
+        __syncthreads();
+        if (tile > k0 / Q) load_queries(tile - 1, 1 - now);
+        cp_async_commit();
+        uint64_t q_tile = panels<Q>(s.q[now]), dy_tile = panels<Q>(s.dy[now]);
+        WarpTile<1, Q> p, ds;
+        uint32_t p_bf16[Q / 16][4], ds_bf16[Q / 16][4];
+        wgmma_fence(p.v[0], ds.v[0]);
+#pragma unroll
+        for (int i = 0; i < D / 16; i++)
+            wgmma<Q, K_MAJOR, K_MAJOR>(p.v[0], own_keys + along<KEYS>(i), q_tile + along<Q>(i), i > 0);
+        wgmma_commit();
+#pragma unroll
+        for (int i = 0; i < D / 16; i++)
+            wgmma<Q, K_MAJOR, K_MAJOR>(ds.v[0], own_values + along<KEYS>(i), dy_tile + along<Q>(i), i > 0);
+        wgmma_commit();
+        wgmma_wait<1>(p.v[0]);
+        bool masked = q0 < warp_k0 + 16;
+        p.each(lane, [&](float& score, int, int half, int column) {
+            score = fast_exp2(scale * score - s.lse[now][column]);
+            if (masked && warp_k0 + 8 * half + lane / 4 > q0 + column) score = 0;
+        });
+        pack(p_bf16, p);
+        wgmma_wait<0>(ds.v[0]);
+        wgmma_fence(dv.v[0], p_bf16);
+#pragma unroll
+        for (int i = 0; i < Q / 16; i++) wgmma<D, MN_MAJOR>(dv.v[0], p_bf16[i], dy_tile + down(i), true);
+        wgmma_commit();
+        ds.each(lane, [&](float& value, int, int, int column, float probability) {
+            value = probability * (value - s.delta[now][column]);
+        }, p);
+        pack(ds_bf16, ds);
+#pragma unroll
+        for (int i = 0; i < Q / 16; i++)  // (keys, queries)
+            stmatrix_x4(s.ds + panel_at<KEYS>(warp * 16 + lane % 16, 2 * i + lane / 16), ds_bf16[i]);
+        fence_proxy_async();
+        __syncthreads();
+        WarpTile<1, 64> dq;
+        wgmma_fence(dq.v[0], dk.v[0], ds_bf16);
+#pragma unroll
+        for (int i = 0; i < KEYS / 16; i++)
+            wgmma<64, MN_MAJOR, MN_MAJOR>(dq.v[0], ds_tile + down(i), dq_keys + down(i), i > 0);
+        wgmma_commit();
+#pragma unroll
+        for (int i = 0; i < Q / 16; i++) wgmma<D, MN_MAJOR>(dk.v[0], ds_bf16[i], q_tile + down(i), true);
+        wgmma_commit();
+        size_t sums = size_t(head) * query_tiles + tile;
+        float4* sum = dq_sums.sums + sums * 8 * THREADS + threadIdx.x;
+        volatile unsigned* added = dq_sums.added + sums * (THREADS / WARP) + warp;
+        float4 before[8];
+        if (key_tile > 0) {
+            if (lane == 0)
+                while (*added < unsigned(key_tile)) __nanosleep(32);
+            __threadfence();
+            __syncwarp();
+#pragma unroll
+            for (int i = 0; i < 8; i++) before[i] = __ldcg(sum + i * THREADS);
+        }
+        wgmma_wait<1>(dq.v[0], dv.v[0], p_bf16);
+        if (key_tile > 0)
+#pragma unroll
+            for (int i = 0; i < 8; i++)
+                dq.v[0][i][0] += before[i].x, dq.v[0][i][1] += before[i].y, dq.v[0][i][2] += before[i].z,
+                    dq.v[0][i][3] += before[i].w;
+        if (key_tile == (min(q0 + Q, T) - 1) / KEYS)
+            store_rows(dqkv + at + dq_column, stride, q0 + dq_row + warp % 4 * 16, T, dq, lane,
+                       [&](int, int) { return scale * LN_2; });  // 1 / sqrt(D)
+        else {
+#pragma unroll
+            for (int i = 0; i < 8; i++)
+                __stcg(sum + i * THREADS, make_float4(dq.v[0][i][0], dq.v[0][i][1], dq.v[0][i][2], dq.v[0][i][3]));
+            __threadfence();
+            __syncwarp();
+            if (lane == 0) *added = unsigned(key_tile) + 1;
+        }
+        wgmma_wait<0>(dk.v[0], ds_bf16);
+    }
+    cp_async_wait<0>();
+    store_rows(dqkv + at + C, stride, warp_k0, T, dk, lane, [&](int, int) { return scale * LN_2; });  // 1 / sqrt(D)
+    store_rows(dqkv + at + 2 * C, stride, warp_k0, T, dv, lane, [](int, int) { return 1.0f; });
+#endif
+}
+
 // The kernels of each D that the BF16 build has.
 template <class Action>
 void by_head_size(int D, Action action) {
@@ -1244,27 +1634,60 @@ void by_head_size(int D, Action action) {
     else fail("-H: expected heads of 16, 32, 64 or 128 channels, found %d", D);
 }
 
+// Whether attention runs by wgmma.
+inline bool by_wgmma(const Device& device, int D) { return device.wgmma && (D == 64 || D == 128); }
+
 void attention_forward(Device& device, branch_t* y, float* lse, const branch_t* qkv, int B, int T, int C, int H,
                        int first) {
+    size_t heads = size_t(B) * size_t(H), queries = size_t(T - first);
+    AttentionShape shape{T, C, H, first};
     by_head_size(C / H, [&](auto size) {
         constexpr int D = size, M = AttentionTiles<D>::FORWARD_M, N = AttentionTiles<D>::FORWARD_N, ROWS = att_rows(M);
-        launch(attention_forward_kernel<D, M, N>,
-               attention_grid(size_t(B) * size_t(H), ceil_div(size_t(T - first), ROWS), 1), ATT_WARPS * WARP,
-               sizeof(AttentionForwardShared<D, ROWS, N>), device.stream, y, lse, qkv, AttentionShape{T, C, H, first});
+        if constexpr (D >= 64)
+            if (by_wgmma(device, D)) {
+                using Tiles = HopperForward<D>;
+                launch(attention_forward_hopper_kernel<D, Tiles::N, Tiles::WARPGROUPS, Tiles::BLOCKS>,
+                       attention_grid(heads, ceil_div(queries, 64 * Tiles::WARPGROUPS), 1),
+                       Tiles::WARPGROUPS * WARPGROUP, sizeof(HopperForwardShared<D, Tiles::N, Tiles::WARPGROUPS>),
+                       device.stream, y, lse, qkv, shape);
+                return;
+            }
+        launch(attention_forward_kernel<D, M, N>, attention_grid(heads, ceil_div(queries, ROWS), 1), ATT_WARPS * WARP,
+               sizeof(AttentionForwardShared<D, ROWS, N>), device.stream, y, lse, qkv, shape);
     });
 }
 
+// Floats that the backward needs beside its results, whatever they hold: DqSums' sums and counters.
+inline size_t attention_scratch(int B, int T, int C, int H) {
+    int D = C / H;
+    if (!Device::has_wgmma() || (D != 64 && D != 128)) return 0;
+    size_t tiles = size_t(B) * size_t(H) * ceil_div(size_t(T), D == 64 ? 128 : 64);
+    return tiles * 8 * 256 * 4 + round_up(tiles * 8 + 1, 4);
+}
+
 void attention_backward(Device& device, branch_t* dqkv, float* delta, const branch_t* dy, const branch_t* qkv,
-                        const branch_t* y, const float* lse, int B, int T, int C, int H) {
+                        const branch_t* y, const float* lse, int B, int T, int C, int H, float* scratch) {
     AttentionShape shape{T, C, H, 0};
+    size_t heads = size_t(B) * size_t(H), n = size_t(B) * size_t(T) * size_t(C);
     by_head_size(C / H, [&](auto size) {
         constexpr int D = size;
         using Tiles = AttentionTiles<D>;
         constexpr int ROWS = att_rows(Tiles::BACKWARD_M);
-        size_t n = size_t(B) * size_t(T) * size_t(C);
-        launch_threads(attention_delta_kernel<D>, n / 8, device.stream, delta, dy, y, n, shape);
-        launch(attention_backward_kernel<D>, attention_grid(size_t(B) * size_t(H), ceil_div(size_t(T), ROWS), 2),
-               ATT_WARPS * WARP,
+        bool hopper = by_wgmma(device, D);
+        size_t query_tiles = ceil_div(size_t(T), HopperBackward<D>::Q);
+        DqSums sums{reinterpret_cast<float4*>(scratch),
+                    reinterpret_cast<unsigned*>(scratch + heads * query_tiles * 8 * 256 * 4)};
+        launch_threads(attention_delta_kernel<D>, n / 8, device.stream, delta, dy, y, n, hopper ? sums.added : nullptr,
+                       heads * query_tiles * 8 + 1, shape);
+        if constexpr (D >= 64)
+            if (hopper) {
+                using Hopper = HopperBackward<D>;
+                launch(attention_backward_hopper_kernel<D>, attention_grid(heads, ceil_div(size_t(T), Hopper::KEYS), 1),
+                       Hopper::THREADS, sizeof(HopperBackwardShared<D, Hopper::Q>), device.stream, dqkv, dy, qkv, lse,
+                       delta, sums, shape);
+                return;
+            }
+        launch(attention_backward_kernel<D>, attention_grid(heads, ceil_div(size_t(T), ROWS), 2), ATT_WARPS * WARP,
                std::max(sizeof(AttentionQShared<D, ROWS, Tiles::Q_N>),
                         sizeof(AttentionKvShared<D, ROWS, Tiles::KV_STAGE>)),
                device.stream, dqkv, dy, qkv, lse, delta, shape);
@@ -1712,6 +2135,7 @@ void branch_forward(Device& device, branch_t* f, const BranchActivations& a, con
 struct BranchScratch {
     branch_t* dbranch;  // (rows,4C) dqkv or dh
     float* delta;       // (B,H,T)
+    float* attention;   // attention_scratch
     float* partial;     // (blocks,2C) or (blocks,3D) of the gains
 };
 
@@ -1726,7 +2150,8 @@ void attention_branch_backward(Device& device, branch_t* du, const branch_t* df,
                {dw.gain(GAMMA_Q), dw.gain(GAMMA_K), dw.gain(GAMMA_V)}};
     bool normed = g.gamma[0];
     if (normed) qkv_norm_forward(device, a.qkv_normed, a.qkv, g, rows, c.H, c.D());  // one buffer for all sub-layers
-    attention_backward(device, s.dbranch, s.delta, du, normed ? a.qkv_normed : a.qkv, a.y, a.lse, B, T, c.C, c.H);
+    attention_backward(device, s.dbranch, s.delta, du, normed ? a.qkv_normed : a.qkv, a.y, a.lse, B, T, c.C, c.H,
+                       s.attention);
     if (normed) qkv_norm_backward(device, s.dbranch, a.qkv, g, rows, c.H, c.D(), s.partial);
     matmul_backward(device, du, dw.matrix(QKVW), s.dbranch, a.u, w[QKVW], rows, C, 3 * C);
 }
@@ -1784,7 +2209,7 @@ struct Model {
     DeviceArray<branch_t> u, qkv, qkv_normed, y, h, gelu;
     DeviceArray<float> lse;
     DeviceArray<branch_t> head_in, f, df, du, dbranch;  // (B,T,C), dbranch (B,T,4C), of the sub-layer at work
-    DeviceArray<float> dz, delta;                       // (B,T,C) the highway's gradient; (B,H,T)
+    DeviceArray<float> dz, delta, attention;            // (B,T,C) the highway's gradient; (B,H,T); attention_scratch
     DeviceArray<branch_t> logits;                       // a chunk of rows of (.,Vp)
     DeviceArray<float> losses;                          // (B,T)
     DeviceArray<float> gain_partial;  // (blocks,2C) or (blocks,3D) the gains' gradients before their last sum
@@ -1866,6 +2291,7 @@ struct Model {
         visit("gradient inside a branch", &Model::dbranch, rows * 4 * C);
         visit("gradient of z", &Model::dz, rows * C);
         visit("attention's delta", &Model::delta, rows * size_t(c.H));
+        visit("attention's dq, partial sums", &Model::attention, attention_scratch(B, T, c.C, c.H));
         visit("logits, a chunk", &Model::logits, head_rows(c, rows) * size_t(c.Vp()));
         visit("losses", &Model::losses, rows);
         visit("gains' gradients, partial sums", &Model::gain_partial,
@@ -2116,7 +2542,7 @@ struct Model {
     // du_l in du, from dF_l in df.
     void branch_backward(int l, int b) {
         BranchActivations a = activations(l);
-        BranchScratch scratch{dbranch.data(), delta.data(), gain_partial.data()};
+        BranchScratch scratch{dbranch.data(), delta.data(), attention.data(), gain_partial.data()};
         size_t rows = size_t(b) * size_t(T);
         if (recompute.drops_all()) forward_branch(l, b, nullptr);
         else if (recompute.drops_u() && !is_attention(l))
