@@ -1358,14 +1358,15 @@ __device__ __forceinline__ int panel_at(int row, int chunk) {
     return chunk / 8 * ROWS * PANEL + row * PANEL + (chunk % 8 ^ row % 8) * 8;
 }
 template <int ROWS, int D, int THREADS>
-__device__ __forceinline__ void load_panels(branch_t* tile, const branch_t* from, size_t stride, int first, int end) {
+__device__ __forceinline__ void load_panels(branch_t* tile, const branch_t* from, unsigned stride, int first, int end) {
+    constexpr int CHUNKS = D / 8, AT_ONCE = THREADS / CHUNKS;  // rows that all threads copy at a time
+    static_assert(AT_ONCE % 8 == 0);
+    int row = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
+    const branch_t* source = from + size_t(first + row) * stride + chunk * 8;
+    branch_t* to = tile + panel_at<ROWS>(row, chunk);
 #pragma unroll
-    for (int i = threadIdx.x; i < ROWS * (D / 8); i += THREADS) {
-        int row = i / (D / 8), chunk = i % (D / 8);
-        bool valid = first + row < end;
-        cp_async_16(tile + panel_at<ROWS>(row, chunk), from + size_t(valid ? first + row : 0) * stride + chunk * 8,
-                    valid);
-    }
+    for (int i = 0; i < ROWS; i += AT_ONCE, source += AT_ONCE * stride)
+        if (ROWS % AT_ONCE == 0 || row + i < ROWS) cp_async_16(to + i * PANEL, source, first + row + i < end);
 }
 
 // wgmma's descriptor of a tile of panels: its address, and in units of 16 bytes too how far it is to the next panel and
@@ -1515,18 +1516,18 @@ __global__ void __launch_bounds__(HopperBackward<D>::THREADS, 1)
     __syncthreads();
     unsigned ticket = s.ticket, head = ticket / (gridDim.x * gridDim.y) * gridDim.x + ticket % gridDim.x;
     int key_tile = int(ticket / gridDim.x % gridDim.y), k0 = key_tile * KEYS, warp_k0 = k0 + warp * 16;
-    size_t b = head / H, stride = 3 * size_t(C), at = b * T * stride + head % H * D;
+    unsigned stride = 3 * unsigned(C);
+    size_t b = head / H, at = b * T * stride + head % H * D;
     const branch_t *q = qkv + at, *k = q + C, *v = k + C, *dout = dy + b * T * C + head % H * D;
     float scale = LOG2_E / sqrtf(float(D));
 
     auto load_queries = [&](int tile, int buffer) {
         load_panels<Q, D, THREADS>(s.q[buffer], q, stride, tile * Q, T);
         load_panels<Q, D, THREADS>(s.dy[buffer], dout, C, tile * Q, T);
-        for (int i = threadIdx.x; i < Q; i += THREADS) {
-            bool valid = tile * Q + i < T;
-            s.lse[buffer][i] = valid ? LOG2_E * lse[size_t(head) * T + tile * Q + i] : 0;
-            s.delta[buffer][i] = valid ? delta[size_t(head) * T + tile * Q + i] : 0;
-        }
+        int query = tile * Q + int(threadIdx.x);
+        if (threadIdx.x >= Q) return;
+        s.lse[buffer][threadIdx.x] = query < T ? LOG2_E * lse[head * unsigned(T) + unsigned(query)] : 0;
+        s.delta[buffer][threadIdx.x] = query < T ? delta[head * unsigned(T) + unsigned(query)] : 0;
     };
     load_panels<KEYS, D, THREADS>(s.k, k, stride, k0, T);
     load_panels<KEYS, D, THREADS>(s.v, v, stride, k0, T);
@@ -1559,19 +1560,28 @@ __global__ void __launch_bounds__(HopperBackward<D>::THREADS, 1)
         wgmma_commit();
         wgmma_wait<1>(p.v[0]);
         bool masked = q0 < warp_k0 + 16;
-        p.each(lane, [&](float& score, int, int half, int column) {
-            score = fast_exp2(scale * score - s.lse[now][column]);
-            if (masked && warp_k0 + 8 * half + lane / 4 > q0 + column) score = 0;
-        });
-        pack(p_bf16, p);
+#pragma unroll
+        for (int n = 0; n < Q / 8; n++) {
+            auto row_lse = load<2>(&s.lse[now][n * 8 + lane % 4 * 2]);
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                float& score = p.v[0][n][i];
+                score = fast_exp2(scale * score - row_lse[i % 2]);
+                if (masked && warp_k0 + i / 2 * 8 + lane / 4 > q0 + n * 8 + lane % 4 * 2 + i % 2) score = 0;
+            }
+        }
         wgmma_wait<0>(ds.v[0]);
+#pragma unroll
+        for (int n = 0; n < Q / 8; n++) {
+            auto row_delta = load<2>(&s.delta[now][n * 8 + lane % 4 * 2]);
+#pragma unroll
+            for (int i = 0; i < 4; i++) ds.v[0][n][i] = p.v[0][n][i] * (ds.v[0][n][i] - row_delta[i % 2]);
+        }
+        pack(p_bf16, p);
         wgmma_fence(dv.v[0], p_bf16);
 #pragma unroll
         for (int i = 0; i < Q / 16; i++) wgmma<D, MN_MAJOR>(dv.v[0], p_bf16[i], dy_tile + down(i), true);
         wgmma_commit();
-        ds.each(lane, [&](float& value, int, int, int column, float probability) {
-            value = probability * (value - s.delta[now][column]);
-        }, p);
         pack(ds_bf16, ds);
 #pragma unroll
         for (int i = 0; i < Q / 16; i++)  // (keys, queries)
@@ -1587,24 +1597,22 @@ __global__ void __launch_bounds__(HopperBackward<D>::THREADS, 1)
 #pragma unroll
         for (int i = 0; i < Q / 16; i++) wgmma<D, MN_MAJOR>(dk.v[0], ds_bf16[i], q_tile + down(i), true);
         wgmma_commit();
-        size_t sums = size_t(head) * query_tiles + tile;
-        float4* sum = dq_sums.sums + sums * 8 * THREADS + threadIdx.x;
-        volatile unsigned* added = dq_sums.added + sums * (THREADS / WARP) + warp;
-        float4 before[8];
+        unsigned sums = head * unsigned(query_tiles) + unsigned(tile);
+        float4* sum = dq_sums.sums + size_t(sums) * (8 * THREADS) + threadIdx.x;
+        volatile unsigned* added = dq_sums.added + size_t(sums) * (THREADS / WARP) + warp;
+        wgmma_wait<1>(dq.v[0], dv.v[0], p_bf16);
         if (key_tile > 0) {
             if (lane == 0)
                 while (*added < unsigned(key_tile)) __nanosleep(32);
             __threadfence();
             __syncwarp();
 #pragma unroll
-            for (int i = 0; i < 8; i++) before[i] = __ldcg(sum + i * THREADS);
+            for (int i = 0; i < 8; i++) {
+                float4 before = __ldcg(sum + i * THREADS);
+                dq.v[0][i][0] += before.x, dq.v[0][i][1] += before.y, dq.v[0][i][2] += before.z,
+                    dq.v[0][i][3] += before.w;
+            }
         }
-        wgmma_wait<1>(dq.v[0], dv.v[0], p_bf16);
-        if (key_tile > 0)
-#pragma unroll
-            for (int i = 0; i < 8; i++)
-                dq.v[0][i][0] += before[i].x, dq.v[0][i][1] += before[i].y, dq.v[0][i][2] += before[i].z,
-                    dq.v[0][i][3] += before[i].w;
         if (key_tile == (min(q0 + Q, T) - 1) / KEYS)
             store_rows(dqkv + at + dq_column, stride, q0 + dq_row + warp % 4 * 16, T, dq, lane,
                        [&](int, int) { return scale * LN_2; });  // 1 / sqrt(D)
