@@ -1394,7 +1394,7 @@ __device__ __forceinline__ void pack(uint32_t (&p)[N / 16][4], const WarpTile<1,
 
 template <int D>
 struct HopperForward {
-    static constexpr int N = D == 64 ? 64 : 128, WARPGROUPS = 2, BLOCKS = D == 64 ? 2 : 1;
+    static constexpr int N = 64, WARPGROUPS = 1, BLOCKS = D == 64 ? 4 : 3;
 };
 template <int D, int N, int WARPGROUPS>
 struct HopperForwardShared {
@@ -1521,22 +1521,38 @@ __global__ void __launch_bounds__(HopperBackward<D>::THREADS, 1)
     const branch_t *q = qkv + at, *k = q + C, *v = k + C, *dout = dy + b * T * C + head % H * D;
     float scale = LOG2_E / sqrtf(float(D));
 
+    float next_lse = 0, next_delta = 0;  // of a query of the next tile, threads 0 to Q - 1
     auto load_queries = [&](int tile, int buffer) {
         load_panels<Q, D, THREADS>(s.q[buffer], q, stride, tile * Q, T);
         load_panels<Q, D, THREADS>(s.dy[buffer], dout, C, tile * Q, T);
+        cp_async_commit();
         int query = tile * Q + int(threadIdx.x);
-        if (threadIdx.x >= Q) return;
-        s.lse[buffer][threadIdx.x] = query < T ? LOG2_E * lse[head * unsigned(T) + unsigned(query)] : 0;
-        s.delta[buffer][threadIdx.x] = query < T ? delta[head * unsigned(T) + unsigned(query)] : 0;
+        bool valid = threadIdx.x < Q && query < T;
+        next_lse = valid ? lse[head * unsigned(T) + unsigned(query)] : 0;
+        next_delta = valid ? delta[head * unsigned(T) + unsigned(query)] : 0;
+    };
+    auto store_lse_delta = [&](int buffer) {
+        if (threadIdx.x < Q) s.lse[buffer][threadIdx.x] = LOG2_E * next_lse, s.delta[buffer][threadIdx.x] = next_delta;
+    };
+    auto added_of = [&](int tile) -> volatile unsigned* {
+        return dq_sums.added + (head * unsigned(query_tiles) + unsigned(tile)) * (THREADS / WARP) + unsigned(warp);
     };
     load_panels<KEYS, D, THREADS>(s.k, k, stride, k0, T);
     load_panels<KEYS, D, THREADS>(s.v, v, stride, k0, T);
     load_queries(query_tiles - 1, 0);
-    cp_async_commit();
+    store_lse_delta(0);
     uint64_t own_keys = panels<KEYS>(s.k + group * 64 * PANEL), own_values = panels<KEYS>(s.v + group * 64 * PANEL);
     // dq's tile of this warpgroup: of 128 queries of 64 channels 64 queries, of 64 of 128 channels 64 channels
     int dq_row = D == 64 ? group * 64 : 0, dq_column = D == 64 ? 0 : group * 64;
     uint64_t ds_tile = panels<KEYS>(s.ds + dq_row * KEYS), dq_keys = panels<KEYS>(s.k + dq_column * KEYS);
+    auto last_key_tile = [&](int tile) { return (min((tile + 1) * Q, T) - 1) / KEYS; };
+    // Tells the warp of the next key tile that this one has added its part of dq to a query tile.
+    auto publish = [&](int tile) {
+        if (key_tile == last_key_tile(tile)) return;
+        __threadfence();
+        __syncwarp();
+        if (lane == 0) *added_of(tile) = unsigned(key_tile) + 1;
+    };
     WarpTile<1, D> dk, dv;
     dk.zero(), dv.zero();
     for (int tile = query_tiles - 1; tile >= k0 / Q; tile--) {
@@ -1545,19 +1561,27 @@ __global__ void __launch_bounds__(HopperBackward<D>::THREADS, 1)
         fence_proxy_async();
         __syncthreads();
         if (tile > k0 / Q) load_queries(tile - 1, 1 - now);
-        cp_async_commit();
+        unsigned added = key_tile > 0 ? *added_of(tile) : 0;
         uint64_t q_tile = panels<Q>(s.q[now]), dy_tile = panels<Q>(s.dy[now]);
         WarpTile<1, Q> p, ds;
         uint32_t p_bf16[Q / 16][4], ds_bf16[Q / 16][4];
-        wgmma_fence(p.v[0], ds.v[0]);
+        wgmma_fence(p.v[0]);
 #pragma unroll
         for (int i = 0; i < D / 16; i++)
             wgmma<Q, K_MAJOR, K_MAJOR>(p.v[0], own_keys + along<KEYS>(i), q_tile + along<Q>(i), i > 0);
         wgmma_commit();
 #pragma unroll
+        for (int n = 0; n < Q / 8; n++) {
+            auto row_delta = load<2>(&s.delta[now][n * 8 + lane % 4 * 2]);
+#pragma unroll
+            for (int i = 0; i < 4; i++) ds.v[0][n][i] = -row_delta[i % 2];
+        }
+        wgmma_fence(ds.v[0]);
+#pragma unroll
         for (int i = 0; i < D / 16; i++)
-            wgmma<Q, K_MAJOR, K_MAJOR>(ds.v[0], own_values + along<KEYS>(i), dy_tile + along<Q>(i), i > 0);
+            wgmma<Q, K_MAJOR, K_MAJOR>(ds.v[0], own_values + along<KEYS>(i), dy_tile + along<Q>(i), true);
         wgmma_commit();
+        if (tile < query_tiles - 1) publish(tile + 1);
         wgmma_wait<1>(p.v[0]);
         bool masked = q0 < warp_k0 + 16;
 #pragma unroll
@@ -1571,12 +1595,7 @@ __global__ void __launch_bounds__(HopperBackward<D>::THREADS, 1)
             }
         }
         wgmma_wait<0>(ds.v[0]);
-#pragma unroll
-        for (int n = 0; n < Q / 8; n++) {
-            auto row_delta = load<2>(&s.delta[now][n * 8 + lane % 4 * 2]);
-#pragma unroll
-            for (int i = 0; i < 4; i++) ds.v[0][n][i] = p.v[0][n][i] * (ds.v[0][n][i] - row_delta[i % 2]);
-        }
+        ds.each(lane, [&](float& value, int, int, int, float probability) { value *= probability; }, p);
         pack(p_bf16, p);
         wgmma_fence(dv.v[0], p_bf16);
 #pragma unroll
@@ -1597,36 +1616,35 @@ __global__ void __launch_bounds__(HopperBackward<D>::THREADS, 1)
 #pragma unroll
         for (int i = 0; i < Q / 16; i++) wgmma<D, MN_MAJOR>(dk.v[0], ds_bf16[i], q_tile + down(i), true);
         wgmma_commit();
-        unsigned sums = head * unsigned(query_tiles) + unsigned(tile);
-        float4* sum = dq_sums.sums + size_t(sums) * (8 * THREADS) + threadIdx.x;
-        volatile unsigned* added = dq_sums.added + size_t(sums) * (THREADS / WARP) + warp;
-        wgmma_wait<1>(dq.v[0], dv.v[0], p_bf16);
-        if (key_tile > 0) {
-            if (lane == 0)
-                while (*added < unsigned(key_tile)) __nanosleep(32);
-            __threadfence();
-            __syncwarp();
-#pragma unroll
-            for (int i = 0; i < 8; i++) {
-                float4 before = __ldcg(sum + i * THREADS);
-                dq.v[0][i][0] += before.x, dq.v[0][i][1] += before.y, dq.v[0][i][2] += before.z,
-                    dq.v[0][i][3] += before.w;
-            }
+        float4* sum = dq_sums.sums + size_t(head * unsigned(query_tiles) + unsigned(tile)) * (8 * THREADS) + threadIdx.x;
+        while (added < unsigned(key_tile)) {
+            __nanosleep(32);
+            added = *added_of(tile);
         }
-        if (key_tile == (min(q0 + Q, T) - 1) / KEYS)
+        wgmma_wait<1>(dq.v[0], dv.v[0], p_bf16);
+        if (key_tile == last_key_tile(tile)) {
+            if (key_tile > 0) {
+                __threadfence();
+#pragma unroll
+                for (int i = 0; i < 8; i++) {
+                    float4 before = __ldcg(sum + i * THREADS);
+                    dq.v[0][i][0] += before.x, dq.v[0][i][1] += before.y, dq.v[0][i][2] += before.z,
+                        dq.v[0][i][3] += before.w;
+                }
+            }
             store_rows(dqkv + at + dq_column, stride, q0 + dq_row + warp % 4 * 16, T, dq, lane,
                        [&](int, int) { return scale * LN_2; });  // 1 / sqrt(D)
-        else {
+        } else
 #pragma unroll
-            for (int i = 0; i < 8; i++)
-                __stcg(sum + i * THREADS, make_float4(dq.v[0][i][0], dq.v[0][i][1], dq.v[0][i][2], dq.v[0][i][3]));
-            __threadfence();
-            __syncwarp();
-            if (lane == 0) *added = unsigned(key_tile) + 1;
-        }
+            for (int i = 0; i < 8; i++) {
+                float4 own = make_float4(dq.v[0][i][0], dq.v[0][i][1], dq.v[0][i][2], dq.v[0][i][3]);
+                if (key_tile == 0) __stcg(sum + i * THREADS, own);
+                else atomicAdd(sum + i * THREADS, own);
+            }
+        store_lse_delta(1 - now);
         wgmma_wait<0>(dk.v[0], ds_bf16);
     }
-    cp_async_wait<0>();
+    publish(k0 / Q);
     store_rows(dqkv + at + C, stride, warp_k0, T, dk, lane, [&](int, int) { return scale * LN_2; });  // 1 / sqrt(D)
     store_rows(dqkv + at + 2 * C, stride, warp_k0, T, dv, lane, [](int, int) { return 1.0f; });
 #endif
