@@ -95,16 +95,16 @@ struct Accumulator {
 };
 
 // What is the same for all threads that issue it.
-struct ProductKey {
+struct WgmmaKey {
     int line, n;
     bool a_in_registers, add;
     Major a_major, b_major;
     uint64_t a, b;
     uint32_t commits, history;
-    bool operator==(const ProductKey&) const = default;
+    bool operator==(const WgmmaKey&) const = default;
 };
-struct Product {
-    ProductKey key;
+struct Wgmma {
+    WgmmaKey key;
     int issued, waited;  // by so many threads
     Accumulator* sum;
     int a_chunks, chunks;
@@ -113,8 +113,8 @@ struct Product {
     uint32_t a[128][4];
 };
 struct Warpgroup {
-    std::deque<std::unique_ptr<Product>> flight;
-    std::vector<std::unique_ptr<Product>> spare;
+    std::deque<std::unique_ptr<Wgmma>> flight;
+    std::vector<std::unique_ptr<Wgmma>> spare;
     uint32_t first, issued, executed;  // of all products: flight[0], those that all threads have issued, those done
     std::vector<std::unique_ptr<Accumulator>> sums;
     std::vector<unsigned> parked;  // threads that wait until all have issued
@@ -165,7 +165,7 @@ inline size_t accumulator_bytes(int n) { return size_t(n) * 2; }  // a thread's
 
 inline uint32_t chunk_of(Worker& w, const void* p) { return uint32_t((const char*)p - w.shared) / 16; }
 
-// Product that may still read the chunk.
+// The line of the product that may still read the chunk.
 inline int line_of_reader(Worker& w, uint32_t chunk) {
     for (unsigned i = 0; i * 128 < w.threads; i++)
         for (auto& product : products(w).groups[i].flight)
@@ -209,7 +209,7 @@ inline void store_matrices(Worker& w, Warp& warp) {
 
 // ----- Products
 
-inline std::string described(const ProductKey& k) {
+inline std::string described(const WgmmaKey& k) {
     const char* major[] = {"K-major", "MN-major"};
     return formatted("line %d, N = %d, a %s 0x%llx, b %s 0x%llx, %s, after %u commits", k.line, k.n,
                      k.a_in_registers ? "in registers" : major[k.a_major], (unsigned long long)k.a, major[k.b_major],
@@ -231,7 +231,7 @@ inline std::string chunk_fault(Worker& w, uint32_t index) {
 }
 
 // Lists an operand's chunks and counts the product among their readers. "" or what is wrong.
-inline std::string read_operand(Worker& w, Product& product, uint64_t d, Major major, int size) {
+inline std::string read_operand(Worker& w, Wgmma& product, uint64_t d, Major major, int size) {
     if (std::string fault = descriptor_fault(d, major, size); !fault.empty()) return fault;
     Products& p = products(w);
     int outer = major == K_MAJOR ? size : 16, inner = (major == K_MAJOR ? 16 : size) / 8;
@@ -289,8 +289,8 @@ inline void multiply(const float (*a)[16], const float (*b)[256], float* sum, in
 // The warpgroup's next product. Called between threads too, so it does not throw.
 inline void execute_next(Worker& w, Warpgroup& g) {
     Products& p = products(w);
-    Product& product = *g.flight[g.executed++ - g.first];
-    const ProductKey& key = product.key;
+    Wgmma& product = *g.flight[g.executed++ - g.first];
+    const WgmmaKey& key = product.key;
     std::string fault;
     if (key.a_in_registers) {
         for (int thread = 0; thread < 128; thread++)
@@ -351,7 +351,7 @@ inline void expect_fenced(Worker& w, const char* what, int line, const void* reg
 
 // The thread's part of a product. It goes on at once: that all threads issue the same is checked, and that they do
 // before a wait.
-inline void issue_product(ProductKey key, float* d, const uint32_t* a) {
+inline void issue_product(WgmmaKey key, float* d, const uint32_t* a) {
     Worker& w = device();
     auto wrong = [&](const std::string& what) { w.misuse(formatted("wgmma (line %d): ", key.line) + what); };
     if (settings().ptx < 90) wrong(formatted("expected code built for 9.0a, found %d", settings().ptx));
@@ -377,10 +377,10 @@ inline void issue_product(ProductKey key, float* d, const uint32_t* a) {
     if (a) expect_fenced(w, "a", key.line, a, 16);
 
     if (t.issued - g.first == g.flight.size()) {
-        if (g.spare.empty()) g.spare.push_back(std::make_unique<Product>());
+        if (g.spare.empty()) g.spare.push_back(std::make_unique<Wgmma>());
         g.flight.push_back(std::move(g.spare.back()));
         g.spare.pop_back();
-        Product& product = *g.flight.back();
+        Wgmma& product = *g.flight.back();
         product.key = key, product.issued = product.waited = product.chunks = 0, product.sum = chain;
         std::string fault = key.a_in_registers ? "" : read_operand(w, product, key.a, key.a_major, 64);
         if (!fault.empty()) wrong("a: " + fault);
@@ -395,7 +395,7 @@ inline void issue_product(ProductKey key, float* d, const uint32_t* a) {
             product.sum->value.assign(size_t(64 * product.sum->stride), 0.f);
         }
     }
-    Product& product = *g.flight[t.issued - g.first];
+    Wgmma& product = *g.flight[t.issued - g.first];
     if (product.key != key)
         wrong("expected the threads of a warpgroup to issue the same products after the same fences, commits and "
               "waits, found (" +
@@ -460,7 +460,7 @@ inline void wait_for_products(uint32_t newest) {
         if (w.abandoned) throw Abandoned{};
     }
     for (unsigned thread = w.current->index % 128; t.waited < until; t.waited++) {
-        Product& product = *g.flight[t.waited - g.first];
+        Wgmma& product = *g.flight[t.waited - g.first];
         product.waited++;
         if (const uint32_t* a = product.a_registers[thread]; a && memcmp(a, product.a[thread], 16))
             w.misuse(formatted("wgmma_wait<%u>: expected a of the wgmma of line %d unchanged until this wait, found it "
@@ -469,7 +469,7 @@ inline void wait_for_products(uint32_t newest) {
     }
     Products& p = products(w);
     for (; !g.flight.empty() && g.flight.front()->waited == 128; g.first++) {
-        Product& done = *g.flight.front();
+        Wgmma& done = *g.flight.front();
         for (int i = 0; i < done.chunks; i++) p.chunks[done.chunk[i]].readers--;
         g.spare.push_back(std::move(g.flight.front()));
         g.flight.pop_front();
