@@ -224,7 +224,7 @@ build/test_gpu_bf16_on_cpu build/test_gpu_fp32_on_cpu: $(GPU_TEST) $(CUDA_ON_CPU
 build/test_gpu_bf16_sanitized: $(GPU_TEST) $(CUDA_ON_CPU) FORCE
 	$(call on_cpu,$(filter-out -g,$(SANITIZE)) -Wno-maybe-uninitialized -DKEEL_NO_MAIN,,doctest-dev)
 
-build/test_cuda_on_cpu: test/cuda_on_cpu/test_cuda_on_cpu.cpp $(CUDA_ON_CPU) FORCE
+build/test_cuda_on_cpu build/test_wgmma: build/%: test/cuda_on_cpu/%.cpp $(CUDA_ON_CPU) FORCE
 	$(call on_cpu,-O1,,doctest-dev)
 
 # nccl.h over MPI: mpirun -np 3 build/test_nccl
@@ -277,7 +277,7 @@ build/sample_cpu.so: dev/bench/sample_cpu.cpp FORCE
 	$(call program,g++,$(CXX) -std=c++20 -O2 -Wall -Wextra -fPIC -shared)
 
 # Those that take longest to build come first.
-TEST_PROGRAMS = build/test_gpu_bf16_on_cpu build/test_gpu_fp32_on_cpu build/train_keel_on_cpu build/train_keel_fp32_on_cpu build/test_cuda_on_cpu \
+TEST_PROGRAMS = build/test_gpu_bf16_on_cpu build/test_gpu_fp32_on_cpu build/train_keel_on_cpu build/train_keel_fp32_on_cpu build/test_cuda_on_cpu build/test_wgmma \
                 train_keel_cpu train_keel_cpu_fp64 build/test_cpu_fp32 build/test_cpu_fp64 build/test_faults build/test_folder build/test_run build/test_ranks \
                 build/test_device_faults \
                 build/test_tokenizer build/tokenizer.so \

@@ -82,6 +82,7 @@ suite 8 build/test_cpu_fp64
 suite 65/130 build/test_gpu_bf16_on_cpu
 suite 60/130 build/test_gpu_fp32_on_cpu
 suite 2 build/test_cuda_on_cpu
+suite 5 build/test_wgmma
 if [ "$(dev/tools/mpi.sh compile)" ] && command -v mpirun >/dev/null; then
     suite 60/80 build/test_ranks
     suite 15 test/test_cluster.sh

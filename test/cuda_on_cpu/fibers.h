@@ -22,7 +22,8 @@ using boost::context::detail::make_fcontext;
 using boost::context::detail::transfer_t;
 
 constexpr unsigned max_threads = 1024;
-constexpr size_t shared_without_opt_in = 48 << 10, shared_limit = 227 << 10, shared_canary = 512;
+constexpr size_t shared_without_opt_in = 48 << 10, shared_limit = 227 << 10, shared_canary = 512,
+                 shared_alignment = 1024;  // of the largest swizzle pattern
 #ifdef CUDA_ON_CPU_ASAN
 constexpr size_t stack_bytes = 256 << 10;
 #else
@@ -31,10 +32,10 @@ constexpr size_t stack_bytes = 64 << 10;
 constexpr size_t stack_guard = 64 << 10;  // no single page: a frame may be larger, and step over it
 
 // Where a thread may wait. The aligned ones must be the same instruction for the whole warp, so the same source line.
-enum class Wait : uint8_t { running, ended, syncthreads, syncwarp, shuffle, vote, mma, ldmatrix };
+enum class Wait : uint8_t { running, ended, syncthreads, syncwarp, shuffle, vote, mma, ldmatrix, stmatrix, wgmma };
 inline const char* wait_name(Wait wait) {
-    const char* names[] = {"runs",      "ended",  "__syncthreads", "__syncwarp",
-                           "a shuffle", "a vote", "mma_16x8x16",   "ldmatrix_x4"};
+    const char* names[] = {"runs",   "ended",       "__syncthreads", "__syncwarp",  "a shuffle",
+                           "a vote", "mma_16x8x16", "ldmatrix_x4",   "stmatrix_x4", "wgmma_wait for a wgmma"};
     return names[int(wait)];
 }
 
@@ -84,6 +85,8 @@ struct Warp {
     void* operands[32];
 };
 
+struct Products;  // of warpgroups, in flight, and what they may read: wgmma.h
+
 struct Abandoned {};  // thrown into the fibers of a block that is given up, so that their stacks unwind
 
 // One OS thread's fibers and the block that they run.
@@ -107,6 +110,9 @@ struct Worker {
     char* shared = nullptr;
     size_t shared_bytes = 0;
     dim3 shape{0, 0, 0};
+    std::shared_ptr<Products> products;
+    bool products_used = false;  // by this block
+    uint32_t product_due = 0;    // in so many switches the next product runs; 0: none is scheduled
 
     Worker() = default;
     Worker(const Worker&) = delete;
@@ -154,7 +160,11 @@ struct Worker {
 #endif
     }
 
+    void run_due_product();
+    std::string unfinished_products(const Fiber& fiber);  // "" if there are none
+
     __forceinline__ Fiber& draw() {
+        if (product_due && --product_due == 0) run_due_product();
         if (ready_count == 0 || abandoned) return home;
         uint32_t i = random.below(ready_count);
         uint16_t index = ready[i];
@@ -265,6 +275,9 @@ struct Worker {
             return fail(place(self) + ": expected wait_for_predecessor() in each thread of a launch that may overlap "
                                       "the one before, "
                                       "found a thread that ended without");
+        if (products_used)
+            if (std::string unfinished = unfinished_products(self); !unfinished.empty())
+                return fail(place(self) + ": " + unfinished);
         if (!self.copies.empty())
             fail(place(self) + formatted(": expected a cp_async_wait for every cp_async_16, found %zu never waited for "
                                          "at "
@@ -292,11 +305,12 @@ struct Worker {
     }
 
     void prepare_shared(size_t bytes) {
-        size_t whole = 128 + shared_canary + bytes + shared_canary;
+        size_t whole = shared_alignment + shared_canary + bytes + shared_canary;
         if (!shared || bytes != shared_bytes) {
             ASAN_UNPOISON_MEMORY_REGION(shared_block.data(), shared_block.size());
             if (shared_block.size() != whole) std::vector<char>(whole).swap(shared_block);
-            shared = (char*)round_up(size_t(shared_block.data()) + shared_canary, 128), shared_bytes = bytes;
+            shared = (char*)round_up(size_t(shared_block.data()) + shared_canary, shared_alignment),
+            shared_bytes = bytes;
             memset(shared - shared_canary, canary, shared_canary);
             memset(shared + bytes, canary, shared_canary);
             ASAN_POISON_MEMORY_REGION(shared - shared_canary, shared_canary);
@@ -319,11 +333,12 @@ struct Worker {
     // Nobody can run, not all have ended: says who waits where.
     void explain_deadlock() {
         std::map<std::string, std::pair<unsigned, const Fiber*>> waiters;
-        bool barrier = false;
+        bool barrier = false, product = false;
         const Fiber* example = nullptr;
         for (unsigned i = 0; i < threads; i++) {
             const Fiber& f = *fibers[i];
             if (f.wait == Wait::syncthreads) barrier = true;
+            if (f.wait == Wait::wgmma) product = true;
             if (f.wait != Wait::ended && (!example || (f.wait == Wait::syncthreads && example->wait != f.wait)))
                 example = &f;
             std::string key = f.wait == Wait::ended         ? "ended"
@@ -339,7 +354,10 @@ struct Worker {
                 text(entry.second->thread);
         fail(place(*example) +
              (barrier ? formatted(": deadlock: expected all %u threads of the block at __syncthreads, found ", threads)
-                      : std::string(": deadlock: expected all lanes of the mask at the warp's operation, found ")) +
+              : product ? std::string(": deadlock: expected all 128 threads of the warpgroup to issue the wgmma that "
+                                      "is "
+                                      "waited for, found ")
+                        : std::string(": deadlock: expected all lanes of the mask at the warp's operation, found ")) +
              found);
     }
 
@@ -351,7 +369,7 @@ struct Worker {
         blockIdx = {x, unsigned(rest % what.grid.y), unsigned(rest / what.grid.y)};
         threads = live = what.block.x * what.block.y * what.block.z;
         grow(threads);
-        abandoned = false, at_barrier = 0, ready_count = 0;
+        abandoned = false, at_barrier = 0, ready_count = 0, products_used = false, product_due = 0;
         random.start(settings().seed, launch_number, block);
         prepare_shared(what.shared_bytes);
         warps.resize((max_threads + 31) / 32);

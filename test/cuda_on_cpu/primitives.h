@@ -89,13 +89,17 @@ __forceinline__ void ldmatrix(uint32_t (&r)[4], const __nv_bfloat16* row, bool t
     w.collective(Wait::ldmatrix, ~0u, line, [transposed](Warp& warp) { load_matrices(warp, transposed); });
 }
 
+// For the warpgroup products that may read these 16 bytes: a write begins, and has happened.
+inline void note_write(Worker& w, const char* what, const void* p);
+inline void note_written(Worker& w, unsigned thread, const void* p);
+
 }  // namespace cuda_on_cpu
 
 // The block's shared memory, at the type of the kernel's struct.
 template <class T>
 T& shared() {
     cuda_on_cpu::Worker& w = cuda_on_cpu::device();
-    static_assert(alignof(T) <= 128, "shared memory is aligned to 128 bytes");
+    static_assert(alignof(T) <= cuda_on_cpu::shared_alignment, "shared memory is aligned to 1024 bytes");
     if (sizeof(T) > w.shared_bytes)
         w.misuse(cuda_on_cpu::formatted("shared<T>(): expected a launch with %zu bytes of shared memory, found %zu",
                                         sizeof(T), w.shared_bytes));
@@ -131,6 +135,7 @@ inline void cp_async_16(void* shared_dst, const void* global_src, bool valid) {
     Worker& w = device();
     if (valid && in_shared(w, global_src, 1))
         w.misuse("cp_async_16: expected a source in global memory, found shared memory");
+    note_write(w, "cp_async_16", shared_dst);
     memset(shared_dst, settings().poison, 16);
     w.current->copies.push_back({shared_dst, valid ? global_src : nullptr, w.current->groups_committed});
 }
@@ -139,11 +144,13 @@ inline void cp_async_commit() { cuda_on_cpu::device().current->groups_committed+
 template <int N>
 void cp_async_wait() {
     static_assert(N >= 0);
-    cuda_on_cpu::Fiber& self = *cuda_on_cpu::device().current;
+    cuda_on_cpu::Worker& w = cuda_on_cpu::device();
+    cuda_on_cpu::Fiber& self = *w.current;
     size_t landed = 0;
     for (; landed < self.copies.size() && self.copies[landed].group + N < self.groups_committed; landed++) {
         const cuda_on_cpu::AsyncCopy& copy = self.copies[landed];
         copy.from ? memcpy(copy.to, copy.from, 16) : memset(copy.to, 0, 16);
+        cuda_on_cpu::note_written(w, self.index, copy.to);
     }
     self.copies.erase(self.copies.begin(), self.copies.begin() + std::ptrdiff_t(landed));
 }
@@ -162,3 +169,5 @@ __forceinline__ void start_successor() {
 }
 
 inline float fast_exp2(float x) { return exp2f(x); }
+
+#include "wgmma.h"
