@@ -184,7 +184,7 @@ def test_what_is_refused(folder):
 
 @suite.long
 def test_make_card(folder):
-    """make card builds everything for sm_90 without a warning, under 55 MiB; the kernels' hash is that of the machine code."""
+    """make card builds everything for sm_90a without a warning, under 55 MiB; the kernels' hash is that of the machine code."""
     done = subprocess.run(["dev/tools/cuda.sh", "nvcc"], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise suite.Skip("make card: no nvcc (the CUDA Toolkit)")
@@ -204,7 +204,7 @@ def test_make_card(folder):
         source = folder / f"s{i}.cu"
         source.write_text(code.format(sign, comment))
         subprocess.run(
-            [nvcc, "-gencode", "arch=compute_90,code=sm_90", "--no-compress", "-o", folder / "program", source],
+            [nvcc, "-gencode", "arch=compute_90a,code=sm_90a", "--no-compress", "-o", folder / "program", source],
             check=True)
         hashes.append(module.machine_code(folder / "program"))
     assert hashes[0] == hashes[1] != hashes[2], hashes
