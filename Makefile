@@ -19,13 +19,16 @@ export NCCL NCCL_HOME
 NCCL_FLAGS     = $$(dev/tools/cuda.sh nccl compile) $$(dev/tools/mpi.sh compile nvcc)
 NCCL_LIBRARIES = $$(dev/tools/cuda.sh nccl link) $$(dev/tools/mpi.sh link nvcc)
 
-# The CUDA compiler, and code for the GPU that is here or else for sm_80, sm_90, sm_100 and, as PTX, for later ones.
+# Attention has kernels of its own for Hopper, by wgmma. NO_WGMMA=1 leaves them out.
+WGMMA = $(if $(filter-out 0,$(NO_WGMMA)),-DKEEL_NO_WGMMA)
+
+# The CUDA compiler, and code for the GPU that is here or else for sm_80, sm_90a, sm_100 and, as PTX, for later ones.
 # --expt-relaxed-constexpr: kernels call the constexpr functions of keel_common.h, such as Philox.
 # -O is the host code's alone: the trainer's does little, and at -O1 g++ takes two thirds of the time.
 NVCC     ?= nvcc
 NVCCFLAGS ?= --threads 0
 CUDA      = $$(dev/tools/cuda.sh nvcc) -std=c++20 $(NVCCFLAGS) --expt-relaxed-constexpr $$(dev/tools/cuda.sh arch) \
-            -Xcompiler -Wall,-Wextra
+            -Xcompiler -Wall,-Wextra $(WGMMA)
 CUDA_TRAINER = $(CUDA) -O1 $(NCCL_FLAGS)
 # The tests and benchmarks have the CPU trainer in them, whose loops want -O3. -Wno-parentheses is for what nvcc makes
 # of it for g++.
@@ -38,7 +41,7 @@ export NVCC
 # Names of kernels come from the symbol table, hence -rdynamic. Kernels read memory as vectors and as bits, hence
 # -fno-strict-aliasing. g++ may round a*b + c once in one use of it and twice in another, so that a kernel that stores a
 # number in two types would store two, hence -ffp-contract=off.
-ON_CPU    = $(FLAGS) -ffp-contract=off -fno-strict-aliasing -rdynamic -Itest/cuda_on_cpu -I. -x c++
+ON_CPU    = $(FLAGS) -ffp-contract=off -fno-strict-aliasing -rdynamic -Itest/cuda_on_cpu -I. $(WGMMA) -x c++
 ON_CPU_LIBRARIES = -x none -lboost_context -pthread -ldl
 CUDA_ON_CPU = $(wildcard test/cuda_on_cpu/*.h)
 SANITIZE  = -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
@@ -86,7 +89,7 @@ GPU
   make bench_gpu            whole steps beside PyTorch's at its best: tokens/s and MFU; dev/bench/bench_gpu.sh --help
   make idle                 how much of a step the GPU waits, and what each kernel takes; dev/bench/idle.sh FLAGS
   make memory_table         what a model takes of a GPU at each level of -r; MODEL='-L 1024 -C 1024 -t 1024' GIB=135
-  make ptxas                registers, shared memory and spills of each kernel for sm_80, sm_90 and sm_100
+  make ptxas                registers, shared memory and spills of each kernel for sm_80, sm_90a and sm_100
   make deep_run             1024 sub-layers of 1024 channels, 25 minutes: keel and pre at two learning rates
   make state_types          what --moments bf16 and --grads bf16 cost: loss curves beside FP32 states, three seeds
 maintain
@@ -96,7 +99,7 @@ maintain
   make clean                removes what was built
 options
   CXX=clang++  CXXFLAGS='-O3 -march=native'  MPI=0 (one rank)  NCCL=0 (one GPU)
-  NVCC=/path/nvcc  PYTHON=/usr/bin/python3
+  NO_WGMMA=1 (Hopper's attention by mma.sync, as elsewhere)  NVCC=/path/nvcc  PYTHON=/usr/bin/python3
 endef
 
 .PHONY: help

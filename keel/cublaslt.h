@@ -192,6 +192,7 @@ public:
         CUDA(cudaMemcpyAsync(to, from, n * sizeof(T), cudaMemcpyDefault, stream));
     }
 
+    bool wgmma = has_wgmma();             // whether attention may run by wgmma; false: by mma.sync, as on every GPU
     int product_multiprocessors = 0;      // how many of the GPU's a product may use; 0: all
     std::unique_ptr<TuningTable> tuning;  // --tune's table; null without
     // With several ranks: replaces the algorithm that this rank has measured by rank 0's. Every rank calls it for the
@@ -233,6 +234,16 @@ public:
         clear_for_sanitizer(d, m * n);
         multiply(plan, plan.algorithm, d, a, b, Epilogue::DGELU, h);
         return true;
+    }
+
+    // Compute capability 9.0, the only one with wgmma, in a build that has kernels with it (make NO_WGMMA=1: without).
+    static bool has_wgmma() {
+#ifdef KEEL_NO_WGMMA
+        return false;
+#else
+        static const cudaDeviceProp p = gpu_properties();
+        return BRANCH_BF16 && p.major == 9 && p.minor == 0;
+#endif
     }
 
     // Compute capability 9.0 and 10.x: elsewhere others found GELU in epilogues slower than in kernels (llm.c, pull

@@ -102,7 +102,7 @@ if [ "$LONG" ]; then
     if dev/tools/cuda.sh nvcc >/dev/null 2>&1; then
         suite 200 dev/tools/ptxas.sh --test
     else
-        skip 1 "train_keel.cu under nvcc for sm_80, sm_90 and sm_100: no nvcc (the CUDA Toolkit)"
+        skip 1 "train_keel.cu under nvcc for sm_80, sm_90a and sm_100: no nvcc (the CUDA Toolkit)"
     fi
     if dev/tools/need.sh clang-14 libclang-rt-14-dev libomp-14-dev valgrind >/dev/null 2>&1; then
         suite 200 test/sanitize.sh

@@ -32,10 +32,12 @@ expect() {
 
 nvcc 13.0
 expect "no driver: the CPU, and why" trainer train_keel_cpu "no NVIDIA GPU"
-expect "no GPU: code for all" arch "-gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90 -gencode arch=compute_100,code=[sm_100,compute_100]" ""
+expect "no GPU: code for all" arch "-gencode arch=compute_80,code=sm_80 -gencode arch=compute_90a,code=sm_90a -gencode arch=compute_100,code=[sm_100,compute_100]" ""
+ARCH=90 expect "no GPU, code for a Hopper" arch "-gencode arch=compute_90a,code=sm_90a" ""
+ARCH=80 expect "no GPU, code for another" arch "-gencode arch=compute_80,code=sm_80" ""
 nvidia_smi 9.0 13.0
 expect "a Hopper and a toolkit: the GPU" trainer train_keel ""
-expect "a Hopper: code for it alone" arch "-gencode arch=compute_90,code=sm_90" ""
+expect "a Hopper: code for it alone" arch "-gencode arch=compute_90a,code=sm_90a" ""
 expect "the compiler is found" nvcc "$bin/nvcc" ""
 nvidia_smi 7.5 13.0
 expect "a Turing: the CPU, and why" trainer train_keel_cpu "compute capability 7.5"
@@ -78,7 +80,7 @@ found "an MPI whose header is not there" "$(MPICC=$folder/mpicc CXX="g++ -nostdi
 if [ "$LONG" ] && dev/tools/cuda.sh nvcc >/dev/null 2>&1 && [ "$(dev/tools/cuda.sh trainer 2>/dev/null)" != train_keel ]; then
     # no optimisation: it will not run a kernel
     # shellcheck disable=SC2046
-    "$(dev/tools/cuda.sh nvcc)" -std=c++20 -O0 -Xcicc -O0 -Xptxas -O0 --expt-relaxed-constexpr -arch=sm_90 -Xcompiler -Wall,-Wextra $(dev/tools/cuda.sh nccl compile) $(dev/tools/mpi.sh compile nvcc) -o "$folder/train_keel" \
+    "$(dev/tools/cuda.sh nvcc)" -std=c++20 -O0 -Xcicc -O0 -Xptxas -O0 --expt-relaxed-constexpr -arch=sm_90a -Xcompiler -Wall,-Wextra $(dev/tools/cuda.sh nccl compile) $(dev/tools/mpi.sh compile nvcc) -o "$folder/train_keel" \
         train_keel.cu -lcublasLt $(dev/tools/cuda.sh nccl link) $(dev/tools/mpi.sh link nvcc) $(dev/tools/cuda.sh rpath) ||
         failed=$((failed + 1))
     err=$("$folder/train_keel" -x 1 2>&1)
@@ -126,6 +128,7 @@ builds "nothing changed" ""
 builds "another g++ flag" train_keel_cpu CXXFLAGS=-O1
 builds "without that flag again" train_keel_cpu
 builds "another nvcc flag" train_keel NVCCFLAGS=-lineinfo
+builds "without Hopper's kernels" train_keel NO_WGMMA=1
 builds "without that flag again" train_keel
 builds "make -n" "" -n CXXFLAGS=-O1
 check "make -n says what it would do" 1 "$(grep -c '^g++.* -O1 .* -o train_keel_cpu' "$folder/out")"

@@ -145,6 +145,32 @@ def test_hang_fail_die(folder):
     assert not left, left
 
 
+def test_attention(folder):
+    """The stage of attention alone has its test cases and its rows: the trainer's choice, beside cuDNN's too, and mma.sync's. Where a case is
+    wrong nothing is timed."""
+    def stage(out, program="", script=""):
+        saved = replaced(program, script) if program else None
+        try:
+            return card("--rehearse", "attention", out=out)
+        finally:
+            if saved:
+                restore(saved)
+
+    lines = "metric,value,unit,peer_value,ratio\\n" + "attention_x,1,TFLOP/s,1,1\\n" * 8
+    stand_in = f'[[ "$*" == *"--only attention"*--csv* ]] && printf "{lines}" >"${{@: -1}}"\n'
+    done = stage(folder / "out", *(() if suite.LONG else ("bench_kernels", stand_in)))  # LONG=1 builds it
+    assert done.returncode == 0 and "== attention: ok" in done.stdout, done.stdout + done.stderr
+    found = {row["metric"] for row in rows(folder / "out")}
+    assert {"attention/cases", "attention/attention", "stage/attention"} <= found, found
+    if suite.LONG and "attention/sdpa" in found:  # there is a PyTorch
+        names = {f"attention_{way}_T{T}_D{D}" for way in ("forward", "backward") for T in (64, 256) for D in (64, 128)}
+        assert {name + end for name in names for end in ("", "_mma", "_vs_cudnn")} <= found, found
+    done = stage(folder / "wrong", "test_gpu_bf16", "echo a test is wrong >&2\nexit 3\n")
+    assert done.returncode == 1 and "cases: NOT OK: exit status 3: a test is wrong" in done.stdout, done.stdout
+    found = {row["metric"] for row in rows(folder / "wrong")}
+    assert found == {"attention/cases", "stage/attention"}, found
+
+
 @suite.long
 def test_failing_cases_are_named(folder):
     """Where a suite fails, the cases are named and tried again: alone, without overlapping launches, under memcheck. The fault is real: a device
@@ -184,7 +210,7 @@ def test_what_is_refused(folder):
 
 @suite.long
 def test_make_card(folder):
-    """make card builds everything for sm_90 without a warning, under 55 MiB; the kernels' hash is that of the machine code."""
+    """make card builds everything for sm_90a without a warning, under 55 MiB; the kernels' hash is that of the machine code."""
     done = subprocess.run(["dev/tools/cuda.sh", "nvcc"], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise suite.Skip("make card: no nvcc (the CUDA Toolkit)")
@@ -204,7 +230,7 @@ def test_make_card(folder):
         source = folder / f"s{i}.cu"
         source.write_text(code.format(sign, comment))
         subprocess.run(
-            [nvcc, "-gencode", "arch=compute_90,code=sm_90", "--no-compress", "-o", folder / "program", source],
+            [nvcc, "-gencode", "arch=compute_90a,code=sm_90a", "--no-compress", "-o", folder / "program", source],
             check=True)
         hashes.append(module.machine_code(folder / "program"))
     assert hashes[0] == hashes[1] != hashes[2], hashes

@@ -4,11 +4,15 @@
 // Each kernel is first checked against the CPU trainer's function, then timed at B*T = 16384 over buffers that together
 // pass the L2 cache, and compared with a copy of the same bytes (bandwidth-bound kernels), a kernel that only reads
 // them (the gradient's norm), or a large matrix product (attention; dev/bench/bench_sdpa.py has PyTorch's beside it).
-// Medians of REPEATS timings of a row of launches. Prints a table, and with --csv FILE appends rows
-// metric,value,unit,peer_value,ratio. --sdpa FILE: lines name,TFLOP/s of PyTorch's attention in this run, from
-// dev/bench/bench_sdpa.py. --small: shapes for a dry run, also on the CPU headers.
+// Attention is timed as the trainer runs it, and on a Hopper by mma.sync too, in rows that end with _mma. Medians of
+// REPEATS timings of a row of launches. Prints a table, and with --csv FILE appends rows
+// metric,value,unit,peer_value,ratio. --only REGEX: of all rows those whose names it is found in. --sdpa FILE: lines
+// name,TFLOP/s of PyTorch's attention in this run, from dev/bench/bench_sdpa.py: FlashAttention-2's, and cuDNN's, whose
+// names end with _cudnn. --small: shapes for a dry run, also on the CPU headers.
 #include <omp.h>
 #include <sys/mman.h>
+
+#include <regex>
 
 #include "keel/run.h"
 namespace cpu {
@@ -23,6 +27,11 @@ namespace {
 constexpr int REPEATS = 9;
 Bench bench{"bench_kernels"};
 std::map<std::string, double> sdpa;  // TFLOP/s of attention_forward_T1024_D64 and so on
+std::regex only{""};                 // of all rows those whose names have it
+int reported = 0;                    // rows
+
+bool wanted(const std::string& row) { return std::regex_search(row, only); }
+bool any_wanted(const std::vector<std::string>& rows) { return std::any_of(rows.begin(), rows.end(), wanted); }
 
 // Median seconds of a launch. run(i) makes launch i, on the i-th set of buffers.
 double median_seconds(Device& device, const std::function<void(int)>& run) {
@@ -76,11 +85,13 @@ constexpr double TOLERANCE = BRANCH_BF16 ? 5e-3 : 1e-5;  // BF16 rounds to 2^-9
 
 void report(const std::string& name, double seconds, double amount, const char* unit, double peer,
             const char* peer_name) {
+    if (!wanted(name)) return;
     double scale = unit[0] == 'G' ? 1e9 : 1e12, value = amount / seconds / scale;
-    print("%-34s %10.1f us %10.1f %-8s %10.1f %-18s ratio %.2f\n", name, seconds * 1e6, value, unit, peer, peer_name,
+    print("%-40s %10.1f us %10.1f %-8s %10.1f %-18s ratio %.2f\n", name, seconds * 1e6, value, unit, peer, peer_name,
           value / peer);
     fflush(stdout);
     bench.add_row(name, value, unit, peer);
+    reported++;
 }
 
 // GB/s of a copy that moves so many bytes, half of them in and half out.
@@ -94,11 +105,16 @@ double copy_rate(Device& device, size_t bytes) {
 }
 
 void bandwidth(Device& device, const std::string& name, double bytes, const std::function<void(int)>& run) {
+    if (!wanted(name)) return;
     double seconds = median_seconds(device, run);
     report(name, seconds, bytes, "GB/s", copy_rate(device, size_t(bytes)), "copy, GB/s");
 }
 
 void bench_highway(Device& device, int rows, int C) {
+    std::string forward_row = format("highway_forward_C%d", C), backward_row = format("highway_backward_C%d", C),
+                backward_and_u_row = format("highway_backward_and_u_C%d", C),
+                norms_row = format("highway_norms_C%d", C);
+    if (!any_wanted({forward_row, backward_row, backward_and_u_row, norms_row})) return;
     size_t n = size_t(rows) * size_t(C);
     double forward_bytes = double(n) * (8 + 2 * sizeof(branch_t)),
            backward_bytes = double(n) * (12 + 2 * sizeof(branch_t)), u_bytes = double(n) * (4 + sizeof(branch_t));
@@ -148,15 +164,15 @@ void bench_highway(Device& device, int rows, int C) {
         check("highway_backward dz", dx, host(device, dz(0), n), 1e-5);
         check("highway_backward gains", dg, host(device, dgains(0), size_t(C) * 2), 1e-4);
     }
-    bandwidth(device, format("highway_forward_C%d", C), forward_bytes, forward);
-    bandwidth(device, format("highway_backward_C%d", C), backward_bytes, [&](int i) { backward(i, false); });
-    bandwidth(device, format("highway_backward_and_u_C%d", C), backward_bytes + u_bytes,
-              [&](int i) { backward(i, true); });
-    bandwidth(device, format("highway_norms_C%d", C), u_bytes,
-              [&](int i) { highway_norms(device, point(0, i), size_t(rows), C); });
+    bandwidth(device, forward_row, forward_bytes, forward);
+    bandwidth(device, backward_row, backward_bytes, [&](int i) { backward(i, false); });
+    bandwidth(device, backward_and_u_row, backward_bytes + u_bytes, [&](int i) { backward(i, true); });
+    bandwidth(device, norms_row, u_bytes, [&](int i) { highway_norms(device, point(0, i), size_t(rows), C); });
 }
 
 void bench_gelu(Device& device, int rows, int C) {
+    std::string forward_row = format("gelu_forward_C%d", C), backward_row = format("gelu_backward_C%d", C);
+    if (!any_wanted({forward_row, backward_row})) return;
     size_t n = size_t(rows) * 4 * size_t(C), sets = bench.sets_for(n * 2 * sizeof(branch_t));
     Ring<branch_t> h(n, sets), out(n, sets);
     fill(device, h, 3, 1), fill(device, out, 1, 2);
@@ -168,13 +184,15 @@ void bench_gelu(Device& device, int rows, int C) {
     cpu::gelu_forward(expected.data(), hs.data(), n);
     gelu_forward(device, out(0), h(0), n);
     check("gelu_forward", expected, host(device, out(0), n), TOLERANCE);
-    bandwidth(device, format("gelu_forward_C%d", C), double(n) * 2 * sizeof(branch_t),
+    bandwidth(device, forward_row, double(n) * 2 * sizeof(branch_t),
               [&](int i) { gelu_forward(device, out(i), h(i), n); });
-    bandwidth(device, format("gelu_backward_C%d", C), double(n) * 3 * sizeof(branch_t),
+    bandwidth(device, backward_row, double(n) * 3 * sizeof(branch_t),
               [&](int i) { gelu_backward(device, out(i), h(i), n); });
 }
 
 void bench_classifier(Device& device, int rows, int V) {
+    std::string row = format("classifier_V%d", V), loss_row = format("classifier_loss_V%d", V);
+    if (!any_wanted({row, loss_row})) return;
     size_t Vp = round_up(size_t(V), 128), n = size_t(rows) * Vp, sets = bench.sets_for(n * 2 * sizeof(branch_t));
     Ring<branch_t> logits(n, sets);
     Ring<float> losses(size_t(rows), 1);
@@ -192,16 +210,17 @@ void bench_classifier(Device& device, int rows, int V) {
     cross_entropy(device, losses(0), logits(0), targets(0), size_t(rows), V, int(Vp), true, scale);
     check("cross_entropy losses", loss, host(device, losses(0), size_t(rows)), 1e-5);
     check("cross_entropy dlogits", expected, host(device, logits(0), n), TOLERANCE);
-    bandwidth(device, format("classifier_V%d", V), double(n) * 2 * sizeof(branch_t), [&](int i) {
+    bandwidth(device, row, double(n) * 2 * sizeof(branch_t), [&](int i) {
         cross_entropy(device, losses(0), logits(i), targets(0), size_t(rows), V, int(Vp), true, scale);
     });
-    bandwidth(device, format("classifier_loss_V%d", V), double(n) * sizeof(branch_t), [&](int i) {
+    bandwidth(device, loss_row, double(n) * sizeof(branch_t), [&](int i) {
         cross_entropy(device, losses(0), logits(i), targets(0), size_t(rows), V, int(Vp), false, scale);
     });
 }
 
 // The optimizer on a real model's tensors.
 void bench_optimizer(Device& device, const ModelConfig& c) {
+    if (!any_wanted({"adamw", "gradient_norm"})) return;
     ParameterLayout layout(c);
     size_t n = layout.count;
     std::vector<UpdateChunk> work = update_chunks(layout, GradientLayout(layout, c.L, false));
@@ -240,6 +259,9 @@ void bench_optimizer(Device& device, const ModelConfig& c) {
 }
 
 void bench_embedding(Device& device, int B, int T, int C, int V) {
+    std::string forward_row = format("embedding_forward_C%d_V%d", C, V),
+                backward_row = format("embedding_backward_C%d_V%d", C, V);
+    if (!any_wanted({forward_row, backward_row})) return;
     size_t rows = size_t(B) * size_t(T), n = rows * size_t(C), sets = bench.sets_for(n * 12);
     Ring<float> x(n, sets), wte(size_t(V) * size_t(C), 1), wpe(size_t(T) * size_t(C), 1), dwte(wte.n, 1),
         dwpe(wpe.n, 1), sums(n, 1);
@@ -267,49 +289,71 @@ void bench_embedding(Device& device, int B, int T, int C, int V) {
     check("embedding_backward wte", dte, host(device, dwte(0), dte.size()), 1e-5);
     check("embedding_backward wpe", dpe, host(device, dwpe(0), dpe.size()), 1e-5);
     cpu::embedding_forward(expected.data(), on_host.tokens, te.data(), pe.data(), B, T, C, 0);
-    bandwidth(device, format("embedding_backward_C%d_V%d", C, V), double(n) * 8,
+    bandwidth(device, backward_row, double(n) * 8,
               [&](int i) { embedding_backward(device, dwte(0), dwpe(0), sums(0), x(i), batch, B, T, C, V); });
-    bandwidth(device, format("embedding_forward_C%d_V%d", C, V), double(n) * 8,
+    bandwidth(device, forward_row, double(n) * 8,
               [&](int i) { embedding_forward(device, x(i), batch.tokens, wte(0), wpe(0), B, T, C, 0); });
     embedding_forward(device, x(0), batch.tokens, wte(0), wpe(0), B, T, C, 0);
     check("embedding_forward", expected, host(device, x(0), n), 1e-6);
 }
 
+// The trainer's choice, and where that may be wgmma, mma.sync's too, in rows that end with _mma.
 void bench_attention(Device& device, int B, int T, int C, int D, double matrix_rate) {
+    std::string forward_row = format("attention_forward_T%d_D%d", T, D),
+                backward_row = format("attention_backward_T%d_D%d", T, D);
+    const char *cudnn = "_vs_cudnn", *mma = "_mma";
+    if (!any_wanted({forward_row + cudnn, forward_row + mma, backward_row + cudnn, backward_row + mma})) return;
     int H = C / D;
     size_t n = size_t(B) * size_t(T) * size_t(C), numbers = size_t(B) * size_t(T) * size_t(H),
            sets = bench.sets_for(n * 8 * sizeof(branch_t));
     Ring<branch_t> qkv(3 * n, sets), dqkv(3 * n, sets), y(n, sets), dy(n, sets);
     Ring<float> lse(numbers, sets), delta(numbers, 1);
     fill(device, qkv, 2, 1), fill(device, dy, 1, 2);
-    {  // one sequence beside the CPU
-        size_t one = size_t(T) * size_t(C);
+    auto forward = [&](int i, int sequences) {
+        attention_forward(device, y(i), lse(i), qkv(i), sequences, T, C, H, 0);
+    };
+    auto backward = [&](int i, int sequences) {
+        attention_backward(device, dqkv(i), delta(0), dy(i), qkv(i), y(i), lse(i), sequences, T, C, H);
+    };
+    size_t one = size_t(T) * size_t(C);  // one sequence on the CPU
+    std::vector<float> expected_y(one), expected_lse(size_t(T) * size_t(H)), expected_dqkv(3 * one);
+    {
         auto q = host(device, qkv(0), 3 * one), d = host(device, dy(0), one);
-        std::vector<float> ys(one), ls(size_t(T) * size_t(H)), dq(3 * one);
-        cpu::attention_forward(ys.data(), ls.data(), q.data(), 1, T, C, H, 0);
-        cpu::attention_backward(dq.data(), d.data(), q.data(), ys.data(), ls.data(), 1, T, C, H);
-        attention_forward(device, y(0), lse(0), qkv(0), 1, T, C, H, 0);
-        attention_backward(device, dqkv(0), delta(0), dy(0), qkv(0), y(0), lse(0), 1, T, C, H);
-        check("attention_forward", ys, host(device, y(0), one), TOLERANCE);
-        check("attention_backward", dq, host(device, dqkv(0), 3 * one),
-              2 * TOLERANCE);  // p and ds are rounded on the way
+        cpu::attention_forward(expected_y.data(), expected_lse.data(), q.data(), 1, T, C, H, 0);
+        cpu::attention_backward(expected_dqkv.data(), d.data(), q.data(), expected_y.data(), expected_lse.data(), 1, T,
+                                C, H);
     }
-    // Beside PyTorch's flash attention where it has run, else, under a name of its own, beside the large product.
-    auto report_attention = [&](const std::string& name, double seconds, double flops) {
-        if (auto peer = sdpa.find(name); peer != sdpa.end())
-            report(name, seconds, flops, "TFLOP/s", peer->second, "SDPA, TFLOP/s");
-        else report(name + "_of_matrix", seconds, flops, "TFLOP/s", matrix_rate / 1e12, "matrix, TFLOP/s");
+    auto compare = [&](const std::string& which) {
+        CUDA(cudaMemsetAsync(y(0), 0xff, one * sizeof(branch_t), device.stream));  // NaN, not another twin's results
+        CUDA(cudaMemsetAsync(dqkv(0), 0xff, 3 * one * sizeof(branch_t), device.stream));
+        forward(0, 1), backward(0, 1);
+        check((forward_row + which).c_str(), expected_y, host(device, y(0), one), TOLERANCE);
+        check((backward_row + which).c_str(), expected_dqkv, host(device, dqkv(0), 3 * one),
+              2 * TOLERANCE);  // p and ds are rounded on the way
+    };
+    // Beside PyTorch's FlashAttention-2 where it has run, the trainer's choice beside its cuDNN too; else, under a name
+    // of its own, beside the large product.
+    auto time = [&](const std::string& row, const std::string& which, double flops, const auto& run) {
+        if (!any_wanted({row + which, row + cudnn})) return;
+        double seconds = median_seconds(device, [&](int i) { run(i, B); });
+        if (auto peer = sdpa.find(row); peer != sdpa.end())
+            report(row + which, seconds, flops, "TFLOP/s", peer->second, "SDPA, TFLOP/s");
+        else report(row + which + "_of_matrix", seconds, flops, "TFLOP/s", matrix_rate / 1e12, "matrix, TFLOP/s");
+        if (auto peer = sdpa.find(row + "_cudnn"); peer != sdpa.end() && which.empty())
+            report(row + cudnn, seconds, flops, "TFLOP/s", peer->second, "cuDNN, TFLOP/s");
     };
     double flops = 2.0 * B * T * double(T) * C;  // forward: two products, half of the scores
-    for (size_t i = 0; i < sets; i++) attention_forward(device, y(int(i)), lse(int(i)), qkv(int(i)), B, T, C, H, 0);
-    std::string shape = format("_T%d_D%d", T, D);
-    double forward =
-        median_seconds(device, [&](int i) { attention_forward(device, y(i), lse(i), qkv(i), B, T, C, H, 0); });
-    report_attention("attention_forward" + shape, forward, flops);
-    double backward = median_seconds(device, [&](int i) {
-        attention_backward(device, dqkv(i), delta(0), dy(i), qkv(i), y(i), lse(i), B, T, C, H);
-    });
-    report_attention("attention_backward" + shape, backward, 2.5 * flops);  // five products, as flash attention counts
+    auto measure = [&](const std::string& which) {
+        compare(which);
+        for (size_t i = 0; i < sets; i++) forward(int(i), B);
+        time(forward_row, which, flops, forward);
+        time(backward_row, which, 2.5 * flops, backward);  // five products
+    };
+    measure("");
+    if (!device.wgmma) return;
+    device.wgmma = false;
+    measure(mma);
+    device.wgmma = true;
 }
 
 void bench_products(Device& device, int rows, int C, double matrix_rate) {
@@ -317,19 +361,20 @@ void bench_products(Device& device, int rows, int C, double matrix_rate) {
                               {"attproj", C, C},
                               {"fc", C, 4 * C},
                               {"fcproj", 4 * C, C}}) {
+        std::string forward_row = format("product_%s_C%d", name, C),
+                    backward_row = format("product_%s_backward_C%d", name, C);
+        if (!any_wanted({forward_row, backward_row})) continue;
         size_t k = size_t(K), n = size_t(N), r = size_t(rows), sets = bench.sets_for((k + n) * r * sizeof(branch_t));
         Ring<branch_t> in(r * k, sets), out(r * n, sets), w(k * n, 1);
         Ring<float> dw(k * n, 1);
         fill(device, in, 1, 1), fill(device, w, 1, 2), fill(device, out, 1, 3);
         double operations = 2.0 * double(r) * double(k) * double(n);
         double forward = median_seconds(device, [&](int i) { matmul_forward(device, out(i), in(i), w(0), r, k, n); });
-        report(format("product_%s_C%d", name, C), forward, operations, "TFLOP/s", matrix_rate / 1e12,
-               "matrix, TFLOP/s");
+        report(forward_row, forward, operations, "TFLOP/s", matrix_rate / 1e12, "matrix, TFLOP/s");
         double backward = median_seconds(device, [&](int i) {
             matmul_backward(device, in(i), {dw(0), nullptr, nullptr, 0, {}}, out(i), in(i), w(0), r, k, n);
         });
-        report(format("product_%s_backward_C%d", name, C), backward, 2 * operations, "TFLOP/s", matrix_rate / 1e12,
-               "matrix, TFLOP/s");
+        report(backward_row, backward, 2 * operations, "TFLOP/s", matrix_rate / 1e12, "matrix, TFLOP/s");
     }
 }
 
@@ -342,11 +387,16 @@ void read_sdpa(const std::string& path) {
     if (sdpa.empty()) fail("--sdpa: expected lines of name,TFLOP/s in %s, found none", path);
 }
 
+void read_only(const std::string& regex) try { only = regex; } catch (const std::regex_error& error) {
+    fail("--only: expected a regular expression, found '%s' (%s)", regex, error.what());
+}
+
 int run(int argc, char** argv) {
     for (int i = 1; i < argc; i++) {
         if (bench.takes_flag(argc, argv, i)) continue;
         if (std::string(argv[i]) == "--sdpa" && i + 1 < argc) read_sdpa(argv[++i]);
-        else fail("expected --small, --csv FILE or --sdpa FILE, found '%s'", argv[i]);
+        else if (std::string(argv[i]) == "--only" && i + 1 < argc) read_only(argv[++i]);
+        else fail("expected --small, --csv FILE, --sdpa FILE or --only REGEX, found '%s'", argv[i]);
     }
     bench.begin();
     RunConfig tiny;
@@ -376,6 +426,7 @@ int run(int argc, char** argv) {
         for (int D : {64, 128})
             bench_attention(device, small ? 1 : 16384 / T, small ? T / 16 : T, small ? 128 : 1024, D, rate);
     for (int C : {1024, 256}) bench_products(device, rows, small ? C / 4 : C, rate);
+    if (!reported) fail("--only: expected what is in a row's name, such as attention or C1024, found no such row");
     print("%s\n",
           bench.bad ? format("%d results differ from the CPU's", bench.bad) : "every result agrees with the CPU's");
     return bench.bad ? 1 : 0;

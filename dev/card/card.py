@@ -89,7 +89,7 @@ class Session:
             unpack(self.programs / CACHE, self.cache)
         self.torch_is_warm = (self.cache / "whole").exists()  # else it was cut off, or some of it failed
 
-    def find_torch(self, stop=None):
+    def find_torch(self, stop=None, seconds=120):
         """A Python whose PyTorch can use the GPU, or "". From a cold disk PyTorch may take a minute to start, so it is
         looked for once."""
         if "TORCH_PYTHON" in os.environ:
@@ -98,9 +98,9 @@ class Session:
         found = self.scratch / "torch_python"
         if found.exists():
             return found.read_text()
+        end = time.monotonic() + seconds
         for python in dict.fromkeys([os.environ.get("PYTHON") or "python3", "/usr/bin/python3"]):
             with contextlib.suppress(OSError), subprocess.Popen([python, "-c", code], stderr=subprocess.DEVNULL) as child:
-                end = time.monotonic() + 120
                 while child.poll() is None and time.monotonic() < end and not (stop and stop.is_set()):
                     time.sleep(0.1)
                 child.kill()
@@ -264,7 +264,7 @@ def call(a, sizes):
         print(f"{session.gpu}, driver {session.driver}; results in {session.out}", flush=True)
         for name, why in missing.items():
             print(f"{name} cannot run here: {why}", flush=True)
-        for name in named or STAGES:
+        for name in named or [name for name, stage in STAGES.items() if not stage.by_name]:
             if not named and session.have(f"stage/{name}"):
                 print(f"{name}: dev/results has it of these kernels", flush=True)
                 continue

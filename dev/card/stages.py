@@ -432,14 +432,33 @@ def beside(w):
     w.note = ", ".join(models)
 
 
+def pytorchs_attention(w, torch, limit):
+    """bench_kernels' flags for what PyTorch's attention reaches on this card now: FlashAttention-2's and cuDNN's rates."""
+    if not torch:
+        return []
+    done, table = w.run("sdpa", [torch, "dev/bench/bench_sdpa.py"], limit), w.scratch / "sdpa.csv"
+    table.write_text("".join(line + "\n" for line in done.text.splitlines() if re.fullmatch(r"attention_\w+,[\d.]+", line)))
+    w.check("sdpa", done.ok and table.stat().st_size > 0, done.why())
+    return ["--sdpa", table] if table.stat().st_size else []
+
+
+def attention(w):
+    """Only by name, the first thing to ask after a change of attention: its test cases in BF16, its rates beside PyTorch's"""
+    timed, cases = 15, [w.program("test_gpu_bf16"), "-tc=*ttention*", "-d=true"]  # timed: seconds that ours take
+    done, torch = w.together([lambda: w.run("cases", cases, 25, BESIDE),
+                              lambda: w.session.find_torch(seconds=w.left() - timed - 10)])
+    count = done.find(r"test cases:\s*(\d+) \|\s*(\d+) passed")
+    why = "; ".join(failing_cases(done, [])) or done.why()
+    if not w.check("cases", done.ok and count and int(count[2]) > 0, why):
+        return  # no rate of what is wrong
+    peers = pytorchs_attention(w, torch, w.left() - timed)
+    w.benchmark("attention", [w.program("bench_kernels"), *words(w.s.bench), "--only", "attention", *peers], 8)
+    w.note = f"{count[2]} test cases, rates"
+
+
 def kernels(w):
     """Each kernel beside a copy, a product and PyTorch's attention; how long the GPU waits at 1024 sub-layers"""
-    peers, torch = [], w.session.find_torch()
-    if torch:
-        done, table = w.run("sdpa", [torch, "dev/bench/bench_sdpa.py"], 40), w.scratch / "sdpa.csv"
-        table.write_text("".join(line + "\n" for line in done.text.splitlines() if re.fullmatch(r"attention_\w+,[\d.]+", line)))
-        if w.check("sdpa", done.ok and table.stat().st_size > 0, done.why()):
-            peers = ["--sdpa", table]
+    peers = pytorchs_attention(w, w.session.find_torch(), 40)
     w.benchmark("kernels", [w.program("bench_kernels"), *words(w.s.bench), *peers], 20)
     if (ROOT / w.program(RECORDER)).exists():
         w.benchmark("idle", f"bash dev/bench/idle.sh {w.s.idle} {w.text}", 1,
@@ -534,13 +553,14 @@ def long(w):
 
 
 class Stage:
-    """Its function, its limit and the least time that it is begun with, seconds."""
+    """Its function, its limit and the least time that it is begun with, seconds; whether it runs only where it is named."""
 
-    def __init__(self, function, limit, least):
-        self.function, self.limit, self.least = function, limit, least
+    def __init__(self, function, limit, least, by_name=False):
+        self.function, self.limit, self.least, self.by_name = function, limit, least, by_name
 
 
 STAGES = {  # in order of worth
+    "attention": Stage(attention, 60, 25, by_name=True),
     "right": Stage(right, 150, 60), "main": Stage(main_run, 60, 25), "safe": Stage(safe, 150, 50),
     "beside": Stage(beside, 300, 60), "kernels": Stage(kernels, 120, 40), "products": Stage(products, 60, 30),
     "max_lr": Stage(max_lr, 260, 45), "hops": Stage(hops, 180, 45), "long": Stage(long, 280, 60), "deep": Stage(deep, 100, 50)}

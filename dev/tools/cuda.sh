@@ -1,8 +1,8 @@
 #!/bin/bash
 # What this machine has for train_keel.
 #   cuda.sh nvcc     prints the CUDA compiler's path, or says what is missing
-#   cuda.sh arch     prints nvcc's flags for the GPU that is here, or else for sm_$ARCH where that is set, or for sm_80, sm_90, sm_100 and PTX
-#                    for later ones
+#   cuda.sh arch     prints nvcc's flags for the GPU that is here, or else for sm_$ARCH where that is set, or for sm_80, sm_90a, sm_100 and PTX
+#                    for later ones; Hopper's code, 9.0 or 90, is sm_90a, which has wgmma and runs on every GPU of compute capability 9.0
 #   cuda.sh trainer  prints the best trainer that this machine can build and run, and on stderr why it is not train_keel
 #   cuda.sh nccl compile|link   prints the flags for NCCL, -DKEEL_NCCL among them, or nothing where it is not there or NCCL=0 is set
 #   cuda.sh rpath    prints the linker's flag for the folder of the toolkit's libraries, so that programs find them at run time
@@ -26,9 +26,11 @@ case $1 in
         exit 1 ;;
     arch)
         if found=$(capability) || found=$ARCH && [ "$found" ]; then
-            echo "-gencode arch=compute_${found/./},code=sm_${found/./}"
+            arch=${found/./}
+            [ "$arch" = 90 ] && arch=90a
+            echo "-gencode arch=compute_$arch,code=sm_$arch"
         else
-            echo "-gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90 -gencode arch=compute_100,code=[sm_100,compute_100]"
+            echo "-gencode arch=compute_80,code=sm_80 -gencode arch=compute_90a,code=sm_90a -gencode arch=compute_100,code=[sm_100,compute_100]"
         fi ;;
     nccl)
         # NCCL_HOME: its folder, where it is neither the toolkit's nor the system's
