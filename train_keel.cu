@@ -147,6 +147,10 @@ __device__ __forceinline__ void pin(T (&registers)[N][4]) {  // so that the comp
             else asm volatile("" : "+r"(registers[i][j])::"memory");
 }
 template <class... Registers>
+__device__ __forceinline__ void settle(Registers&... registers) {
+    (pin(registers), ...);
+}
+template <class... Registers>
 __device__ __forceinline__ void wgmma_fence(Registers&... registers) {
     (pin(registers), ...);
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
@@ -1469,8 +1473,11 @@ __global__ void __launch_bounds__(WARPGROUPS* WARPGROUP, BLOCKS)
         multiply_values(j - 1);
         wgmma_wait<1>(scores.v[0]);
         weigh(j);  // beside out += p v
-        wgmma_wait<0>(out.v[0], p);
-        if (__any_sync(ALL_LANES, softmax.shrinks[0][0] != 1 || softmax.shrinks[0][1] != 1)) softmax.shrink(out);
+        settle(scores.v[0]);
+        if (__any_sync(ALL_LANES, softmax.shrinks[0][0] != 1 || softmax.shrinks[0][1] != 1)) {
+            wgmma_wait<0>(out.v[0], p);
+            softmax.shrink(out);
+        } else wgmma_wait<0>(out.v[0], p);
         pack(p, scores);
     }
     next_tiles(tiles);
@@ -1594,6 +1601,7 @@ __global__ void __launch_bounds__(HopperBackward<D>::THREADS, 1)
                 if (masked && warp_k0 + i / 2 * 8 + lane / 4 > q0 + n * 8 + lane % 4 * 2 + i % 2) score = 0;
             }
         }
+        settle(p.v[0]);
         wgmma_wait<0>(ds.v[0]);
         ds.each(lane, [&](float& value, int, int, int, float probability) { value *= probability; }, p);
         pack(p_bf16, p);

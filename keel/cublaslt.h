@@ -146,16 +146,6 @@ constexpr bool PLAIN = false, TRANSPOSED = true;  // how a product reads a facto
 // What every layer needs to run: the stream, matrix products, and scratch memory that one layer after another uses.
 class Device {
 public:
-    // Whether this GPU and this build have Hopper's products of warpgroups; a test may turn them off.
-    static bool has_wgmma() {
-#ifdef KEEL_NO_WGMMA
-        return false;
-#else
-        static const bool hopper = gpu_properties().major == 9;
-        return hopper;
-#endif
-    }
-    bool wgmma = has_wgmma();
     cudaStream_t stream = nullptr;
     DeviceArray<char> workspace;          // cuBLASLt's
     DeviceArray<unsigned> arrived;        // counters of add_partials

@@ -651,10 +651,10 @@ TEST_SUITE("layers") {
         auto qkv = random_branch(size_t(B * T * 3 * C), 1, 2), dy = random_branch(size_t(B * T * C), 2);
         std::vector<float> y(dy.size()), lse(size_t(B * T * H)), dqkv(qkv.size());
         Field<branch_t> qkv_gpu(qkv), dy_gpu(dy), y_gpu(y.size()), dqkv_gpu(qkv.size());
-        Field<float> lse_gpu(lse.size()), delta(lse.size());
+        Field<float> lse_gpu(lse.size()), delta(lse.size()), scratch(attention_scratch(B, T, C, H));
         attention_forward(device(), y_gpu.data(), lse_gpu.data(), qkv_gpu.data(), B, T, C, H, 0);
         attention_backward(device(), dqkv_gpu.data(), delta.data(), dy_gpu.data(), qkv_gpu.data(), y_gpu.data(),
-                           lse_gpu.data(), B, T, C, H);
+                           lse_gpu.data(), B, T, C, H, scratch.data());
 
         auto found_y = y_gpu.values(), found_lse = heads_last(lse_gpu.values(), B, T, H), found = dqkv_gpu.values();
         cpu::attention_forward(y.data(), lse.data(), qkv.data(), B, T, C, H, 0);

@@ -308,12 +308,14 @@ void bench_attention(Device& device, int B, int T, int C, int D, double matrix_r
            sets = bench.sets_for(n * 8 * sizeof(branch_t));
     Ring<branch_t> qkv(3 * n, sets), dqkv(3 * n, sets), y(n, sets), dy(n, sets);
     Ring<float> lse(numbers, sets), delta(numbers, 1);
+    DeviceArray<float> scratch(attention_scratch(B, T, C, H));
     fill(device, qkv, 2, 1), fill(device, dy, 1, 2);
     auto forward = [&](int i, int sequences) {
         attention_forward(device, y(i), lse(i), qkv(i), sequences, T, C, H, 0);
     };
     auto backward = [&](int i, int sequences) {
-        attention_backward(device, dqkv(i), delta(0), dy(i), qkv(i), y(i), lse(i), sequences, T, C, H);
+        attention_backward(device, dqkv(i), delta(0), dy(i), qkv(i), y(i), lse(i), sequences, T, C, H,
+                           scratch.data());
     };
     size_t one = size_t(T) * size_t(C);  // one sequence on the CPU
     std::vector<float> expected_y(one), expected_lse(size_t(T) * size_t(H)), expected_dqkv(3 * one);

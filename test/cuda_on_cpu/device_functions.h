@@ -165,6 +165,9 @@ CUDA_ON_CPU_ATOMICS(unsigned long long)
 CUDA_ON_CPU_ATOMICS(float)
 CUDA_ON_CPU_ATOMICS(double)
 #undef CUDA_ON_CPU_ATOMICS
+inline float4 atomicAdd(float4* p, float4 v) {  // compute capability 9.0: each number by itself
+    return {atomicAdd(&p->x, v.x), atomicAdd(&p->y, v.y), atomicAdd(&p->z, v.z), atomicAdd(&p->w, v.w)};
+}
 #define CUDA_ON_CPU_ATOMICS(T)                                                    \
     inline T atomicExch(T* p, T v) { return cuda_on_cpu::atomic(p).exchange(v); } \
     inline T atomicCAS(T* p, T expected, T v) {                                   \
