@@ -216,11 +216,10 @@ inline std::string described(const WgmmaKey& k) {
                      (unsigned long long)k.b, k.add ? "added" : "not added", k.commits);
 }
 
-// "" if the asynchronous proxy sees the chunk as it was written last.
+// Why the asynchronous proxy does not see what the chunk holds.
 inline std::string chunk_fault(Worker& w, uint32_t index) {
     Products& p = products(w);
     Chunk chunk = p.chunks[index];
-    if (chunk.state == fenced) return "";
     std::string found = formatted("expected operands that cp_async_16 or stmatrix_x4 has written and fence_proxy_async "
                                   "has shown to the asynchronous proxy, found offset %u ",
                                   index * 16);
@@ -242,7 +241,7 @@ inline std::string read_operand(Worker& w, Wgmma& product, uint64_t d, Major maj
                 return formatted("expected a tile inside the block's %zu bytes of shared memory, found a chunk at "
                                  "offset %u",
                                  w.shared_bytes, at);
-            if (std::string fault = chunk_fault(w, at / 16); !fault.empty()) return fault;
+            if (p.chunks[at / 16].state != fenced) return chunk_fault(w, at / 16);
             p.chunks[at / 16].readers++;
             product.chunk[product.chunks++] = uint16_t(at / 16);
         }
