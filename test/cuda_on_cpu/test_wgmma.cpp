@@ -229,7 +229,8 @@ enum Bug {
     WARP_WITHOUT,
     HALF_A_WARP,
     LANE_COMMITS,
-    WARP_ENDS
+    WARP_ENDS,
+    NO_BARRIER
 };
 __global__ void planted(int bug, const __nv_bfloat16* a, const __nv_bfloat16* b, float* out) {
     char *at = &shared<char>(), *bt = at + BLOCK;
@@ -241,7 +242,7 @@ __global__ void planted(int bug, const __nv_bfloat16* a, const __nv_bfloat16* b,
     if (bug == PROXY_FENCE_EARLY) fence_proxy_async();
     cp_async_wait<0>();
     if (bug != NO_PROXY_FENCE && bug != PROXY_FENCE_EARLY) fence_proxy_async();
-    __syncthreads();
+    if (bug != NO_BARRIER) __syncthreads();
     if (bug == WRITTEN_OTHERWISE && thread == 0) bt[16] ^= 1;
     uint64_t da = descriptor(at, K_MAJOR, 0), db = descriptor(bt, K_MAJOR, 0);
     if (bug == MISALIGNED) da += 1;
@@ -325,6 +326,7 @@ TEST_CASE("each misuse of warpgroup products is named") {
         {NO_PROXY_FENCE, "no proxy fence", "written without fence_proxy_async, by thread"},
         {PROXY_FENCE_EARLY, "proxy fence before the copy landed", "written without fence_proxy_async, by thread"},
         {NEVER_WRITTEN, "operand never written", "a: expected operands that cp_async_16 or stmatrix_x4 has written"},
+        {NO_BARRIER, "no barrier after the proxy fence", "a: expected operands that cp_async_16 or stmatrix_x4 has"},
         {WRITTEN_OTHERWISE, "operand written by a store", "found offset 8208 written otherwise"},
         {MISALIGNED, "start misaligned", "a: expected a start at a multiple of 1024 bytes, or 32, 64 or 96 after one"},
         {OUTSIDE, "outside", "a: expected a tile inside the block's 16384 bytes of shared memory, found a chunk at"},
