@@ -341,12 +341,12 @@ TEST_CASE("each misuse of warpgroup products is named") {
          "deadlock: expected all 128 threads of the warpgroup to issue the wgmma that is"},
         {LANE_COMMITS, "a lane that commits more", "and other fences, commits or waits before"},
     };
-    for (auto& [bug, name, message] : bugs)
+    for (auto& planted : bugs)
         for (uint64_t seed = 1; seed <= 5; seed++) {
             WithSeed with(seed);
-            INFO(std::string(name), ", seed ", seed);
-            std::string found = misuse_of_planted(bug);
-            CHECK_HAS(found, message);
+            INFO(std::string(planted.name), ", seed ", seed);
+            std::string found = misuse_of_planted(planted.bug);
+            CHECK_HAS(found, planted.message);
             CHECK_HAS(found, "kernel planted(");
         }
     CHECK_HAS(misuse_of_planted(NONE, 96), "expected a warpgroup of 128 threads, found 96");
