@@ -180,8 +180,9 @@ struct Worker {
         if (&next != current) switch_to(next);
         if (abandoned) throw Abandoned{};
     }
-    // Lets others run first, or not.
+    // Lets others run first, or not. A block that waits for another one's is not to wait for one that has failed.
     void yield() {
+        if (failed->load(std::memory_order_relaxed)) abandoned = true;
         make_ready(*current);
         run_others();
     }

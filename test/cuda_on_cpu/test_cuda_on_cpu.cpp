@@ -281,6 +281,35 @@ TEST_CASE("a thread that spins with __nanosleep lets the thread that it waits fo
     CHECK(flag.read()[0] == 1);
 }
 
+// Blocks take numbers as they start. Each waits for the one before it, of which the first may fail.
+__global__ void in_turn(unsigned* next, volatile unsigned* done, unsigned* sum, bool fails) {
+    unsigned& mine = shared<unsigned>();
+    if (threadIdx.x == 0) mine = atomicAdd(next, 1u);
+    __syncthreads();
+    if (fails && mine == 0) __shfl_sync(1u, 0, 1);
+    if (threadIdx.x == 0)
+        while (mine > 0 && done[mine - 1] == 0) __nanosleep(20);
+    __syncthreads();
+    if (threadIdx.x == 1) sum[mine] = mine + (mine > 0 ? sum[mine - 1] : 0);
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) done[mine] = 1;
+}
+TEST_CASE("a block may wait for one that has started before it, until that one fails") {
+    for (int threads : {1, 2, 4}) {
+        int before = std::exchange(settings().threads, threads);
+        for (bool fails : {false, true}) {
+            Device<unsigned> next(std::vector<unsigned>{0}), done(std::vector<unsigned>(200)), sum(200);
+            std::string message = misuse_of([&] {
+                launch(in_turn, 200, 64, sizeof(unsigned), nullptr, next.p, (volatile unsigned*)done.p, sum.p, fails);
+            });
+            CHECK(fails == (message != ""));
+            if (!fails) CHECK(sum.read()[199] == 19900);
+        }
+        settings().threads = before;
+    }
+}
+
 TEST_CASE("integer and bit functions follow their definitions") {
     CHECK(__popc(0xf0f0u) == 8);
     CHECK(__clz(1) == 31);

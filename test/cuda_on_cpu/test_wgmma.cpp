@@ -134,3 +134,249 @@ TEST_CASE("products have the bits of a scalar loop, for both majors, a in regist
     check_product<8, K_MAJOR, K_MAJOR>(1);
     settings().poison = before;
 }
+
+// ----- Layouts
+
+TEST_CASE("fragments and tiles lie as CUTLASS's layouts say") {
+    using namespace cuda_on_cpu;
+    int wrong = 0;
+    for (int thread = 0; thread < 128; thread++)
+        for (int i = 0; i < 128; i++) {  // 64 rows by 256 columns: d for N = 256, whose first are those of all others
+            Place at = place_in_fragment(thread, i);
+            wrong += at.row + 64 * at.column != wgmma_layouts::fragment(thread, i);
+        }
+    CHECK(wrong == 0);
+    for (uint32_t start : {0u, 5 * 1024u, 32 * 1024u}) {
+        uint32_t leading = 6 * 1024, stride = 2 * 1024;
+        auto built = [&](uint32_t from) {
+            return uint64_t(from >> 4 | leading >> 4 << 16) | uint64_t(stride >> 4) << 32 | uint64_t(1) << 62;
+        };
+        for (int mn = 0; mn < 256; mn++)
+            for (int k = 0; k < 16; k++) {
+                for (uint32_t step : {0u, 32u, 64u, 96u})
+                    wrong += tile_address(built(start + step), K_MAJOR, mn, k) !=
+                             wgmma_layouts::k_major(start + step, stride, mn, k);
+                wrong += tile_address(built(start), MN_MAJOR, mn, k) !=
+                         wgmma_layouts::mn_major(start, leading, stride, mn, k);
+            }
+    }
+    CHECK(wrong == 0);
+}
+
+// a (64, 16) from fragments by stmatrix, then as a product's operand. b is the identity, d a.
+__global__ void store_and_multiply(const __nv_bfloat16* a, const __nv_bfloat16* identity, float* d) {
+    char *at = &shared<char>(), *bt = at + BLOCK;
+    copy_tile(bt, K_MAJOR, 16, identity, DEPTH, 0, 128);
+    uint32_t r[4];
+    load_fragment(r, a, 16, 0);
+    // Matrices of a fragment: rows 0-7 and 8-15 of columns 0-7, then of columns 8-15.
+    int lane = int(threadIdx.x % 32), row = int(threadIdx.x / 32) * 16 + lane % 16;
+    stmatrix_x4((__nv_bfloat16*)chunk(at, K_MAJOR, row, lane / 16 * 8), r);
+    cp_async_commit();
+    cp_async_wait<0>();
+    fence_proxy_async();
+    __syncthreads();
+    float sum[2][4];
+    wgmma_fence(sum);
+    wgmma<16, K_MAJOR, K_MAJOR>(sum, descriptor(at, K_MAJOR, 0), descriptor(bt, K_MAJOR, 0), false);
+    wgmma_commit();
+    wgmma_wait<0>(sum);
+    for (int n = 0; n < 2; n++)
+        for (int i = 0; i < 4; i++) element<16>(d, n, i) = sum[n][i];
+}
+TEST_CASE("stmatrix stores fragments where products find them") {
+    std::vector<__nv_bfloat16> a = random_bf16(64 * 16, 3), identity(16 * DEPTH, __nv_bfloat16(0));
+    for (size_t i = 0; i < 16; i++) identity[i * DEPTH + i] = __nv_bfloat16(1);
+    Device<__nv_bfloat16> da(a), di(identity);
+    Device<float> d(64 * 16);
+    CHECK_OK(launch(store_and_multiply, 1, 128, size_t(2 * BLOCK), nullptr, (const __nv_bfloat16*)da.p,
+                    (const __nv_bfloat16*)di.p, d.p));
+    CHECK(d.read() == std::vector<float>(a.begin(), a.end()));
+}
+
+// ----- Misuse
+
+enum Bug {
+    NONE,
+    READ_EARLY,
+    NO_FENCE,
+    TOUCHED,
+    NO_SECOND_FENCE,
+    FRAGMENT_UNNAMED,
+    FRAGMENT_TOUCHED,
+    NO_COMMIT,
+    NO_WAIT,
+    COPY_OVER,
+    COPY_BEFORE_OTHERS_WAIT,
+    STORE_OVER,
+    FRAGMENT_CHANGED,
+    WRITTEN_IN_FLIGHT,
+    NAMED_IN_FLIGHT,
+    FRAGMENT_IN_FLIGHT,
+    NEVER_NAMED,
+    OTHER_SHAPE,
+    NO_PROXY_FENCE,
+    PROXY_FENCE_EARLY,
+    NEVER_WRITTEN,
+    WRITTEN_OTHERWISE,
+    MISALIGNED,
+    OUTSIDE,
+    NO_SWIZZLE,
+    BASE_OFFSET,
+    ODD_STRIDE,
+    WARP_ELSEWHERE,
+    WARP_OTHERWISE,
+    WARP_WITHOUT,
+    HALF_A_WARP,
+    LANE_COMMITS,
+    WARP_ENDS,
+    NO_BARRIER
+};
+__global__ void planted(int bug, const __nv_bfloat16* a, const __nv_bfloat16* b, float* out) {
+    char *at = &shared<char>(), *bt = at + BLOCK;
+    int thread = int(threadIdx.x), warp = thread / 32;
+    auto over = [&] { cp_async_16(bt, b, true), cp_async_commit(), cp_async_wait<0>(); };
+    if (bug != NEVER_WRITTEN) copy_tile(at, K_MAJOR, 64, a, DEPTH, 0, 128);
+    copy_tile(bt, K_MAJOR, 64, b, DEPTH, 0, 128);
+    cp_async_commit();
+    if (bug == PROXY_FENCE_EARLY) fence_proxy_async();
+    cp_async_wait<0>();
+    if (bug != NO_PROXY_FENCE && bug != PROXY_FENCE_EARLY) fence_proxy_async();
+    if (bug != NO_BARRIER) __syncthreads();
+    if (bug == WRITTEN_OTHERWISE && thread == 0) bt[16] ^= 1;
+    uint64_t da = descriptor(at, K_MAJOR, 0), db = descriptor(bt, K_MAJOR, 0);
+    if (bug == MISALIGNED) da += 1;
+    if (bug == OUTSIDE) da += 1024 * 15 >> 4;
+    if (bug == NO_SWIZZLE) da &= ~(uint64_t(3) << 62);
+    if (bug == BASE_OFFSET) da |= uint64_t(1) << 49;
+    if (bug == ODD_STRIDE) db += uint64_t(128 >> 4) << 32;
+    if (bug == WARP_OTHERWISE && warp == 2) db += 2;
+    float d[8][4] = {};
+    uint32_t fragment[4] = {};
+    if (bug == FRAGMENT_UNNAMED) wgmma_fence(d);
+    else if (bug != NO_FENCE) wgmma_fence(d, fragment);
+    if (bug == TOUCHED) d[7][3] = 1;
+    if (bug == FRAGMENT_TOUCHED) fragment[3] = 1;
+    if (bug == LANE_COMMITS && thread == 77) wgmma_commit();
+    if (bug == WARP_ENDS && warp == 2) return;
+    if (bug == WARP_ELSEWHERE && warp == 2) wgmma<64, K_MAJOR, K_MAJOR>(d, da, db, true);
+    else if (!(bug == WARP_WITHOUT && warp == 2) && !(bug == HALF_A_WARP && thread < 16))
+        wgmma<64, K_MAJOR, K_MAJOR>(d, da, db, true);
+    if (bug == OTHER_SHAPE) {
+        float (&half)[4][4] = reinterpret_cast<float (&)[4][4]>(d);
+        wgmma<32, K_MAJOR, K_MAJOR>(half, da, db, true);
+    }
+    wgmma<64, K_MAJOR>(d, fragment, db + 2, true);
+    if (bug != NO_COMMIT) wgmma_commit();
+    if (bug == READ_EARLY) out[thread] = d[3][1];
+    if (bug == COPY_OVER && thread == 100) over();
+    if (bug == STORE_OVER && warp == 1) stmatrix_x4((__nv_bfloat16*)(at + thread % 32 * 16), fragment);
+    if (bug == FRAGMENT_CHANGED && thread == 9) fragment[2] = 1;
+    if (bug == WRITTEN_IN_FLIGHT && thread == 9) d[2][2] = 1;
+    if (bug == NO_WAIT) return;
+    if (bug == NAMED_IN_FLIGHT) wgmma_wait<1>(d);
+    if (bug == FRAGMENT_IN_FLIGHT) wgmma_wait<1>(fragment);
+    if (bug == NEVER_NAMED) wgmma_wait<0>();
+    else wgmma_wait<0>(d, fragment);
+    if (bug == COPY_BEFORE_OTHERS_WAIT) over();
+    if (bug == NO_SECOND_FENCE) wgmma<64, K_MAJOR, K_MAJOR>(d, da, db, true), wgmma_commit(), wgmma_wait<0>(d);
+    if (bug == NONE) out[thread] = d[3][1];
+}
+std::string misuse_of_planted(Bug bug, unsigned threads = 128, std::vector<float>* out = nullptr) {
+    Device<__nv_bfloat16> a(random_bf16(64 * DEPTH, 1)), b(random_bf16(64 * DEPTH, 2));
+    Device<float> d(128);
+    std::string message = misuse_of([&] {
+        launch(planted, 1, threads, size_t(2 * BLOCK), nullptr, int(bug), (const __nv_bfloat16*)a.p,
+               (const __nv_bfloat16*)b.p, d.p);
+    });
+    if (out) *out = d.read();
+    return message;
+}
+TEST_CASE("between issue and wait an accumulator's registers are poison") {
+    std::vector<float> values;
+    for (unsigned char poison : {0x3D, 0xFF}) {
+        settings().poison = poison;
+        CHECK(misuse_of_planted(READ_EARLY, 128, &values) == "");
+        for (float value : values) CHECK(__float_as_uint(value) == 0x01010101u * poison);
+        CHECK(misuse_of_planted(NONE, 128, &values) == "");
+        for (float value : values) CHECK(std::fabs(value) < 64);
+    }
+}
+TEST_CASE("each misuse of warpgroup products is named") {
+    struct {
+        Bug bug;
+        const char *name, *message;
+    } bugs[] = {
+        {NO_FENCE, "no wgmma_fence", "expected d as a wgmma_fence has named it, found no wgmma_fence that names it"},
+        {TOUCHED, "d written after the fence", "expected d as a wgmma_fence has named it, found that it has changed"},
+        {NO_SECOND_FENCE, "no fence after landing", "expected d as a wgmma_fence has named it, found no wgmma_fence"},
+        {FRAGMENT_UNNAMED, "a not named", "expected a as a wgmma_fence has named it, found no wgmma_fence"},
+        {FRAGMENT_TOUCHED, "a written after the fence", "expected a as a wgmma_fence has named it, found that it has"},
+        {NO_COMMIT, "no commit", "wgmma_wait<0>: expected a wgmma_commit after the wgmma of line"},
+        {NO_WAIT, "no wait", "expected a wgmma_commit and a wgmma_wait for every wgmma, found that of line"},
+        {COPY_OVER, "copy over an operand", "cp_async_16: expected shared memory that no product in flight reads"},
+        {COPY_BEFORE_OTHERS_WAIT, "copy before all have waited", "reads until all its warps have waited for it"},
+        {STORE_OVER, "stmatrix over an operand", "stmatrix_x4: expected shared memory that no product in flight reads"},
+        {FRAGMENT_CHANGED, "a changed in flight", "unchanged until this wait, found it changed"},
+        {WRITTEN_IN_FLIGHT, "d written in flight", "expected d untouched until a wgmma_wait names it"},
+        {NAMED_IN_FLIGHT, "d named in flight", "expected registers that no product uses any more, found the d"},
+        {FRAGMENT_IN_FLIGHT, "a named in flight", "expected registers that no product uses any more, found the a"},
+        {NEVER_NAMED, "d never named", "expected a wgmma_wait that names each accumulator"},
+        {OTHER_SHAPE, "another shape in flight", "products of the same shape, found N = 32 after N = 64"},
+        {NO_PROXY_FENCE, "no proxy fence", "written without fence_proxy_async, by thread"},
+        {PROXY_FENCE_EARLY, "proxy fence before the copy landed", "written without fence_proxy_async, by thread"},
+        {NEVER_WRITTEN, "operand never written", "a: expected operands that cp_async_16 or stmatrix_x4 has written"},
+        {NO_BARRIER, "no barrier after the proxy fence", "a: expected operands that cp_async_16 or stmatrix_x4 has"},
+        {WRITTEN_OTHERWISE, "operand written by a store", "found offset 8208 written otherwise"},
+        {MISALIGNED, "start misaligned", "a: expected a start at a multiple of 1024 bytes, or 32, 64 or 96 after one"},
+        {OUTSIDE, "outside", "a: expected a tile inside the block's 16384 bytes of shared memory, found a chunk at"},
+        {NO_SWIZZLE, "no swizzle", "a: expected 128-byte swizzle (1 << 62), found no swizzle"},
+        {BASE_OFFSET, "a base offset", "a: expected zeros in bits 14-15, 30-31 and 46-61"},
+        {ODD_STRIDE, "stride", "b: expected a stride of a multiple of 1024 bytes, found 1152"},
+        {WARP_ELSEWHERE, "a warp at another line", "expected the threads of a warpgroup to issue the same products"},
+        {WARP_OTHERWISE, "a warp's other operand", "expected the threads of a warpgroup to issue the same products"},
+        {WARP_WITHOUT, "a warp that skips one", "expected the threads of a warpgroup to issue the same products"},
+        {HALF_A_WARP, "half a warp that skips one", "expected the threads of a warpgroup to issue the same products"},
+        {WARP_ENDS, "a warp that ends",
+         "deadlock: expected all 128 threads of the warpgroup to issue the wgmma that is"},
+        {LANE_COMMITS, "a lane that commits more", "and other fences, commits or waits before"},
+    };
+    for (auto& planted : bugs)
+        for (uint64_t seed = 1; seed <= 5; seed++) {
+            WithSeed with(seed);
+            INFO(std::string(planted.name), ", seed ", seed);
+            std::string found = misuse_of_planted(planted.bug);
+            CHECK_HAS(found, planted.message);
+            CHECK_HAS(found, "kernel planted(");
+        }
+    CHECK_HAS(misuse_of_planted(NONE, 96), "expected a warpgroup of 128 threads, found 96");
+    settings().ptx = 80;
+    CHECK_HAS(misuse_of_planted(NONE), "expected code built for 9.0a, found 80");
+    settings().ptx = 90;
+}
+
+__global__ void many_products(const __nv_bfloat16* a, const __nv_bfloat16* b, int rounds) {
+    char *at = &shared<char>(), *bt = at + BLOCK;
+    copy_tile(at, K_MAJOR, 64, a, DEPTH, 0, 128);
+    copy_tile(bt, MN_MAJOR, 128, b, DEPTH, 0, 128);
+    cp_async_commit(), cp_async_wait<0>(), fence_proxy_async();
+    __syncthreads();
+    float d[16][4] = {};
+    wgmma_fence(d);
+    for (int i = 0; i < rounds; i++) {
+        for (int k = 0; k < 4; k++)
+            wgmma<128, K_MAJOR, MN_MAJOR>(d, descriptor(at, K_MAJOR, k), descriptor(bt, MN_MAJOR, k), true);
+        wgmma_commit();
+        wgmma_wait<1>();
+    }
+    wgmma_wait<0>(d);
+}
+TEST_CASE("the time of an emulated product, for information") {
+    Device<__nv_bfloat16> a(random_bf16(64 * DEPTH, 1)), b(random_bf16(128 * DEPTH, 2));
+    auto start = std::chrono::steady_clock::now();
+    CHECK_OK(launch(many_products, 1, 128, size_t(3 * BLOCK), nullptr, (const __nv_bfloat16*)a.p,
+                    (const __nv_bfloat16*)b.p, 250));
+    CHECK_OK(cudaDeviceSynchronize());
+    double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    MESSAGE("m64n128k16: ", seconds * 1e6 / 1000, " us");
+}
