@@ -147,10 +147,6 @@ __device__ __forceinline__ void pin(T (&registers)[N][4]) {  // so that the comp
             else asm volatile("" : "+r"(registers[i][j])::"memory");
 }
 template <class... Registers>
-__device__ __forceinline__ void settle(Registers&... registers) {
-    (pin(registers), ...);
-}
-template <class... Registers>
 __device__ __forceinline__ void wgmma_fence(Registers&... registers) {
     (pin(registers), ...);
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
@@ -1473,7 +1469,6 @@ __global__ void __launch_bounds__(WARPGROUPS* WARPGROUP, BLOCKS)
         multiply_values(j - 1);
         wgmma_wait<1>(scores.v[0]);
         weigh(j);  // beside out += p v
-        settle(scores.v[0]);
         if (__any_sync(ALL_LANES, softmax.shrinks[0][0] != 1 || softmax.shrinks[0][1] != 1)) {
             wgmma_wait<0>(out.v[0], p);
             softmax.shrink(out);
@@ -1572,18 +1567,17 @@ __global__ void __launch_bounds__(HopperBackward<D>::THREADS, 1)
         uint64_t q_tile = panels<Q>(s.q[now]), dy_tile = panels<Q>(s.dy[now]);
         WarpTile<1, Q> p, ds;
         uint32_t p_bf16[Q / 16][4], ds_bf16[Q / 16][4];
-        wgmma_fence(p.v[0]);
-#pragma unroll
-        for (int i = 0; i < D / 16; i++)
-            wgmma<Q, K_MAJOR, K_MAJOR>(p.v[0], own_keys + along<KEYS>(i), q_tile + along<Q>(i), i > 0);
-        wgmma_commit();
 #pragma unroll
         for (int n = 0; n < Q / 8; n++) {
             auto row_delta = load<2>(&s.delta[now][n * 8 + lane % 4 * 2]);
 #pragma unroll
             for (int i = 0; i < 4; i++) ds.v[0][n][i] = -row_delta[i % 2];
         }
-        wgmma_fence(ds.v[0]);
+        wgmma_fence(p.v[0], ds.v[0]);
+#pragma unroll
+        for (int i = 0; i < D / 16; i++)
+            wgmma<Q, K_MAJOR, K_MAJOR>(p.v[0], own_keys + along<KEYS>(i), q_tile + along<Q>(i), i > 0);
+        wgmma_commit();
 #pragma unroll
         for (int i = 0; i < D / 16; i++)
             wgmma<Q, K_MAJOR, K_MAJOR>(ds.v[0], own_values + along<KEYS>(i), dy_tile + along<Q>(i), true);
@@ -1595,13 +1589,12 @@ __global__ void __launch_bounds__(HopperBackward<D>::THREADS, 1)
         for (int n = 0; n < Q / 8; n++) {
             auto row_lse = load<2>(&s.lse[now][n * 8 + lane % 4 * 2]);
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                float& score = p.v[0][n][i];
-                score = fast_exp2(scale * score - row_lse[i % 2]);
-                if (masked && warp_k0 + i / 2 * 8 + lane / 4 > q0 + n * 8 + lane % 4 * 2 + i % 2) score = 0;
-            }
+            for (int i = 0; i < 4; i++) p.v[0][n][i] = fast_exp2(scale * p.v[0][n][i] - row_lse[i % 2]);
         }
-        settle(p.v[0]);
+        if (masked)
+            p.each(lane, [&](float& probability, int, int half, int column) {
+                if (warp_k0 + 8 * half + lane / 4 > q0 + column) probability = 0;
+            });
         wgmma_wait<0>(ds.v[0]);
         ds.each(lane, [&](float& value, int, int, int, float probability) { value *= probability; }, p);
         pack(p_bf16, p);
@@ -1642,13 +1635,17 @@ __global__ void __launch_bounds__(HopperBackward<D>::THREADS, 1)
             }
             store_rows(dqkv + at + dq_column, stride, q0 + dq_row + warp % 4 * 16, T, dq, lane,
                        [&](int, int) { return scale * LN_2; });  // 1 / sqrt(D)
-        } else
+        } else {
+            auto own = [&](int i) {
+                return make_float4(dq.v[0][i][0], dq.v[0][i][1], dq.v[0][i][2], dq.v[0][i][3]);
+            };
+            if (key_tile == 0)
 #pragma unroll
-            for (int i = 0; i < 8; i++) {
-                float4 own = make_float4(dq.v[0][i][0], dq.v[0][i][1], dq.v[0][i][2], dq.v[0][i][3]);
-                if (key_tile == 0) __stcg(sum + i * THREADS, own);
-                else atomicAdd(sum + i * THREADS, own);
-            }
+                for (int i = 0; i < 8; i++) __stcg(sum + i * THREADS, own(i));
+            else
+#pragma unroll
+                for (int i = 0; i < 8; i++) atomicAdd(sum + i * THREADS, own(i));
+        }
         store_lse_delta(1 - now);
         wgmma_wait<0>(dk.v[0], ds_bf16);
     }
