@@ -314,8 +314,7 @@ void bench_attention(Device& device, int B, int T, int C, int D, double matrix_r
         attention_forward(device, y(i), lse(i), qkv(i), sequences, T, C, H, 0);
     };
     auto backward = [&](int i, int sequences) {
-        attention_backward(device, dqkv(i), delta(0), dy(i), qkv(i), y(i), lse(i), sequences, T, C, H,
-                           scratch.data());
+        attention_backward(device, dqkv(i), delta(0), dy(i), qkv(i), y(i), lse(i), sequences, T, C, H, scratch.data());
     };
     size_t one = size_t(T) * size_t(C);  // one sequence on the CPU
     std::vector<float> expected_y(one), expected_lse(size_t(T) * size_t(H)), expected_dqkv(3 * one);
