@@ -1503,7 +1503,7 @@ struct DqSums {
 template <int D>
 struct HopperBackward {
     static constexpr int KEYS = 128, Q = D == 64 ? 128 : 64, THREADS = 2 * WARPGROUP, WARPS = THREADS / WARP;
-    static constexpr size_t SUMS = Q * D;  // floats of a query tile's sum
+    static constexpr size_t SUMS = Q * D;  // floats of a query tile's sum, as many for either D
     branch_t k[KEYS * D], v[KEYS * D], q[2][Q * D], dy[2][Q * D], ds[KEYS * Q];
     float lse[2][Q], delta[2][Q];
     unsigned ticket;
@@ -1675,14 +1675,10 @@ void attention_forward(Device& device, branch_t* y, float* lse, const branch_t* 
 
 // Floats that the backward by wgmma needs beside its results, whatever they hold: DqSums.
 inline size_t attention_scratch(int B, int T, int C, int H) {
-    size_t floats = 0, heads = size_t(B) * size_t(H);
-    if (Device::has_wgmma())
-        by_head_size(C / H, [&](auto size) {
-            using Hopper = HopperBackward<size>;
-            size_t tiles = heads * ceil_div(size_t(T), Hopper::Q);
-            if (size >= 64) floats = tiles * (Hopper::SUMS + Hopper::WARPS) + 1;
-        });
-    return floats;
+    int D = C / H;
+    if (!Device::has_wgmma() || (D != 64 && D != 128)) return 0;
+    size_t tiles = ceil_div(size_t(T), D == 64 ? HopperBackward<64>::Q : HopperBackward<128>::Q);
+    return size_t(B) * size_t(H) * tiles * (HopperBackward<64>::SUMS + HopperBackward<64>::WARPS) + 1;
 }
 
 void attention_backward(Device& device, branch_t* dqkv, float* delta, const branch_t* dy, const branch_t* qkv,
