@@ -781,6 +781,7 @@ struct AttentionShape {
     int T, C, H, first;
     __host__ __device__ int queries() const { return T - first; }
 };
+inline bool by_wgmma(const Device& device, int D) { return device.wgmma && (D == 64 || D == 128); }
 
 #ifdef KEEL_FP32
 // Without tensor cores, for any D: a block has 8 rows, a warp each, and meets 32 rows of the other side, a lane each.
@@ -1665,7 +1666,7 @@ void attention_forward(Device& device, branch_t* y, float* lse, const branch_t* 
     by_head_size(C / H, [&](auto size) {
         constexpr int D = size, M = AttentionTiles<D>::FORWARD_M, N = AttentionTiles<D>::FORWARD_N, ROWS = att_rows(M);
         if constexpr (D >= 64)
-            if (device.wgmma)
+            if (by_wgmma(device, D))
                 return launch(attention_forward_hopper_kernel<D>, attention_grid(heads, ceil_div(queries, 64), 1),
                               WARPGROUP, sizeof(HopperForward<D>), device.stream, y, lse, qkv, shape);
         launch(attention_forward_kernel<D, M, N>, attention_grid(heads, ceil_div(queries, ROWS), 1), ATT_WARPS * WARP,
@@ -1689,13 +1690,13 @@ void attention_backward(Device& device, branch_t* dqkv, float* delta, const bran
         constexpr int D = size;
         using Tiles = AttentionTiles<D>;
         using Hopper = HopperBackward<D>;
-        bool by_wgmma = D >= 64 && device.wgmma;
-        size_t tiles = by_wgmma ? heads * ceil_div(size_t(T), Hopper::Q) : 0;
+        bool hopper = by_wgmma(device, D);
+        size_t tiles = hopper ? heads * ceil_div(size_t(T), Hopper::Q) : 0;
         DqSums sums{reinterpret_cast<float4*>(scratch), reinterpret_cast<unsigned*>(scratch + tiles * Hopper::SUMS)};
         launch_threads(attention_delta_kernel<D>, n / 8, device.stream, delta, dy, y, n, sums.added,
-                       by_wgmma ? tiles * Hopper::WARPS + 1 : 0, shape);
+                       hopper ? tiles * Hopper::WARPS + 1 : 0, shape);
         if constexpr (D >= 64)
-            if (by_wgmma)
+            if (hopper)
                 return launch(attention_backward_hopper_kernel<D>,
                               attention_grid(heads, ceil_div(size_t(T), Hopper::KEYS), 1), Hopper::THREADS,
                               sizeof(Hopper), device.stream, dqkv, dy, qkv, lse, delta, sums, shape);
@@ -3189,9 +3190,11 @@ struct Trainer {
                  c.D());
     }
 
-    static std::string machine_name() {
+    std::string machine_name() {
         cudaDeviceProp p = gpu_properties();
-        return format("%s, %d multiprocessors", p.name, p.multiProcessorCount);
+        const char* attention = !BRANCH_BF16 ? "" : by_wgmma(model.device, model.config.D()) ? "wgmma" : "mma.sync";
+        return format("%s, %d multiprocessors%s%s", p.name, p.multiProcessorCount, BRANCH_BF16 ? ", attention by " : "",
+                      attention);
     }
 
     double matrix_rate() { return model.device.matrix_rate(); }

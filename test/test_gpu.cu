@@ -2074,7 +2074,13 @@ TEST_SUITE("memory and machine") {
         Trainer::require_machine();
         Trainer trainer(test_run(small_config(KEEL, 2, 256, 4), 1, 4));
         CHECK(trainer.matrix_rate() > 0);
-        CHECK(Trainer::machine_name().find("multiprocessors") != std::string::npos);
+        CHECK(trainer.machine_name().find("multiprocessors") != std::string::npos);
+#ifndef KEEL_FP32
+        for (bool wgmma : {false, true}) {
+            trainer.model.device.wgmma = wgmma;
+            CHECK(trainer.machine_name().ends_with(wgmma ? "attention by wgmma" : "attention by mma.sync"));
+        }
+#endif
         CHECK(Trainer::available_memory() > 0);
     }
 
