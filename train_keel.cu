@@ -1413,11 +1413,11 @@ __device__ __forceinline__ void pack(uint32_t (&a)[N / 16][4], const WarpTile<1,
 }
 
 // A block is one warpgroup with 64 queries. While its softmax of tile j runs, the tensor cores multiply the weights of
-// tile j-1 with their values; and of the four (D = 128: three) blocks of a multiprocessor one has its softmax under the
+// tile j-1 with their values; and of the four (D = 128: two) blocks of a multiprocessor one has its softmax under the
 // products of the others. They need no turns, as nothing but its own copies ever holds a block up.
 template <int D>
 struct HopperForward {
-    static constexpr int N = 64, BLOCKS = D == 64 ? 4 : 3;  // keys a tile; blocks a multiprocessor
+    static constexpr int N = 64, BLOCKS = D == 64 ? 4 : 2;  // keys a tile; blocks a multiprocessor
     branch_t q[64 * D], k[2][N * D], v[2][N * D];
 };
 template <int D>
