@@ -33,7 +33,7 @@ constexpr float NORM_EPSILON = 1e-6f;  // rms(x) = sqrt(mean(x^2) + this)
 // ----------------------------------------------------------------------------------------------------
 // The device's primitives: the one room with PTX (PTX ISA 8.0, sections on mma, ldmatrix, cp.async)
 
-#if defined(CUDA_ON_CPU) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#if (defined(CUDA_ON_CPU) || defined(__CUDA_ARCH_FEAT_SM90_ALL)) && !defined(KEEL_NO_WGMMA)
 #define HOPPER_CODE
 #endif
 #ifndef CUDA_ON_CPU  // there, the headers bring their own
