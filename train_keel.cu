@@ -1354,7 +1354,7 @@ __global__ void __launch_bounds__(ATT_WARPS* WARP)
 // leaves them. Tiles lie in shared memory as wgmma reads them: panels (ROWS,64), swizzled. Copies are cp.async's, a
 // tile ahead; each thread shows what it has copied to the tensor cores (fence_proxy_async), then a barrier to the
 // others.
-constexpr int WARPGROUP = 4 * WARP, PANEL = 64;
+inline constexpr int WARPGROUP = 4 * WARP, PANEL = 64;
 
 template <int ROWS>
 __device__ __forceinline__ int panel_at(int row, int chunk) {
@@ -1395,7 +1395,7 @@ __device__ __forceinline__ void multiply_rows(WarpTile<1, N>& d, uint64_t a, uin
     wgmma_commit();
 }
 // d (64,N) += a b, a (64,K) in registers and panels b (K,N), 16 rows at a time.
-constexpr int SIXTEEN_ROWS = 128;  // how far in a panel, in a descriptor's units
+inline constexpr int SIXTEEN_ROWS = 128;  // how far in a panel, in a descriptor's units
 template <int N, int K16>
 __device__ __forceinline__ void add_product(WarpTile<1, N>& d, const uint32_t (&a)[K16][4], uint64_t b) {
 #pragma unroll
