@@ -161,7 +161,7 @@ def test_attention(folder):
     done = stage(folder / "out", *(() if suite.LONG else ("bench_kernels", stand_in)))  # LONG=1 builds it
     assert done.returncode == 0 and "== attention: ok" in done.stdout, done.stdout + done.stderr
     found = {row["metric"] for row in rows(folder / "out")}
-    assert {"attention/cases", "attention/attention", "stage/attention"} <= found, found
+    assert {"attention/cases", "attention/attention", "attention/steps_by_wgmma", "stage/attention"} <= found, found
     if suite.LONG and "attention/sdpa" in found:  # there is a PyTorch
         names = {f"attention_{way}_T{T}_D{D}" for way in ("forward", "backward") for T in (64, 256) for D in (64, 128)}
         assert {name + end for name in names for end in ("", "_mma", "_vs_cudnn")} <= found, found

@@ -42,6 +42,7 @@ CARD = SimpleNamespace(
     models="pre_L24_C768 keel_L1024_C256 keel_L512_C1024",
     beside="--steps 6 --repeats 1",
     bench="",
+    attended="-L 64 -C 1024 -t 1024 -d 65536 -x 10",
     idle="--steps 3 -L 1024 -d 16384",  # 10 steps of 12812 nodes each recorded more than 40 s
     recorded={},
     killed="-L 16 -C 64 -t 64 -b 16 -x 400 -n 50",
@@ -63,6 +64,7 @@ REHEARSAL = SimpleNamespace(
     models="tiny other",
     beside="--steps 5 --repeats 1 --modes eager --model tiny=keel,4,64,2,32,128,256 --model other=pre,2,64,1,16,16,50257",
     bench="--small",
+    attended="-L 4 -C 128 -H 2 -t 72 -b 2 -x 5",
     idle=f"--steps 2 {_TINY}",
     recorded={"LD_PRELOAD": str(ROOT / "build/rehearsal/fake_cupti.so")},
     killed=f"{_TINY} -x 24 -n 6",
@@ -453,7 +455,15 @@ def attention(w):
         return  # no rate of what is wrong
     peers = pytorchs_attention(w, torch, w.left() - timed)
     w.benchmark("attention", [w.program("bench_kernels"), *words(w.s.bench), "--only", "attention", *peers], 8)
-    w.note = f"{count[2]} test cases, rates"
+    command, rates = f"{w.train_keel} {w.s.attended}", {"0": [], "1": []}
+    for turn, wgmma in enumerate("0110"):  # on a Hopper by mma.sync and by wgmma, in turns
+        folder = w.scratch / f"steps{turn}"
+        done = w.run(f"steps{turn}", f"{command} {w.text} -v 0 -s 0 -n 0 -o {folder}", env={"KEEL_WGMMA": wgmma})
+        if w.check(f"steps{turn}", done.ok, done.why()):
+            rates[wgmma].append(median(float(row["tokens_per_second"]) for row in read_log(folder)[3:]))
+    if all(rates.values()):
+        w.row("attention/steps_by_wgmma", max(rates["1"]), "tokens/s", max(rates["0"]), f"KEEL_WGMMA=1 {command}")
+    w.note = f"{count[2]} test cases, rates, steps"
 
 
 def kernels(w):
@@ -560,7 +570,7 @@ class Stage:
 
 
 STAGES = {  # in order of worth
-    "attention": Stage(attention, 60, 25, by_name=True),
+    "attention": Stage(attention, 90, 25, by_name=True),
     "right": Stage(right, 150, 60), "main": Stage(main_run, 60, 25), "safe": Stage(safe, 150, 50),
     "beside": Stage(beside, 300, 60), "kernels": Stage(kernels, 120, 40), "products": Stage(products, 60, 30),
     "max_lr": Stage(max_lr, 260, 45), "hops": Stage(hops, 180, 45), "long": Stage(long, 280, 60), "deep": Stage(deep, 100, 50)}
