@@ -28,8 +28,9 @@ LARGE_PRODUCT = 798e12  # operations a second that an H100 reaches in one, in BF
 # split sums among them: fitted to an H100's twelve products of a block of 16384 rows, 1858 us at C = 1024 and 236 us at
 # C = 256, where they are bound by memory. A large product, kept up as long, ran at 723e12 there.
 PRODUCT, RAMP = 700e12 / LARGE_PRODUCT, 3.5e-6
-# Attention, D = 64, T = 1024, as an H100 ran 256 heads: 207e12 forward, the last blocks taken off, and 156e12 backward,
-# delta too. As shares of mma.sync's rate; the backward runs 7 products of tiles where 5 are counted.
+# Attention by mma.sync, the default, D = 64, T = 1024, as an H100 ran 256 heads: 207e12 forward, the last blocks taken
+# off, and 156e12 backward, delta too. As shares of mma.sync's rate; the backward runs 7 products of tiles where 5 are
+# counted.
 ATTENTION = 213e12 / (MMA_SYNC * LARGE_PRODUCT)
 ATTENTION_BACKWARD = 164e12 * 7 / 5 / (MMA_SYNC * LARGE_PRODUCT)
 # Of a copy's rate, at C = 1024 and at C = 256. Products bound by memory, as at C = 256, are taken to be as good as the
