@@ -69,7 +69,6 @@ struct Random {
     }
 };
 
-// Of one kernel: launches, and the largest block and dynamic shared memory of any.
 // What a kernel's blocks have done: operations of mma and wgmma, bytes that cp.async was asked for, whole barriers.
 struct Work {
     uint64_t operations = 0, copied = 0, barriers = 0;
@@ -78,6 +77,7 @@ struct Work {
         return *this;
     }
 };
+// Of one kernel: launches, the largest block and dynamic shared memory of any, and the work of all.
 struct Launches {
     size_t count = 0, shared_bytes = 0;
     unsigned threads = 0;
