@@ -1063,10 +1063,11 @@ __device__ __forceinline__ void store_rows(branch_t* out, size_t stride, int row
 
 // Blocks for the tiles of B * H heads: x, a head of a group; y, a tile, and in the backward its kind; z, a group. A
 // block that meets few tiles of the other side ends early, so of a group the longest tiles come first, or a few of them
-// would end alone. A group is as large a part of the heads as keeps its q, k, v and dy in the L2: 16 MiB.
+// would end alone. A group is as large a part of the heads as keeps its q, k, v and dy in the L2: 16 MiB. (The backward
+// on Hopper has one block a multiprocessor, and dq's sums in the L2 too: half as many.)
 constexpr int ATT_GROUP = 512;  // blocks: twice what a Hopper holds, two a multiprocessor (three at D = 16)
-inline Grid attention_grid(size_t heads, size_t tiles, size_t kinds) {
-    size_t group = std::clamp<size_t>(ATT_GROUP / (kinds * tiles), 1, heads);
+inline Grid attention_grid(size_t heads, size_t tiles, size_t kinds, size_t blocks = ATT_GROUP) {
+    size_t group = std::clamp<size_t>(blocks / (kinds * tiles), 1, heads);
     while (heads % group) group--;
     return {group, kinds * tiles, heads / group};
 }
@@ -1698,8 +1699,8 @@ void attention_backward(Device& device, branch_t* dqkv, float* delta, const bran
         if constexpr (D >= 64)
             if (hopper)
                 return launch(attention_backward_hopper_kernel<D>,
-                              attention_grid(heads, ceil_div(size_t(T), Hopper::KEYS), 1), Hopper::THREADS,
-                              sizeof(Hopper), device.stream, dqkv, dy, qkv, lse, delta, sums, shape);
+                              attention_grid(heads, ceil_div(size_t(T), Hopper::KEYS), 1, ATT_GROUP / 2),
+                              Hopper::THREADS, sizeof(Hopper), device.stream, dqkv, dy, qkv, lse, delta, sums, shape);
         constexpr int ROWS = att_rows(Tiles::BACKWARD_M);
         launch(attention_backward_kernel<D>, attention_grid(heads, ceil_div(size_t(T), ROWS), 2), ATT_WARPS * WARP,
                std::max(sizeof(AttentionQShared<D, ROWS, Tiles::Q_N>),
