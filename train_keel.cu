@@ -105,15 +105,16 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) { return uint3
 
 #define D4(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
 #define D16(i) D4(i), D4(i + 1), D4(i + 2), D4(i + 3)
-#define LIST_32 \
+#define LIST_32                                                                                                      \
     "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29," \
     "%30,%31"
-#define LIST_64 \
+#define LIST_64                                                                                                     \
     LIST_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56," \
             "%57,%58,%59,%60,%61,%62,%63"
-#define WGMMA(n, list, add, a, b_and_rest, ...) \
-    asm volatile("{.reg .pred p; setp.ne.b32 p, %" add ", 0; wgmma.mma_async.sync.aligned.m64n" n \
-                 "k16.f32.bf16.bf16 {" list "}, " a ", %" b_and_rest ";}" : __VA_ARGS__)
+#define WGMMA(n, list, add, a, b_and_rest, ...)                                                                        \
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %" add ", 0; wgmma.mma_async.sync.aligned.m64n" n "k16.f32.bf16.bf16 " \
+                 "{" list "}, " a ", %" b_and_rest ";}"                                                                \
+                 : __VA_ARGS__)
 template <int N, Major A, Major B>
 __device__ __forceinline__ void wgmma(float (&d)[N / 8][4], uint64_t a, uint64_t b, bool add) {
     static_assert(N == 64 || N == 128);
@@ -131,12 +132,13 @@ __device__ __forceinline__ void wgmma(float (&d)[N / 8][4], const uint32_t (&a)[
         WGMMA("64", LIST_32, "37", "{%32,%33,%34,%35}", "36, p, 1, 1, %38", D16(0), D16(4) : "r"(a[0]), "r"(a[1]),
               "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)), "n"(int(B)));
     else
-        WGMMA("128", LIST_64, "69", "{%64,%65,%66,%67}", "68, p, 1, 1, %70", D16(0), D16(4), D16(8), D16(12) : "r"(a[0]),
-              "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)), "n"(int(B)));
+        WGMMA("128", LIST_64, "69", "{%64,%65,%66,%67}", "68, p, 1, 1, %70", D16(0), D16(4), D16(8),
+              D16(12) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)), "n"(int(B)));
 }
 
-// fence: products issued after it see what the thread has made of these registers. commit: the products issued since the
-// last make a group. wait: until all but the N newest groups are done; these registers, theirs, are the thread's again.
+// fence: products issued after it see what the thread has made of these registers. commit: the products issued since
+// the last make a group. wait: until all but the N newest groups are done; these registers, theirs, are the thread's
+// again.
 template <class T, int N>
 __device__ __forceinline__ void pin(T (&registers)[N][4]) {  // so that the compiler moves no access to them across
 #pragma unroll
@@ -781,138 +783,103 @@ struct AttentionShape {
 };
 
 #ifdef KEEL_FP32
-// Without tensor cores, for any D: a block has 8 rows, a warp each, and meets 32 rows of the other side, a lane each.
-constexpr int PLAIN_WARPS = 8;
-struct PlainShared {
-    float row[PLAIN_WARPS][WARP];  // 32 channels of each warp's row
-    float tile[WARP][WARP + 1];    // and of each lane's; one more keeps lanes on banks of their own
-    float p[PLAIN_WARPS][WARP], ds[PLAIN_WARPS][WARP];  // ds times 1 / sqrt(D)
+// Without tensor cores, for any D: a thread has a row, and meets 16 rows of the other side at a time. These are the
+// same for a warp's threads, whose loads of them are one.
+constexpr int PLAIN_ROWS = 16;
+struct HeadRows {  // q, k, v or dy (T,D) of a head
+    const float* first;
+    size_t stride;
+    int T, D;
+    __device__ const float* operator[](int row) const { return first + size_t(min(row, T - 1)) * stride; }
 };
 
-// a[a0 + warp] . b[b0 + lane] over D, rows from a_end or b_end on being zero. All threads of the block come.
-__device__ float tile_dot(PlainShared& s, const float* a, size_t a_stride, int a0, int a_end, const float* b,
-                          size_t b_stride, int b0, int b_end, int D) {
-    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    float sum = 0;
-    for (int d0 = 0; d0 < D; d0 += WARP) {
-        bool column = d0 + lane < D;
-        __syncthreads();
-        s.row[warp][lane] = column && a0 + warp < a_end ? a[size_t(a0 + warp) * a_stride + d0 + lane] : 0;
-        for (int i = warp; i < WARP; i += PLAIN_WARPS)
-            s.tile[i][lane] = column && b0 + i < b_end ? b[size_t(b0 + i) * b_stride + d0 + lane] : 0;
-        __syncthreads();
-        for (int d = 0; d < WARP; d++) sum += s.row[warp][d] * s.tile[lane][d];
-    }
-    return sum;
+// dots[j] = own . others[first + j]
+__device__ void dot_rows(float (&dots)[PLAIN_ROWS], const float* own, const HeadRows& others, int first) {
+    for (float& dot : dots) dot = 0;
+    for (int d = 0; d < others.D; d++)
+#pragma unroll
+        for (int j = 0; j < PLAIN_ROWS; j++) dots[j] += own[d] * others[first + j][d];
 }
 
-// out (D) = shrink * out + sum_i weight[i] rows[i], the first `count` of 32 rows; the first time out holds nothing.
-__device__ void add_weighted(float* out, float shrink, bool first_time, const float* weight, const float* rows,
-                             size_t stride, int count, int D) {
-    for (int d = threadIdx.x % WARP; d < D; d += WARP) {
-        float sum = first_time ? 0 : shrink * out[d];
-        for (int i = 0; i < count; i++) sum += weight[i] * rows[size_t(i) * stride + d];
+// out (D) = shrink * out + sum_j weights[j] others[first + j]; with shrink 0 out holds nothing yet.
+__device__ void add_rows(float* out, float shrink, const float (&weights)[PLAIN_ROWS], const HeadRows& others,
+                         int first) {
+    for (int d = 0; d < others.D; d++) {
+        float sum = shrink == 0 ? 0 : shrink * out[d];
+#pragma unroll
+        for (int j = 0; j < PLAIN_ROWS; j++) sum += weights[j] * others[first + j][d];
         out[d] = sum;
     }
 }
 
-__global__ void attention_forward_kernel(float* y, float* lse, const float* qkv, AttentionShape shape) {
+// A thread a query, n = B H Tq.
+__global__ void attention_forward_kernel(float* y, float* lse, const float* qkv, size_t n, AttentionShape shape) {
     begin_kernel();
-    auto& s = shared<PlainShared>();
-    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, T = shape.T, C = shape.C, H = shape.H, D = C / H,
-        Tq = shape.queries();
-    int tiles = (Tq + PLAIN_WARPS - 1) / PLAIN_WARPS, q0 = shape.first + int(blockIdx.x % tiles) * PLAIN_WARPS,
-        query = q0 + warp;
-    size_t head = blockIdx.x / tiles, b = head / H, stride = 3 * size_t(C);
-    const float *q = qkv + b * T * stride + head % H * D, *k = q + C, *v = k + C;
-    float* out = y + (b * Tq + (query - shape.first)) * C + head % H * D;
-    float scale = 1 / sqrtf(float(D)), m = -INFINITY, sum = 0;
-    for (int k0 = 0; k0 < min(q0 + PLAIN_WARPS, T); k0 += WARP) {
-        float score = scale * tile_dot(s, q, stride, q0, T, k, stride, k0, T, D);
-        if (k0 + lane > query || k0 + lane >= T) score = -INFINITY;
-        float before = m;
-        m = fmaxf(m, warp_max(score));
-        float p = expf(score - m), shrink = expf(before - m);
-        sum = sum * shrink + warp_sum(p);
-        s.p[warp][lane] = p;
-        __syncwarp();
-        if (query < T)
-            add_weighted(out, shrink, k0 == 0, s.p[warp], v + size_t(k0) * stride, stride, min(WARP, T - k0), D);
-        __syncwarp();
+    int T = shape.T, C = shape.C, H = shape.H, D = C / H, Tq = shape.queries();
+    size_t at = size_t(blockIdx.x) * blockDim.x + threadIdx.x, head = at / Tq, b = head / H, stride = 3 * size_t(C);
+    if (at >= n) return;
+    int row = int(at % Tq), query = shape.first + row;
+    const float* of_head = qkv + b * T * stride + head % H * D;
+    HeadRows q{of_head, stride, T, D}, k{of_head + C, stride, T, D}, v{of_head + 2 * C, stride, T, D};
+    float *out = y + (b * Tq + row) * C + head % H * D, scale = 1 / sqrtf(float(D)), m = -INFINITY, sum = 0;
+    for (int k0 = 0; k0 <= query; k0 += PLAIN_ROWS) {
+        float p[PLAIN_ROWS], before = m;
+        dot_rows(p, q[query], k, k0);
+#pragma unroll
+        for (int j = 0; j < PLAIN_ROWS; j++) p[j] = k0 + j <= query ? scale * p[j] : -INFINITY, m = fmaxf(m, p[j]);
+        float shrink = expf(before - m);
+        sum *= shrink;
+#pragma unroll
+        for (float& weight : p) sum += weight = expf(weight - m);
+        add_rows(out, shrink, p, v, k0);
     }
-    if (query >= T) return;
-    for (int d = lane; d < D; d += WARP) out[d] /= sum;
-    if (lane == 0) lse[head * Tq + query - shape.first] = m + logf(sum);
+    for (int d = 0; d < D; d++) out[d] /= sum;
+    lse[at] = m + logf(sum);
 }
 
-// delta and dq: a warp a query.
-__global__ void attention_backward_q_kernel(float* dqkv, float* delta, const float* dy, const float* y,
-                                            const float* qkv, const float* lse, AttentionShape shape) {
+// A thread a query, which meets the keys up to it, for delta and dq; or a key, which meets the queries from it on, for
+// dk and dv: the same loop over x' with the two sides in each other's place. n = B H T
+__global__ void attention_backward_kernel(float* dqkv, float* delta, const float* dy, const float* y, const float* qkv,
+                                          const float* lse, size_t n, AttentionShape shape, bool of_queries) {
     begin_kernel();
-    auto& s = shared<PlainShared>();
-    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, T = shape.T, C = shape.C, H = shape.H, D = C / H;
-    int tiles = (T + PLAIN_WARPS - 1) / PLAIN_WARPS, q0 = int(blockIdx.x % tiles) * PLAIN_WARPS, query = q0 + warp;
-    size_t head = blockIdx.x / tiles, b = head / H, stride = 3 * size_t(C), at = b * T * stride + head % H * D,
-           at_y = b * T * C + head % H * D;
-    const float *q = qkv + at, *k = q + C, *v = k + C, *dout = dy + at_y, *out = y + at_y;
-    float *dq = dqkv + at + size_t(query) * stride, scale = 1 / sqrtf(float(D));
-    float row_lse = query < T ? lse[head * T + query] : 0, row_delta = 0;
-    for (int d = lane; d < D && query < T; d += WARP)
-        row_delta += dout[size_t(query) * C + d] * out[size_t(query) * C + d];
-    row_delta = warp_sum(row_delta);
-    if (lane == 0 && query < T) delta[head * T + query] = row_delta;
-    for (int k0 = 0; k0 < min(q0 + PLAIN_WARPS, T); k0 += WARP) {
-        bool visible = query < T && k0 + lane <= query;
-        float score = scale * tile_dot(s, q, stride, q0, T, k, stride, k0, T, D);
-        float dp = tile_dot(s, dout, C, q0, T, v, stride, k0, T, D);
-        s.ds[warp][lane] = visible ? scale * expf(score - row_lse) * (dp - row_delta) : 0;
-        __syncwarp();
-        if (query < T) add_weighted(dq, 1, k0 == 0, s.ds[warp], k + size_t(k0) * stride, stride, min(WARP, T - k0), D);
-        __syncwarp();
-    }
-}
-
-// dk and dv: a warp a key.
-__global__ void attention_backward_kv_kernel(float* dqkv, const float* dy, const float* qkv, const float* lse,
-                                             const float* delta, AttentionShape shape) {
-    begin_kernel();
-    auto& s = shared<PlainShared>();
-    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, T = shape.T, C = shape.C, H = shape.H, D = C / H;
-    int tiles = (T + PLAIN_WARPS - 1) / PLAIN_WARPS, k0 = int(blockIdx.x % tiles) * PLAIN_WARPS, key = k0 + warp;
-    size_t head = blockIdx.x / tiles, b = head / H, stride = 3 * size_t(C), at = b * T * stride + head % H * D;
-    const float *q = qkv + at, *k = q + C, *v = k + C, *dout = dy + b * T * C + head % H * D;
-    float *dk = dqkv + at + C + size_t(key) * stride, *dv = dk + C, scale = 1 / sqrtf(float(D));
-    for (int q0 = k0; q0 < T; q0 += WARP) {
-        int query = q0 + lane;
-        bool visible = query < T && query >= key;
-        float score = scale * tile_dot(s, k, stride, k0, T, q, stride, q0, T, D);
-        float dp = tile_dot(s, v, stride, k0, T, dout, C, q0, T, D);
-        float p = visible ? expf(score - lse[head * T + query]) : 0;
-        s.p[warp][lane] = p;
-        s.ds[warp][lane] = visible ? scale * p * (dp - delta[head * T + query]) : 0;
-        __syncwarp();
-        if (key < T) {
-            add_weighted(dv, 1, q0 == k0, s.p[warp], dout + size_t(q0) * C, C, min(WARP, T - q0), D);
-            add_weighted(dk, 1, q0 == k0, s.ds[warp], q + size_t(q0) * stride, stride, min(WARP, T - q0), D);
+    int T = shape.T, C = shape.C, H = shape.H, D = C / H;
+    size_t at = size_t(blockIdx.x) * blockDim.x + threadIdx.x, head = at / T, b = head / H, stride = 3 * size_t(C);
+    if (at >= n) return;
+    int own = int(at % T), first = of_queries ? 0 : own / PLAIN_ROWS * PLAIN_ROWS, end = of_queries ? own + 1 : T;
+    size_t in_qkv = b * T * stride + head % H * D, in_y = b * T * C + head % H * D;
+    HeadRows q{qkv + in_qkv, stride, T, D}, k{q.first + C, stride, T, D}, v{k.first + C, stride, T, D},
+        dout{dy + in_y, size_t(C), T, D}, out{y + in_y, size_t(C), T, D};
+    HeadRows left = of_queries ? k : q, right = of_queries ? v : dout;  // of the other side
+    float *dq = dqkv + in_qkv + own * stride, *dk = dq + C, *dv = dk + C, scale = 1 / sqrtf(float(D)), sum = 0;
+    for (int d = 0; of_queries && d < D; d++) sum += dout[own][d] * out[own][d];
+    if (of_queries) delta[at] = sum;
+    for (int other0 = first; other0 < end; other0 += PLAIN_ROWS) {
+        float p[PLAIN_ROWS], ds[PLAIN_ROWS], kept = other0 > first ? 1 : 0;
+        dot_rows(p, of_queries ? q[own] : k[own], left, other0);
+        dot_rows(ds, of_queries ? dout[own] : v[own], right, other0);  // dp
+#pragma unroll
+        for (int j = 0; j < PLAIN_ROWS; j++) {
+            int query = of_queries ? own : other0 + j, key = of_queries ? other0 + j : own;
+            bool visible = key <= query && query < T;
+            p[j] = visible ? expf(scale * p[j] - lse[head * T + query]) : 0;
+            ds[j] = visible ? scale * p[j] * (ds[j] - delta[head * T + query]) : 0;
         }
-        __syncwarp();
+        add_rows(of_queries ? dq : dk, kept, ds, left, other0);
+        if (!of_queries) add_rows(dv, kept, p, right, other0);
     }
 }
 
 void attention_forward(Device& device, float* y, float* lse, const float* qkv, int B, int T, int C, int H, int first) {
-    launch(attention_forward_kernel, ceil_div(size_t(T - first), PLAIN_WARPS) * B * H, PLAIN_WARPS * WARP,
-           sizeof(PlainShared), device.stream, y, lse, qkv, AttentionShape{T, C, H, first});
+    size_t n = size_t(B) * size_t(H) * size_t(T - first);
+    launch_threads(attention_forward_kernel, n, device.stream, y, lse, qkv, n, AttentionShape{T, C, H, first});
 }
-
 inline size_t attention_scratch(int, int, int, int) { return 0; }
 void attention_backward(Device& device, float* dqkv, float* delta, const float* dy, const float* qkv, const float* y,
                         const float* lse, int B, int T, int C, int H, float*) {
-    AttentionShape shape{T, C, H, 0};
-    size_t blocks = ceil_div(size_t(T), PLAIN_WARPS) * B * H;
-    launch(attention_backward_q_kernel, blocks, PLAIN_WARPS * WARP, sizeof(PlainShared), device.stream, dqkv, delta, dy,
-           y, qkv, lse, shape);
-    launch(attention_backward_kv_kernel, blocks, PLAIN_WARPS * WARP, sizeof(PlainShared), device.stream, dqkv, dy, qkv,
-           lse, delta, shape);
+    size_t n = size_t(B) * size_t(H) * size_t(T);
+    for (bool of_queries : {true, false})  // delta, which the second reads
+        launch_threads(attention_backward_kernel, n, device.stream, dqkv, delta, dy, y, qkv, lse, n,
+                       AttentionShape{T, C, H, 0}, of_queries);
 }
 #else
 // On tensor cores. A warp has M tiles of 16 rows, a block 4 warps, and walks over N rows of the other side at a time,
@@ -1071,15 +1038,14 @@ __device__ __forceinline__ unsigned attention_head() { return blockIdx.z * gridD
 
 constexpr float LOG2_E = 1.44269504088896341f, LN_2 = 0.69314718055994531f;
 
-// The running softmax of a warp's rows: row 16 m + 8 half + g has its largest score so far, the sum of exp2(scale score -
-// scale largest) over this lane's columns, and what the last tile has shrunk the earlier ones by.
+// The running softmax of a warp's rows: row 16 m + 8 half + g has its largest score so far, the sum of exp2(scale score
+// - scale largest) over this lane's columns, and what the last tile has shrunk the earlier ones by.
 template <int M>
 struct OnlineSoftmax {
     float largest[M][2], sum[M][2], shrinks[M][2];
     __device__ __forceinline__ OnlineSoftmax() {
 #pragma unroll
-        for (int m = 0; m < M; m++)
-            largest[m][0] = largest[m][1] = -INFINITY, sum[m][0] = sum[m][1] = 0;
+        for (int m = 0; m < M; m++) largest[m][0] = largest[m][1] = -INFINITY, sum[m][0] = sum[m][1] = 0;
     }
     // The next tile's scores become weights.
     template <int N>
@@ -1090,8 +1056,7 @@ struct OnlineSoftmax {
             for (int half = 0; half < 2; half++) {
                 float most = largest[m][half], added = 0;
 #pragma unroll
-                for (int n = 0; n < N / 8; n++)
-                    most = fmaxf(most, fmaxf(p.v[m][n][2 * half], p.v[m][n][2 * half + 1]));
+                for (int n = 0; n < N / 8; n++) most = fmaxf(most, fmaxf(p.v[m][n][2 * half], p.v[m][n][2 * half + 1]));
                 most = fmaxf(most, __shfl_xor_sync(ALL_LANES, most, 1));  // the four lanes of a row
                 most = fmaxf(most, __shfl_xor_sync(ALL_LANES, most, 2));
                 float shift = scale * most;
@@ -1536,7 +1501,7 @@ __global__ void __launch_bounds__(HopperBackward<D>::THREADS, 1)
     auto store_lse_delta = [&](int buffer) {
         if (threadIdx.x < Q) s.lse[buffer][threadIdx.x] = LOG2_E * next_lse, s.delta[buffer][threadIdx.x] = next_delta;
     };
-    auto added_of = [&](int tile) -> volatile unsigned* {
+    auto added_of = [&](int tile)->volatile unsigned* {
         return dq_sums.added + (head * unsigned(query_tiles) + unsigned(tile)) * (THREADS / WARP) + unsigned(warp);
     };
     load_panels<KEYS, D, THREADS>(s.k, k, stride, k0, T);
@@ -1617,7 +1582,8 @@ __global__ void __launch_bounds__(HopperBackward<D>::THREADS, 1)
 #pragma unroll
         for (int i = 0; i < Q / 16; i++) wgmma<D, MN_MAJOR>(dk.v[0], ds_bf16[i], q_tile + down(i), true);
         wgmma_commit();
-        float4* sum = dq_sums.sums + size_t(head * unsigned(query_tiles) + unsigned(tile)) * (8 * THREADS) + threadIdx.x;
+        float4* sum =
+            dq_sums.sums + size_t(head * unsigned(query_tiles) + unsigned(tile)) * (8 * THREADS) + threadIdx.x;
         while (added < unsigned(key_tile)) {
             __nanosleep(32);
             added = *added_of(tile);
@@ -1636,9 +1602,7 @@ __global__ void __launch_bounds__(HopperBackward<D>::THREADS, 1)
             store_rows(dqkv + at + dq_column, stride, q0 + dq_row + warp % 4 * 16, T, dq, lane,
                        [&](int, int) { return scale * LN_2; });  // 1 / sqrt(D)
         } else {
-            auto own = [&](int i) {
-                return make_float4(dq.v[0][i][0], dq.v[0][i][1], dq.v[0][i][2], dq.v[0][i][3]);
-            };
+            auto own = [&](int i) { return make_float4(dq.v[0][i][0], dq.v[0][i][1], dq.v[0][i][2], dq.v[0][i][3]); };
             if (key_tile == 0)
 #pragma unroll
                 for (int i = 0; i < 8; i++) __stcg(sum + i * THREADS, own(i));
