@@ -2634,7 +2634,7 @@ struct Trainer {
         if (model.communicator && run.types.grads_bf16)
             fail("--grads: expected fp32 with several ranks, found bf16; use -z 2, which divides the gradients among "
                  "them");
-        if (communicator) share_products(model.device, *communicator);
+        if (model.communicator) share_products(model.device, *model.communicator);
         if (!run.tune.empty()) {
             std::string gpu = gpu_properties().name;  // the table's name for what products run on
             if (int some = model.device.product_multiprocessors) gpu += format(" (%d multiprocessors)", some);
