@@ -34,7 +34,7 @@ constexpr float NORM_EPSILON = 1e-6f;  // rms(x) = sqrt(mean(x^2) + this)
 // ----------------------------------------------------------------------------------------------------
 // The device's primitives: the one room with PTX (PTX ISA 8.0, sections on mma, ldmatrix, cp.async)
 
-#if defined(CUDA_ON_CPU) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#if (defined(CUDA_ON_CPU) || defined(__CUDA_ARCH_FEAT_SM90_ALL)) && !defined(KEEL_NO_WGMMA)
 #define HOPPER_CODE
 #endif
 #ifndef CUDA_ON_CPU  // there, the headers bring their own
@@ -695,6 +695,7 @@ struct AttentionShape {
     int T, C, H, first;
     __host__ __device__ int queries() const { return T - first; }
 };
+inline bool by_wgmma(const Device& device, int D) { return device.wgmma && (D == 64 || D == 128); }
 
 #ifdef KEEL_FP32
 // Without tensor cores, for any D: a thread has a row, and meets 16 rows of the other side at a time. These are the
@@ -1026,8 +1027,7 @@ __global__ void __launch_bounds__(ATT_WARPS* WARP)
     begin_kernel();
     constexpr int ROWS = att_rows(M);
     auto& s = shared<AttentionForwardShared<D, ROWS, N>>();
-    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, T = shape.T, C = shape.C, H = shape.H,
-        Tq = shape.queries();
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, T = shape.T, C = shape.C, H = shape.H;
     unsigned head = attention_head();
     int q0 = shape.first + int(gridDim.y - 1 - blockIdx.y) * ROWS, warp_q0 = q0 + warp * 16 * M;
     size_t b = head / H, stride = 3 * size_t(C);
@@ -1068,13 +1068,14 @@ __global__ void __launch_bounds__(ATT_WARPS* WARP)
     softmax.store(y, lse, out, shape, head, warp_q0, lane, scale);
 }
 
-// delta (B,H,T) = sum_d dy y, n = B T C numbers: D / 8 lanes share a head's row, 8 channels a lane.  4 bytes an element
+// delta (B,H,T) = sum_d dy y, n = B T C numbers: D / 8 lanes share a head's row, 8 channels a lane; and zeros to the
+// backward's counters.  4 bytes an element
 template <int D>
 __global__ void attention_delta_kernel(float* delta, const branch_t* dy, const branch_t* y, size_t n,
                                        unsigned* counters, size_t count, AttentionShape shape) {
     begin_kernel();
     size_t at = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * 8, head = at / D, row = head / shape.H, T = shape.T;
-    for (size_t i = at / 8; counters && i < count; i += size_t(gridDim.x) * blockDim.x) counters[i] = 0;
+    for (size_t i = at / 8; i < count; i += size_t(gridDim.x) * blockDim.x) counters[i] = 0;
     float sum = 0;
     if (at < n) {
         auto dys = load<8>(dy + at), ys = load<8>(y + at);
@@ -1226,113 +1227,116 @@ __global__ void __launch_bounds__(ATT_WARPS* WARP)
     else attention_dq<D, M, Tiles::Q_N>(dqkv, dy, qkv, lse, delta, shape, (tiles - 1 - longer) * ROWS);
 }
 
-// ----- Attention on Hopper: D = 64 and 128, by products of warpgroups
+// ----- Attention on Hopper: heads of 64 and 128 channels, by products of warpgroups
 //
-// A warpgroup has 64 rows, a warp 16 of them. Where a product reads a tile from shared memory, it lies there as panels
-// of 64 columns, each (ROWS,64) and swizzled as wgmma wants it.
-constexpr int WARPGROUP = 4 * WARP, PANEL = 64;
+// The same sums as above. A warpgroup has 64 rows, a warp 16 of them, and its numbers lie in its lanes as mma_16x8x16
+// leaves them. Tiles lie in shared memory as wgmma reads them: panels (ROWS,64), swizzled. Copies are cp.async's, a
+// tile ahead; each thread shows what it has copied to the tensor cores (fence_proxy_async), then a barrier to the
+// others.
+inline constexpr int WARPGROUP = 4 * WARP, PANEL = 64;
 
 template <int ROWS>
 __device__ __forceinline__ int panel_at(int row, int chunk) {
     return chunk / 8 * ROWS * PANEL + row * PANEL + (chunk % 8 ^ row % 8) * 8;
 }
+// As load_tile, to panels. The rows' addresses are made by adding: products would be kept in registers.
 template <int ROWS, int D, int THREADS>
 __device__ __forceinline__ void load_panels(branch_t* tile, const branch_t* from, unsigned stride, int first, int end) {
     constexpr int CHUNKS = D / 8, AT_ONCE = THREADS / CHUNKS;  // rows that all threads copy at a time
-    static_assert(AT_ONCE % 8 == 0);
+    static_assert(ROWS % AT_ONCE == 0 && AT_ONCE % 8 == 0);
     int row = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
     const branch_t* source = from + size_t(first + row) * stride + chunk * 8;
     branch_t* to = tile + panel_at<ROWS>(row, chunk);
 #pragma unroll
     for (int i = 0; i < ROWS; i += AT_ONCE, source += AT_ONCE * stride)
-        if (ROWS % AT_ONCE == 0 || row + i < ROWS) cp_async_16(to + i * PANEL, source, first + row + i < end);
+        cp_async_16(to + i * PANEL, source, first + row + i < end);
+}
+// The copies on their way are there, for the tensor cores too, and all threads have come here.
+__device__ __forceinline__ void await_panels() {
+    cp_async_wait<0>();
+    fence_proxy_async();
+    __syncthreads();
 }
 
-// wgmma's descriptor of a tile of panels: its address, and in units of 16 bytes too how far it is to the next panel and
-// to the next 8 rows; bit 62: 128-byte swizzle.
+// wgmma's descriptor of panels: their address and, in the same units of 16 bytes, how far it is to the next panel and
+// to the next 8 rows; bit 62 says 128-byte swizzle.
 template <int ROWS>
 __device__ __forceinline__ uint64_t panels(const branch_t* tile) {
     return (shared_address(tile) & 0x3FFFF) >> 4 | uint64_t(ROWS * 8) << 16 | uint64_t(64) << 32 | uint64_t(1) << 62;
 }
-// How far k's 16 numbers k are from its first, in the same units: along the rows, a panel every 4, and down the rows.
-template <int ROWS>
-__device__ __forceinline__ uint64_t along(int k) {
-    return uint64_t(k / 4 * ROWS * 8 + k % 4 * 2);
+// d (64,N) = a b^T, or += where `add`: panels a (64 of A_ROWS rows,K) and b (N,K), 16 columns at a time.
+template <int K, int A_ROWS, int N>
+__device__ __forceinline__ void multiply_rows(WarpTile<1, N>& d, uint64_t a, uint64_t b, bool add) {
+#pragma unroll
+    for (int k = 0; k < K / 16; k++)  // 32 bytes on; every fourth in the next panel
+        wgmma<N, K_MAJOR, K_MAJOR>(d.v[0], a + k / 4 * A_ROWS * 8 + k % 4 * 2, b + k / 4 * N * 8 + k % 4 * 2,
+                                   add || k > 0);
+    wgmma_commit();
 }
-__device__ __forceinline__ uint64_t down(int k) { return uint64_t(k * 128); }
-
-// Numbers of a product, in BF16, as a of the next: p[k] is of columns 16 k to 16 k + 15.
+// d (64,N) += a b, a (64,K) in registers and panels b (K,N), 16 rows at a time.
+inline constexpr int SIXTEEN_ROWS = 128;  // how far in a panel, in a descriptor's units
+template <int N, int K16>
+__device__ __forceinline__ void add_product(WarpTile<1, N>& d, const uint32_t (&a)[K16][4], uint64_t b) {
+#pragma unroll
+    for (int k = 0; k < K16; k++) wgmma<N, MN_MAJOR>(d.v[0], a[k], b + k * SIXTEEN_ROWS, true);
+    wgmma_commit();
+}
+// Numbers of a product in BF16, as a of the next: a[k] is of columns 16 k to 16 k + 15.
 template <int N>
-__device__ __forceinline__ void pack(uint32_t (&p)[N / 16][4], const WarpTile<1, N>& s) {
+__device__ __forceinline__ void pack(uint32_t (&a)[N / 16][4], const WarpTile<1, N>& s) {
 #pragma unroll
     for (int k = 0; k < N / 16; k++)
 #pragma unroll
         for (int i = 0; i < 4; i++)
-            p[k][i] = pack_pair(s.v[0][2 * k + i / 2][i % 2 * 2], s.v[0][2 * k + i / 2][i % 2 * 2 + 1]);
+            a[k][i] = pack_pair(s.v[0][2 * k + i / 2][i % 2 * 2], s.v[0][2 * k + i / 2][i % 2 * 2 + 1]);
 }
 
+// A block is one warpgroup with 64 queries. While its softmax of tile j runs, the tensor cores multiply the weights of
+// tile j-1 with their values; and of the four (D = 128: two) blocks of a multiprocessor one has its softmax under the
+// products of the others. They need no turns, as nothing but its own copies ever holds a block up.
 template <int D>
 struct HopperForward {
-    static constexpr int N = 64, WARPGROUPS = 1, BLOCKS = D == 64 ? 4 : 3;
+    static constexpr int N = 64, BLOCKS = D == 64 ? 4 : 2;  // keys a tile; blocks a multiprocessor
+    branch_t q[64 * D], k[2][N * D], v[2][N * D];
 };
-template <int D, int N, int WARPGROUPS>
-struct HopperForwardShared {
-    branch_t q[WARPGROUPS * 64 * D], k[2][N * D], v[2][N * D];
-};
-
-template <int D, int N, int WARPGROUPS, int BLOCKS>
-__global__ void __launch_bounds__(WARPGROUPS* WARPGROUP, BLOCKS)
+template <int D>
+__global__ void __launch_bounds__(WARPGROUP, HopperForward<D>::BLOCKS)
     attention_forward_hopper_kernel(branch_t* y, float* lse, const branch_t* qkv, AttentionShape shape) {
     begin_kernel();
 #ifdef HOPPER_CODE
-    constexpr int ROWS = 64 * WARPGROUPS, THREADS = WARPGROUPS * WARPGROUP;
-    auto& s = shared<HopperForwardShared<D, N, WARPGROUPS>>();
+    constexpr int N = HopperForward<D>::N;
+    auto& s = shared<HopperForward<D>>();
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, T = shape.T, C = shape.C, H = shape.H;
-    unsigned head = attention_head();
-    int q0 = shape.first + int(gridDim.y - 1 - blockIdx.y) * ROWS, warp_q0 = q0 + warp * 16;
-    size_t b = head / H, stride = 3 * size_t(C);
-    const branch_t *q = qkv + b * T * stride + head % H * D, *k = q + C, *v = k + C;
-    int end = min(q0 + ROWS, T), tiles = (end + N - 1) / N;  // of the keys that any query here sees
+    unsigned head = attention_head(), stride = 3 * unsigned(C);
+    int q0 = shape.first + int(gridDim.y - 1 - blockIdx.y) * 64, warp_q0 = q0 + warp * 16;
+    const branch_t *q = qkv + size_t(head / H) * T * stride + head % H * D, *k = q + C, *v = k + C;
+    int end = min(q0 + 64, T), tiles = (end + N - 1) / N;  // of the keys that any query here sees
     float scale = LOG2_E / sqrtf(float(D));
-    uint64_t q_tile = panels<ROWS>(s.q + warp / 4 * 64 * PANEL);
-
-    // Before a tile of scores: K_j and V_{j-1} have come, and all are done with K_{j-1} and V_{j-2}, whose places the
-    // next two take.
-    auto next_tiles = [&](int j) {
-        cp_async_wait<0>();
-        fence_proxy_async();
-        __syncthreads();
-        if (j + 1 < tiles) load_panels<N, D, THREADS>(s.k[(j + 1) % 2], k, stride, (j + 1) * N, end);
-        if (j < tiles) load_panels<N, D, THREADS>(s.v[j % 2], v, stride, j * N, end);
-        cp_async_commit();
-    };
     WarpTile<1, N> scores;
     WarpTile<1, D> out;
     uint32_t p[N / 16][4];
     OnlineSoftmax<1> softmax;
-    auto multiply_scores = [&](int j) {  // scores = q k^T
-        uint64_t k_tile = panels<N>(s.k[j % 2]);
-#pragma unroll
-        for (int i = 0; i < D / 16; i++)
-            wgmma<N, K_MAJOR, K_MAJOR>(scores.v[0], q_tile + along<ROWS>(i), k_tile + along<N>(i), i > 0);
-        wgmma_commit();
+
+    // K_j and V_{j-1} have come. All have done with K_{j-1} and V_{j-2}, or a copy would change what a product reads:
+    // in their places come K_{j+1} and V_j.
+    auto next_tiles = [&](int j) {
+        await_panels();
+        if (j + 1 < tiles) load_panels<N, D, WARPGROUP>(s.k[(j + 1) % 2], k, stride, (j + 1) * N, end);
+        if (j < tiles) load_panels<N, D, WARPGROUP>(s.v[j % 2], v, stride, j * N, end);
+        cp_async_commit();
     };
-    auto multiply_values = [&](int j) {  // out += p v
-        uint64_t v_tile = panels<N>(s.v[j % 2]);
-#pragma unroll
-        for (int i = 0; i < N / 16; i++) wgmma<D, MN_MAJOR>(out.v[0], p[i], v_tile + down(i), true);
-        wgmma_commit();
-    };
+    auto multiply_scores = [&](int j) { multiply_rows<D, 64>(scores, panels<64>(s.q), panels<N>(s.k[j % 2]), false); };
+    auto add_values = [&](int j) { add_product(out, p, panels<N>(s.v[j % 2])); };
     auto weigh = [&](int j) {
-        if ((j + 1) * N > warp_q0)
+        if ((j + 1) * N > warp_q0)  // some keys are later than some queries
             scores.each(lane, [&](float& score, int, int half, int column) {
                 if (j * N + column > warp_q0 + 8 * half + lane / 4) score = -INFINITY;
             });
         softmax.weigh(scores, scale);
     };
 
-    load_panels<ROWS, D, THREADS>(s.q, q, stride, q0, T);
-    load_panels<N, D, THREADS>(s.k[0], k, stride, 0, end);
+    load_panels<64, D, WARPGROUP>(s.q, q, stride, q0, T);
+    load_panels<N, D, WARPGROUP>(s.k[0], k, stride, 0, end);
     cp_async_commit();
     out.zero();
     next_tiles(0);
@@ -1345,9 +1349,10 @@ __global__ void __launch_bounds__(WARPGROUPS* WARPGROUP, BLOCKS)
         next_tiles(j);
         wgmma_fence(scores.v[0], out.v[0], p);
         multiply_scores(j);
-        multiply_values(j - 1);
+        add_values(j - 1);
         wgmma_wait<1>(scores.v[0]);
         weigh(j);  // beside out += p v
+        // The wait is in both branches as the compiler would move one behind them up, before the softmax.
         if (__any_sync(ALL_LANES, softmax.shrinks[0][0] != 1 || softmax.shrinks[0][1] != 1)) {
             wgmma_wait<0>(out.v[0], p);
             softmax.shrink(out);
@@ -1356,53 +1361,56 @@ __global__ void __launch_bounds__(WARPGROUPS* WARPGROUP, BLOCKS)
     }
     next_tiles(tiles);
     wgmma_fence(out.v[0], p);
-    multiply_values(tiles - 1);
+    add_values(tiles - 1);
     wgmma_wait<0>(out.v[0], p);
     softmax.store(y, lse, out, shape, head, warp_q0, lane, scale);
 #endif
 }
 
-// Query tiles of Q rows, key tiles of 128; both warpgroups of a block have 64 of its keys.
+// A block is two warpgroups with 64 keys each of a tile of 128, and meets tiles of Q queries from the last one down to
+// its keys. Five products a tile; scores, p, dp and ds are (keys, queries):
+//     s = k q^T, dp = v dy^T     of the warpgroup's keys
+//     dv += p dy, dk += ds q     p and ds from registers
+//     dq = ds^T k                of all 128 keys: through shared memory, ds of both warpgroups, to half of dq each
+// dq of a query tile is a sum over the blocks of its head, which they add up in the order of their keys: the first
+// stores, the others add once the one before has said that it is done, the last writes dqkv. So dq has the same bits in
+// whatever order blocks run, and as all begin with the last queries and go down at one pace, they hardly wait. A sum
+// stays as it lies in the warps' lanes, and each warp waits for and tells its namesake alone.
+struct DqSums {
+    float4* sums;     // (heads, query tiles, 8, threads)
+    unsigned* added;  // (heads, query tiles, warps): how many key tiles are in it; behind them the next ticket
+};
 template <int D>
 struct HopperBackward {
-    static constexpr int KEYS = 128, Q = D == 64 ? 128 : 64, THREADS = 2 * WARPGROUP;
-};
-template <int D, int Q>
-struct HopperBackwardShared {
-    branch_t k[128 * D], v[128 * D], q[2][Q * D], dy[2][Q * D], ds[128 * Q];
+    static constexpr int KEYS = 128, Q = D == 64 ? 128 : 64, THREADS = 2 * WARPGROUP, WARPS = THREADS / WARP;
+    static constexpr size_t SUMS = Q * D;  // floats of a query tile's sum, as many for either D
+    branch_t k[KEYS * D], v[KEYS * D], q[2][Q * D], dy[2][Q * D], ds[KEYS * Q];
     float lse[2][Q], delta[2][Q];
     unsigned ticket;
 };
-
-// dq of a query tile is a sum over key tiles, which blocks add in the order of the tiles: the first stores, the others
-// wait for the one before and add, the last writes dqkv. They pass the sums as the lanes hold them.
-struct DqSums {
-    float4* sums;     // (B H, query tiles, 8, threads)
-    unsigned* added;  // (B H, query tiles, warps): how many key tiles are in it; then the next ticket
-};
-
 template <int D>
 __global__ void __launch_bounds__(HopperBackward<D>::THREADS, 1)
     attention_backward_hopper_kernel(branch_t* dqkv, const branch_t* dy, const branch_t* qkv, const float* lse,
                                      const float* delta, DqSums dq_sums, AttentionShape shape) {
     begin_kernel();
 #ifdef HOPPER_CODE
-    constexpr int Q = HopperBackward<D>::Q, KEYS = HopperBackward<D>::KEYS, THREADS = HopperBackward<D>::THREADS;
-    auto& s = shared<HopperBackwardShared<D, Q>>();
-    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, group = warp / 4, T = shape.T, C = shape.C, H = shape.H;
-    int query_tiles = (T + Q - 1) / Q;
-    unsigned heads = gridDim.x * gridDim.z;
-    // Blocks take their work in the order in which they start, so that one waits only for others that have started.
-    if (threadIdx.x == 0) s.ticket = atomicAdd(dq_sums.added + size_t(heads) * query_tiles * (THREADS / WARP), 1u);
+    using Block = HopperBackward<D>;
+    constexpr int Q = Block::Q, KEYS = Block::KEYS, THREADS = Block::THREADS;
+    auto& s = shared<Block>();
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, group = warp / 4, T = shape.T, C = shape.C, H = shape.H,
+        query_tiles = (T + Q - 1) / Q;
+    // Blocks take their work by tickets, in the order of attention_grid: one waits only for blocks that have begun.
+    if (threadIdx.x == 0)
+        s.ticket = atomicAdd(dq_sums.added + size_t(gridDim.x * gridDim.z) * query_tiles * Block::WARPS, 1u);
     __syncthreads();
-    unsigned ticket = s.ticket, head = ticket / (gridDim.x * gridDim.y) * gridDim.x + ticket % gridDim.x;
+    unsigned ticket = s.ticket, head = ticket / (gridDim.x * gridDim.y) * gridDim.x + ticket % gridDim.x,
+             stride = 3 * unsigned(C);
     int key_tile = int(ticket / gridDim.x % gridDim.y), k0 = key_tile * KEYS, warp_k0 = k0 + warp * 16;
-    unsigned stride = 3 * unsigned(C);
     size_t b = head / H, at = b * T * stride + head % H * D;
     const branch_t *q = qkv + at, *k = q + C, *v = k + C, *dout = dy + b * T * C + head % H * D;
     float scale = LOG2_E / sqrtf(float(D));
 
-    float next_lse = 0, next_delta = 0;  // of a query of the next tile, threads 0 to Q - 1
+    float next_lse = 0, next_delta = 0;  // of one query of the next tile, in the first Q threads
     auto load_queries = [&](int tile, int buffer) {
         load_panels<Q, D, THREADS>(s.q[buffer], q, stride, tile * Q, T);
         load_panels<Q, D, THREADS>(s.dy[buffer], dout, C, tile * Q, T);
@@ -1412,65 +1420,56 @@ __global__ void __launch_bounds__(HopperBackward<D>::THREADS, 1)
         next_lse = valid ? lse[head * unsigned(T) + unsigned(query)] : 0;
         next_delta = valid ? delta[head * unsigned(T) + unsigned(query)] : 0;
     };
-    auto store_lse_delta = [&](int buffer) {
+    auto store_numbers = [&](int buffer) {  // once the loads have come
         if (threadIdx.x < Q) s.lse[buffer][threadIdx.x] = LOG2_E * next_lse, s.delta[buffer][threadIdx.x] = next_delta;
     };
-    auto added_of = [&](int tile)->volatile unsigned* {
-        return dq_sums.added + (head * unsigned(query_tiles) + unsigned(tile)) * (THREADS / WARP) + unsigned(warp);
+    auto sum_of = [&](int tile) { return head * unsigned(query_tiles) + unsigned(tile); };
+    auto added_to = [&](int tile)->volatile unsigned& {
+        return dq_sums.added[sum_of(tile) * Block::WARPS + unsigned(warp)];
     };
-    load_panels<KEYS, D, THREADS>(s.k, k, stride, k0, T);
-    load_panels<KEYS, D, THREADS>(s.v, v, stride, k0, T);
-    load_queries(query_tiles - 1, 0);
-    store_lse_delta(0);
-    uint64_t own_keys = panels<KEYS>(s.k + group * 64 * PANEL), own_values = panels<KEYS>(s.v + group * 64 * PANEL);
-    // dq's tile of this warpgroup: of 128 queries of 64 channels 64 queries, of 64 of 128 channels 64 channels
-    int dq_row = D == 64 ? group * 64 : 0, dq_column = D == 64 ? 0 : group * 64;
-    uint64_t ds_tile = panels<KEYS>(s.ds + dq_row * KEYS), dq_keys = panels<KEYS>(s.k + dq_column * KEYS);
     auto last_key_tile = [&](int tile) { return (min((tile + 1) * Q, T) - 1) / KEYS; };
-    // Tells the warp of the next key tile that this one has added its part of dq to a query tile.
-    auto publish = [&](int tile) {
+    // Tells the next block that this warp's part of a sum is there: a tile later, when its additions have long arrived.
+    auto tell = [&](int tile) {
         if (key_tile == last_key_tile(tile)) return;
         __threadfence();
         __syncwarp();
-        if (lane == 0) *added_of(tile) = unsigned(key_tile) + 1;
+        if (lane == 0) added_to(tile) = unsigned(key_tile) + 1;
     };
+
+    load_panels<KEYS, D, THREADS>(s.k, k, stride, k0, T);
+    load_panels<KEYS, D, THREADS>(s.v, v, stride, k0, T);
+    load_queries(query_tiles - 1, 0);
+    store_numbers(0);
+    // The warpgroup's half of dq: where there are 128 queries of 64 channels, 64 queries; of 64 of 128, 64 channels.
+    int dq_row = D == 64 ? group * 64 : 0, dq_column = D == 64 ? 0 : group * 64;
     WarpTile<1, D> dk, dv;
     dk.zero(), dv.zero();
     for (int tile = query_tiles - 1; tile >= k0 / Q; tile--) {
         int now = (query_tiles - 1 - tile) % 2, q0 = tile * Q;
-        cp_async_wait<0>();
-        fence_proxy_async();
-        __syncthreads();
+        await_panels();  // and all have done with the tile before: its q, dy and ds may be overwritten
         if (tile > k0 / Q) load_queries(tile - 1, 1 - now);
-        unsigned added = key_tile > 0 ? *added_of(tile) : 0;
+        unsigned added = key_tile > 0 ? added_to(tile) : 0;
         uint64_t q_tile = panels<Q>(s.q[now]), dy_tile = panels<Q>(s.dy[now]);
         WarpTile<1, Q> p, ds;
         uint32_t p_bf16[Q / 16][4], ds_bf16[Q / 16][4];
 #pragma unroll
-        for (int n = 0; n < Q / 8; n++) {
+        for (int n = 0; n < Q / 8; n++) {  // ds begins as -delta, of which dp is taken off
             auto row_delta = load<2>(&s.delta[now][n * 8 + lane % 4 * 2]);
 #pragma unroll
             for (int i = 0; i < 4; i++) ds.v[0][n][i] = -row_delta[i % 2];
         }
         wgmma_fence(p.v[0], ds.v[0]);
-#pragma unroll
-        for (int i = 0; i < D / 16; i++)
-            wgmma<Q, K_MAJOR, K_MAJOR>(p.v[0], own_keys + along<KEYS>(i), q_tile + along<Q>(i), i > 0);
-        wgmma_commit();
-#pragma unroll
-        for (int i = 0; i < D / 16; i++)
-            wgmma<Q, K_MAJOR, K_MAJOR>(ds.v[0], own_values + along<KEYS>(i), dy_tile + along<Q>(i), true);
-        wgmma_commit();
-        if (tile < query_tiles - 1) publish(tile + 1);
+        multiply_rows<D, KEYS>(p, panels<KEYS>(s.k + group * 64 * PANEL), q_tile, false);
+        multiply_rows<D, KEYS>(ds, panels<KEYS>(s.v + group * 64 * PANEL), dy_tile, true);
+        if (tile < query_tiles - 1) tell(tile + 1);
         wgmma_wait<1>(p.v[0]);
-        bool masked = q0 < warp_k0 + 16;
 #pragma unroll
-        for (int n = 0; n < Q / 8; n++) {
+        for (int n = 0; n < Q / 8; n++) {  // beside dp
             auto row_lse = load<2>(&s.lse[now][n * 8 + lane % 4 * 2]);
 #pragma unroll
             for (int i = 0; i < 4; i++) p.v[0][n][i] = fast_exp2(scale * p.v[0][n][i] - row_lse[i % 2]);
         }
-        if (masked)
+        if (q0 < warp_k0 + 16)  // some queries are before some keys
             p.each(lane, [&](float& probability, int, int half, int column) {
                 if (warp_k0 + 8 * half + lane / 4 > q0 + column) probability = 0;
             });
@@ -1478,56 +1477,52 @@ __global__ void __launch_bounds__(HopperBackward<D>::THREADS, 1)
         ds.each(lane, [&](float& value, int, int, int, float probability) { value *= probability; }, p);
         pack(p_bf16, p);
         wgmma_fence(dv.v[0], p_bf16);
-#pragma unroll
-        for (int i = 0; i < Q / 16; i++) wgmma<D, MN_MAJOR>(dv.v[0], p_bf16[i], dy_tile + down(i), true);
-        wgmma_commit();
+        add_product(dv, p_bf16, dy_tile);
         pack(ds_bf16, ds);
 #pragma unroll
         for (int i = 0; i < Q / 16; i++)  // (keys, queries)
             stmatrix_x4(s.ds + panel_at<KEYS>(warp * 16 + lane % 16, 2 * i + lane / 16), ds_bf16[i]);
         fence_proxy_async();
-        __syncthreads();
+        __syncthreads();  // ds is there, of both warpgroups
         WarpTile<1, 64> dq;
         wgmma_fence(dq.v[0], dk.v[0], ds_bf16);
+        uint64_t ds_tile = panels<KEYS>(s.ds + dq_row * KEYS), k_tile = panels<KEYS>(s.k + dq_column * KEYS);
 #pragma unroll
         for (int i = 0; i < KEYS / 16; i++)
-            wgmma<64, MN_MAJOR, MN_MAJOR>(dq.v[0], ds_tile + down(i), dq_keys + down(i), i > 0);
+            wgmma<64, MN_MAJOR, MN_MAJOR>(dq.v[0], ds_tile + i * SIXTEEN_ROWS, k_tile + i * SIXTEEN_ROWS, i > 0);
         wgmma_commit();
-#pragma unroll
-        for (int i = 0; i < Q / 16; i++) wgmma<D, MN_MAJOR>(dk.v[0], ds_bf16[i], q_tile + down(i), true);
-        wgmma_commit();
-        float4* sum =
-            dq_sums.sums + size_t(head * unsigned(query_tiles) + unsigned(tile)) * (8 * THREADS) + threadIdx.x;
+        add_product(dk, ds_bf16, q_tile);
+        float4* sum = dq_sums.sums + size_t(sum_of(tile)) * (Block::SUMS / 4) + threadIdx.x;
         while (added < unsigned(key_tile)) {
             __nanosleep(32);
-            added = *added_of(tile);
+            added = added_to(tile);
         }
         wgmma_wait<1>(dq.v[0], dv.v[0], p_bf16);
         if (key_tile == last_key_tile(tile)) {
             if (key_tile > 0) {
                 __threadfence();
 #pragma unroll
-                for (int i = 0; i < 8; i++) {
-                    float4 before = __ldcg(sum + i * THREADS);
-                    dq.v[0][i][0] += before.x, dq.v[0][i][1] += before.y, dq.v[0][i][2] += before.z,
-                        dq.v[0][i][3] += before.w;
+                for (int n = 0; n < 8; n++) {
+                    float4 before = __ldcg(sum + n * THREADS);
+                    dq.v[0][n][0] += before.x, dq.v[0][n][1] += before.y, dq.v[0][n][2] += before.z,
+                        dq.v[0][n][3] += before.w;
                 }
             }
             store_rows(dqkv + at + dq_column, stride, q0 + dq_row + warp % 4 * 16, T, dq, lane,
                        [&](int, int) { return scale * LN_2; });  // 1 / sqrt(D)
         } else {
-            auto own = [&](int i) { return make_float4(dq.v[0][i][0], dq.v[0][i][1], dq.v[0][i][2], dq.v[0][i][3]); };
+            auto own = [&](int n) { return make_float4(dq.v[0][n][0], dq.v[0][n][1], dq.v[0][n][2], dq.v[0][n][3]); };
             if (key_tile == 0)
 #pragma unroll
-                for (int i = 0; i < 8; i++) __stcg(sum + i * THREADS, own(i));
+                for (int n = 0; n < 8; n++) __stcg(sum + n * THREADS, own(n));
             else
 #pragma unroll
-                for (int i = 0; i < 8; i++) atomicAdd(sum + i * THREADS, own(i));
+                for (int n = 0; n < 8; n++) atomicAdd(sum + n * THREADS, own(n));
         }
-        store_lse_delta(1 - now);
+        store_numbers(1 - now);
         wgmma_wait<0>(dk.v[0], ds_bf16);
     }
-    publish(k0 / Q);
+    tell(k0 / Q);
     store_rows(dqkv + at + C, stride, warp_k0, T, dk, lane, [&](int, int) { return scale * LN_2; });  // 1 / sqrt(D)
     store_rows(dqkv + at + 2 * C, stride, warp_k0, T, dv, lane, [](int, int) { return 1.0f; });
 #endif
@@ -1543,9 +1538,6 @@ void by_head_size(int D, Action action) {
     else fail("-H: expected heads of 16, 32, 64 or 128 channels, found %d", D);
 }
 
-// Whether attention runs by wgmma.
-inline bool by_wgmma(const Device& device, int D) { return device.wgmma && (D == 64 || D == 128); }
-
 void attention_forward(Device& device, branch_t* y, float* lse, const branch_t* qkv, int B, int T, int C, int H,
                        int first) {
     size_t heads = size_t(B) * size_t(H), queries = size_t(T - first);
@@ -1553,25 +1545,20 @@ void attention_forward(Device& device, branch_t* y, float* lse, const branch_t* 
     by_head_size(C / H, [&](auto size) {
         constexpr int D = size, M = AttentionTiles<D>::FORWARD_M, N = AttentionTiles<D>::FORWARD_N, ROWS = att_rows(M);
         if constexpr (D >= 64)
-            if (by_wgmma(device, D)) {
-                using Tiles = HopperForward<D>;
-                launch(attention_forward_hopper_kernel<D, Tiles::N, Tiles::WARPGROUPS, Tiles::BLOCKS>,
-                       attention_grid(heads, ceil_div(queries, 64 * Tiles::WARPGROUPS), 1),
-                       Tiles::WARPGROUPS * WARPGROUP, sizeof(HopperForwardShared<D, Tiles::N, Tiles::WARPGROUPS>),
-                       device.stream, y, lse, qkv, shape);
-                return;
-            }
+            if (by_wgmma(device, D))
+                return launch(attention_forward_hopper_kernel<D>, attention_grid(heads, ceil_div(queries, 64), 1),
+                              WARPGROUP, sizeof(HopperForward<D>), device.stream, y, lse, qkv, shape);
         launch(attention_forward_kernel<D, M, N>, attention_grid(heads, ceil_div(queries, ROWS), 1), ATT_WARPS * WARP,
                sizeof(AttentionForwardShared<D, ROWS, N>), device.stream, y, lse, qkv, shape);
     });
 }
 
-// Floats that the backward needs beside its results, whatever they hold: DqSums' sums and counters.
+// Floats that the backward by wgmma needs beside its results, whatever they hold: DqSums.
 inline size_t attention_scratch(int B, int T, int C, int H) {
     int D = C / H;
     if (!Device::has_wgmma() || (D != 64 && D != 128)) return 0;
-    size_t tiles = size_t(B) * size_t(H) * ceil_div(size_t(T), D == 64 ? 128 : 64);
-    return tiles * 8 * 256 * 4 + round_up(tiles * 8 + 1, 4);
+    size_t tiles = ceil_div(size_t(T), D == 64 ? HopperBackward<64>::Q : HopperBackward<128>::Q);
+    return size_t(B) * size_t(H) * tiles * (HopperBackward<64>::SUMS + HopperBackward<64>::WARPS) + 1;
 }
 
 void attention_backward(Device& device, branch_t* dqkv, float* delta, const branch_t* dy, const branch_t* qkv,
@@ -1581,21 +1568,18 @@ void attention_backward(Device& device, branch_t* dqkv, float* delta, const bran
     by_head_size(C / H, [&](auto size) {
         constexpr int D = size;
         using Tiles = AttentionTiles<D>;
-        constexpr int ROWS = att_rows(Tiles::BACKWARD_M);
+        using Hopper = HopperBackward<D>;
         bool hopper = by_wgmma(device, D);
-        size_t query_tiles = ceil_div(size_t(T), HopperBackward<D>::Q);
-        DqSums sums{reinterpret_cast<float4*>(scratch),
-                    reinterpret_cast<unsigned*>(scratch + heads * query_tiles * 8 * 256 * 4)};
-        launch_threads(attention_delta_kernel<D>, n / 8, device.stream, delta, dy, y, n, hopper ? sums.added : nullptr,
-                       heads * query_tiles * 8 + 1, shape);
+        size_t tiles = hopper ? heads * ceil_div(size_t(T), Hopper::Q) : 0;
+        DqSums sums{reinterpret_cast<float4*>(scratch), reinterpret_cast<unsigned*>(scratch + tiles * Hopper::SUMS)};
+        launch_threads(attention_delta_kernel<D>, n / 8, device.stream, delta, dy, y, n, sums.added,
+                       hopper ? tiles * Hopper::WARPS + 1 : 0, shape);
         if constexpr (D >= 64)
-            if (hopper) {
-                using Hopper = HopperBackward<D>;
-                launch(attention_backward_hopper_kernel<D>, attention_grid(heads, ceil_div(size_t(T), Hopper::KEYS), 1),
-                       Hopper::THREADS, sizeof(HopperBackwardShared<D, Hopper::Q>), device.stream, dqkv, dy, qkv, lse,
-                       delta, sums, shape);
-                return;
-            }
+            if (hopper)
+                return launch(attention_backward_hopper_kernel<D>,
+                              attention_grid(heads, ceil_div(size_t(T), Hopper::KEYS), 1), Hopper::THREADS,
+                              sizeof(Hopper), device.stream, dqkv, dy, qkv, lse, delta, sums, shape);
+        constexpr int ROWS = att_rows(Tiles::BACKWARD_M);
         launch(attention_backward_kernel<D>, attention_grid(heads, ceil_div(size_t(T), ROWS), 2), ATT_WARPS * WARP,
                std::max(sizeof(AttentionQShared<D, ROWS, Tiles::Q_N>),
                         sizeof(AttentionKvShared<D, ROWS, Tiles::KV_STAGE>)),
@@ -2093,7 +2077,8 @@ struct ModelMemory {
     DeviceArray<branch_t> dbranch = table("gradient inside a branch", 4 * BTC);
     DeviceArray<float> dz = table("gradient of z", BTC);
     DeviceArray<float> delta = table("attention's delta", size_t(B) * H * size_t(T));
-    DeviceArray<float> attention = table("attention's dq, partial sums", attention_scratch(B, T, config.C, config.H));
+    DeviceArray<float> attention =
+        table("attention's dq, partial sums", Device::wants_wgmma() ? attention_scratch(B, T, config.C, config.H) : 0);
     DeviceArray<branch_t> logits = table("logits, a chunk", head_rows(config, BT) * size_t(config.Vp()));
     DeviceArray<float> losses = table("losses", BT);
     DeviceArray<float> gain_partial = table("gains' gradients, partial sums",  // (blocks,2C) or (blocks,3D)
@@ -2937,9 +2922,11 @@ struct Trainer {
                  c.D());
     }
 
-    static std::string machine_name() {
+    std::string machine_name() {
         cudaDeviceProp p = gpu_properties();
-        return format("%s, %d multiprocessors", p.name, p.multiProcessorCount);
+        const char* attention = !BRANCH_BF16 ? "" : by_wgmma(model.device, model.config.D()) ? "wgmma" : "mma.sync";
+        return format("%s, %d multiprocessors%s%s", p.name, p.multiProcessorCount, BRANCH_BF16 ? ", attention by " : "",
+                      attention);
     }
 
     double matrix_rate() { return model.device.matrix_rate(); }

@@ -636,10 +636,22 @@ TEST_SUITE("layers") {
     // everywhere: twice the rounding of a result. Measured 2.8e-3 at most.
     constexpr double ATTENTION_GRADIENTS = bf16 ? 8e-3 : FP32_TOLERANCE;
 
-    void check_attention(int B, int T, int H, int D, Comparison& compare, Comparison& compare_y,
-                         Comparison& compare_gradients) {
+    // On a Hopper heads of 64 and 128 have two kernels: calls test(D, which) with each that there is for D.
+    void each_attention(const std::vector<int>& sizes, const std::function<void(int, const std::string&)>& test) {
+        bool before = device().wgmma;
+        for (int D : sizes)
+            for (bool wgmma : {false, true}) {
+                if (wgmma && (!Device::has_wgmma() || D < 64)) continue;
+                device().wgmma = wgmma;
+                test(D, wgmma ? ", by wgmma" : "");
+            }
+        device().wgmma = before;
+    }
+
+    void check_attention(int B, int T, int H, int D, const std::string& which, Comparison& compare,
+                         Comparison& compare_y, Comparison& compare_gradients) {
         int C = H * D;
-        std::string at = format("B %d T %d H %d D %d", B, T, H, D);
+        std::string at = format("B %d T %d H %d D %d", B, T, H, D) + which;
         auto qkv = random_branch(size_t(B * T * 3 * C), 1, 2), dy = random_branch(size_t(B * T * C), 2);
         std::vector<float> y(dy.size()), lse(size_t(B * T * H)), dqkv(qkv.size());
         Field<branch_t> qkv_gpu(qkv), dy_gpu(dy), y_gpu(y.size()), dqkv_gpu(qkv.size());
@@ -668,19 +680,22 @@ TEST_SUITE("layers") {
     TEST_CASE("Attention is the CPU's, forward and backward, for every head size, within and across tiles") {
         Comparison compare("log-sum-exp", FP32_TOLERANCE), compare_y("y", BRANCH_TOLERANCE),
             compare_gradients("dq, dk, dv", ATTENTION_GRADIENTS);
-        for (int D : bf16 ? std::vector<int>{16, 32, 64, 128} : std::vector<int>{1, 5, 33, 64, 80})
+        each_attention(bf16 ? std::vector<int>{16, 32, 64, 128} : std::vector<int>{1, 5, 33, 64, 80},
+                       [&](int D, const std::string& which) {
             for (int T : {1, 5, 63, 64, 65, 127, 128, 129, 200})
                 if (long_tests() || (T != 127 && T != 128))
-                    check_attention(T % 2 ? 2 : 1, T, T % 2 ? 1 : 3, D, compare, compare_y, compare_gradients);
-        check_attention(1, 40, 64, 16, compare, compare_y, compare_gradients);
-        check_attention(3, 3, 100, 16, compare, compare_y, compare_gradients);  // two groups of heads
-        if (long_tests()) check_attention(2, 140, 65, 16, compare, compare_y, compare_gradients);
-        check_attention(1, lean(500, 1024), 1, 64, compare, compare_y, compare_gradients);
+                    check_attention(T % 2 ? 2 : 1, T, T % 2 ? 1 : 3, D, which, compare, compare_y, compare_gradients);
+            if (D == 64) check_attention(1, lean(500, 1024), 1, D, which, compare, compare_y, compare_gradients);
+            if (D == 128 && long_tests()) check_attention(1, 500, 2, D, which, compare, compare_y, compare_gradients);
+        });
+        check_attention(1, 40, 64, 16, "", compare, compare_y, compare_gradients);
+        check_attention(3, 3, 100, 16, "", compare, compare_y, compare_gradients);  // two groups of heads
+        if (long_tests()) check_attention(2, 140, 65, 16, "", compare, compare_y, compare_gradients);
     }
 
     TEST_CASE("Attention of new positions alone gives their rows of the whole, bit for bit") {
-        std::vector<int> sizes = bf16 ? std::vector<int>{16, 32, 64, 128} : std::vector<int>{1, 33, 80};
-        for (int D : sizes)
+        each_attention(bf16 ? std::vector<int>{16, 32, 64, 128} : std::vector<int>{1, 33, 80},
+                       [&](int D, const std::string& which) {
             for (auto [T, first] :
                  {std::pair<int, int>{5, 4}, {65, 1}, {130, 64}, {129, 128}, {200, 77}, {200, 130}, {100, 50}}) {
                 int B = 2, H = 2, C = H * D, Tq = T - first;
@@ -698,11 +713,88 @@ TEST_SUITE("layers") {
                         same = same && memcmp(&whole_lse[size_t((b * H + h) * T + first)],
                                               &part_lse[size_t((b * H + h) * Tq)], size_t(Tq) * sizeof(float)) == 0;
                 }
-                CHECK_MESSAGE(same, "D " << D << " T " << T << " from " << first << ": y differs by "
+                CHECK_MESSAGE(same, "D " << D << which << " T " << T << " from " << first << ": y differs by "
                                          << relative_error<float>({whole.end() - C, whole.end()},
                                                                   {part.end() - C, part.end()}));
             }
+        });
     }
+
+    // y and dqkv of random numbers, in order
+    std::vector<float> attention_results(int B, int T, int H, int D) {
+        int C = H * D;
+        size_t n = size_t(B * T * C), numbers = size_t(B * T * H);
+        Field<branch_t> qkv(random_branch(3 * n, 1, 2)), dy(random_branch(n, 2)), y(n), dqkv(3 * n);
+        Field<float> lse(numbers), delta(numbers), scratch(attention_scratch(B, T, C, H));
+        attention_forward(device(), y.data(), lse.data(), qkv.data(), B, T, C, H, 0);
+        attention_backward(device(), dqkv.data(), delta.data(), dy.data(), qkv.data(), y.data(), lse.data(), B, T, C, H,
+                           scratch.data());
+        auto all = y.values(), gradients = dqkv.values();
+        all.insert(all.end(), gradients.begin(), gradients.end());
+        return all;
+    }
+
+    TEST_CASE("Attention has the same bits in every run, whatever the order of threads, blocks and products") {
+        each_attention(bf16 ? std::vector<int>{64, 128} : std::vector<int>{64}, [&](int D, const std::string& which) {
+            std::vector<float> first;
+            auto same_again = [&](int B, int T, int H, const std::string& run) {
+                auto found = attention_results(B, T, H, D);
+                if (first.empty()) first = found;
+                CHECK_MESSAGE(memcmp(first.data(), found.data(), found.size() * sizeof(float)) == 0,
+                              "D " << D << which << ", " << run);
+            };
+#ifdef CUDA_ON_CPU
+            auto& settings = cuda_on_cpu::settings();
+            auto before = settings;
+            for (int poison : {0xFF, 0x3D})
+                for (uint64_t seed : {1, 2, 3}) {
+                    if (!long_tests() && (seed == 2) != (poison == 0x3D)) continue;
+                    settings.poison = static_cast<unsigned char>(poison), settings.seed = seed,
+                    settings.threads = seed == 2 ? 1 : 4;
+                    same_again(2, which.empty() ? 140 : 400, 3, format("poison %d, order %d", poison, int(seed)));
+                }
+            settings = before;
+#else
+            for (int run = 0; run < 5; run++) same_again(4, 1000, 16, format("run %d", run));
+#endif
+        });
+    }
+
+#ifdef CUDA_ON_CPU
+    // Per tile and head, T = 1024: the bound is what causal attention must multiply, half of the scores, and each
+    // operand's bytes once a block.
+    TEST_CASE("Attention by wgmma multiplies, copies and waits as often as its comment says") {
+        if (!Device::has_wgmma()) return;
+        device().wgmma = true;
+        for (int D : {64, 128}) {
+            constexpr int T = 1024, tiles = T / 64, blocks = T / 128;
+            auto forward = cuda_on_cpu::work_done("attention_forward_hopper_kernel"),
+                 backward = cuda_on_cpu::work_done("attention_backward_hopper_kernel");
+            attention_results(1, T, 1, D);
+            auto after = cuda_on_cpu::work_done("attention_forward_hopper_kernel");
+            auto since = [](auto now, auto then) {
+                return std::array{now.operations - then.operations, now.copied - then.copied,
+                                  now.barriers - then.barriers};
+            };
+            auto [forward_operations, forward_bytes, forward_barriers] = since(after, forward);
+            uint64_t pairs = tiles * (tiles + 1) / 2;  // of 64 queries and 64 keys
+            CHECK(forward_operations == pairs * 2 * 2 * 64 * 64 * uint64_t(D));
+            CHECK(forward_bytes == (tiles + 2 * pairs) * 64 * uint64_t(D) * 2);
+            CHECK(forward_barriers == pairs + tiles);
+            auto [operations, bytes, barriers] =
+                since(cuda_on_cpu::work_done("attention_backward_hopper_kernel"), backward);
+            uint64_t Q = D == 64 ? 128 : 64, met = 0;  // tiles of Q queries that the blocks meet
+            for (uint64_t block = 0; block < blocks; block++) met += (T - block * 128) / Q;
+            CHECK(operations == met * 5 * 2 * 128 * Q * uint64_t(D));
+            CHECK(bytes == (blocks * 2 * 128 + met * 2 * Q) * uint64_t(D) * 2);
+            CHECK(barriers == blocks + 2 * met);
+            MESSAGE("D " << D << ", T 1024: operations over half of the scores', forward "
+                         << double(forward_operations) / (2.0 * T * T * D) << ", backward "
+                         << double(operations) / (5.0 * T * T * D));
+        }
+        device().wgmma = Device::wants_wgmma();
+    }
+#endif
 
     TEST_CASE("GELU is the CPU's, forward and backward, far from zero too") {
         Comparison compare("gelu", BRANCH_TOLERANCE);
@@ -1984,7 +2076,13 @@ TEST_SUITE("memory and machine") {
         Trainer::require_machine();
         Trainer trainer(test_run(small_config(KEEL, 2, 256, 4), 1, 4));
         CHECK(trainer.matrix_rate() > 0);
-        CHECK(Trainer::machine_name().find("multiprocessors") != std::string::npos);
+        CHECK(trainer.machine_name().find("multiprocessors") != std::string::npos);
+#ifndef KEEL_FP32
+        for (bool wgmma : {false, true}) {
+            trainer.model.device.wgmma = wgmma;
+            CHECK(trainer.machine_name().ends_with(wgmma ? "attention by wgmma" : "attention by mma.sync"));
+        }
+#endif
         CHECK(Trainer::available_memory() > 0);
     }
 
@@ -2126,6 +2224,9 @@ TEST_SUITE("coverage") {
                 instantiations.push_back(format("attention_forward_kernel<%d,", D));  // and its tiles
                 for (const char* name : {"attention_backward_kernel", "attention_delta_kernel"})
                     instantiations.push_back(format("%s<%d>", name, D));
+                for (const char* way : {"forward", "backward"})
+                    if (D >= 64 && Device::has_wgmma())
+                        instantiations.push_back(format("attention_%s_hopper_kernel<%d>", way, D));
             }
         for (const char* name : {"embedding_forward_kernel", "highway_forward_kernel", "highway_norms_kernel",
                                  "highway_x_kernel", "highway_backward_kernel"})

@@ -297,7 +297,7 @@ void bench_embedding(Device& device, int B, int T, int C, int V) {
     check("embedding_forward", expected, host(device, x(0), n), 1e-6);
 }
 
-// The trainer's choice, and where that may be wgmma, mma.sync's too, in rows that end with _mma.
+// By wgmma where the GPU has it, and then by mma.sync too, in rows that end with _mma; elsewhere by mma.sync alone.
 void bench_attention(Device& device, int B, int T, int C, int D, double matrix_rate) {
     std::string forward_row = format("attention_forward_T%d_D%d", T, D),
                 backward_row = format("attention_backward_T%d_D%d", T, D);
@@ -314,8 +314,7 @@ void bench_attention(Device& device, int B, int T, int C, int D, double matrix_r
         attention_forward(device, y(i), lse(i), qkv(i), sequences, T, C, H, 0);
     };
     auto backward = [&](int i, int sequences) {
-        attention_backward(device, dqkv(i), delta(0), dy(i), qkv(i), y(i), lse(i), sequences, T, C, H,
-                           scratch.data());
+        attention_backward(device, dqkv(i), delta(0), dy(i), qkv(i), y(i), lse(i), sequences, T, C, H, scratch.data());
     };
     size_t one = size_t(T) * size_t(C);  // one sequence on the CPU
     std::vector<float> expected_y(one), expected_lse(size_t(T) * size_t(H)), expected_dqkv(3 * one);
@@ -333,7 +332,7 @@ void bench_attention(Device& device, int B, int T, int C, int D, double matrix_r
         check((backward_row + which).c_str(), expected_dqkv, host(device, dqkv(0), 3 * one),
               2 * TOLERANCE);  // p and ds are rounded on the way
     };
-    // Beside PyTorch's FlashAttention-2 where it has run, the trainer's choice beside its cuDNN too; else, under a name
+    // Beside PyTorch's FlashAttention-2 where it has run, the first beside its cuDNN too; else, under a name
     // of its own, beside the large product.
     auto time = [&](const std::string& row, const std::string& which, double flops, const auto& run) {
         if (!any_wanted({row + which, row + cudnn})) return;
@@ -351,11 +350,13 @@ void bench_attention(Device& device, int B, int T, int C, int D, double matrix_r
         time(forward_row, which, flops, forward);
         time(backward_row, which, 2.5 * flops, backward);  // five products
     };
+    device.wgmma = Device::has_wgmma();
     measure("");
-    if (!device.wgmma) return;
-    device.wgmma = false;
-    measure(mma);
-    device.wgmma = true;
+    if (device.wgmma) {
+        device.wgmma = false;
+        measure(mma);
+    }
+    device.wgmma = Device::wants_wgmma();
 }
 
 void bench_products(Device& device, int rows, int C, double matrix_rate) {

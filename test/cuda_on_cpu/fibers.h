@@ -106,6 +106,7 @@ struct Worker {
     unsigned at_barrier = 0;
     int barrier_line = 0;
     int barrier_sum = 0, barrier_result = 0;
+    Work work;  // of the block
     std::vector<char> shared_block;
     char* shared = nullptr;
     size_t shared_bytes = 0;
@@ -199,7 +200,7 @@ struct Worker {
         barrier_sum += number;
         self.wait = Wait::syncthreads, self.line = line;
         if (++at_barrier == threads) {
-            barrier_result = barrier_sum, at_barrier = 0;
+            barrier_result = barrier_sum, at_barrier = 0, work.barriers++;
             for (unsigned i = 0; i < threads; i++) make_ready(*fibers[i]);
         }
         run_others();
@@ -514,12 +515,18 @@ inline void run_grid(const Launch& launch) {
     std::iota(order.begin(), order.end(), 0u);
     for (size_t i = blocks; i > 1; i--) std::swap(order[i - 1], order[random.below(uint32_t(i))]);
     std::atomic<bool> failed{false};
+    std::mutex adding;
     size_t work = blocks * launch.block.x * launch.block.y * launch.block.z;
     pool().run(blocks, [&](size_t i) {
         if (failed) return;
         current_place = place_of_worker;
         worker = &this_worker();
+        worker->work = {};
         worker->run_block(launch, number, order[i], failed);
+        {
+            std::lock_guard lock(adding);
+            launches.work += worker->work;
+        }
         worker = nullptr;
     }, work < 256);
 }

@@ -31,6 +31,7 @@ inline float high_bf16(uint32_t pair) { return std::bit_cast<float>(pair & 0xfff
 
 // d (16,8) += a (16,16) b (16,8), each lane holding the elements that PTX's fragment tables give it.
 inline void multiply_fragments(Warp& warp) {
+    device().work.operations += 2 * 16 * 8 * 16;
     typedef float Row __attribute__((vector_size(32)));  // 8 columns
     alignas(32) float a[16][16], b[16][8], d[16][8];     // a is (row, k), b (k, column)
     for (int lane = 0; lane < 32; lane++) {
@@ -137,6 +138,7 @@ inline void cp_async_16(void* shared_dst, const void* global_src, bool valid) {
         w.misuse("cp_async_16: expected a source in global memory, found shared memory");
     note_write(w, "cp_async_16", shared_dst);
     memset(shared_dst, settings().poison, 16);
+    w.work.copied += 16;
     w.current->copies.push_back({shared_dst, valid ? global_src : nullptr, w.current->groups_committed});
 }
 inline void cp_async_commit() { cuda_on_cpu::device().current->groups_committed++; }

@@ -70,9 +70,18 @@ struct Random {
 };
 
 // Of one kernel: launches, and the largest block and dynamic shared memory of any.
+// What a kernel's blocks have done: operations of mma and wgmma, bytes that cp.async was asked for, whole barriers.
+struct Work {
+    uint64_t operations = 0, copied = 0, barriers = 0;
+    Work& operator+=(const Work& other) {
+        operations += other.operations, copied += other.copied, barriers += other.barriers;
+        return *this;
+    }
+};
 struct Launches {
     size_t count = 0, shared_bytes = 0;
     unsigned threads = 0;
+    Work work;
 };
 inline std::string kernel_name(const void* function);
 
@@ -151,6 +160,14 @@ inline std::map<std::string, size_t> launched_kernels() {
     std::map<std::string, size_t> names;
     for (auto [function, launches] : shared_state().launched) names[kernel_name(function)] += launches.count;
     return names;
+}
+// The work of all launches of kernels so named.
+inline Work work_done(const std::string& name) {
+    std::lock_guard lock(shared_state().mutex);
+    Work sum;
+    for (auto& [function, launches] : shared_state().launched)
+        if (kernel_name(function).find(name) != std::string::npos) sum += launches.work;
+    return sum;
 }
 
 }  // namespace cuda_on_cpu

@@ -289,6 +289,7 @@ inline void execute_next(Worker& w, Warpgroup& g) {
     Products& p = products(w);
     Wgmma& product = *g.flight[g.executed++ - g.first];
     const WgmmaKey& key = product.key;
+    w.work.operations += 2 * 64 * 16 * uint64_t(key.n);
     std::string fault;
     if (key.a_in_registers) {
         for (int thread = 0; thread < 128; thread++)
