@@ -753,7 +753,7 @@ __global__ void attention_forward_kernel(float* y, float* lse, const float* qkv,
 }
 
 // A thread a query, which meets the keys up to it, for delta and dq; or a key, which meets the queries from it on, for
-// dk and dv: the same loop over x' with the two sides in each other's place. n = B H T
+// dk and dv: the same loop, with the two sides in each other's place. n = B H T
 __global__ void attention_backward_kernel(float* dqkv, float* delta, const float* dy, const float* y, const float* qkv,
                                           const float* lse, size_t n, AttentionShape shape, bool of_queries) {
     begin_kernel();
