@@ -3,7 +3,8 @@
 //
 // It reads in the order data flows: the device's primitives, the layers (each forward beside its backward), the
 // optimizer, the sub-layer's branch, the model, sampling, the step. What it stands on is in keel/: memory, launches and
-// graphs (gpu.h), matrix products (cublaslt.h), the run around the steps (run.h), what ranks exchange (nccl.h).
+// graphs (gpu.h), sums (sums.h), matrix products (cublaslt.h), the run around the steps (run.h), what ranks exchange
+// (nccl.h).
 //
 // train_keel_cpu.cpp does the same passes as plain loops, is the reference for each of them, and divides them
 // otherwise. With z_l = alpha_l x_l + F_l(u_l):
@@ -217,68 +218,6 @@ __device__ __forceinline__ void store(T* p, const Pack<T, N>& values) {
     *as_vector<Pack<T, N>>(p) = values;
 }
 
-// Calls use(c, load(c)) for c = first, first + step, ... below end. IN_FLIGHT loads are on their way before the first
-// of them is used: a store in use() would hold up the loads after it, as the compiler cannot tell them apart.
-constexpr int IN_FLIGHT = 4;
-template <class Load, class Use>
-__device__ __forceinline__ void each_in_flight(int first, int end, int step, Load load, Use use) {
-    for (int c0 = first; c0 < end; c0 += step * IN_FLIGHT) {
-        decltype(load(0)) values[IN_FLIGHT] = {};
-#pragma unroll
-        for (int j = 0; j < IN_FLIGHT; j++)
-            if (c0 + j * step < end) values[j] = load(c0 + j * step);
-#pragma unroll
-        for (int j = 0; j < IN_FLIGHT; j++)
-            if (c0 + j * step < end) use(c0 + j * step, values[j]);
-    }
-}
-
-// The sum or the largest over a warp, in every lane with the same bits.
-template <class T>
-__device__ T warp_sum(T value) {
-    for (int distance = WARP / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(ALL_LANES, value, distance);
-    return value;
-}
-__device__ inline float warp_max(float value) {
-    for (int distance = WARP / 2; distance > 0; distance /= 2)
-        value = fmaxf(value, __shfl_xor_sync(ALL_LANES, value, distance));
-    return value;
-}
-
-// True in all threads of the last of `blocks` blocks to arrive here; it sees what the others wrote before.
-__device__ inline bool last_to_arrive(unsigned* arrived, unsigned blocks) {
-    __syncthreads();
-    bool last = false;
-    if (threadIdx.x == 0) {
-        __threadfence();
-        last = atomicAdd(arrived, 1u) == blocks - 1;
-    }
-    if (!__syncthreads_or(last)) return false;
-    if (threadIdx.x == 0) *arrived = 0;  // again, for the next kernel
-    __threadfence();
-    return true;
-}
-
-// Sums over all blocks in an order that the grid's size alone decides, within the kernel that makes them. Each block
-// has written its row of partial (blocks,n), which is overwritten. The last block of every FAN_IN adds up their rows in
-// order, the last of those adds up the results, and calls out(i, sum) for each column. arrived: 1 + blocks / FAN_IN
-// rounded up counters, zero before and after.
-template <class T, class Out>
-__device__ void add_partials(T* partial, int n, unsigned* arrived, Out out) {
-    unsigned group = blockIdx.x / FAN_IN, groups = (gridDim.x + FAN_IN - 1) / FAN_IN, first = group * FAN_IN;
-    unsigned members = gridDim.x - first < FAN_IN ? gridDim.x - first : FAN_IN;
-    auto sum_rows = [&](unsigned from, unsigned step, unsigned count, int i) {
-        T sum = 0;
-#pragma unroll 16
-        for (unsigned k = 0; k < count; k++) sum += partial[size_t(from + k * step) * n + i];
-        return sum;
-    };
-    if (!last_to_arrive(&arrived[1 + group], members)) return;
-    for (int i = threadIdx.x; i < n; i += blockDim.x) partial[size_t(first) * n + i] = sum_rows(first, 1, members, i);
-    if (!last_to_arrive(&arrived[0], groups)) return;
-    for (int i = threadIdx.x; i < n; i += blockDim.x) out(i, sum_rows(0, FAN_IN, groups, i));
-}
-
 // ----------------------------------------------------------------------------------------------------
 // The layers: each forward beside its backward. A backward adds to gradients of parameters, and sets those of inputs.
 
@@ -295,25 +234,8 @@ __device__ __forceinline__ __nv_bfloat16 round_stochastic(float x, uint32_t rand
     return __ushort_as_bfloat16(uint16_t(bits >> 16));
 }
 
-// Beside the element, what the random numbers of a gradient's rounding depend on: the same after a resume.
-struct RoundingState {
-    const StepSettings* settings;  // seed
-    const UpdateCounts* counts;    // finished steps
-    const int* micro_batch;        // in its step
-};
-
-// The gradient of a matrix (N,K). In FP32 products add to it. With --grads bf16 a product makes its addend in
-// `scratch`, and a kernel adds it with stochastic rounding: rounding to nearest would lose every addend below 2^-9 of
-// the sum.
-struct MatrixGradient {
-    float* fp32;  // null with bf16
-    __nv_bfloat16* bf16;
-    float* scratch;  // (N,K), of one matrix at a time
-    size_t first;    // where the matrix starts in the parameter order
-    RoundingState rounding;
-};
-
-// g += addend, N numbers a thread.  8 bytes an element
+// g += addend, N numbers a thread, with stochastic rounding: rounding to nearest would lose every addend below 2^-9 of
+// the sum.  8 bytes an element
 template <int N>
 __global__ void add_rounded_kernel(__nv_bfloat16* g, const float* addend, size_t n, size_t first,
                                    RoundingState rounding) {
@@ -654,14 +576,6 @@ inline int most_channels() { return shared_limit() / (HIGHWAY_FLOATS * 4); }  //
 inline unsigned row_warps(int C, int floats) {
     return unsigned(std::clamp(std::min(112 << 10, shared_limit()) / (floats * 4 * C), 1, 8));
 }
-// Launches a kernel that sums over rows, a row a warp at a time, in as many blocks as the GPU holds at once.
-template <class... Parameters, class... Arguments>
-void launch_gains(void (*kernel)(Parameters...), size_t rows, unsigned warps, size_t shared_bytes, cudaStream_t stream,
-                  Arguments... arguments) {
-    size_t blocks = std::min<size_t>(resident_blocks(kernel, warps * WARP, shared_bytes), MAX_PARTIAL_BLOCKS);
-    launch(kernel, std::min(ceil_div(rows, warps), blocks), warps * WARP, shared_bytes, stream, arguments...);
-}
-
 // Whether a row can be read four numbers at a time: it is whole fours, and the gains start at whole fours (after
 // HybridNorm's gains of D numbers a tensor may start anywhere in the FP32 build).
 inline bool in_fours(int C, std::initializer_list<HighwayPoint> points) {
@@ -784,138 +698,103 @@ struct AttentionShape {
 inline bool by_wgmma(const Device& device, int D) { return device.wgmma && (D == 64 || D == 128); }
 
 #ifdef KEEL_FP32
-// Without tensor cores, for any D: a block has 8 rows, a warp each, and meets 32 rows of the other side, a lane each.
-constexpr int PLAIN_WARPS = 8;
-struct PlainShared {
-    float row[PLAIN_WARPS][WARP];  // 32 channels of each warp's row
-    float tile[WARP][WARP + 1];    // and of each lane's; one more keeps lanes on banks of their own
-    float p[PLAIN_WARPS][WARP], ds[PLAIN_WARPS][WARP];  // ds times 1 / sqrt(D)
+// Without tensor cores, for any D: a thread has a row, and meets 16 rows of the other side at a time. These are the
+// same for a warp's threads, whose loads of them are one.
+constexpr int PLAIN_ROWS = 16;
+struct HeadRows {  // q, k, v or dy (T,D) of a head
+    const float* first;
+    size_t stride;
+    int T, D;
+    __device__ const float* operator[](int row) const { return first + size_t(min(row, T - 1)) * stride; }
 };
 
-// a[a0 + warp] . b[b0 + lane] over D, rows from a_end or b_end on being zero. All threads of the block come.
-__device__ float tile_dot(PlainShared& s, const float* a, size_t a_stride, int a0, int a_end, const float* b,
-                          size_t b_stride, int b0, int b_end, int D) {
-    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    float sum = 0;
-    for (int d0 = 0; d0 < D; d0 += WARP) {
-        bool column = d0 + lane < D;
-        __syncthreads();
-        s.row[warp][lane] = column && a0 + warp < a_end ? a[size_t(a0 + warp) * a_stride + d0 + lane] : 0;
-        for (int i = warp; i < WARP; i += PLAIN_WARPS)
-            s.tile[i][lane] = column && b0 + i < b_end ? b[size_t(b0 + i) * b_stride + d0 + lane] : 0;
-        __syncthreads();
-        for (int d = 0; d < WARP; d++) sum += s.row[warp][d] * s.tile[lane][d];
-    }
-    return sum;
+// dots[j] = own . others[first + j]
+__device__ void dot_rows(float (&dots)[PLAIN_ROWS], const float* own, const HeadRows& others, int first) {
+    for (float& dot : dots) dot = 0;
+    for (int d = 0; d < others.D; d++)
+#pragma unroll
+        for (int j = 0; j < PLAIN_ROWS; j++) dots[j] += own[d] * others[first + j][d];
 }
 
-// out (D) = shrink * out + sum_i weight[i] rows[i], the first `count` of 32 rows; the first time out holds nothing.
-__device__ void add_weighted(float* out, float shrink, bool first_time, const float* weight, const float* rows,
-                             size_t stride, int count, int D) {
-    for (int d = threadIdx.x % WARP; d < D; d += WARP) {
-        float sum = first_time ? 0 : shrink * out[d];
-        for (int i = 0; i < count; i++) sum += weight[i] * rows[size_t(i) * stride + d];
+// out (D) = shrink * out + sum_j weights[j] others[first + j]; with shrink 0 out holds nothing yet.
+__device__ void add_rows(float* out, float shrink, const float (&weights)[PLAIN_ROWS], const HeadRows& others,
+                         int first) {
+    for (int d = 0; d < others.D; d++) {
+        float sum = shrink == 0 ? 0 : shrink * out[d];
+#pragma unroll
+        for (int j = 0; j < PLAIN_ROWS; j++) sum += weights[j] * others[first + j][d];
         out[d] = sum;
     }
 }
 
-__global__ void attention_forward_kernel(float* y, float* lse, const float* qkv, AttentionShape shape) {
+// A thread a query, n = B H Tq.
+__global__ void attention_forward_kernel(float* y, float* lse, const float* qkv, size_t n, AttentionShape shape) {
     begin_kernel();
-    auto& s = shared<PlainShared>();
-    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, T = shape.T, C = shape.C, H = shape.H, D = C / H,
-        Tq = shape.queries();
-    int tiles = (Tq + PLAIN_WARPS - 1) / PLAIN_WARPS, q0 = shape.first + int(blockIdx.x % tiles) * PLAIN_WARPS,
-        query = q0 + warp;
-    size_t head = blockIdx.x / tiles, b = head / H, stride = 3 * size_t(C);
-    const float *q = qkv + b * T * stride + head % H * D, *k = q + C, *v = k + C;
-    float* out = y + (b * Tq + (query - shape.first)) * C + head % H * D;
-    float scale = 1 / sqrtf(float(D)), m = -INFINITY, sum = 0;
-    for (int k0 = 0; k0 < min(q0 + PLAIN_WARPS, T); k0 += WARP) {
-        float score = scale * tile_dot(s, q, stride, q0, T, k, stride, k0, T, D);
-        if (k0 + lane > query || k0 + lane >= T) score = -INFINITY;
-        float before = m;
-        m = fmaxf(m, warp_max(score));
-        float p = expf(score - m), shrink = expf(before - m);
-        sum = sum * shrink + warp_sum(p);
-        s.p[warp][lane] = p;
-        __syncwarp();
-        if (query < T)
-            add_weighted(out, shrink, k0 == 0, s.p[warp], v + size_t(k0) * stride, stride, min(WARP, T - k0), D);
-        __syncwarp();
+    int T = shape.T, C = shape.C, H = shape.H, D = C / H, Tq = shape.queries();
+    size_t at = size_t(blockIdx.x) * blockDim.x + threadIdx.x, head = at / Tq, b = head / H, stride = 3 * size_t(C);
+    if (at >= n) return;
+    int row = int(at % Tq), query = shape.first + row;
+    const float* of_head = qkv + b * T * stride + head % H * D;
+    HeadRows q{of_head, stride, T, D}, k{of_head + C, stride, T, D}, v{of_head + 2 * C, stride, T, D};
+    float *out = y + (b * Tq + row) * C + head % H * D, scale = 1 / sqrtf(float(D)), m = -INFINITY, sum = 0;
+    for (int k0 = 0; k0 <= query; k0 += PLAIN_ROWS) {
+        float p[PLAIN_ROWS], before = m;
+        dot_rows(p, q[query], k, k0);
+#pragma unroll
+        for (int j = 0; j < PLAIN_ROWS; j++) p[j] = k0 + j <= query ? scale * p[j] : -INFINITY, m = fmaxf(m, p[j]);
+        float shrink = expf(before - m);
+        sum *= shrink;
+#pragma unroll
+        for (float& weight : p) sum += weight = expf(weight - m);
+        add_rows(out, shrink, p, v, k0);
     }
-    if (query >= T) return;
-    for (int d = lane; d < D; d += WARP) out[d] /= sum;
-    if (lane == 0) lse[head * Tq + query - shape.first] = m + logf(sum);
+    for (int d = 0; d < D; d++) out[d] /= sum;
+    lse[at] = m + logf(sum);
 }
 
-// delta and dq: a warp a query.
-__global__ void attention_backward_q_kernel(float* dqkv, float* delta, const float* dy, const float* y,
-                                            const float* qkv, const float* lse, AttentionShape shape) {
+// A thread a query, which meets the keys up to it, for delta and dq; or a key, which meets the queries from it on, for
+// dk and dv: the same loop, with the two sides in each other's place. n = B H T
+__global__ void attention_backward_kernel(float* dqkv, float* delta, const float* dy, const float* y, const float* qkv,
+                                          const float* lse, size_t n, AttentionShape shape, bool of_queries) {
     begin_kernel();
-    auto& s = shared<PlainShared>();
-    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, T = shape.T, C = shape.C, H = shape.H, D = C / H;
-    int tiles = (T + PLAIN_WARPS - 1) / PLAIN_WARPS, q0 = int(blockIdx.x % tiles) * PLAIN_WARPS, query = q0 + warp;
-    size_t head = blockIdx.x / tiles, b = head / H, stride = 3 * size_t(C), at = b * T * stride + head % H * D,
-           at_y = b * T * C + head % H * D;
-    const float *q = qkv + at, *k = q + C, *v = k + C, *dout = dy + at_y, *out = y + at_y;
-    float *dq = dqkv + at + size_t(query) * stride, scale = 1 / sqrtf(float(D));
-    float row_lse = query < T ? lse[head * T + query] : 0, row_delta = 0;
-    for (int d = lane; d < D && query < T; d += WARP)
-        row_delta += dout[size_t(query) * C + d] * out[size_t(query) * C + d];
-    row_delta = warp_sum(row_delta);
-    if (lane == 0 && query < T) delta[head * T + query] = row_delta;
-    for (int k0 = 0; k0 < min(q0 + PLAIN_WARPS, T); k0 += WARP) {
-        bool visible = query < T && k0 + lane <= query;
-        float score = scale * tile_dot(s, q, stride, q0, T, k, stride, k0, T, D);
-        float dp = tile_dot(s, dout, C, q0, T, v, stride, k0, T, D);
-        s.ds[warp][lane] = visible ? scale * expf(score - row_lse) * (dp - row_delta) : 0;
-        __syncwarp();
-        if (query < T) add_weighted(dq, 1, k0 == 0, s.ds[warp], k + size_t(k0) * stride, stride, min(WARP, T - k0), D);
-        __syncwarp();
-    }
-}
-
-// dk and dv: a warp a key.
-__global__ void attention_backward_kv_kernel(float* dqkv, const float* dy, const float* qkv, const float* lse,
-                                             const float* delta, AttentionShape shape) {
-    begin_kernel();
-    auto& s = shared<PlainShared>();
-    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, T = shape.T, C = shape.C, H = shape.H, D = C / H;
-    int tiles = (T + PLAIN_WARPS - 1) / PLAIN_WARPS, k0 = int(blockIdx.x % tiles) * PLAIN_WARPS, key = k0 + warp;
-    size_t head = blockIdx.x / tiles, b = head / H, stride = 3 * size_t(C), at = b * T * stride + head % H * D;
-    const float *q = qkv + at, *k = q + C, *v = k + C, *dout = dy + b * T * C + head % H * D;
-    float *dk = dqkv + at + C + size_t(key) * stride, *dv = dk + C, scale = 1 / sqrtf(float(D));
-    for (int q0 = k0; q0 < T; q0 += WARP) {
-        int query = q0 + lane;
-        bool visible = query < T && query >= key;
-        float score = scale * tile_dot(s, k, stride, k0, T, q, stride, q0, T, D);
-        float dp = tile_dot(s, v, stride, k0, T, dout, C, q0, T, D);
-        float p = visible ? expf(score - lse[head * T + query]) : 0;
-        s.p[warp][lane] = p;
-        s.ds[warp][lane] = visible ? scale * p * (dp - delta[head * T + query]) : 0;
-        __syncwarp();
-        if (key < T) {
-            add_weighted(dv, 1, q0 == k0, s.p[warp], dout + size_t(q0) * C, C, min(WARP, T - q0), D);
-            add_weighted(dk, 1, q0 == k0, s.ds[warp], q + size_t(q0) * stride, stride, min(WARP, T - q0), D);
+    int T = shape.T, C = shape.C, H = shape.H, D = C / H;
+    size_t at = size_t(blockIdx.x) * blockDim.x + threadIdx.x, head = at / T, b = head / H, stride = 3 * size_t(C);
+    if (at >= n) return;
+    int own = int(at % T), first = of_queries ? 0 : own / PLAIN_ROWS * PLAIN_ROWS, end = of_queries ? own + 1 : T;
+    size_t in_qkv = b * T * stride + head % H * D, in_y = b * T * C + head % H * D;
+    HeadRows q{qkv + in_qkv, stride, T, D}, k{q.first + C, stride, T, D}, v{k.first + C, stride, T, D},
+        dout{dy + in_y, size_t(C), T, D}, out{y + in_y, size_t(C), T, D};
+    HeadRows left = of_queries ? k : q, right = of_queries ? v : dout;  // of the other side
+    float *dq = dqkv + in_qkv + own * stride, *dk = dq + C, *dv = dk + C, scale = 1 / sqrtf(float(D)), sum = 0;
+    for (int d = 0; of_queries && d < D; d++) sum += dout[own][d] * out[own][d];
+    if (of_queries) delta[at] = sum;
+    for (int other0 = first; other0 < end; other0 += PLAIN_ROWS) {
+        float p[PLAIN_ROWS], ds[PLAIN_ROWS], kept = other0 > first ? 1 : 0;
+        dot_rows(p, of_queries ? q[own] : k[own], left, other0);
+        dot_rows(ds, of_queries ? dout[own] : v[own], right, other0);  // dp
+#pragma unroll
+        for (int j = 0; j < PLAIN_ROWS; j++) {
+            int query = of_queries ? own : other0 + j, key = of_queries ? other0 + j : own;
+            bool visible = key <= query && query < T;
+            p[j] = visible ? expf(scale * p[j] - lse[head * T + query]) : 0;
+            ds[j] = visible ? scale * p[j] * (ds[j] - delta[head * T + query]) : 0;
         }
-        __syncwarp();
+        add_rows(of_queries ? dq : dk, kept, ds, left, other0);
+        if (!of_queries) add_rows(dv, kept, p, right, other0);
     }
 }
 
 void attention_forward(Device& device, float* y, float* lse, const float* qkv, int B, int T, int C, int H, int first) {
-    launch(attention_forward_kernel, ceil_div(size_t(T - first), PLAIN_WARPS) * B * H, PLAIN_WARPS * WARP,
-           sizeof(PlainShared), device.stream, y, lse, qkv, AttentionShape{T, C, H, first});
+    size_t n = size_t(B) * size_t(H) * size_t(T - first);
+    launch_threads(attention_forward_kernel, n, device.stream, y, lse, qkv, n, AttentionShape{T, C, H, first});
 }
-
 inline size_t attention_scratch(int, int, int, int) { return 0; }
 void attention_backward(Device& device, float* dqkv, float* delta, const float* dy, const float* qkv, const float* y,
                         const float* lse, int B, int T, int C, int H, float*) {
-    AttentionShape shape{T, C, H, 0};
-    size_t blocks = ceil_div(size_t(T), PLAIN_WARPS) * B * H;
-    launch(attention_backward_q_kernel, blocks, PLAIN_WARPS * WARP, sizeof(PlainShared), device.stream, dqkv, delta, dy,
-           y, qkv, lse, shape);
-    launch(attention_backward_kv_kernel, blocks, PLAIN_WARPS * WARP, sizeof(PlainShared), device.stream, dqkv, dy, qkv,
-           lse, delta, shape);
+    size_t n = size_t(B) * size_t(H) * size_t(T);
+    for (bool of_queries : {true, false})  // delta, which the second reads
+        launch_threads(attention_backward_kernel, n, device.stream, dqkv, delta, dy, y, qkv, lse, n,
+                       AttentionShape{T, C, H, 0}, of_queries);
 }
 #else
 // On tensor cores. A warp has M tiles of 16 rows, a block 4 warps, and walks over N rows of the other side at a time,
@@ -1846,19 +1725,7 @@ void predict(Device& device, int* predictions, const branch_t* logits, size_t ro
 // ----- Sums
 
 // out += the sum of values, or of their squares, in double.  4 or 2 bytes an element
-constexpr int SUM_THREADS = 256, SUM_UNROLL = 4;
-struct SumShared { double warp[SUM_THREADS / WARP]; };
-
-// The sum over a block of SUM_THREADS, in each thread, in the order of lanes and warps.
-__device__ inline double block_sum(SumShared& s, double value) {
-    value = warp_sum(value);
-    if (threadIdx.x % WARP == 0) s.warp[threadIdx.x / WARP] = value;
-    __syncthreads();
-    double total = 0;
-    for (double w : s.warp) total += w;
-    return total;
-}
-
+constexpr int SUM_UNROLL = 4;
 template <class T, bool squares>
 __global__ void sum_kernel(double* out, const T* values, size_t n, double* partial, unsigned* arrived) {
     begin_kernel();
@@ -2081,27 +1948,6 @@ __global__ void chunk_squares_kernel(double* squares, SquaresOf of, const Update
 // ----------------------------------------------------------------------------------------------------
 // The sub-layer's branch: attention or feed-forward
 
-// The gradients of one sub-layer's parameters.
-struct SublayerGradients {
-    float* grads;
-    __nv_bfloat16* grads_bf16;
-    float* scratch;
-    const GradientLayout& gradients;
-    const ParameterLayout& layout;
-    RoundingState rounding;
-    int l;
-
-    float* gain(Tensor t) const {
-        size_t at = gradients.at[size_t(l + 1)][t];
-        return at == ParameterLayout::absent ? nullptr : grads + at;
-    }
-    MatrixGradient matrix(Tensor t) const {
-        size_t at = gradients.at[size_t(l + 1)][t];
-        bool bf16 = gradients.in_bf16(t);
-        return {bf16 ? nullptr : grads + at, bf16 ? grads_bf16 + at : nullptr, scratch, layout.offset(t, l), rounding};
-    }
-};
-
 // What a branch computes on its way. Attention has qkv, y and lse, feed-forward h and gelu.
 struct BranchActivations {
     branch_t* u;           // (rows,C) the branch's input
@@ -2184,61 +2030,81 @@ void feed_forward_branch_backward(Device& device, branch_t* du, const branch_t* 
 // ----------------------------------------------------------------------------------------------------
 // The model: its memory, its forward and its backward
 
-// A sub-layer's sums for --probe, on the device.
-struct ProbeSums { double x, f, z, dx, df; };
-
-struct Model {
+// A model's shape and its buffers. Where the table only counts, it is the plan of their memory.
+struct ModelMemory {
     ModelConfig config;
-    ParameterLayout layout;
+    StateCounts counts;
     int B, T;  // the largest micro-batch, and the sequence length
     Recompute recompute;
-    ActivationSlots slots;
-    StateTypes types;
-    Sharing sharing;
-    ParameterLayout grad_layout;  // with several ranks: of grads, which differs from layout at -z 2 alone
-    GradientLayout gradient_layout;
-    Device device;
-    Communicator* communicator;  // null: alone
-    // With several ranks, recorded when a bucket's weights are complete, and in the backward pass when its gradients
-    // have been reduced.
-    std::vector<cudaEvent_t> bucket_events;
+    ActivationSlots slots{config.L, recompute};
+    size_t C = size_t(config.C), H = size_t(config.H), BT = size_t(B) * size_t(T), BTC = BT * C;
+    BufferTable table;
 
-    DeviceArray<char> memory;                // the one allocation that the buffers below share
-    DeviceArray<float> params, grads, m, v;  // in parameter order; m, v: AdamW's moments
-    // Instead of those in FP32 with --grads bf16 and --moments bf16.
-    DeviceArray<__nv_bfloat16> grads_bf16, m_bf16, v_bf16;
-    DeviceArray<float> grad_scratch;    // with --grads bf16: one matrix's gradient
-    DeviceArray<branch_t> branch_copy;  // params in BF16, which the matrix products read; the FP32 build reads params
-    // With several ranks:
-    DeviceArray<float> masters;        // FP32 weights of this rank's shards of the blocks (BF16 from -z 1 on, where
-                                       // params holds bucket 0 alone)
-    DeviceArray<float> shard_grads;    // of this rank's shards, the step's gradients summed over the ranks
-    DeviceArray<float> incoming;       // what a reduce-scatter brings
-    DeviceArray<StepShare> shares;     // the step's numbers of each rank
-    DeviceArray<uint64_t> rank_flags;  // this rank's RankFlags
+    // In parameter order, with several ranks in buckets. With --grads bf16 and --moments bf16 those in BF16 stand for
+    // the others. masters: FP32 weights of this rank's shards of the blocks, where params holds bucket 0 alone.
+    DeviceArray<float> params =
+        table(counts.masters ? "parameters outside the blocks" : "parameters", counts.parameters);
+    DeviceArray<float> masters = table("parameters of this rank's shards", counts.masters);
+    DeviceArray<float> grads = table("gradients", counts.grads);
+    DeviceArray<__nv_bfloat16> grads_bf16 = table("gradients in BF16", counts.grads_bf16);
+    DeviceArray<float> grad_scratch = table("gradient of one matrix", counts.grad_scratch);
+    DeviceArray<float> shard_grads = table("gradients of this rank's shards", counts.shard_grads);  // over all ranks
+    DeviceArray<float> incoming = table("gradients from the other ranks", counts.incoming);
+    DeviceArray<float> m = table("AdamW's first moment", counts.moments);
+    DeviceArray<float> v = table("AdamW's second moment", counts.moments);
+    DeviceArray<__nv_bfloat16> m_bf16 = table("AdamW's first moment in BF16", counts.moments_bf16);
+    DeviceArray<__nv_bfloat16> v_bf16 = table("AdamW's second moment in BF16", counts.moments_bf16);
+    DeviceArray<branch_t> branch_copy = table("parameters in BF16", counts.branch_copy);  // which products read
 
     // The highway is stored once, as z: kept holds x_0 = "z_{-1}", z_0, ..., z_{L-1}, or with -r K every K-th of them
-    // and the last, the others of one segment being in segment. r_out, r_in (L+1, rows): the norms' two numbers a row.
-    DeviceArray<float> kept, segment, r_out, r_in;
-    // The branches' activations, a slot for each sub-layer that keeps them.
-    DeviceArray<branch_t> u, qkv, qkv_normed, y, h, gelu;
-    DeviceArray<float> lse;
-    DeviceArray<branch_t> head_in, f, df, du, dbranch;  // (B,T,C), dbranch (B,T,4C), of the sub-layer at work
-    DeviceArray<float> dz, delta, attention;            // (B,T,C) the highway's gradient; (B,H,T); attention_scratch
-    DeviceArray<branch_t> logits;                       // a chunk of rows of (.,Vp)
-    DeviceArray<float> losses;                          // (B,T)
-    DeviceArray<float> gain_partial;  // (blocks,2C) or (blocks,3D) the gains' gradients before their last sum
-    DeviceArray<int> batch;           // a TokenBatch
-    DeviceArray<StepState> state;
-    DeviceArray<StepSettings> settings;
-    DeviceArray<UpdateCounts> updates;
-    DeviceArray<UpdateChunk> chunks;
-    size_t update_blocks = 0;  // chunks in use, the blocks of adamw_kernel
+    // and the last, the others of one segment being in segment.
+    DeviceArray<float> kept = table("highway z", slots.kept_z() * BTC);
+    DeviceArray<float> segment = table("highway z of one segment", slots.segment_z() * BTC);
+    DeviceArray<float> r_out = table("1 / rms of z", (size_t(config.L) + 1) * BT);
+    DeviceArray<float> r_in = table("1 / rms of x", (size_t(config.L) + 1) * BT);
+    // BranchActivations, a slot for each sub-layer that keeps them.
+    DeviceArray<branch_t> u = table("u", slots.u_count() * BTC);
+    DeviceArray<branch_t> qkv = table("q, k, v", slots.count / 2 * 3 * BTC);
+    DeviceArray<branch_t> qkv_normed = table("q, k, v normed", config.norm == HYBRIDNORM ? 3 * BTC : 0);
+    DeviceArray<branch_t> y = table("attention's output", slots.count / 2 * BTC);
+    DeviceArray<float> lse = table("attention's log-sum-exp", slots.count / 2 * BT * H);
+    DeviceArray<branch_t> h = table("feed-forward before GELU", slots.count / 2 * 4 * BTC);
+    DeviceArray<branch_t> gelu = table("feed-forward after GELU", slots.gelu_count() * 4 * BTC);
+    DeviceArray<branch_t> head_in = table("head's input", BTC);
+    // Of the sub-layer at work.
+    DeviceArray<branch_t> f = table("branch output", BTC);
+    DeviceArray<branch_t> df = table("gradient of branch output", BTC);
+    DeviceArray<branch_t> du = table("gradient of u", BTC);
+    DeviceArray<branch_t> dbranch = table("gradient inside a branch", 4 * BTC);
+    DeviceArray<float> dz = table("gradient of z", BTC);
+    DeviceArray<float> delta = table("attention's delta", size_t(B) * H * size_t(T));
+    DeviceArray<float> attention =
+        table("attention's dq, partial sums", Device::wants_wgmma() ? attention_scratch(B, T, config.C, config.H) : 0);
+    DeviceArray<branch_t> logits = table("logits, a chunk", head_rows(config, BT) * size_t(config.Vp()));
+    DeviceArray<float> losses = table("losses", BT);
+    DeviceArray<float> gain_partial = table("gains' gradients, partial sums",  // (blocks,2C) or (blocks,3D)
+                                            3 * C * std::min<size_t>(BT, MAX_PARTIAL_BLOCKS));
+    DeviceArray<int> batch = table("tokens", TokenBatch::size(BT));
+    DeviceArray<StepState> state = table("step's numbers out", 1);
+    DeviceArray<StepSettings> settings = table("step's numbers in", 1);
+    DeviceArray<UpdateCounts> updates = table("updates so far", 1);
+    DeviceArray<StepShare> shares = table("each rank's numbers", counts.ranks);
+    DeviceArray<uint64_t> rank_flags = table("this rank's flags", counts.ranks ? 1 : 0);
+    DeviceArray<UpdateChunk> chunks = table("optimizer's work list", counts.chunks);
 
-    DeviceArray<ProbeSums> probe;  // (L), of size 0 but for --probe
-    DeviceArray<double> probe_x;   // (L,C), as probe: x_l summed over rows
-    bool probing = false;
-    int ablated = -1;  // the sub-layer whose branch evaluate leaves out; -1: none
+    ModelMemory(const ModelConfig& config, const StateCounts& counts, int B, int T, Recompute recompute,
+                BufferTable::Kind kind)
+        : config(config), counts(counts), B(B), T(T), recompute(recompute),
+          table(kind, kind == BufferTable::TOGETHER ? total_bytes(plan(config, counts, B, T, recompute)) - Device::BYTES
+                                                    : 0) {}
+
+    static std::vector<MemoryRow> plan(const ModelConfig& c, const StateCounts& counts, int B, int T, Recompute r) {
+        std::vector<MemoryRow> rows;
+        for (const BufferTable::Row& row : ModelMemory(c, counts, B, T, r, BufferTable::COUNTED).table.rows)
+            rows.push_back({row.name, round_up(row.bytes, ALIGNMENT)});
+        rows.push_back({"products' workspace, partial sums", Device::BYTES});
+        return rows;
+    }
 
     // Logits come in chunks of rows, as few as 2^28 elements a chunk (512 MiB in BF16) allow, as each reads and writes
     // the whole of wte's gradient: equal but for the last, in whole tiles of a product, of which there is at least one.
@@ -2248,86 +2114,6 @@ struct Model {
         constexpr size_t TILE = 128;  // rows
         size_t most = std::max<size_t>(1, head_elements / size_t(c.Vp()) / TILE) * TILE, chunks = ceil_div(rows, most);
         return std::min(rows, round_up(ceil_div(rows, chunks), TILE));
-    }
-
-    // What the parameters' buffers hold, in elements.
-    struct Counts {
-        size_t parameters, branch_copy, masters = 0, grads, grads_bf16, grad_scratch, shard_grads = 0, incoming = 0,
-                                        moments, moments_bf16 = 0, ranks, chunks;
-        Counts(const ModelConfig& c, StateTypes types, Sharing s = {}) {
-            ParameterLayout layout(c, s.ranks);
-            GradientLayout g(layout, c.L, types.grads_bf16, s);
-            parameters = layout.size, branch_copy = BRANCH_BF16 ? layout.size : 0;
-            grads = g.fp32, grads_bf16 = g.bf16, grad_scratch = g.largest;
-            moments = s.states() ? layout.shard_size : layout.size, ranks = size_t(s.ranks);
-            chunks = layout.count / UPDATE_CHUNK + size_t(NUM_TENSORS) * size_t(c.L);
-            if (types.moments_bf16) std::swap(moments, moments_bf16);
-            if (masters_apart(s))
-                parameters = layout.buckets[0].shard * ranks, masters = layout.shard_size - layout.buckets[0].shard;
-            if (ranks > 0)
-                shard_grads = layout.shard_size, incoming = std::max(layout.buckets[0].shard, layout.buckets[1].shard);
-        }
-    };
-    // Whether the FP32 weights of the blocks are of what the rank owns alone: products read the BF16 copy.
-    static bool masters_apart(Sharing s) { return BRANCH_BF16 && s.states(); }
-
-    // One row a buffer: what it is called in the table at the start, where it lives, its elements.
-    template <class Visit>
-    static void each_buffer(const ModelConfig& c, const Counts& counts, int B, int T, Recompute r, Visit visit) {
-        size_t rows = size_t(B) * size_t(T), C = size_t(c.C), points = size_t(c.L) + 1;
-        ActivationSlots slots(c.L, r);
-        visit(counts.masters ? "parameters outside the blocks" : "parameters", &Model::params, counts.parameters);
-        visit("parameters of this rank's shards", &Model::masters, counts.masters);
-        visit("gradients", &Model::grads, counts.grads);
-        visit("gradients in BF16", &Model::grads_bf16, counts.grads_bf16);
-        visit("gradient of one matrix", &Model::grad_scratch, counts.grad_scratch);
-        visit("gradients of this rank's shards", &Model::shard_grads, counts.shard_grads);
-        visit("gradients from the other ranks", &Model::incoming, counts.incoming);
-        visit("AdamW's first moment", &Model::m, counts.moments);
-        visit("AdamW's second moment", &Model::v, counts.moments);
-        visit("AdamW's first moment in BF16", &Model::m_bf16, counts.moments_bf16);
-        visit("AdamW's second moment in BF16", &Model::v_bf16, counts.moments_bf16);
-        visit("parameters in BF16", &Model::branch_copy, counts.branch_copy);
-        visit("highway z", &Model::kept, slots.kept_z() * rows * C);
-        visit("highway z of one segment", &Model::segment, slots.segment_z() * rows * C);
-        visit("1 / rms of z", &Model::r_out, points * rows);
-        visit("1 / rms of x", &Model::r_in, points * rows);
-        visit("u", &Model::u, slots.u_count() * rows * C);
-        visit("q, k, v", &Model::qkv, slots.count / 2 * rows * 3 * C);
-        visit("q, k, v normed", &Model::qkv_normed, c.norm == HYBRIDNORM ? rows * 3 * C : 0);
-        visit("attention's output", &Model::y, slots.count / 2 * rows * C);
-        visit("attention's log-sum-exp", &Model::lse, slots.count / 2 * rows * size_t(c.H));
-        visit("feed-forward before GELU", &Model::h, slots.count / 2 * rows * 4 * C);
-        visit("feed-forward after GELU", &Model::gelu, slots.gelu_count() * rows * 4 * C);
-        visit("head's input", &Model::head_in, rows * C);
-        visit("branch output", &Model::f, rows * C);
-        visit("gradient of branch output", &Model::df, rows * C);
-        visit("gradient of u", &Model::du, rows * C);
-        visit("gradient inside a branch", &Model::dbranch, rows * 4 * C);
-        visit("gradient of z", &Model::dz, rows * C);
-        visit("attention's delta", &Model::delta, rows * size_t(c.H));
-        visit("attention's dq, partial sums", &Model::attention,
-              Device::wants_wgmma() ? attention_scratch(B, T, c.C, c.H) : 0);
-        visit("logits, a chunk", &Model::logits, head_rows(c, rows) * size_t(c.Vp()));
-        visit("losses", &Model::losses, rows);
-        visit("gains' gradients, partial sums", &Model::gain_partial,
-              std::min<size_t>(rows, MAX_PARTIAL_BLOCKS) * 3 * C);
-        visit("tokens", &Model::batch, TokenBatch::size(rows));
-        visit("step's numbers out", &Model::state, 1);
-        visit("step's numbers in", &Model::settings, 1);
-        visit("updates so far", &Model::updates, 1);
-        visit("each rank's numbers", &Model::shares, counts.ranks);
-        visit("this rank's flags", &Model::rank_flags, counts.ranks ? 1 : 0);
-        visit("optimizer's work list", &Model::chunks, counts.chunks);
-    }
-
-    static std::vector<MemoryRow> plan(const ModelConfig& c, const Counts& counts, int B, int T, Recompute r) {
-        std::vector<MemoryRow> rows;
-        each_buffer(c, counts, B, T, r, [&]<class T_>(const char* name, DeviceArray<T_> Model::*, size_t elements) {
-            if (elements) rows.push_back({name, round_up(elements * sizeof(T_), ALIGNMENT)});
-        });
-        rows.push_back({"products' workspace, partial sums", Device::BYTES});
-        return rows;
     }
 
     // What --tune measures on, for the largest product of a micro-step of B sequences: a dW, whose result is FP32, or
@@ -2340,6 +2126,25 @@ struct Model {
                                               BRANCH_BF16 ? Epilogue::DGELU : Epilogue::SET),
                          Device::tuning_bytes(C, size_t(c.Vp()), head_rows(c, rows), true, Epilogue::ADD)});
     }
+};
+
+struct Model : ModelMemory {
+    ParameterLayout layout;
+    StateTypes types;
+    Sharing sharing;
+    ParameterLayout grad_layout;  // with several ranks: of grads, which differs from layout at -z 2 alone
+    GradientLayout gradient_layout;
+    Device device;
+    Communicator* communicator;  // null: alone
+    // With several ranks, recorded when a bucket's weights are complete, and in the backward pass when its gradients
+    // have been reduced.
+    std::vector<Event<>> bucket_events;
+    size_t update_blocks = 0;  // chunks in use, the blocks of adamw_kernel
+
+    DeviceArray<ProbeSums> probe;  // (L), of size 0 but for --probe
+    DeviceArray<double> probe_x;   // (L,C), as probe: x_l summed over rows
+    bool probing = false;
+    int ablated = -1;  // the sub-layer whose branch evaluate leaves out; -1: none
 
     // All buffers share one allocation. Not const: the tests give each its own, with guards on the CPU headers
     // that catch a stray index; and so does KEEL_SANITIZE in the environment, for compute-sanitizer, which sees no
@@ -2348,30 +2153,17 @@ struct Model {
 
     Model(const ModelConfig& config, int B, int T, Recompute recompute, StateTypes types = {}, Sharing sharing = {},
           Communicator* communicator = nullptr)
-        : config(config), layout(config, sharing.ranks), B(B), T(T), recompute(recompute), slots(config.L, recompute),
-          types(types), sharing(sharing), grad_layout(sharing.grad_layout(layout)),
-          gradient_layout(layout, config.L, types.grads_bf16, sharing), communicator(communicator) {
-        Counts counts(config, types, sharing);
-        if (one_allocation)
-            memory = DeviceArray<char>(total_bytes(plan(config, counts, B, T, recompute)) - Device::BYTES);
-        char* free = memory.data();
-        each_buffer(config, counts, B, T, recompute,
-                    [&]<class T_>(const char*, DeviceArray<T_> Model::* buffer, size_t elements) {
-            this->*buffer = one_allocation && elements ? DeviceArray<T_>(free, elements) : DeviceArray<T_>(elements);
-        });
+        : ModelMemory(config, StateCounts(config, types, sharing), B, T, recompute,
+                      one_allocation ? BufferTable::TOGETHER : BufferTable::APART),
+          layout(config, sharing.ranks), types(types), sharing(sharing), grad_layout(sharing.grad_layout(layout)),
+          gradient_layout(layout, config.L, types.grads_bf16, sharing), communicator(communicator),
+          bucket_events(sharing.ranks > 0 ? layout.buckets.size() : 0) {
         std::vector<UpdateChunk> work = update_chunks(layout, gradient_layout, sharing);
         device.copy(chunks.data(), work.data(), work.size());
         update_blocks = work.size();
         device.zero(grads, grads_bf16, m, v, m_bf16, v_bf16, shard_grads, state, updates, batch);
-        if (sharing.ranks > 0) bucket_events.resize(layout.buckets.size());
-        for (cudaEvent_t& event : bucket_events) CUDA(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
         device.synchronize();
     }
-    ~Model() {
-        for (cudaEvent_t event : bucket_events) cudaEventDestroy(event);
-    }
-    Model(const Model&) = delete;
-    Model& operator=(const Model&) = delete;
 
     branch_t* branch_params() {
         void* from = BRANCH_BF16 ? static_cast<void*>(branch_copy.data()) : params.data();
@@ -2382,9 +2174,7 @@ struct Model {
     SublayerGradients gradients(int l) {
         return {grads.data(), grads_bf16.data(), grad_scratch.data(), gradient_layout, layout, rounding(), l};
     }
-    RoundingState rounding() {
-        return {settings.data(), updates.data(), TokenBatch(batch.data(), size_t(B) * size_t(T)).number};
-    }
+    RoundingState rounding() { return {settings.data(), updates.data(), TokenBatch(batch.data(), BT).number}; }
     float* parameter(Tensor id, int l = -1) {
         size_t at = layout.offset(id, l);
         return at == ParameterLayout::absent ? nullptr : params.data() + at;
@@ -2436,7 +2226,7 @@ struct Model {
     }
 
     // ----- Several ranks. What travels is on the communicator's stream, in the order of the calls, joined by events.
-#ifdef KEEL_NCCL
+
     // Called in the backward pass when a bucket's gradients are complete: sums them over the ranks and adds this rank's
     // shard to shard_grads, while the next block's backward runs. At bucket_events[i] the bucket's memory is zero
     // again.
@@ -2512,37 +2302,25 @@ struct Model {
         communicator->join(device.stream);
         return whole;
     }
-#else
-    void reduce_bucket(size_t) {}
-    void gather_updates() {}
-    void share_numbers() {}
-    void gather_gradients() {}
-    void share_states() {}
-    float* gather_masters(size_t) { return nullptr; }
-#endif
     void await_bucket(size_t i) { CUDA(cudaStreamWaitEvent(device.stream, bucket_events[i], 0)); }
 
     // z(l) is z_l (rows,C) for l = 0..L-1; z(-1) is x_0.
-    float* z(int l) {
-        return (slots.z_is_kept(l) ? kept : segment).data() +
-               slots.z_slot(l) * size_t(B) * size_t(T) * size_t(config.C);
-    }
+    float* z(int l) { return (slots.z_is_kept(l) ? kept : segment).data() + slots.z_slot(l) * BTC; }
 
     BranchActivations activations(int l) {
-        size_t rows = size_t(B) * size_t(T), C = size_t(config.C), slot = slots.of(l) / 2;
-        return {.u = u.data() + slots.u_of(l) * rows * C,
-                .qkv = qkv.data() + slot * rows * 3 * C,
+        size_t slot = slots.of(l) / 2;
+        return {.u = u.data() + slots.u_of(l) * BTC,
+                .qkv = qkv.data() + slot * 3 * BTC,
                 .qkv_normed = qkv_normed.data(),
-                .y = y.data() + slot * rows * C,
-                .lse = lse.data() + slot * rows * size_t(config.H),
-                .h = h.data() + slot * rows * 4 * C,
-                .gelu = gelu.data() + slots.gelu_of(l) * rows * 4 * C};
+                .y = y.data() + slot * BTC,
+                .lse = lse.data() + slot * BT * H,
+                .h = h.data() + slot * 4 * BTC,
+                .gelu = gelu.data() + slots.gelu_of(l) * 4 * BTC};
     }
 
     HighwayPoint point(int l) {
-        size_t rows = size_t(B) * size_t(T);
         HighwayPoint p{};
-        p.z = z(l - 1), p.r_out = r_out.data() + size_t(l) * rows, p.r_in = r_in.data() + size_t(l) * rows;
+        p.z = z(l - 1), p.r_out = r_out.data() + size_t(l) * BT, p.r_in = r_in.data() + size_t(l) * BT;
         p.gamma_out = l > 0 ? parameter(GAMMA_OUT, l - 1) : nullptr;
         p.gamma_in = l < config.L ? parameter(GAMMA_IN, l) : parameter(GAMMA_FINAL);
         p.u = l < config.L ? activations(l).u : head_in.data();
@@ -2594,8 +2372,7 @@ struct Model {
     // given, on the host (rows,V). predictions, if given, on the device (rows).
     void head(const int* targets, size_t rows, bool backward, float scale, float* logits_out,
               int* predictions = nullptr) {
-        size_t C = size_t(config.C), V = size_t(config.V), Vp = size_t(config.Vp()),
-               chunk = head_rows(config, size_t(B) * size_t(T));
+        size_t V = size_t(config.V), Vp = size_t(config.Vp()), chunk = head_rows(config, BT);
         const branch_t* wte = branch_params() + layout.offset(WTE);
         for (size_t i = 0; i < rows; i += chunk) {
             size_t n = std::min(chunk, rows - i);
@@ -2724,16 +2501,14 @@ struct Model {
 
     // All gradients in the parameter order, in FP32 on the host.
     void copy_gradients(float* out) {
-        std::vector<__nv_bfloat16> half(gradient_layout.largest);
         for (const TensorInfo& t : layout.tensors) {
-            size_t at = gradient_layout.of(t);
-            if (!gradient_layout.in_bf16(t.id)) {
-                device.copy(out + t.offset, grads.data() + at, t.size());
-                continue;
+            const float* from = grads.data() + gradient_layout.of(t);
+            if (gradient_layout.in_bf16(t.id)) {
+                from = grad_scratch.data();
+                launch_threads(convert_kernel<float, __nv_bfloat16>, t.size(), device.stream, grad_scratch.data(),
+                               grads_bf16.data() + gradient_layout.of(t), t.size());
             }
-            device.copy(half.data(), grads_bf16.data() + at, t.size());
-            device.synchronize();
-            for (size_t i = 0; i < t.size(); i++) out[t.offset + i] = float(half[i]);
+            device.copy(out + t.offset, from, t.size());
         }
         device.synchronize();
     }
@@ -2814,24 +2589,20 @@ struct Trainer {
     static constexpr bool branch_bf16 = BRANCH_BF16, on_host = false;
     static constexpr int steps_in_flight = 2;
     using Communicator = ::Communicator;
-#ifdef KEEL_NCCL
-    static constexpr const char* ranks_by = "NCCL";
-#else
-    static constexpr const char* ranks_by = nullptr;
-#endif
-    static constexpr const char* ranks_needs = "NCCL (nccl.h)";
+    static constexpr const char *ranks_by = Communicator::NAME, *ranks_needs = "NCCL (nccl.h)";
     static constexpr bool probes_ranks = false;
 
     RunConfig run;
     Model model;
-    PinnedArray<int> staging[2];                  // batches on their way to the device, used alternately
-    cudaEvent_t staged[2] = {};                   // the device has the batch
-    uint64_t batches = 0;                         // staged so far
-    PinnedArray<StepSettings> settings;           // one for each step under way
-    PinnedArray<StepState> state;                 // and one more, of evaluate and debug_pass
-    cudaEvent_t marks[steps_in_flight + 1] = {};  // step i goes from mark(i) to mark(i + 1): its state is on the host
-    uint64_t started = 0, finished = 0;           // steps
-    std::vector<int> token_counts;                // scratch of TokenBatch::sort
+    PinnedArray<int> staging[2];         // batches on their way to the device, used alternately
+    Event<> staged[2];                   // the device has the batch
+    uint64_t batches = 0;                // staged so far
+    PinnedArray<StepSettings> settings;  // one for each step under way
+    PinnedArray<StepState> state;        // and one more, of evaluate and debug_pass
+    // Step i goes from mark(i) to mark(i + 1), at which its state is on the host.
+    Event<cudaEventDefault> marks[steps_in_flight + 1];
+    uint64_t started = 0, finished = 0;  // steps
+    std::vector<int> token_counts;       // scratch of TokenBatch::sort
     // Recorded at the start of the second step, when every kernel has been loaded. first_micro_step: where ranks own
     // the states, the step's first one, in which weights are gathered too.
     Graph first_micro_step, micro_step, update;
@@ -2849,23 +2620,18 @@ struct Trainer {
         if (model.communicator && run.types.grads_bf16)
             fail("--grads: expected fp32 with several ranks, found bf16; use -z 2, which divides the gradients among "
                  "them");
-        leave_multiprocessors();
-        if (!run.tune.empty())
-            model.device.tuning =
-                std::make_unique<TuningTable>(run.tune, tuned_gpu(), cublasLtGetVersion(), run.rank == 0);
-        agree_on_algorithms();
+        if (model.communicator) share_products(model.device, *model.communicator);
+        if (!run.tune.empty()) {
+            std::string gpu = gpu_properties().name;  // the table's name for what products run on
+            if (int some = model.device.product_multiprocessors) gpu += format(" (%d multiprocessors)", some);
+            model.device.tuning = std::make_unique<TuningTable>(run.tune, gpu, cublasLtGetVersion(), run.rank == 0);
+        }
         for (PinnedArray<int>& batch : staging) batch = PinnedArray<int>(TokenBatch::size(rows()));
-        for (cudaEvent_t& event : staged) CUDA(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
-        for (cudaEvent_t& event : marks) CUDA(cudaEventCreate(&event));
     }
     ~Trainer() {
-        if (std::uncaught_exceptions() > 0) give_up();
+        if (communicator && std::uncaught_exceptions() > 0) communicator->abort();
         cudaStreamSynchronize(model.device.stream);  // nothing may be thrown here
-        for (cudaEvent_t event : staged) cudaEventDestroy(event);
-        for (cudaEvent_t event : marks) cudaEventDestroy(event);
     }
-    Trainer(const Trainer&) = delete;
-    Trainer& operator=(const Trainer&) = delete;
 
     size_t rows() const { return size_t(run.B) * size_t(run.T); }
 
@@ -2887,7 +2653,9 @@ struct Trainer {
 
         for (int micro = 0; micro < run.accumulation(); micro++) {
             try {
-                stage_batch(data, run.sequence(step, micro), micro);
+                stage_batch(micro, [&](int* tokens, int* targets) {
+                    data.batch(run.sequence(step, micro), run.B, tokens, targets);
+                });
             } catch (const DataError& e) {
                 if (!communicator) throw;
                 lost[slot] = e.what();
@@ -2929,40 +2697,10 @@ struct Trainer {
     cudaEvent_t mark(uint64_t step) const { return marks[step % std::size(marks)]; }
 
     // ----- Several ranks
-#ifdef KEEL_NCCL
     size_t bytes_sent() const { return communicator ? communicator->bytes_sent : 0; }
     void wait(cudaEvent_t event) {
         if (communicator) communicator->wait(event);
         else CUDA(cudaEventSynchronize(event));
-    }
-    void give_up() {
-        if (communicator) communicator->abort();
-    }
-    // While gradients travel NCCL's kernels are at work too: a product over all multiprocessors would wait for them.
-    void leave_multiprocessors() {
-        int all = gpu_properties().multiProcessorCount;
-        if (communicator && communicator->ranks > 1 && all >= 4 * Communicator::MULTIPROCESSORS)
-            model.device.product_multiprocessors = all - Communicator::MULTIPROCESSORS;
-    }
-    void agree_on_algorithms() {
-        if (!communicator) return;
-        model.device.agree = [this](cublasLtMatmulAlgo_t& algorithm) {
-            std::vector<char> all(communicator->ranks * sizeof algorithm);
-            communicator->gather(&algorithm, all.data(), sizeof algorithm);
-            memcpy(&algorithm, all.data(), sizeof algorithm);
-        };
-    }
-#else
-    void agree_on_algorithms() {}
-    size_t bytes_sent() const { return 0; }
-    void wait(cudaEvent_t event) { CUDA(cudaEventSynchronize(event)); }
-    void give_up() {}
-    void leave_multiprocessors() {}
-#endif
-    // The tuning table's name for what products run on.
-    std::string tuned_gpu() const {
-        int some = model.device.product_multiprocessors;
-        return gpu_properties().name + (some ? format(" (%d multiprocessors)", some) : std::string());
     }
     void gather_weights() {
         if (!communicator || !model.sharing.states()) return;
@@ -2988,12 +2726,14 @@ struct Trainer {
         model.device.zero(model.state);
     }
 
-    // Reads a batch while the device is at work on the one before. micro: its number in the step.
-    void stage_batch(const Loader& data, uint64_t sequence, int micro) {
+    // Reads a batch, read(tokens, targets), while the device is at work on the one before. micro: its number in the
+    // step.
+    template <class Read>
+    void stage_batch(int micro, Read read) {
         size_t slot = batches++ % 2;
         wait(staged[slot]);
         TokenBatch batch(staging[slot].data(), rows());
-        data.batch(sequence, run.B, batch.tokens, batch.targets);
+        read(batch.tokens, batch.targets);
         batch.sort(rows(), run.model.V, token_counts);
         *batch.number = micro;
         model.device.copy(model.batch.data(), staging[slot].data(), staging[slot].size());
@@ -3022,8 +2762,8 @@ struct Trainer {
         device.copy(batch.tokens, tokens, n), device.copy(batch.targets, targets, n);
         device.zero(model.state);
         Device::Tuning tuning(device, !communicator);  // of several ranks each may have other shapes
-        model.evaluate(batch.tokens, batch.targets, b,
-                       predictions ? batch.order : nullptr);  // order serves only the backward pass
+        // order serves only the backward pass
+        model.evaluate(batch.tokens, batch.targets, b, predictions ? batch.order : nullptr);
         device.copy(&state[steps_in_flight], model.state.data(), 1);
         if (predictions) device.copy(predictions, batch.order, n);
         device.synchronize();
@@ -3037,13 +2777,9 @@ struct Trainer {
         s.header = make_header(FILE_DEBUG, REAL_FP32, run.model, 0, branch_bf16);
         s.header.word[H_B] = B, s.header.word[H_T] = T;
         s.params.resize(model.layout.count), s.grads.resize(model.layout.count);
-        std::vector<int> host(TokenBatch::size(rows()));
-        TokenBatch batch(host.data(), rows());
-        std::copy(s.tokens.begin(), s.tokens.end(), batch.tokens),
-            std::copy(s.targets.begin(), s.targets.end(), batch.targets);
-        batch.sort(rows(), run.model.V, token_counts);
-        *batch.number = 0;
-        device.copy(model.batch.data(), host.data(), host.size());
+        stage_batch(0, [&](int* tokens, int* targets) {
+            std::copy(s.tokens.begin(), s.tokens.end(), tokens), std::copy(s.targets.begin(), s.targets.end(), targets);
+        });
         device.zero(model.state);
         model.forward_backward(B, float(1 / (double(B) * T)), &s);
         device.copy(s.params.data(), model.params.data(), s.params.size());
@@ -3105,11 +2841,7 @@ struct Trainer {
             if (gain(l)) device.copy(gain(l), model.parameter(GAMMA_OUT, l), size_t(run.model.C));
         device.copy(params_before.data(), model.params.data(), model.layout.count);
         device.synchronize();
-        for (size_t l = 0; l < sums.size(); l++) {
-            const ProbeSums& s = sums[l];
-            SublayerProbe& p = probe.sublayers[l];
-            p.x = s.x, p.f = s.f, p.z = s.z, p.dx = s.dx, p.df = s.df;
-        }
+        for (size_t l = 0; l < sums.size(); l++) static_cast<ProbeSums&>(probe.sublayers[l]) = sums[l];
         probe.set_gains(run.model, gain);
         probe.weights = tensor_squares({model.params.data(), nullptr, nullptr, nullptr});
         probe.gradients = tensor_squares({nullptr, nullptr, model.grads.data(), model.grads_bf16.data()});
@@ -3161,7 +2893,7 @@ struct Trainer {
         };
         for (const TensorInfo& t : model.layout.tensors) {
             size_t bucket = model.layout.bucket_of(t);
-            bool apart = Model::masters_apart(model.sharing) && bucket > 0;
+            bool apart = masters_apart(model.sharing) && bucket > 0;
             if (apart && bucket != gathered) clear(), weights = model.gather_masters(gathered = bucket);
             const float* from =
                 apart ? weights + (t.offset - model.layout.buckets[bucket].first) : model.params.data() + t.offset;
@@ -3204,9 +2936,9 @@ struct Trainer {
     static uint64_t available_memory() { return available_gpu_memory(); }
 
     static std::vector<MemoryRow> memory_rows(const RunConfig& run) {
-        return plan(run, Model::Counts(run.model, run.types, Sharing(run)), run.B, run.recompute);
+        return plan(run, StateCounts(run.model, run.types, Sharing(run)), run.B, run.recompute);
     }
-    static std::vector<MemoryRow> plan(const RunConfig& run, const Model::Counts& counts, int B, Recompute r) {
+    static std::vector<MemoryRow> plan(const RunConfig& run, const StateCounts& counts, int B, Recompute r) {
         std::vector<MemoryRow> rows = Model::plan(run.model, counts, B, run.T, r);
         if (!run.tune.empty()) rows.push_back({"tuning scratch", Model::tuning_bytes(run.model, B, run.T)});
         return rows;
@@ -3224,7 +2956,7 @@ struct Trainer {
     }
 
     static uint64_t sampling_bytes(const ModelConfig& c, int window) {
-        return total_bytes(Model::plan(c, Model::Counts(c, {}), 1, 1, {1})) + TokenGenerator::bytes(c, window);
+        return total_bytes(Model::plan(c, StateCounts(c, {}), 1, 1, {1})) + TokenGenerator::bytes(c, window);
     }
 
     static constexpr int64_t MAX_ROWS = int64_t(1) << 30;  // kernels count rows in int
@@ -3232,7 +2964,7 @@ struct Trainer {
         if (int64_t(run.B) * run.T >= MAX_ROWS)
             fail("-b: expected fewer than 2^30 tokens (B*T) at a time, found %lld; use a smaller -b",
                  int64_t(run.B) * run.T);
-        Model::Counts counts(run.model, run.types, Sharing(run));
+        StateCounts counts(run.model, run.types, Sharing(run));
         auto bytes = [&](int B, Recompute r) { return total_bytes(plan(run, counts, B, r)); };
         auto cost = [&](int B, Recompute r) { return predicted_seconds(run.model, B, run.T, r, run.types) / B; };
         choose_micro_batch(run, available, MAX_ROWS - 1, bytes, cost);

@@ -7,7 +7,7 @@
 #include <map>
 #include <tuple>
 
-#include "gpu.h"
+#include "sums.h"
 
 inline void check(cublasStatus_t status, const char* what) {
     if (status == CUBLAS_STATUS_ALLOC_FAILED) check(cudaErrorMemoryAllocation, what);
@@ -136,10 +136,6 @@ private:
         rows[line.substr(0, commas[KEY_COLUMNS - 1])] = row;
     }
 };
-
-// Sums over thread blocks run in two rounds (add_partials in train_keel.cu): the last of every FAN_IN blocks to arrive
-// adds up their rows, and the last of those adds up the results. Each group has an arrival counter, and so has the end.
-constexpr unsigned FAN_IN = 16, MAX_PARTIAL_BLOCKS = 1024, ARRIVAL_COUNTERS = 1 + MAX_PARTIAL_BLOCKS / FAN_IN;
 
 constexpr bool PLAIN = false, TRANSPOSED = true;  // how a product reads a factor
 

@@ -56,7 +56,7 @@ public:
         return *this;
     }
     ~DeviceArray() {
-        if (!borrowed) cudaFree(pointer);
+        if (pointer && !borrowed) cudaFree(pointer);
     }
     T* data() const { return pointer; }
     size_t size() const { return n; }
@@ -66,6 +66,43 @@ private:
     T* pointer = nullptr;
     size_t n = 0;
     bool borrowed = false;  // from another array
+};
+
+// Makes buffers, each with its name and elements: `DeviceArray<T> x = table("x", n)`. Kinds: the table only counts, and
+// the buffers stay empty; they are pieces of one allocation; each has one of its own.
+class BufferTable {
+public:
+    enum Kind { COUNTED, TOGETHER, APART };
+    struct Row {
+        const char* name;
+        size_t bytes;
+        void* data;  // null: counted
+    };
+    std::vector<Row> rows;     // of the buffers that have elements
+    DeviceArray<char> memory;  // the one allocation
+
+    // bytes: of the one allocation, a multiple of ALIGNMENT for each buffer
+    BufferTable(Kind kind, size_t bytes) : memory(kind == TOGETHER ? bytes : 0), kind(kind), free(memory.data()) {}
+
+    struct Request {
+        BufferTable& table;
+        const char* name;
+        size_t n;
+        template <class T>
+        operator DeviceArray<T>() const {
+            if (n == 0) return {};
+            DeviceArray<T> buffer;
+            if (table.kind == TOGETHER) buffer = DeviceArray<T>(table.free, n);
+            if (table.kind == APART) buffer = DeviceArray<T>(n);
+            table.rows.push_back({name, n * sizeof(T), buffer.data()});
+            return buffer;
+        }
+    };
+    Request operator()(const char* name, size_t elements) { return {*this, name, elements}; }
+
+private:
+    Kind kind;
+    char* free;
 };
 
 // A buffer in page-locked host memory, to and from which the device copies by itself.
@@ -166,16 +203,24 @@ void launch_threads(void (*kernel)(Parameters...), size_t threads, cudaStream_t 
     launch(kernel, ceil_div(threads, THREADS), THREADS, 0, stream, arguments...);
 }
 
+// A point in the work of a stream, with its time only as an Event<cudaEventDefault>.
+template <unsigned FLAGS = cudaEventDisableTiming>
+class Event {
+public:
+    Event() { CUDA(cudaEventCreateWithFlags(&event, FLAGS)); }
+    ~Event() { cudaEventDestroy(event); }
+    Event(const Event&) = delete;
+    Event& operator=(const Event&) = delete;
+    operator cudaEvent_t() const { return event; }
+
+private:
+    cudaEvent_t event = nullptr;
+};
+
 // Milliseconds between two points of a stream.
 class Stopwatch {
 public:
-    explicit Stopwatch(cudaStream_t stream) : stream(stream) {
-        CUDA(cudaEventCreate(&begin));
-        CUDA(cudaEventCreate(&end));
-    }
-    ~Stopwatch() { cudaEventDestroy(begin), cudaEventDestroy(end); }
-    Stopwatch(const Stopwatch&) = delete;
-    Stopwatch& operator=(const Stopwatch&) = delete;
+    explicit Stopwatch(cudaStream_t stream) : stream(stream) {}
     void start() { CUDA(cudaEventRecord(begin, stream)); }
     float stop() {
         float ms = 0;
@@ -187,7 +232,7 @@ public:
 
 private:
     cudaStream_t stream;
-    cudaEvent_t begin = nullptr, end = nullptr;
+    Event<cudaEventDefault> begin, end;
 };
 inline float median(std::vector<float>& values) {
     std::nth_element(values.begin(), values.begin() + std::ptrdiff_t(values.size() / 2), values.end());

@@ -5,7 +5,7 @@
 // and the network's shape, so that every run on the same machines has the same bits.
 #pragma once
 
-#include "gpu.h"
+#include "cublaslt.h"
 #include "ranks.h"
 #ifdef KEEL_NCCL
 #include <nccl.h>
@@ -25,6 +25,7 @@ public:
             if (first) NCCL(ncclGetUniqueId(&id));
         }
     };
+    static constexpr const char* NAME = "NCCL";
     // Multiprocessors that NCCL's kernels may take, and that products leave to them while gradients are on their way.
     static constexpr int MULTIPROCESSORS = 16;
 
@@ -114,5 +115,32 @@ private:
     DeviceArray<char> memory;
 };
 #else
-using Communicator = NoCommunicator;
+// Without NCCL a run is of one rank, which has no communicator: nobody calls these.
+struct Communicator : NoCommunicator {
+    using NoCommunicator::NoCommunicator;
+    static constexpr const char* NAME = nullptr;
+    static constexpr int MULTIPROCESSORS = 0;
+    size_t rank = 0, ranks = 1, bytes_sent = 0;
+    cudaStream_t stream = nullptr;
+    void abort() {}
+    void fork(cudaStream_t) {}
+    void join(cudaStream_t) {}
+    void reduce_scatter(float*, const float*, size_t) {}
+    template <class T>
+    void all_gather(T*, size_t) {}
+    void wait(cudaEvent_t) {}
+};
 #endif
+
+// While gradients travel NCCL's kernels are at work too: a product over all multiprocessors would wait for them. And
+// all ranks run the algorithms that rank 0 has measured.
+inline void share_products(Device& device, Communicator& communicator) {
+    int all = gpu_properties().multiProcessorCount;
+    if (communicator.ranks > 1 && all >= 4 * Communicator::MULTIPROCESSORS)
+        device.product_multiprocessors = all - Communicator::MULTIPROCESSORS;
+    device.agree = [&communicator](cublasLtMatmulAlgo_t& algorithm) {
+        std::vector<char> of_all(communicator.ranks * sizeof algorithm);
+        communicator.gather(&algorithm, of_all.data(), sizeof algorithm);
+        memcpy(&algorithm, of_all.data(), sizeof algorithm);
+    };
+}

@@ -26,11 +26,10 @@
 //                           positions of all sequences have in common, 1 where they hold the same vector
 
 // Sums for one sub-layer over the micro-batches of a step.
-struct SublayerProbe {
-    double x = 0, f = 0, z = 0;  // squares of x_l, F(u_l) and z_l
+struct ProbeSums { double x = 0, f = 0, z = 0, dx = 0, df = 0; };  // squares of x_l, F(u_l), z_l, dL/dx_l and dL/dF_l
+struct SublayerProbe : ProbeSums {
     // over rows: alpha_l / rms(z_l), and its product over the sub-layers from l on
     double shortcut = 0, shortcut_to_top = 0;
-    double dx = 0, df = 0;  // squares of dL/dx_l and dL/dF_l
 };
 
 struct StepProbe {

@@ -90,6 +90,47 @@ private:
     bool matrices_bf16;
 };
 
+// Beside the element, what the random numbers of a gradient's rounding depend on: the same after a resume.
+struct RoundingState {
+    const StepSettings* settings;  // seed
+    const UpdateCounts* counts;    // finished steps
+    const int* micro_batch;        // in its step
+};
+
+// The gradient of a matrix (N,K). In FP32 products add to it. With --grads bf16 a product makes its addend in
+// `scratch`, and a kernel adds it with stochastic rounding.
+struct MatrixGradient {
+    float* fp32;  // null with bf16
+    __nv_bfloat16* bf16;
+    float* scratch;  // (N,K), of one matrix at a time
+    size_t first;    // where the matrix starts in the parameter order
+    RoundingState rounding;
+};
+
+// The gradients of one sub-layer's parameters.
+struct SublayerGradients {
+    float* grads;
+    __nv_bfloat16* grads_bf16;
+    float* scratch;
+    const GradientLayout& gradients;
+    const ParameterLayout& layout;
+    RoundingState rounding;
+    int l;
+
+    float* gain(Tensor t) const {
+        size_t at = gradients.at[size_t(l + 1)][t];
+        return at == ParameterLayout::absent ? nullptr : grads + at;
+    }
+    MatrixGradient matrix(Tensor t) const {
+        size_t at = gradients.at[size_t(l + 1)][t];
+        bool bf16 = gradients.in_bf16(t);
+        return {bf16 ? nullptr : grads + at, bf16 ? grads_bf16 + at : nullptr, scratch, layout.offset(t, l), rounding};
+    }
+};
+
+// Whether the FP32 weights of the blocks, the masters, are of what the rank owns alone: products read the BF16 copy.
+inline bool masters_apart(Sharing sharing) { return BRANCH_BF16 && sharing.states(); }
+
 // Elements of one tensor that a thread block updates: one launch updates all tensors, each with its own decay.
 struct UpdateChunk {
     size_t first;             // its first element in the parameter order, by which its random numbers are drawn
@@ -107,7 +148,7 @@ inline std::vector<UpdateChunk> update_chunks(const ParameterLayout& layout, con
     std::vector<UpdateChunk> chunks;
     auto add = [&](const ShardRange& range) {
         const TensorInfo& t = layout.tensors[range.tensor];
-        bool sharded = sharing.states(), master = sharded && BRANCH_BF16 && layout.bucket_of(t) > 0;
+        bool sharded = sharing.states(), master = masters_apart(sharing) && layout.bucket_of(t) > 0;
         size_t parameter = master ? range.shard - layout.buckets[0].shard : range.memory;
         size_t gradient = sharded ? range.shard : gradients.of(t), moment = sharded ? range.shard : range.memory;
         for (size_t at = 0; at < range.count; at += UPDATE_CHUNK) {
@@ -123,6 +164,25 @@ inline std::vector<UpdateChunk> update_chunks(const ParameterLayout& layout, con
             add({i, 0, layout.tensors[i].size(), layout.tensors[i].offset, layout.tensors[i].offset});
     return chunks;
 }
+
+// Elements of the buffers for parameters, gradients and moments, and of what ranks exchange.
+struct StateCounts {
+    size_t parameters, branch_copy, masters = 0, grads, grads_bf16, grad_scratch, shard_grads = 0, incoming = 0,
+                                    moments, moments_bf16 = 0, ranks, chunks;
+    StateCounts(const ModelConfig& c, StateTypes types, Sharing s = {}) {
+        ParameterLayout layout(c, s.ranks);
+        GradientLayout g(layout, c.L, types.grads_bf16, s);
+        parameters = layout.size, branch_copy = BRANCH_BF16 ? layout.size : 0;
+        grads = g.fp32, grads_bf16 = g.bf16, grad_scratch = g.largest;
+        moments = s.states() ? layout.shard_size : layout.size, ranks = size_t(s.ranks);
+        chunks = layout.count / UPDATE_CHUNK + size_t(NUM_TENSORS) * size_t(c.L);
+        if (types.moments_bf16) std::swap(moments, moments_bf16);
+        if (masters_apart(s))
+            parameters = layout.buckets[0].shard * ranks, masters = layout.shard_size - layout.buckets[0].shard;
+        if (ranks > 0)
+            shard_grads = layout.shard_size, incoming = std::max(layout.buckets[0].shard, layout.buckets[1].shard);
+    }
+};
 
 // Seconds of a micro-step of B sequences on one large GPU, by a rough model that need only put the choices in order:
 // the time of products, at a rate that falls where their tiles do not fill the multiprocessors, or of their bytes where

@@ -13,6 +13,7 @@
 #include <fstream>
 #include <functional>
 #include <regex>
+#include <set>
 #include <sstream>
 
 #include "keel/run.h"
@@ -197,20 +198,11 @@ void set_parameters(Trainer& trainer, const std::vector<float>& params) {
 
 // Fills all that a forward or a backward must write before it reads.
 void poison(Model& model) {
-    Model::Counts counts(model.config, model.types, model.sharing);
-    Model::each_buffer(model.config, counts, model.B, model.T, model.recompute,
-                       [&]<class T>(const char*, DeviceArray<T> Model::* buffer, size_t) {
-        if constexpr (std::is_same_v<T, UpdateChunk> || std::is_same_v<T, UpdateCounts>) return;
-        if constexpr (std::is_same_v<T, float>)
-            if (buffer == &Model::params || buffer == &Model::grads || buffer == &Model::m || buffer == &Model::v)
-                return;
-        if constexpr (std::is_same_v<T, __nv_bfloat16>)
-            if (buffer == &Model::grads_bf16 || buffer == &Model::m_bf16 || buffer == &Model::v_bf16) return;
-        if (BRANCH_BF16 && (model.*buffer).data() == static_cast<void*>(model.branch_params())) return;
-        if ((model.*buffer).size())
-            CUDA(cudaMemsetAsync((model.*buffer).data(), 0xFF, (model.*buffer).size() * sizeof(T),
-                                 model.device.stream));
-    });
+    std::set<void*> kept = {model.params.data(), model.branch_copy.data(), model.grads.data(),  model.grads_bf16.data(),
+                            model.m.data(),      model.v.data(),           model.m_bf16.data(), model.v_bf16.data(),
+                            model.chunks.data(), model.updates.data()};
+    for (const BufferTable::Row& row : model.table.rows)
+        if (!kept.count(row.data)) CUDA(cudaMemsetAsync(row.data, 0xFF, row.bytes, model.device.stream));
 }
 std::vector<float> host(const DeviceArray<float>& array) { return download(array.data(), array.size()); }
 std::vector<float> host(const cpu::Buffer<float>& buffer) { return {buffer.data(), buffer.data() + buffer.size()}; }
@@ -1663,7 +1655,9 @@ TEST_SUITE("training") {
                 poison(trainer.model);
                 trainer.begin_step(1, 0);
                 for (int micro = 0; micro < accumulation; micro++) {
-                    trainer.stage_batch(loader, uint64_t(micro) * 2, micro);
+                    trainer.stage_batch(micro, [&](int* tokens, int* targets) {
+                        loader.batch(uint64_t(micro) * 2, run.B, tokens, targets);
+                    });
                     trainer.micro_batch(false);
                 }
                 auto grads = host(trainer.model.grads);
@@ -1715,7 +1709,8 @@ TEST_SUITE("training") {
             trainer.initialise(1);
             poison(trainer.model);
             trainer.begin_step(1, 0);
-            trainer.stage_batch(data.loader(run), 0, 0);
+            trainer.stage_batch(0,
+                                [&](int* tokens, int* targets) { data.loader(run).batch(0, run.B, tokens, targets); });
             trainer.micro_batch(false);
             auto grads = host(trainer.model.grads);
             if (level == 0) expected = grads;
@@ -1908,7 +1903,7 @@ TEST_SUITE("memory and machine") {
             RunConfig run = test_run(small_config(HYBRIDNORM, 4, 256, 16), 2, 16, 2, {2});
             run.types = {true, true};
             Trainer trainer(run);
-            CHECK((trainer.model.memory.size() > 0) == one);
+            CHECK((trainer.model.table.memory.size() > 0) == one);
             trainer.initialise(1);
             outcomes[one] = run_steps(trainer, data, 1, 3);
         }

@@ -16,20 +16,9 @@ int memory_table(const Options& o, double memory_gib) {
     print("| gradients | moments | parameters and states, GiB | -r | KiB a token | largest B*T | us a token there, "
           "predicted |\n|---|---|---|---|---|---|---|\n");
     for (StateTypes types : {StateTypes{}, StateTypes{false, true}, StateTypes{true, false}, StateTypes{true, true}}) {
-        Model::Counts counts(c, types);
-        size_t states = 0;
-        Model::each_buffer(c, counts, 1, 1, {0},
-                           [&]<class T>(const char*, DeviceArray<T> Model::* buffer, size_t elements) {
-            using Member = DeviceArray<T> Model::*;
-            auto is = [&](auto member) {
-                if constexpr (std::is_same_v<decltype(member), Member>) return buffer == member;
-                else return false;
-            };
-            bool state = is(&Model::params) || is(&Model::grads) || is(&Model::m) || is(&Model::v) ||
-                         is(&Model::branch_copy) || is(&Model::grads_bf16) || is(&Model::m_bf16) ||
-                         is(&Model::v_bf16) || is(&Model::grad_scratch);
-            if (state) states += elements * sizeof(T);
-        });
+        StateCounts counts(c, types);
+        size_t states = sizeof(float) * (counts.parameters + counts.grads + counts.grad_scratch + 2 * counts.moments) +
+                        2 * (counts.branch_copy + counts.grads_bf16 + 2 * counts.moments_bf16);  // BF16
         for (Recompute level : {Recompute{0}, Recompute{-1}, Recompute{1}, Recompute{32}}) {
             auto bytes = [&](int B) { return total_bytes(Model::plan(c, counts, B, run.T, level)); };
             int B = 0;
