@@ -2077,12 +2077,14 @@ TEST_SUITE("memory and machine") {
         Trainer trainer(test_run(small_config(KEEL, 2, 256, 4), 1, 4));
         CHECK(trainer.matrix_rate() > 0);
         CHECK(trainer.machine_name().find("multiprocessors") != std::string::npos);
-#ifndef KEEL_FP32
-        for (bool wgmma : {false, true}) {
-            trainer.model.device.wgmma = wgmma;
-            CHECK(trainer.machine_name().ends_with(wgmma ? "attention by wgmma" : "attention by mma.sync"));
-        }
-#endif
+        for (int heads : {4, 2})  // of 32 and of 64 channels
+            for (bool wgmma : {false, true}) {
+                if (!bf16) continue;
+                Trainer other(test_run(test_config(KEEL, 2, 128, heads, 256, 4), 1, 4));
+                other.model.device.wgmma = wgmma;
+                CHECK(other.machine_name().ends_with(wgmma && heads == 2 ? "attention by wgmma"
+                                                                         : "attention by mma.sync"));
+            }
         CHECK(Trainer::available_memory() > 0);
     }
 
