@@ -211,6 +211,8 @@ enum Bug {
     STORE_OVER,
     FRAGMENT_CHANGED,
     WRITTEN_IN_FLIGHT,
+    SCALED_IN_FLIGHT,
+    FRAGMENT_NEVER_NAMED,
     NAMED_IN_FLIGHT,
     FRAGMENT_IN_FLIGHT,
     NEVER_NAMED,
@@ -229,6 +231,7 @@ enum Bug {
     WARP_WITHOUT,
     HALF_A_WARP,
     LANE_COMMITS,
+    LANE_WAITS_ELSEWHERE,
     WARP_ENDS,
     NO_BARRIER
 };
@@ -273,11 +276,16 @@ __global__ void planted(int bug, const __nv_bfloat16* a, const __nv_bfloat16* b,
     if (bug == STORE_OVER && warp == 1) stmatrix_x4((__nv_bfloat16*)(at + thread % 32 * 16), fragment);
     if (bug == FRAGMENT_CHANGED && thread == 9) fragment[2] = 1;
     if (bug == WRITTEN_IN_FLIGHT && thread == 9) d[2][2] = 1;
+    if (bug == SCALED_IN_FLIGHT && thread == 9) d[2][2] *= 2;
     if (bug == NO_WAIT) return;
     if (bug == NAMED_IN_FLIGHT) wgmma_wait<1>(d);
     if (bug == FRAGMENT_IN_FLIGHT) wgmma_wait<1>(fragment);
     if (bug == NEVER_NAMED) wgmma_wait<0>();
+    else if (bug == FRAGMENT_NEVER_NAMED) wgmma_wait<0>(d), fragment[1] = 1, wgmma_fence(d, fragment);
+    else if (bug == LANE_WAITS_ELSEWHERE && thread == 9) wgmma_wait<0>(d, fragment);
     else wgmma_wait<0>(d, fragment);
+    if (bug == LANE_WAITS_ELSEWHERE)
+        wgmma_fence(d), wgmma<64, K_MAJOR, K_MAJOR>(d, da, db, true), wgmma_commit(), wgmma_wait<0>(d);
     if (bug == COPY_BEFORE_OTHERS_WAIT) over();
     if (bug == NO_SECOND_FENCE) wgmma<64, K_MAJOR, K_MAJOR>(d, da, db, true), wgmma_commit(), wgmma_wait<0>(d);
     if (bug == NONE) out[thread] = d[3][1];
@@ -297,7 +305,7 @@ TEST_CASE("between issue and wait an accumulator's registers are poison") {
     for (unsigned char poison : {0x3D, 0xFF}) {
         settings().poison = poison;
         CHECK(misuse_of_planted(READ_EARLY, 128, &values) == "");
-        for (float value : values) CHECK(__float_as_uint(value) == 0x01010101u * poison);
+        for (float value : values) CHECK(__float_as_uint(value) == (poison == 0xFF ? 0xFFBFFFFF : 0x3D3D3D3D));
         CHECK(misuse_of_planted(NONE, 128, &values) == "");
         for (float value : values) CHECK(std::fabs(value) < 64);
     }
@@ -319,6 +327,8 @@ TEST_CASE("each misuse of warpgroup products is named") {
         {STORE_OVER, "stmatrix over an operand", "stmatrix_x4: expected shared memory that no product in flight reads"},
         {FRAGMENT_CHANGED, "a changed in flight", "unchanged until this wait, found it changed"},
         {WRITTEN_IN_FLIGHT, "d written in flight", "expected d untouched until a wgmma_wait names it"},
+        {SCALED_IN_FLIGHT, "d scaled in flight", "expected d untouched until a wgmma_wait names it"},
+        {FRAGMENT_NEVER_NAMED, "a written, no wait has named it", "unchanged until a wgmma_wait names it, found it"},
         {NAMED_IN_FLIGHT, "d named in flight", "expected registers that no product uses any more, found the d"},
         {FRAGMENT_IN_FLIGHT, "a named in flight", "expected registers that no product uses any more, found the a"},
         {NEVER_NAMED, "d never named", "expected a wgmma_wait that names each accumulator"},
@@ -340,6 +350,7 @@ TEST_CASE("each misuse of warpgroup products is named") {
         {WARP_ENDS, "a warp that ends",
          "deadlock: expected all 128 threads of the warpgroup to issue the wgmma that is"},
         {LANE_COMMITS, "a lane that commits more", "and other fences, commits or waits before"},
+        {LANE_WAITS_ELSEWHERE, "a lane at another line's wait", "expected the lanes of a warp to have come by"},
     };
     for (auto& planted : bugs)
         for (uint64_t seed = 1; seed <= 5; seed++) {

@@ -76,15 +76,23 @@ struct NamedRegisters {
     bool valid;
     std::vector<char> value;
 };
+// A fragment of a that a product has used, until a wgmma_wait names it.
+struct Fragment {
+    const uint32_t* at;
+    uint32_t value[4];
+    int line;
+};
 struct ProductThread {
     uint32_t issued, waited;  // products
-    uint32_t commits, history;
+    uint32_t commits, history, lines;
     std::vector<uint32_t> groups;  // not waited for: products before the commit
     std::vector<NamedRegisters> named;
+    std::vector<Fragment> fragments;
     std::vector<uint16_t> to_fence;  // chunks
 };
 
-// A warpgroup's d in flight. `held`: the thread's registers are poison, their value is here.
+// A warpgroup's d in flight. `held`: the thread's registers are poison, their value is here. 0xFF would stay the same
+// in arithmetic, so for it that is a signalling NaN, which any arithmetic makes a quiet one.
 struct Accumulator {
     int n, stride;  // columns, and those of a row here
     int holders = 0;
@@ -106,6 +114,8 @@ struct WgmmaKey {
 struct Wgmma {
     WgmmaKey key;
     int issued, waited;  // by so many threads
+    int lanes[4];        // of each warp that have issued it ...
+    uint32_t lines[4];   // ... after the fences, commits and waits of these lines
     Accumulator* sum;
     int a_chunks, chunks;
     uint16_t chunk[128 + 512];  // of a, then of b: for mn, for k, or the other way round
@@ -137,8 +147,8 @@ inline Products& products(Worker& w) {
     p.seen.resize(p.chunks.size() * 16);
     for (unsigned i = 0; i < w.threads; i++) {
         ProductThread& t = p.threads[i];
-        t.issued = t.waited = t.commits = t.history = 0;
-        t.groups.clear(), t.to_fence.clear();
+        t.issued = t.waited = t.commits = t.history = t.lines = 0;
+        t.groups.clear(), t.to_fence.clear(), t.fragments.clear();
         for (NamedRegisters& named : t.named) named.valid = false;
     }
     for (unsigned i = 0; i * 128 < w.threads; i++) {
@@ -332,9 +342,10 @@ void move_accumulator(Accumulator& sum, unsigned thread) {
             to_registers ? memcpy(at, in, 8) : memcpy(in, at, 8);
         }
 }
+inline uint32_t poison_in_flight() { return settings().poison == 0xFF ? 0xFFBFFFFF : 0x01010101u * settings().poison; }
 inline bool is_poison(const float* p, size_t bytes) {
-    const char* at = (const char*)p;
-    return (unsigned char)*at == settings().poison && !memcmp(at, at + 1, bytes - 1);
+    uint32_t poison = poison_in_flight();
+    return !memcmp(p, &poison, 4) && !memcmp(p, p + 1, bytes - 4);
 }
 
 inline void expect_fenced(Worker& w, const char* what, int line, const void* registers, size_t bytes) {
@@ -380,6 +391,7 @@ inline void issue_product(WgmmaKey key, float* d, const uint32_t* a) {
         g.spare.pop_back();
         Wgmma& product = *g.flight.back();
         product.key = key, product.issued = product.waited = product.chunks = 0, product.sum = chain;
+        std::fill(product.lanes, product.lanes + 4, 0);
         std::string fault = key.a_in_registers ? "" : read_operand(w, product, key.a, key.a_major, 64);
         if (!fault.empty()) wrong("a: " + fault);
         product.a_chunks = product.chunks;
@@ -399,16 +411,25 @@ inline void issue_product(WgmmaKey key, float* d, const uint32_t* a) {
               "waits, found (" +
               described(product.key) + ") by another one and here (" + described(key) + ")" +
               (product.key.history != key.history ? ", and other fences, commits or waits before" : ""));
+    if (unsigned warp = thread / 32; product.lanes[warp]++ == 0) product.lines[warp] = t.lines;
+    else if (product.lines[warp] != t.lines)
+        wrong("expected the lanes of a warp to have come by the same wgmma_fence, wgmma_commit and wgmma_wait, found "
+              "some by those of other lines");
     Accumulator& sum = *product.sum;
     if (chain ? chain != &sum : sum.held[thread])
         wrong("expected the threads of a warpgroup to issue products of the same registers");
     if (!chain) {
         sum.registers[thread] = d, sum.held[thread] = true, sum.holders++;
         move_accumulator<false>(sum, thread);
-        memset(d, settings().poison, bytes);
+        std::fill_n(reinterpret_cast<uint32_t*>(d), bytes / 4, poison_in_flight());
     }
     product.a_registers[thread] = a;
-    if (a) memcpy(product.a[thread], a, 16);
+    if (a) {
+        memcpy(product.a[thread], a, 16);
+        auto used = std::find_if(t.fragments.begin(), t.fragments.end(), [a](Fragment& f) { return f.at == a; });
+        if (used == t.fragments.end()) used = t.fragments.insert(used, Fragment{});
+        *used = {a, {a[0], a[1], a[2], a[3]}, key.line};
+    }
     sum.last[thread] = t.issued++;
     if (++product.issued < 128) return;
     g.issued++;
@@ -420,9 +441,16 @@ inline void issue_product(WgmmaKey key, float* d, const uint32_t* a) {
     if (when && !w.product_due) w.product_due = 1 + w.random.below(when == 1 ? 8 : 512);
 }
 
-inline void note_step(ProductThread& t, uint32_t what) { t.history = t.history * 31 + what; }
+inline void note_step(ProductThread& t, uint32_t what, int line) {
+    t.history = t.history * 31 + what, t.lines = t.lines * 31 + uint32_t(line);
+}
 
 inline void name_registers(ProductThread& t, const void* p, size_t bytes) {
+    for (Fragment& f : t.fragments)
+        if (overlap(f.at, 16, p, bytes) && memcmp(f.at, f.value, 16))
+            device().misuse(formatted("wgmma_fence: expected a of the wgmma of line %d unchanged until a wgmma_wait "
+                                      "names it, found it changed",
+                                      f.line));
     NamedRegisters* to = nullptr;
     for (NamedRegisters& named : t.named) {
         if (named.valid && overlap(named.at, named.bytes, p, bytes)) named.valid = false;
@@ -433,11 +461,11 @@ inline void name_registers(ProductThread& t, const void* p, size_t bytes) {
     to->value.assign(to->at, to->at + bytes);
 }
 
-inline void wait_for_products(uint32_t newest) {
+inline void wait_for_products(uint32_t newest, int line) {
     Worker& w = device();
     ProductThread& t = product_thread(w);
     Warpgroup& g = warpgroup(w);
-    note_step(t, 1000 + newest);
+    note_step(t, 1000 + newest, line);
     if (t.issued != (t.groups.empty() ? t.waited : t.groups.back()))
         w.misuse(formatted("wgmma_wait<%u>: expected a wgmma_commit after the wgmma of line %d, found none", newest,
                            g.flight[t.issued - 1 - g.first]->key.line));
@@ -488,6 +516,7 @@ inline void land(const void* p, size_t bytes) {
     for (uint32_t i = t.waited; i < t.issued; i++)
         if (const uint32_t* a = g.flight[i - g.first]->a_registers[thread]; a && overlap(a, 16, p, bytes))
             in_flight("a", i);
+    std::erase_if(t.fragments, [=](Fragment& f) { return overlap(f.at, 16, p, bytes); });
     for (auto& sum : g.sums) {
         float* d = sum->registers[thread];
         size_t whole = accumulator_bytes(sum->n);
@@ -535,25 +564,36 @@ void wgmma(float (&d)[N / 8][4], const uint32_t (&a)[4], uint64_t b, bool add, C
     cuda_on_cpu::issue_product({line, N, true, add, K_MAJOR, B, 0, b, 0, 0}, d[0], a);
 }
 
+// An array of registers, at most four of which a fence or wait names.
+struct Registers {
+    const void* at = nullptr;
+    size_t bytes = 0;
+    Registers() = default;
+    template <class T, size_t N>
+    Registers(T (&r)[N]) : at(r), bytes(sizeof r) {}
+};
+
 // Orders the named registers' accesses by this thread before the products that follow.
-template <class... Registers>
-void wgmma_fence(Registers&... r) {
+inline void wgmma_fence(Registers a = {}, Registers b = {}, Registers c = {}, Registers d = {}, CUDA_ON_CPU_LINE) {
     cuda_on_cpu::ProductThread& t = cuda_on_cpu::product_thread(cuda_on_cpu::device());
-    cuda_on_cpu::note_step(t, 2000 + sizeof...(r));
-    (cuda_on_cpu::name_registers(t, &r, sizeof r), ...);
+    cuda_on_cpu::note_step(t, 2000 + (a.at != nullptr) + (b.at != nullptr) + (c.at != nullptr) + (d.at != nullptr),
+                           line);
+    for (Registers r : {a, b, c, d})
+        if (r.at) cuda_on_cpu::name_registers(t, r.at, r.bytes);
 }
-inline void wgmma_commit() {
+inline void wgmma_commit(CUDA_ON_CPU_LINE) {
     cuda_on_cpu::ProductThread& t = cuda_on_cpu::product_thread(cuda_on_cpu::device());
-    cuda_on_cpu::note_step(t, 3000);
+    cuda_on_cpu::note_step(t, 3000, line);
     t.commits++, t.groups.push_back(t.issued);
 }
 // Waits for all groups but the N newest. Names the accumulators that are read from here on, and the fragments of a
 // that may be overwritten.
-template <int N, class... Registers>
-void wgmma_wait(Registers&... r) {
+template <int N>
+void wgmma_wait(Registers a = {}, Registers b = {}, Registers c = {}, Registers d = {}, CUDA_ON_CPU_LINE) {
     static_assert(N >= 0);
-    cuda_on_cpu::wait_for_products(N);
-    (cuda_on_cpu::land(&r, sizeof r), ...);
+    cuda_on_cpu::wait_for_products(N, line);
+    for (Registers r : {a, b, c, d})
+        if (r.at) cuda_on_cpu::land(r.at, r.bytes);
 }
 
 // Shows the thread's writes to shared memory so far to the asynchronous proxy.
