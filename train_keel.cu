@@ -171,6 +171,17 @@ __device__ __forceinline__ void stmatrix_x4(__nv_bfloat16* row, const uint32_t (
                  : "memory");
 }
 
+// A number in global memory by which one block tells another how far it is: who loads it sees what its storer, and with
+// a barrier before it the storer's block, has written before.
+__device__ __forceinline__ unsigned load_acquire(const unsigned* p) {
+    unsigned value;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");
+    return value;
+}
+__device__ __forceinline__ void store_release(unsigned* p, unsigned value) {
+    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(value) : "memory");
+}
+
 // Programmatic dependent launch, in code built for Hopper and later; elsewhere kernels start one after another. wait:
 // until the kernel before has ended and its writes are visible. start: once every block of this kernel has come here or
 // ended, the next one's may be placed.
@@ -1252,9 +1263,10 @@ __device__ __forceinline__ void load_panels(branch_t* tile, const branch_t* from
     for (int i = 0; i < ROWS; i += AT_ONCE, source += AT_ONCE * stride)
         cp_async_16(to + i * PANEL, source, first + row + i < end);
 }
-// The copies on their way are there, for the tensor cores too, and all threads have come here.
+// The copies on their way but for the N newest groups are there, for the tensor cores too, and all threads have come.
+template <int N = 0>
 __device__ __forceinline__ void await_panels() {
-    cp_async_wait<0>();
+    cp_async_wait<N>();
     fence_proxy_async();
     __syncthreads();
 }
@@ -1292,78 +1304,67 @@ __device__ __forceinline__ void pack(uint32_t (&a)[N / 16][4], const WarpTile<1,
             a[k][i] = pack_pair(s.v[0][2 * k + i / 2][i % 2 * 2], s.v[0][2 * k + i / 2][i % 2 * 2 + 1]);
 }
 
-// A block is one warpgroup with 64 queries. While its softmax of tile j runs, the tensor cores multiply the weights of
-// tile j-1 with their values; and of the four (D = 128: two) blocks of a multiprocessor one has its softmax under the
-// products of the others. They need no turns, as nothing but its own copies ever holds a block up.
+// A block is one warpgroup with 64 queries, and has a product, the softmax and a product of each tile of 64 keys one
+// after the other. The tensor cores are kept at work by the other blocks of the multiprocessor, five (D = 128: three),
+// which need no turns: nothing but its own copies ever holds one up. A place for the values is worth less than a block:
+// at D = 128 there is one, for V_j, whose copy is then behind the softmax. Measured: tile j's softmax under tile j-1's
+// second product, or two warpgroups a block, which share keys and values, were slower.
 template <int D>
 struct HopperForward {
-    static constexpr int N = 64, BLOCKS = D == 64 ? 4 : 2;  // keys a tile; blocks a multiprocessor
-    branch_t q[64 * D], k[2][N * D], v[2][N * D];
+    static constexpr int N = 64, BLOCKS = D == 64 ? 5 : 3, VALUES = D == 64 ? 2 : 1;
+    branch_t q[64 * D], k[2][N * D], v[VALUES][N * D];
 };
 template <int D>
 __global__ void __launch_bounds__(WARPGROUP, HopperForward<D>::BLOCKS)
     attention_forward_hopper_kernel(branch_t* y, float* lse, const branch_t* qkv, AttentionShape shape) {
     begin_kernel();
 #ifdef HOPPER_CODE
-    constexpr int N = HopperForward<D>::N;
+    constexpr int N = HopperForward<D>::N, VALUES = HopperForward<D>::VALUES;
     auto& s = shared<HopperForward<D>>();
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, T = shape.T, C = shape.C, H = shape.H;
     unsigned head = attention_head(), stride = 3 * unsigned(C);
     int q0 = shape.first + int(gridDim.y - 1 - blockIdx.y) * 64, warp_q0 = q0 + warp * 16;
     const branch_t *q = qkv + size_t(head / H) * T * stride + head % H * D, *k = q + C, *v = k + C;
-    int end = min(q0 + 64, T), tiles = (end + N - 1) / N;  // of the keys that any query here sees
+    int end = min(q0 + 64, T);  // of the keys that any query here sees
     float scale = LOG2_E / sqrtf(float(D));
     WarpTile<1, N> scores;
     WarpTile<1, D> out;
-    uint32_t p[N / 16][4];
     OnlineSoftmax<1> softmax;
-
-    // K_j and V_{j-1} have come. All have done with K_{j-1} and V_{j-2}, or a copy would change what a product reads:
-    // in their places come K_{j+1} and V_j.
-    auto next_tiles = [&](int j) {
-        await_panels();
-        if (j + 1 < tiles) load_panels<N, D, WARPGROUP>(s.k[(j + 1) % 2], k, stride, (j + 1) * N, end);
-        if (j < tiles) load_panels<N, D, WARPGROUP>(s.v[j % 2], v, stride, j * N, end);
-        cp_async_commit();
-    };
-    auto multiply_scores = [&](int j) { multiply_rows<D, 64>(scores, panels<64>(s.q), panels<N>(s.k[j % 2]), false); };
-    auto add_values = [&](int j) { add_product(out, p, panels<N>(s.v[j % 2])); };
-    auto weigh = [&](int j) {
-        if ((j + 1) * N > warp_q0)  // some keys are later than some queries
-            scores.each(lane, [&](float& score, int, int half, int column) {
-                if (j * N + column > warp_q0 + 8 * half + lane / 4) score = -INFINITY;
-            });
-        softmax.weigh(scores, scale);
-    };
 
     load_panels<64, D, WARPGROUP>(s.q, q, stride, q0, T);
     load_panels<N, D, WARPGROUP>(s.k[0], k, stride, 0, end);
+    if (VALUES == 2) load_panels<N, D, WARPGROUP>(s.v[0], v, stride, 0, end);
     cp_async_commit();
     out.zero();
-    next_tiles(0);
-    wgmma_fence(scores.v[0]);
-    multiply_scores(0);
-    wgmma_wait<0>(scores.v[0]);
-    weigh(0);
-    pack(p, scores);
-    for (int j = 1; j < tiles; j++) {
-        next_tiles(j);
-        wgmma_fence(scores.v[0], out.v[0], p);
-        multiply_scores(j);
-        add_values(j - 1);
-        wgmma_wait<1>(scores.v[0]);
-        weigh(j);  // beside out += p v
-        // The wait is in both branches as the compiler would move one behind them up, before the softmax.
-        if (__any_sync(ALL_LANES, softmax.shrinks[0][0] != 1 || softmax.shrinks[0][1] != 1)) {
-            wgmma_wait<0>(out.v[0], p);
-            softmax.shrink(out);
-        } else wgmma_wait<0>(out.v[0], p);
+    for (int k0 = 0; k0 < end; k0 += N) {
+        int now = k0 / N % 2;
+        // This tile's keys have come, and all have done with the tile before: copies may take its places.
+        await_panels();
+        if (VALUES == 1) {
+            load_panels<N, D, WARPGROUP>(s.v[0], v, stride, k0, end);
+            cp_async_commit();
+        }
+        if (k0 + N < end) {
+            load_panels<N, D, WARPGROUP>(s.k[1 - now], k, stride, k0 + N, end);
+            if (VALUES == 2) load_panels<N, D, WARPGROUP>(s.v[(1 - now) % VALUES], v, stride, k0 + N, end);
+        }
+        cp_async_commit();
+        wgmma_fence(scores.v[0]);
+        multiply_rows<D, 64>(scores, panels<64>(s.q), panels<N>(s.k[now]), false);
+        wgmma_wait<0>(scores.v[0]);
+        if (k0 + N > warp_q0)  // some keys are later than some queries
+            scores.each(lane, [&](float& score, int, int half, int column) {
+                if (k0 + column > warp_q0 + 8 * half + lane / 4) score = -INFINITY;
+            });
+        softmax.weigh(scores, scale);
+        if (__any_sync(ALL_LANES, softmax.shrinks[0][0] != 1 || softmax.shrinks[0][1] != 1)) softmax.shrink(out);
+        uint32_t p[N / 16][4];
         pack(p, scores);
+        if (VALUES == 1) await_panels<1>();  // its values
+        wgmma_fence(out.v[0], p);
+        add_product(out, p, panels<N>(s.v[now % VALUES]));
+        wgmma_wait<0>(out.v[0], p);
     }
-    next_tiles(tiles);
-    wgmma_fence(out.v[0], p);
-    add_values(tiles - 1);
-    wgmma_wait<0>(out.v[0], p);
     softmax.store(y, lse, out, shape, head, warp_q0, lane, scale);
 #endif
 }
@@ -1376,17 +1377,17 @@ __global__ void __launch_bounds__(WARPGROUP, HopperForward<D>::BLOCKS)
 // dq of a query tile is a sum over the blocks of its head, which they add up in the order of their keys: the first
 // stores, the others add once the one before has said that it is done, the last writes dqkv. So dq has the same bits in
 // whatever order blocks run, and as all begin with the last queries and go down at one pace, they hardly wait. A sum
-// stays as it lies in the warps' lanes, and each warp waits for and tells its namesake alone.
+// stays as it lies in the warps' lanes.
 struct DqSums {
     float4* sums;     // (heads, query tiles, 8, threads)
-    unsigned* added;  // (heads, query tiles, warps): how many key tiles are in it; behind them the next ticket
+    unsigned* added;  // (heads, query tiles): how many key tiles are in it; behind them the next ticket
 };
 template <int D>
 struct HopperBackward {
-    static constexpr int KEYS = 128, Q = D == 64 ? 128 : 64, THREADS = 2 * WARPGROUP, WARPS = THREADS / WARP;
+    static constexpr int KEYS = 128, Q = D == 64 ? 128 : 64, THREADS = 2 * WARPGROUP;
     static constexpr size_t SUMS = Q * D;  // floats of a query tile's sum, as many for either D
     branch_t k[KEYS * D], v[KEYS * D], q[2][Q * D], dy[2][Q * D], ds[KEYS * Q];
-    float lse[2][Q], delta[2][Q];
+    float lse[Q], delta[Q];
     unsigned ticket;
 };
 template <int D>
@@ -1401,8 +1402,7 @@ __global__ void __launch_bounds__(HopperBackward<D>::THREADS, 1)
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, group = warp / 4, T = shape.T, C = shape.C, H = shape.H,
         query_tiles = (T + Q - 1) / Q;
     // Blocks take their work by tickets, in the order of attention_grid: one waits only for blocks that have begun.
-    if (threadIdx.x == 0)
-        s.ticket = atomicAdd(dq_sums.added + size_t(gridDim.x * gridDim.z) * query_tiles * Block::WARPS, 1u);
+    if (threadIdx.x == 0) s.ticket = atomicAdd(dq_sums.added + size_t(gridDim.x * gridDim.z) * query_tiles, 1u);
     __syncthreads();
     unsigned ticket = s.ticket, head = ticket / (gridDim.x * gridDim.y) * gridDim.x + ticket % gridDim.x,
              stride = 3 * unsigned(C);
@@ -1421,26 +1421,16 @@ __global__ void __launch_bounds__(HopperBackward<D>::THREADS, 1)
         next_lse = valid ? lse[head * unsigned(T) + unsigned(query)] : 0;
         next_delta = valid ? delta[head * unsigned(T) + unsigned(query)] : 0;
     };
-    auto store_numbers = [&](int buffer) {  // once the loads have come
-        if (threadIdx.x < Q) s.lse[buffer][threadIdx.x] = LOG2_E * next_lse, s.delta[buffer][threadIdx.x] = next_delta;
+    auto store_numbers = [&] {  // once the loads have come, and nobody reads the ones before
+        if (threadIdx.x < Q) s.lse[threadIdx.x] = LOG2_E * next_lse, s.delta[threadIdx.x] = next_delta;
     };
     auto sum_of = [&](int tile) { return head * unsigned(query_tiles) + unsigned(tile); };
-    auto added_to = [&](int tile)->volatile unsigned& {
-        return dq_sums.added[sum_of(tile) * Block::WARPS + unsigned(warp)];
-    };
-    auto last_key_tile = [&](int tile) { return (min((tile + 1) * Q, T) - 1) / KEYS; };
-    // Tells the next block that this warp's part of a sum is there: a tile later, when its additions have long arrived.
-    auto tell = [&](int tile) {
-        if (key_tile == last_key_tile(tile)) return;
-        __threadfence();
-        __syncwarp();
-        if (lane == 0) added_to(tile) = unsigned(key_tile) + 1;
-    };
+    auto last_key_tile = [&](int tile) { return tile * Q / KEYS; };  // of those that its queries see
 
     load_panels<KEYS, D, THREADS>(s.k, k, stride, k0, T);
     load_panels<KEYS, D, THREADS>(s.v, v, stride, k0, T);
     load_queries(query_tiles - 1, 0);
-    store_numbers(0);
+    store_numbers();
     // The warpgroup's half of dq: where there are 128 queries of 64 channels, 64 queries; of 64 of 128, 64 channels.
     int dq_row = D == 64 ? group * 64 : 0, dq_column = D == 64 ? 0 : group * 64;
     WarpTile<1, D> dk, dv;
@@ -1449,24 +1439,25 @@ __global__ void __launch_bounds__(HopperBackward<D>::THREADS, 1)
         int now = (query_tiles - 1 - tile) % 2, q0 = tile * Q;
         await_panels();  // and all have done with the tile before: its q, dy and ds may be overwritten
         if (tile > k0 / Q) load_queries(tile - 1, 1 - now);
-        unsigned added = key_tile > 0 ? added_to(tile) : 0;
+        unsigned added = key_tile > 0 ? load_acquire(&dq_sums.added[sum_of(tile)]) : 0;
         uint64_t q_tile = panels<Q>(s.q[now]), dy_tile = panels<Q>(s.dy[now]);
         WarpTile<1, Q> p, ds;
         uint32_t p_bf16[Q / 16][4], ds_bf16[Q / 16][4];
 #pragma unroll
         for (int n = 0; n < Q / 8; n++) {  // ds begins as -delta, of which dp is taken off
-            auto row_delta = load<2>(&s.delta[now][n * 8 + lane % 4 * 2]);
+            auto row_delta = load<2>(&s.delta[n * 8 + lane % 4 * 2]);
 #pragma unroll
             for (int i = 0; i < 4; i++) ds.v[0][n][i] = -row_delta[i % 2];
         }
         wgmma_fence(p.v[0], ds.v[0]);
         multiply_rows<D, KEYS>(p, panels<KEYS>(s.k + group * 64 * PANEL), q_tile, false);
         multiply_rows<D, KEYS>(ds, panels<KEYS>(s.v + group * 64 * PANEL), dy_tile, true);
-        if (tile < query_tiles - 1) tell(tile + 1);
+        if (threadIdx.x == 0 && tile < query_tiles - 1)  // all are past the barrier above: the next block may add
+            store_release(&dq_sums.added[sum_of(tile + 1)], unsigned(key_tile) + 1);
         wgmma_wait<1>(p.v[0]);
 #pragma unroll
         for (int n = 0; n < Q / 8; n++) {  // beside dp
-            auto row_lse = load<2>(&s.lse[now][n * 8 + lane % 4 * 2]);
+            auto row_lse = load<2>(&s.lse[n * 8 + lane % 4 * 2]);
 #pragma unroll
             for (int i = 0; i < 4; i++) p.v[0][n][i] = fast_exp2(scale * p.v[0][n][i] - row_lse[i % 2]);
         }
@@ -1496,19 +1487,17 @@ __global__ void __launch_bounds__(HopperBackward<D>::THREADS, 1)
         float4* sum = dq_sums.sums + size_t(sum_of(tile)) * (Block::SUMS / 4) + threadIdx.x;
         while (added < unsigned(key_tile)) {
             __nanosleep(32);
-            added = added_to(tile);
+            added = load_acquire(&dq_sums.added[sum_of(tile)]);
         }
         wgmma_wait<1>(dq.v[0], dv.v[0], p_bf16);
         if (key_tile == last_key_tile(tile)) {
-            if (key_tile > 0) {
-                __threadfence();
+            if (key_tile > 0)
 #pragma unroll
                 for (int n = 0; n < 8; n++) {
                     float4 before = __ldcg(sum + n * THREADS);
                     dq.v[0][n][0] += before.x, dq.v[0][n][1] += before.y, dq.v[0][n][2] += before.z,
                         dq.v[0][n][3] += before.w;
                 }
-            }
             store_rows(dqkv + at + dq_column, stride, q0 + dq_row + warp % 4 * 16, T, dq, lane,
                        [&](int, int) { return scale * LN_2; });  // 1 / sqrt(D)
         } else {
@@ -1520,10 +1509,9 @@ __global__ void __launch_bounds__(HopperBackward<D>::THREADS, 1)
 #pragma unroll
                 for (int n = 0; n < 8; n++) atomicAdd(sum + n * THREADS, own(n));
         }
-        store_numbers(1 - now);
+        store_numbers();
         wgmma_wait<0>(dk.v[0], ds_bf16);
     }
-    tell(k0 / Q);
     store_rows(dqkv + at + C, stride, warp_k0, T, dk, lane, [&](int, int) { return scale * LN_2; });  // 1 / sqrt(D)
     store_rows(dqkv + at + 2 * C, stride, warp_k0, T, dv, lane, [](int, int) { return 1.0f; });
 #endif
@@ -1559,7 +1547,7 @@ inline size_t attention_scratch(int B, int T, int C, int H) {
     int D = C / H;
     if (!Device::has_wgmma() || (D != 64 && D != 128)) return 0;
     size_t tiles = ceil_div(size_t(T), D == 64 ? HopperBackward<64>::Q : HopperBackward<128>::Q);
-    return size_t(B) * size_t(H) * tiles * (HopperBackward<64>::SUMS + HopperBackward<64>::WARPS) + 1;
+    return size_t(B) * size_t(H) * tiles * (HopperBackward<64>::SUMS + 1) + 1;
 }
 
 void attention_backward(Device& device, branch_t* dqkv, float* delta, const branch_t* dy, const branch_t* qkv,
@@ -1574,7 +1562,7 @@ void attention_backward(Device& device, branch_t* dqkv, float* delta, const bran
         size_t tiles = hopper ? heads * ceil_div(size_t(T), Hopper::Q) : 0;
         DqSums sums{reinterpret_cast<float4*>(scratch), reinterpret_cast<unsigned*>(scratch + tiles * Hopper::SUMS)};
         launch_threads(attention_delta_kernel<D>, n / 8, device.stream, delta, dy, y, n, sums.added,
-                       hopper ? tiles * Hopper::WARPS + 1 : 0, shape);
+                       hopper ? tiles + 1 : 0, shape);
         if constexpr (D >= 64)
             if (hopper)
                 return launch(attention_backward_hopper_kernel<D>,

@@ -157,6 +157,9 @@ void cp_async_wait() {
     self.copies.erase(self.copies.begin(), self.copies.begin() + std::ptrdiff_t(landed));
 }
 
+inline unsigned load_acquire(const unsigned* p) { return cuda_on_cpu::atomic(const_cast<unsigned*>(p)).load(); }
+inline void store_release(unsigned* p, unsigned value) { cuda_on_cpu::atomic(p).exchange(value); }
+
 // What launches that overlap must do: wait before they touch global memory, and only then let the next one start. Here
 // a kernel starts when the one before has ended; that each thread waits, and waits first, is checked. Code built for
 // less than 9.0 does neither.
