@@ -1133,7 +1133,7 @@ inline const Flag flags[] = {
      "sub-layers, even: N/2 attention and N/2 feed-forward; chooses all that is not given", &Options::layers, 2, MAX_L},
     {"-C", "--channels", "N", "by -L", "width of the highway", &Options::channels, 1, MAX_C},
     {"-H", "--heads", "N", "by -C",
-     "attention heads; divides -C; with KEEL_WGMMA=1 a Hopper runs those of 64 and 128 channels by wgmma",
+     "attention heads; divides -C; a Hopper runs those of 64 and 128 channels by wgmma, unless KEEL_WGMMA=0",
      &Options::heads, 1, MAX_C},
     {"-t", "--seq-len", "N", "by -C", "sequence length T, tokens", &Options::seq_len, 1, MAX_T},
     {"-b", "--batch", "N", "by memory", "micro-batch B of a rank, sequences", &Options::batch, 1, MAX_B},

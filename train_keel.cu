@@ -19,7 +19,8 @@
 // FP32 with -DKEEL_FP32, the build for comparisons. Weights are FP32, with a BF16 copy for the matrix products.
 //
 // Every result has the same bits in every run of one program on one kind of GPU with one cuBLAS: the order of each sum
-// depends on shapes, the card and the compiled kernel alone, and no float is added atomically.
+// depends on shapes, the card and the compiled kernel alone, and floats are added atomically
+// in one place, attention's dq on Hopper, where blocks take turns in a fixed order.
 //
 // Conventions, which let a plain C++ compiler build and run this file on machines without a GPU (test/cuda_on_cpu):
 // kernels start through launch(); shared memory is dynamic and reached through shared<T>(); PTX stands in one room.
@@ -701,7 +702,8 @@ void qkv_norm_backward(Device& device, branch_t* dqkv, const branch_t* qkv, cons
 //     dv = p^T dy,   dp = dy v^T,   ds = p (dp - sum_j p dp),   dq = ds k / sqrt(D),   dk = ds^T q / sqrt(D)
 // and sum_j p_ij dp_ij = dy_i . y_i = delta_i (B,H,T), made first. dq is a sum over keys, dk and dv over queries: two
 // kinds of blocks, so that no sum crosses blocks (7 products of tiles instead of 5, as the scores are made twice, and
-// the same bits always). Half of the scores are masked: forward 2 T^2 D operations a head, backward 7 T^2 D.
+// the same bits always; on Hopper, below, it is otherwise). Half of the scores are masked: forward 2 T^2 D operations a
+// head, backward 7 T^2 D.
 struct AttentionShape {
     int T, C, H, first;
     __host__ __device__ int queries() const { return T - first; }
@@ -1241,10 +1243,10 @@ __global__ void __launch_bounds__(ATT_WARPS* WARP)
 
 // ----- Attention on Hopper: heads of 64 and 128 channels, by products of warpgroups
 //
-// The same sums as above. A warpgroup has 64 rows, a warp 16 of them, and its numbers lie in its lanes as mma_16x8x16
-// leaves them. Tiles lie in shared memory as wgmma reads them: panels (ROWS,64), swizzled. Copies are cp.async's, a
-// tile ahead; each thread shows what it has copied to the tensor cores (fence_proxy_async), then a barrier to the
-// others.
+// The same formulas as above. A warpgroup has 64 rows, a warp 16 of them, and its numbers lie in its lanes as
+// mma_16x8x16 leaves them. Tiles lie in shared memory as wgmma reads them: panels (ROWS,64), swizzled. Copies are
+// cp.async's, a tile ahead (the forward's values at D = 128: in their own); each thread shows what it has copied to the
+// tensor cores (fence_proxy_async), then a barrier to the others.
 inline constexpr int WARPGROUP = 4 * WARP, PANEL = 64;
 
 template <int ROWS>
@@ -1306,9 +1308,8 @@ __device__ __forceinline__ void pack(uint32_t (&a)[N / 16][4], const WarpTile<1,
 
 // A block is one warpgroup with 64 queries, and has a product, the softmax and a product of each tile of 64 keys one
 // after the other. The tensor cores are kept at work by the other blocks of the multiprocessor, five (D = 128: three),
-// which need no turns: nothing but its own copies ever holds one up. A place for the values is worth less than a block:
-// at D = 128 there is one, for V_j, whose copy is then behind the softmax. Measured: tile j's softmax under tile j-1's
-// second product, or two warpgroups a block, which share keys and values, were slower.
+// which need no turns: nothing but its own copies ever holds one up. A second place for values is worth less than a
+// third block: at D = 128 there is one, and a tile's values are copied beside its own first product and softmax.
 template <int D>
 struct HopperForward {
     static constexpr int N = 64, BLOCKS = D == 64 ? 5 : 3, VALUES = D == 64 ? 2 : 1;
@@ -1366,14 +1367,18 @@ __global__ void __launch_bounds__(WARPGROUP, HopperForward<D>::BLOCKS)
         wgmma_wait<0>(out.v[0], p);
     }
     softmax.store(y, lse, out, shape, head, warp_q0, lane, scale);
+#else
+    __trap();  // code for no Hopper
 #endif
 }
 
 // A block is two warpgroups with 64 keys each of a tile of 128, and meets tiles of Q queries from the last one down to
-// its keys. Five products a tile; scores, p, dp and ds are (keys, queries):
-//     s = k q^T, dp = v dy^T     of the warpgroup's keys
-//     dv += p dy, dk += ds q     p and ds from registers
-//     dq = ds^T k                of all 128 keys: through shared memory, ds of both warpgroups, to half of dq each
+// its keys. s, p, dp and ds are (keys, queries); a warpgroup has those of its 64 keys in registers. A tile, in order:
+//     s = k q^T        p is made of it beside the next product
+//     dp = v dy^T      added to -delta in ds's registers; times p it is ds
+//     dv += p dy       beside it ds goes to shared memory; then a barrier, as dq needs that of both warpgroups
+//     dq = ds^T k      over all 128 keys; each warpgroup makes half of dq
+//     dk += ds q       beside it dq is added to its sum
 // dq of a query tile is a sum over the blocks of its head, which they add up in the order of their keys: the first
 // stores, the others add once the one before has said that it is done, the last writes dqkv. So dq has the same bits in
 // whatever order blocks run, and as all begin with the last queries and go down at one pace, they hardly wait. A sum
@@ -1437,14 +1442,16 @@ __global__ void __launch_bounds__(HopperBackward<D>::THREADS, 1)
     dk.zero(), dv.zero();
     for (int tile = query_tiles - 1; tile >= k0 / Q; tile--) {
         int now = (query_tiles - 1 - tile) % 2, q0 = tile * Q;
-        await_panels();  // and all have done with the tile before: its q, dy and ds may be overwritten
+        // This tile is there, its lse and delta too, and all have done with the tile before: q, dy and ds may be
+        // overwritten.
+        await_panels();
         if (tile > k0 / Q) load_queries(tile - 1, 1 - now);
         unsigned added = key_tile > 0 ? load_acquire(&dq_sums.added[sum_of(tile)]) : 0;
         uint64_t q_tile = panels<Q>(s.q[now]), dy_tile = panels<Q>(s.dy[now]);
         WarpTile<1, Q> p, ds;
         uint32_t p_bf16[Q / 16][4], ds_bf16[Q / 16][4];
 #pragma unroll
-        for (int n = 0; n < Q / 8; n++) {  // ds begins as -delta, of which dp is taken off
+        for (int n = 0; n < Q / 8; n++) {  // ds begins as -delta, to which the product adds dp
             auto row_delta = load<2>(&s.delta[n * 8 + lane % 4 * 2]);
 #pragma unroll
             for (int i = 0; i < 4; i++) ds.v[0][n][i] = -row_delta[i % 2];
@@ -1452,7 +1459,9 @@ __global__ void __launch_bounds__(HopperBackward<D>::THREADS, 1)
         wgmma_fence(p.v[0], ds.v[0]);
         multiply_rows<D, KEYS>(p, panels<KEYS>(s.k + group * 64 * PANEL), q_tile, false);
         multiply_rows<D, KEYS>(ds, panels<KEYS>(s.v + group * 64 * PANEL), dy_tile, true);
-        if (threadIdx.x == 0 && tile < query_tiles - 1)  // all are past the barrier above: the next block may add
+        // All stores to the sum of the tile before were before that barrier: the next block may add. (The block's last
+        // tile needs no word: its queries see no later keys.)
+        if (threadIdx.x == 0 && tile < query_tiles - 1)
             store_release(&dq_sums.added[sum_of(tile + 1)], unsigned(key_tile) + 1);
         wgmma_wait<1>(p.v[0]);
 #pragma unroll
@@ -1475,7 +1484,7 @@ __global__ void __launch_bounds__(HopperBackward<D>::THREADS, 1)
         for (int i = 0; i < Q / 16; i++)  // (keys, queries)
             stmatrix_x4(s.ds + panel_at<KEYS>(warp * 16 + lane % 16, 2 * i + lane / 16), ds_bf16[i]);
         fence_proxy_async();
-        __syncthreads();  // ds is there, of both warpgroups
+        __syncthreads();  // ds is there, of both warpgroups, and lse and delta have been read
         WarpTile<1, 64> dq;
         wgmma_fence(dq.v[0], dk.v[0], ds_bf16);
         uint64_t ds_tile = panels<KEYS>(s.ds + dq_row * KEYS), k_tile = panels<KEYS>(s.k + dq_column * KEYS);
@@ -1514,6 +1523,8 @@ __global__ void __launch_bounds__(HopperBackward<D>::THREADS, 1)
     }
     store_rows(dqkv + at + C, stride, warp_k0, T, dk, lane, [&](int, int) { return scale * LN_2; });  // 1 / sqrt(D)
     store_rows(dqkv + at + 2 * C, stride, warp_k0, T, dv, lane, [](int, int) { return 1.0f; });
+#else
+    __trap();
 #endif
 }
 

@@ -231,10 +231,10 @@ public:
         return BRANCH_BF16 && p.major == 9 && p.minor == 0;
 #endif
     }
-    // Only where asked for, until a GPU has shown these kernels right and faster: KEEL_WGMMA=1 in the environment.
+    // KEEL_WGMMA=0 in the environment has attention run as on every GPU, to measure it.
     static bool wants_wgmma() {
         const char* wanted = getenv("KEEL_WGMMA");
-        return has_wgmma() && wanted && std::string(wanted) == "1";
+        return has_wgmma() && !(wanted && std::string(wanted) == "0");
     }
 
     // Compute capability 9.0 and 10.x: elsewhere others found GELU in epilogues slower than in kernels (llm.c, pull

@@ -71,9 +71,11 @@ done
 compare train_keel_cpu_fp64 train_keel -L 64 -C 64 -H 2 -t 32 -b 1
 compare train_keel train_keel_cpu -L 64 -C 64 -H 2 -t 32 -b 1
 compare train_keel_cpu train_keel -L 4 -C 256 -H 2 -t 130 -b 1
-export KEEL_WGMMA=1  # what a Hopper has kernels of its own for; elsewhere the usual ones again
-compare train_keel train_keel_cpu_fp64 -L 4 -C 128 -H 2 -t 300 -b 2
-compare train_keel_cpu train_keel -L 4 -C 128 -H 1 -t 200 -b 2 --norm hybridnorm
+for KEEL_WGMMA in 0 1; do  # what a Hopper has kernels of its own for, and as on every GPU
+    export KEEL_WGMMA
+    compare train_keel train_keel_cpu_fp64 -L 4 -C 128 -H 2 -t 300 -b 2
+    compare train_keel_cpu train_keel -L 4 -C 128 -H 1 -t 200 -b 2 --norm hybridnorm
+done
 wait
 
 for ((i = 1; i <= count; i++)); do cat "$folder/$i"; done
