@@ -33,7 +33,7 @@
 constexpr float NORM_EPSILON = 1e-6f;  // rms(x) = sqrt(mean(x^2) + this)
 
 // ----------------------------------------------------------------------------------------------------
-// The device's primitives: the one room with PTX (PTX ISA 8.0, sections on mma, ldmatrix, cp.async)
+// The device's primitives: the one room with PTX (PTX ISA 8.0, the sections of the instructions' names)
 
 #if (defined(CUDA_ON_CPU) || defined(__CUDA_ARCH_FEAT_SM90_ALL)) && !defined(KEEL_NO_WGMMA)
 #define HOPPER_CODE
@@ -95,16 +95,18 @@ __device__ __forceinline__ void cp_async_wait() {
 // ----- A warpgroup's products, in code built for Hopper (sm_90a; PTX ISA, "asynchronous warpgroup level matrix
 // multiply-accumulate"). d (64,N) = or += a (64,16) b (16,N), BF16 in, FP32 out, by 4 warps together, which go on while
 // the tensor cores work. Warp w of the 4 has rows 16w to 16w + 15 of d, and of an a in registers, laid out in its lanes
-// as mma_16x8x16's d and a are: d[n] is the tile of columns 8n. From issue to wait no thread may touch the registers,
-// nor anyone the shared memory, that a product reads or writes.
+// as mma_16x8x16's d and a are: d[n] is the tile of columns 8n. From issue to wait no thread may touch the registers
+// of a product, nor anyone write the shared memory that it reads.
 
 // An operand in shared memory is a matrix of rows of 64 numbers, 128 bytes: of its chunks of 16 bytes the one at place
 // c of row r lies at c ^ r % 8, so that neither 8 rows of one chunk nor 8 chunks of one row meet in a bank. K_MAJOR: a
 // row is one row of a, or one column of b, and runs along k, of which a product takes 16 numbers. MN_MAJOR: a row is
 // one k, of which a product takes 16, and runs along d's rows or columns.
-enum Major { K_MAJOR, MN_MAJOR };
+enum Major { K_MAJOR, MN_MAJOR };  // as wgmma's transpose bits, 0 and 1
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
+// The asm's operands are numbered: d's registers, a (a descriptor, or 4 registers), b, add, then whether a, where it is
+// in shared memory, and b are MN_MAJOR. p, 1, 1: d is added to where p; a and b keep their signs.
 #define D4(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
 #define D16(i) D4(i), D4(i + 1), D4(i + 2), D4(i + 3)
 #define LIST_32                                                                                                      \
@@ -702,8 +704,8 @@ void qkv_norm_backward(Device& device, branch_t* dqkv, const branch_t* qkv, cons
 //     dv = p^T dy,   dp = dy v^T,   ds = p (dp - sum_j p dp),   dq = ds k / sqrt(D),   dk = ds^T q / sqrt(D)
 // and sum_j p_ij dp_ij = dy_i . y_i = delta_i (B,H,T), made first. dq is a sum over keys, dk and dv over queries: two
 // kinds of blocks, so that no sum crosses blocks (7 products of tiles instead of 5, as the scores are made twice, and
-// the same bits always; on Hopper, below, it is otherwise). Half of the scores are masked: forward 2 T^2 D operations a
-// head, backward 7 T^2 D.
+// the same bits always; on Hopper, below, 5, and dq a sum over blocks in a fixed order). Half of the scores are masked:
+// forward 2 T^2 D operations a head, backward 7 T^2 D, on Hopper 5.
 struct AttentionShape {
     int T, C, H, first;
     __host__ __device__ int queries() const { return T - first; }
@@ -957,7 +959,8 @@ __device__ __forceinline__ void store_rows(branch_t* out, size_t stride, int row
 // block that meets few tiles of the other side ends early, so of a group the longest tiles come first, or a few of them
 // would end alone. A group is as large a part of the heads as keeps its q, k, v and dy in the L2: 16 MiB. (The backward
 // on Hopper has one block a multiprocessor, and dq's sums in the L2 too: half as many.)
-constexpr int ATT_GROUP = 512;  // blocks: twice what a Hopper holds, two a multiprocessor (three at D = 16)
+constexpr int ATT_GROUP =
+    512;  // blocks: twice what a Hopper holds of mma.sync's, two a multiprocessor (three at D = 16)
 inline Grid attention_grid(size_t heads, size_t tiles, size_t kinds, size_t blocks = ATT_GROUP) {
     size_t group = std::clamp<size_t>(blocks / (kinds * tiles), 1, heads);
     while (heads % group) group--;
