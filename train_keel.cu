@@ -35,7 +35,7 @@ constexpr float NORM_EPSILON = 1e-6f;  // rms(x) = sqrt(mean(x^2) + this)
 // ----------------------------------------------------------------------------------------------------
 // The device's primitives: the one room with PTX (PTX ISA 8.0, the sections of the instructions' names)
 
-#if (defined(CUDA_ON_CPU) || defined(__CUDA_ARCH_FEAT_SM90_ALL)) && !defined(KEEL_NO_WGMMA)
+#if defined(CUDA_ON_CPU) || (defined(__CUDA_ARCH_FEAT_SM90_ALL) && !defined(KEEL_NO_WGMMA))
 #define HOPPER_CODE
 #endif
 #ifndef CUDA_ON_CPU  // there, the headers bring their own

@@ -191,8 +191,6 @@ inline unsigned atomicDec(unsigned* p, unsigned limit) {
     return cuda_on_cpu::atomic_change(p, [limit](unsigned old) { return old == 0 || old > limit ? limit : old - 1; });
 }
 
-[[noreturn]] inline void __trap() { cuda_on_cpu::device().misuse("__trap"); }
-
 template <class T>
 T __ldg(const T* p) {
     return *p;
