@@ -64,26 +64,29 @@ __device__ __forceinline__ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// p in shared memory as PTX takes it, in bytes.
+__device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+
 // Four 8x8 matrices of BF16 from shared memory. Lane i gives the address of row i % 8 of matrix i / 8 and gets, in
 // r[j], elements 2t and 2t+1 of row g of matrix j; transposed, elements (2t, g) and (2t+1, g).
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const __nv_bfloat16* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(uint32_t(__cvta_generic_to_shared(row)))
+                 : "r"(shared_address(row))
                  : "memory");
 }
 __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const __nv_bfloat16* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(uint32_t(__cvta_generic_to_shared(row)))
+                 : "r"(shared_address(row))
                  : "memory");
 }
 
 // 16 bytes from global to shared memory behind the thread's back, zeros where not valid; they are there after the wait,
 // and for other threads after a barrier too. wait<N> lets the N groups committed last go on.
 __device__ __forceinline__ void cp_async_16(void* to, const void* from, bool valid) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(uint32_t(__cvta_generic_to_shared(to))),
-                 "l"(from), "r"(valid ? 16 : 0)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+                 "r"(valid ? 16 : 0)
                  : "memory");
 }
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -103,7 +106,6 @@ __device__ __forceinline__ void cp_async_wait() {
 // row is one row of a, or one column of b, and runs along k, of which a product takes 16 numbers. MN_MAJOR: a row is
 // one k, of which a product takes 16, and runs along d's rows or columns.
 enum Major { K_MAJOR, MN_MAJOR };  // as wgmma's transpose bits, 0 and 1
-__device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
 // The asm's operands are numbered: d's registers, a (a descriptor, or 4 registers), b, add, then whether a, where it is
 // in shared memory, and b are MN_MAJOR. p, 1, 1: d is added to where p; a and b keep their signs.
@@ -1560,7 +1562,7 @@ void attention_forward(Device& device, branch_t* y, float* lse, const branch_t* 
 inline size_t attention_scratch(int B, int T, int C, int H) {
     int D = C / H;
     if (!Device::has_wgmma() || (D != 64 && D != 128)) return 0;
-    size_t tiles = ceil_div(size_t(T), D == 64 ? HopperBackward<64>::Q : HopperBackward<128>::Q);
+    size_t tiles = ceil_div(size_t(T), HopperBackward<64>::SUMS / size_t(D));
     return size_t(B) * size_t(H) * tiles * (HopperBackward<64>::SUMS + 1) + 1;
 }
 
