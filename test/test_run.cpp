@@ -1305,6 +1305,26 @@ TEST_SUITE("the GPU trainer") {
         }
     }
 
+    TEST_CASE("The GPU trainer skips outliers and a resume skips the same; another attention than the run's is said") {
+        Place p;
+        std::string noisy = p / "noisy.txt", text = slurp(p.text);
+        for (uint32_t i = 0; i < 60; i++) text[text.size() / 2 + i] = char(128 + philox(1, i, 0, 0, 0).word[0] % 128);
+        spill(noisy, text);
+        Words words = {gpu_bf16, "-i", noisy, "-L", "2",  "-C", "64", "-H", "1",
+                       "-t",     "8",  "-b",  "1",  "-v", "0",  "-s", "0"};
+        Result r = succeeds(words + Words{"-x", "240", "-n", "80", "--skip-grad", "3", "-o", p / "whole"});
+        size_t skips = r.out.find("skipped    step ");
+        CHECK_MESSAGE(skips != r.out.npos, r.out);
+        fs::copy(p / "whole", p / "part");
+        for (const char* file : {"state_00000240_00000.bin", "model_00000240.bin", "state_00000160_00000.bin"})
+            fs::remove(p / "part" + ("/" + std::string(file)));
+        Words resume = {gpu_bf16, "-i", noisy, "-s", "0", "-n", "80", "-y", "-o", p / "part"};
+        CHECK(succeeds(resume).out.find("changed ") == std::string::npos);
+        CHECK(slurp(p / "whole/state_00000240_00000.bin") == slurp(p / "part/state_00000240_00000.bin"));
+        r = run(resume + Words{"-x", "241"}, {{"KEEL_WGMMA", "0"}});
+        CHECK_MESSAGE(r.out.find("attention from wgmma to mma.sync") != r.out.npos, r.out);
+    }
+
     TEST_CASE("It says where its start went, and takes --tune, --moments and --grads, which the CPU trainer refuses") {
         Place p;
         Result r = succeeds(wide(p, gpu_bf16, "4",
