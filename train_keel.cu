@@ -2940,7 +2940,7 @@ struct Trainer {
                       attention);
     }
 
-    double matrix_rate() { return model.device.matrix_rate(); }
+    MatrixRate matrix_rate(int = 1) { return model.device.matrix_rate(); }
 
     // ----- Memory
     static uint64_t available_memory() { return available_gpu_memory(); }

@@ -1106,7 +1106,7 @@ struct Trainer {
     static void check_model(const ModelConfig&) {}  // any shape that config_fault lets pass
     static std::string machine_name() { return format("%d threads", omp_get_max_threads()); }
 
-    static double matrix_rate() { return product_rate(); }
+    static MatrixRate matrix_rate(int ranks_here) { return product_rate(ranks_here); }
     static uint64_t available_memory() { return ::available_memory(); }
 
     static std::vector<MemoryRow> memory_rows(const RunConfig& run) {

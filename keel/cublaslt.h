@@ -7,6 +7,7 @@
 #include <map>
 #include <tuple>
 
+#include "rate.h"
 #include "sums.h"
 
 inline void check(cublasStatus_t status, const char* what) {
@@ -244,10 +245,10 @@ public:
         return major == 9 || major == 10;
     }
 
-    // Operations a second of a large product in the branch's type, with which every rate is compared: the fastest of
-    // 15, for an H100's clocks, just begun, gave a median of 704 or of 778 TFLOP/s. The matrices are as large as the
+    // Of a large product in the branch's type, 15 times: the fastest counts, for an H100's clocks, just begun, gave a
+    // median of 704 or of 778 TFLOP/s. The matrices are as large as the
     // GPU and the memory that is left allow.
-    double matrix_rate() {
+    MatrixRate matrix_rate() {
         size_t n = 256;
         while (n < 8192 && n < size_t(gpu_properties().multiProcessorCount) * 64) n *= 2;
         size_t free = 0, total = 0;
@@ -255,16 +256,16 @@ public:
         while (n > 256 && 4 * n * n * sizeof(branch_t) > free) n /= 2;
         if (sanitized) n = 256;  // a sanitizer would take minutes for the large one
         DeviceArray<branch_t> a = random_matrix(n * n), b = random_matrix(n * n), out(n * n);
-        float fastest = std::numeric_limits<float>::infinity();  // milliseconds
+        std::vector<double> times;  // seconds
         Stopwatch watch(stream);
         for (int i = 0; i < 32; i++)  // 50 ms on a large GPU, in which the clocks rise
             product(out.data(), b.data(), TRANSPOSED, a.data(), PLAIN, n, n, n, SET);
         for (int i = 0; i < 15; i++) {
             watch.start();
             product(out.data(), b.data(), TRANSPOSED, a.data(), PLAIN, n, n, n, SET);
-            fastest = std::min(fastest, watch.stop());
+            times.push_back(watch.stop() * 1e-3);
         }
-        return 2.0 * double(n) * double(n) * double(n) / (fastest * 1e-3);
+        return MatrixRate::of(2.0 * double(n) * double(n) * double(n), times, times);
     }
 
 private:

@@ -322,8 +322,11 @@ private:
     }
 
     void print_machine() {
-        rate = first_rank() ? trainer->matrix_rate() : 1;  // the others print nothing
-        print("machine    %s, %.0f GFLOP/s in matrix products\n", trainer->machine_name(), rate * 1e-9);
+        MatrixRate measured = MatrixRate::together(ranks.gather(trainer->matrix_rate(session.launch.local_ranks)));
+        rate = measured.fastest;
+        print("machine    %s, %.0f GFLOP/s in matrix products%s\n", trainer->machine_name(), rate * 1e-9,
+              ranks.count() > 1 ? format(", all %d ranks together", ranks.count()) : "");
+        if (std::string doubt = measured.doubt(); !doubt.empty()) print("note       %s\n", doubt);
         if (!init)
             print("note       the first loss is not ln V = %.2f: the tied head sees each input token's own embedding\n",
                   std::log(double(config.model.V)));
@@ -484,16 +487,21 @@ private:
     void report(const StepResult& result, const std::string& why_skipped) {
         double tokens_per_second = double(config.total_batch) / result.seconds, lr = learning_rate(config, step);
         double mfu = flops_per_token(config.model, config.T) * tokens_per_second / rate;
-        print("step %lld/%lld | loss %.4f | grad norm %.3g | lr %.2e | %.0f ms | %.0f tokens/s | %.0f %% of matrix "
+        print("step %lld/%lld | loss %.4f | grad norm %.3g | lr %.2e | %.0f ms | %.0f tokens/s | %s %% of matrix "
               "rate | %s left\n",
-              step, config.steps, result.loss, result.norm, lr, result.seconds * 1e3, tokens_per_second, 100 * mfu,
+              step, config.steps, result.loss, result.norm, lr, result.seconds * 1e3, tokens_per_second,
+              mfu < 0.1 ? format("%.2g", 100 * mfu) : format("%.0f", 100 * mfu),
               duration_text(spent / double(steps_here) * double(config.steps - step)));
+        if (mfu > 1 && !std::exchange(rate_beaten, true))
+            print("note       step %lld was faster than the matrix rate, which was measured too low: the percentages "
+                  "and mfu of this run are too high\n",
+                  step);
         if (result.skipped)
             print("skipped    step %lld, whose %s: nothing is updated; %lld in a row, %lld in all\n", step, why_skipped,
                   trainer->run.skipped_in_row, trainer->run.skipped);
         auto [val_loss, bits_per_byte] = validate_if_due();
         if (log)
-            log->row(format("%lld,%s,%s,%.9g,%s,%.3f,%.1f,%.4f,%s", step, number_text(result.loss), val_loss, lr,
+            log->row(format("%lld,%s,%s,%.9g,%s,%.3f,%.1f,%.4g,%s", step, number_text(result.loss), val_loss, lr,
                             number_text(result.norm), result.seconds * 1e3, tokens_per_second, mfu, bits_per_byte));
     }
 
@@ -579,7 +587,8 @@ private:
     std::unique_ptr<ProbeLog> probe_log;
     std::unique_ptr<CheckpointWriter<Trainer>> checkpoints;
 
-    double rate = 1;                // of matrix products, operations a second
+    double rate = 1;                // of matrix products, operations a second, of all ranks
+    bool rate_beaten = false;       // by a step
     int64_t step = 0, started = 0;  // steps done; steps given to the trainer, done or in flight
     double spent = 0;               // seconds in steps
     int64_t steps_here = 0;         // steps done by this process

@@ -6,6 +6,7 @@
 #include "data.h"
 #include "probe.h"
 #include "ranks.h"
+#include "rate.h"
 
 // The mean loss over the step's tokens, and the norm of the gradient before it is clipped. Where either is not finite
 // or an outlier, the step is skipped: nothing has been updated and the gradients are zero for the next step. Nor does a
@@ -114,7 +115,7 @@ concept IsTrainer =
         { t.step_bytes } -> std::convertible_to<size_t>;  // bytes that this rank sent in the first step
 
         t.debug_pass(debug, l, l);  // (debug, B, T): one forward and backward pass of its tokens fills in the rest
-        { t.matrix_rate() } -> std::same_as<double>;  // operations a second of a large matrix product, measured
+        { t.matrix_rate(l) } -> std::same_as<MatrixRate>;  // of this rank, one of l on this machine (0: not known)
         { t.machine_name() } -> std::same_as<std::string>;
 
         // A Generator keeps what attention needs of the tokens fed; feed returns the logits (V) after the last, on the

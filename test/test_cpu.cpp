@@ -412,6 +412,45 @@ TEST_SUITE("matrix product") {
 }
 
 // ----------------------------------------------------------------------------------------------------
+TEST_SUITE("matrix rate") {
+    TEST_CASE("The rate is of the fastest product's working time, and what makes it unsure is said") {
+        MatrixRate alone = MatrixRate::of(1e9, {0.012, 0.010, 0.011}, {0.012, 0.010, 0.011});
+        CHECK(alone.fastest == doctest::Approx(100e9));
+        CHECK(alone.median == doctest::Approx(1e9 / 0.011));
+        CHECK(alone.share == 1);
+        CHECK(alone.doubt() == "");
+
+        MatrixRate busy = MatrixRate::of(1e9, {0.012, 0.010, 0.011}, {0.012, 0.050, 0.031});
+        CHECK(busy.fastest == alone.fastest);
+        CHECK(busy.doubt() == "the machine is busy: its threads had 35 % of their processors, so steps will be slow");
+        MatrixRate uneven = MatrixRate::of(1e9, {0.020, 0.010, 0.018}, {0.020, 0.010, 0.018});
+        CHECK(uneven.doubt() == "products ran at 56 (median) to 100 GFLOP/s, of which the fastest counts");
+
+        // A system that counts in ticks longer than a product: 0 or a whole tick.
+        MatrixRate ticks = MatrixRate::of(1e9, {0, 0.010, 0}, {0.005, 0.004, 0.004});
+        CHECK(ticks.fastest == doctest::Approx(250e9));
+        CHECK(ticks.share == 1);
+
+        MatrixRate both = MatrixRate::together({alone, uneven});
+        CHECK(both.fastest == doctest::Approx(200e9));
+        CHECK(both.median == doctest::Approx(alone.median + uneven.median));
+        CHECK(MatrixRate::together({alone, busy}).share == doctest::Approx((1 + 0.033 / 0.093) / 2));
+    }
+
+    TEST_CASE("More threads or ranks than processors do not raise the machine's rate") {
+        int threads = omp_get_max_threads(), processors = omp_get_num_procs();
+        omp_set_num_threads(processors);
+        double rate = product_rate().fastest, of_a_rank = product_rate(4 * processors).fastest;
+        omp_set_num_threads(4 * processors);
+        double crowded = product_rate().fastest;
+        omp_set_num_threads(threads);
+        INFO(rate << " operations a second, of " << 4 * processors << " ranks: " << of_a_rank
+                  << ", of 4 threads each: " << crowded);
+        CHECK(crowded < 2 * rate);  // 4 times without the limit; processors that share a core halve the other
+        CHECK(of_a_rank * 4 * processors < 2 * processors * rate);
+    }
+}
+
 TEST_SUITE("layers") {
     TEST_CASE("Embedding: central differences, and tokens that occur twice") {
         int B = 2, T = 5, C = 6, V = 7;

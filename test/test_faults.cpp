@@ -38,7 +38,13 @@ struct FaultyTrainer : Trainer {
         if (once) weight = good;
         if (breaks && step == atoll(breaks)) weight = real(NAN);
     }
-    static double matrix_rate() { return 1e9; }  // seconds under a sanitizer
+    // KEEL_TEST_RATE: the fastest, the median and the share; to measure them takes seconds under a sanitizer.
+    static MatrixRate matrix_rate(int) {
+        MatrixRate rate{1e9, 1e9};
+        if (const char* text = getenv("KEEL_TEST_RATE"))
+            sscanf(text, "%lf,%lf,%lf", &rate.fastest, &rate.median, &rate.share);
+        return rate;
+    }
 };
 
 struct Place {
@@ -225,6 +231,40 @@ TEST_CASE("AdamW's bias corrections count updates, not steps: after a skipped fi
             CHECK(moved == doctest::Approx(lr).epsilon(0.02 + 1e-6 / lr));
         }
     }
+}
+
+TEST_CASE("A run says what makes its matrix rate unsure, and small shares of it to two digits") {
+    Place p;
+    auto count = [](const std::string& text, const std::string& words) {
+        int n = 0;
+        for (size_t at = text.find(words); at != std::string::npos; at = text.find(words, at + 1)) n++;
+        return n;
+    };
+    Result sure = run(p.tiny(), {{"KEEL_TEST_RATE", "1e13,1e13,1"}});
+    REQUIRE_MESSAGE(sure.code == 0, sure.err);
+    CHECK(sure.out.find("10000 GFLOP/s in matrix products\n") != std::string::npos);
+    CHECK_MESSAGE((count(sure.out, "busy") == 0 && count(sure.out, "faster than") == 0), sure.out);
+    std::string log = slurp(p / "run/log.csv");
+    for (size_t row = log.find('\n'), line = 0, step = 1; step <= 24; step++) {
+        size_t cell = row;
+        for (int i = 0; i < 7; i++) cell = log.find(',', cell + 1);
+        double mfu = atof(log.c_str() + cell + 1);
+        line = sure.out.find(format("step %d/24 ", int(step)), line);
+        size_t end = sure.out.find(" % of matrix rate", line), start = sure.out.rfind(' ', end - 1);
+        double shown = atof(sure.out.c_str() + start) / 100;
+        INFO(sure.out.substr(line, end - line) << ", mfu in log.csv " << mfu);
+        CHECK((mfu > 0 && mfu < 0.01));
+        CHECK(std::fabs(shown - mfu) <= 0.051 * mfu);  // half a unit in the second digit, and log.csv's fourth
+        row = log.find('\n', row + 1);
+    }
+    fs::remove_all(p / "run");
+
+    Result unsure = run(p.tiny(), {{"KEEL_TEST_RATE", "2e3,1e3,0.1"}});
+    CHECK(unsure.out.find("note       the machine is busy: its threads had 10 % of their processors, so steps will be "
+                          "slow; products ran at 0 (median) to 0 GFLOP/s, of which the fastest counts\n") !=
+          std::string::npos);
+    CHECK_MESSAGE(count(unsure.out, "note       step 1 was faster than the matrix rate") == 1, unsure.out);
+    CHECK_MESSAGE(count(unsure.out, "faster than the matrix rate") == 1, unsure.out);
 }
 
 TEST_CASE("--max-skips: the run stops and names the last checkpoint from which a finite step was made") {

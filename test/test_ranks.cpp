@@ -386,6 +386,22 @@ TEST_SUITE("training") {
         }
     }
 
+    TEST_CASE("The share of the matrix rate is that of all ranks' rates together") {
+        Place p;
+        std::string out = p.run(2, p.words(cpu, "run", {"-x", "3"})).out, end = " GFLOP/s in matrix products, all 2 "
+                                                                                "ranks together\n";
+        size_t at = out.find(end);
+        REQUIRE_MESSAGE(at != std::string::npos, out);
+        double rate = atof(out.c_str() + out.rfind(' ', at - 1)) * 1e9,
+               flops = flops_per_token(config_of(KEEL, 6, 8, 2), 8);
+        read_csv_rows(p / "run/log.csv", INT64_MAX, [&](int64_t, const std::string& line) {
+            std::vector<double> cells;
+            std::stringstream in(line);
+            for (std::string cell; std::getline(in, cell, ',');) cells.push_back(atof(cell.c_str()));
+            CHECK(cells[7] == doctest::Approx(flops * cells[6] / rate).epsilon(0.01));  // the printed rate is rounded
+        });
+    }
+
     TEST_CASE("With --tune all ranks take the algorithms of rank 0, and a run by its table has the same bits") {
         Place p;
         spill(p / "other.txt", slurp(p.text) + "and so on");

@@ -409,7 +409,7 @@ int run(int argc, char** argv) {
     Device& device = trainer.model.device;
     cudaDeviceProp p = gpu_properties();
     bool small = bench.small;
-    double rate = trainer.matrix_rate();
+    double rate = trainer.matrix_rate().fastest;
     print("%s; L2 %.0f MiB; %s build; matrix products %.1f TFLOP/s\n", p.name, double(p.l2CacheSize) / (1 << 20),
           BRANCH_BF16 ? "BF16" : "FP32", rate / 1e12);
     int rows = small ? 192 : 16384;

@@ -6,8 +6,8 @@
     python3 dev/bench/predict.py --products            ways of doing the matrix products
 --matrix TFLOP/s and --copy TB/s replace the card's rates.
 
-floor      no kernel is faster than its operations at the matrix rate (attention's at 0.62 of it, the most that mma.sync
-           reaches of wgmma's) or its bytes at the copy rate; kernels run one after another.
+floor      no kernel is faster than its operations at the matrix rate or its bytes at the copy rate; kernels run one
+           after another.
 predicted  each kernel at the rate that its kind reached on an H100 one by one (dev/results/h100.csv); on top what a product adds to
            FP32 gradients, when its arithmetic is over, how it begins and ends, and 1 us between two kernels.
 Both are of the micro-batch and the level of recomputation that the step runs with.
@@ -22,17 +22,16 @@ from typing import NamedTuple
 
 GAP = 1e-6  # seconds between two nodes of a graph
 MULTIPROCESSORS = 132  # of an H100 and an H200
-MMA_SYNC = 0.62  # of the products' rate
 LARGE_PRODUCT = 798e12  # operations a second that an H100 reaches in one, in BF16
 # A layer's product beside it, and the seconds that each one takes on top to begin and to end, cuBLASLt's kernels for
 # split sums among them: fitted to an H100's twelve products of a block of 16384 rows, 1858 us at C = 1024 and 236 us at
 # C = 256, where they are bound by memory. A large product, kept up as long, ran at 723e12 there.
 PRODUCT, RAMP = 700e12 / LARGE_PRODUCT, 3.5e-6
-# Attention by mma.sync, the default, D = 64, T = 1024, as an H100 ran 256 heads: 207e12 forward, the last blocks taken
-# off, and 156e12 backward, delta too. As shares of mma.sync's rate; the backward runs 7 products of tiles where 5 are
-# counted.
-ATTENTION = 213e12 / (MMA_SYNC * LARGE_PRODUCT)
-ATTENTION_BACKWARD = 164e12 * 7 / 5 / (MMA_SYNC * LARGE_PRODUCT)
+# Attention, D = 64, T = 1024, as an H100 ran 256 heads, the last blocks taken off, and in the backward delta too: by
+# wgmma 326e12 forward and 224e12 backward with them, by mma.sync, which runs 7 products of tiles in the backward where 5
+# are counted, 207e12 and 156e12.
+ATTENTION, ATTENTION_BACKWARD = 354e12 / LARGE_PRODUCT, 246e12 / LARGE_PRODUCT
+MMA, MMA_BACKWARD = 213e12 / LARGE_PRODUCT, 164e12 * 7 / 5 / LARGE_PRODUCT
 # Of a copy's rate, at C = 1024 and at C = 256. Products bound by memory, as at C = 256, are taken to be as good as the
 # highway's forward.
 HIGHWAY, HIGHWAY_BACKWARD, GELU = (0.85, 0.86), (0.70, 0.62), (0.99, 0.96)
@@ -44,6 +43,15 @@ ROW_GROUP = 0.7e-6  # seconds for the 4 or 8 rows that a thread loads together a
 FREQUENT = {256: 0.29, 50257: 0.25}
 
 
+class Blocks(NamedTuple):
+    """Of attention: how many a multiprocessor holds, the rows of each, how long each kind takes over a tile, and how many
+    blocks the heads of a group have."""
+    held: int
+    rows: int
+    kinds: tuple = (1,)
+    group: int = 512
+
+
 class Kernel(NamedTuple):
     """Of a block (two sub-layers). Operations a token: CC * C^2 + TC * T * C, as executed."""
     name: str
@@ -52,14 +60,18 @@ class Kernel(NamedTuple):
     bytes: float  # a token, in units of C
     weights: float = 0  # bytes of weights, in units of C^2
     added: float = 0  # bytes of FP32 gradients read and written once the tile's arithmetic is over, in units of C^2
-    of_matrix: float = PRODUCT  # share of the matrix rate, attention's of MMA_SYNC times it
+    of_matrix: float = PRODUCT  # share of the matrix rate
     of_copy: tuple = HIGHWAY
     launches: int = 1
+    blocks: Blocks | None = None
 
 
+WGMMA_BLOCKS, WGMMA_BACKWARD_BLOCKS = Blocks(5, 64), Blocks(1, 128, group=256)
+MMA_BLOCKS = Blocks(2, 128)
+MMA_BACKWARD_BLOCKS = Blocks(2, 128, (16, 10))  # dk and dv, dq: 512 and 320 cycles of shared memory (speed.md)
 FORWARD = [
     Kernel("product qkv", 6, 0, 8, 6),
-    Kernel("attention", 0, 2, 8, of_matrix=ATTENTION),
+    Kernel("attention", 0, 2, 8, of_matrix=ATTENTION, blocks=WGMMA_BLOCKS),
     Kernel("product attproj", 2, 0, 4, 2),
     Kernel("highway forward, twice", 0, 0, 24, launches=2),
     Kernel("product fc", 8, 0, 10, 8),
@@ -71,7 +83,7 @@ BACKWARD = [
     Kernel("products fc", 16, 0, 20, 8, 32, launches=2),
     Kernel("products attproj", 4, 0, 8, 2, 8, launches=2),
     Kernel("attention, delta", 0, 0, 4),
-    Kernel("attention, dq, dk and dv", 0, 7, 14, of_matrix=ATTENTION_BACKWARD),
+    Kernel("attention, dq, dk and dv", 0, 5, 14, of_matrix=ATTENTION_BACKWARD, blocks=WGMMA_BACKWARD_BLOCKS),
     Kernel("products qkv", 12, 0, 16, 6, 24, launches=2),
     Kernel("highway backward, twice", 0, 0, 32, of_copy=HIGHWAY_BACKWARD, launches=2),
 ]
@@ -84,13 +96,16 @@ AGAIN = {
     "layer": [U_AGAIN] + [k for k in FORWARD if k.name in ("product qkv", "attention", "product fc", "GELU")],
     "K": FORWARD,
 }
-# Changes, and for those of a kernel what stands in the list without them; step_terms knows the others.
+# Changes, and for those of a kernel what stands in the list without them; step_terms knows the others. `order` came
+# before wgmma, and is told of mma.sync.
 CHANGES = {
     "DGELU": [Kernel("products fcproj", 16, 0, 20, 8, 32, launches=2), Kernel("GELU, backward", 0, 0, 24, of_copy=GELU)],
     "chunk": [],
     "embedding": [],
     "delta": [Kernel("attention, delta", 0, 0, 4, of_copy=DELTA)],
-    "order": [Kernel("attention, dq, dk and dv", 0, 7, 22, of_matrix=ATTENTION_BACKWARD, launches=2)],
+    "wgmma": [Kernel("attention", 0, 2, 8, of_matrix=MMA, blocks=MMA_BLOCKS),
+              Kernel("attention, dq, dk and dv", 0, 7, 14, of_matrix=MMA_BACKWARD, blocks=MMA_BACKWARD_BLOCKS)],
+    "order": [Kernel("attention, dq, dk and dv", 0, 7, 22, of_matrix=MMA_BACKWARD, launches=2, blocks=MMA_BLOCKS)],
     "gain blocks": [],
     "split": [],
 }
@@ -134,18 +149,19 @@ def wave_factor(rows, C):
     return (math.ceil(waves) / waves + 1) / 2 if waves > 1 else 1
 
 
-def last_end(blocks, alone):
-    """When the last block ends, beside an even share of the work for all places: a multiprocessor holds two blocks; one
-    that is alone there is `alone` times as fast."""
+def last_end(blocks, places, shared):
+    """When the last block ends, beside an even share of the work for all places: a multiprocessor holds so many blocks.
+    shared: fewer of them are faster, as they share what it does in a time."""
     queue, held, ends = iter(blocks), [[] for _ in range(MULTIPROCESSORS)], []
 
     def refill(now, i):
         held[i] += itertools.islice(queue, 1)
         if held[i]:
-            heapq.heappush(ends, (now + min(held[i]) / (1 if len(held[i]) > 1 else alone), i))
+            heapq.heappush(ends, (now + min(held[i]) * (len(held[i]) / places if shared else 1), i))
 
-    for of_one in held:
-        of_one += itertools.islice(queue, 1)
+    for _ in range(places - 1):
+        for of_one in held:
+            of_one += itertools.islice(queue, 1)
     for i in range(MULTIPROCESSORS):
         refill(0, i)
     while ends:
@@ -154,20 +170,20 @@ def last_end(blocks, alone):
         held[i] = [n - least for n in held[i]]
         held[i].remove(0)
         refill(now, i)
-    return now * 2 * MULTIPROCESSORS / sum(blocks)
+    return now * places * MULTIPROCESSORS / sum(blocks)
 
 
 @functools.cache
-def tail_factor(heads, T, backward, ordered):
-    """How much longer attention takes than its work: a block of 128 rows takes as long as it meets tiles, 1 to T / 128, and
-    the last ones leave places empty. ordered: the backward in one launch, and heads in groups, of each the longest first."""
-    tiles = math.ceil(T / 128)
-    kinds = (16, 10) if backward and ordered else (1,)  # dk and dv, dq: 512 and 320 cycles of shared memory (speed.md)
-    group = min(heads, max(1, 512 // (len(kinds) * tiles))) if ordered else 1
+def tail_factor(heads, T, blocks, ordered=True):
+    """How much longer attention takes than its work: a block takes as long as it meets tiles, 1 to T / rows, and the last
+    ones leave places empty. ordered: heads in groups, of each the longest first."""
+    tiles = math.ceil(T / blocks.rows)
+    group = min(heads, max(1, blocks.group // (len(blocks.kinds) * tiles))) if ordered else 1
     while heads % group:
         group -= 1
-    blocks = [n * kind for _ in range(heads // group) for n in range(tiles, 0, -1) for kind in kinds for _ in range(group)]
-    return (last_end(blocks, 1) + last_end(blocks, 2)) / 2  # a block alone: as slow as beside another, or twice as fast
+    work = [n * kind for _ in range(heads // group) for n in range(tiles, 0, -1) for kind in blocks.kinds for _ in range(group)]
+    # Blocks with places empty beside them: as slow as in company, or the faster for it.
+    return (last_end(work, blocks.held, False) + last_end(work, blocks.held, True)) / 2
 
 
 def split_seconds(rows, C, matrix_rate, copy_rate, without):
@@ -186,7 +202,7 @@ def split_seconds(rows, C, matrix_rate, copy_rate, without):
 
 
 FLOOR, PRODUCTS, ATTENTIONS, MEMORY, ADDED, WAITS = TERMS = (
-    "the floor", "products at 700 of 798 TFLOP/s, 3.5 us to begin and end", "attention at 213 and 164 TFLOP/s, with its last blocks",
+    "the floor", "products at 700 of 798 TFLOP/s, 3.5 us to begin and end", "attention at 354 and 246 TFLOP/s, with its last blocks",
     "kernels bound by memory at 0.48 to 1.05 of a copy", "FP32 gradients, partial sums of dW", "1 us a kernel")
 
 
@@ -205,13 +221,13 @@ def step_terms(L, C, V, T, total_batch, B, recompute, matrix_rate, copy_rate, wi
         for name, seconds in parts.items():
             terms[name] += times * seconds
 
-    backward = {k.name: k for k in BACKWARD + [k for change in without for k in CHANGES[change]]}
-    for k in FORWARD + list(backward.values()) + again(recompute):
+    kernels = {k.name: k for k in FORWARD + BACKWARD + [k for change in without for k in CHANGES[change]]}
+    for k in list(kernels.values()) + [kernels.get(k.name, k) for k in again(recompute)]:
         term = ATTENTIONS if k.TC else PRODUCTS if k.CC else MEMORY
-        operations = rows * (k.CC * C * C + k.TC * T * C / MMA_SYNC)
+        operations = rows * (k.CC * C * C + k.TC * T * C)
         longer = wave_factor(rows, C) if "gain blocks" in without and k.of_copy == HIGHWAY_BACKWARD else 1
-        if k.TC:  # heads of 64 channels
-            longer = tail_factor(B * C // 64, T, k in backward.values(), "order" not in without)
+        if k.blocks:  # heads of 64 channels
+            longer = tail_factor(B * C // 64, T, k.blocks, "order" not in without)
         add(micro_steps * (L // 2), term, operations, rows * k.bytes * C + k.weights * C * C, k.added * C * C,
             k.of_matrix, k.of_copy, k.launches, longer)
     terms[ADDED] += micro_steps * (L // 2) * split_seconds(rows, C, matrix_rate, copy_rate, without)
@@ -346,9 +362,9 @@ def changes(card):
     yield f"tokens/s won, {card.name}", *sure, unsure, f"all but {unsure}", "MFU"
     for name, step, mfu in steps(card):
         without = lambda *changes: step_seconds(*step, without=changes)[1]
-        won = lambda *changes: f"{100 * (without(*changes) / without() - 1):+.1f} %"
-        yield (f"`{name}`", *map(won, sure), f"0 to {won(unsure)}", won(*sure),
-               f"{mfu(without(*sure)):.1f} -> {mfu(without()):.1f} %")
+        won = lambda *changes, of=(): f"{100 * (without(*of, *changes) / without(*of) - 1):+.1f} %"
+        yield (f"`{name}`", *(won(c, of=["wgmma"] if c == "order" else ()) for c in sure), f"0 to {won(unsure)}",
+               won(*sure), f"{mfu(without(*sure)):.1f} -> {mfu(without()):.1f} %")
 
 
 def products(card):
