@@ -164,11 +164,21 @@ inline std::string quoted(const std::string& path) {
     return text + "'";
 }
 
+// A path as a shell expands it: my\ texts/{a,b}*.txt
+inline std::string expandable(const std::string& path) {
+    std::string text;
+    for (char c : path) {
+        if (strchr(" \t'\"\\`()<>|&;!#", c)) text += '\\';
+        text += c;
+    }
+    return text;
+}
+
 // Fails where a path that is not there has what a shell expands outside quotes: ~, $NAME, {a,b}. ./PATH is taken as it
 // is. several: of a flag that takes a glob.
 inline void refuse_unexpanded(const std::string& flag, const std::string& path, bool several) {
     if (path.starts_with("./") || access(path.c_str(), F_OK) == 0) return;
-    const char* left = "the shell has left as it is";
+    const char* left = "the shell has not expanded";
     size_t slash = std::min(path.find('/'), path.size()), dollar = path.find('$'), open = path.find('{'),
            close = path.find('}', open);
     if (path == "~" || (path[0] == '~' && slash < path.size()))
@@ -181,14 +191,9 @@ inline void refuse_unexpanded(const std::string& flag, const std::string& path, 
              flag, path, left, flag, path);
     std::string list = close < path.size() ? path.substr(open, close - open) : "";
     if (list.find(',') == list.npos && list.find("..") == list.npos) return;
-    std::string word;  // as the shell takes it for the same path, with its braces
-    for (char c : path) {
-        if (strchr(" \t'\"\\`()<>|&;!#", c)) word += '\\';
-        word += c;
-    }
     fail("%s: expected a path%s, found '%s', whose {} %s, in quotes; %s", flag, several ? " or a glob of * ? []" : "",
          path, left,
-         several ? format("use: mkdir DIR && ln -sr %s DIR, and %s 'DIR/*'", word, flag)
+         several ? format("use: mkdir DIR && ln -sr %s DIR, and %s 'DIR/*'", expandable(path), flag)
                  : "give one path, or ./PATH for that very name");
 }
 

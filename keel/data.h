@@ -101,7 +101,7 @@ private:
             fail("%s: '%s' goes one folder deep, as ** is no more than * here; use: mkdir DIR && bash -O globstar -c "
                  "%s, "
                  "and %s 'DIR/*'",
-                 flag, pattern, quoted("ln -sr " + pattern + " DIR"), flag);
+                 flag, pattern, quoted("ln -sr " + expandable(pattern) + " DIR"), flag);
         if (names.empty()) fail("%s: the glob '%s' matches no file; correct it", flag, pattern);
         std::string told;
         size_t passed_over = 0;

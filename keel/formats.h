@@ -76,10 +76,12 @@ inline std::string unmarked_utf16(std::string_view head) {
 inline void refuse_foreign(const std::string& path, std::string_view head) {
     for (const ForeignFormat& f : foreign_formats)
         if (head.substr(std::min(f.at, head.size())).starts_with(f.start)) {
-            std::string command = f.command, inner = ending_of(std::filesystem::path(path).stem());
+            std::string command = f.command;
+            std::string_view inner = "";  // of shards.bin.gz .bin: text.bin is made of it
+            for (std::string_view ending : {".bin", ".jsonl", ".parquet", ".tar"})
+                if (std::filesystem::path(path).stem().string().ends_with(ending)) inner = ending;
+            if (command.find("-dc") != command.npos && !inner.empty()) command.replace(command.rfind(".txt"), 4, inner);
             command.replace(command.find("FILE"), 4, quoted(path));
-            if (size_t end = command.find("c " + quoted(path) + " > text.txt"); end != command.npos && !inner.empty())
-                command.replace(command.size() - 4, 4, inner);  // shards.bin.gz makes text.bin
             fail("%s: expected text or a .bin shard, found %s; use: %s", path, f.name, command);
         }
     int32_t word[2] = {};
