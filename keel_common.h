@@ -164,6 +164,39 @@ inline std::string quoted(const std::string& path) {
     return text + "'";
 }
 
+// A path as a shell expands it: my\ texts/{a,b}*.txt
+inline std::string expandable(const std::string& path) {
+    std::string text;
+    for (char c : path) {
+        if (strchr(" \t'\"\\`()<>|&;!#", c)) text += '\\';
+        text += c;
+    }
+    return text;
+}
+
+// Fails where a path that is not there has what a shell expands outside quotes: ~, $NAME, {a,b}. ./PATH is taken as it
+// is. several: of a flag that takes a glob.
+inline void refuse_unexpanded(const std::string& flag, const std::string& path, bool several) {
+    if (path.starts_with("./") || access(path.c_str(), F_OK) == 0) return;
+    const char* left = "the shell has not expanded";
+    size_t slash = std::min(path.find('/'), path.size()), dollar = path.find('$'), open = path.find('{'),
+           close = path.find('}', open);
+    if (path == "~" || (path[0] == '~' && slash < path.size()))
+        fail("%s: expected a path, found '%s', whose ~ %s, in quotes or behind =; use: %s %s, or ./%s for that very "
+             "name",
+             flag, path, left, flag, path.substr(0, slash + 1) + quoted(path.substr(std::min(slash + 1, path.size()))),
+             path);
+    if (dollar < path.size() && (isalpha((unsigned char)path[dollar + 1]) || strchr("_{(", path[dollar + 1])))
+        fail("%s: expected a path, found '%s', whose $ %s, in quotes; use: %s \"%s\", or ./PATH for that very name",
+             flag, path, left, flag, path);
+    std::string list = close < path.size() ? path.substr(open, close - open) : "";
+    if (list.find(',') == list.npos && list.find("..") == list.npos) return;
+    fail("%s: expected a path%s, found '%s', whose {} %s, in quotes; %s", flag, several ? " or a glob of * ? []" : "",
+         path, left,
+         several ? format("use: mkdir DIR && ln -sr %s DIR, and %s 'DIR/*'", expandable(path), flag)
+                 : "give one path, or ./PATH for that very name");
+}
+
 // "process 1234 on node7"
 inline std::string process_name() {
     char host[128] = "?";
@@ -1190,6 +1223,7 @@ struct Flag {
     bool is_setting() const { return stored_in != H_MAGIC; }
     bool is_schedule() const { return stored_in == H_SCHEDULE; }  // given by name
     std::string text(int64_t value) const { return is_schedule() ? schedules[value].name : format("%lld", value); }
+    bool is_path() const { return argument == std::string_view("FILE") || argument == std::string_view("DIR"); }
 };
 
 inline const Flag flags[] = {
@@ -1377,7 +1411,10 @@ inline Options parse_command_line(int argc, const char* const* argv) {
         for (const Flag& f : flags)
             if (!word.empty() && (word == f.short_name || word == f.long_name)) flag = &f;
         if (!flag && !word.starts_with("-"))
-            fail("expected a flag, found '%s'; quote a glob so that the shell does not expand it: -i '*.txt'", word);
+            fail("expected a flag, found '%s'; quote a glob so that the shell does not expand it, -i '*.txt', and a "
+                 "name "
+                 "with blanks",
+                 word);
         if (!flag) fail("unknown flag '%s'; -h lists the flags", word);
         if (!o.given.insert(flag->long_name).second) fail("%s: given twice; give it once", word);
         if (auto* member = std::get_if<bool Options::*>(&flag->member)) {
@@ -1401,6 +1438,7 @@ inline Options parse_command_line(int argc, const char* const* argv) {
         else if (value.empty()) fail("%s: expected %s, found an empty word", word, flag->argument);
         else if (auto* text = std::get_if<std::string Options::*>(&flag->member)) o.*(*text) = value;
         else if (auto* list = std::get_if<std::vector<std::string> Options::*>(&flag->member)) o.*(*list) = {value};
+        if (flag->is_path()) refuse_unexpanded(word, value, false);
     }
     if (o.help) return o;
     if (!o.ablate.empty() && o.init.empty()) fail("--ablate: expected a model with -e, found none; add -e FILE");

@@ -77,8 +77,8 @@ def main():
     parser.add_argument("--sample", choices=["10BT", "100BT"], default="10BT", help="default: %(default)s")
     parser.add_argument("--revision", metavar="COMMIT", help="the data set's (default: as noted by the run in DIR, else the newest)")
     parser.add_argument("--max-files", metavar="N", type=shards.positive, help="only the first N parquet files (default: all)")
-    parser.add_argument("--local", metavar="FILE", nargs="+", help="text, .jsonl or .parquet files to take instead of fetching")
-    parser.add_argument("--tokenizer", metavar="NAME|FILE", default="gpt2",
+    parser.add_argument("--local", metavar="FILE", type=shards.glob_argument, nargs="+", help="text, .jsonl or .parquet files to take instead of fetching")
+    parser.add_argument("--tokenizer", metavar="NAME|FILE", type=shards.path_argument, default="gpt2",
                         help="a tokenizer file, or what tokenizer.py import takes (default: %(default)s)")
     folder = os.path.join(os.path.dirname(os.path.abspath(__file__)), "fineweb_edu_SAMPLE")
     shards.add_writer_options(parser, folder, "fineweb_edu", None)
@@ -88,7 +88,7 @@ def main():
     args.val_tokens = args.shard_tokens if args.val_tokens is None else args.val_tokens
     tok = tokenizer.load(args.tokenizer)
     if args.local:
-        tokenizer.write_file_shards(tok, args, args.local)
+        tokenizer.write_file_shards(tok, args, shards.globbed(args.local))
     else:
         write_sample(args, tok)
 

@@ -24,10 +24,13 @@ import argparse
 import array
 import ast
 import fcntl
+import glob
 import importlib
 import json
 import os
 import re
+import shlex
+import stat
 import struct
 import sys
 import time
@@ -51,6 +54,96 @@ def import_or_explain(module, package):
         return importlib.import_module(module)
     except ImportError as error:
         raise DataError(f"cannot import {module} ({error}): pip install {package}") from None
+
+
+# ------------------------------------------------------------------------------------------------
+# Paths and globs, as the trainers take them
+
+
+def path_argument(text):
+    """An argument that is a path: an error where it is not there and has what a shell expands outside quotes. ./PATH is taken as it is."""
+    if text.startswith("./") or os.path.exists(text):
+        return text
+    left = "which the shell has not expanded, in quotes or behind =; use:"
+    if re.match(r"~$|~[^/]*/", text):
+        name, slash, rest = text.partition("/")
+        raise argparse.ArgumentTypeError(f"expected a path, found {text!r} with a ~, {left} {name}{slash}{rest and shlex.quote(rest)}")
+    if re.search(r"\$[A-Za-z_{(]", text):
+        raise argparse.ArgumentTypeError(f'expected a path, found {text!r} with a $, {left} "{text}"')
+    if re.search(r"\{[^}]*(,|\.\.)[^}]*\}", text):
+        raise argparse.ArgumentTypeError(f"expected a path, found {text!r} with {{}}, {left} {expandable(text)}")
+    return text
+
+
+def expandable(text):
+    """A path as a shell expands it: my\\ texts/{a,b}*.txt"""
+    return re.sub(r"([ \t'\"\\`()<>|&;!#])", r"\\\1", text)
+
+
+def glob_argument(text):
+    """An argument that is a path or a glob: the list of its files. What a glob meets that holds no data is passed over, and said."""
+    if text == "-" or os.path.exists(text) or not glob.has_magic(text):
+        return [path_argument(text)]
+    names = glob_matches(text)
+    if not names:
+        path_argument(text)
+    if "/**" in "/" + text:
+        command = f"ln -sr {expandable(text)} DIR"
+        raise argparse.ArgumentTypeError(f"{text!r} goes one folder deep, as ** is no more than * here; use: mkdir DIR && bash -O globstar"
+                                         f" -c {shlex.quote(command)}, and 'DIR/*'")
+    if not names:
+        raise argparse.ArgumentTypeError(f"the glob {text!r} matches no file; correct it")
+    files, seen, passed_over = [], {}, []
+    for name in names:
+        why = passed_over_as(name, seen)
+        if why:
+            passed_over.append(f"{name} ({why})")
+        else:
+            files.append(name)
+    told = ", ".join(passed_over[:3]) + (f" and {len(passed_over) - 3} more" if len(passed_over) > 3 else "")
+    if not files:
+        raise argparse.ArgumentTypeError(f"expected data in {text!r}, found {told}; give another glob")
+    if passed_over:
+        print(f"note: {text!r} passes over {told}", file=sys.stderr)
+    return files
+
+
+def glob_matches(text):
+    """A glob's files and folders in the order of their names' bytes. Leading folders that are there by these very names match
+    only themselves."""
+    literal = 0
+    while (slash := text.find("/", literal)) >= 0 and os.path.exists(text[: slash + 1]):
+        literal = slash + 1
+    return sorted(glob.glob(glob.escape(text[:literal]) + text[literal:]), key=os.fsencode)
+
+
+def passed_over_as(name, seen):
+    """Why a glob does not take a file, "" for one that it takes. What cannot be read has data, and is refused later."""
+    try:
+        status = os.stat(name)
+        if stat.S_ISDIR(status.st_mode):
+            return "a folder"
+        if not stat.S_ISREG(status.st_mode):
+            return "no file"
+        if status.st_size == 0:
+            return "empty"
+        first = seen.setdefault((status.st_dev, status.st_ino), name)
+        if first != name:
+            return f"a link to {first}, counted once"
+        with open(name, "rb") as file:
+            head = file.read(64)
+    except OSError:
+        return ""
+    own = head.startswith((b"KEEL\1", b"step,loss,val_loss,", b"step,hops,", b"step,sublayer,", b"sublayer,kind,"))
+    base = os.path.basename(name)
+    own = own or (base == "lock" and head.startswith(b"process "))
+    own = own or (base.endswith("_progress.json") and head.startswith(b'{\n "settings"'))
+    return "a run's own" if own else ""
+
+
+def globbed(names):
+    """The files of the command line's paths and globs, in the order given."""
+    return [name for files in names for name in files]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -144,6 +237,51 @@ def fingerprints(paths):
     return [["-", 0, 0] if path == "-" else fingerprint(path) for path in paths]
 
 
+# What people have beside UTF-8: its first bytes, where they stand, name, and the command that helps; the trainers' are in keel/formats.h.
+FOREIGN = [
+    (b"\xff\xfe\0\0", 0, "UTF-32", "iconv -f UTF-32 -t UTF-8 FILE > text.txt"),
+    (b"\xff\xfe", 0, "UTF-16", "iconv -f UTF-16 -t UTF-8 FILE > text.txt"),
+    (b"\xfe\xff", 0, "UTF-16", "iconv -f UTF-16 -t UTF-8 FILE > text.txt"),
+    (b"\x1f\x8b", 0, "gzip", "gzip -dc FILE > text.txt"),
+    (b"BZh91AY&SY", 0, "bzip2", "bzip2 -dc FILE > text.txt"),
+    (b"\xfd7zXZ", 0, "xz", "xz -dc FILE > text.txt"),
+    (b"\x28\xb5\x2f\xfd", 0, "Zstandard", "zstd -dc FILE > text.txt"),
+    (b"PK\3\4", 0, "zip", "unzip FILE"),
+    (b"ustar", 257, "tar", "tar -xf FILE"),
+    (b"%PDF-", 0, "PDF", "pdftotext FILE"),
+]
+
+
+def refuse_foreign(path, head):
+    """An error where the first bytes of a text are none."""
+    for start, at, name, command in FOREIGN:
+        if head[at:].startswith(start):
+            inner = next((ending for ending in (".jsonl", ".parquet", ".tar") if os.path.splitext(path)[0].endswith(ending)), ".txt")
+            command = command.replace(".txt", inner if "-dc" in command else ".txt").replace("FILE", file_word(path))
+            raise DataError(f"{path}: expected UTF-8 text, found {name}; use: {command}")
+    zero = head.find(b"\0")
+    if zero >= 0 and (utf16 := unmarked_utf16(head)):
+        raise DataError(f"{path}: expected text, found a zero byte at offset {zero}, as in UTF-16; use: iconv -f {utf16} -t UTF-8"
+                        f" {file_word(path)} > text.txt")
+
+
+def file_word(path):
+    return "FILE" if path == "standard input" else shlex.quote(path)
+
+
+def unmarked_utf16(head):
+    """iconv's name of UTF-16 without a mark at its start, "" for what is none: by the zero byte of its blanks and line ends, as Chinese
+    has zero bytes on the other side too, or where it has no blanks by that of its ASCII."""
+    units = len(head) // 2
+    first, second = head[0 : 2 * units : 2], head[1 : 2 * units : 2]
+    for counted, least in (b" \n\r", len(head) // 1000), (bytes(range(1, 128)), len(head) // 10):
+        big = sum(not a and b in counted for a, b in zip(first, second))
+        little = sum(not b and a in counted for a, b in zip(first, second))
+        if max(big, little) >= max(1, least):
+            return "UTF-16LE" if little > big else "UTF-16BE"
+    return ""
+
+
 def read_pieces(paths, sizes, start=0, fetch=lambda path: path, field="text", any_bytes=False, jsonl=False):
     """Yield (UTF-8 bytes, whether a document begins, share of the input read) for each piece from number `start` on.
 
@@ -200,6 +338,8 @@ def read_text(file, path, size, skip, any_bytes):
     while True:
         block = file.read(max(PIECE_BYTES, len(rest)))  # twice as much where there was no cut: never quadratic
         text = rest + block
+        if position == 0 and not rest:
+            refuse_foreign(path, block)
         cut = last_boundary(text) if block else len(text)
         piece, rest = text[:cut], text[cut:]
         if skip > 0 and piece:
@@ -207,11 +347,13 @@ def read_text(file, path, size, skip, any_bytes):
             yield None, opens, 0.0
         elif piece:
             if (zero := piece.find(b"\0")) >= 0:
-                raise DataError(f"{path}: expected text, found a zero byte at offset {position + zero}: unpack an archive, convert UTF-16"
-                                " (iconv -f UTF-16 -t UTF-8), leave other files out")
+                raise DataError(f"{path}: expected text, found a zero byte at offset {position + zero}: leave it out, or make text of it")
             try:
                 any_bytes or piece.decode()
             except UnicodeDecodeError as error:
+                if not block and error.reason == "unexpected end of data":
+                    raise DataError(f"{path}: not UTF-8: it ends within a character: fetch it again, or cut that off: head -c"
+                                    f" {position + error.start} {file_word(path)} > text.txt") from None
                 raise DataError(f"{path}: not UTF-8: byte 0x{piece[error.start]:02x} at offset {position + error.start}:"
                                 " leave it out if it is no text, else convert it (iconv -f latin1 -t utf-8, or from whatever it is)") from None
             yield piece, opens, (position + cut) / size if size else 0.0
@@ -226,6 +368,8 @@ def read_text(file, path, size, skip, any_bytes):
 def read_jsonl(file, path, size, skip, field):
     position = 0
     for number, line in enumerate(file, 1):
+        if number == 1:
+            refuse_foreign(path, line)
         position += len(line)
         if not line.strip():
             continue
@@ -631,7 +775,7 @@ def usable_cores():
 def add_writer_options(parser, folder=None, prefix="", val_tokens=0):
     """The defaults; a folder that has none must be given. val_tokens None: as many as a shard."""
     shown = f" (default: {folder})" if folder else ""
-    parser.add_argument("-o", "--out", metavar="DIR", default=folder, required=folder is None, help="folder of the shards" + shown)
+    parser.add_argument("-o", "--out", metavar="DIR", type=path_argument, default=folder, required=folder is None, help="folder of the shards" + shown)
     parser.add_argument("--prefix", metavar="NAME", default=prefix,
                         help="first part of the shards' names (default: %(default)s)")
     parser.add_argument("--shard-tokens", metavar="N", type=positive, default=100_000_000, help="tokens a shard (default: %(default)s)")
@@ -652,7 +796,7 @@ def run(main):
     except BrokenPipeError:  # the reader, such as head, has seen enough; stdout's own flush at exit must not complain
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except IsADirectoryError as error:
-        fail(f"{error.filename}: expected a file, found a folder; name its files: {os.path.join(error.filename, '*')}")
+        fail(f"{error.filename}: expected a file, found a folder; name its files: {shlex.quote(os.path.join(error.filename, '*'))}")
     except (DataError, OSError) as error:
         fail(error)
     except KeyboardInterrupt:
@@ -671,11 +815,13 @@ def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     if converting:
         parser.prog += " convert"
-        parser.add_argument("files", metavar="FILES", nargs="+", help="others' token files, in the order of their tokens")
+        parser.add_argument("files", metavar="FILES", type=glob_argument, nargs="+", help="others' token files, in the order of their tokens")
         add_writer_options(parser, prefix="tokens")
-        convert(parser.parse_args(sys.argv[2:]))
+        args = parser.parse_args(sys.argv[2:])
+        args.files = globbed(args.files)
+        convert(args)
     else:
-        parser.add_argument("file", metavar="FILE.bin", help="a shard")
+        parser.add_argument("file", metavar="FILE.bin", type=path_argument, help="a shard")
         parser.add_argument("--count", metavar="N", type=positive, default=16, help="print the first N tokens (default: %(default)s)")
         args = parser.parse_args()
         show(args.file, args.count)

@@ -63,9 +63,9 @@ def read_speeches(path, start):
 
 def main():
     parser = shards.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokenizer", metavar="NAME|FILE",
+    parser.add_argument("--tokenizer", metavar="NAME|FILE", type=shards.path_argument,
                         help="write shards too, by a tokenizer file or what tokenizer.py import takes (default: only the text)")
-    parser.add_argument("--local", metavar="FILE", help="a text to take instead of fetching, of any size")
+    parser.add_argument("--local", metavar="FILE", type=shards.path_argument, help="a text to take instead of fetching, of any size")
     folder = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tinyshakespeare")
     shards.add_writer_options(parser, folder, "tiny_shakespeare", VAL_TOKENS)
     args = parser.parse_args()

@@ -33,7 +33,6 @@ import array
 import base64
 import collections
 import concurrent.futures
-import glob
 import hashlib
 import json
 import multiprocessing
@@ -648,11 +647,12 @@ def main():
         sub = commands.add_parser(name, help=help, description=help)
         sub.set_defaults(function=function)
         if name in ("encode", "decode", "count"):
-            sub.add_argument("-t", "--tokenizer", metavar="TOK", required=True, help="a tokenizer file, or what import takes")
+            sub.add_argument("-t", "--tokenizer", metavar="TOK", type=shards.path_argument, required=True, help="a tokenizer file, or what import takes")
         if out:
-            sub.add_argument("-o", "--out", metavar=out, required=True, help="file to write")
+            sub.add_argument("-o", "--out", metavar=out, type=shards.path_argument, required=True, help="file to write")
         if files:
-            sub.add_argument("files", metavar="FILES", nargs="+", help="text, .jsonl or .parquet files; - is standard input")
+            sub.add_argument("files", metavar="FILES", type=shards.glob_argument, nargs="+",
+                             help="text, .jsonl or .parquet files; - is standard input")
             sub.add_argument("--field", metavar="NAME", default="text", help="the text's field or column (default: %(default)s)")
             sub.add_argument("--jsonl", action="store_true", help="standard input holds a JSON object a line")
         return sub
@@ -665,13 +665,13 @@ def main():
 
     sub = command(run_import, "import", "Take a vocabulary of others: a rank file of tiktoken's form, a tokenizer.json of Hugging Face's"
                   " (byte-level BPE), a name of tiktoken's (gpt2, r50k_base, cl100k_base), or bytes.", out="TOK.bin")
-    sub.add_argument("source", metavar="SOURCE", help="FILE.tiktoken, tokenizer.json, a name, or bytes")
+    sub.add_argument("source", metavar="SOURCE", type=shards.path_argument, help="FILE.tiktoken, tokenizer.json, a name, or bytes")
     sub.add_argument("--split", choices=SPLITS[1:], help="a rank file's, where it is not known")
     sub.add_argument("--special", metavar="TEXT[=ID]", type=special_name, action="append",
                      help=f"a rank file's special token, as often as need be; the next free id where none is given (default: {ENDOFTEXT})")
 
     sub = command(run_export, "export", "Write a tokenizer.json for Hugging Face's tokenizers and transformers.", out="tokenizer.json")
-    sub.add_argument("tokenizer", metavar="TOK.bin", help="a tokenizer file")
+    sub.add_argument("tokenizer", metavar="TOK.bin", type=shards.path_argument, help="a tokenizer file")
 
     sub = command(run_encode, "encode", "Write text as token shards, with a copy of the vocabulary beside them as tokenizer.bin. The same"
                   " command goes on where an interrupted run stopped.", files=True)
@@ -679,20 +679,15 @@ def main():
     add_workers_option(sub)
 
     sub = command(run_decode, "decode", "Print tokens as the bytes they stand for.")
-    sub.add_argument("tokens", metavar="SHARD.bin|IDS|-", help='a shard, ids such as "1,2,3", or - for ids on standard input')
+    sub.add_argument("tokens", metavar="SHARD.bin|IDS|-", type=shards.path_argument, help='a shard, ids such as "1,2,3", or - for ids on standard input')
     sub.add_argument("--count", metavar="N", type=shards.positive, help="only the first N tokens")
 
     sub = command(run_count, "count", "Print how many tokens files have, separators among them, and bytes a token.", files=True)
     add_workers_option(sub)
     args = parser.parse_args()
     if isinstance(getattr(args, "files", None), list):
-        args.files = [path for name in args.files for path in globbed(name)]
+        args.files = shards.globbed(args.files)
     args.function(args)
-
-
-def globbed(name):
-    """A file, or those of a quoted glob, in the order in which the trainers take them."""
-    return not os.path.exists(name) and sorted(glob.glob(name), key=os.fsencode) or [name]
 
 
 if __name__ == "__main__":

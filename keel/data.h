@@ -1,10 +1,9 @@
 // keel/data.h: what a run trains and validates on.
 #pragma once
 
-#include <glob.h>
-
 #include <functional>
 
+#include "formats.h"
 #include "hops.h"
 #include "memory.h"
 #include "tokenizer.h"
@@ -12,57 +11,6 @@
 // Data are text files (a byte is a token, V = 256, unless a tokenizer encodes them) or llm.c's token shards (.bin). All
 // files of a glob, in the order of their names, are one long row of tokens. Files are opened for each read and not
 // kept open, so that ten thousand of them, or a terabyte, cost neither memory nor file descriptors.
-
-// llm.c's two kinds of shards. V and the token before each document, where no tokenizer says them: GPT-2's, Llama 3's.
-struct ShardFormat { int magic, version, token_bytes, V, separator; };
-inline constexpr ShardFormat shard_formats[] = {{20240520, 1, 2, 50257, 50256}, {20240801, 7, 4, 128256, 128000}};
-
-// clang-format off
-// What people have beside text and shards, by a file's first bytes, and the command that makes of it what is read here.
-struct ForeignFormat { std::string_view start; const char *name, *command; };
-inline const ForeignFormat foreign_formats[] = {
-    {{"\xFF\xFE\0\0", 4},  "UTF-32",         "iconv -f UTF-32 -t UTF-8 FILE > text.txt"},
-    {"\xFF\xFE",           "UTF-16",         "iconv -f UTF-16 -t UTF-8 FILE > text.txt"},
-    {"\xFE\xFF",           "UTF-16",         "iconv -f UTF-16 -t UTF-8 FILE > text.txt"},
-    {"\x1F\x8B",           "gzip",           "gzip -dc FILE > text.txt"},
-    {"BZh91AY&SY",         "bzip2",          "bzip2 -dc FILE > text.txt"},
-    {"\xFD""7zXZ",          "xz",             "xz -dc FILE > text.txt"},
-    {"\x28\xB5\x2F\xFD",   "Zstandard",      "zstd -dc FILE > text.txt"},
-    {"PK\x03\x04",         "zip",            "unzip FILE"},
-    {"%PDF-",              "PDF",            "pdftotext FILE"},
-    {"PAR1\x15",           "Parquet",        "python3 data/tokenizer.py encode -t TOKENIZER -o DIR FILE"},
-    {"\x93NUMPY",          "NumPy's .npy",   "python3 data/shards.py convert -o DIR FILE"},
-    {"BIN.TOK\n",          "LLM.Q's tokens", "python3 data/shards.py convert -o DIR FILE"},
-    {{"KEEL\1\0\0\0", 8},  "a file of a KEEL trainer", "python3 dev/keel_file.py FILE"},
-};
-// clang-format on
-
-// Fails where a file is not text, by its name and its first bytes. Text may have any encoding that leaves ASCII as it
-// is, and no zero byte among these.
-inline void refuse_foreign(const std::string& path, std::string_view head) {
-    for (const ForeignFormat& f : foreign_formats)
-        if (head.starts_with(f.start)) {
-            std::string command = f.command;
-            command.replace(command.find("FILE"), 4, quoted(path));
-            fail("%s: expected text or a .bin shard, found %s; use: %s", path, f.name, command);
-        }
-    int32_t word[2] = {};
-    memcpy(word, head.data(), std::min(sizeof word, head.size()));
-    if (path.ends_with(".bin"))
-        fail("%s: expected a token shard (magic %d, version %d), found %d, %d; if it is nanoGPT's, without a header, "
-             "use: python3 data/shards.py convert -o DIR %s",
-             path, shard_formats[0].magic, shard_formats[0].version, word[0], word[1], quoted(path));
-    std::string ending = std::filesystem::path(path).extension();
-    for (char& c : ending) c = char(tolower((unsigned char)c));
-    if (ending == ".jsonl" || ending == ".ndjson")
-        fail("%s: expected text or a .bin shard, found JSON lines; use: python3 data/tokenizer.py encode -t TOKENIZER "
-             "-o DIR %s",
-             path, quoted(path));
-    if (size_t zero = head.find('\0'); zero != head.npos)
-        fail("%s: expected text, found a zero byte at %zu; if it is UTF-16, use: iconv -f UTF-16%s -t UTF-8 %s > "
-             "text.txt",
-             path, zero, zero % 2 ? "LE" : "BE", quoted(path));
-}
 
 struct TokenFile {
     std::string path;
@@ -85,17 +33,14 @@ public:
     // paths: files, or a single glob. flag: the one to name in errors.
     TokenSource(const std::vector<std::string>& paths, const char* flag) {
         pattern = paths.size() == 1 ? paths[0] : format("%zu files", paths.size());
-        std::vector<std::string> names = paths;
-        if (paths.size() == 1 && paths[0].find_first_of("*?[") != std::string::npos &&
-            access(paths[0].c_str(), F_OK) != 0) {
-            glob_t matches{};
-            names.clear();
-            if (::glob(paths[0].c_str(), 0, nullptr, &matches) == 0)
-                names.assign(matches.gl_pathv, matches.gl_pathv + matches.gl_pathc);
-            globfree(&matches);
-            if (names.empty()) fail("%s: the glob '%s' matches no file; correct it", flag, paths[0]);
+        if (paths.size() != 1 || access(pattern.c_str(), F_OK) == 0) {
+            for (const std::string& path : paths) add(path, flag);
+        } else if (pattern.find_first_of("*?[") != pattern.npos) {
+            add_glob(flag);
+        } else {
+            refuse_unexpanded(flag, pattern, true);
+            add(pattern, flag);
         }
-        for (const std::string& name : names) add(name, flag);
         if (count == 0) fail("%s: expected text or token shards in '%s', found nothing", flag, pattern);
     }
 
@@ -139,13 +84,62 @@ public:
 
     static int open_file(const std::string& path) {
         int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // opening a pipe must not wait for its writer
-        if (fd < 0)
-            throw DataError(format("%s: cannot be read (%s); expected a text file or a .bin shard", path,
-                                   errno_text()));
-        return fd;
+        if (fd >= 0) return fd;
+        std::string fault = errno_text();
+        std::error_code no_link;
+        std::filesystem::path target = std::filesystem::read_symlink(path, no_link);
+        throw DataError(format("%s: cannot be read (%s%s); expected a text file or a .bin shard", path, fault,
+                               no_link ? "" : format(", a link to %s", target)));
     }
 
 private:
+    // Adds what a glob matches, but for what holds no data or has been added: that is said.
+    void add_glob(const char* flag) {
+        std::vector<std::string> names = glob_matches(pattern);
+        if (names.empty()) refuse_unexpanded(flag, pattern, true);
+        if (("/" + pattern).find("/**") != std::string::npos)
+            fail("%s: '%s' goes one folder deep, as ** is no more than * here; use: mkdir DIR && bash -O globstar -c "
+                 "%s, "
+                 "and %s 'DIR/*'",
+                 flag, pattern, quoted("ln -sr " + expandable(pattern) + " DIR"), flag);
+        if (names.empty()) fail("%s: the glob '%s' matches no file; correct it", flag, pattern);
+        std::string told;
+        size_t passed_over = 0;
+        for (const std::string& name : names) {
+            std::string why = passed_over_as(name);
+            if (why.empty()) add(name, flag);
+            else if (++passed_over <= 3) told += format("%s%s (%s)", told.empty() ? "" : ", ", name, why);
+        }
+        if (passed_over > 3) told += format(" and %zu more", passed_over - 3);
+        if (files.empty() && passed_over)
+            fail("%s: expected text or token shards in '%s', found %s; give another glob", flag, pattern, told);
+        if (passed_over) print("note       %s '%s' passes over %s\n", flag, pattern, told);
+    }
+    // Why a glob does not take a file, "" for one that it takes. What cannot be read has data: it is for add() to
+    // refuse.
+    std::string passed_over_as(const std::string& path) const {
+        struct stat st{};
+        if (stat(path.c_str(), &st) != 0) return "";
+        if (S_ISDIR(st.st_mode)) return "a folder";
+        if (!S_ISREG(st.st_mode)) return "no file";
+        if (st.st_size == 0) return "empty";
+        for (const TokenFile& f : files)
+            if (f.device == st.st_dev && f.inode == st.st_ino) return "a link to " + f.path + ", counted once";
+        char head[64] = {};
+        int fd = open_file(path);
+        ssize_t n = pread(fd, head, sizeof head, 0);
+        close(fd);
+        return is_own_file(path, std::string_view(head, size_t(std::max<ssize_t>(n, 0)))) ? "a run's own" : "";
+    }
+
+    // The glob that reads a folder: of its shards, its texts, or all that it has.
+    static std::string glob_of_folder(std::string path, const char* flag) {
+        while (path.size() > 1 && path.back() == '/') path.pop_back();
+        for (const char* some : {strcmp(flag, "-j") == 0 ? "/*_val_*.bin" : "/*_train_*.bin", "/*.txt"})
+            if (!glob_matches(path + some).empty()) return path + some;
+        return path + "/*";
+    }
+
     void add(const std::string& path, const char* flag) {
         int fd = open_file(path);
         struct stat st{};
@@ -154,6 +148,8 @@ private:
         head.resize(size_t(std::max<ssize_t>(readable ? pread(fd, head.data(), head.size(), 0) : 0, 0)));
         close(fd);
         uint64_t size = uint64_t(st.st_size);
+        if (S_ISDIR(st.st_mode))
+            fail("%s: expected a file, found a folder; use: %s %s", path, flag, quoted(glob_of_folder(path, flag)));
         if (!readable) fail("%s: expected a file, found something else; name files or a quoted glob", path);
         if (size == 0) fail("%s: the file is empty; leave it out of %s", path, flag);
         int32_t header[256] = {};
@@ -162,15 +158,15 @@ private:
         for (const ShardFormat& f : shard_formats)
             if (header[0] == f.magic && header[1] == f.version) shard = &f;
         if (!shard) refuse_foreign(path, head);
-        if (shard && !path.ends_with(".bin"))
+        if (shard && ending_of(path) != ".bin")
             fail("%s: expected a token shard's name to end in .bin; use: mv %s %s", path, quoted(path),
                  quoted(path + ".bin"));
         auto kind = [](const ShardFormat* f) {
             return f ? format("a shard of %d-byte tokens", f->token_bytes) : "text";
         };
         if (!files.empty() && shard != shards)
-            fail("%s: expected %s like the files before it, found %s; train on one kind", path, kind(shards),
-                 kind(shard));
+            fail("%s: expected %s like %s, found %s; train on one kind, by a glob such as '*.txt' or '*_train_*.bin'",
+                 path, kind(shards), files[0].path, kind(shard));
         shards = shard;
         TokenFile file{path, count, size, st.st_dev, st.st_ino};
         if (shard) {
@@ -210,9 +206,10 @@ private:
             uint32_t token = 0;
             memcpy(&token, &bytes[i * width], width);
             if (token >= uint32_t(V))
-                fail("%s: expected tokens below the model's V = %d, found %u at token %llu; use other data or another "
-                     "model",
-                     file.path, V, token, first + i);
+                throw DataError(format("%s: expected tokens below the model's V = %d, found %u at token %llu; use "
+                                       "other "
+                                       "data or another model",
+                                       file.path, V, token, first + i));
             out[i] = int(token);
         }
     }
@@ -452,6 +449,29 @@ struct DataSplit {
     Vocabulary vocabulary() const {
         return {train.shards && tokenizer.is_bytes() ? train.shards->V : tokenizer.V(), tokenizer.crc};
     }
+    // Times that the steps of a whole run read each training token; 0 for programs, which have no end.
+    double passes(const RunConfig& run) const {
+        return train_count ? double(run.steps) * double(run.total_batch) / double(train_count) : 0;
+    }
+    // What to say of a run that learns its data by heart, "" of another. Muennighoff et al. 2023, "Scaling
+    // Data-Constrained Language Models": up to 4 passes are worth nearly as much as new text, and after 16 little is
+    // gained. A model of fewer parameters than a twentieth of the tokens (Hoffmann et al. 2022, "Training
+    // Compute-Optimal Large Language Models") is too small for that.
+    std::string repetition(const RunConfig& run, size_t parameters) const {
+        if (passes(run) <= 4 || 20 * double(parameters) <= double(train_count)) return "";
+        struct {
+            double tokens;
+            const char* command;
+        } larger[] = {{1e6, "tinyshakespeare.py"},
+                      {7e8, "fineweb_edu.py --max-files 1"},
+                      {1e10, "fineweb_edu.py"},
+                      {INFINITY, "fineweb_edu.py --sample 100BT"}};
+        const auto* text = larger;
+        while (double(train_count) * passes(run) / 4 > text->tokens) text++;
+        return format("%s parameters see %s tokens %.0f times: they learn them by heart, as past 4 passes ever less is "
+                      "gained, past 16 hardly anything; for more text: python3 data/%s",
+                      count_text(double(parameters)), count_text(double(train_count)), passes(run), text->command);
+    }
     int natural_seq_len() const { return programs.hops ? programs.length() - 1 : 0; }  // 0: any
 
     Loader loader(const RunConfig& run, bool training) const {
@@ -464,19 +484,23 @@ struct DataSplit {
                         : Loader(val, val_start, val_count, run.T, run.model.V, seed, false);
     }
 
-    // Checks the first 2^27 tokens, which take seconds to read, against V before anything is written; later ones are
-    // checked as they are read.
+    // Checks the first 2^27 tokens to train and to validate on, which take seconds to read, against V before anything
+    // is written; later ones are checked as they are read.
     void check_tokens(int V) const {
         if (programs.hops && V <= 'z')
             fail("-i: expected a model of V above %d for %s, found V = %d; use another model", int('z'), train.pattern,
                  V);
         if (programs.hops) return;
-        for (const TokenSource* source : {&train, &val}) {
-            if (source->encoded || (!source->shards && V >= 256)) continue;
+        struct {
+            const TokenSource& source;
+            uint64_t start, count;
+        } parts[] = {{train, 0, train_count}, {val, val_start, val_count}};
+        for (const auto& [source, start, count] : parts) {
+            if (source.encoded || (!source.shards && V >= 256)) continue;
             std::vector<int> chunk(1 << 16);
-            size_t n = std::min<uint64_t>(source->count, 1 << 27);
+            size_t n = std::min<uint64_t>(count, 1 << 27);
             for (size_t at = 0; at < n; at += chunk.size())
-                source->read(at, std::min(chunk.size(), n - at), V, chunk.data());
+                source.read(start + at, std::min(chunk.size(), n - at), V, chunk.data());
         }
     }
 

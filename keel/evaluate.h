@@ -16,7 +16,8 @@ struct Validation {
 };
 
 // Over the first -m batches of the validation data, in order; the ranks take micro-batches in rotation. tokenizer: null
-// where it is not known. hops: counts the answers of programs; null for files.
+// where it is not known. hops: counts the answers of programs; null for files. Data that any rank cannot read throw a
+// DataError on all.
 template <IsTrainer Trainer>
 Validation validate(Trainer& trainer, const Loader& loader, const RunConfig& run, const Tokenizer* tokenizer,
                     const Ranks& ranks = {}, HopAccuracy* hops = nullptr) {
@@ -26,9 +27,16 @@ Validation validate(Trainer& trainer, const Loader& loader, const RunConfig& run
         predictions(hops ? tokens.size() : 0);
     double sum = 0, bytes = 0;
     uint64_t B = uint64_t(run.B);
+    struct { char text[512]; } lost{};  // why this rank's data could not be read
     for (uint64_t s = uint64_t(ranks.rank()) * B; s < sequences; s += uint64_t(ranks.count()) * B) {
         int b = int(std::min(B, sequences - s));
-        loader.batch(s, b, tokens.data(), targets.data());
+        try {
+            loader.batch(s, b, tokens.data(), targets.data());
+        } catch (const DataError& e) {
+            snprintf(lost.text, sizeof lost.text, "%s",
+                     (ranks ? format("rank %d: %s", run.rank, e.what()) : e.what()).c_str());
+            break;
+        }
         sum += trainer.evaluate(tokens.data(), targets.data(), b, hops ? predictions.data() : nullptr);
         for (size_t i = 0; tokenizer && i < size_t(b) * size_t(run.T); i++)
             bytes += double(tokenizer->text_bytes(targets[i]));
@@ -40,6 +48,8 @@ Validation validate(Trainer& trainer, const Loader& loader, const RunConfig& run
                 hops->add(answer, predictions[at] == targets[at]);
             }
     }
+    for (const auto& of_rank : ranks.gather(lost))
+        if (*of_rank.text) throw DataError(of_rank.text);
     if (hops)
         for (auto* counts : {&hops->count, &hops->right})
             for (int64_t& n : *counts) n = int64_t(ranks.sum(double(n)));

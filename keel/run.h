@@ -27,10 +27,12 @@ inline void print_run(const RunConfig& run, const ParameterLayout& layout, const
         print("note       no --tokenizer says what the tokens are: prompts and samples are ids\n");
     }
     if (run.ranks > 0) print("ranks      %d, -z %d\n", run.ranks, run.zero);
-    print("training   %lld steps of %lld tokens (%s%d x %d x %d), peak LR %g, warm-up %lld, weight decay %g, clip %g, "
+    std::string passes = data.passes(run) > 0 ? format("%.3g passes over the data, ", data.passes(run)) : "";
+    print("training   %lld steps of %lld tokens (%s%d x %d x %d), %speak LR %g, warm-up %lld, weight decay %g, clip "
+          "%g, "
           "seed %llu\n",
           run.steps, run.total_batch, run.ranks > 1 ? format("%d x ", run.ranks) : "", run.accumulation(), run.B, run.T,
-          run.lr, run.warmup, run.weight_decay, run.clip, run.seed);
+          passes, run.lr, run.warmup, run.weight_decay, run.clip, run.seed);
 }
 
 // One run: what it starts from, what it takes, its steps. run() calls the functions below in the order they stand in.
@@ -199,6 +201,8 @@ private:
             if (in_background && Trainer::on_host) memory.push_back({"snapshot for checkpoints", with_thread});
         }
         print_run(config, ParameterLayout(model), *data);
+        if (std::string told = data->repetition(config, parameter_count(model)); !told.empty() && !needs_one_rank())
+            print("note       %s\n", told);
         print("memory     needs %s of %s, micro-batch %d, recompute %s:\n", bytes_text(double(total_bytes(memory))),
               bytes_text(double(available)), config.B, config.recompute.name());
         print_memory_table(memory);
@@ -357,9 +361,9 @@ private:
         while (started > step || (step < config.steps && !stop_asked())) {
             start_steps();
             if (started > step) finish_step();
-            else if (data_error) end_without_data();
             else break;
         }
+        if (data_error) end_without_data();
         if (stop_asked() && step < config.steps) {
             if (step > 0) checkpoint();
             print("stopping   after step %lld, as a signal asked\n", step);
@@ -511,8 +515,14 @@ private:
         if (!due(config.val_every)) return {};
         if (ranks) trainer->gather_weights();
         HopAccuracy hops(data->programs);
-        auto [loss, bits_per_byte] =
-            validate(*trainer, *val_data, config, tokenizer(), ranks, data->programs.hops ? &hops : nullptr);
+        Validation found{};
+        try {
+            found = validate(*trainer, *val_data, config, tokenizer(), ranks, data->programs.hops ? &hops : nullptr);
+        } catch (const DataError&) {  // on all ranks: the run ends with the weights of this step
+            data_error = std::current_exception();
+            return {};
+        }
+        auto [loss, bits_per_byte] = found;
         bool known = std::isfinite(bits_per_byte);
         print("validation | loss %.4f | perplexity %.3f%s\n", loss, std::exp(loss),
               known ? format(" | %.4f bits per byte", bits_per_byte) : "");

@@ -52,8 +52,8 @@ inline Character character_at(std::string_view text) {
 }
 
 // Turns bytes that come token by token into text for a terminal. A character waits until it is whole; bytes that can
-// become none, and the controls U+0080 to U+009F, are U+FFFD; the other controls but tab, LF and CR are their symbols
-// (U+2400 on), so that no sample can steer the terminal.
+// become none, and the controls U+0080 to U+009F, are U+FFFD; the other controls but tab, LF and CR LF are their
+// symbols (U+2400 on), so that no sample can steer the terminal, nor a lone CR write over its line.
 class TextStream {
 public:
     std::string add(std::string_view bytes) {
@@ -71,10 +71,11 @@ private:
         size_t at = 0;
         while (at < waiting.size()) {
             Character c = character_at(std::string_view(waiting).substr(at));
-            if (c.state == Character::INCOMPLETE && !all) break;
+            bool last = at + 1 == waiting.size(), ends_line = c.code == '\r' && !last && waiting[at + 1] == '\n';
+            if (!all && (c.state == Character::INCOMPLETE || (c.code == '\r' && last))) break;
             if (c.state != Character::WHOLE || (c.code >= 0x80 && c.code < 0xA0)) out += "\uFFFD";
             else if (c.code == 0x7F) out += "\u2421";
-            else if (c.code >= 0x20 || c.code == '\n' || c.code == '\r' || c.code == '\t')
+            else if (c.code >= 0x20 || c.code == '\n' || c.code == '\t' || ends_line)
                 out.append(waiting, at, size_t(c.bytes));
             else out += {'\xE2', '\x90', char(0x80 + c.code)};
             at += size_t(c.bytes);

@@ -6,6 +6,7 @@ What only tiktoken and tokenizers themselves can show is skipped where they cann
 
 import array
 import base64
+import gzip
 import io
 import json
 import os
@@ -835,6 +836,7 @@ class BadInput(Case):
         self.encode_error(good, self.at("none.txt"), says="none.txt")
         self.encode_error(self.folder, says="found a folder; name its files: ")
         self.encode_error(self.write("utf16.txt", "text".encode("utf-16le")), says="utf16.txt: expected text, found a zero byte at")
+        self.encode_error(self.write("binary.txt", b"\xe9" * 1000 + b"\0"), says="zero byte at offset 1000: leave it out")
         self.encode_error(self.write("empty.jsonl", "\n\n"), says="no documents")
         self.encode_error(self.write("empty.txt", ""), says="empty.txt: the file is empty")
         self.encode_error("-t", "gpt2", self.write("latin1.txt", b"caf\xe9!"), says="latin1.txt: not UTF-8: byte 0xe9 at offset 3")
@@ -852,6 +854,78 @@ class BadInput(Case):
         self.run_error("tokenizer", "encode", "-o", self.out, good, says="-t/--tokenizer")
         self.run_error("shards", "convert", "-o", self.out, good, says="odd number of bytes")
         self.assertFalse(os.path.exists(self.out) and os.listdir(self.out))
+
+    def test_what_is_there_by_its_very_name_is_no_glob_nor_are_the_folders_before_one(self):
+        for name in "data [v2].txt", "data v.txt", "texts [v2]/1.txt", "texts [v2]/2.txt":
+            self.write(name, name)
+        for names, total in (["data [v2].txt"], "13 bytes"), (["texts [v2]/*.txt"], "32 bytes"):
+            self.assertIn(total.encode(), self.run_ok("tokenizer", "count", "-t", "bytes", *map(self.at, names)).splitlines()[-1])
+        for script in (["shards", "convert", "-o", self.at("c")], ["fineweb_edu", "--tokenizer", "bytes", "-o", self.at("f"), "--val-tokens", 0,
+                                                                   "--local"]):
+            self.run_ok(*script, self.at("texts [v2]/*.txt"))
+        self.assertEqual(len(self.all_tokens(self.at("f"))), 34)
+
+    def test_a_glob_passes_over_what_holds_no_data_and_says_so(self):
+        self.write("d/a.txt", "abc")
+        self.write("d/empty.txt", "")
+        os.mkdir(self.at("d/folder.txt"))
+        os.symlink("a.txt", self.at("d/z.txt"))
+        self.write("d/log.csv", "step,loss,val_loss,lr\n")
+        self.write("d/tokenizer.bin", b"KEEL\1")
+        os.mkfifo(self.at("d/pipe"))
+        self.assertIn(b"3 bytes", self.run_ok("tokenizer", "count", "-t", "bytes", self.at("d/*")))
+        self.assertEqual(self.stderr, f"note: {self.at('d/*')!r} passes over {self.at('d/empty.txt')} (empty), {self.at('d/folder.txt')} (a folder),"
+                         f" {self.at('d/log.csv')} (a run's own) and 3 more\n")
+        self.run_ok("tokenizer", "count", "-t", "bytes", self.at("d/[az].txt"))
+        self.assertIn(f"z.txt (a link to {self.at('d/a.txt')}, counted once)", self.stderr)
+        os.remove(self.at("d/pipe"))  # which the next would read
+        self.encode_error(self.at("d/[ef]*.txt"), says="expected data in")
+        self.encode_error(self.at("d/*.none"), says="matches no file")
+        os.symlink("gone", self.at("d/b.txt"))
+        done = subprocess.run(self.command("tokenizer", "count", "-t", "bytes", self.at("d/*.txt")), capture_output=True)
+        self.assertEqual(done.returncode, 1)
+        self.assertIn(b"b.txt", done.stderr.splitlines()[-1])
+
+    def test_what_the_shell_has_not_expanded_is_said_with_what_works(self):
+        for name in "my d/a.txt", "my d/b.txt", "my d/deep/c.txt":
+            self.write(name, "abc")
+        self.environment |= {"HOME": self.folder}
+        for word, size in ("~/my d/a.txt", 3), ("~/my d/*.txt", 6), ("$HOME/my d/*.txt", 6), ("my d/{a,b}.txt", 6), ("my d/**/*.txt", 9):
+            with self.subTest(word=word):
+                self.encode_error(word, says="use: ")
+                done = subprocess.run(self.command("tokenizer", "count", "-t", "bytes", word), capture_output=True, env=self.environment)
+                use = re.search(r"use: (.*); -h lists", done.stderr.decode())[1].rpartition(", and ")
+                count = " ".join(self.command("tokenizer", "count", "-t", "bytes"))
+                done = subprocess.run(["bash", "-c", f"{use[0] or 'true'} && {count} {use[2]}"], capture_output=True, env=self.environment,
+                                      cwd=self.folder)
+                self.assertIn(f"{size} bytes".encode(), done.stdout, done.stderr)
+        text = self.write("a.txt", "abc")
+        for path in "~/x", "$HOME/x", "{a,b}":
+            self.run_error("tokenizer", "encode", "-t", "bytes", "-o", path, text, says="argument -o/--out: expected a path")
+            self.run_error("tokenizer", "count", "-t", path, text, says="argument -t/--tokenizer: expected a path")
+            self.run_error("tinyshakespeare", "--local", path, "-o", self.out, says="argument --local: expected a path")
+
+    def test_text_of_other_encodings_and_packed_text_is_named_with_the_command_that_helps(self):
+        text = "一 line\nand\n"
+        for name, content, says in [
+                ("le.txt", b"\xff\xfe" + text.encode("utf-16le"), "found UTF-16; use: iconv -f UTF-16 -t UTF-8"),
+                ("be.txt", b"\xfe\xff" + text.encode("utf-16be"), "found UTF-16; use: iconv -f UTF-16 -t UTF-8"),
+                ("le.jsonl", ('{"text": "a"}\n').encode("utf-16"), "found UTF-16; use: iconv -f UTF-16 -t UTF-8"),
+                ("bare le.txt", text.encode("utf-16le"), f"use: iconv -f UTF-16LE -t UTF-8 '{self.at('bare le.txt')}' > text.txt"),
+                ("bare_be.txt", text.encode("utf-16be"), "use: iconv -f UTF-16BE -t UTF-8"),
+                ("x.txt.gz", gzip.compress(b"abc"), f"gzip -dc {self.at('x.txt.gz')} > text.txt"),
+                ("x.jsonl.gz", gzip.compress(b"{}"), "x.jsonl.gz > text.jsonl"),
+                ("cut.txt", text.encode()[:1] + text.encode()[:2], "not UTF-8: byte 0xe4 at offset 0"),
+                ("cut_end.txt", b"line\n" + text.encode()[:2], f"ends within a character: fetch it again, or cut that off: head -c 5 {self.at('cut_end.txt')}")]:
+            with self.subTest(name=name):
+                path = self.write(name, content)
+                self.fake("tiktoken", FAKE_TIKTOKEN)
+                self.encode_error("-t", self.write("tok.bin", tokenizer.Tokenizer(TokenizerFile.TOY, 1, [], "toy").data), path, says=says)
+        with open(os.path.join(os.path.dirname(DATA), "keel", "formats.h")) as file:
+            trainers = file.read()
+        for _, _, name, command in shards.FOREIGN:
+            self.assertIn(f'"{name}"', trainers)
+            self.assertIn(f'"{command}"', trainers)
 
     @unittest.skipIf(os.geteuid() == 0, "root may read every file")
     def test_unreadable_file_is_named(self):

@@ -688,6 +688,54 @@ TEST_SUITE("ends") {
         CHECK(newest_states(p / "run", *std::make_unique<Ranks>()));
     }
 
+    TEST_CASE("A token past V behind those that are looked at first, and validation data that are lost, end a run with "
+              "a checkpoint of the last finished step") {
+        Place p;
+        int32_t header[256] = {shard_formats[0].magic, shard_formats[0].version, INT32_MAX};
+        spill(p / "sparse.bin", std::string((const char*)header, sizeof header));
+        fs::resize_file(p / "sparse.bin", sizeof header + 2 * uint64_t(INT32_MAX));  // zeros, which take no disk
+        TokenSource shard({p / "sparse.bin"}, "-i");
+        // The first sequence from step 3 on that lies behind the first 2^27 tokens.
+        Loader loader(shard, 0, shard.count - shard.count / 10, 8, 50257, 1337, true);
+        uint64_t bad = 2 * 12;
+        while (loader.position(bad) < 1 << 27) bad++;
+        std::fstream file(p / "sparse.bin", std::ios::in | std::ios::out | std::ios::binary);
+        file.seekp(std::streamoff(sizeof header + 2 * (loader.position(bad) + 5))) << "\x60\xEA" << std::flush;
+        for (int n : {0, 3}) {
+            std::string out = format("bad_%d", n);
+            Words words = p.words(cpu, out, {"-x", "9", "-b", "2"});
+            words[2] = p / "sparse.bin";
+            Result r = Process(on_ranks(n, words)).wait();
+            INFO(r.out << r.err);
+            CHECK(r.code == 1);
+            CHECK(r.err.find(format("expected tokens below the model's V = 50257, found 60000 at token %llu; use other "
+                                    "data or another model\n",
+                                    loader.position(bad) + 5)) != std::string::npos);
+            CHECK(newest_states(p / out, {}).step == int64_t(bad / 12));
+        }
+        for (const Build& build : builds(2)) {
+            for (int n : {0, 3}) {
+                std::string val = p / "val.txt";
+                spill(val, slurp(p.text));
+                fs::remove_all(p / "run");
+                Words words = p.words(build, "run", {"-x", "100000", "-b", "2", "-j", val});
+                *(std::find(words.begin(), words.end(), "-v") + 1) = "5";
+                Process run(on_ranks(n, words));
+                CHECK(run.prints("step 3/"));
+                fs::resize_file(val, 100);
+                Result r = run.wait();
+                INFO(build.name << "\n" << r.out << r.err);
+                CHECK(r.code == 1);
+                CHECK(r.err.find("val.txt: expected 6") != std::string::npos);
+                CHECK(r.err.find("the file has been cut short, restore it\n") != std::string::npos);
+                StateFiles last = newest_states(p / "run", {});
+                CHECK(last.step >= 5);
+                CHECK(last.step % 5 == 0);
+                CHECK(p.losses("run").size() == size_t(last.step));
+            }
+        }
+    }
+
     TEST_CASE("What cannot be is refused by all ranks, said once") {
         Place p;
         struct {

@@ -102,6 +102,18 @@ Result succeeds(const Words& words, const std::map<std::string, std::string>& en
     return r;
 }
 
+std::string shard_of(size_t n, int below, int bad_at = -1, int bad = 0) {
+    std::string s(1024, '\0');
+    int h[] = {20240520, 1, int(n)};
+    memcpy(&s[0], h, 12);
+    std::mt19937 r(3);
+    for (size_t i = 0; i < n; i++) {
+        int t = int(i) == bad_at ? bad : int(r() % uint32_t(below));
+        s += char(t & 255), s += char(t >> 8);
+    }
+    return s;
+}
+
 void mend_crc(std::string& bytes) {
     uint32_t crc = crc32(bytes.data(), bytes.size() - 4);
     memcpy(&bytes[bytes.size() - 4], &crc, 4);
@@ -183,7 +195,7 @@ TEST_SUITE("bad input") {
         spill(p / "empty.txt", ""), spill(p / "short.txt", "abcdefgh");
         p.fails(with(p / "missing.txt"), {"missing.txt", "cannot be read", "expected"});
         p.fails(with(p / "empty.txt"), {"empty.txt", "is empty"});
-        p.fails(with(p.path), {"expected a file", "found"});
+        p.fails(with(p.path), {"expected a file, found a folder; use: -i '" + (p / "*.txt'")});
         p.fails(with(p / "*.none"), {"matches no file"});
         p.fails(with(p / "short.txt"), {"expected at least 17 tokens", "found 8"});
         std::vector<int32_t> header(256);
@@ -206,6 +218,149 @@ TEST_SUITE("bad input") {
         Words words = with(p / "s.bin");
         for (const char* more : {"-x", "2", "-s", "0"}) words.push_back(more);
         succeeds(words);  // and a good shard trains
+    }
+
+    TEST_CASE("What is there by its very name is no glob, nor are the folders before one") {
+        Place p;
+        fs::resize_file(p.text, 4000);
+        fs::create_directory(p / "texts [v2]");
+        for (const char* name : {"data [v2].txt", "a*b.txt", "texts [v2]/1.txt", "texts [v2]/2.txt"})
+            fs::copy(p.text, p / name);
+        spill(p / "data v.txt", "what the glob 'data [v2].txt' matches, which is too little to train on");
+        for (auto [data, count] : {std::pair{"data [v2].txt", 1}, {"a*b.txt", 1}, {"texts [v2]/*.txt", 2}}) {
+            Words words = p.tiny({"-j", p.text});
+            words[2] = p / data;
+            std::string out = succeeds(words).out;
+            CHECK_MESSAGE(out.find(format("%d.00 K tokens to train on", 4 * count)) != std::string::npos, out);
+            std::swap(words[2], words.back());
+            CHECK(succeeds(words).out.find(format("%d.00 K to validate on", 4 * count)) != std::string::npos);
+        }
+    }
+
+    TEST_CASE("A glob passes over what holds no data, and what it has already, and says so") {
+        Place p;
+        fs::resize_file(p.text, 4000);
+        auto with = [&](const std::string& data, const std::string& out) {
+            Words words = p.tiny({"-o", p / out});
+            words[2] = p / data;
+            return words;
+        };
+        fs::create_directories(p / "d/folder.txt"), fs::create_directories(p / "d/more");
+        spill(p / "d/a.txt", slurp(p.text)), spill(p / "d/empty.txt", "");
+        fs::create_symlink("a.txt", p / "d/soft.txt"), fs::create_hard_link(p / "d/a.txt", p / "d/z.txt");
+        REQUIRE(mkfifo((p / "d/pipe.txt").c_str(), 0600) == 0);
+        Result r = succeeds(with("d/*", "d/more"));
+        CHECK_MESSAGE(r.out.find("note       -i '" + (p / "d/*") + "' passes over " + (p / "d/empty.txt (empty), ") +
+                                 (p / "d/folder.txt (a folder), ") + (p / "d/more (a folder) and 3 more\n")) !=
+                          std::string::npos,
+                      r.out);
+        CHECK(r.out.find("3.60 K tokens to train on") != std::string::npos);
+        r = succeeds(with("d/[sz]*.txt", "links"));
+        CHECK(r.out.find((p / "d/z.txt") + " (a link to " + (p / "d/soft.txt") + ", counted once)") !=
+              std::string::npos);
+        // the run's own files, in the folder of its data
+        fs::remove_all(p / "d"), fs::create_directory(p / "d"), fs::copy(p.text, p / "d/a.txt");
+        Words words = with("d/*", "d") + Words{"--probe", "3"};
+        succeeds(words), words.push_back("-y"), *std::find(words.begin(), words.end(), "6") = "9";
+        r = succeeds(words);
+        CHECK_MESSAGE(r.out.find("log.csv (a run's own)") != std::string::npos, r.out);
+        CHECK(r.out.find("step 9/9") != std::string::npos);
+        p.fails(with("d/[lp]*.csv", "x"), {"expected text", "found " + (p / "d/log.csv (a run's own)")});
+        // a progress file and a model beside shards
+        std::string tokens = shard_of(700, 50257);
+        fs::create_directory(p / "s"), spill(p / "s/text_train_000001.bin", tokens);
+        spill(p / "s/model.bin", "KEEL\1"), spill(p / "s/text_progress.json", "{\n \"settings\": {}}");
+        CHECK(succeeds(with("s/*", "of_shards")).out.find("630 tokens to train on") != std::string::npos);
+        p.fails(with("s", "x"), {"found a folder; use: -i '" + (p / "s/*_train_*.bin'")});
+        // what should have had data is no smaller than it was
+        fs::create_symlink("gone.txt", p / "d/b.txt");
+        p.fails(with("d/*", "x"), {p / "d/b.txt", "cannot be read", "a link to gone.txt"});
+        fs::remove(p / "d/b.txt"), spill(p / "d/b.bin", tokens);
+        p.fails(with("d/*", "x"), {p / "d/b.bin", "train on one kind", "a glob such as '*.txt'"});
+        fs::remove(p / "d/b.bin"), spill(p / "d/b.txt", slurp(p.text)), fs::permissions(p / "d/b.txt", fs::perms::none);
+        if (access((p / "d/b.txt").c_str(), R_OK) != 0)  // root reads everything
+            p.fails(with("d/*", "x"), {p / "d/b.txt", "cannot be read (Permission denied)"});
+    }
+
+    TEST_CASE("What the shell has not expanded, a ~, a $NAME, {a,b} or **, is said with the command that works") {
+        Place p;
+        fs::resize_file(p.text, 4000);
+        fs::create_directories(p / "my texts/deep");
+        for (const char* name : {"a.txt", "b.txt", "deep/c.txt"}) fs::copy(p.text, p / "my texts/" + name);
+        std::string binary = fs::absolute("./train_keel_cpu").string(), rest = " -L 4 -C 8 -H 2 -t 8 -b 2 -x 2 -s 0 -v "
+                                                                               "0 ";
+        auto bash = [&](const std::string& flags) {
+            return run({"bash", "-c", format("cd %s && %s", p.path, flags)}, {{"HOME", p.path}});
+        };
+        struct {
+            const char *flags, *expected, *trains_on;  // K tokens of the command that is named
+        } cases[] = {{"-i '~/my texts/a.txt'", "-i: expected a path, found '~/my texts/a.txt', whose ~", "3.60"},
+                     {"-i '~/my texts/*.txt'", "whose ~", "7.20"},
+                     {"--train='$HOME/my texts/*.txt'", "whose $", "7.20"},
+                     {"-i 'my texts/{a,b}.txt'", "whose {}", "7.20"},
+                     {"-i 'my texts/{a..b}*.txt'", "whose {}", "7.20"},
+                     {"-i 'my texts/**/*.txt'", "** is no more than *", "10.80"},
+                     {"-i text.txt -j '~/my texts/a.txt'", "-j: expected a path", ""},
+                     {"-i text.txt --out=~/run", "--out: expected a path, found '~/run', whose ~", ""},
+                     {"-i text.txt -o '$HOME/run'", "-o: expected a path, found '$HOME/run', whose $", ""},
+                     {"-i text.txt -o '{a,b}'", "-o: expected a path, found '{a,b}', whose {}", ""},
+                     {"-e '~/m.bin' --prompt a", "-e: expected a path", ""},
+                     {"-i text.txt --tokenizer=~/t.bin", "--tokenizer: expected a path", ""},
+                     {"-i text.txt --dump=~/dump", "--dump: expected a path", ""},
+                     {"--check '~'", "--check: expected a path", ""}};
+        for (const auto& c : cases) {
+            bool trains = *c.trains_on != 0;
+            Result r = bash(binary + (trains ? rest : " ") + c.flags);
+            INFO(std::string(c.flags) << "\n" << r.out << r.err);
+            CHECK(r.code == 1);
+            CHECK(std::count(r.err.begin(), r.err.end(), '\n') == 1);
+            CHECK(r.err.find(c.expected) != std::string::npos);
+            size_t at = r.err.find("use: ");
+            if (!trains || at == std::string::npos) continue;
+            std::string use = r.err.substr(at + 5, r.err.find('\n') - at - 5);
+            use.resize(std::min(use.find(", or ./"), use.size()));
+            fs::remove_all(p / "DIR");
+            if (size_t flag = use.find(", and -i"); flag != use.npos) use.replace(flag, 5, " && " + binary + rest);
+            else use = binary + rest + use;
+            r = bash(use);
+            INFO(use << "\n" << r.out << r.err);
+            CHECK(r.code == 0);
+            CHECK(r.out.find(std::string(": ") + c.trains_on + " K tokens to train on") != std::string::npos);
+        }
+        CHECK(bash("ls").out == "DIR\nmy texts\ntext.txt\n");
+        fs::create_directory(p / "~"), fs::copy(p.text, p / "~/a{1,2}$x.txt");  // what is there is no ~ nor list
+        CHECK(bash(binary + rest + "-i '~/a{1,2}$x.txt'").code == 0);
+        CHECK(bash(binary + rest + "-i '~/a{1,2}*.txt' -o './$run'").code == 0);
+    }
+
+    TEST_CASE("The passes over the data are said, and that a model learns them by heart, with where to find more") {
+        Place p;
+        fs::resize_file(p.text, 400);
+        auto out = [&](const Words& more) { return succeeds({p.tiny(more + Words{"-v", "0"})}).out; };
+        std::string few = out({"-d", "240", "-o", p / "run"});  // 6 steps of 240 of 360
+        CHECK_MESSAGE(few.find(", 4 passes over the data, ") != std::string::npos, few);
+        CHECK(few.find("by heart") == std::string::npos);
+        Words resume = p.tiny({"-v", "0", "-o", p / "run", "-y", "-d", "240"});
+        *std::find(resume.begin(), resume.end(), "6") = "8";
+        for (const std::string& many : {out({"-d", "320"}), succeeds(resume).out}) {
+            CHECK_MESSAGE(many.find(", 5.33 passes over the data, ") != std::string::npos, many);
+            CHECK_MESSAGE(many.find("K parameters see 360 tokens 5 times: they learn them by heart") !=
+                              std::string::npos,
+                          many);
+            CHECK(many.find("python3 data/tinyshakespeare.py\n") != std::string::npos);
+        }
+        // README's -L 1024, and a model that is too small to learn its text by heart
+        DataSplit data(parse_command_line(3, std::array<const char*, 3>{"train", "-i", p.text.c_str()}.data()));
+        RunConfig run;
+        run.steps = 400, run.total_batch = 65536, data.train_count = 400000;
+        CHECK(data.passes(run) == doctest::Approx(65.536));
+        CHECK(data.repetition(run, 403000000).ends_with("python3 data/fineweb_edu.py --max-files 1"));
+        CHECK(data.repetition(run, 20001).find("400.00 K tokens 66 times") != std::string::npos);
+        CHECK(data.repetition(run, 20000) == "");
+        run.steps = 24;  // 3.9 passes
+        CHECK(data.repetition(run, 403000000) == "");
+        run.steps = 400000;
+        CHECK(data.repetition(run, 403000000).ends_with("python3 data/fineweb_edu.py"));
     }
 
     TEST_CASE("Output folders that cannot be: below a file, a file, one that holds a run") {
@@ -843,17 +998,6 @@ void same_folder(const std::string& a, const std::string& b, const std::string& 
     }
     for (auto& [n, v] : y) CHECK_MESSAGE(x.count(n) == 1, what << ": " << n << " is left over");
 }
-std::string shard_of(size_t n, int below, int bad_at = -1, int bad = 0) {
-    std::string s(1024, '\0');
-    int h[] = {20240520, 1, int(n)};
-    memcpy(&s[0], h, 12);
-    std::mt19937 r(3);
-    for (size_t i = 0; i < n; i++) {
-        int t = int(i) == bad_at ? bad : int(r() % uint32_t(below));
-        s += char(t & 255), s += char(t >> 8);
-    }
-    return s;
-}
 }  // namespace
 
 TEST_SUITE("more bad input and faults") {
@@ -1238,7 +1382,7 @@ TEST_SUITE("tokenizers") {
         for (const ForeignFormat& f : foreign_formats) {
             for (const char* ending : {".txt", ".bin"}) {
                 std::string path = p / format("%zu%s", files.size(), ending), command = f.command;
-                spill(path, std::string(f.start) + std::string(500, 'x'));
+                spill(path, std::string(f.at, 'x') + std::string(f.start) + std::string(500, 'x'));
                 Words words = p.tiny();
                 words[2] = path;
                 p.fails(words, {path, f.name, command.substr(0, command.find("FILE"))});
@@ -1254,10 +1398,24 @@ TEST_SUITE("tokenizers") {
         std::string tokens(2000, '\1');
         refused("train.bin", tokens, {"nanoGPT", "data/shards.py convert -o DIR", p / "train.bin"});
         refused("utf16", std::string("a\0b\0", 4) + "c", {"zero byte at 1", "iconv -f UTF-16LE"});
+        // Chinese, whose U+4E00 has its zero byte on the other side than the line's end
+        refused("le.txt", std::string("\0\x4E\x09\x4E\0\x4E\x0A\0\x09\x4E", 10),
+                {"zero byte at 0", "iconv -f UTF-16LE"});
+        refused("be.txt", std::string("\x4E\0\x4E\x09\x4E\0\0\x0A\x4E\x09", 10),
+                {"zero byte at 1", "iconv -f UTF-16BE"});
+        std::string binary(4000, '\xE9');
+        binary[999] = '\0';
+        refused("binary.txt", binary, {"zero byte at 999; leave it out"});
         refused("texts.JSONL", "{\"text\": \"a\"}\n",
                 {"JSON lines", "encode -t TOKENIZER -o DIR " + (p / "texts.JSONL")});
         refused("my text.gz", "\x1F\x8B", {"gzip -dc '" + (p / "my text.gz") + "' > text.txt"});
-        refused("X.BIN", shard(Tokenizer(), "abc", shard_formats[0]), {"mv " + (p / "X.BIN")});
+        refused("s.bin.gz", "\x1F\x8B", {"gzip -dc " + (p / "s.bin.gz") + " > text.bin"});
+        refused("x.dat", shard(Tokenizer(), "abc", shard_formats[0]), {"mv " + (p / "x.dat")});
+        refused("T.BIN", std::string("\1\0", 2) + tokens, {"nanoGPT", "data/shards.py convert -o DIR"});
+        spill(p / "X.BIN", shard(Tokenizer(), slurp(p.text), shard_formats[0]));
+        Words upper = p.tiny();
+        upper[2] = p / "X.BIN";
+        succeeds(upper);
     }
 }
 

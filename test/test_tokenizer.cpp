@@ -399,6 +399,7 @@ TEST_CASE("A stream shows a character when it is whole, U+FFFD where none can co
         {"plain\r\n\ttext", "plain\r\n\ttext"},
         {"é語😀\u0301\U0010FFFF", "é語😀\u0301\U0010FFFF"},
         {std::string("\0\x07\x1B[2J\x1F", 7), "\u2400\u2407\u241B[2J\u241F"},
+        {"over\rwritten\r\r\n\r", "over\u240Dwritten\u240D\r\n\u240D"},  // a CR that ends no line
         {"\x7F", "\u2421"},
         {"\u0085\u009B"
          "1m\u00A0",

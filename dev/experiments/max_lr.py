@@ -14,8 +14,8 @@ So a ramp has two answers: the learning rate from which on it gains no more, and
 as many steps gains more than 1 % in its last fifth: that is what makes the second criterion one.
 """
 
-import glob
 import math
+import sys
 from collections import Counter
 from itertools import groupby
 from pathlib import Path
@@ -23,6 +23,8 @@ from statistics import median
 from types import SimpleNamespace
 from typing import NamedTuple
 
+sys.path.append(str(Path(__file__).resolve().parents[2] / "data"))
+from shards import glob_argument  # noqa: E402
 from shared import COLOURS, LABELS, NORMS, log, pyplot, read_csv, save, seeds, training, write_csv
 
 # Table 1 of arXiv 2601.19895, 64 layers: 5000 steps to 5e-2, 4M tokens each, C = 1024.
@@ -96,8 +98,8 @@ def judge(fine, unigram):
 
 def unigram_of(data):
     """The entropy of the bytes of training text, in nats; infinite for data that are no text, whose runs then never stagnate."""
-    files = sorted(glob.glob(data))
-    if not files or any(path.endswith(".bin") for path in files):
+    files = glob_argument(data)
+    if any(path.endswith(".bin") or not Path(path).is_file() for path in files):
         return math.inf
     text = b"".join(Path(path).read_bytes() for path in files)
     counts = Counter(text[:len(text) - len(text) // 10]).values()

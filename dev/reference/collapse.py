@@ -7,7 +7,6 @@
 Means over the sub-layers from 8 on, by kind. Step 0 is the initialisation (seed 1337) that the run began with.
 """
 
-import glob
 import sys
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import torch
 
 import keel
 import keel_file
+from data import glob_argument
 
 SEED, B, FIRST = 1337, 8, 8
 
@@ -44,7 +44,7 @@ def sublayers(model, tokens, targets):
 
 
 def main(folder, data_glob, *steps):
-    data = np.frombuffer(b"".join(Path(f).read_bytes() for f in sorted(glob.glob(data_glob))), np.uint8).astype(np.int64)
+    data = np.frombuffer(b"".join(Path(f).read_bytes() for f in glob_argument(data_glob)), np.uint8).astype(np.int64)
     files = sorted(Path(folder).glob("model_*.bin"))
     if len(data) == 0 or not files or not steps:
         sys.exit(f"expected text in {data_glob}, models in {folder} and steps, found {len(data)} bytes, {len(files)} models and {len(steps)} steps")

@@ -3,21 +3,26 @@
 With the same seed the reference sees the very batches of a trainer's run, and its losses can be laid beside its log.csv.
 """
 
-import glob
+import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
 
 from keel import philox4x32_10
 
+sys.path.append(str(Path(__file__).resolve().parents[2] / "data"))
+from shards import glob_argument  # noqa: E402
+
 STREAM_DATA = 1  # keel_common.h's PhiloxStream
 
 
 def read_text(pattern):
     """(training bytes, validation bytes): the files of a path or glob in the order of their names; the last tenth is for validation."""
-    files = sorted(glob.glob(pattern))
-    if not files:
-        raise FileNotFoundError(f"-i: the glob '{pattern}' matches no file; correct it")
+    try:
+        files = glob_argument(pattern)
+    except argparse.ArgumentTypeError as e:
+        raise FileNotFoundError(f"-i: {e}") from None
     text = np.frombuffer(b"".join(Path(f).read_bytes() for f in files), np.uint8).astype(np.int64)
     split = len(text) - len(text) // 10
     return text[:split], text[split:]
