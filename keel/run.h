@@ -279,7 +279,7 @@ private:
         // all. What rank 0 has written into its lock a network's file system may show a little later.
         std::array<char, 256> expected = FolderLock::holder(o.out);
         ranks.broadcast(&expected, sizeof expected);
-        for (int i = 0; i < 50 && FolderLock::holder(o.out) != expected; i++) usleep(100000);
+        for (int i = 0; i < 20 && FolderLock::holder(o.out) != expected; i++) usleep(100000);
         if (FolderLock::holder(o.out) != expected)
             fail("-o: expected the folder %s of rank 0 on all ranks, found another of this name on the machine of rank "
                  "%d; give one that all share",

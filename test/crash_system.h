@@ -199,7 +199,7 @@ std::string streams() {
     expect(full.code == 0, format("a full device: exit %d", full.code));
     equal("a full device");
     int ends[2];
-    if (pipe2(ends, O_CLOEXEC) != 0 || fcntl(ends[1], F_SETPIPE_SZ, 4096) < 0) fail("no pipe");
+    if (pipe2(ends, O_CLOEXEC) != 0 || fcntl(ends[1], F_SETPIPE_SZ, 16384) < 0) fail("no pipe");
     Process unread(command, place.path, {}, [&] { dup2(ends[1], 1); });
     for (pollfd p = {ends[1], POLLOUT, 0}; poll(&p, 1, 0) == 1 && unread.runs();) wait_for(0.001);
     wait_for(0.1);

@@ -659,7 +659,7 @@ TEST_SUITE("ends") {
     }
 
     TEST_CASE("A signal in a validation or a sample leaves it on all ranks; a resume makes up for the validation") {
-        for (const Build& build : builds(3, &gpu_fp32)) {
+        for (const Build& build : builds(2)) {
             Place p;
             std::string val = p / "val.txt";
             spill(val, std::string(8 << 20, 'a'));
@@ -710,7 +710,7 @@ TEST_SUITE("ends") {
     }
 
     TEST_CASE("A folder that is another one on each rank's machine is refused, before anything is trained") {
-        for (const Build& build : builds(3, &gpu_fp32)) {
+        for (const Build& build : builds(long_tests() ? 3 : 1)) {
             Place p;
             Words words = p.words(build, "run", {"-b", "1"});
             words[0] = fs::absolute(build.binary);
