@@ -23,8 +23,7 @@ struct Validation {
 // meanwhile: whoever sent it may not wait that long for the checkpoint.
 template <IsTrainer Trainer>
 std::optional<Validation> validate(Trainer& trainer, const Loader& loader, const RunConfig& run,
-                                   const Tokenizer* tokenizer,
-                                   const Ranks& ranks = {}, HopAccuracy* hops = nullptr) {
+                                   const Tokenizer* tokenizer, const Ranks& ranks = {}, HopAccuracy* hops = nullptr) {
     uint64_t sequences =
         std::min(uint64_t(run.val_batches) * uint64_t(run.batch_sequences()), loader.sequences_per_epoch());
     std::vector<int> tokens(size_t(run.B) * size_t(run.T)), targets(tokens.size()),

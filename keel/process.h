@@ -18,9 +18,10 @@ inline void open_standard_streams() {
 }
 
 // Signals that ask a run to finish its step, write a checkpoint and end with status 0: so that a scheduler can take the
-// machine back, a terminal can close and `| head` can end. A second SIGTERM, SIGINT, SIGUSR1 or SIGUSR2 of the same kind
-// ends it at once; two within 50 ms count as one, as some programs signal a process and its group. SIGHUP and SIGPIPE
-// stay ignored where they were, as under nohup. A limit of file sizes makes writes fail instead of killing the program.
+// machine back, a terminal can close and `| head` can end. A second SIGTERM, SIGINT, SIGUSR1 or SIGUSR2 of the same
+// kind ends it at once; two within 50 ms count as one, as some programs signal a process and its group. SIGHUP and
+// SIGPIPE stay ignored where they were, as under nohup. A limit of file sizes makes writes fail instead of killing the
+// program.
 class StopSignals {
 public:
     // Lasts to the end of the process: a signal just after the run's end must not change its exit status.

@@ -61,7 +61,8 @@ std::string kills() {
                   (long long)runs, (long long)mismatches);
 }
 
-// SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 at random moments: exit 0, a checkpoint of the last step that the log has, nothing lost.
+// SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 at random moments: exit 0, a checkpoint of the last step that the log has,
+// nothing lost.
 std::string signals() {
     Place place;
     int64_t sent = 0, mismatches = 0;

@@ -695,7 +695,7 @@ TEST_SUITE("ends") {
         Place p;
         Words words = p.words(cpu, "run", {"-x", "100000", "-b", "1", "-n", "100000", "-g", "64"});
         *(std::find(words.begin(), words.end(), "-s") + 1) = "1";
-        Words all = on_ranks(2, words, {"--mca", "odls_base_sigkill_timeout", "2"});  // seconds until SIGKILL
+        Words all = on_ranks(2, words, {"--mca", "odls_base_sigkill_timeout", "2"});    // seconds until SIGKILL
         if (std::find(all.begin(), all.end(), "--oversubscribe") == all.end()) return;  // it is not Open MPI's
         Process run(all);
         CHECK(run.prints("step 3/"));

@@ -902,17 +902,42 @@ TEST_SUITE("more bad input and faults") {
         spill(p.text, slurp(p.text).substr(0, 1000));
         const int steps = 350, epoch = 112;  // 900 tokens are 112 sequences of 8
         auto words = [&](const std::string& out) {
-            return Words{"./train_keel_cpu", "-i", p.text, "-L", "4", "-C", "8", "-H", "2", "-t", "8", "-b", "1", "-d",
-                         "8", "-x", std::to_string(steps), "-s", "0", "-v", "50", "-n", std::to_string(epoch), "--keep",
-                         "0", "-o", out, "-y"};
+            return Words{"./train_keel_cpu",
+                         "-i",
+                         p.text,
+                         "-L",
+                         "4",
+                         "-C",
+                         "8",
+                         "-H",
+                         "2",
+                         "-t",
+                         "8",
+                         "-b",
+                         "1",
+                         "-d",
+                         "8",
+                         "-x",
+                         std::to_string(steps),
+                         "-s",
+                         "0",
+                         "-v",
+                         "50",
+                         "-n",
+                         std::to_string(epoch),
+                         "--keep",
+                         "0",
+                         "-o",
+                         out,
+                         "-y"};
         };
         CHECK(run(words(p / "whole")).code == 0);
         for (int from = epoch; from < steps; from += epoch) {
             fs::remove_all(p / "run");
             fs::copy(p / "whole", p / "run");
             for (int later = from + epoch; later < steps + epoch; later += epoch)
-                for (const std::string& path : {state_path(p / "run", std::min(later, steps)),
-                                                model_path(p / "run", std::min(later, steps))})
+                for (const std::string& path :
+                     {state_path(p / "run", std::min(later, steps)), model_path(p / "run", std::min(later, steps))})
                     CHECK(fs::remove(path));
             Result r = run(words(p / "run"));
             CHECK(r.out.find(state_path(p / "run", from)) != std::string::npos);
@@ -949,8 +974,10 @@ TEST_SUITE("more bad input and faults") {
     TEST_CASE("A long run takes no more memory than its first steps, with all that can come between steps") {
         Place p;
         std::string out = p / "out";
-        Words words = {"./train_keel_cpu", "-i", p.text, "-L", "4", "-C", "8", "-H", "2", "-t", "8", "-b", "2", "-x",
-                       "100000", "-v", "2", "-m", "1", "-s", "2", "-g", "2", "-n", "50", "--probe", "2", "-o", p / "run"};
+        Words words = {
+            "./train_keel_cpu", "-i", p.text, "-L", "4", "-C", "8", "-H", "2", "-t", "8",  "-b",      "2", "-x",
+            "100000",           "-v", "2",    "-m", "1", "-s", "2", "-g", "2", "-n", "50", "--probe", "2", "-o",
+            p / "run"};
         pid_t child = fork();
         if (child == 0) {
             int fd = open(out.c_str(), O_WRONLY | O_CREAT, 0666);
@@ -958,7 +985,8 @@ TEST_SUITE("more bad input and faults") {
             exec_words(words);
         }
         auto most_at = [&](int step) {  // KiB resident, up to this step
-            while (slurp(out).find(format("\nstep %d/", step)) == std::string::npos && waitpid(child, nullptr, WNOHANG) == 0)
+            while (slurp(out).find(format("\nstep %d/", step)) == std::string::npos &&
+                   waitpid(child, nullptr, WNOHANG) == 0)
                 std::this_thread::sleep_for(std::chrono::milliseconds(20));
             std::string status = slurp(format("/proc/%d/status", child));
             size_t at = status.find("VmHWM:");
