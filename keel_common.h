@@ -703,6 +703,15 @@ enum HeaderWord {
     H_VAL_SUM = 51,         // uint32, of the validation tokens
     H_HISTORY = 52,         // uint32, CRC-32 of the loss and gradient norm of every step so far: the files of one
                             // checkpoint's ranks have the same
+    H_SCHEDULE = 54,        // int64, row of `schedules`
+    H_FINAL_LR = 56,        // double
+    H_DECAY_STEPS = 58,     // int64
+    H_SKIP_LOSS = 60,       // double
+    H_SKIP_GRAD = 62,       // double
+    H_RECENT = 64,          // RecentSteps: four doubles and the next
+    H_RECENT_COUNT = 72,    // int64
+    H_ATTENTION = 74,       // GPU: 1 by mma.sync, 2 by wgmma; 0: not said
+    H_TUNED = 75,           // GPU: 1 where a table of --tune decides how products are summed
     // of all kinds that have a model
     H_TOKENIZER = 49,       // uint32, CRC-32 of the tokenizer's file; 0: bytes, or a vocabulary that is not known
     // of a tokenizer, which has H_V and none of the others
@@ -1085,10 +1094,73 @@ uint64_t debug_state_bytes(const ModelConfig& c, int64_t B, int T) {
 // What decides a run's numbers beside its model and its batch. A training state holds these settings, and a resume
 // takes from it those that the command line does not give.
 struct Settings {
-    int64_t steps = 400, warmup = 0;
-    double lr = 0, weight_decay = 0.01, clip = 1.0;
+    int64_t steps = 400, warmup = 0, schedule = 0, decay_steps = 0;
+    double lr = 0, final_lr = 0, weight_decay = 0.01, clip = 1.0, skip_loss = 0, skip_grad = 0;
     int64_t seed = 1337, val_every = 100, val_batches = 16;
 };
+
+// Mean and variance of the loss and the gradient norm of recent steps, to see an outlier by. The first 64 have equal
+// weights; from then on older ones lose 1/64 of theirs with each step (West 1979's update): a mean as old as that of
+// the last 128 steps.
+struct RecentSteps {
+    static constexpr int64_t ENOUGH = 128;  // steps, from which on one can be an outlier
+    struct Moments { double mean, variance; } loss, grad;
+    int64_t count;  // finite steps so far
+
+    // Takes a step whose numbers are finite; false if it is to be skipped: enough steps are known, and its loss or norm
+    // is above the mean by more than so many standard deviations (0: any number).
+    constexpr bool add(double new_loss, double norm, double skip_loss, double skip_grad) {
+        bool usual = join(loss, new_loss, skip_loss);
+        usual = join(grad, norm, skip_grad) && usual;
+        return count++, usual;
+    }
+
+private:
+    // An outlier's weight falls with the square of its distance, so that one leaves the mean and variance nearly as
+    // they were, while a loss that stays at a new level becomes the mean.
+    constexpr bool join(Moments& m, double x, double z) const {
+        double d = x - m.mean, limit = z * z * m.variance, weight = 1 / double(count < 64 ? count + 1 : 64);
+        bool outlier = z > 0 && count >= ENOUGH && d > 0 && limit > 0 && d * d > limit;
+        if (outlier) weight *= limit / (d * d);
+        m.mean += weight * d;
+        m.variance = (1 - weight) * (m.variance + weight * d * d);
+        return !outlier;
+    }
+};
+
+// How the learning rate falls. start: the last step at the peak; left(range, p): what is left of the range between peak
+// and final rate when the fraction p of the steps after it is done. wsd, "warm-up, stable, decay", is Hu et al. 2024's;
+// that 1 - sqrt is the best way down, Haegele et al. 2024's.
+struct Schedule {
+    const char* name;
+    int64_t (*start)(const Settings&);
+    double (*left)(double range, double p);
+};
+inline int64_t at_warmup(const Settings& s) { return s.warmup; }
+inline int64_t at_decay(const Settings& s) {
+    return std::max(s.warmup, s.steps - (s.decay_steps ? s.decay_steps : s.steps / 5));
+}
+inline int64_t at_end(const Settings& s) { return s.steps; }
+// clang-format off
+enum { COSINE, LINEAR, WSD, CONSTANT, NUM_SCHEDULES };
+inline const Schedule schedules[NUM_SCHEDULES] = {
+    {"cosine",   at_warmup, [](double range, double p) { return range * (1 + std::cos(M_PI * p)) / 2; }},
+    {"linear",   at_warmup, [](double range, double p) { return range * (1 - p); }},
+    {"wsd",      at_decay,  [](double range, double p) { return range * (1 - std::sqrt(p)); }},
+    {"constant", at_end,    [](double range, double)   { return range; }},
+};
+// clang-format on
+
+// The learning rate of step s = 1..S: linear warm-up over W steps to the peak, then down to the final rate at step S.
+inline double learning_rate(const Settings& run, int64_t s) {
+    if (s <= run.warmup) return run.lr * double(s) / double(run.warmup);
+    const Schedule& schedule = schedules[run.schedule];
+    int64_t start = schedule.start(run);
+    if (s <= start) return run.lr;
+    double least = run.final_lr > 0 ? run.final_lr * run.lr : std::min(1e-7, run.lr);
+    if (s >= run.steps) return least;
+    return least + schedule.left(run.lr - least, double(s - start) / double(run.steps - start));
+}
 
 struct Options : Settings {
     std::vector<std::string> train, val;  // default: the trainer's own sources; their last tenth
@@ -1116,6 +1188,8 @@ struct Flag {
     double least = 0, most = 9e18;   // the bounds of a number
     HeaderWord stored_in = H_MAGIC;  // where a training state holds a setting; H_MAGIC: it is none
     bool is_setting() const { return stored_in != H_MAGIC; }
+    bool is_schedule() const { return stored_in == H_SCHEDULE; }  // given by name
+    std::string text(int64_t value) const { return is_schedule() ? schedules[value].name : format("%lld", value); }
 };
 
 inline const Flag flags[] = {
@@ -1144,12 +1218,24 @@ inline const Flag flags[] = {
     {"-a", "--alpha", "A", "by --norm", "weight of the shortcut, where the placement has one (keel: L)",
      &Options::alpha, 1e-30, 1e19},
     {"-l", "--lr", "X", "by -L", "peak learning rate", &Options::lr, 0, MAX_RATE, H_LR},
-    {"-u", "--warmup", "N", "steps/4", "steps of linear warm-up, at most 2500 by default; then cosine to 1e-7",
+    {"-u", "--warmup", "N", "steps/4", "steps of linear warm-up, at most 2500 by default; then --schedule",
      &Options::warmup, 0, MAX_STEPS, H_WARMUP},
+    {"", "--schedule", "NAME", nullptr,
+     "how the rate falls: cosine, linear, wsd (at the peak until the last --decay-steps, then 1 - sqrt), constant",
+     &Options::schedule, 0, NUM_SCHEDULES - 1, H_SCHEDULE},
+    {"", "--final-lr", "X", nullptr, "the last step's learning rate, as a fraction of the peak; 0: 1e-7 itself",
+     &Options::final_lr, 0, 1, H_FINAL_LR},
+    {"", "--decay-steps", "N", "steps/5", "steps in which wsd falls, the last ones", &Options::decay_steps, 0,
+     MAX_STEPS, H_DECAY_STEPS},
     {"-x", "--steps", "N", nullptr, "optimizer steps", &Options::steps, 0, MAX_STEPS, H_STEPS},
     {"-c", "--weight-decay", "X", nullptr, "AdamW's weight decay, on matrices and embeddings", &Options::weight_decay,
      0, MAX_RATE, H_WEIGHT_DECAY},
     {"", "--clip", "X", nullptr, "largest global gradient norm; 0: no clipping", &Options::clip, 0, MAX_CLIP, H_CLIP},
+    {"", "--skip-loss", "Z", nullptr,
+     "skip a step whose loss is Z standard deviations above the mean of the last 128 or so; 0: none",
+     &Options::skip_loss, 0, 1e9, H_SKIP_LOSS},
+    {"", "--skip-grad", "Z", nullptr, "the same of the gradient norm, before it is clipped; 0: none",
+     &Options::skip_grad, 0, 1e9, H_SKIP_GRAD},
     {"", "--seed", "N", nullptr, "of weights, data order and samples", &Options::seed, 0, 9e18, H_SEED},
     {"-v", "--val-every", "N", nullptr, "steps between validations; 0: never, not even at the end", &Options::val_every,
      0, 9e18, H_VAL_EVERY},
@@ -1161,8 +1247,8 @@ inline const Flag flags[] = {
     {"-y", "--resume", "", nullptr, "go on from the newest whole checkpoint in -o; start fresh where there is none",
      &Options::resume},
     {"", "--max-skips", "N", nullptr,
-     "steps in a row that update nothing, their loss or gradient not finite, before the run stops", &Options::max_skips,
-     1},
+     "steps in a row that update nothing, their loss or gradient not finite or an outlier, before the run stops",
+     &Options::max_skips, 1},
     {"", "--stop-on-divergence", "", nullptr,
      "stop where the loss has diverged, not only warn: stagnation, instability, degradation",
      &Options::stop_on_divergence},
@@ -1204,7 +1290,7 @@ inline std::string default_text(const Flag& f) {
     if (f.fallback) return f.fallback;
     const Options o;
     if (auto* text = std::get_if<std::string Options::*>(&f.member)) return o.*(*text);
-    if (auto* integer = std::get_if<int64_t Options::*>(&f.member)) return format("%lld", o.*(*integer));
+    if (auto* integer = std::get_if<int64_t Options::*>(&f.member)) return f.text(o.*(*integer));
     if (auto* real = std::get_if<double Options::*>(&f.member)) return format("%g", o.*(*real));
     return "off";
 }
@@ -1238,6 +1324,14 @@ inline double parse_real(const char* flag, const std::string& text, double least
         fail("%s: expected a number, found '%s'", flag, text);
     if (value < least || value > most) fail("%s: expected a number from %g to %g, found %s", flag, least, most, text);
     return value;
+}
+
+inline int64_t parse_schedule(const std::string& name) {
+    std::string names;
+    for (int64_t i = 0; i < NUM_SCHEDULES; i++)
+        if (name == schedules[i].name) return i;
+        else names += (i ? ", " : "") + std::string(schedules[i].name);
+    fail("--schedule: expected one of %s, found '%s'", names, name);
 }
 
 // What the program does instead of training where a flag asks for it, and the other flags that it then uses.
@@ -1299,7 +1393,8 @@ inline Options parse_command_line(int argc, const char* const* argv) {
                     fail("%s: expected %s after it, found the flag %s; a value like that is given as %s=%s", word,
                          flag->argument, value, flag->long_name, value);
         }
-        if (auto* integer = std::get_if<int64_t Options::*>(&flag->member))
+        if (flag->is_schedule()) o.schedule = parse_schedule(value);
+        else if (auto* integer = std::get_if<int64_t Options::*>(&flag->member))
             o.*(*integer) = parse_integer(word.c_str(), value, flag->least, flag->most);
         else if (auto* real = std::get_if<double Options::*>(&flag->member))
             o.*(*real) = parse_real(word.c_str(), value, flag->least, flag->most);
@@ -1348,15 +1443,20 @@ inline std::string state_fault(const FileHeader& h) {
                   {H_TRAIN_TOKENS, "the number of training tokens", 9e18},
                   {H_VAL_TOKENS, "the number of validation tokens", 9e18},
                   {H_SKIPPED, "the number of skipped steps", double(h.get<int64_t>(H_STEP))},
+                  {H_RECENT_COUNT, "the number of recent steps", double(h.get<int64_t>(H_STEP))},
                   {H_SKIPPED_IN_ROW, "the number of steps skipped in a row", double(h.get<int64_t>(H_SKIPPED))}};
     for (const auto& row : counts)
         if (int64_t n = h.get<int64_t>(row.word); n < 0 || double(n) > row.most)
             return format("%s must be from 0 to %.0f and is %lld", row.name, row.most, n);
+    auto [loss, grad, count] = h.get<RecentSteps>(H_RECENT);
+    for (auto [mean, variance] : {loss, grad})
+        if (!std::isfinite(mean) || !std::isfinite(variance) || variance < 0)
+            return "the mean and variance of its recent steps must be finite";
     if (h.word[H_HOPS] < 0 || h.word[H_HOPS] > MAX_HOPS)
         return format("the hops of its data must be from 0 to %d and are %d", MAX_HOPS, h.word[H_HOPS]);
-    for (HeaderWord word : {H_MOMENTS_BF16, H_GRADS_BF16})
-        if (h.word[word] != 0 && h.word[word] != 1)
-            return format("word %d must be 0 or 1 and is %d", int(word), h.word[word]);
+    for (auto [word, most] : {std::pair{H_MOMENTS_BF16, 1}, {H_GRADS_BF16, 1}, {H_ATTENTION, 2}, {H_TUNED, 1}})
+        if (h.word[word] < 0 || h.word[word] > most)
+            return format("word %d must be from 0 to %d and is %d", int(word), most, h.word[word]);
     return "";
 }
 
@@ -1421,11 +1521,13 @@ struct RunConfig : Settings {
     Recompute recompute;
     StateTypes types;
     std::string tune;         // --tune's table, which decides how products are summed; "": none
+    int attention = 0;        // as H_ATTENTION
     int ranks = 0, rank = 0;  // ranks of the run, 0 where it is alone; which of them this process is
     int zero = 0;             // the ZeRO level
     // Not settings but counts: the steps so far that updated nothing, and how many of them came last, in a row. AdamW's
     // bias corrections count only the other steps.
     int64_t skipped = 0, skipped_in_row = 0;
+    RecentSteps recent{};
     uint32_t history = 0;  // H_HISTORY
 
     int64_t batch_sequences() const { return total_batch / T; }
@@ -1450,16 +1552,6 @@ struct Sharing {
         return gradients() ? layout.with_two_blocks() : layout;
     }
 };
-
-// Step s = 1..S: linear warm-up over W steps to the peak, then a cosine that reaches 1e-7 at step S (or the peak if
-// that is less).
-inline double learning_rate(const RunConfig& run, int64_t s) {
-    double least = std::min(1e-7, run.lr);
-    if (s <= run.warmup) return run.lr * double(s) / double(run.warmup);
-    if (s >= run.steps) return least;
-    double progress = double(s - run.warmup) / double(run.steps - run.warmup);
-    return least + (run.lr - least) * (1 + std::cos(M_PI * progress)) / 2;
-}
 
 // AdamW's constants (Loshchilov and Hutter 2019). KEEL's branch gradients shrink as 1/alpha: their RMS is 3e-6 at L =
 // 1024, and the usual epsilon of 1e-8 would slow them.
@@ -1579,6 +1671,17 @@ inline RunConfig resolve_run(const Options& o, const FileHeader* init, Vocabular
     bool resume = init && init->word[H_KIND] == FILE_STATE;
     run.T = o.seq_len ? int(o.seq_len) : resume ? init->word[H_T] : m.max_seq_len;
     run.B = o.batch ? int(o.batch) : resume ? init->word[H_B] : 0;
+    auto same_order = [&](const char* flag, int64_t asked, int64_t stored) {
+        if (o.has(flag) && asked != stored)
+            fail("%s: expected %lld as in the checkpoint, found %lld, with which the data would come in another order; "
+                 "leave it out, or start a run from its model by -e",
+                 flag, stored, asked);
+    };
+    if (resume) {
+        same_order("--seq-len", o.seq_len, init->word[H_T]);
+        same_order("--total-batch", o.total_batch, init->get<int64_t>(H_TOTAL_BATCH));
+        same_order("--seed", o.seed, init->get<int64_t>(H_SEED));
+    }
     int64_t least = int64_t(run.T) * std::max(1, ranks);  // tokens of the smallest -d: a sequence for each rank
     run.total_batch = o.total_batch ? o.total_batch
                       : resume      ? init->get<int64_t>(H_TOTAL_BATCH)
@@ -1589,10 +1692,8 @@ inline RunConfig resolve_run(const Options& o, const FileHeader* init, Vocabular
     const char* kept = resume && !o.total_batch ? " as in the checkpoint" : "";
     if (run.total_batch % (std::max(run.B, 1) * least))
         fail("%s: expected a multiple of %lld tokens (%sT%s) as total batch, found %lld%s",
-             *kept && o.batch     ? "-b"
-             : *kept && o.seq_len ? "-t"
-                                  : "-d",
-             std::max(run.B, 1) * least, run.B ? "B*" : "", ranks > 1 ? " times the ranks" : "", run.total_batch, kept);
+             *kept && o.batch ? "-b" : "-d", std::max(run.B, 1) * least, run.B ? "B*" : "",
+             ranks > 1 ? " times the ranks" : "", run.total_batch, kept);
     if (run.batch_sequences() > INT_MAX)
         fail("-d: expected at most %d sequences of -t tokens, found %lld; give a smaller -d or a larger -t", INT_MAX,
              run.batch_sequences());
@@ -1600,6 +1701,11 @@ inline RunConfig resolve_run(const Options& o, const FileHeader* init, Vocabular
     if (resume) restore_settings(run, o, *init);
     if (!resume && !o.has("--warmup")) run.warmup = std::min<int64_t>(2500, run.steps / 4);
     if (!resume && !o.has("--lr")) run.lr = default_lr(m);
+    if (o.has("--decay-steps") && run.schedule != WSD)
+        fail("--decay-steps: expected --schedule wsd, found %s; leave one of the two out",
+             schedules[run.schedule].name);
+    if (o.has("--final-lr") && run.schedule == CONSTANT)
+        fail("--final-lr: expected a --schedule that falls, found constant; leave one of the two out");
     if (int64_t done = resume ? init->get<int64_t>(H_STEP) : 0; run.steps < done)
         fail("-x: expected at least the %lld steps that the checkpoint has, found %lld; give more", done, run.steps);
     if (run.steps > 0 && run.warmup > run.steps && !o.has("--warmup"))
@@ -1608,7 +1714,7 @@ inline RunConfig resolve_run(const Options& o, const FileHeader* init, Vocabular
     if (run.steps > 0 && run.warmup > run.steps)
         fail("-u: expected at most the %lld steps of -x, found %lld; give fewer", run.steps, run.warmup);
     if (resume) run.skipped = init->get<int64_t>(H_SKIPPED), run.skipped_in_row = init->get<int64_t>(H_SKIPPED_IN_ROW);
-    if (resume) run.history = init->get<uint32_t>(H_HISTORY);
+    if (resume) run.history = init->get<uint32_t>(H_HISTORY), run.recent = init->get<RecentSteps>(H_RECENT);
     run.recompute_chosen = o.recompute != "auto" || resume;
     if (o.recompute != "auto") run.recompute = Recompute::parse(o.recompute);
     else if (resume) run.recompute = {init->word[H_RECOMPUTE]};

@@ -1773,8 +1773,9 @@ __global__ void sum_rows_kernel(double* sums, const float* x, int rows, int C, d
 // ----------------------------------------------------------------------------------------------------
 // The parameters: AdamW (Loshchilov and Hutter 2019), initial values, the branch's copy
 
-// clip = min(1, max_norm / norm), and whether norm and loss are finite: x * 0 is 0 for a finite x alone. AdamW's
-// numbers follow from n, the steps so far that were finite, so that a skipped one leaves no trace. With several ranks
+// clip = min(1, max_norm / norm), and whether the step is taken: norm and loss are finite (x * 0 is 0 for a finite x
+// alone) and no outliers. AdamW's numbers follow from n, the steps so far that were taken, so that a skipped one leaves
+// no trace. With several ranks
 // (shares), loss and norm are the ranks' sums in rank order; once one rank's data are lost, neither this step nor one
 // in flight updates anything.
 __global__ void prepare_update_kernel(StepState* state, const StepSettings* settings, UpdateCounts* counts,
@@ -1794,8 +1795,11 @@ __global__ void prepare_update_kernel(StepState* state, const StepSettings* sett
     double limit = settings->max_norm / state->norm;
     state->clip = float(settings->max_norm > 0 && limit < 1 ? limit : 1.0);
     double zero_if_finite = state->norm * 0 + state->loss_sum * 0;
-    state->finite = zero_if_finite == 0 && !counts->data_lost;
-    double n = double(counts->updates += state->finite);
+    state->taken =
+        zero_if_finite == 0 && !counts->data_lost &&
+        counts->recent.add(state->loss_sum / settings->tokens, state->norm, settings->skip_loss, settings->skip_grad);
+    state->recent = counts->recent;
+    double n = double(counts->updates += state->taken);
     state->step_size = float(settings->lr / (1 - pow(BETA1, n)));
     state->v_scale = float(1 / (1 - pow(BETA2, n)));
     state->decay = float(settings->lr * settings->weight_decay);
@@ -1869,7 +1873,7 @@ __device__ void update_chunk(float* p, branch_t* branch_copy, Gradient* g, Momen
                  counter);
 }
 
-// Where the step is not finite, parameters and moments stay, and the gradients become zero as after any step.
+// Where the step is skipped, parameters and moments stay, and the gradients become zero as after any step.
 template <class Moment>
 __global__ void adamw_kernel(float* params, float* masters, branch_t* branch_copy, float* g, __nv_bfloat16* g_bf16,
                              Moment* m, Moment* v, const UpdateChunk* chunks, const StepSettings* settings,
@@ -1878,7 +1882,7 @@ __global__ void adamw_kernel(float* params, float* masters, branch_t* branch_cop
     UpdateChunk chunk = chunks[blockIdx.x];
     StepState s = *state;
     float* p = chunk.master ? masters : params;
-    if (!s.finite) {
+    if (!s.taken) {
         for (int i = threadIdx.x; i < chunk.count; i += blockDim.x)
             if (chunk.bf16) g_bf16[chunk.gradient + i] = __nv_bfloat16(0.0f);
             else g[chunk.gradient + i] = 0;
@@ -2481,7 +2485,7 @@ struct Model : ModelMemory {
         forward_branch(end - 1, b, nullptr);
     }
 
-    // Norm, clip and AdamW, in place; the gradients are zero afterwards, all that a step that is not finite changes.
+    // Norm, clip and AdamW, in place; the gradients are zero afterwards, all that a skipped step changes.
     void update() {
         if (communicator) {
             share_numbers();
@@ -2630,6 +2634,7 @@ struct Trainer {
             if (int some = model.device.product_multiprocessors) gpu += format(" (%d multiprocessors)", some);
             model.device.tuning = std::make_unique<TuningTable>(run.tune, gpu, cublasLtGetVersion(), run.rank == 0);
         }
+        this->run.attention = !BRANCH_BF16 ? 0 : by_wgmma(model.device, run.model.D()) ? 2 : 1;
         for (PinnedArray<int>& batch : staging) batch = PinnedArray<int>(TokenBatch::size(rows()));
     }
     ~Trainer() {
@@ -2683,7 +2688,7 @@ struct Trainer {
         if (started++ == 0) step_bytes = bytes_sent() - sent_before;
         if (!log) return;
         device.synchronize();
-        if (!state[size_t(slot)].finite) return;
+        if (!state[size_t(slot)].taken) return;
         probe.updates = tensor_squares({model.params.data(), params_before.data(), nullptr, nullptr});
         write_probe(*log, run, model.layout, step, probe);
     }
@@ -2696,7 +2701,7 @@ struct Trainer {
         if (communicator && (s.any & DATA_LOST)) throw_lost_data(*communicator, run, lost[slot]);
         float ms = 0;  // by the device: the host stages the next step's batches before it waits here, and comes late
         CUDA(cudaEventElapsedTime(&ms, begin, end));
-        return {s.loss_sum / double(run.total_batch), s.norm, ms * 1e-3, s.any, s.all};
+        return {s.loss_sum / double(run.total_batch), s.norm, ms * 1e-3, s.any, s.all, !s.taken, s.recent};
     }
     cudaEvent_t mark(uint64_t step) const { return marks[step % std::size(marks)]; }
 
@@ -2718,14 +2723,15 @@ struct Trainer {
 
     // AdamW's count of finished steps, which the device goes on with by itself.
     void upload_updates(int64_t count) {
-        UpdateCounts counts{count, 0};
+        UpdateCounts counts{count, 0, run.recent};
         model.device.copy(model.updates.data(), &counts, 1);
         model.device.synchronize();
     }
 
     // What the kernels read that changes from step to step.
     void begin_step(int64_t step, int slot) {
-        settings[size_t(slot)] = {learning_rate(run, step), run.weight_decay, run.clip, uint64_t(run.seed)};
+        settings[size_t(slot)] = {learning_rate(run, step), run.weight_decay, run.clip,     uint64_t(run.seed),
+                                  double(run.total_batch),  run.skip_loss,    run.skip_grad};
         model.device.copy(model.settings.data(), &settings[size_t(slot)], 1);
         model.device.zero(model.state);
     }

@@ -965,10 +965,14 @@ struct Trainer {
             }
             loss += model.forward_backward(tokens.data(), targets.data(), run.B, real(1.0 / double(run.total_batch)));
         }
-        StepResult result = run.ranks > 0 ? share_step(loss, flags, lost)
-                                          : StepResult{loss / double(run.total_batch), gradient_norm(model)};
+        StepResult result = run.ranks > 0
+                                ? share_step(loss, flags, lost)
+                                : StepResult{.loss = loss / double(run.total_batch), .norm = gradient_norm(model)};
         if (log) model.probe_parameters(run.rank);
-        if (std::isfinite(result.loss) && std::isfinite(result.norm)) {
+        result.recent = run.recent;
+        result.skipped = !std::isfinite(result.loss) || !std::isfinite(result.norm) ||
+                         !result.recent.add(result.loss, result.norm, run.skip_loss, run.skip_grad);
+        if (!result.skipped) {
             adamw_update(model, run, step, result.norm);
             if (run.ranks > 0) finish_update();
             if (step_bytes == 0) step_bytes = bytes_sent() - sent_before;

@@ -14,11 +14,40 @@ inline FileHeader state_header(RealType type, bool branch_bf16, const RunConfig&
     h.set(H_TOTAL_BATCH, run.total_batch);
     h.set(H_TRAIN_TOKENS, int64_t(data.train_count)), h.set(H_VAL_TOKENS, int64_t(data.val_count));
     h.set(H_SKIPPED, run.skipped), h.set(H_SKIPPED_IN_ROW, run.skipped_in_row);
+    h.set(H_RECENT, run.recent);
+    h.word[H_ATTENTION] = run.attention, h.word[H_TUNED] = !run.tune.empty();
     h.word[H_MOMENTS_BF16] = run.types.moments_bf16, h.word[H_GRADS_BF16] = run.types.grads_bf16;
     h.word[H_RANKS] = std::max(1, run.ranks), h.word[H_RANK] = run.rank;
     h.word[H_HOPS] = data.programs.hops;
     h.set(H_TRAIN_SUM, data.train_sum), h.set(H_VAL_SUM, data.val_sum), h.set(H_HISTORY, run.history);
     return h;
+}
+
+// What a resume changes of a run, "--lr from 0.009 to 0.001, --steps from 20 to 40": its state and what it would be
+// now.
+inline std::string changed_settings(const FileHeader& before, const FileHeader& now) {
+    std::string text;
+    auto compare = [&](const char* name, const std::string& a, const std::string& b) {
+        if (a != b) text += format("%s%s from %s to %s", text.empty() ? "" : ", ", name, a, b);
+    };
+    for (const Flag& f : flags) {
+        if (!f.is_setting()) continue;
+        bool integer = std::holds_alternative<int64_t Options::*>(f.member);
+        auto value = [&](const FileHeader& h) {
+            return integer ? f.text(h.get<int64_t>(f.stored_in)) : format("%.9g", h.get<double>(f.stored_in));
+        };
+        compare(f.long_name, value(before), value(now));
+    }
+    auto bf16 = [](int yes) { return std::string(yes ? "bf16" : "fp32"); };
+    compare("--batch", format("%d", before.word[H_B]), format("%d", now.word[H_B]));
+    compare("--recompute", Recompute{before.word[H_RECOMPUTE]}.name(), Recompute{now.word[H_RECOMPUTE]}.name());
+    compare("--moments", bf16(before.word[H_MOMENTS_BF16]), bf16(now.word[H_MOMENTS_BF16]));
+    compare("--grads", bf16(before.word[H_GRADS_BF16]), bf16(now.word[H_GRADS_BF16]));
+    const char* by[] = {"not said", "mma.sync", "wgmma"};
+    compare("attention", by[before.word[H_ATTENTION]], by[now.word[H_ATTENTION]]);
+    compare("--tune", before.word[H_TUNED] ? "a table" : "none", now.word[H_TUNED] ? "a table" : "none");
+    compare("ranks", format("%d", before.word[H_RANKS]), format("%d", now.word[H_RANKS]));
+    return text;
 }
 
 // -y: refuses a checkpoint of a build with other types, as this one cannot go on from it bit for bit.

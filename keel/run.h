@@ -232,9 +232,26 @@ private:
         step = newest = last_updated = init->header.template get<int64_t>(H_STEP);
         print("resuming   %s%s\n", resume_from.path(0),
               resume_from.ranks > 1 || ranks.count() > 1 ? format(", of %d ranks", resume_from.ranks) : "");
+        print_changes();
         if (int32_t stored = init->header.word[H_B]; stored != config.B && !o.batch)
             print("note       the checkpoint's micro-batch of %d does not fit %d ranks and -d %lld: taking %d\n",
                   stored, ranks.count(), config.total_batch, config.B);
+    }
+
+    // What this resume changes, and the learning rate before and after it.
+    void print_changes() const {
+        FileHeader now = state_header(real_type<Real>, Trainer::branch_bf16, trainer->run, step, *data);
+        std::string changes = changed_settings(init->header, now);
+        if (changes.empty()) return;
+        Settings before;
+        restore_settings(before, {}, init->header);
+        double was = learning_rate(before, step), would_be = learning_rate(before, std::min(step + 1, before.steps)),
+               is = learning_rate(config, step + 1);
+        bool other_rate = step > 0 && step < config.steps && is != would_be;
+        print("changed    %s%s\n", changes,
+              other_rate ? format("; the learning rate was %.3g at step %lld and is %.3g at step %lld", was, step, is,
+                                  step + 1)
+                         : "");
     }
 
     void open_logs(double data_entropy) {
@@ -366,10 +383,14 @@ private:
         end();
     }
 
+    const char* or_outlier() const { return config.skip_loss > 0 || config.skip_grad > 0 ? " or an outlier" : ""; }
+
     // Says what a run has left whose last steps were skipped, or whose last update broke the weights.
     void end() {
         int64_t skipped = trainer->run.skipped, in_row = trainer->run.skipped_in_row;
-        if (skipped > 0) print("skipped    %lld of %lld steps, whose loss or gradient was not finite\n", skipped, step);
+        if (skipped > 0)
+            print("skipped    %lld of %lld steps, whose loss or gradient was not finite%s\n", skipped, step,
+                  or_outlier());
         if (stop_asked()) return;
         if (in_row == 0 && (!checkpoints || weights_are_sound())) {
             if (checkpoints) checkpoints->remove_old(newest);
@@ -379,7 +400,7 @@ private:
                                             in_row, step - in_row)
                                    : "found weights whose loss is not finite";
         std::string text =
-            format("step %lld: expected a run that ends with finite numbers, %s; %s", step, found, advice());
+            format("step %lld: expected a run whose last step updates the weights, %s; %s", step, found, advice());
         if (in_row >= steps_here && steps_here > 0) fail("%s", text);
         if (first_rank()) warn(text);
     }
@@ -443,7 +464,9 @@ private:
         }
         told_to_stop = result.any & STOP_ASKED;
         step++;
-        bool skipped = !std::isfinite(result.loss) || !std::isfinite(result.norm);
+        bool skipped = result.skipped;
+        std::string why = skipped ? reason(result) : "";
+        trainer->run.recent = result.recent;
         trainer->run.skipped += skipped;
         trainer->run.skipped_in_row = skipped ? trainer->run.skipped_in_row + 1 : 0;
         double numbers[] = {double(step), skipped ? 0 : result.loss, skipped ? 0 : result.norm};
@@ -452,26 +475,40 @@ private:
         spent += result.seconds, steps_here++;
         if (steps_here == 1) clock.add("first step", result.seconds), clock.print();
         if (steps_here == 1 && ranks) print("network    %zu bytes sent by rank 0 in a step\n", trainer->step_bytes);
-        report(result, skipped);
+        report(result, why);
         if (trainer->run.skipped_in_row >= o.max_skips) end_after_skips(result);
         if (std::string kind = divergence->add(step, result.loss); !kind.empty()) warn_of_divergence(kind);
         if (checkpoints) checkpoints->poll(result.all), checkpoints->remove_old(known_good);
         // While steps are skipped the parameters stay as they are, perhaps beyond repair: no checkpoint but at the end.
-        if ((overdue || due(o.checkpoint_every)) && (!skipped || step == config.steps)) checkpoint();
+        if (overdue || due(o.checkpoint_every)) {
+            if (!skipped || step == config.steps) checkpoint();
+            else overdue = bool(checkpoints);
+        }
         sample_if_due();
     }
 
-    void report(const StepResult& result, bool skipped) {
+    // Why a step is skipped, by what was known before it.
+    std::string reason(const StepResult& result) const {
+        if (!std::isfinite(result.loss) || !std::isfinite(result.norm)) return "loss or gradient is not finite";
+        const RecentSteps& recent = trainer->run.recent;
+        auto z = [](double x, RecentSteps::Moments m) { return (x - m.mean) / std::sqrt(m.variance); };
+        double loss = z(result.loss, recent.loss), grad = z(result.norm, recent.grad);
+        bool by_loss = config.skip_loss > 0 && loss > config.skip_loss;
+        return format("%s is %.1f standard deviations above the mean of recent steps, %.4g",
+                      by_loss ? "loss" : "gradient norm", by_loss ? loss : grad,
+                      by_loss ? recent.loss.mean : recent.grad.mean);
+    }
+
+    void report(const StepResult& result, const std::string& why_skipped) {
         double tokens_per_second = double(config.total_batch) / result.seconds, lr = learning_rate(config, step);
         double mfu = flops_per_token(config.model, config.T) * tokens_per_second / rate;
         print("step %lld/%lld | loss %.4f | grad norm %.3g | lr %.2e | %.0f ms | %.0f tokens/s | %.0f %% of matrix "
               "rate | %s left\n",
               step, config.steps, result.loss, result.norm, lr, result.seconds * 1e3, tokens_per_second, 100 * mfu,
               duration_text(spent / double(steps_here) * double(config.steps - step)));
-        if (skipped)
-            print("skipped    step %lld, whose loss or gradient is not finite: nothing is updated; %lld in a row, %lld "
-                  "in all\n",
-                  step, trainer->run.skipped_in_row, trainer->run.skipped);
+        if (result.skipped)
+            print("skipped    step %lld, whose %s: nothing is updated; %lld in a row, %lld in all\n", step, why_skipped,
+                  trainer->run.skipped_in_row, trainer->run.skipped);
         auto [val_loss, bits_per_byte] = validate_if_due();
         if (log)
             log->row(format("%lld,%s,%s,%.9g,%s,%.3f,%.1f,%.4f,%s", step, number_text(result.loss), val_loss, lr,
@@ -543,9 +580,12 @@ private:
 
     [[noreturn]] void end_after_skips(const StepResult& result) {
         if (checkpoints) checkpoints->wait();
-        fail("step %lld: expected a finite loss and gradient norm, found %s and %s, the last of %lld skipped in a row "
-             "(--max-skips); %s",
-             step, number_text(result.loss), number_text(result.norm), trainer->run.skipped_in_row, advice());
+        fail("step %lld: expected a loss and gradient norm that are finite%s, found %s and %s, the last of %lld "
+             "skipped "
+             "in a row (--max-skips); %s",
+             step, *or_outlier() ? " and no outliers" : "", number_text(result.loss), number_text(result.norm),
+             trainer->run.skipped_in_row,
+             *or_outlier() ? "a larger --skip-loss or --skip-grad, or else: " + advice() : advice());
     }
 
     void warn_of_divergence(const std::string& kind) {
@@ -583,7 +623,7 @@ private:
     int64_t steps_here = 0;         // steps done by this process
     // Steps of checkpoints: the last; the last whose step updated the weights; the last that a finite step followed.
     int64_t newest = -1, last_updated = -1, known_good = -1;
-    bool overdue = false;       // a checkpoint waits for room on the disk
+    bool overdue = false;       // a checkpoint waits for room on the disk, or for a step that is not skipped
     bool told_to_stop = false;  // by the flags of the last step, or in a validation: the same on all ranks
     std::exception_ptr data_error;
 };

@@ -7,13 +7,15 @@
 #include "probe.h"
 #include "ranks.h"
 
-// The mean loss over the step's tokens, and the norm of the gradient before it is clipped. Where either is not finite,
-// nothing has been updated and the gradients are zero for the next step. Nor does a step whose start threw a DataError
-// update anything.
+// The mean loss over the step's tokens, and the norm of the gradient before it is clipped. Where either is not finite
+// or an outlier, the step is skipped: nothing has been updated and the gradients are zero for the next step. Nor does a
+// step whose start threw a DataError update anything.
 struct StepResult {
     double loss, norm;
     double seconds = 0;         // from the end of the step before, or from its start if that one had been finished
     unsigned any = 0, all = 0;  // the RankFlags that any of the ranks, and that all of them, gave to the step
+    bool skipped = false;
+    RecentSteps recent{};  // with this step
 };
 
 // What a rank tells the others with each step's numbers, so that all act on it at the same step.

@@ -43,21 +43,24 @@ struct StepSettings {  // written by the host
     double lr, weight_decay;
     double max_norm;  // of the gradient; 0: no clipping
     uint64_t seed;    // of stochastic rounding
+    double tokens, skip_loss, skip_grad;
 };
 struct StepState {              // read by the host
     double loss_sum;            // over the step's targets
     double grad_squares, norm;  // of all gradients, before clipping
     float clip;                 // the factor of every gradient
-    int finite;                 // 0: the step updates nothing
+    int taken;                  // 0: the step is skipped and updates nothing
     float step_size;            // lr / (1 - b1^n)
     float v_scale;              // 1 / (1 - b2^n)
     float decay;                // lr * weight decay
     unsigned any, all;          // with several ranks: RankFlags
+    RecentSteps recent;
 };
 
 struct UpdateCounts {   // stays on the device
     long long updates;  // steps that updated the parameters so far
     int data_lost;      // with several ranks: 1 from the step in which a rank's data could not be read
+    RecentSteps recent;
 };
 
 // Where each tensor's gradient is. With --grads bf16 the blocks' matrices have theirs in BF16; those of the embeddings,

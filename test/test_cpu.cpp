@@ -271,6 +271,66 @@ TEST_SUITE("tables") {
         }
     }
 
+    TEST_CASE("The learning rate warms up and falls by each schedule to its final rate") {
+        Settings s;
+        s.steps = 100, s.warmup = 20, s.lr = 0.01;
+        auto rates = [&](int64_t schedule, double final_lr, int64_t decay_steps) {
+            s.schedule = schedule, s.final_lr = final_lr, s.decay_steps = decay_steps;
+            return std::vector{learning_rate(s, 5),  learning_rate(s, 20), learning_rate(s, 40),
+                               learning_rate(s, 60), learning_rate(s, 90), learning_rate(s, 100)};
+        };
+        auto close = [](const std::vector<double>& found, const std::vector<double>& expected) {
+            for (size_t i = 0; i < found.size(); i++) CHECK(found[i] == doctest::Approx(expected[i]).epsilon(1e-12));
+        };
+        double c = (1 + std::sqrt(0.5)) / 2;  // of the cosine, at a quarter
+        double e = (1 - std::cos(M_PI / 8)) / 2;
+        close(rates(COSINE, 0.1, 0), {0.0025, 0.01, 0.001 + 0.009 * c, 0.0055, 0.001 + 0.009 * e, 0.001});
+        close(rates(LINEAR, 0.1, 0), {0.0025, 0.01, 0.00775, 0.0055, 0.002125, 0.001});
+        close(rates(WSD, 0.1, 0), {0.0025, 0.01, 0.01, 0.01, 0.001 + 0.009 * (1 - std::sqrt(0.5)), 0.001});
+        close(rates(WSD, 0, 80), {0.0025, 0.01, 1e-7 + (0.01 - 1e-7) / 2, 1e-7 + (0.01 - 1e-7) * (1 - std::sqrt(0.5)),
+                                  1e-7 + (0.01 - 1e-7) * (1 - std::sqrt(0.875)), 1e-7});
+        close(rates(WSD, 1, 1000), {0.0025, 0.01, 0.01, 0.01, 0.01, 0.01});  // the decay starts after the warm-up
+        close(rates(CONSTANT, 0, 0), {0.0025, 0.01, 0.01, 0.01, 0.01, 0.01});
+        CHECK(rates(COSINE, 0, 0).back() == 1e-7);
+        s.lr = 0;
+        CHECK(rates(COSINE, 0, 0).back() == 0);
+    }
+
+    TEST_CASE("An outlier lies so many standard deviations above the mean of recent steps, and moves it little") {
+        std::vector<double> losses;
+        RecentSteps recent{};
+        double sum = 0, squares = 0;
+        for (uint32_t i = 0; i < 64; i++) {
+            losses.push_back(3 + 0.1 * uniform24(philox(1, i, 0, 0, 0).word[0]));
+            recent.add(i == 5 ? 1e9 : losses[i], losses[i], 0, 0);
+            sum += losses[i], squares += losses[i] * losses[i];
+        }
+        double n = double(losses.size()), mean = sum / n, sd = std::sqrt(squares / n - mean * mean);
+        CHECK(recent.grad.mean == doctest::Approx(mean).epsilon(1e-12));
+        CHECK(recent.grad.variance == doctest::Approx(sd * sd).epsilon(1e-9));
+        CHECK(recent.loss.mean > 1e6);
+        recent.loss = recent.grad;
+        CHECK(recent.add(1e9, mean, 4, 4));  // too early to tell
+        recent.loss = recent.grad, recent.count = RecentSteps::ENOUGH, mean = recent.grad.mean;
+        sd = std::sqrt(recent.grad.variance);
+        for (double z : {-9.0, 3.9, 4.1}) {
+            RecentSteps by_loss = recent, by_grad = recent, not_asked = recent;
+            CHECK(by_loss.add(mean + z * sd, mean, 4, 0) == (z < 4));
+            CHECK(by_grad.add(mean, mean + z * sd, 0, 4) == (z < 4));
+            CHECK(not_asked.add(mean + z * sd, mean + z * sd, 0, 0));
+        }
+        RecentSteps after = recent;
+        CHECK(!after.add(1e6, 1e6, 4, 4));
+        CHECK(std::fabs(after.loss.mean - mean) < 0.1 * sd);
+        CHECK(after.loss.variance == doctest::Approx(sd * sd).epsilon(0.15));
+        int skipped = 0;
+        while (!after.add(mean + 6 * sd, mean, 4, 0)) skipped++;  // a new level, not a spike
+        CHECK(skipped > 1);
+        CHECK(skipped < 50);
+        RecentSteps flat{};
+        for (int i = 0; i < 300; i++) CHECK(flat.add(2, 2, 1e-6, 1e-6));
+    }
+
     TEST_CASE("Bytes and tokens beyond 2^32 are counted, and what a build cannot address is refused") {
         ModelConfig c = small_config(KEEL, 64, 512, 8, 256, 4096);
         double z = 65.0 * 64 * 4096 * 512 * sizeof(real);  // of a micro-batch of 64 sequences

@@ -19,17 +19,21 @@ namespace fs = std::filesystem;
 
 // The CPU trainer with faults: in the steps of KEEL_TEST_BAD, a list such as "3,4,9", a weight is not a number while
 // the step is computed. From step KEEL_TEST_BROKEN on it stays so, as after an update that went too far; the
-// update of step KEEL_TEST_BREAKS does so.
+// update of step KEEL_TEST_BREAKS does so. In the steps of KEEL_TEST_SPIKES a weight is too large.
 struct FaultyTrainer : Trainer {
     using Trainer::Trainer;
     void start(const Loader& data, int64_t step, ProbeLog* probe, unsigned flags = 0) {
         static const char *bad = getenv("KEEL_TEST_BAD"), *broken = getenv("KEEL_TEST_BROKEN"),
                           *breaks = getenv("KEEL_TEST_BREAKS");
-        bool once = bad && ("," + std::string(bad) + ",").find(format(",%lld,", (long long)step)) != std::string::npos;
-        real& weight = model.params[model.layout.offset(QKVW, 0)];
+        static const char* spikes = getenv("KEEL_TEST_SPIKES");
+        auto in = [&](const char* steps) {
+            return steps && ("," + std::string(steps) + ",").find(format(",%lld,", step)) != std::string::npos;
+        };
+        bool once = in(bad) || in(spikes);
+        real& weight = model.params[model.layout.offset(FCPROJW, 1)];
         if (broken && step == atoll(broken)) weight = real(NAN);
         real good = weight;
-        if (once) weight = real(NAN);
+        if (once) weight = in(bad) ? real(NAN) : real(1e4);
         Trainer::start(data, step, probe, flags);
         if (once) weight = good;
         if (breaks && step == atoll(breaks)) weight = real(NAN);
@@ -152,6 +156,42 @@ TEST_CASE("A step that is not finite updates nothing and is counted; a run that 
     CHECK(!fs::exists(state_path(p / "whole", 12)));
 }
 
+TEST_CASE("A step whose loss or gradient is an outlier is skipped where --skip-loss or --skip-grad asks, a resume "
+          "skips "
+          "the same, and a checkpoint due then comes a step later") {
+    Place p;
+    const std::map<std::string, std::string> spikes = {{"KEEL_TEST_SPIKES", "9,340,350"}};
+    auto train = [&](const char* flag, const char* z) {
+        Words words = p.tiny({flag, z});
+        for (size_t i = 0; i < words.size(); i++)
+            if (words[i] == "-x" || words[i] == "-n") words[i + 1] = words[i] == "-x" ? "400" : "20";
+        Result r = run(words, spikes);
+        CHECK_MESSAGE(r.code == 0, r.err);
+        return r.out;
+    };
+    std::string out = train("--skip-grad", "8");
+    CHECK_MESSAGE(out.find("skipped    step 340, whose gradient norm is ") != std::string::npos, out);
+    CHECK(out.find("skipped    2 of 400 steps, whose loss or gradient was not finite or an outlier") != out.npos);
+    fs::remove_all(p / "run");
+    CHECK(train("--skip-grad", "0").find("skipped ") == std::string::npos);
+    fs::remove_all(p / "run");
+    out = train("--skip-loss", "5");
+    CHECK_MESSAGE(out.find("skipped    step 340, whose loss is ") != std::string::npos, out);
+    CHECK_MESSAGE(out.find("skipped    step 350, whose loss is ") != std::string::npos, out);
+    CHECK(!fs::exists(state_path(p / "run", 340)));
+    fs::rename(p / "run", p / "whole");
+    for (int64_t from : {320, 341}) {
+        fs::create_directory(p / "run");
+        fs::copy(p / "whole/log.csv", p / "run/log.csv");
+        fs::copy(state_path(p / "whole", from), state_path(p / "run", from));
+        Result r = run({"train", "-y", "-i", p.text, "-o", p / "run", "-s", "0", "-n", "20", "--keep", "0"}, spikes);
+        CHECK_MESSAGE(r.code == 0, r.err);
+        CHECK(r.out.find("changed ") == std::string::npos);
+        CHECK_MESSAGE(slurp(state_path(p / "run", 400)) == slurp(state_path(p / "whole", 400)), from);
+        fs::remove_all(p / "run");
+    }
+}
+
 TEST_CASE("AdamW's bias corrections count updates, not steps: after a skipped first step the second is a first one") {
     Place p;
     auto end = [&](const char* bad, const char* steps) {
@@ -192,8 +232,9 @@ TEST_CASE("--max-skips: the run stops and names the last checkpoint from which a
     Result r = run(p.tiny({"--max-skips", "3"}), {{"KEEL_TEST_BAD", "8,9,10,11"}});
     CHECK(r.code == 1);
     CHECK(std::count(r.err.begin(), r.err.end(), '\n') == 1);
-    for (const char* words : {"step 10: expected a finite loss", "3 skipped in a row (--max-skips)",
-                              "last good checkpoint is", "state_00000006_00000.bin", "-y"})
+    for (const char* words :
+         {"step 10: expected a loss and gradient norm that are finite, found", "3 skipped in a row (--max-skips)",
+          "last good checkpoint is", "state_00000006_00000.bin", "-y"})
         CHECK_MESSAGE(r.err.find(words) != std::string::npos, r.err);
     fs::remove_all(p / "run");
     // The update of step 8 went wrong: its checkpoint holds what cannot be trained, and the one before is named.

@@ -998,8 +998,8 @@ TEST_SUITE("optimizer") {
             std::vector<StepShare> shares(parts, parts + 3);
             if (lost) shares[1].flags |= DATA_LOST;
             auto all = upload(shares), one = upload(std::vector<StepShare>(1));
-            auto settings = upload(std::vector<StepSettings>{{1e-3, 0.01, 1, 0}});
-            auto counts = upload(std::vector<UpdateCounts>{{41, 0}});
+            auto settings = upload(std::vector<StepSettings>{{1e-3, 0.01, 1, 0, 1, 0, 0}});
+            auto counts = upload(std::vector<UpdateCounts>{{41, 0, {}}});
             auto state = upload(std::vector<StepState>(1));
             launch(prepare_update_kernel, 1, 1, 0, device().stream, state.data(), settings.data(), counts.data(),
                    all.data(), 3);
@@ -1008,7 +1008,7 @@ TEST_SUITE("optimizer") {
             CHECK(s.norm == 3);
             CHECK(s.any == (STOP_ASKED | STATE_WRITTEN | (lost ? unsigned(DATA_LOST) : 0u)));
             CHECK(s.all == STATE_WRITTEN);
-            CHECK(s.finite == !lost);
+            CHECK(s.taken == !lost);
             CHECK(download(counts.data(), 1)[0].updates == (lost ? 41 : 42));
             auto flags = upload(std::vector<uint64_t>{5});
             launch(share_kernel, 1, 1, 0, device().stream, one.data(), static_cast<const StepState*>(state.data()),
@@ -1021,8 +1021,35 @@ TEST_SUITE("optimizer") {
             shares[1].flags = 0, all = upload(shares);
             launch(prepare_update_kernel, 1, 1, 0, device().stream, state.data(), settings.data(), counts.data(),
                    all.data(), 3);
-            CHECK(download(state.data(), 1)[0].finite == !lost);
+            CHECK(download(state.data(), 1)[0].taken == !lost);
         }
+    }
+
+    TEST_CASE("A step whose loss or gradient norm is an outlier is not taken, as on the CPU") {
+        for (double loss : {2.0, 3.0})
+            for (double norm : {1.0, 9.0})
+                for (int ranks : {0, 1}) {
+                    RecentSteps recent{{2, 0.01}, {1, 0.25}, 200}, expected = recent;
+                    bool taken = expected.add(loss, norm, 5, 5);
+                    CHECK(taken == (loss < 2.5 && norm < 3.5));
+                    auto settings = upload(std::vector<StepSettings>{{1e-3, 0.01, 1, 0, 64, 5, 5}});
+                    auto counts = upload(std::vector<UpdateCounts>{{41, 0, recent}});
+                    auto share = upload(std::vector<StepShare>{{64 * loss, norm * norm, 0}});
+                    StepState before{};
+                    before.loss_sum = 64 * loss, before.grad_squares = norm * norm;
+                    auto state = upload(std::vector<StepState>{before});
+                    launch(prepare_update_kernel, 1, 1, 0, device().stream, state.data(), settings.data(),
+                           counts.data(), share.data(), ranks);
+                    StepState s = download(state.data(), 1)[0];
+                    UpdateCounts after = download(counts.data(), 1)[0];
+                    CHECK(s.taken == taken);
+                    CHECK(after.updates == 41 + taken);
+                    for (const RecentSteps& found : {s.recent, after.recent}) {
+                        CHECK(found.count == 201);
+                        CHECK(found.loss.mean == doctest::Approx(expected.loss.mean).epsilon(1e-14));
+                        CHECK(found.grad.variance == doctest::Approx(expected.grad.variance).epsilon(1e-14));
+                    }
+                }
     }
 
     TEST_CASE("What a reduce-scatter brings is added to the rank's part, element by element") {
@@ -1078,7 +1105,7 @@ TEST_SUITE("optimizer") {
                 for (float g : host(trainer.model.grads)) REQUIRE(g == 0);
                 StepState state = download(trainer.model.state.data(), 1)[0];
                 compare.error("norm, " + at, std::fabs(state.norm / norm - 1));
-                CHECK(state.finite);
+                CHECK(state.taken);
                 auto in_products = download(trainer.model.branch_params(), n);
                 for (size_t i = 0; i < n; i++) REQUIRE(float(in_products[i]) == in_branch(found[i]));
             }
@@ -1103,7 +1130,7 @@ TEST_SUITE("optimizer") {
                 CHECK(same_bits(params, host(trainer.model.params)));
                 CHECK(same_bits(moment, host(trainer.model.m)));
                 CHECK(same_bits(moment, host(trainer.model.v)));
-                CHECK_FALSE(download(trainer.model.state.data(), 1)[0].finite);
+                CHECK_FALSE(download(trainer.model.state.data(), 1)[0].taken);
                 CHECK(download(trainer.model.updates.data(), 1)[0].updates == 0);
                 for (float g : host(trainer.model.grads)) REQUIRE(g == 0);
             }
@@ -1155,7 +1182,7 @@ TEST_SUITE("optimizer") {
             StepSettings settings{};
             settings.seed = seed;
             auto settings_gpu = upload(std::vector<StepSettings>{settings});
-            auto updates = upload(std::vector<UpdateCounts>{{41, 0}});
+            auto updates = upload(std::vector<UpdateCounts>{{41, 0, {}}});
             auto micro_batch = upload(std::vector<int>{6});
             RoundingState rounding{settings_gpu.data(), updates.data(), micro_batch.data()};
             bool fours = n % 4 == 0 && first % 4 == 0;

@@ -278,6 +278,49 @@ TEST_SUITE("bad input") {
         p.fails({"./train_keel_cpu", "--check", p / "bad.bin"}, {"B must be from 1 to", "and is 0"});
     }
 
+    TEST_CASE("What a resume changes is said, old and new, with the learning rate before and after; what would change "
+              "the order of the data is refused") {
+        Place p;
+        succeeds(p.tiny({"-o", p / "run", "-l", "0.01"}));
+        Words resume = {"./train_keel_cpu", "-i", p.text, "-s", "0", "-y", "-o", p / "run"};
+        for (auto [flag, value] : {std::pair{"-t", "4"}, {"-d", "48"}, {"--seed", "2"}})
+            p.fails(resume + Words{flag, value}, {"as in the checkpoint", "in another order", "-e"});
+        CHECK(succeeds(resume + Words{"-l", "0.01", "-d", "16"}).out.find("changed") == std::string::npos);
+        auto changes = [&](const Words& more) {
+            std::string out = succeeds(resume + more).out;
+            size_t at = out.find("\nchanged    ");
+            REQUIRE_MESSAGE(at != out.npos, out);
+            return out.substr(at + 12, out.find('\n', at + 1) - at - 12);
+        };
+        std::string expected = "--steps from 6 to 12; the learning rate was 1e-07 at step 6 and is 0.00429 at step 7";
+        CHECK(changes({"-x", "12"}) == expected);
+        expected = "--lr from 0.01 to 0.02, --schedule from cosine to wsd, --final-lr from 0 to 0.5, --decay-steps "
+                   "from "
+                   "0 to 3, --steps from 12 to 18; the learning rate was 1e-07 at step 12 and is 0.02 at step 13";
+        Words wsd = {"--schedule", "wsd", "--decay-steps", "3", "--final-lr", "0.5"};
+        CHECK(changes(wsd + Words{"-x", "18", "-l", "0.02"}) == expected);
+        expected = "--clip from 1 to 2, --skip-loss from 0 to 5, --batch from 2 to 1, --recompute from none to layer";
+        CHECK(changes({"-r", "layer", "-b", "1", "--clip", "2", "--skip-loss", "5"}) == expected);
+        CHECK(slurp(p / "run/log.csv").find("\n18,") != std::string::npos);
+    }
+
+    TEST_CASE("--schedule, --final-lr and --decay-steps refuse what has no use for them, and are in the training "
+              "state") {
+        Place p;
+        p.fails(p.tiny({"--schedule", "step"}), {"--schedule: expected one of cosine, linear, wsd, constant"});
+        p.fails(p.tiny({"--decay-steps", "2"}), {"--decay-steps: expected --schedule wsd, found cosine"});
+        p.fails(p.tiny({"--schedule", "constant", "--final-lr", "0.1"}), {"--final-lr", "that falls, found constant"});
+        for (const char* out : {"whole", "part"}) {
+            Words words = p.tiny({"-o", p / out, "-n", "2", "--schedule", "wsd", "--final-lr", "0.2"});
+            succeeds(words + Words{"--decay-steps", "4"});
+        }
+        for (const char* file : {"state_00000006_00000.bin", "model_00000006.bin", "state_00000004_00000.bin"})
+            fs::remove(p / "part" + ("/" + std::string(file)));
+        succeeds({"./train_keel_cpu", "-i", p.text, "-s", "0", "-n", "2", "-y", "-o", p / "part"});
+        CHECK(slurp(p / "whole/state_00000006_00000.bin") == slurp(p / "part/state_00000006_00000.bin"));
+        CHECK(log_without_times(p / "whole/log.csv") == log_without_times(p / "part/log.csv"));
+    }
+
     TEST_CASE("Too little memory is said before it is taken, with the flag to turn") {
         Place p;
         auto limited = [&](const std::string& flags) {
@@ -668,7 +711,7 @@ TEST_SUITE("dump and check") {
         Result r = run(words);
         INFO(r.out << r.err);
         CHECK(r.code == 1);
-        CHECK(r.err.find("expected a finite loss") != std::string::npos);
+        CHECK(r.err.find("expected a loss and gradient norm that are finite, found") != std::string::npos);
         CHECK(std::count(r.err.begin(), r.err.end(), '\n') == 1);
     }
 
@@ -1362,6 +1405,26 @@ TEST_SUITE("the GPU trainer") {
             succeeds(command(p / "killed"));
             CHECK(p.contents() == before);
         }
+    }
+
+    TEST_CASE("The GPU trainer skips outliers and a resume skips the same; another attention than the run's is said") {
+        Place p;
+        std::string noisy = p / "noisy.txt", text = slurp(p.text);
+        for (uint32_t i = 0; i < 60; i++) text[text.size() / 2 + i] = char(128 + philox(1, i, 0, 0, 0).word[0] % 128);
+        spill(noisy, text);
+        Words words = {gpu_bf16, "-i", noisy, "-L", "2",  "-C", "64", "-H", "1",
+                       "-t",     "8",  "-b",  "1",  "-v", "0",  "-s", "0"};
+        Result r = succeeds(words + Words{"-x", "240", "-n", "80", "--skip-grad", "3", "-o", p / "whole"});
+        size_t skips = r.out.find("skipped    step ");
+        CHECK_MESSAGE(skips != r.out.npos, r.out);
+        fs::copy(p / "whole", p / "part");
+        for (const char* file : {"state_00000240_00000.bin", "model_00000240.bin", "state_00000160_00000.bin"})
+            fs::remove(p / "part" + ("/" + std::string(file)));
+        Words resume = {gpu_bf16, "-i", noisy, "-s", "0", "-n", "80", "-y", "-o", p / "part"};
+        CHECK(succeeds(resume).out.find("changed ") == std::string::npos);
+        CHECK(slurp(p / "whole/state_00000240_00000.bin") == slurp(p / "part/state_00000240_00000.bin"));
+        r = run(resume + Words{"-x", "241"}, {{"KEEL_WGMMA", "0"}});
+        CHECK_MESSAGE(r.out.find("attention from wgmma to mma.sync") != r.out.npos, r.out);
     }
 
     TEST_CASE("It says where its start went, and takes --tune, --moments and --grads, which the CPU trainer refuses") {

@@ -233,7 +233,7 @@ void bench_optimizer(Device& device, const ModelConfig& c) {
     DeviceArray<StepState> state(1);
     DeviceArray<StepSettings> settings(1);
     DeviceArray<UpdateCounts> updates(1);
-    StepSettings s{1e-3, 0.01, 1, 0};
+    StepSettings s{1e-3, 0.01, 1, 0, 1, 0, 0};
     device.copy(settings.data(), &s, 1);
     device.zero(state), device.zero(updates);
     add_sum<true>(device, &state.data()->grad_squares, g(0), n);
