@@ -1,7 +1,10 @@
 // keel/evaluate.h: what a run does with a model beside training it: validation, --dump and --check, --ablate.
 #pragma once
 
+#include <optional>
+
 #include "checkpoint.h"
+#include "process.h"
 
 // A number as the logs have it: without the sign of a NaN, which means nothing.
 inline std::string number_text(double x) { return std::isnan(x) ? "nan" : format("%.9g", x); }
@@ -16,11 +19,12 @@ struct Validation {
 };
 
 // Over the first -m batches of the validation data, in order; the ranks take micro-batches in rotation. tokenizer: null
-// where it is not known. hops: counts the answers of programs; null for files. Data that any rank cannot read throw a
+// where it is not known. hops: counts the answers of programs; null for files. None where a signal asks the run to stop
+// meanwhile: whoever sent it may not wait that long for the checkpoint. Data that any rank cannot read throw a
 // DataError on all.
 template <IsTrainer Trainer>
-Validation validate(Trainer& trainer, const Loader& loader, const RunConfig& run, const Tokenizer* tokenizer,
-                    const Ranks& ranks = {}, HopAccuracy* hops = nullptr) {
+std::optional<Validation> validate(Trainer& trainer, const Loader& loader, const RunConfig& run,
+                                   const Tokenizer* tokenizer, const Ranks& ranks = {}, HopAccuracy* hops = nullptr) {
     uint64_t sequences =
         std::min(uint64_t(run.val_batches) * uint64_t(run.batch_sequences()), loader.sequences_per_epoch());
     std::vector<int> tokens(size_t(run.B) * size_t(run.T)), targets(tokens.size()),
@@ -28,7 +32,9 @@ Validation validate(Trainer& trainer, const Loader& loader, const RunConfig& run
     double sum = 0, bytes = 0;
     uint64_t B = uint64_t(run.B);
     struct { char text[512]; } lost{};  // why this rank's data could not be read
+    bool left = false;
     for (uint64_t s = uint64_t(ranks.rank()) * B; s < sequences; s += uint64_t(ranks.count()) * B) {
+        if ((left = StopSignals::asked())) break;
         int b = int(std::min(B, sequences - s));
         try {
             loader.batch(s, b, tokens.data(), targets.data());
@@ -50,11 +56,12 @@ Validation validate(Trainer& trainer, const Loader& loader, const RunConfig& run
     }
     for (const auto& of_rank : ranks.gather(lost))
         if (*of_rank.text) throw DataError(of_rank.text);
+    if (!ranks.all(!left)) return {};
     if (hops)
         for (auto* counts : {&hops->count, &hops->right})
             for (int64_t& n : *counts) n = int64_t(ranks.sum(double(n)));
     sum = ranks.sum(sum), bytes = ranks.sum(bytes);
-    return {sum / (double(sequences) * run.T), bytes > 0 ? sum / M_LN2 / bytes : NAN};
+    return Validation{sum / (double(sequences) * run.T), bytes > 0 ? sum / M_LN2 / bytes : NAN};
 }
 
 // Fails, before --dump computes anything, unless its file can be written and replaces nothing but an older dump.
@@ -126,7 +133,7 @@ int run_ablation(const Options& o, Trainer& trainer, const Loader& val) {
     double whole = 0;
     auto evaluate = [&](int l, const char* kind) {
         trainer.ablate(l);
-        double loss = validate(trainer, val, run, nullptr).loss, perplexity = std::exp(loss);
+        double loss = validate(trainer, val, run, nullptr)->loss, perplexity = std::exp(loss);
         if (l < 0) whole = perplexity;
         std::string row = format("%d,%s,%s,%s,%s", l, kind, number_text(loss), number_text(perplexity),
                                  number_text(perplexity - whole));

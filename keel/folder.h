@@ -195,10 +195,10 @@ public:
                           errno_text());
                     return;
                 }
-                char holder[256] = {};
-                if (pread(fd, holder, sizeof holder - 1, 0) <= 0) snprintf(holder, sizeof holder, "another run");
                 close(fd);
-                fail("-o: %s is in use by %s; wait for it, end it, or give another folder", folder, holder);
+                std::string by = holder(folder).data();
+                fail("-o: %s is in use by %s; wait for it, end it, or give another folder", folder,
+                     by.empty() ? "another run" : by);
             }
             if (!leads_elsewhere(path, fd)) break;
             close(fd);  // the last holder has removed the file between our open and our lock
@@ -220,6 +220,15 @@ public:
         return *this;
     }
     explicit operator bool() const { return fd >= 0; }
+
+    // Who has the folder, as its lock says; empty where it says nothing.
+    static std::array<char, 256> holder(const std::string& folder) {
+        std::array<char, 256> text = {};
+        int fd = open((folder + "/lock").c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOFOLLOW);
+        if (fd >= 0 && pread(fd, text.data(), text.size() - 1, 0) < 0) text = {};
+        if (fd >= 0) close(fd);
+        return text;
+    }
 
     // Takes it anew where someone has removed its file.
     void retake() {
@@ -326,6 +335,13 @@ public:
         if (!file) return;
         if (fprintf(file.get(), "%s\n", text.c_str()) < 0 || fflush(file.get()) != 0)
             fail("%s: %s, and go on by -y", path, write_fault(errno));
+    }
+    // Puts another row in the place of the last one, in one step, whatever happens meanwhile.
+    void replace_last(const std::string& row) {
+        std::ifstream old(path);
+        std::string text((std::istreambuf_iterator<char>(old)), {});
+        text.resize(text.rfind('\n', text.size() - 2) + 1);
+        begin(text + row + "\n");
     }
     // The rows from before the call are on the disk after it; another thread may add rows meanwhile.
     void sync() {

@@ -1,6 +1,7 @@
 // keel/process.h: the process of a run and the system around it: its streams, its signals, its threads, its start.
 #pragma once
 
+#include <poll.h>
 #include <signal.h>
 
 #include <atomic>
@@ -17,14 +18,15 @@ inline void open_standard_streams() {
 }
 
 // Signals that ask a run to finish its step, write a checkpoint and end with status 0: so that a scheduler can take the
-// machine back, a terminal can close and `| head` can end. A second SIGTERM, SIGINT or SIGUSR1 of the same kind ends it
-// at once; two within 50 ms count as one, as some programs signal a process and its group. SIGHUP and SIGPIPE stay
-// ignored where they were, as under nohup. A limit of file sizes makes writes fail instead of killing the program.
+// machine back, a terminal can close and `| head` can end. A second SIGTERM, SIGINT, SIGUSR1 or SIGUSR2 of the same
+// kind ends it at once; two within 50 ms count as one, as some programs signal a process and its group. SIGHUP and
+// SIGPIPE stay ignored where they were, as under nohup. A limit of file sizes makes writes fail instead of killing the
+// program.
 class StopSignals {
 public:
     // Lasts to the end of the process: a signal just after the run's end must not change its exit status.
     static void watch() {
-        for (int number : {SIGTERM, SIGINT, SIGUSR1, SIGHUP, SIGPIPE, SIGXCPU}) {
+        for (int number : {SIGTERM, SIGINT, SIGUSR1, SIGUSR2, SIGHUP, SIGPIPE, SIGXCPU}) {
             struct sigaction action = {}, before = {};
             action.sa_handler = may_end(number) ? ask_or_end : ask;
             action.sa_flags = SA_RESTART;
@@ -39,10 +41,22 @@ private:
     static inline std::atomic<bool> told = false;
     static inline std::atomic<int64_t> first_at[NSIG] = {};  // nanoseconds, when each kind came first; 0: not yet
 
-    static bool may_end(int number) { return number == SIGTERM || number == SIGINT || number == SIGUSR1; }
-    static void ask(int) { told = true; }
-    static void ask_or_end(int number) {
+    static bool may_end(int number) {
+        return number == SIGTERM || number == SIGINT || number == SIGUSR1 || number == SIGUSR2;
+    }
+    // A pipe that nobody reads, or a terminal held by ^S, must not keep the run from its checkpoint: what is printed
+    // from here on is dropped, and a write that waits for room, which starts again after this, ends. Open MPI's mpirun
+    // reads nothing between its SIGTERM to the ranks and, a second later, its SIGKILL.
+    static void ask(int) {
         told = true;
+        int before = errno;
+        for (int fd : {1, 2})
+            if (pollfd p = {fd, POLLOUT, 0}; poll(&p, 1, 100) == 0)
+                if (int null = open("/dev/null", O_WRONLY | O_CLOEXEC); null >= 0) dup2(null, fd), close(null);
+        errno = before;
+    }
+    static void ask_or_end(int number) {
+        ask(number);
         timespec t;
         clock_gettime(CLOCK_MONOTONIC, &t);
         int64_t at = int64_t(t.tv_sec) * 1000000000 + t.tv_nsec, first = 0;

@@ -264,12 +264,8 @@ private:
             read_csv_rows(o.out + "/log.csv", step, [&](int64_t row_step, const std::string& line) {
                 divergence->add(row_step, atof(line.c_str() + std::min(line.size(), line.find(',') + 1)));
             });
+        open_folder();
         if (!o.out.empty() && first_rank()) {
-            create_output_folder(o.out);
-            if (!lock) {  // the folder is new, unless another run has just made it
-                lock = FolderLock(o.out);
-                if (!resume_from) refuse_other_run(o.out);
-            }
             keep_tokenizer();
             remove_unfinished_files(o.out);
             int64_t kept = resume_from ? step : -1;
@@ -284,11 +280,32 @@ private:
         } else if (o.probe > 0) {
             probe_log = std::make_unique<ProbeLog>();
         }
-        ranks.barrier();  // until rank 0 has made the folder
-        if (!o.out.empty() && access(o.out.c_str(), W_OK) != 0)
+    }
+
+    void open_folder() {
+        if (o.out.empty()) return;
+        if (first_rank()) {
+            create_output_folder(o.out);
+            if (!lock) {  // the folder is new, unless another run has just made it
+                lock = FolderLock(o.out);
+                if (!resume_from) refuse_other_run(o.out);
+            }
+        }
+        ranks.barrier();
+        if (access(o.out.c_str(), W_OK) != 0)
             fail("-o: expected the folder %s of rank 0 on all ranks, found none that can be written (%s); give one "
                  "that all share",
                  o.out, errno_text());
+        // Folders of one name on disks of their own would each get a part of every checkpoint, of which no resume finds
+        // all. What rank 0 has written into its lock a network's file system may show a little later.
+        std::array<char, 256> expected = FolderLock::holder(o.out);
+        ranks.broadcast(&expected, sizeof expected);
+        for (int i = 0; i < 20 && FolderLock::holder(o.out) != expected; i++) usleep(100000);
+        if (FolderLock::holder(o.out) != expected)
+            fail("-o: expected the folder %s of rank 0 on all ranks, found another of this name on the machine of rank "
+                 "%d; give one that all share",
+                 o.out, ranks.rank());
+        ranks.barrier();
     }
 
     // Leaves the tokenizer beside the models, which are worth little without it; on a resume in place of a damaged one.
@@ -356,6 +373,7 @@ private:
             checkpoint();
             sample_if_due();
         }
+        if (resume_from) validate_again();
         started = step;
         static_assert(Trainer::steps_in_flight <= 2);
         while (started > step || (step < config.steps && !stop_asked())) {
@@ -515,20 +533,40 @@ private:
         if (!due(config.val_every)) return {};
         if (ranks) trainer->gather_weights();
         HopAccuracy hops(data->programs);
-        Validation found{};
+        std::optional<Validation> found;
         try {
             found = validate(*trainer, *val_data, config, tokenizer(), ranks, data->programs.hops ? &hops : nullptr);
         } catch (const DataError&) {  // on all ranks: the run ends with the weights of this step
             data_error = std::current_exception();
             return {};
         }
-        auto [loss, bits_per_byte] = found;
+        if (!found) {
+            print("note       the validation of step %lld is left to -y, as a signal asks the run to stop\n", step);
+            told_to_stop = true;
+            return {};
+        }
+        auto [loss, bits_per_byte] = *found;
         bool known = std::isfinite(bits_per_byte);
         print("validation | loss %.4f | perplexity %.3f%s\n", loss, std::exp(loss),
               known ? format(" | %.4f bits per byte", bits_per_byte) : "");
         if (data->programs.hops) hops.print();
         if (hops_log) hops.write(*hops_log, step);
         return {number_text(loss), known ? number_text(bits_per_byte) : ""};
+    }
+
+    // On a resume: the validation that a signal has cut short, whose row in the log has no val_loss.
+    void validate_again() {
+        std::string row;
+        if (log && due(config.val_every))
+            read_csv_rows(o.out + "/log.csv", step, [&](int64_t s, const std::string& line) {
+                if (s == step) row = line.substr(0, line.size() - 1);
+            });
+        size_t at = row.find(",,");  // "step,loss,"
+        bool again = at != row.npos && at == row.find(',', row.find(',') + 1);
+        ranks.broadcast(&again, sizeof again);
+        if (!again) return;
+        auto [val_loss, bits_per_byte] = validate_if_due();
+        if (log && !val_loss.empty()) log->replace_last(row.insert(at + 1, val_loss) + bits_per_byte);
     }
 
     // Where the disk has no room for a checkpoint, or the folder is not there, training goes on and the next step tries
@@ -605,7 +643,7 @@ private:
     // Steps of checkpoints: the last; the last whose step updated the weights; the last that a finite step followed.
     int64_t newest = -1, last_updated = -1, known_good = -1;
     bool overdue = false;       // a checkpoint waits for room on the disk, or for a step that is not skipped
-    bool told_to_stop = false;  // by the flags of the last step, which are the same on all ranks
+    bool told_to_stop = false;  // by the flags of the last step, or in a validation: the same on all ranks
     std::exception_ptr data_error;
 };
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "checkpoint.h"
+#include "process.h"
 
 // Draws a token from logits (V): the likeliest for temperature 0, else by softmax(logits / temperature) over the top_k
 // likeliest (0: over all; of equals the lower token counts as likelier). uniform: a random number in [0, 1).
@@ -51,14 +52,14 @@ inline std::vector<int> prompt_tokens(const Options& o, const Tokenizer* tokeniz
     return tokens;
 }
 
-// Draws -g tokens that go on from text, which is of one token at least, and gives each to emit(token). Each time the
-// window (tokens) is full, its second half starts a new one.
+// Draws -g tokens, or until a signal asks the run to stop, that go on from text, which is of one token at least, and
+// gives each to emit(token). Each time the window (tokens) is full, its second half starts a new one.
 template <IsTrainer Trainer, class Emit>
 void draw_tokens(Trainer& trainer, const Options& o, std::vector<int> text, int window, uint64_t seed, int64_t step,
                  Emit emit) {
     typename Trainer::Generator generator(trainer.model, window);
     size_t fed = text.size() > size_t(window) ? text.size() - size_t(window) : 0;
-    for (int64_t i = 0; i < o.sample_tokens; i++) {
+    for (int64_t i = 0; i < o.sample_tokens && !StopSignals::asked(); i++) {
         if (generator.size() + int(text.size() - fed) > window) {
             generator.clear();
             fed = text.size() - size_t(std::max(1, window / 2));

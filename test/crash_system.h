@@ -198,6 +198,21 @@ std::string streams() {
     }).wait();
     expect(full.code == 0, format("a full device: exit %d", full.code));
     equal("a full device");
+    int ends[2];
+    if (pipe2(ends, O_CLOEXEC) != 0 || fcntl(ends[1], F_SETPIPE_SZ, 16384) < 0) fail("no pipe");
+    Process unread(command, place.path, {}, [&] { dup2(ends[1], 1); });
+    for (pollfd p = {ends[1], POLLOUT, 0}; poll(&p, 1, 0) == 1 && unread.runs();) wait_for(0.001);
+    wait_for(0.1);
+    expect(unread.runs(), "it does not wait for the reader of its pipe");
+    unread.send(SIGTERM);
+    Result asked = unread.wait();
+    expect(asked.code == 0, format("SIGTERM while nobody reads the pipe: exit %d, %s", asked.code, asked.err.c_str()));
+    int64_t stopped_at = 0;
+    read_csv_rows(folder + "/log.csv", INT64_MAX, [&](int64_t step, const std::string&) { stopped_at = step; });
+    expect(fs::exists(model_path(folder, stopped_at)), "SIGTERM while nobody reads the pipe: no checkpoint");
+    close(ends[0]), close(ends[1]);
+    succeeds(command, place);
+    equal("a pipe that nobody reads");
     for (int turn = 0; turn < lean(1, 10); turn++)
         for (bool terminal : {false, true})
             for (bool ignored : {false, true}) {

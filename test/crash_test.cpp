@@ -61,7 +61,8 @@ std::string kills() {
                   (long long)runs, (long long)mismatches);
 }
 
-// SIGTERM, SIGINT and SIGUSR1 at random moments: exit 0, a checkpoint of the last step that the log has, nothing lost.
+// SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 at random moments: exit 0, a checkpoint of the last step that the log has,
+// nothing lost.
 std::string signals() {
     Place place;
     int64_t sent = 0, mismatches = 0;
@@ -74,8 +75,8 @@ std::string signals() {
             Process process(place.command(place / "stopped"), place.path);
             bool started = process.wait_for_output("step ");  // before that nobody has asked for these signals
             wait_for(uniform(0, duration / 3));
-            const int numbers[] = {SIGTERM, SIGINT, SIGUSR1};
-            process.send(numbers[sent % 3]);
+            const int numbers[] = {SIGTERM, SIGINT, SIGUSR1, SIGUSR2};
+            process.send(numbers[sent % 4]);
             Result r = process.wait();
             end = r.out.find("stopping") == std::string::npos;
             sent += !end;

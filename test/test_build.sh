@@ -205,6 +205,15 @@ for at in dev dev/cluster test; do
     check "the files of $at and its README" "" "$found"
 done
 
+# Each row of dev/doc/reports.md names a test that is there; the title may stand in its file as several string literals.
+missing=$(
+    sed -n 's/^| .* | `\(test[a-z_]*\.[a-z]*\|crash_test\.cpp\): \(.*\)` |$/\1 \2/p' dev/doc/reports.md | while read -r file title; do
+        tr -s ' \n' ' ' <"test/$file" | sed 's/" "//g' | grep -qF -- "$title" || echo "$file: $title"
+    done
+    grep '^| ' dev/doc/reports.md | grep -v '^| report ' | grep -v '` |$'
+)
+check "the tests named in dev/doc/reports.md" "" "$missing"
+
 # The script of the deepest model, on the CPU trainer and a small one: a curve for each of its five runs.
 head -c 300000 keel_common.h train_keel.cu train_keel_cpu.cpp >"$folder/text"
 if RESULTS=$folder/deep.csv TEXT=$folder/text TRAINER=./train_keel_cpu MODEL="-L 4 -C 16 -t 16 -b 2" STEPS=4 LONG_STEPS=6 LONG_WARMUP=2 dev/experiments/deep_run.sh 5 >"$folder/out" 2>&1 &&

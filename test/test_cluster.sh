@@ -52,6 +52,16 @@ wait $script
 expect "a signal to one rank ends it all, exit 0" test $? = 0
 expect "with the step told" has '^stopping   after step'
 
+# mpirun itself would kill its ranks a second after a signal.
+dev/cluster/mpirun.sh 2 "${words[@]}" -x 200000 -o "$folder/ended" >"$folder/out" 2>&1 &
+script=$!
+pids=($(ranks_of ended))
+kill $script
+wait $script
+expect "mpirun.sh ends a run at SIGTERM, exit 0" test $? = 0
+expect "with the step told" has '^stopping   after step'
+expect "no rank goes on" test -z "$(pgrep -f -- "-o $folder/ended")"
+
 dev/cluster/mpirun.sh 2 "${words[@]}" -x 30 -q -o "$folder/mistake" >"$folder/out" 2>&1
 expect "a mistake is not repeated" test $? != 0
 expect "but told" has "unknown flag"

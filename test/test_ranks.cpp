@@ -674,6 +674,78 @@ TEST_SUITE("ends") {
         }
     }
 
+    TEST_CASE("A signal in a validation or a sample leaves it on all ranks; a resume makes up for the validation") {
+        for (const Build& build : builds(2)) {
+            Place p;
+            std::string val = p / "val.txt";
+            spill(val, std::string(8 << 20, 'a'));
+            auto words = [&](const char* out, const Words& more) {
+                Words all = p.words(build, out, {"-x", "6", "-b", "1", "-y", "-j", val});
+                *(std::find(all.begin(), all.end(), "-v") + 1) = "3";
+                all.insert(all.end(), more.begin(), more.end());
+                return all;
+            };
+            Process run(on_ranks(2, words("run", {"-m", "1000000000"})), {{"KEEL_TEST_PLACE", p.path}});
+            CHECK(run.prints("step 3/"));
+            for (auto [rank, id] : rank_processes(build.binary, p.path)) kill(id, SIGTERM);
+            Result r = run.wait();
+            INFO(build.name << "\n" << r.out << r.err);
+            CHECK(r.code == 0);
+            CHECK(r.out.find("the validation of step 3 is left to -y") != std::string::npos);
+            CHECK(r.out.find("validation |") == std::string::npos);
+            p.run(2, words("run", {"-m", "1"}));
+            p.run(2, words("whole", {"-m", "1"}));
+            CHECK(p.model("run", 6) == p.model("whole", 6));
+            CHECK(log_without_times(p / "run/log.csv") == log_without_times(p / "whole/log.csv"));
+            Words sampling = words("sampled", {"-m", "1", "-g", "1000000"});
+            *(std::find(sampling.begin(), sampling.end(), "-s") + 1) = "1";
+            Process sampled(on_ranks(2, sampling), {{"KEEL_TEST_PLACE", p.path}});
+            CHECK(sampled.prints("--- sample at step 1"));
+            for (auto [rank, id] : rank_processes(build.binary, p.path)) kill(id, SIGTERM);
+            CHECK(sampled.wait().code == 0);
+            CHECK(newest_states(p / "sampled", *std::make_unique<Ranks>()));
+        }
+    }
+
+    TEST_CASE("SIGTERM to mpirun, which then no longer reads what the ranks print, leaves the last step's checkpoint") {
+        Place p;
+        Words words = p.words(cpu, "run", {"-x", "100000", "-b", "1", "-n", "100000", "-g", "64"});
+        *(std::find(words.begin(), words.end(), "-s") + 1) = "1";
+        Words all = on_ranks(2, words, {"--mca", "odls_base_sigkill_timeout", "2"});    // seconds until SIGKILL
+        if (std::find(all.begin(), all.end(), "--oversubscribe") == all.end()) return;  // it is not Open MPI's
+        Process run(all);
+        CHECK(run.prints("step 3/"));
+        kill(run.child, SIGTERM);
+        Result r = run.wait();
+        INFO(r.err);
+        StateFiles last = newest_states(p / "run", *std::make_unique<Ranks>());
+        REQUIRE(last);
+        int64_t step = 0;
+        read_csv_rows(p / "run/log.csv", INT64_MAX, [&](int64_t s, const std::string&) { step = s; });
+        CHECK(last.step == step);
+    }
+
+    TEST_CASE("A folder that is another one on each rank's machine is refused, before anything is trained") {
+        for (const Build& build : builds(long_tests() ? 3 : 1)) {
+            Place p;
+            Words words = p.words(build, "run", {"-b", "1"});
+            words[0] = fs::absolute(build.binary);
+            *(std::find(words.begin(), words.end(), "-o") + 1) = "run";
+            for (const char* host : {"a", "b"}) fs::create_directories(p / host + "/run");
+            Words all = on_ranks(1, words, {"-wdir", p / "a"});
+            for (const char* word : {":", "-np", "1", "-wdir"}) all.push_back(word);
+            all.push_back(p / "b");
+            all.insert(all.end(), words.begin(), words.end());
+            Result r = Process(all).wait();
+            INFO(r.out << r.err);
+            CHECK(r.code != 0);
+            CHECK(r.err.find("-o: expected the folder run of rank 0 on all ranks, found another of this name on the "
+                             "machine of rank 1") != std::string::npos);
+            CHECK(r.out.find("step 1/") == std::string::npos);
+            CHECK(!fs::exists(p / "a/run/log.csv"));
+        }
+    }
+
     TEST_CASE("Data that one rank cannot read stop all, with a checkpoint of the last finished step") {
         Place p;
         Process run(on_ranks(4, p.words(cpu, "run", {"-x", "100000", "-b", "1", "-n", "1000"})),

@@ -1117,6 +1117,108 @@ TEST_SUITE("more bad input and faults") {
         }
     }
 
+    TEST_CASE("A resume from the last step of an epoch, as from any, goes on as the run that was never stopped") {
+        Place p;
+        spill(p.text, slurp(p.text).substr(0, 1000));
+        const int steps = 350, epoch = 112;  // 900 tokens are 112 sequences of 8
+        auto words = [&](const std::string& out) {
+            return Words{"./train_keel_cpu",
+                         "-i",
+                         p.text,
+                         "-L",
+                         "4",
+                         "-C",
+                         "8",
+                         "-H",
+                         "2",
+                         "-t",
+                         "8",
+                         "-b",
+                         "1",
+                         "-d",
+                         "8",
+                         "-x",
+                         std::to_string(steps),
+                         "-s",
+                         "0",
+                         "-v",
+                         "50",
+                         "-n",
+                         std::to_string(epoch),
+                         "--keep",
+                         "0",
+                         "-o",
+                         out,
+                         "-y"};
+        };
+        CHECK(run(words(p / "whole")).code == 0);
+        for (int from = epoch; from < steps; from += epoch) {
+            fs::remove_all(p / "run");
+            fs::copy(p / "whole", p / "run");
+            for (int later = from + epoch; later < steps + epoch; later += epoch)
+                for (const std::string& path :
+                     {state_path(p / "run", std::min(later, steps)), model_path(p / "run", std::min(later, steps))})
+                    CHECK(fs::remove(path));
+            Result r = run(words(p / "run"));
+            CHECK(r.out.find(state_path(p / "run", from)) != std::string::npos);
+            CHECK(slurp(state_path(p / "run", steps)) == slurp(state_path(p / "whole", steps)));
+            CHECK(log_without_times(p / "run/log.csv") == log_without_times(p / "whole/log.csv"));
+        }
+    }
+
+    TEST_CASE("Steps beyond 2^32 have a row, a checkpoint and a name each, and --keep removes the oldest") {
+        for (const std::string binary : {"./train_keel_cpu", "build/train_keel_fp32_on_cpu"}) {
+            for (int64_t base : {int64_t(99999998), int64_t(4294967294)}) {
+                Place p;
+                REQUIRE(run(p.tiny({"-v", "0", "-o", p / "run"}, binary)).code == 0);
+                std::string state = slurp(state_path(p / "run", 6));
+                int64_t last = base + 4;
+                memcpy(state.data() + 4 * H_STEP, &base, 8), memcpy(state.data() + 4 * H_STEPS, &last, 8);
+                uint32_t sum = crc32(state.data(), state.size() - 4);
+                memcpy(state.data() + state.size() - 4, &sum, 4);
+                fs::remove_all(p / "run"), fs::create_directory(p / "run");
+                spill(state_path(p / "run", base), state);
+                Result r = run({binary, "-i", p.text, "-o", p / "run", "-y", "-s", "0", "-n", "1", "--keep", "2"});
+                INFO(r.err);
+                CHECK(r.code == 0);
+                for (int64_t step = base; step <= last; step++)
+                    CHECK(fs::exists(state_path(p / "run", step)) == (step > last - 2));
+                int64_t expected = base;
+                read_csv_rows(p / "run/log.csv", INT64_MAX,
+                              [&](int64_t step, const std::string&) { CHECK(step == ++expected); });
+                CHECK(expected == last);
+            }
+        }
+    }
+
+    TEST_CASE("A long run takes no more memory than its first steps, with all that can come between steps") {
+        Place p;
+        std::string out = p / "out";
+        Words words = {
+            "./train_keel_cpu", "-i", p.text, "-L", "4", "-C", "8", "-H", "2", "-t", "8",  "-b",      "2", "-x",
+            "100000",           "-v", "2",    "-m", "1", "-s", "2", "-g", "2", "-n", "50", "--probe", "2", "-o",
+            p / "run"};
+        pid_t child = fork();
+        if (child == 0) {
+            int fd = open(out.c_str(), O_WRONLY | O_CREAT, 0666);
+            dup2(fd, 1);
+            exec_words(words);
+        }
+        auto most_at = [&](int step) {  // KiB resident, up to this step
+            while (slurp(out).find(format("\nstep %d/", step)) == std::string::npos &&
+                   waitpid(child, nullptr, WNOHANG) == 0)
+                std::this_thread::sleep_for(std::chrono::milliseconds(20));
+            std::string status = slurp(format("/proc/%d/status", child));
+            size_t at = status.find("VmHWM:");
+            return at == status.npos ? -1 : atoi(status.c_str() + at + 6);
+        };
+        int early = most_at(100), late = most_at(700);
+        kill(child, SIGKILL), waitpid(child, nullptr, 0);
+        INFO(early << " KiB, then " << late << " KiB");
+        CHECK(early > 0);
+        CHECK(late <= early + 400);  // pages of the heap; 700 bytes lost a step would show
+    }
+
     TEST_CASE("Every placement and the FP64 build resume to the same folder, probe included; what is not given comes "
               "from "
               "the state") {

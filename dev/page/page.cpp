@@ -124,7 +124,7 @@ EMSCRIPTEN_KEEPALIVE int sample(const char* prompt, int tokens) {
 // numbers(): the loss on the first -m batches of the validation data, as train_keel_cpu's log has it; bits per byte.
 EMSCRIPTEN_KEEPALIVE int validation_loss() {
     return answer([] {
-        Validation v = validate(*race->trainer, race->validation, race->config, race->tokenizer());
+        Validation v = *validate(*race->trainer, race->validation, race->config, race->tokenizer());
         results = {v.loss, v.bits_per_byte};
     });
 }
