@@ -126,8 +126,8 @@ public:
               auto ended = [this] { return done; };
               if (changed.wait_for(lock, duration(patience), ended)) return;
               std::string why =
-                  format("%s=%d in the environment; %s", launch.ranks_variable, launch.ranks, launch.if_stale());
-              fprintf(stderr, "rank %d: waiting for %s, as of %s\n", launch.rank, awaited().c_str(), why.c_str());
+                  format("%s=%d in the environment says; %s", launch.ranks_variable, launch.ranks, launch.if_stale());
+              fprintf(stderr, "rank %d: waiting for %s, as %s\n", launch.rank, awaited().c_str(), why.c_str());
               double most = StartLimits::all + 15 - patience;
               if (changed.wait_for(lock, duration(most), ended)) return;
               fprintf(stderr, "rank %d: expected %s within %.0f s, found it still awaited; see to the launcher\n",
