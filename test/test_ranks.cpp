@@ -675,6 +675,37 @@ TEST_SUITE("launchers") {
             if (cases[i].environment != of_ended) CHECK(std::count(r.err.begin(), r.err.end(), '\n') == 1);
         }
     }
+
+    TEST_CASE("A process of a launcher: a rank that holds a lifeline" * doctest::skip()) {
+        Launch launch = Launch::from_environment();
+        char gift[100] = "";
+        if (launch.rank == 0) strcpy(gift, "from rank 0");
+        Lifeline lifeline(launch, nullptr, gift);
+        CHECK(strcmp(gift, "from rank 0") == 0);
+        if (const char* victim = getenv("KEEL_TEST_VICTIM")) {
+            if (launch.rank == atoi(victim)) raise(SIGKILL);
+            sleep(30);
+        }
+    }
+
+    TEST_CASE("dev/cluster/local.sh starts ranks that find each other, and ends them all when one is killed") {
+        Words words = {"dev/cluster/local.sh", "3", "build/test_ranks", "-ns", "-tc=A process of a launcher*"};
+        std::map<std::string, std::string> under = {{"SLURM_PROCID", "1"}, {"SLURM_STEP_NUM_TASKS", "2"}};  // srun
+        Result r = Process(words, under).wait();
+        INFO(r.out << r.err);
+        CHECK(r.code == 0);
+        CHECK(r.err == "");
+        size_t ranks = 0;
+        for (size_t at = 0; (at = r.out.find("SUCCESS", at)) != std::string::npos; at++) ranks++;
+        CHECK(ranks == 3);
+        under["KEEL_TEST_VICTIM"] = "1";
+        Result killed = Process(words, under).wait();
+        INFO(killed.out << killed.err);
+        CHECK(killed.code == 128 + SIGKILL);
+        CHECK(killed.err.find("rank 0: rank 1 (process") != std::string::npos);
+        CHECK(killed.err.find("local.sh: rank 1 (process") != std::string::npos);
+        CHECK(killed.err.find("was ended by signal 9; all end") != std::string::npos);
+    }
 }
 
 TEST_SUITE("training") {

@@ -3,8 +3,8 @@
 #
 #   dev/cluster/local.sh 8 ./train_keel -i 'data/fineweb_edu_10BT/*_train_*.bin' -L 1024 -z 2 -o run
 #
-# When a rank ends by an error all end, and the first one's exit status is this script's. SIGTERM, SIGINT, SIGUSR1 and SIGHUP go to every rank, once. Which GPUs:
-# CUDA_VISIBLE_DEVICES, else rank 0 takes the first one. The CPU trainer's ranks talk by MPI: mpirun.sh.
+# When a rank ends by an error all end, and the first one's exit status is this script's. SIGTERM, SIGINT, SIGUSR1 and SIGHUP go to each rank once. Rank R takes the
+# R-th of the GPUs that CUDA_VISIBLE_DEVICES shows, or of all. The CPU trainer's ranks talk by MPI, which local.sh does not start: dev/cluster/mpirun.sh does.
 here=$(cd "$(dirname "$0")" && pwd)
 if [ "$1" = -h ] || [ "$1" = --help ]; then
     sed -n '2,7p' "$0"
@@ -59,7 +59,7 @@ while [ ${#ranks[@]} -gt 0 ]; do
                 echo "local.sh: rank $rank (process $pid) $how; all end" >&3
             fi
             # They end by themselves, and say why; what does not is made to.
-            { sleep 1; kill -TERM -- "${ranks[@]/#/-}"; sleep 10; kill -KILL -- "${ranks[@]/#/-}"; } &
+            { sleep 1; kill -TERM -- "${ranks[@]/#/-}"; sleep 5; kill -KILL -- "${ranks[@]/#/-}"; } &
             reaper=$!
         fi
     done
