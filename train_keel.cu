@@ -2916,7 +2916,7 @@ struct Trainer {
     using Generator = TokenGenerator;
 
     // ----- The machine
-    static void require_machine() { require_gpu(); }
+    static void require_machine(const Launch& launch = {}) { require_gpu(launch); }
 
     static void check_model(const ModelConfig& c) {
         if (c.C > most_channels())

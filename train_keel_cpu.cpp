@@ -1092,7 +1092,7 @@ struct Trainer {
 
     using Generator = TokenGenerator;
 
-    static void require_machine() {
+    static void require_machine(const Launch& = {}) {
         int wanted = omp_get_max_threads(), threads = startable_threads(wanted), started = 0;
         if (threads < wanted) {  // else OpenMP would end the program
             omp_set_num_threads(threads);

@@ -4,7 +4,7 @@
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
-#include "../keel_common.h"
+#include "launch.h"
 
 #ifdef KEEL_FP32
 using branch_t = float;
@@ -281,7 +281,7 @@ inline cudaDeviceProp gpu_properties() {
     return p;
 }
 
-inline void require_gpu() {
+inline void require_gpu(const Launch& launch) {
     int devices = 0, driver = 0, runtime = 0;
     cudaError_t error = cudaGetDeviceCount(&devices);
     cudaDriverGetVersion(&driver), cudaRuntimeGetVersion(&runtime);
@@ -292,7 +292,8 @@ inline void require_gpu() {
         fail("expected an NVIDIA GPU, found none (%s); use train_keel_cpu", error == cudaSuccess ? "no device"
                                                                             : driver == 0 ? "no driver"
                                                                                           : cudaGetErrorString(error));
-    CUDA(cudaFree(nullptr));  // the driver's start, a good part of a second
+    if (launch.ranks > 1) CUDA(cudaSetDevice(launch.device(devices)));  // before anything is taken of the first one
+    CUDA(cudaFree(nullptr));                                            // the driver's start, a good part of a second
     cudaDeviceProp p = gpu_properties();
     if (p.major < 8)
         fail("expected a GPU of compute capability 8.0 or later, found %s with %d.%d; use train_keel_cpu", p.name,

@@ -35,9 +35,6 @@ public:
 
     Communicator(const Launch& launch, const UniqueId& unique_id)
         : rank(size_t(launch.rank)), ranks(size_t(launch.ranks)) {
-        int devices = 0;
-        CUDA(cudaGetDeviceCount(&devices));
-        CUDA(cudaSetDevice(launch.local_rank % devices));  // a launcher may also show each process its own GPU alone
         setenv("NCCL_ALGO", "Ring", 0);  // whatever a message's size: the ring fixes the order of its sums
         ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
         config.maxCTAs = MULTIPROCESSORS;

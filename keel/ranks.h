@@ -1,8 +1,8 @@
 // keel/ranks.h: the processes of one run, on one machine or many.
 //
-// The launcher's environment says who they are. What they compute travels by MPI or NCCL (each trainer's Communicator).
-// The lifeline below tells whether all of them still live, and why one does not: MPI or NCCL alone would wait for a
-// dead rank for ever.
+// The launcher's environment says who they are (launch.h). What they compute travels by MPI or NCCL (each trainer's
+// Communicator). The lifeline below tells whether all of them still live, and why one does not: MPI or NCCL alone would
+// wait for a dead rank for ever.
 #pragma once
 
 #include <netdb.h>
@@ -11,6 +11,7 @@
 #include <poll.h>
 #include <signal.h>
 #include <sys/socket.h>
+#include <sys/wait.h>
 #ifdef KEEL_MPI
 #include <mpi.h>
 #endif
@@ -20,49 +21,7 @@
 #include <functional>
 #include <mutex>
 
-#include "../keel_common.h"
-
-// This process among those that mpirun, srun or another launcher has started.
-struct Launch {
-    int rank = 0, ranks = 0;              // ranks 0: alone
-    int local_rank = 0, local_ranks = 0;  // among the ranks on this machine; local_ranks 0: not known
-    std::string launcher;                 // "": none
-
-    static Launch from_environment() {
-        static const struct {
-            const char *launcher, *rank, *ranks, *local_rank, *local_ranks;
-        } launchers[] = {
-            {"mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK",
-             "OMPI_COMM_WORLD_LOCAL_SIZE"},
-            {"mpirun", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"},
-            // Set by srun for its step; SLURM_NTASKS is set in a batch script as well, which is one process.
-            {"srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"},
-            {"RANK and WORLD_SIZE", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"},
-        };
-        for (const auto& row : launchers) {
-            if (!getenv(row.rank) || !getenv(row.ranks)) continue;
-            Launch l;
-            l.launcher = row.launcher;
-            l.ranks = int(parse(row.ranks, 1, MAX_RANKS)), l.rank = int(parse(row.rank, 0, l.ranks - 1));
-            if (getenv(row.local_rank)) l.local_rank = int(parse(row.local_rank, 0, MAX_RANKS));
-            if (const char* text = getenv(row.local_ranks); text && !text[strspn(text, "0123456789")])
-                l.local_ranks = atoi(text);  // Slurm's may be a list
-            return l;
-        }
-        return {};
-    }
-
-private:
-    static int64_t parse(const char* name, int64_t least, int64_t most) {
-        char* end = nullptr;
-        const char* text = getenv(name);
-        long long value = strtoll(text, &end, 10);
-        if (!*text || *end || value < least || value > most)
-            fail("%s: expected a number from %lld to %lld in the environment, found '%s'; see to the launcher", name,
-                 least, most, text);
-        return value;
-    }
-};
+#include "launch.h"
 
 #ifdef KEEL_MPI
 inline void check_mpi(int error, const char* what) {
@@ -73,18 +32,52 @@ inline void check_mpi(int error, const char* what) {
     fail("%s: %s", what, text);
 }
 
+// Prints a text where the process ends before the scope does. MPI_Init ends it without a return or an exit handler, so
+// another process sees to it.
+class LastWord {
+public:
+    explicit LastWord(const std::string& text) {
+        if (pipe2(ends, O_CLOEXEC) != 0) return;
+        child = fork();
+        if (child == 0) {
+            char byte;
+            close(ends[1]);
+            if (read(ends[0], &byte, 1) == 0 && write(2, text.data(), text.size()) < 0) {}
+            _exit(0);
+        }
+        close(ends[0]);
+    }
+    ~LastWord() {
+        if (child > 0) kill(child, SIGKILL), waitpid(child, nullptr, 0);
+        if (ends[1] >= 0) close(ends[1]);
+    }
+    LastWord(const LastWord&) = delete;
+    LastWord& operator=(const LastWord&) = delete;
+
+private:
+    int ends[2] = {-1, -1};
+    pid_t child = -1;
+};
+
 // MPI from here to the end of the scope. An error that leaves the scope does not close it: MPI_Finalize would wait for
 // the other ranks.
 struct MpiSession {
     explicit MpiSession(const Launch& launch) {
         int provided, ranks = 0, rank = 0;
-        MPI_Init_thread(nullptr, nullptr, MPI_THREAD_FUNNELED, &provided);
+        {
+            LastWord word(format("rank %d: MPI_Init has ended it, as MPI says above; start each program by an mpirun "
+                                 "of its own; %s\n",
+                                 launch.rank, launch.if_stale()));
+            StartWatch watch(launch, [n = launch.ranks] { return format("the others of %d ranks in MPI_Init", n); });
+            MPI_Init_thread(nullptr, nullptr, MPI_THREAD_FUNNELED, &provided);
+        }
         MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN);
         MPI_Comm_size(MPI_COMM_WORLD, &ranks), MPI_Comm_rank(MPI_COMM_WORLD, &rank);
         if (ranks != launch.ranks || rank != launch.rank)
-            fail("MPI: expected rank %d of %d as %s says, found rank %d of %d; launch with the mpirun of the MPI that "
-                 "this was built with, or srun --mpi=pmix",
-                 launch.rank, launch.ranks, launch.launcher, rank, ranks);
+            fail("MPI: expected rank %d of %d as %s and %s say, found rank %d of %d; launch with the mpirun of the MPI "
+                 "that this was built with, or srun --mpi=pmix; %s",
+                 launch.rank, launch.ranks, launch.rank_variable, launch.ranks_variable, rank, ranks,
+                 launch.if_stale());
     }
     ~MpiSession() {
         if (!std::uncaught_exceptions()) MPI_Finalize();
@@ -92,8 +85,12 @@ struct MpiSession {
     MpiSession(const MpiSession&) = delete;
     MpiSession& operator=(const MpiSession&) = delete;
 
-    // Whether the launcher has prepared MPI: srun does so only with --mpi=pmix or pmi2.
-    static bool offered() { return getenv("OMPI_COMM_WORLD_SIZE") || getenv("PMI_SIZE") || getenv("PMIX_RANK"); }
+    // Whether the launcher has prepared MPI: srun does so only with --mpi=pmix or pmi2, and what starts ranks by RANK
+    // and WORLD_SIZE may itself run under mpirun, as one of its ranks.
+    static bool offered(const Launch& launch) {
+        return launch.rank_variable != "RANK" &&
+               (getenv("OMPI_COMM_WORLD_SIZE") || getenv("PMI_SIZE") || getenv("PMIX_RANK"));
+    }
 };
 #endif
 
@@ -103,7 +100,6 @@ struct MpiSession {
 // no rank waits for a step that cannot be finished.
 class Lifeline {
 public:
-    static constexpr double START = 120;  // seconds in which all ranks must have connected
     // Seconds of silence after which a rank is given up; ten signs of life are due in that time. Tests make it smaller.
     static inline double silence = 20;
 
@@ -111,8 +107,14 @@ public:
     // environment. unique_id: bytes of rank 0 that all ranks get (NCCL's id).
     Lifeline(const Launch& launch, const std::function<void(std::string&)>& exchange, std::span<char> unique_id)
         : launch(launch) {
-        if (launch.ranks > 1) launch.rank == 0 ? gather_ranks(exchange, unique_id) : find_rank_0(exchange, unique_id);
-        if (launch.ranks > 1) thread = std::thread([this] { watch(); });
+        if (launch.ranks <= 1) return;
+        {
+            StartWatch watch(launch, [this, n = launch.ranks, first = launch.rank == 0] {
+                return first ? format("%d of %d ranks", n - 1 - come, n) : format("rank 0 of %d ranks", n);
+            });
+            launch.rank == 0 ? gather_ranks(exchange, unique_id) : find_rank_0(exchange, unique_id);
+        }
+        thread = std::thread([this] { watch(); });
     }
     ~Lifeline() { close_all(std::uncaught_exceptions() > 0); }
     Lifeline(const Lifeline&) = delete;
@@ -128,8 +130,9 @@ public:
         for (Peer& peer : peers)
             send_message(peer, ERROR, format("rank %d (%s): %s", launch.rank, process_name(), text));
         failing = true;
-        for (int i = 0; i < 300 && !rank_0_gone; i++) usleep(10000);  // rank 0 prints and ends, or else we print
-        if (!rank_0_gone) fprintf(stderr, "%s: rank %d: %s\n", program.c_str(), launch.rank, text.c_str());
+        // Rank 0 prints this, answers with an error, which ends this process, and ends. Or else we print.
+        for (double until = seconds() + StartLimits::rank_0; seconds() < until && !rank_0_gone;) usleep(10000);
+        fprintf(stderr, "%s: rank %d: %s\n", program.c_str(), launch.rank, text.c_str());
     }
 
 private:
@@ -150,6 +153,7 @@ private:
     std::vector<Peer> peers;  // of rank 0: all others; of another: rank 0
     std::thread thread;
     std::mutex sending;
+    std::atomic<int> come = 0;  // ranks that have connected to rank 0
     std::atomic<bool> stop = false, ended = false, failing = false, rank_0_gone = false;
 
     void send_message(Peer& peer, Kind kind, const std::string& text) {
@@ -192,8 +196,12 @@ private:
     // Rank 0's address from the environment: MASTER_ADDR and MASTER_PORT, or the first node of Slurm's step and a port
     // made of the job's number.
     std::string fixed_address() const {
-        if (const char* host = getenv("MASTER_ADDR"))
-            return format("%s:%s", host, getenv("MASTER_PORT") ? getenv("MASTER_PORT") : "29400");
+        if (const char* host = getenv("MASTER_ADDR")) {
+            int64_t port = 29400;
+            if (getenv("MASTER_PORT")) port = Launch::parse("MASTER_PORT", 1, 65534, "MASTER_ADDR");
+            const char* taken = getenv("TORCHELASTIC_USE_AGENT_STORE");  // torchrun listens on the port itself
+            return format("%s:%lld", host, port + (taken && strcmp(taken, "True") == 0));
+        }
         if (const char* nodes = getenv("SLURM_STEP_NODELIST")) {  // "node[017-020,031]"
             std::string list = nodes, first = list.substr(0, list.find_first_of("[,"));
             if (size_t open = list.find('['); open != std::string::npos && open == first.size())
@@ -234,30 +242,57 @@ private:
             if (!exchange) write_rendezvous(file, address);
         }
         peers.resize(size_t(launch.ranks) - 1);
-        double until = seconds() + START;
-        for (int connected = 0; connected < launch.ranks - 1;) {
+        double until = seconds() + StartLimits::all, beat = 0;
+        while (come < launch.ranks - 1) {
             pollfd p{listener, POLLIN, 0};
-            if (seconds() > until)
-                fail("ranks: expected %d within %.0f s, found %d; see to the machines of the others", launch.ranks,
-                     START, connected + 1);
-            if (poll(&p, 1, 500) <= 0) continue;
-            Peer peer;
-            peer.fd = accept4(listener, nullptr, nullptr, SOCK_CLOEXEC);
-            MessageHead head;
-            if (peer.fd < 0 || !receive_message(peer, head, peer.name, seconds() + 10) || head.kind != HELLO ||
-                head.ranks != uint32_t(launch.ranks) || head.rank == 0 || head.rank >= head.ranks ||
-                peers[head.rank - 1].fd >= 0) {
-                if (peer.fd >= 0) close(peer.fd);  // it is none of this run's ranks
-                continue;
+            bool somebody = poll(&p, 1, 100) > 0;
+            double now = seconds();
+            if (now > until) {
+                auto absent = std::find_if(peers.begin(), peers.end(), [](const Peer& peer) { return peer.fd < 0; });
+                fail_start(format("ranks: expected %d within %.0f s, found %d, rank %d not among them; see to the "
+                                  "machines of the others; %s",
+                                  launch.ranks, StartLimits::all, come + 1, int(absent - peers.begin()) + 1,
+                                  launch.if_stale()));
             }
-            peer.rank = int(head.rank);
-            setsockopt(peer.fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
-            send_message(peer, HELLO, std::string(unique_id.data(), unique_id.size()) + process_name());
-            peers[head.rank - 1] = std::move(peer);
-            connected++;
+            for (Peer& peer : peers)  // those that are there may fail, and are not to take our waiting for silence
+                if (peer.fd >= 0) peer.heard = now, attend(peer, true, now);
+            if (now - beat > silence / 10) {
+                beat = now;
+                for (Peer& peer : peers) send_message(peer, ALIVE, "");
+            }
+            if (somebody) greet(listener, unique_id);
         }
         close(listener);
         if (file && !exchange) unlink(file);
+    }
+
+    // Takes one rank's connection.
+    void greet(int listener, std::span<char> unique_id) {
+        Peer peer;
+        peer.fd = accept4(listener, nullptr, nullptr, SOCK_CLOEXEC);
+        if (peer.fd < 0) return;
+        MessageHead head;
+        bool one_of_us = false;
+        try {
+            one_of_us = receive_message(peer, head, peer.name, seconds() + 10) && head.kind == HELLO &&
+                        head.ranks == uint32_t(launch.ranks) && head.rank > 0 && head.rank < head.ranks &&
+                        peers[head.rank - 1].fd < 0;
+        } catch (const Error&) {}  // another program
+        if (!one_of_us) {
+            close(peer.fd);
+            return;
+        }
+        int on = 1;
+        peer.rank = int(head.rank);
+        setsockopt(peer.fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+        send_message(peer, HELLO, std::string(unique_id.data(), unique_id.size()) + process_name());
+        peers[head.rank - 1] = std::move(peer);
+        come++;
+    }
+
+    [[noreturn]] void fail_start(const std::string& text) {  // the ranks that are there end without a word of their own
+        for (Peer& peer : peers) send_message(peer, ERROR, text);
+        throw Error(text);
     }
 
     static void write_rendezvous(const char* file, const std::string& address) {
@@ -277,7 +312,7 @@ private:
         else if (!file) address = fixed_address();
         Peer peer;
         peer.rank = 0;
-        for (double until = seconds() + START;;) {
+        for (double until = seconds() + StartLimits::all;;) {
             if (!exchange && file) {  // read again each time: an earlier run may have left an old address
                 char text[300] = "";
                 if (FILE* in = fopen(file, "re")) {
@@ -290,7 +325,7 @@ private:
             std::string given;
             if (!address.empty() && connect_to(peer, address)) {
                 send_message(peer, HELLO, process_name());
-                if (receive_message(peer, head, given, seconds() + START) && head.kind == HELLO &&
+                if (receive_message(peer, head, given, seconds() + StartLimits::all) && head.kind == HELLO &&
                     given.size() >= unique_id.size()) {
                     std::copy_n(given.begin(), unique_id.size(), unique_id.begin());
                     peer.name = given.substr(unique_id.size());
@@ -299,8 +334,9 @@ private:
                 close(peer.fd), peer.fd = -1, peer.received.clear();
             }
             if (seconds() > until)
-                fail("ranks: expected rank 0 at %s within %.0f s, found nobody; see to the network, or set MASTER_ADDR",
-                     address.empty() ? file : address, START);
+                fail("ranks: expected rank 0 at %s within %.0f s, found nobody; see to the network, or set "
+                     "MASTER_ADDR; %s",
+                     address.empty() ? file : address, StartLimits::all, launch.if_stale());
             usleep(200000);
         }
         peers.push_back(std::move(peer));
@@ -457,15 +493,16 @@ struct RankSession {
     std::unique_ptr<typename Trainer::Communicator> communicator;  // null: alone
 
     void start() {
+        if (!launch.warning.empty()) warn(launch.warning + ": this is a run of one rank");
         if (launch.ranks == 1) launch.ranks = 0;  // a run of one rank has the bits of one that no launcher started
         if (launch.ranks == 0) return;
         if (!Trainer::ranks_by)
-            fail("%s: this build has one rank, found %d started; install %s and build again, or start one",
-                 launch.launcher, launch.ranks, Trainer::ranks_needs);
+            fail("%s: this build has one rank, found %d started; install %s and build again, or start one; %s",
+                 launch.launcher, launch.ranks, Trainer::ranks_needs, launch.if_stale());
         using UniqueId = typename Trainer::Communicator::UniqueId;
         std::function<void(std::string&)> exchange;
 #ifdef KEEL_MPI
-        if (MpiSession::offered() || std::string(Trainer::ranks_by) == "MPI") {
+        if (MpiSession::offered(launch) || std::string(Trainer::ranks_by) == "MPI") {
             mpi = std::make_unique<MpiSession>(launch);
             exchange = [](std::string& address) {
                 char text[300] = "";

@@ -84,12 +84,7 @@ private:
     void start_ranks() {
         for (const char* flag : {"--tune", "--moments", "--grads"})
             if (Trainer::on_host && o.has(flag)) fail("%s: is for the GPU trainer, train_keel; leave it out", flag);
-        try {
-            Trainer::require_machine();
-        } catch (const Error& e) {  // of this rank alone, and no lifeline tells rank 0 yet
-            if (session.launch.rank > 0) fprintf(stderr, "rank %d: %s\n", session.launch.rank, e.what());
-            throw;
-        }
+        Trainer::require_machine(session.launch);
         session.start();
         ranks = session.ranks();
         if (o.zero > 0 && session.launch.launcher.empty())
@@ -658,8 +653,8 @@ int trainer_main(int argc, char** argv) {
     text.reserve(4096);  // where there is no memory left, there is room to say so
     try {
         session.launch = Launch::from_environment();
-        if (session.launch.rank > 0 && !freopen("/dev/null", "w", stdout)) {}  // rank 0 prints for all
         const Options o = parse_command_line(argc, argv);
+        if (session.launch.rank > 0 && !o.help && !freopen("/dev/null", "w", stdout)) {}  // rank 0 prints for all
         if (!o.help) return Run<Trainer>(o, session).run();
         fputs(help_text(argv[0], Trainer::ranks_by
                                      ? format("one rank or many, by %s", Trainer::ranks_by)
@@ -682,7 +677,7 @@ int trainer_main(int argc, char** argv) {
     }
     fflush(stdout);
     if (session.lifeline) session.lifeline->fail_all(program, text);
-    else if (session.launch.rank == 0) fprintf(stderr, "%s: %s\n", program.c_str(), text.c_str());
+    else session.launch.say(program, text);
     if (session.launch.ranks > 1) _exit(1);  // no destructor may wait for the others
     return 1;
 }

@@ -64,7 +64,7 @@ concept IsCommunicator = requires(C c, const Launch& launch, const void* mine, v
 template <class T>
 concept IsTrainer =
     IsCommunicator<typename T::Communicator> &&
-    requires(RunConfig& run, const ModelConfig& c, const Options& o, uint64_t available, int window) {
+    requires(RunConfig& run, const ModelConfig& c, const Options& o, const Launch& l, uint64_t available, int window) {
         typename T::Real;       // of its files and debug states
         typename T::HostArray;  // HostArray(n): n Reals at data() in the host's memory, to which save() is fast
         { T::branch_bf16 } -> std::convertible_to<bool>;  // header word H_BRANCH_BF16
@@ -73,9 +73,9 @@ concept IsTrainer =
         { T::ranks_by } -> std::convertible_to<const char*>;  // by what ranks talk; null where the build has one rank
         { T::ranks_needs } -> std::convertible_to<const char*>;  // what to install for a build with more
         { T::probes_ranks } -> std::convertible_to<bool>;        // --probe works on several ranks
-        T::require_machine();                                    // throws where there is nothing to compute on
-        T::check_model(c);                                       // throws where this build cannot run the shape
-        { T::available_memory() } -> std::same_as<uint64_t>;     // bytes of the memory that the three below count
+        T::require_machine(l);  // takes this rank's device; throws where there is nothing to compute on
+        T::check_model(c);      // throws where this build cannot run the shape
+        { T::available_memory() } -> std::same_as<uint64_t>;  // bytes of the memory that the three below count
         T::choose_memory_plan(run, available);  // fills in B and recompute where still open; throws where nothing fits
         { T::memory_rows(run) } -> std::same_as<std::vector<MemoryRow>>;  // what a Trainer of this run takes
         // What else it takes, with its name for the table: samples and probe, or the debug states of --dump (one) and

@@ -1,5 +1,6 @@
 #!/bin/bash
-# dev/cluster's scripts on the CPU trainer: mpirun.sh as it is, slurm.sbatch with stand-ins for srun and scontrol. Ends with "N passed, N failed".
+# dev/cluster's scripts on the CPU trainer: mpirun.sh as it is, slurm.sbatch with stand-ins for srun and scontrol, local.sh with stand-ins for ranks, whose real ones
+# test_ranks.cpp has. Ends with "N passed, N failed".
 cd "$(dirname "$0")/.." || exit 1
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
@@ -101,6 +102,65 @@ expect "and puts the job back into the queue" asked "requeue 7"
 rm -f "$folder/requeued"
 (job "${words[@]}" -q -o "$folder/wrong") >"$folder/out" 2>&1
 expect "a mistake does not" asked ""
+
+# local.sh: each stand-in says who it is, notes the signals that come, and ends as its rank is told.
+cat >"$folder/rank" <<'END'
+#!/bin/bash
+for signal in TERM INT USR1 HUP; do trap "echo rank $RANK: $signal" "$signal"; done
+trap 'exit 0' USR2 $END
+echo "rank $RANK of $WORLD_SIZE, $LOCAL_RANK of $LOCAL_WORLD_SIZE here, $MASTER_ADDR, $(dirname "$KEEL_RENDEZVOUS" | xargs test -w && echo a folder)"
+[ "$RANK" = "$BAD" ] && { sleep 0.2; eval "$FATE"; }
+while [ -n "$WAIT" ]; do sleep 0.05; done
+END
+chmod +x "$folder/rank"
+lines() { [ "$(grep -c "$1" "$folder/out")" = "$2" ]; }
+local_run() {  # variables, then the number of ranks: in the background, until all stand
+    local ranks=${*: -1}
+    : >"$folder/out"
+    # A group of its own with SIGINT at its default, as a terminal's command has.
+    (set -m; env "${@:1:$#-1}" dev/cluster/local.sh "$ranks" "$folder/rank" >"$folder/out" 2>&1 & echo $! >"$folder/pid"; wait $!; echo $? >"$folder/status") &
+    script=$!
+    for ((i = 0; i < 600; i++)); do
+        lines '^rank . of' "$ranks" && break
+        sleep 0.05
+    done
+    pid=$(cat "$folder/pid")
+}
+standing() { pgrep -f "bash $folder/ran[k]" >/dev/null; }
+ends() {  # with that status, and nothing is left
+    wait $script
+    for ((i = 0; i < 200; i++)); do standing || break; sleep 0.05; done
+    [ "$(cat "$folder/status")" = "$1" ] && ! standing
+}
+
+local_run WAIT= RANK=7 MASTER_ADDR=elsewhere 2
+expect "local.sh ends with 0 when all have" ends 0
+expect "having told each rank who it is and where they meet" lines '^rank [01] of 2, [01] of 2 here, 127.0.0.1, a folder$' 2
+local_run WAIT=1 END=TERM BAD=2 FATE='exit 7' 3
+expect "a rank's error ends all, with its status" ends 7
+expect "which is told" has 'local.sh: rank 2 \(process [0-9]+\) ended with status 7; all end'
+local_run WAIT=1 3
+for signal in USR1 TERM HUP; do
+    kill -$signal "$pid"
+    for ((i = 0; i < 200; i++)); do lines ": $signal" 3 && break; sleep 0.05; done
+done
+kill -INT -- -"$pid"  # as a terminal's ^C, to the whole process group
+for ((i = 0; i < 200; i++)); do lines ': INT' 3 && break; sleep 0.05; done
+sleep 0.2
+for signal in USR1 TERM HUP INT; do expect "SIG$signal comes to each rank once" lines ": $signal" 3; done
+pkill -USR2 -f "bash $folder/ran[k]"
+expect "ranks that end well after a signal are no error" ends 0
+local_run WAIT=1 3
+kill -9 "$pid"
+expect "killed itself, it leaves no ranks behind" ends 137
+local_run WAIT=1 BAD=0 FATE='trap "" TERM; kill -9 $$' 2
+expect "a rank that is killed is told by its signal, and ends all" ends 137
+expect "with the signal told" has 'rank 0 \(process [0-9]+\) was ended by signal 9'
+dev/cluster/local.sh 2 "${words[@]}" -x 2 -o "$folder/local" >"$folder/out" 2>&1
+expect "the CPU trainer's ranks want mpirun" test $? = 1
+expect "and say so, once" lines 'launch with the mpirun of the MPI' 1
+dev/cluster/local.sh 1 "${words[@]}" -x 2 -o "$folder/local" >"$folder/out" 2>&1
+expect "one rank is a run alone" finished local 2
 
 dev/cluster/network.sh 0.1 1 >"$folder/out"
 expect "network.sh prints each port's traffic" has '^lo +sent +[0-9.]+ GB/s +received'

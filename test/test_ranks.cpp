@@ -246,9 +246,10 @@ TEST_SUITE("the lifeline, without MPI") {
         }
     };
     // Runs `act` in each of n processes that hold a lifeline, and gives back their exit codes and what each printed on
-    // stderr.
+    // stderr. A rank for which `before` is false stays away.
     std::vector<Result> with_lifeline(int n, const std::map<std::string, std::string>& environment,
-                                      const std::function<int(int, Lifeline&)>& act, double silence = 0) {
+                                      const std::function<int(int, Lifeline&)>& act, double silence = 0,
+                                      const std::function<bool(int)>& before = nullptr) {
         std::vector<pid_t> children;
         std::vector<std::string> names;
         for (int r = 0; r < n; r++) {
@@ -263,6 +264,7 @@ TEST_SUITE("the lifeline, without MPI") {
                 int code = 7;
                 try {
                     if (silence > 0) Lifeline::silence = silence;
+                    if (before && !before(r)) _exit(0);
                     char gift[100] = "";
                     if (r == 0) strcpy(gift, "from rank 0");
                     Lifeline lifeline(Launch::from_environment(), nullptr, gift);
@@ -353,6 +355,356 @@ TEST_SUITE("the lifeline, without MPI") {
                     if (!fate.named_by_all && r > 0) CHECK(results[size_t(r)].err == "");
                 }
             }
+    }
+
+    TEST_CASE("A rank that comes late is waited for, whoever else calls; those that are there are not silent "
+              "meanwhile") {
+        auto environment = by_port();
+        auto late = [&](int r) {
+            if (r != 2) return true;
+            sleep(1);
+            int fd = socket(AF_INET, SOCK_STREAM, 0);
+            sockaddr_in to{};
+            to.sin_family = AF_INET, to.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+            to.sin_port = htons(uint16_t(atoi(environment["MASTER_PORT"].c_str())));
+            std::string words = "GET /healthz HTTP/1.1\r\nHost: of a cluster's probe\r\n\r\n";
+            bool sent = connect(fd, reinterpret_cast<sockaddr*>(&to), sizeof to) == 0 &&
+                        write(fd, words.data(), words.size()) > 0;
+            sleep(2);
+            return sent;
+        };
+        for (const Result& r : with_lifeline(3, environment, [](int, Lifeline&) { return 0; }, 1, late)) {
+            CHECK(r.code == 0);
+            CHECK(r.err == "");
+        }
+        auto never = [](int r) { return r != 2; };
+        std::vector<Result> failing = with_lifeline(3, by_port(), [](int r, Lifeline&) {
+            if (r == 1) return 3;  // before the third has come
+            return int(sleep(30));
+        }, 0, never);
+        CHECK_MESSAGE(failing[0].err.find("rank 1 (process") != std::string::npos, failing[0].err);
+        CHECK_MESSAGE(failing[0].err.find("failure 3") != std::string::npos, failing[0].err);
+        CHECK(failing[1].err == "");
+    }
+
+    TEST_CASE("Ranks that wait say early for whom and whose word it is, and end with what is missing") {
+        for (int missing : {0, 1}) {
+            auto here = [&](int r) {
+                StartLimits::all = 1.5, StartLimits::patience = 0.2;
+                return r != missing;
+            };
+            std::vector<Result> results =
+                with_lifeline(3, by_port(), [](int, Lifeline&) { return int(sleep(30)); }, 0, here);
+            std::string unset = "where no launcher has started this, unset RANK WORLD_SIZE\n";
+            for (int r = 0; r < 3; r++) {
+                const std::string& err = results[size_t(r)].err;
+                INFO("rank " << r << " without rank " << missing << ": " << err);
+                if (r == missing) continue;
+                CHECK(results[size_t(r)].code != 0);
+                if (missing == 1 && r == 2) {  // it has rank 0, which says all
+                    CHECK(err == "");
+                    continue;
+                }
+                std::string whom =
+                    r == 0 ? "rank 0: waiting for 1 of 3 ranks" : format("rank %d: waiting for rank 0 of 3 ranks", r);
+                CHECK(err.find(whom + ", as WORLD_SIZE=3 in the environment says; " + unset) == 0);
+                CHECK(err.find(r == 0 ? "expected 3 within 2 s, found 2, rank 1 not among them"
+                                      : "expected rank 0 at 127.0.0.1:") != std::string::npos);
+                CHECK(std::count(err.begin(), err.end(), '\n') == 2);
+            }
+        }
+    }
+
+    TEST_CASE("The message of a rank that fails while rank 0 dies is printed by the rank itself") {
+        pid_t* first = static_cast<pid_t*>(mmap(nullptr, sizeof(pid_t), PROT_READ | PROT_WRITE,
+                                                MAP_SHARED | MAP_ANONYMOUS, -1, 0));
+        Meeting all_there;
+        std::vector<Result> results = with_lifeline(3, by_port(), [&](int r, Lifeline&) {
+            if (r == 0) *first = getpid();
+            all_there.wait_for(3);
+            if (r == 0) return raise(SIGSTOP);
+            usleep(r == 1 ? 500000 : 200000);
+            if (r == 1) return kill(*first, SIGKILL), int(sleep(30));
+            return 3;
+        });
+        munmap(first, sizeof *first);
+        CHECK_MESSAGE(results[2].err == "test: rank 2: failure 3\n", results[2].err);
+        CHECK_MESSAGE(results[1].err.find("rank 1: rank 0 (process") == 0, results[1].err);
+    }
+
+    TEST_CASE("Beside torchrun's own store on MASTER_PORT the ranks take the next port; a port that is none is named") {
+        auto environment = by_port();
+        int store = socket(AF_INET, SOCK_STREAM, 0);
+        sockaddr_in at{};
+        at.sin_family = AF_INET, at.sin_port = htons(uint16_t(atoi(environment["MASTER_PORT"].c_str())));
+        REQUIRE(bind(store, reinterpret_cast<sockaddr*>(&at), sizeof at) == 0);
+        REQUIRE(listen(store, 9) == 0);
+        environment["TORCHELASTIC_USE_AGENT_STORE"] = "True";
+        for (const Result& r : with_lifeline(3, environment, [](int, Lifeline&) { return 0; })) {
+            CHECK(r.code == 0);
+            CHECK(r.err == "");
+        }
+        close(store);
+        environment["MASTER_PORT"] = "tcp";
+        for (const Result& r : with_lifeline(2, environment, [](int, Lifeline&) { return 0; }))
+            CHECK(r.err.find("MASTER_PORT: expected a number from 1 to 65534 in the environment, found 'tcp'") == 0);
+    }
+}
+
+TEST_SUITE("launchers") {
+    // The environment without any launcher's word but these.
+    Launch launched(const std::map<std::string, std::string>& variables) {
+        std::vector<std::string> names;
+        for (char** entry = environ; *entry; entry++) names.push_back(std::string(*entry, strcspn(*entry, "=")));
+        for (const std::string& name : names)
+            for (const char* start :
+                 {"OMPI_", "PMI", "MPI_", "SLURM_", "RANK", "WORLD_SIZE", "LOCAL_", "TORCHELASTIC_"})
+                if (name.starts_with(start)) unsetenv(name.c_str());
+        for (const auto& [name, value] : variables) setenv(name.c_str(), value.c_str(), 1);
+        Launch launch = Launch::from_environment();
+        for (const auto& [name, value] : variables) unsetenv(name.c_str());
+        return launch;
+    }
+
+    TEST_CASE("Of several launchers' variables those of the one that has started this process count") {
+        struct {
+            const char* what;
+            std::map<std::string, std::string> variables;
+            int rank, ranks, local_rank, local_ranks;
+            const char *launcher, *warning;
+        } cases[] = {
+            {"no launcher", {}, 0, 0, -1, 0, "", ""},
+            {"mpirun",
+             {{"OMPI_COMM_WORLD_RANK", "1"},
+              {"OMPI_COMM_WORLD_SIZE", "4"},
+              {"OMPI_COMM_WORLD_LOCAL_RANK", "0"},
+              {"OMPI_COMM_WORLD_LOCAL_SIZE", "2"}},
+             1,
+             4,
+             0,
+             2,
+             "mpirun",
+             ""},
+            {"mpirun in a job of Slurm, whose daemon srun has started",
+             {{"OMPI_COMM_WORLD_RANK", "9"},
+              {"OMPI_COMM_WORLD_SIZE", "16"},
+              {"OMPI_COMM_WORLD_LOCAL_RANK", "1"},
+              {"SLURM_PROCID", "1"},
+              {"SLURM_STEP_NUM_TASKS", "2"},
+              {"SLURM_NTASKS", "16"}},
+             9,
+             16,
+             1,
+             0,
+             "mpirun",
+             ""},
+            {"srun on nodes of unequal numbers",
+             {{"SLURM_PROCID", "3"},
+              {"SLURM_STEP_NUM_TASKS", "5"},
+              {"SLURM_LOCALID", "1"},
+              {"SLURM_STEP_TASKS_PER_NODE", "2(x2),1"}},
+             3,
+             5,
+             1,
+             0,
+             "srun",
+             ""},
+            {"srun --mpi=pmi2",
+             {{"PMI_RANK", "5"},
+              {"PMI_SIZE", "8"},
+              {"SLURM_PROCID", "5"},
+              {"SLURM_STEP_NUM_TASKS", "8"},
+              {"SLURM_LOCALID", "1"},
+              {"SLURM_STEP_TASKS_PER_NODE", "4(x2)"}},
+             5,
+             8,
+             1,
+             4,
+             "mpirun",
+             ""},
+            {"hydra",
+             {{"PMI_RANK", "1"}, {"PMI_SIZE", "2"}, {"MPI_LOCALRANKID", "1"}, {"MPI_LOCALNRANKS", "2"}},
+             1,
+             2,
+             1,
+             2,
+             "mpirun",
+             ""},
+            {"srun --pty bash",
+             {{"SLURM_PROCID", "0"}, {"SLURM_STEP_NUM_TASKS", "1"}, {"SLURM_LOCALID", "0"}},
+             0,
+             1,
+             0,
+             0,
+             "srun",
+             ""},
+            {"eight processes started in such a shell",
+             {{"SLURM_PROCID", "0"},
+              {"SLURM_STEP_NUM_TASKS", "1"},
+              {"SLURM_LOCALID", "0"},
+              {"RANK", "3"},
+              {"WORLD_SIZE", "8"},
+              {"LOCAL_RANK", "3"},
+              {"LOCAL_WORLD_SIZE", "8"}},
+             3,
+             8,
+             3,
+             8,
+             "RANK and WORLD_SIZE",
+             ""},
+            {"srun torchrun",
+             {{"SLURM_PROCID", "1"},
+              {"SLURM_STEP_NUM_TASKS", "2"},
+              {"SLURM_LOCALID", "0"},
+              {"RANK", "9"},
+              {"WORLD_SIZE", "16"},
+              {"LOCAL_RANK", "1"},
+              {"LOCAL_WORLD_SIZE", "8"},
+              {"TORCHELASTIC_RUN_ID", "none"}},
+             9,
+             16,
+             1,
+             8,
+             "torchrun",
+             ""},
+            {"a pod of Kubernetes", {{"RANK", "1"}, {"WORLD_SIZE", "4"}}, 1, 4, -1, 0, "RANK and WORLD_SIZE", ""},
+            {"mpirun in such a pod",
+             {{"RANK", "1"},
+              {"WORLD_SIZE", "4"},
+              {"OMPI_COMM_WORLD_RANK", "7"},
+              {"OMPI_COMM_WORLD_SIZE", "8"},
+              {"OMPI_COMM_WORLD_LOCAL_RANK", "7"}},
+             7,
+             8,
+             7,
+             0,
+             "mpirun",
+             ""},
+            {"the local rank by hand",
+             {{"PMI_RANK", "1"}, {"PMI_SIZE", "4"}, {"LOCAL_RANK", "1"}},
+             1,
+             4,
+             1,
+             0,
+             "mpirun",
+             ""},
+            {"a world of one", {{"RANK", "0"}, {"WORLD_SIZE", "1"}}, 0, 1, -1, 0, "RANK and WORLD_SIZE", ""},
+            {"a local rank alone", {{"LOCAL_RANK", "1"}}, 0, 0, -1, 0, "", ""},
+            {"a rank alone", {{"RANK", "1"}}, 0, 0, -1, 0, "", "RANK=1 is set without WORLD_SIZE"},
+            {"a world alone", {{"WORLD_SIZE", "4"}}, 0, 0, -1, 0, "", "WORLD_SIZE=4 is set without RANK"},
+            {"a batch script",
+             {{"SLURM_NTASKS", "8"}, {"SLURM_PROCID", "0"}, {"SLURM_LOCALID", "0"}},
+             0,
+             0,
+             -1,
+             0,
+             "",
+             "SLURM_NTASKS=8 is set, and srun has not started this"},
+        };
+        for (const auto& c : cases) {
+            INFO(c.what);
+            Launch l = launched(c.variables);
+            CHECK(l.rank == c.rank);
+            CHECK(l.ranks == c.ranks);
+            CHECK(l.local_rank == c.local_rank);
+            CHECK(l.local_ranks == c.local_ranks);
+            CHECK(l.launcher == c.launcher);
+            CHECK(l.warning == c.warning);
+        }
+        for (const auto& [rank, ranks, words] :
+             {std::tuple{"4", "4",
+                         "RANK: expected a number from 0 to 3 in the environment, found '4'; see to the launcher, "
+                         "or where none has started this, unset RANK WORLD_SIZE"},
+              {"", "4", "RANK: expected a number from 0 to 3 in the environment, found ''"},
+              {"0", "four", "WORLD_SIZE: expected a number from 1 to 65536 in the environment, found 'four'"}})
+            CHECK_THROWS_WITH_AS(launched({{"RANK", rank}, {"WORLD_SIZE", ranks}}), doctest::Contains(words), Error);
+    }
+
+    TEST_CASE("A rank takes the GPU of its local rank, or the one that it is shown; two never share one unnoticed") {
+        Launch l;
+        l.rank = 5, l.ranks = 8, l.local_rank = 1;
+        CHECK(l.device(4) == 1);
+        CHECK(l.device(1) == 0);
+        l.local_rank = 4;
+        CHECK_THROWS_WITH(l.device(4), "ranks: expected at most 4 on this machine, one for each GPU, found local rank "
+                                       "4 "
+                                       "(rank 5); start fewer, or show each its own by CUDA_VISIBLE_DEVICES");
+        l.local_rank = -1;
+        CHECK(l.device(1) == 0);
+        CHECK_THROWS_WITH(l.device(4), doctest::Contains("which of the 4 GPUs here is rank 5's, found no LOCAL_RANK"));
+    }
+
+    TEST_CASE("A launcher's leftovers in the environment are named, whatever rank they speak of") {
+        Place p;
+        std::string ended = p / "environment";
+        Process(on_ranks(2, {"sh", "-c", "cp /proc/self/environ " + ended + ".$OMPI_COMM_WORLD_RANK"})).wait();
+        std::map<std::string, std::string> of_ended;  // mpirun, with all that it has set
+        std::stringstream in(slurp(ended + ".1"));
+        for (std::string entry; std::getline(in, entry, '\0');)
+            of_ended[entry.substr(0, entry.find('='))] = entry.substr(entry.find('=') + 1);
+        std::map<std::string, std::string> ompi = {{"OMPI_COMM_WORLD_RANK", "1"}, {"OMPI_COMM_WORLD_SIZE", "4"}},
+                                           slurm = {{"SLURM_PROCID", "2"}, {"SLURM_STEP_NUM_TASKS", "4"}},
+                                           torch = {{"RANK", "3"}, {"WORLD_SIZE", "4"}};
+        struct {
+            std::map<std::string, std::string> environment;
+            Words words;
+            const char *expected, *unset;
+        } cases[] = {
+            {ompi, {"-L", "4"}, "rank 1: MPI: expected rank 1 of 4", "OMPI_COMM_WORLD_RANK OMPI_COMM_WORLD_SIZE"},
+            {slurm, {"-L", "4"}, "rank 2: MPI: expected rank 2 of 4", "SLURM_PROCID SLURM_STEP_NUM_TASKS"},
+            {torch, {"-L", "4"}, "rank 3: MPI: expected rank 3 of 4", "RANK WORLD_SIZE"},
+            {of_ended, {"-L", "4"}, "rank 1: MPI_Init has ended it", "OMPI_COMM_WORLD_RANK OMPI_COMM_WORLD_SIZE"},
+            {torch, {"-q"}, "rank 3: unknown flag '-q'", ""},
+            {torch, {"-h"}, nullptr, ""}};
+        std::vector<Process> processes;
+        for (const auto& c : cases) {
+            Words words = {"./train_keel_cpu"};
+            words.insert(words.end(), c.words.begin(), c.words.end());
+            processes.emplace_back(words, c.environment);
+        }
+        for (size_t i = 0; i < processes.size(); i++) {
+            Result r = processes[i].wait();
+            INFO(r.err);
+            CHECK(r.code == (cases[i].expected ? 1 : 0));
+            CHECK((r.out.find("usage:") == 0) == !cases[i].expected);
+            if (!cases[i].expected) continue;
+            CHECK(r.err.find(cases[i].expected) != std::string::npos);
+            if (*cases[i].unset)
+                CHECK(r.err.find(format("where no launcher has started this, unset %s\n", cases[i].unset)) !=
+                      std::string::npos);
+            if (cases[i].environment != of_ended) CHECK(std::count(r.err.begin(), r.err.end(), '\n') == 1);
+        }
+    }
+
+    TEST_CASE("A process of a launcher: a rank that holds a lifeline" * doctest::skip()) {
+        Launch launch = Launch::from_environment();
+        char gift[100] = "";
+        if (launch.rank == 0) strcpy(gift, "from rank 0");
+        Lifeline lifeline(launch, nullptr, gift);
+        CHECK(strcmp(gift, "from rank 0") == 0);
+        if (const char* victim = getenv("KEEL_TEST_VICTIM")) {
+            if (launch.rank == atoi(victim)) raise(SIGKILL);
+            sleep(30);
+        }
+    }
+
+    TEST_CASE("dev/cluster/local.sh starts ranks that find each other, and ends them all when one is killed") {
+        Words words = {"dev/cluster/local.sh", "3", "build/test_ranks", "-ns", "-tc=A process of a launcher*"};
+        std::map<std::string, std::string> under = {{"SLURM_PROCID", "1"}, {"SLURM_STEP_NUM_TASKS", "2"}};  // srun
+        Result r = Process(words, under).wait();
+        INFO(r.out << r.err);
+        CHECK(r.code == 0);
+        CHECK(r.err == "");
+        size_t ranks = 0;
+        for (size_t at = 0; (at = r.out.find("SUCCESS", at)) != std::string::npos; at++) ranks++;
+        CHECK(ranks == 3);
+        under["KEEL_TEST_VICTIM"] = "1";
+        Result killed = Process(words, under).wait();
+        INFO(killed.out << killed.err);
+        CHECK(killed.code == 128 + SIGKILL);
+        CHECK(killed.err.find("rank 0: rank 1 (process") != std::string::npos);
+        CHECK(killed.err.find("local.sh: rank 1 (process") != std::string::npos);
+        CHECK(killed.err.find("was ended by signal 9; all end") != std::string::npos);
     }
 }
 
