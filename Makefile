@@ -4,9 +4,16 @@ CXX      ?= g++
 # No -ffast-math: the order of every sum is the source's. -fno-math-errno only lets square roots be vectorised,
 # -fno-trapping-math comparisons, and with them exponential().
 MARCH     = native
-CXXFLAGS ?= -O3 -march=$(MARCH)
-FLAGS     = -std=c++20 $(CXXFLAGS) -fno-math-errno -fno-trapping-math -fopenmp -Wall -Wextra -Wno-psabi \
+CXXFLAGS ?= -O3 $(MARCH:%=-march=%)
+FLAGS     = -std=c++20 $(CXXFLAGS) -fno-math-errno -fno-trapping-math $(OPENMP) -Wall -Wextra -Wno-psabi \
             -Wno-unknown-pragmas
+OPENMP    = -fopenmp
+ifeq ($(shell uname -s),Darwin)  # Apple's clang aims at Apple's CPUs by itself; OpenMP is Homebrew's
+MARCH     = $(filter native,$(subst x86_64,native,$(shell uname -m)))
+LIBOMP   := $(firstword $(wildcard /opt/homebrew/opt/libomp /usr/local/opt/libomp))
+OPENMP    = -Xpreprocessor -fopenmp -I$(LIBOMP)/include -L$(LIBOMP)/lib -lomp
+endif
+export OPENMP
 
 # Several ranks, where MPI is there; MPI=0 leaves it out. Programs that the sanitizers, valgrind and the fuzzers look at
 # are built without.
@@ -124,7 +131,7 @@ train:
 train_keel train_keel_fp32 $(CARD)/train_keel $(CARD)/train_keel_fp32: train_keel.cu $(HEADERS) FORCE
 	$(call program,nvcc,$(CUDA_TRAINER) $(FP32),$(NCCL_LIBRARIES) $(CUDA_LIBRARIES))
 
-train_keel_cpu train_keel_cpu_fp64 $(CARD)/train_keel_cpu $(CARD)/train_keel_cpu_fp64: \
+train_keel_cpu train_keel_cpu_fp64 build/train_keel_cpu_other $(CARD)/train_keel_cpu $(CARD)/train_keel_cpu_fp64: \
         train_keel_cpu.cpp $(HEADERS) FORCE
 	$(call program,g++,$(CXX) $(FLAGS) $(MPI_FLAGS) $(FP64),$(MPI_LIBRARIES))
 

@@ -14,7 +14,6 @@
 #include <array>
 #include <bit>
 #include <cerrno>
-#include <cfloat>
 #include <chrono>
 #include <climits>
 #include <cmath>
@@ -766,7 +765,7 @@ inline std::string config_fault(const ModelConfig& c) {
         return format("the norm placement must be from 0 to %d and is %d", NUM_PLACEMENTS - 1, int(c.norm));
     // The squares of alpha x, added up over a row, must stay finite; those of x_0 are at most 12 (its bound is 2
     // sqrt(3)).
-    if (double most = std::sqrt(FLT_MAX / (12.0 * c.C)); !(c.alpha > 0 && c.alpha <= most))
+    if (double most = std::sqrt(std::numeric_limits<float>::max() / (12.0 * c.C)); !(c.alpha > 0 && c.alpha <= most))
         return format("alpha (-a) must be above 0 and at most %g, as alpha^2 C has to stay finite, and is %g", most,
                       c.alpha);
     return "";

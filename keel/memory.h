@@ -24,6 +24,8 @@ inline uint64_t available_memory() {
     };
     if (long long kib = number("/proc/meminfo", "MemAvailable:"); kib >= 0)
         available = std::min(available, uint64_t(kib) * 1024);
+    else  // macOS: all that there is
+        available = std::min(available, uint64_t(sysconf(_SC_PHYS_PAGES)) * uint64_t(sysconf(_SC_PAGESIZE)));
     const char* groups[][3] = {
         {"/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat"},
         {"/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes",

@@ -21,6 +21,7 @@
 #include <mutex>
 
 #include "../keel_common.h"
+#include "system.h"
 
 // This process among those that mpirun, srun or another launcher has started.
 struct Launch {

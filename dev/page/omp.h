@@ -5,6 +5,7 @@
 #include <bit>
 
 inline int omp_get_max_threads() { return 1; }
+inline int omp_get_num_procs() { return 1; }
 inline int omp_get_num_threads() { return 1; }
 inline int omp_get_thread_num() { return 0; }
 inline int omp_in_parallel() { return 0; }
