@@ -207,6 +207,18 @@ build/train_keel_cpu_sse2: train_keel_cpu.cpp $(HEADERS) FORCE
 
 PROGRAMS_32BIT = build/test_cpu_32bit build/train_keel_cpu_32bit build/train_keel_cpu_64bit
 
+# The CPU trainer for ARM's 64 bits, which qemu runs, on one thread: Debian has no OpenMP of clang's for another CPU, and
+# its g++ for ARM does not go with g++-multilib.
+ARM64 = $(CLANG) --target=aarch64-linux-gnu $(filter-out -march=% $(OPENMP),$(FLAGS)) -fopenmp-simd -Idev/page -I.
+ARM64_PACKAGES = clang-14 libstdc++-12-dev-arm64-cross binutils-aarch64-linux-gnu qemu-user-static
+build/test_cpu_arm64: test/test_cpu.cpp test/numbers.h dev/page/omp.h train_keel_cpu.cpp $(HEADERS) FORCE
+	$(call program,doctest-dev $(ARM64_PACKAGES),$(ARM64) -O1 -idirafter /usr/include -DKEEL_NO_MAIN)
+
+build/train_keel_cpu_arm64: train_keel_cpu.cpp dev/page/omp.h $(HEADERS) FORCE
+	$(call program,$(ARM64_PACKAGES),$(ARM64))
+
+PROGRAMS_ARM64 = build/test_cpu_arm64 build/train_keel_cpu_arm64
+
 # libFuzzer's targets, under ASan and UBSan.
 FUZZERS = $(patsubst test/fuzz/%.cpp,build/fuzz_%,$(wildcard test/fuzz/*.cpp))
 FUZZ_FLAGS = -std=c++20 -O2 -g -I. -Wall -Wextra -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
@@ -302,7 +314,8 @@ test:
 	@[ "$(MPI)" = 0 ] || [ "$$(dev/tools/mpi.sh compile)" ] || dev/tools/need.sh libopenmpi-dev openmpi-bin || true
 	+@test/build.sh $(if $(LONG),$(LONG_PROGRAMS) \
 	        $$(dev/tools/need.sh $(CLANG_PACKAGES) valgrind >&2 && echo $(SANITIZED) $(FUZZERS)) \
-	        $$(dev/tools/need.sh g++-multilib >&2 && echo $(PROGRAMS_32BIT))) $(TEST_PROGRAMS) \
+	        $$(dev/tools/need.sh g++-multilib >&2 && echo $(PROGRAMS_32BIT)) \
+	        $$(dev/tools/need.sh $(ARM64_PACKAGES) >&2 && echo $(PROGRAMS_ARM64))) $(TEST_PROGRAMS) \
 	    $$([ -z "$$(dev/tools/mpi.sh compile)" ] || echo build/test_nccl) \
 	    $$(! command -v em++ >/dev/null || echo build/page/trainer.js build/train_keel_cpu_64bit)
 	@$(MAKE) --no-print-directory rehearsal_pack

@@ -15,12 +15,12 @@ if [ $# = 0 ]; then
     done
 fi
 failed=0
-printf '%-34s %-12s %8s %9s  %s\n' compiler version warnings "loss 20" difference
+printf '%-12s %-12s %8s %9s  %s\n' compiler version warnings "loss 20" difference
 for compiler; do
     version=$($compiler -dumpfullversion -dumpversion 2>/dev/null) warnings=- loss=- difference="did not build"
     if make -B -s MPI=0 CXX="$compiler" build/train_keel_cpu_other >"$folder/log" 2>&1; then
         difference="did not run"
-        warnings=$(grep -c 'warning:' "$folder/log")
+        warnings=$(grep -c '^[^ ]*:[0-9]*:[0-9]*: warning:' "$folder/log")  # of the sources, not of the machine's name
         rm -rf "$folder/run"
         if build/train_keel_cpu_other -i README.md -L 8 -C 64 -t 64 -d 512 -x 20 -v 0 -n 0 -s 0 -o "$folder/run" >>"$folder/log" 2>&1; then
             cut -d, -f1,2 "$folder/run/log.csv" >"$folder/losses"
@@ -30,7 +30,7 @@ for compiler; do
                 END { printf "%.5f %.1e", loss, most }')
         fi
     fi
-    printf '%-34s %-12s %8s %9s  %s\n' "$compiler" "$version" "$warnings" "$loss" "$difference"
+    printf '%-12s %-12s %8s %9s  %s\n' "${compiler%% *}" "$version" "$warnings" "$loss" "$difference"
     if [ "$warnings" != 0 ] || ! awk -v d="$difference" 'BEGIN { exit !(d ~ /^[0-9]/ && d <= 1e-5) }'; then
         failed=1
         tail -5 "$folder/log" >&2
