@@ -4,9 +4,16 @@ CXX      ?= g++
 # No -ffast-math: the order of every sum is the source's. -fno-math-errno only lets square roots be vectorised,
 # -fno-trapping-math comparisons, and with them exponential().
 MARCH     = native
-CXXFLAGS ?= -O3 -march=$(MARCH)
-FLAGS     = -std=c++20 $(CXXFLAGS) -fno-math-errno -fno-trapping-math -fopenmp -Wall -Wextra -Wno-psabi \
+CXXFLAGS ?= -O3 $(MARCH:%=-march=%)
+FLAGS     = -std=c++20 $(CXXFLAGS) -fno-math-errno -fno-trapping-math $(OPENMP) -Wall -Wextra -Wno-psabi \
             -Wno-unknown-pragmas
+OPENMP    = -fopenmp
+ifeq ($(shell uname -s),Darwin)  # Apple's clang aims at Apple's CPUs by itself; OpenMP is Homebrew's
+MARCH     = $(filter native,$(subst x86_64,native,$(shell uname -m)))
+LIBOMP   := $(firstword $(wildcard /opt/homebrew/opt/libomp /usr/local/opt/libomp))
+OPENMP    = -Xpreprocessor -fopenmp -I$(LIBOMP)/include -L$(LIBOMP)/lib -lomp
+endif
+export OPENMP
 
 # Several ranks, where MPI is there; MPI=0 leaves it out. Programs that the sanitizers, valgrind and the fuzzers look at
 # are built without.
@@ -124,7 +131,7 @@ train:
 train_keel train_keel_fp32 $(CARD)/train_keel $(CARD)/train_keel_fp32: train_keel.cu $(HEADERS) FORCE
 	$(call program,nvcc,$(CUDA_TRAINER) $(FP32),$(NCCL_LIBRARIES) $(CUDA_LIBRARIES))
 
-train_keel_cpu train_keel_cpu_fp64 $(CARD)/train_keel_cpu $(CARD)/train_keel_cpu_fp64: \
+train_keel_cpu train_keel_cpu_fp64 build/train_keel_cpu_other $(CARD)/train_keel_cpu $(CARD)/train_keel_cpu_fp64: \
         train_keel_cpu.cpp $(HEADERS) FORCE
 	$(call program,g++,$(CXX) $(FLAGS) $(MPI_FLAGS) $(FP64),$(MPI_LIBRARIES))
 
@@ -199,6 +206,18 @@ build/train_keel_cpu_sse2: train_keel_cpu.cpp $(HEADERS) FORCE
 	$(call program,g++,$(CXX) $(SSE2))
 
 PROGRAMS_32BIT = build/test_cpu_32bit build/train_keel_cpu_32bit build/train_keel_cpu_64bit
+
+# The CPU trainer for ARM's 64 bits, which qemu runs, on one thread: Debian has no OpenMP of clang's for another CPU, and
+# its g++ for ARM does not go with g++-multilib.
+ARM64 = $(CLANG) --target=aarch64-linux-gnu $(filter-out -march=% $(OPENMP),$(FLAGS)) -fopenmp-simd -Idev/page -I.
+ARM64_PACKAGES = clang-14 libstdc++-12-dev-arm64-cross binutils-aarch64-linux-gnu qemu-user-static
+build/test_cpu_arm64: test/test_cpu.cpp test/numbers.h dev/page/omp.h train_keel_cpu.cpp $(HEADERS) FORCE
+	$(call program,doctest-dev $(ARM64_PACKAGES),$(ARM64) -O1 -idirafter /usr/include -DKEEL_NO_MAIN)
+
+build/train_keel_cpu_arm64: train_keel_cpu.cpp dev/page/omp.h $(HEADERS) FORCE
+	$(call program,$(ARM64_PACKAGES),$(ARM64))
+
+PROGRAMS_ARM64 = build/test_cpu_arm64 build/train_keel_cpu_arm64
 
 # libFuzzer's targets, under ASan and UBSan.
 FUZZERS = $(patsubst test/fuzz/%.cpp,build/fuzz_%,$(wildcard test/fuzz/*.cpp))
@@ -295,7 +314,8 @@ test:
 	@[ "$(MPI)" = 0 ] || [ "$$(dev/tools/mpi.sh compile)" ] || dev/tools/need.sh libopenmpi-dev openmpi-bin || true
 	+@test/build.sh $(if $(LONG),$(LONG_PROGRAMS) \
 	        $$(dev/tools/need.sh $(CLANG_PACKAGES) valgrind >&2 && echo $(SANITIZED) $(FUZZERS)) \
-	        $$(dev/tools/need.sh g++-multilib >&2 && echo $(PROGRAMS_32BIT))) $(TEST_PROGRAMS) \
+	        $$(dev/tools/need.sh g++-multilib >&2 && echo $(PROGRAMS_32BIT)) \
+	        $$(dev/tools/need.sh $(ARM64_PACKAGES) >&2 && echo $(PROGRAMS_ARM64))) $(TEST_PROGRAMS) \
 	    $$([ -z "$$(dev/tools/mpi.sh compile)" ] || echo build/test_nccl) \
 	    $$(! command -v em++ >/dev/null || echo build/page/trainer.js build/train_keel_cpu_64bit)
 	@$(MAKE) --no-print-directory rehearsal_pack

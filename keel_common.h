@@ -14,7 +14,6 @@
 #include <array>
 #include <bit>
 #include <cerrno>
-#include <cfloat>
 #include <chrono>
 #include <climits>
 #include <cmath>
@@ -162,39 +161,6 @@ inline std::string quoted(const std::string& path) {
     std::string text = "'";
     for (char c : path) text += c == '\'' ? "'\\''" : std::string(1, c);
     return text + "'";
-}
-
-// A path as a shell expands it: my\ texts/{a,b}*.txt
-inline std::string expandable(const std::string& path) {
-    std::string text;
-    for (char c : path) {
-        if (strchr(" \t'\"\\`()<>|&;!#", c)) text += '\\';
-        text += c;
-    }
-    return text;
-}
-
-// Fails where a path that is not there has what a shell expands outside quotes: ~, $NAME, {a,b}. ./PATH is taken as it
-// is. several: of a flag that takes a glob.
-inline void refuse_unexpanded(const std::string& flag, const std::string& path, bool several) {
-    if (path.starts_with("./") || access(path.c_str(), F_OK) == 0) return;
-    const char* left = "the shell has not expanded";
-    size_t slash = std::min(path.find('/'), path.size()), dollar = path.find('$'), open = path.find('{'),
-           close = path.find('}', open);
-    if (path == "~" || (path[0] == '~' && slash < path.size()))
-        fail("%s: expected a path, found '%s', whose ~ %s, in quotes or behind =; use: %s %s, or ./%s for that very "
-             "name",
-             flag, path, left, flag, path.substr(0, slash + 1) + quoted(path.substr(std::min(slash + 1, path.size()))),
-             path);
-    if (dollar < path.size() && (isalpha((unsigned char)path[dollar + 1]) || strchr("_{(", path[dollar + 1])))
-        fail("%s: expected a path, found '%s', whose $ %s, in quotes; use: %s \"%s\", or ./PATH for that very name",
-             flag, path, left, flag, path);
-    std::string list = close < path.size() ? path.substr(open, close - open) : "";
-    if (list.find(',') == list.npos && list.find("..") == list.npos) return;
-    fail("%s: expected a path%s, found '%s', whose {} %s, in quotes; %s", flag, several ? " or a glob of * ? []" : "",
-         path, left,
-         several ? format("use: mkdir DIR && ln -sr %s DIR, and %s 'DIR/*'", expandable(path), flag)
-                 : "give one path, or ./PATH for that very name");
 }
 
 // "process 1234 on node7"
@@ -808,7 +774,7 @@ inline std::string config_fault(const ModelConfig& c) {
         return format("the norm placement must be from 0 to %d and is %d", NUM_PLACEMENTS - 1, int(c.norm));
     // The squares of alpha x, added up over a row, must stay finite; those of x_0 are at most 12 (its bound is 2
     // sqrt(3)).
-    if (double most = std::sqrt(FLT_MAX / (12.0 * c.C)); !(c.alpha > 0 && c.alpha <= most))
+    if (double most = std::sqrt(std::numeric_limits<float>::max() / (12.0 * c.C)); !(c.alpha > 0 && c.alpha <= most))
         return format("alpha (-a) must be above 0 and at most %g, as alpha^2 C has to stay finite, and is %g", most,
                       c.alpha);
     return "";
@@ -1438,7 +1404,6 @@ inline Options parse_command_line(int argc, const char* const* argv) {
         else if (value.empty()) fail("%s: expected %s, found an empty word", word, flag->argument);
         else if (auto* text = std::get_if<std::string Options::*>(&flag->member)) o.*(*text) = value;
         else if (auto* list = std::get_if<std::vector<std::string> Options::*>(&flag->member)) o.*(*list) = {value};
-        if (flag->is_path()) refuse_unexpanded(word, value, false);
     }
     if (o.help) return o;
     if (!o.ablate.empty() && o.init.empty()) fail("--ablate: expected a model with -e, found none; add -e FILE");
@@ -1518,31 +1483,6 @@ struct Recompute {
             fail("-r: expected none, gelu, layer, auto or an even number of sub-layers, found '%s'", text);
         return {int(k)};
     }
-};
-
-// Where the z and the activations of each sub-layer lie. Each kind has a buffer of slots, and a slot holds one
-// sub-layer's. What is kept until the backward pass has a slot of its own; the rest shares slots.
-struct ActivationSlots {
-    size_t L, K;     // sub-layers; every K-th z is kept
-    size_t count;    // sub-layers whose activations exist at the same time, half of them attention
-    bool u_dropped;  // u and GELU's output have one slot
-    ActivationSlots(int L, Recompute r)
-        : L(size_t(L)), K(r.segments() ? size_t(r.level) : 1), count(size_t(L)), u_dropped(r.drops_u()) {
-        if (r.segments()) count = std::min(K, count);
-        if (r.drops_all()) count = 2;
-    }
-
-    size_t kept_z() const { return (L + K - 1) / K + 1; }    // x_0 = "z_{-1}", every K-th z from there, z_{L-1}
-    size_t segment_z() const { return std::min(K, L) - 1; }  // the z between two kept ones
-    bool z_is_kept(int l) const { return size_t(l + 1) % K == 0 || size_t(l + 1) == L; }
-    size_t z_slot(int l) const { return z_is_kept(l) ? (size_t(l + 1) + K - 1) / K : size_t(l + 1) % K - 1; }
-
-    // The slot of sub-layer l; an attention's qkv, y and lse and a feed-forward's h are in slot of(l) / 2.
-    size_t of(int l) const { return size_t(l) % count; }
-    size_t u_count() const { return u_dropped ? 1 : count; }
-    size_t gelu_count() const { return u_dropped ? 1 : count / 2; }
-    size_t u_of(int l) const { return u_dropped ? 0 : of(l); }
-    size_t gelu_of(int l) const { return u_dropped ? 0 : of(l) / 2; }
 };
 
 // The types of AdamW's two moments and of the gradients in the GPU trainer: each takes 4 bytes a parameter in FP32, or

@@ -26,8 +26,8 @@
 // kernels start through launch(); shared memory is dynamic and reached through shared<T>(); PTX stands in one room.
 
 #include "keel/cublaslt.h"
+#include "keel/main.h"
 #include "keel/nccl.h"
-#include "keel/run.h"
 #include "keel/update.h"
 
 constexpr float NORM_EPSILON = 1e-6f;  // rms(x) = sqrt(mean(x^2) + this)

@@ -16,7 +16,7 @@
 // share out whole outputs, and there are no atomics.
 
 #include "keel/matmul.h"
-#include "keel/run.h"
+#include "keel/main.h"
 #ifdef KEEL_MPI
 #include "keel/mpi.h"
 #endif
@@ -1093,15 +1093,13 @@ struct Trainer {
     using Generator = TokenGenerator;
 
     static void require_machine(const Launch& = {}) {
-        int wanted = omp_get_max_threads(), threads = startable_threads(wanted), started = 0;
-        if (threads < wanted) {  // else OpenMP would end the program
-            omp_set_num_threads(threads);
-            print("note       %d threads of %d, as no more can be started (ulimit -u, -v)\n", threads, wanted);
-        }
-        // Has OpenMP start its threads, which stay, whatever limit comes later; a region without work might be left
-        // out.
+        int threads = threads_to_start(omp_get_max_threads(), omp_get_num_procs()), started = 0;
+        omp_set_num_threads(threads);
+        // Has OpenMP start its threads, which stay, whatever limit comes later; on macOS they do not have this one's
+        // treatment of subnormals.
         #pragma omp parallel reduction(+ : started)
-        started++;
+        flush_subnormals(), started++;
+        omp_set_num_threads(started);  // fewer where OMP_THREAD_LIMIT or OMP_DYNAMIC says so
     }
     static void check_model(const ModelConfig&) {}  // any shape that config_fault lets pass
     static std::string machine_name() { return format("%d threads", omp_get_max_threads()); }

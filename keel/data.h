@@ -6,6 +6,7 @@
 #include "formats.h"
 #include "hops.h"
 #include "memory.h"
+#include "system.h"
 #include "tokenizer.h"
 
 // Data are text files (a byte is a token, V = 256, unless a tokenizer encodes them) or llm.c's token shards (.bin). All
@@ -387,7 +388,7 @@ private:
 inline TokenSource open_training_data(const Options& o) {
     if (!o.train.empty()) return TokenSource(o.train, "-i");
     std::error_code ignored;
-    std::filesystem::path folder = std::filesystem::read_symlink("/proc/self/exe", ignored).parent_path();
+    std::filesystem::path folder = program_path().parent_path();
     std::vector<std::string> own;
     for (const char* name : {"keel_common.h", "train_keel.cu", "train_keel_cpu.cpp"})
         if (access((folder / name).c_str(), R_OK) == 0) own.push_back(folder / name);

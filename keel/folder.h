@@ -7,6 +7,7 @@
 #include <fstream>
 
 #include "../keel_common.h"
+#include "system.h"
 
 // The output folder holds model_00001000.bin and state_00001000_00000.bin for each checkpoint, log.csv, and where asked
 // for probe.csv, probe_weights.csv, hops.csv and ablate.csv.

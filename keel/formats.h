@@ -5,6 +5,46 @@
 
 #include "../keel_common.h"
 
+// A path as a shell expands it: my\ texts/{a,b}*.txt
+inline std::string expandable(const std::string& path) {
+    std::string text;
+    for (char c : path) {
+        if (strchr(" \t'\"\\`()<>|&;!#", c)) text += '\\';
+        text += c;
+    }
+    return text;
+}
+
+// Fails where a path that is not there has what a shell expands outside quotes: ~, $NAME, {a,b}. ./PATH is taken as it
+// is. several: of a flag that takes a glob.
+inline void refuse_unexpanded(const std::string& flag, const std::string& path, bool several) {
+    if (path.starts_with("./") || access(path.c_str(), F_OK) == 0) return;
+    const char* left = "the shell has not expanded";
+    size_t slash = std::min(path.find('/'), path.size()), dollar = path.find('$'), open = path.find('{'),
+           close = path.find('}', open);
+    if (path == "~" || (path[0] == '~' && slash < path.size()))
+        fail("%s: expected a path, found '%s', whose ~ %s, in quotes or behind =; use: %s %s, or ./%s for that very "
+             "name",
+             flag, path, left, flag, path.substr(0, slash + 1) + quoted(path.substr(std::min(slash + 1, path.size()))),
+             path);
+    if (dollar < path.size() && (isalpha((unsigned char)path[dollar + 1]) || strchr("_{(", path[dollar + 1])))
+        fail("%s: expected a path, found '%s', whose $ %s, in quotes; use: %s \"%s\", or ./PATH for that very name",
+             flag, path, left, flag, path);
+    std::string list = close < path.size() ? path.substr(open, close - open) : "";
+    if (list.find(',') == list.npos && list.find("..") == list.npos) return;
+    fail("%s: expected a path%s, found '%s', whose {} %s, in quotes; %s", flag, several ? " or a glob of * ? []" : "",
+         path, left,
+         several ? format("use: mkdir DIR && ln -sr %s DIR, and %s 'DIR/*'", expandable(path), flag)
+                 : "give one path, or ./PATH for that very name");
+}
+
+// The paths on the command line.
+inline void refuse_unexpanded_paths(const Options& o) {
+    for (const Flag& f : flags)
+        if (auto* path = std::get_if<std::string Options::*>(&f.member); path && f.is_path() && o.has(f.long_name))
+            refuse_unexpanded(*f.short_name ? f.short_name : f.long_name, o.*(*path), false);
+}
+
 // llm.c's two kinds of shards. V and the token before each document, where no tokenizer says them: GPT-2's, Llama 3's.
 struct ShardFormat { int magic, version, token_bytes, V, separator; };
 inline constexpr ShardFormat shard_formats[] = {{20240520, 1, 2, 50257, 50256}, {20240801, 7, 4, 128256, 128000}};

@@ -24,6 +24,8 @@ inline uint64_t available_memory() {
     };
     if (long long kib = number("/proc/meminfo", "MemAvailable:"); kib >= 0)
         available = std::min(available, uint64_t(kib) * 1024);
+    else  // macOS: all that there is
+        available = std::min(available, uint64_t(sysconf(_SC_PHYS_PAGES)) * uint64_t(sysconf(_SC_PAGESIZE)));
     const char* groups[][3] = {
         {"/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat"},
         {"/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes",
@@ -102,3 +104,28 @@ void choose_micro_batch(RunConfig& run, uint64_t available, int64_t most_tokens,
     }
     run = chosen;
 }
+
+// Where the z and the activations of each sub-layer lie. Each kind has a buffer of slots, and a slot holds one
+// sub-layer's. What is kept until the backward pass has a slot of its own; the rest shares slots.
+struct ActivationSlots {
+    size_t L, K;     // sub-layers; every K-th z is kept
+    size_t count;    // sub-layers whose activations exist at the same time, half of them attention
+    bool u_dropped;  // u and GELU's output have one slot
+    ActivationSlots(int L, Recompute r)
+        : L(size_t(L)), K(r.segments() ? size_t(r.level) : 1), count(size_t(L)), u_dropped(r.drops_u()) {
+        if (r.segments()) count = std::min(K, count);
+        if (r.drops_all()) count = 2;
+    }
+
+    size_t kept_z() const { return (L + K - 1) / K + 1; }    // x_0 = "z_{-1}", every K-th z from there, z_{L-1}
+    size_t segment_z() const { return std::min(K, L) - 1; }  // the z between two kept ones
+    bool z_is_kept(int l) const { return size_t(l + 1) % K == 0 || size_t(l + 1) == L; }
+    size_t z_slot(int l) const { return z_is_kept(l) ? (size_t(l + 1) + K - 1) / K : size_t(l + 1) % K - 1; }
+
+    // The slot of sub-layer l; an attention's qkv, y and lse and a feed-forward's h are in slot of(l) / 2.
+    size_t of(int l) const { return size_t(l) % count; }
+    size_t u_count() const { return u_dropped ? 1 : count; }
+    size_t gelu_count() const { return u_dropped ? 1 : count / 2; }
+    size_t u_of(int l) const { return u_dropped ? 0 : of(l); }
+    size_t gelu_of(int l) const { return u_dropped ? 0 : of(l) / 2; }
+};

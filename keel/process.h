@@ -9,6 +9,7 @@
 #include <mutex>
 
 #include "../keel_common.h"
+#include "system.h"
 
 // A program started with a standard stream closed would get its number for the next file that it opens, and print into
 // a log or a checkpoint: /dev/null stands in its place.
@@ -71,13 +72,59 @@ private:
 inline int startable_threads(int n) {
     std::vector<pthread_t> threads(static_cast<size_t>(n));
     std::mutex waiting;
-    auto wait = [](void* mutex) -> void* { return std::lock_guard(*static_cast<std::mutex*>(mutex)), nullptr; };
+    auto wait = [](void* mutex) -> void* {
+        std::lock_guard lock(*static_cast<std::mutex*>(mutex));
+        return nullptr;
+    };
     int started = 1;
     waiting.lock();
     while (started < n && pthread_create(&threads[size_t(started)], nullptr, wait, &waiting) == 0) started++;
     waiting.unlock();
     for (int t = 1; t < started; t++) pthread_join(threads[size_t(t)], nullptr);
     return started;
+}
+
+// The threads that OMP_NUM_THREADS asks for, at the outer level where it is a list; 0 where it is not set.
+inline int threads_asked_for() {
+    const char* text = getenv("OMP_NUM_THREADS");
+    if (!text || !*text) return 0;
+    char* end = nullptr;
+    long n = strtol(text, &end, 10);
+    constexpr int most = 4096;
+    if (n < 1 || n > most || !strchr(" ,", *end))
+        fail("OMP_NUM_THREADS: expected a number of threads from 1 to %d in the environment, found '%s'; unset it to "
+             "have one a processor",
+             most, text);
+    return int(n);
+}
+
+// The processors whose time the control group leaves to this process, as in a container of `docker run --cpus 2`, where
+// nproc counts the whole machine's; INT_MAX where it sets no limit.
+inline int group_processors(const std::string& groups = "/sys/fs/cgroup") {
+    double quota = -1, period = 0;  // microseconds
+    auto read = [&](const char* file, const char* pattern, auto... numbers) {
+        std::unique_ptr<FILE, CloseFile> f(fopen((groups + file).c_str(), "re"));
+        return f && fscanf(f.get(), pattern, numbers...) == int(sizeof...(numbers));
+    };
+    bool limited = read("/cpu.max", "%lf %lf", &quota, &period) ||  // version 2, "max 100000" where there is no limit
+                   (read("/cpu/cpu.cfs_quota_us", "%lf", &quota) && read("/cpu/cpu.cfs_period_us", "%lf", &period));
+    return limited && quota > 0 && period > 0 ? int(std::min(std::ceil(quota / period), 1e9)) : INT_MAX;
+}
+
+// The threads to start, where OpenMP would start so many on so many processors. What is not as asked for is said.
+inline int threads_to_start(int most, int processors) {
+    int asked = threads_asked_for(), wanted = asked ? asked : std::min(most, group_processors());
+    if (!asked && wanted < most)
+        print("note       %d threads on %d processors, as the control group has a limit of CPU time; OMP_NUM_THREADS "
+              "sets another number\n",
+              wanted, most);
+    if (asked > processors)
+        print("note       OMP_NUM_THREADS asks for %d threads on %d processors: slower than one a processor\n", asked,
+              processors);
+    int threads = startable_threads(wanted);  // with more OpenMP would end the program
+    if (threads < wanted)
+        print("note       %d threads of %d, as no more can be started (ulimit -u, -v)\n", threads, wanted);
+    return threads;
 }
 
 // Seconds since the process was started, to the kernel's clock tick of 10 ms; 0 where the kernel does not say.

@@ -22,6 +22,7 @@
 #include <mutex>
 
 #include "launch.h"
+#include "system.h"
 
 #ifdef KEEL_MPI
 inline void check_mpi(int error, const char* what) {

@@ -115,6 +115,11 @@ if [ "$LONG" ]; then
     else
         skip 1 "a 32-bit build beside a 64-bit one: no g++-multilib"
     fi
+    if dev/tools/need.sh clang-14 libstdc++-12-dev-arm64-cross binutils-aarch64-linux-gnu qemu-user-static >/dev/null 2>&1; then
+        suite 110 test/test_arm64.sh
+    else
+        skip 1 "the CPU trainer for ARM, under qemu: no libstdc++-12-dev-arm64-cross or qemu-user-static"
+    fi
 fi
 run_jobs ended
 

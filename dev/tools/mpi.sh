@@ -23,7 +23,7 @@ for_nvcc() {  # it hands to g++ what it does not know itself
 [ "$MPI" = 0 ] && exit 0
 mpicc=$(command -v "${MPICC:-mpicc}") || exit 0
 case $1 in
-    compile) text="-DKEEL_MPI -DOMPI_SKIP_MPICXX -DMPICH_SKIP_MPICXX $(flags compile | sed 's/\(^\| \)-I */\1-isystem /g')" ;;
+    compile) text="-DKEEL_MPI -DOMPI_SKIP_MPICXX -DMPICH_SKIP_MPICXX $(flags compile | sed -E 's/(^| )-I */\1-isystem /g')" ;;
     link) text=$(flags link) ;;
     mpirun)
         mpirun --version 2>/dev/null | grep -q 'Open MPI' && echo "mpirun --allow-run-as-root --oversubscribe -np $2" || echo "mpirun -np $2"

@@ -6,7 +6,21 @@ missing=
 for package in "$@"; do
     case $package in
         nvcc | cupti) dev/tools/cuda.sh "$package" >/dev/null || exit 1; continue ;;
-        g++) command -v "${CXX:-g++}" >/dev/null 2>&1 && continue ;;
+        g++)  # CXX, with OpenMP, which clang has in a package of its own for each version
+            compiler=${CXX:-g++} name=${CXX:-g++}
+            name=${name%% *} name=${name##*/}
+            number=${name#clang++} number=${number#-}
+            if command -v "${compiler%% *}" >/dev/null 2>&1; then
+                # shellcheck disable=SC2086
+                echo '#include <omp.h>' | $compiler ${OPENMP:--fopenmp} -x c++ -E - >/dev/null 2>&1 && continue
+                number=$($compiler -dumpversion) number=${number%%.*}
+                $compiler --version | grep -q clang && package=libomp-$number-dev
+            else
+                case $name in
+                    clang++*) package="clang${number:+-$number} libomp${number:+-$number}-dev" ;;
+                    g++-*) package=$name ;;
+                esac
+            fi ;;
         emscripten) command -v em++ >/dev/null 2>&1 && continue ;;
         clang) command -v clang++ >/dev/null 2>&1 && continue ;;
         doctest-dev) echo '#include <doctest/doctest.h>' | "${CXX:-g++}" -x c++ -E - >/dev/null 2>&1 && continue ;;
@@ -21,7 +35,7 @@ done
 install="apt-get install -y --no-install-recommends$missing"
 if ! command -v apt-get >/dev/null 2>&1; then
     echo "missing:$missing. Install what these Debian packages hold (a C++20 compiler with OpenMP; the doctest header;" \
-        "Boost.Context; OpenBLAS), then try again." >&2
+        "Boost.Context; OpenBLAS; on a Mac: brew install libomp doctest), then try again." >&2
     exit 1
 elif [ "$(id -u)" != 0 ]; then
     echo "missing:$missing. Run this, then try again:  sudo $install" >&2
