@@ -347,8 +347,8 @@ inline void product(size_t M, size_t N, size_t K, Matrix a, Matrix b, real* c, s
 }
 
 // Every thread multiplies for itself and counts the time in which a processor works for it, so that others on the
-// machine do not slow the rate: beside four busy loops on two cores the time of products by the team gave 22 to 25
-// GFLOP/s, alone 305 to 326; this 305 to 339, alone 339 to 354. ranks_here: on this machine. More threads than
+// machine do not slow the rate: beside four busy loops on two cores the time of products by the team gave 10 to 21
+// GFLOP/s, alone 279 to 306; this 275 to 331, alone 332 to 345. ranks_here: on this machine. More threads than
 // processors do not raise the rate.
 inline MatrixRate product_rate(int ranks_here = 1) {
     constexpr size_t M = 512, N = 768, K = 256, TIMES = 15;
