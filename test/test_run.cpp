@@ -301,7 +301,7 @@ TEST_SUITE("bad input") {
                      {"-i 'my texts/{a..b}*.txt'", "whose {}", "7.20"},
                      {"-i 'my texts/**/*.txt'", "** is no more than *", "10.80"},
                      {"-i text.txt -j '~/my texts/a.txt'", "-j: expected a path", ""},
-                     {"-i text.txt --out=~/run", "--out: expected a path, found '~/run', whose ~", ""},
+                     {"-i text.txt --out=~/run", "-o: expected a path, found '~/run', whose ~", ""},
                      {"-i text.txt -o '$HOME/run'", "-o: expected a path, found '$HOME/run', whose $", ""},
                      {"-i text.txt -o '{a,b}'", "-o: expected a path, found '{a,b}', whose {}", ""},
                      {"-e '~/m.bin' --prompt a", "-e: expected a path", ""},
@@ -1031,6 +1031,7 @@ TEST_SUITE("more bad input and faults") {
             p.fails({"./train_keel_cpu", f.long_name}, {f.long_name, "expected", "found"});
             p.fails({"./train_keel_cpu", f.long_name, ""}, {f.long_name, "expected", "found"});
             std::string value = format("%.0f", std::clamp(2.0, std::ceil(f.least), f.most));
+            if (f.is_schedule()) value = f.text(2);
             p.fails({"./train_keel_cpu", f.long_name, value, f.long_name, value}, {"twice"});
             Words wrong;
             if (integer || real) wrong = {"12x", "nan", "1e9999", " 5", "--"};
