@@ -216,6 +216,22 @@ inline StateFiles newest_states(const std::string& folder, const Ranks& ranks) {
     }
 }
 
+// Fails where the folder, which rank 0 has locked, is not the same one on this rank: folders of one name on disks of
+// their own would each get a part of every checkpoint, of which no resume finds all.
+inline void check_shared_folder(const std::string& folder, const Ranks& ranks) {
+    if (access(folder.c_str(), W_OK) != 0)
+        fail("-o: expected the folder %s of rank 0 on all ranks, found none that can be written (%s); give one that "
+             "all share",
+             folder, errno_text());
+    std::array<char, 256> expected = FolderLock::holder(folder);
+    ranks.broadcast(&expected, sizeof expected);
+    for (int i = 0; i < 20 && FolderLock::holder(folder) != expected; i++) usleep(100000);  // a network may be late
+    if (FolderLock::holder(folder) != expected)
+        fail("-o: expected the folder %s of rank 0 on all ranks, found another of this name on the machine of rank %d; "
+             "give one that all share",
+             folder, ranks.rank());
+}
+
 // Loads a checkpoint that any number of ranks wrote; files that hold nothing of what this rank owns are not read.
 template <IsTrainer Trainer>
 void load_states(Trainer& trainer, const StateFiles& files) {

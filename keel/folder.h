@@ -283,6 +283,15 @@ LogFaults read_csv_rows(const std::string& path, int64_t last_step, Row row) {
     return faults;
 }
 
+// The row of that step in a log, without its line end; "" where there is none.
+inline std::string last_row(const std::string& path, int64_t step) {
+    std::string row;
+    read_csv_rows(path, step, [&](int64_t s, const std::string& line) {
+        if (s == step) row = line.substr(0, line.size() - 1);
+    });
+    return row;
+}
+
 // A csv file that a resumed run continues: rows of later steps than the checkpoint's are dropped first. What else is
 // dropped is told, and the file as it was is kept beside it.
 class CsvLog {
@@ -337,7 +346,7 @@ public:
         if (fprintf(file.get(), "%s\n", text.c_str()) < 0 || fflush(file.get()) != 0)
             fail("%s: %s, and go on by -y", path, write_fault(errno));
     }
-    // Puts another row in the place of the last one, in one step, whatever happens meanwhile.
+    // Puts another row in the place of the last one: whatever happens meanwhile, one of them is there.
     void replace_last(const std::string& row) {
         std::ifstream old(path);
         std::string text((std::istreambuf_iterator<char>(old)), {});

@@ -287,19 +287,7 @@ private:
             }
         }
         ranks.barrier();
-        if (access(o.out.c_str(), W_OK) != 0)
-            fail("-o: expected the folder %s of rank 0 on all ranks, found none that can be written (%s); give one "
-                 "that all share",
-                 o.out, errno_text());
-        // Folders of one name on disks of their own would each get a part of every checkpoint, of which no resume finds
-        // all. What rank 0 has written into its lock a network's file system may show a little later.
-        std::array<char, 256> expected = FolderLock::holder(o.out);
-        ranks.broadcast(&expected, sizeof expected);
-        for (int i = 0; i < 20 && FolderLock::holder(o.out) != expected; i++) usleep(100000);
-        if (FolderLock::holder(o.out) != expected)
-            fail("-o: expected the folder %s of rank 0 on all ranks, found another of this name on the machine of rank "
-                 "%d; give one that all share",
-                 o.out, ranks.rank());
+        check_shared_folder(o.out, ranks);
         ranks.barrier();
     }
 
@@ -552,10 +540,7 @@ private:
     // On a resume: the validation that a signal has cut short, whose row in the log has no val_loss.
     void validate_again() {
         std::string row;
-        if (log && due(config.val_every))
-            read_csv_rows(o.out + "/log.csv", step, [&](int64_t s, const std::string& line) {
-                if (s == step) row = line.substr(0, line.size() - 1);
-            });
+        if (log && due(config.val_every)) row = last_row(o.out + "/log.csv", step);
         size_t at = row.find(",,");  // "step,loss,"
         bool again = at != row.npos && at == row.find(',', row.find(',') + 1);
         ranks.broadcast(&again, sizeof again);
