@@ -26,6 +26,11 @@ public:
         }
     };
     static constexpr const char* NAME = "NCCL";
+    static std::string device() {  // no two ranks may have the same
+        std::string uuid;
+        for (char byte : gpu_properties().uuid.bytes) uuid += format("%02x", byte & 0xff);
+        return "the GPU of UUID " + uuid;
+    }
     // Multiprocessors that NCCL's kernels may take, and that products leave to them while gradients are on their way.
     static constexpr int MULTIPROCESSORS = 16;
 
