@@ -359,6 +359,7 @@ TEST_SUITE("the lifeline, without MPI") {
 
     TEST_CASE("A rank that comes late is waited for, whoever else calls; those that are there are not silent "
               "meanwhile") {
+        Meeting all_there;
         auto environment = by_port();
         auto late = [&](int r) {
             if (r != 2) return true;
@@ -373,7 +374,8 @@ TEST_SUITE("the lifeline, without MPI") {
             sleep(2);
             return sent;
         };
-        for (const Result& r : with_lifeline(3, environment, [](int, Lifeline&) { return 0; }, 1, late)) {
+        for (const Result& r :
+             with_lifeline(3, environment, [&](int, Lifeline&) { return all_there.wait_for(3), 0; }, 1.5, late)) {
             CHECK(r.code == 0);
             CHECK(r.err == "");
         }
