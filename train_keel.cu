@@ -2638,7 +2638,6 @@ struct Trainer {
         for (PinnedArray<int>& batch : staging) batch = PinnedArray<int>(TokenBatch::size(rows()));
     }
     ~Trainer() {
-        if (communicator && std::uncaught_exceptions() > 0) communicator->abort();
         cudaStreamSynchronize(model.device.stream);  // nothing may be thrown here
     }
 

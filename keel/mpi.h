@@ -13,6 +13,7 @@ public:
     struct UniqueId {  // MPI needs none
         explicit UniqueId(bool) {}
     };
+    static std::string device() { return ""; }
     Communicator(const Launch& launch, const UniqueId&) : rank(size_t(launch.rank)), ranks(size_t(launch.ranks)) {}
 
     // all (ranks, bytes) = mine (bytes) of every rank, in rank order

@@ -26,6 +26,11 @@ public:
         }
     };
     static constexpr const char* NAME = "NCCL";
+    static std::string device() {  // no two ranks may have the same
+        std::string uuid;
+        for (char byte : gpu_properties().uuid.bytes) uuid += format("%02x", byte & 0xff);
+        return "the GPU of UUID " + uuid;
+    }
     // Multiprocessors that NCCL's kernels may take, and that products leave to them while gradients are on their way.
     static constexpr int MULTIPROCESSORS = 16;
 
@@ -50,11 +55,6 @@ public:
     }
     Communicator(const Communicator&) = delete;
     Communicator& operator=(const Communicator&) = delete;
-
-    // Gives up what is on its way, as this rank ends by an error.
-    void abort() {
-        if (comm) ncclCommAbort(std::exchange(comm, nullptr));
-    }
 
     // fork: what comes next on the communicator's stream waits for all that `from` holds; join is the reverse.
     void fork(cudaStream_t from) {
@@ -119,7 +119,6 @@ struct Communicator : NoCommunicator {
     static constexpr int MULTIPROCESSORS = 0;
     size_t rank = 0, ranks = 1, bytes_sent = 0;
     cudaStream_t stream = nullptr;
-    void abort() {}
     void fork(cudaStream_t) {}
     void join(cudaStream_t) {}
     void reduce_scatter(float*, const float*, size_t) {}

@@ -5,7 +5,6 @@
 #include <signal.h>
 
 #include <atomic>
-#include <exception>
 #include <mutex>
 
 #include "../keel_common.h"
@@ -159,15 +158,4 @@ public:
 private:
     double last, total = 0;
     std::string text;
-};
-
-// Ends the process 20 seconds after an error has left its scope: what frees the device could else wait for ever for
-// ranks that are gone.
-struct EndByAlarm {
-    const bool armed;
-    const int exceptions = std::uncaught_exceptions();
-    explicit EndByAlarm(bool armed) : armed(armed) {}
-    ~EndByAlarm() {
-        if (armed && std::uncaught_exceptions() > exceptions) signal(SIGALRM, SIG_DFL), alarm(20);
-    }
 };

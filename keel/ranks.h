@@ -105,9 +105,10 @@ public:
     static inline double silence = 20;
 
     // exchange gives rank 0's "host:port" to all ranks by MPI; where it is empty, the address comes from the
-    // environment. unique_id: bytes of rank 0 that all ranks get (NCCL's id).
-    Lifeline(const Launch& launch, const std::function<void(std::string&)>& exchange, std::span<char> unique_id)
-        : launch(launch) {
+    // environment. unique_id: bytes of rank 0 that all ranks get (NCCL's id). device: what no two ranks may share.
+    Lifeline(const Launch& launch, const std::function<void(std::string&)>& exchange, std::span<char> unique_id,
+             const std::string& device = "")
+        : launch(launch), device(device) {
         if (launch.ranks <= 1) return;
         {
             StartWatch watch(launch, [this, n = launch.ranks, first = launch.rank == 0] {
@@ -146,11 +147,13 @@ private:
     struct Peer {
         int fd = -1, rank = -1;
         std::string name;      // "process 1234 on node7"
+        std::string device;    // known to rank 0
         double heard = 0;      // when it last gave a sign of life
         bool left = false;     // it has said goodbye
         std::string received;  // bytes of a message that is not whole yet
     };
     Launch launch;
+    std::string device;
     std::vector<Peer> peers;  // of rank 0: all others; of another: rank 0
     std::thread thread;
     std::mutex sending;
@@ -287,6 +290,15 @@ private:
         peer.rank = int(head.rank);
         setsockopt(peer.fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
         send_message(peer, HELLO, std::string(unique_id.data(), unique_id.size()) + process_name());
+        if (size_t end = peer.name.find('\n'); end != std::string::npos)
+            peer.device = peer.name.substr(end + 1), peer.name.resize(end);
+        for (int r = 0; r < launch.ranks && !peer.device.empty(); r++)
+            if ((r == 0 ? device : peers[size_t(r) - 1].device) == peer.device) {
+                send_message(peer, ERROR, "");
+                fail_start(format("ranks: expected a GPU for each, found ranks %d and %d with %s; start as many as "
+                                  "there are GPUs, and see that LOCAL_RANK or CUDA_VISIBLE_DEVICES is each one's own",
+                                  r, peer.rank, peer.device));
+            }
         peers[head.rank - 1] = std::move(peer);
         come++;
     }
@@ -325,7 +337,7 @@ private:
             MessageHead head;
             std::string given;
             if (!address.empty() && connect_to(peer, address)) {
-                send_message(peer, HELLO, process_name());
+                send_message(peer, HELLO, process_name() + "\n" + device);
                 if (receive_message(peer, head, given, seconds() + StartLimits::all) && head.kind == HELLO &&
                     given.size() >= unique_id.size()) {
                     std::copy_n(given.begin(), unique_id.size(), unique_id.begin());
@@ -438,6 +450,7 @@ struct NoCommunicator {
         explicit UniqueId(bool) {}
     };
     NoCommunicator(const Launch&, const UniqueId&) {}
+    static std::string device() { return ""; }
     void gather(const void*, void*, size_t) {}
 };
 
@@ -514,7 +527,8 @@ struct RankSession {
         }
 #endif
         UniqueId id(launch.rank == 0);
-        lifeline = std::make_unique<Lifeline>(launch, exchange, std::span(reinterpret_cast<char*>(&id), sizeof id));
+        lifeline = std::make_unique<Lifeline>(launch, exchange, std::span(reinterpret_cast<char*>(&id), sizeof id),
+                                              Trainer::Communicator::device());
         communicator = std::make_unique<typename Trainer::Communicator>(launch, id);
     }
     Ranks ranks() const {

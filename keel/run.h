@@ -72,6 +72,9 @@ public:
         return 0;
     }
 
+    // After an error: a checkpoint that is being written is written to its end.
+    void finish_writing() { checkpoints.reset(); }
+
 private:
     // ----- Before anything is written
 
@@ -222,7 +225,6 @@ private:
 
     void load() {
         trainer.emplace(config, session.communicator.get());
-        unwinding.emplace(bool(ranks));
         clock.mark("memory");
         if (resume_from) load_states(*trainer, resume_from);
         else if (init) load_parameters(*trainer, *init), init->finish();
@@ -608,7 +610,6 @@ private:
     std::future<double> unigram_entropy;
     bool in_background = false;  // a thread writes the checkpoints
     std::optional<Trainer> trainer;
-    std::optional<EndByAlarm> unwinding;
     std::optional<Loader> train_data, val_data;
     std::optional<DivergenceDetector> divergence;
     std::unique_ptr<CsvLog> log, hops_log;

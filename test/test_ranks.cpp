@@ -359,6 +359,7 @@ TEST_SUITE("the lifeline, without MPI") {
 
     TEST_CASE("A rank that comes late is waited for, whoever else calls; those that are there are not silent "
               "meanwhile") {
+        Meeting all_there;
         auto environment = by_port();
         auto late = [&](int r) {
             if (r != 2) return true;
@@ -373,7 +374,8 @@ TEST_SUITE("the lifeline, without MPI") {
             sleep(2);
             return sent;
         };
-        for (const Result& r : with_lifeline(3, environment, [](int, Lifeline&) { return 0; }, 1, late)) {
+        for (const Result& r :
+             with_lifeline(3, environment, [&](int, Lifeline&) { return all_there.wait_for(3), 0; }, 1.5, late)) {
             CHECK(r.code == 0);
             CHECK(r.err == "");
         }
@@ -632,6 +634,26 @@ TEST_SUITE("launchers") {
         l.local_rank = -1;
         CHECK(l.device(1) == 0);
         CHECK_THROWS_WITH(l.device(4), doctest::Contains("which of the 4 GPUs here is rank 5's, found no LOCAL_RANK"));
+    }
+
+    TEST_CASE("More ranks than GPUs, and two on one GPU, are refused once, before anything is trained") {
+        Place p;
+        struct {
+            const char *gpus, *expected;
+        } cases[] = {{"2", "ranks: expected at most 2 on this machine, one for each GPU, found local rank 2 (rank 2)"},
+                     {"1", "ranks: expected a GPU for each, found ranks "},
+                     {"3", nullptr}};
+        for (const auto& c : cases) {
+            Words words = p.words(gpu_fp32, "run", {"-x", "1", "-b", "1"});
+            Result r = Process(on_ranks(3, words), {{"CUDA_ON_CPU_DEVICES", c.gpus}}).wait();
+            INFO(c.gpus << " GPUs: " << r.err);
+            CHECK((r.code == 0) == !c.expected);
+            CHECK(fs::exists(p / "run") == !c.expected);
+            if (!c.expected) continue;
+            size_t at = r.err.find(c.expected);
+            CHECK(at != std::string::npos);
+            CHECK(r.err.find("ranks: expected", at + 1) == std::string::npos);
+        }
     }
 
     TEST_CASE("A launcher's leftovers in the environment are named, whatever rank they speak of") {

@@ -62,15 +62,23 @@ inline bool load_injected_library() {
     return initialize && initialize() == 1;
 }
 }  // namespace cuda_on_cpu
+namespace cuda_on_cpu {
+inline int current_device = 0;
+inline int device_count() { return std::max(1, settings().devices); }
+inline bool is_device(int device) { return device >= 0 && device < device_count(); }
+}  // namespace cuda_on_cpu
 inline cudaError_t cudaGetDeviceCount(int* count) {
     [[maybe_unused]] static const bool injected = cuda_on_cpu::load_injected_library();
-    return cuda_on_cpu::api([&](auto&) { return *count = 1, cudaSuccess; });
+    return cuda_on_cpu::api([&](auto&) { return *count = cuda_on_cpu::device_count(), cudaSuccess; });
 }
 inline cudaError_t cudaGetDevice(int* device) {
-    return cuda_on_cpu::api([&](auto&) { return *device = 0, cudaSuccess; });
+    return cuda_on_cpu::api([&](auto&) { return *device = cuda_on_cpu::current_device, cudaSuccess; });
 }
 inline cudaError_t cudaSetDevice(int device) {
-    return cuda_on_cpu::api([&](auto&) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; });
+    return cuda_on_cpu::api([&](auto&) {
+        if (!cuda_on_cpu::is_device(device)) return cudaErrorInvalidDevice;
+        return cuda_on_cpu::current_device = device, cudaSuccess;
+    });
 }
 inline cudaError_t cudaDriverGetVersion(int* version) {
     return cuda_on_cpu::api([&](auto&) { return *version = CUDART_VERSION, cudaSuccess; }, true);
@@ -79,9 +87,10 @@ inline cudaError_t cudaRuntimeGetVersion(int* version) {
     return cuda_on_cpu::api([&](auto&) { return *version = CUDART_VERSION, cudaSuccess; }, true);
 }
 namespace cuda_on_cpu {
-inline cudaDeviceProp device_properties() {
+inline cudaDeviceProp device_properties(int device) {
     cudaDeviceProp p{};
     snprintf(p.name, sizeof p.name, "CUDA on CPU");
+    snprintf(p.uuid.bytes, sizeof p.uuid.bytes, "%d", settings().devices ? device : int(getpid()));
     p.totalGlobalMem = memory().total;
     p.sharedMemPerBlock = shared_without_opt_in, p.sharedMemPerBlockOptin = shared_limit;
     p.sharedMemPerMultiprocessor = 228 << 10;
@@ -98,14 +107,14 @@ inline cudaDeviceProp device_properties() {
 }  // namespace cuda_on_cpu
 inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
     return cuda_on_cpu::api([&](auto&) {
-        if (device != 0) return cudaErrorInvalidDevice;
-        return *properties = cuda_on_cpu::device_properties(), cudaSuccess;
+        if (!cuda_on_cpu::is_device(device)) return cudaErrorInvalidDevice;
+        return *properties = cuda_on_cpu::device_properties(device), cudaSuccess;
     });
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
     return cuda_on_cpu::api([&](auto&) {
-        if (device != 0) return cudaErrorInvalidDevice;
-        cudaDeviceProp p = cuda_on_cpu::device_properties();
+        if (!cuda_on_cpu::is_device(device)) return cudaErrorInvalidDevice;
+        cudaDeviceProp p = cuda_on_cpu::device_properties(device);
         switch (attribute) {
             case cudaDevAttrMaxThreadsPerBlock:
                 *value = p.maxThreadsPerBlock;

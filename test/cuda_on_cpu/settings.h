@@ -24,6 +24,7 @@ struct Settings {
     bool protect;          // device memory is out of the host's reach
     bool trace;            // the program ends with a table of the kernels that it launched
     bool epilogues;        // whether cuBLASLt has GELU in its epilogues
+    int devices;           // of the machine, all its processes' the same; 0: one for each process
     int ptx;               // what the kernels look built for: 90, or 80, where they cannot wait for the kernel before
     uint64_t fail_at;      // the number of the call that fails, from 1; 0: none
     bool fail_on;          // its fault stays: the device is lost, or the memory used up
@@ -45,6 +46,7 @@ inline Settings& settings() {
                         number("CUDA_ON_CPU_PROTECT", 1) != 0,
                         number("CUDA_ON_CPU_TRACE", 0) != 0,
                         number("CUDA_ON_CPU_EPILOGUES", 1) != 0,
+                        int(number("CUDA_ON_CPU_DEVICES", 0)),
                         int(number("CUDA_ON_CPU_PTX", 90)),
                         uint64_t(number("CUDA_ON_CPU_FAIL", 0)),
                         fail && strchr(fail, '+') != nullptr,

@@ -171,8 +171,10 @@ struct cudaLaunchConfig_t {
     unsigned numAttrs;
 };
 
+struct cudaUUID_t { char bytes[16]; };
 struct cudaDeviceProp {
     char name[256];
+    cudaUUID_t uuid;
     size_t totalGlobalMem, sharedMemPerBlock;
     int regsPerBlock, warpSize, maxThreadsPerBlock, maxThreadsDim[3], maxGridSize[3], major, minor, multiProcessorCount;
     int memoryBusWidth, l2CacheSize, maxThreadsPerMultiProcessor;
