@@ -243,10 +243,17 @@ private:
 
     void open_logs(double data_entropy) {
         divergence.emplace(config.steps, config.warmup, data_entropy);
-        if (resume_from)  // the detector gets the losses of the steps already done
+        std::string last;  // the row of the step that the run goes on from
+        if (resume_from)   // the detector gets the losses of the steps already done
             read_csv_rows(o.out + "/log.csv", step, [&](int64_t row_step, const std::string& line) {
                 divergence->add(row_step, atof(line.c_str() + std::min(line.size(), line.find(',') + 1)));
+                if (row_step == step) last = line.substr(0, line.find('\n'));
             });
+        // Where it lacks a validation that was due, the data were lost, and this run makes up for it.
+        size_t cell = last.find(',', last.find(',') + 1) + 1;  // val_loss
+        bool to_validate = last[cell] == ',' && last.ends_with(',') && due(config.val_every) &&
+                           init->header.template get<int64_t>(H_VAL_EVERY) == config.val_every;
+        to_validate = ranks.gather(char(to_validate))[0];
         if (!o.out.empty() && first_rank()) {
             create_output_folder(o.out);
             if (!lock) {  // the folder is new, unless another run has just made it
@@ -260,7 +267,7 @@ private:
             for (int64_t s : resume_from.passed_over) copy_later |= !is_absent(model_path(o.out, s));
             log = std::make_unique<CsvLog>(o.out + "/log.csv",
                                            "step,loss,val_loss,lr,grad_norm,ms,tokens_per_second,mfu,val_bits_per_byte",
-                                           kept, copy_later, true);
+                                           to_validate ? step - 1 : kept, copy_later, true);
             if (o.probe > 0) probe_log = std::make_unique<ProbeLog>(o.out, kept, copy_later);
             if (data->programs.hops)
                 hops_log = std::make_unique<CsvLog>(o.out + "/hops.csv", HopAccuracy::COLUMNS, kept, copy_later);
@@ -272,6 +279,9 @@ private:
             fail("-o: expected the folder %s of rank 0 on all ranks, found none that can be written (%s); give one "
                  "that all share",
                  o.out, errno_text());
+        if (!to_validate) return;
+        auto [val_loss, bits_per_byte] = validate_if_due();
+        if (log) log->row(last.insert(cell, val_loss) + bits_per_byte);
     }
 
     // Leaves the tokenizer beside the models, which are worth little without it; on a resume in place of a damaged one.
