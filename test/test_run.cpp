@@ -898,6 +898,9 @@ TEST_SUITE("sampling alone") {
         CHECK(one.find("\nline") != std::string::npos);
         CHECK(one.size() > 40);
         CHECK(sample({}) == one);
+        Result odd =
+            succeeds({"./train_keel_cpu", "-e", p / "a/model_00000006.bin", "--prompt", "a\rb\x1B[2J", "-g", "1"});
+        CHECK_MESSAGE(odd.out.find("\na\u240Db\u241B[2J") != std::string::npos, odd.out);
         CHECK(sample({"--seed", "2"}) != one);
         CHECK(sample({"--temperature", "0"}) == sample({"--temperature", "0", "--seed", "2"}));
         CHECK(sample({"--top-k", "1"}) == sample({"--temperature", "0"}));

@@ -431,6 +431,14 @@ TEST_CASE("A stream shows a character when it is whole, U+FFFD where none can co
     CHECK(stream.finish() == "");
 }
 
+TEST_CASE("Text is called no UTF-8 where a byte is none, not where its end or that of the first MiB cuts a character") {
+    std::string chinese;
+    for (int i = 0; i < 400000; i++) chinese += "\u4E00";  // 1.2 MB, whose first MiB ends within one
+    CHECK(find_no_utf8(chinese) == chinese.npos);
+    CHECK(find_no_utf8("ab\xE4\xB8") == chinese.npos);
+    CHECK(find_no_utf8("ab\xE4\xB8 c") == 2);
+}
+
 // ----------------------------------------------------------------------------------------------------
 TEST_CASE("A tokenizer's file is read back as the same bytes, and its CRC-32 is its last word") {
     Place place;
