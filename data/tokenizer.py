@@ -31,6 +31,7 @@ trainers' own encoder, keel/tokenizer.h, gives the ids of these libraries: test/
 import argparse
 import array
 import base64
+import codecs
 import collections
 import concurrent.futures
 import hashlib
@@ -598,8 +599,21 @@ def run_decode(args):
     unknown = next((i for i in ids if i >= tok.size or not tok.table[i]), None)
     if unknown is not None:
         raise DataError(f"token {unknown} is not one of {args.tokenizer}'s, which has V {tok.size}: give the -t that wrote these tokens")
+    terminal, decoder = sys.stdout.isatty(), codecs.getincrementaldecoder("utf-8")("replace")
     for start in range(0, len(ids), 1 << 20):
-        sys.stdout.buffer.write(b"".join(map(tok.table.__getitem__, ids[start : start + (1 << 20)])))
+        text = b"".join(map(tok.table.__getitem__, ids[start : start + (1 << 20)]))
+        if terminal:
+            sys.stdout.write(visible(decoder.decode(text)))
+        else:
+            sys.stdout.buffer.write(text)
+    if terminal:
+        sys.stdout.write(decoder.decode(b"", final=True))
+
+
+def visible(text):
+    """Text that steers no terminal, as the trainers print samples: controls but tab and line ends as symbols."""
+    controls = {i: 0x2400 + i for i in range(32) if chr(i) not in "\t\n\r"} | {127: 0x2421} | {i: 0xFFFD for i in range(128, 160)}
+    return re.sub(r"\r(?!\n)", "\u240d", text).translate(controls)
 
 
 def run_count(args):

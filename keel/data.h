@@ -469,8 +469,8 @@ struct DataSplit {
                       {INFINITY, "fineweb_edu.py --sample 100BT"}};
         const auto* text = larger;
         while (double(train_count) * passes(run) / 4 > text->tokens) text++;
-        return format("%s parameters see %s tokens %.0f times: they learn them by heart, as past 4 passes ever less is "
-                      "gained, past 16 hardly anything; for more text: python3 data/%s",
+        return format("%s parameters see %s tokens %.0f times and learn them by heart: past 4 passes little new is "
+                      "learnt; for more text: python3 data/%s",
                       count_text(double(parameters)), count_text(double(train_count)), passes(run), text->command);
     }
     int natural_seq_len() const { return programs.hops ? programs.length() - 1 : 0; }  // 0: any

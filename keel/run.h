@@ -539,10 +539,11 @@ private:
         return {number_text(loss), known ? number_text(bits_per_byte) : ""};
     }
 
-    // On a resume: the validation that a signal has cut short, whose row in the log has no val_loss.
+    // On a resume: the validation that a signal or lost data have cut short, whose row in the log has no val_loss.
     void validate_again() {
         std::string row;
-        if (log && due(config.val_every)) row = last_row(o.out + "/log.csv", step);
+        bool was_due = init->header.template get<int64_t>(H_VAL_EVERY) == config.val_every && due(config.val_every);
+        if (log && was_due) row = last_row(o.out + "/log.csv", step);
         size_t at = row.find(",,");  // "step,loss,"
         bool again = at != row.npos && at == row.find(',', row.find(',') + 1);
         ranks.broadcast(&again, sizeof again);

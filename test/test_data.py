@@ -244,6 +244,15 @@ class Format(Case):
         self.assertEqual(self.run_ok(*decode), b"<|endoftext|>" + ("höre, world\n" * 5).encode()[:50])
         self.assertEqual(self.run_ok(*decode, "--count", 6).decode(), "<|endoftext|>höre")
 
+    def test_decoded_text_steers_no_terminal(self):
+        text = b"a\x1b[2Jb\rc\xc2\x9b1m\x7f\xff\xe4"
+        ids = ",".join(map(str, text))
+        self.assertEqual(self.run_ok("tokenizer", "decode", "-t", "bytes", ids), text)
+        master, slave = os.openpty()
+        subprocess.run(self.command("tokenizer", "decode", "-t", "bytes", ids), stdout=slave, env=self.environment | {"PYTHONUTF8": "1"}, check=True)
+        self.assertEqual(os.read(master, 1000).decode(), "a\u241b[2Jb\u240dc\ufffd1m\u2421\ufffd\ufffd")
+        os.close(slave), os.close(master)
+
     def test_what_is_no_whole_shard_is_named(self):
         good = struct.pack("<256i2H", 20240520, 1, 2, *[0] * 253, 1, 2)
         for content, says in [(b"", "has 0"), (good[:1000], "has 1000"), (good[:-1], "has 1027"), (good + b"x", "has 1029"),

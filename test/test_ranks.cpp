@@ -1164,7 +1164,7 @@ TEST_SUITE("ends") {
                 std::string val = p / "val.txt";
                 spill(val, slurp(p.text));
                 fs::remove_all(p / "run");
-                Words words = p.words(build, "run", {"-x", "100000", "-b", "2", "-j", val});
+                Words words = p.words(build, "run", {"-x", "100000", "-u", "3", "-b", "2", "-j", val});
                 *(std::find(words.begin(), words.end(), "-v") + 1) = "5";
                 Process run(on_ranks(n, words));
                 CHECK(run.prints("step 3/"));
@@ -1178,6 +1178,19 @@ TEST_SUITE("ends") {
                 CHECK(last.step >= 5);
                 CHECK(last.step % 5 == 0);
                 CHECK(p.losses("run").size() == size_t(last.step));
+                auto validated = [&] {  // by the log, the last step before the one that comes next
+                    std::string row;
+                    read_csv_rows(p / "run/log.csv", last.step, [&](int64_t, const std::string& line) { row = line; });
+                    return row.find(",,") == std::string::npos;
+                };
+                CHECK(!validated());
+                spill(val, slurp(p.text));  // with the data back, what is lacking is made up for
+                *(std::find(words.begin(), words.end(), "-x") + 1) = std::to_string(last.step + 1);
+                words.push_back("-y");
+                r = Process(on_ranks(n, words)).wait();
+                CHECK_MESSAGE(r.code == 0, r.out << r.err);
+                CHECK(validated());
+                CHECK(p.losses("run").size() == size_t(last.step) + 1);
             }
         }
     }

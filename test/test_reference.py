@@ -10,6 +10,7 @@ sys.path[:0] = [str(ROOT / "dev"), str(ROOT / "dev" / "reference")]
 import numpy as np
 import torch
 
+import data
 import keel
 import keel_file
 import suite
@@ -74,6 +75,16 @@ def test_state_file_reads(folder):
     for name, _ in keel_file.parameter_table(model.cfg):
         assert np.array_equal(state.tensors[name], model.tensors[name]), name
     assert "wte" in succeed(sys.executable, ROOT / "dev/keel_file.py", folder / "run" / "model_00000003.bin")
+
+
+def test_globs_are_the_trainers(folder):
+    """The reference and the experiments read the files of a name or a glob that the trainers read."""
+    for name in "a [1].txt", "a 1.txt", "b [2]/c.txt":
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(name)
+    (folder / "b [2]" / "empty.txt").touch()
+    for glob, text in ("a [1].txt", "a [1].txt"), ("a ?.txt", "a 1.txt"), ("b [2]/*.txt", "b [2]/c.txt"):
+        assert bytes(np.concatenate(data.read_text(str(folder / glob))).astype(np.uint8)).decode() == text
 
 
 def test_tokenizer_file_is_printed(folder):

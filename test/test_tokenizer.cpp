@@ -431,6 +431,14 @@ TEST_CASE("A stream shows a character when it is whole, U+FFFD where none can co
     CHECK(stream.finish() == "");
 }
 
+TEST_CASE("Text is called no UTF-8 where a byte is none, not where its end or that of the first MiB cuts a character") {
+    std::string chinese;
+    for (int i = 0; i < 400000; i++) chinese += "\u4E00";  // 1.2 MB, whose first MiB ends within one
+    CHECK(find_no_utf8(chinese) == chinese.npos);
+    CHECK(find_no_utf8("ab\xE4\xB8") == chinese.npos);
+    CHECK(find_no_utf8("ab\xE4\xB8 c") == 2);
+}
+
 // ----------------------------------------------------------------------------------------------------
 TEST_CASE("A tokenizer's file is read back as the same bytes, and its CRC-32 is its last word") {
     Place place;
@@ -596,7 +604,7 @@ TEST_CASE("What is neither text nor a shard is named with the command that makes
     Place place;
     for (const ForeignFormat& f : foreign_formats)
         for (const char* name : {"data.txt", "data.bin", "data"}) {
-            std::string path = place.file(name, std::string(f.start) + "...");
+            std::string path = place.file(name, std::string(f.at, '.') + std::string(f.start) + "...");
             std::string error = error_of([&] { TokenSource({path}, "-i"); }), command = f.command;
             command.replace(command.find("FILE"), 4, path);
             CHECK_MESSAGE(error ==
@@ -611,12 +619,12 @@ TEST_CASE("What is neither text nor a shard is named with the command that makes
                      4),
          "use: iconv -f UTF-16 -t UTF-8 "},
         {"c.txt", std::string("\xFF\xFE\0\0a\0\0\0", 8), "use: iconv -f UTF-32 -t UTF-8 "},
-        {"d.txt", std::string("a\0b\0", 4), "found a zero byte at 1; if it is UTF-16, use: iconv -f UTF-16LE"},
+        {"d.txt", std::string("a\0b\0", 4), "found a zero byte at 1, as in UTF-16; use: iconv -f UTF-16LE"},
         {"e.bin", "\x01\x02\x03\x04\x05\x06\x07\x08", "use: python3 data/shards.py convert -o DIR "},
         {"f.bin", "x", "expected a token shard (magic 20240520, version 1), found 120, 0"},
         {"g.parquet", "PAR1\x15", "use: python3 data/tokenizer.py encode -t TOKENIZER -o DIR "},
         {"h.JSONL", "{}", "found JSON lines; use: python3 data/tokenizer.py encode -t TOKENIZER -o DIR "},
-        {"i.txt", std::string("\0a\0b", 4), "found a zero byte at 0; if it is UTF-16, use: iconv -f UTF-16BE"},
+        {"i.txt", std::string("\0a\0b", 4), "found a zero byte at 0, as in UTF-16; use: iconv -f UTF-16BE"},
         {"it's [1].txt", "\x1F\x8B", "it'\\''s [1].txt' > text.txt"},
     };
     for (const auto& [name, content, says] : rows) {

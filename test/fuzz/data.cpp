@@ -35,7 +35,8 @@ std::vector<Bytes> seeds() {
         all.push_back(shard);
     }
     std::vector<std::string> texts = {"some text of a few words\n"};
-    for (const ForeignFormat& f : foreign_formats) texts.push_back(std::string(f.start) + "...");
+    for (const ForeignFormat& f : foreign_formats)
+        texts.push_back(std::string(f.at, '.') + std::string(f.start) + "...");
     for (const std::string& text : texts) {
         all.push_back({0});
         all.back().insert(all.back().end(), text.begin(), text.end());
