@@ -1,11 +1,11 @@
 #!/bin/bash
 # What dev/tools/cuda.sh says on machines of every kind, by stand-ins for nvidia-smi and nvcc; what train_keel says
 # without a GPU; what make builds again; what dev/tools/need.sh does where something is missing; the READMEs' lists of
-# files; the script of the deepest model.
+# files; the script of the deepest model; the trainer on a CPU that lacks its instructions.
 cd "$(dirname "$0")/.." || exit 1
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
-passed=0 failed=0
+passed=0 failed=0 skipped=0
 bin=$folder/bin
 mkdir "$bin"
 for tool in bash grep head sed dirname readlink ls; do ln -s "$(command -v $tool)" "$bin/$tool"; done
@@ -189,6 +189,28 @@ asked=$(grep -o "^install.*doctest-dev" "$folder/need/a slow network/asked")
 check "a slow network is waited for" "$install" "apt-get $asked"
 check "apt-get is not run for others than root" no "$([ -e "$folder/need/not root/asked" ] && echo yes || echo no)"
 
+# A clang without OpenMP, or none: what is missing is named by its version.
+machine="$folder/need/not root"
+printf '#!/bin/bash\ncase $* in *-dumpversion) echo 17.0.6 ;; *--version) echo Debian clang ;; *) [ -e "${0%%/*}/omp.h" ] ;; esac\n' >"$machine/clang++-17"
+chmod +x "$machine/clang++-17"
+missing() { PATH=$machine CXX=$1 sh dev/tools/need.sh g++ 2>&1 | sed -n 's/^missing: \(.*\)\. Run this.*/\1/p'; }
+check "a clang without OpenMP" "libomp-17-dev" "$(missing "clang++-17 -O2")"
+touch "$machine/omp.h"
+check "a clang with OpenMP" "" "$(missing clang++-17)"
+check "no such clang" "clang-18 libomp-18-dev" "$(missing /opt/clang++-18)"
+check "no clang" "clang libomp-dev" "$(missing clang++)"
+check "no such g++" "g++-14" "$(missing g++-14)"
+
+# Built for this CPU and run on another, the trainer says so; where this one has no more than the other, there is nothing to say.
+if ! command -v qemu-x86_64-static >/dev/null || ! grep -q avx /proc/cpuinfo; then
+    echo "SKIPPED: the trainer on an older CPU: no qemu-user-static, or a CPU without AVX"
+    skipped=1
+else
+    said=$(qemu-x86_64-static -cpu Nehalem ./train_keel_cpu -h 2>&1 | grep -v TCG)
+    found "an older CPU" "$said" "train_keel_cpu: expected the kind of CPU that it was compiled for, found an older one"
+    check "an older CPU, in one line" 1 "$(wc -l <<<"$said")"
+fi
+
 # The README of a folder names each of its files, by itself or by a folder, and nothing that is not there.
 for at in dev dev/cluster test; do
     found=$(
@@ -223,5 +245,5 @@ else
     failed=$((failed + 1))
     echo "FAILED: dev/experiments/deep_run.sh: $(cat "$folder/out" "$folder/deep.csv")"
 fi
-echo "$passed passed, $failed failed"
+echo "$passed passed, $failed failed, $skipped skipped"
 [ "$failed" -eq 0 ]

@@ -14,6 +14,7 @@
 
 #include "files.h"
 #include "keel/checkpoint.h"
+#include "keel/process.h"
 #include "long.h"
 
 namespace {
@@ -591,6 +592,43 @@ TEST_SUITE("the run") {
                 fs::remove_all(out);
             }
         }
+    }
+
+    TEST_CASE("OMP_NUM_THREADS that is no number of threads is refused, more than there are processors noted, and a "
+              "limit of threads or of a control group's CPU time kept") {
+        Place p;
+        for (const char* threads : {"0", "-1", "x", "2x", "4097", "99999999999999999999"}) {
+            Result r = run(p.tiny(), {{"OMP_NUM_THREADS", threads}});
+            INFO(threads, ": ", r.out, r.err);
+            CHECK(r.code == 1);
+            CHECK(r.err.find(format("expected a number of threads from 1 to 4096 in the environment, found '%s'",
+                                    threads)) != std::string::npos);
+            CHECK(r.out.empty());
+        }
+        auto says = [&](const std::map<std::string, std::string>& environment, const std::string& text) {
+            Result r = run(p.tiny(), environment);
+            INFO(text, ": ", r.out, r.err);
+            CHECK(r.code == 0);
+            return ("\n" + r.out).find("\n" + text) != std::string::npos;
+        };
+        unsigned processors = std::thread::hardware_concurrency();
+        std::string many = std::to_string(processors + 1), note = "note       OMP_NUM_THREADS asks for " + many;
+        CHECK(says({{"OMP_NUM_THREADS", many + ",2"}}, note + " threads on"));
+        CHECK(says({{"OMP_NUM_THREADS", many}}, "machine    " + many + " threads"));
+        CHECK(!says({{"OMP_NUM_THREADS", ""}}, "note       OMP_NUM_THREADS"));
+        CHECK(says({{"OMP_NUM_THREADS", "2"}, {"OMP_THREAD_LIMIT", "1"}}, "machine    1 threads"));
+
+        CHECK(group_processors(p.path) == INT_MAX);
+        for (auto& [text, limit] :
+             std::map<std::string, int>{{"max 100000\n", INT_MAX}, {"150000 100000\n", 2}, {"50000 100000\n", 1}}) {
+            spill(p / "cpu.max", text);
+            CHECK_MESSAGE(group_processors(p.path) == limit, text);
+        }
+        fs::remove(p / "cpu.max"), fs::create_directory(p / "cpu");
+        spill(p / "cpu/cpu.cfs_quota_us", "-1\n"), spill(p / "cpu/cpu.cfs_period_us", "100000\n");
+        CHECK(group_processors(p.path) == INT_MAX);
+        spill(p / "cpu/cpu.cfs_quota_us", "400000\n");
+        CHECK(group_processors(p.path) == 4);
     }
 
     TEST_CASE("A run that is killed anywhere and resumed ends with the bits and the log of one that never was, in all "

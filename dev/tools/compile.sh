@@ -4,7 +4,7 @@
 # else than its stamp in build/stamps says: another command, compiler or CPU, or before there was MPI.
 program=$1 newer=$2 packages=$3 command=$4
 stamp=build/stamps/${program//\//_}
-flags=${MAKEFLAGS%% *} flags=${flags##-*}  # make's: -n says what it would do, -s does it silently
+flags=${MAKEFLAGS%% *} flags=${flags##-*} flags=${flags##*=*}  # make's: -n says what it would do, -s does it silently
 
 # The command as it is here, its compiler's version, and the macros of g++, which compiles nvcc's host code: they tell its
 # version and what -march=native means.

@@ -2,16 +2,15 @@
 # need.sh PACKAGE...: makes sure that what these Debian packages bring is there; nvcc and cupti are the CUDA Toolkit's.
 # Installs what is missing where there is apt-get and we are root, and otherwise says what to install. It never waits
 # long for a network that is not there.
-missing=
+# shellcheck disable=SC2086
+missing='' compiler=${CXX:-g++}
 for package in "$@"; do
     case $package in
         nvcc | cupti) dev/tools/cuda.sh "$package" >/dev/null || exit 1; continue ;;
         g++)  # CXX, with OpenMP, which clang has in a package of its own for each version
-            compiler=${CXX:-g++} name=${CXX:-g++}
-            name=${name%% *} name=${name##*/}
+            name=${compiler%% *} name=${name##*/}
             number=${name#clang++} number=${number#-}
             if command -v "${compiler%% *}" >/dev/null 2>&1; then
-                # shellcheck disable=SC2086
                 echo '#include <omp.h>' | $compiler ${OPENMP:--fopenmp} -x c++ -E - >/dev/null 2>&1 && continue
                 number=$($compiler -dumpversion) number=${number%%.*}
                 $compiler --version | grep -q clang && package=libomp-$number-dev
@@ -23,10 +22,10 @@ for package in "$@"; do
             fi ;;
         emscripten) command -v em++ >/dev/null 2>&1 && continue ;;
         clang) command -v clang++ >/dev/null 2>&1 && continue ;;
-        doctest-dev) echo '#include <doctest/doctest.h>' | "${CXX:-g++}" -x c++ -E - >/dev/null 2>&1 && continue ;;
+        doctest-dev) echo '#include <doctest/doctest.h>' | $compiler -x c++ -E - >/dev/null 2>&1 && continue ;;
         libboost-context-dev)  # the library too: other packages bring the headers alone
-            printf '#include <boost/context/detail/fcontext.hpp>\nint main() {}\n' | "${CXX:-g++}" -x c++ - -lboost_context -o /dev/null 2>/dev/null && continue ;;
-        libopenblas-dev) echo '#include <cblas.h>' | "${CXX:-g++}" -x c++ -E - >/dev/null 2>&1 && continue ;;
+            printf '#include <boost/context/detail/fcontext.hpp>\nint main() {}\n' | $compiler -x c++ - -lboost_context -o /dev/null 2>/dev/null && continue ;;
+        libopenblas-dev) echo '#include <cblas.h>' | $compiler -x c++ -E - >/dev/null 2>&1 && continue ;;
         *) dpkg -s "$package" >/dev/null 2>&1 && continue ;;
     esac
     missing="$missing $package"
