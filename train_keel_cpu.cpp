@@ -1150,23 +1150,7 @@ struct Trainer {
 };
 
 #ifndef KEEL_NO_MAIN  // the tests have a main of their own
-<<<<<<< HEAD
-=======
-// A CPU that lacks an instruction which the compiler took ends the program, mostly before main: with a word.
-[[gnu::constructor(101)]] static void explain_illegal_instruction() {
-    signal(SIGILL, [](int) {
-        static constexpr char text[] = "train_keel_cpu: expected the kind of CPU that it was compiled for, found an "
-                                       "older "
-                                       "one, which lacks an instruction; build it here by make -B train_keel_cpu, or "
-                                       "for "
-                                       "most: make CXXFLAGS='-O3 -march=x86-64-v3' train_keel_cpu\n";
-        if (write(2, text, sizeof text - 1) < 0) {}
-        _exit(1);
-    });
-}
-
->>>>>>> refs/heads/port
-    int main(int argc, char** argv) {
+int main(int argc, char** argv) {
     flush_subnormals();
     limit_spinning(argv);
     return trainer_main<Trainer>(argc, argv);
