@@ -28,11 +28,10 @@ inline void print_run(const RunConfig& run, const ParameterLayout& layout, const
     }
     if (run.ranks > 0) print("ranks      %d, -z %d\n", run.ranks, run.zero);
     std::string passes = data.passes(run) > 0 ? format("%.3g passes over the data, ", data.passes(run)) : "";
-    print("training   %lld steps of %lld tokens (%s%d x %d x %d), %speak LR %g, warm-up %lld, weight decay %g, clip "
-          "%g, "
-          "seed %llu\n",
+    print("training   %lld steps of %lld tokens (%s%d x %d x %d), %speak LR %g, warm-up %lld, %s, weight decay %g, "
+          "clip %g, seed %llu\n",
           run.steps, run.total_batch, run.ranks > 1 ? format("%d x ", run.ranks) : "", run.accumulation(), run.B, run.T,
-          passes, run.lr, run.warmup, run.weight_decay, run.clip, run.seed);
+          passes, run.lr, run.warmup, schedules[run.schedule].name, run.weight_decay, run.clip, run.seed);
 }
 
 // One run: what it starts from, what it takes, its steps. run() calls the functions below in the order they stand in.
