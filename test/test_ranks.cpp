@@ -1159,6 +1159,15 @@ TEST_SUITE("ends") {
                                     loader.position(bad) + 5)) != std::string::npos);
             CHECK(newest_states(p / out, {}).step == int64_t(bad / 12));
         }
+        // The first to validate on are looked at first too, wherever they lie.
+        file.seekp(std::streamoff(sizeof header + 2 * (shard.count - shard.count / 10 + 7)))
+            << "\x60\xEA" << std::flush;
+        Words at_start = p.words(cpu, "at_start");
+        at_start[2] = p / "sparse.bin";
+        Result refused = Process(at_start).wait();
+        CHECK(refused.err.find(format("found 60000 at token %llu", shard.count - shard.count / 10 + 7)) !=
+              std::string::npos);
+        CHECK(!fs::exists(p / "at_start"));
         for (const Build& build : builds(2)) {
             for (int n : {0, 3}) {
                 std::string val = p / "val.txt";
