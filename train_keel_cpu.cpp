@@ -1089,14 +1089,7 @@ struct Trainer {
     using Generator = TokenGenerator;
 
     static void require_machine() {
-        int asked = threads_asked_for(), wanted = asked ? asked : std::min(omp_get_max_threads(), group_processors());
-        if (!asked && wanted < omp_get_max_threads())
-            print("note       %d threads on %d processors, as the control group has a limit of CPU time; "
-                  "OMP_NUM_THREADS sets another number\n",
-                  wanted, omp_get_max_threads());
-        if (asked > omp_get_num_procs())
-            print("note       OMP_NUM_THREADS asks for %d threads on %d processors: slower than one a processor\n",
-                  asked, omp_get_num_procs());
+        int wanted = wanted_threads(omp_get_max_threads(), omp_get_num_procs());
         int threads = startable_threads(wanted), started = 0;
         if (threads < wanted)  // else OpenMP would end the program
             print("note       %d threads of %d, as no more can be started (ulimit -u, -v)\n", threads, wanted);
@@ -1156,14 +1149,13 @@ struct Trainer {
 };
 
 #ifndef KEEL_NO_MAIN  // the tests have a main of their own
-// A CPU that lacks an instruction which the compiler took ends the program, mostly before main: with a word.
+// A CPU without an instruction that the compiler took would kill the program without a word, mostly before main.
 [[gnu::constructor(101)]] static void explain_illegal_instruction() {
     signal(SIGILL, [](int) {
-        static constexpr char text[] = "train_keel_cpu: expected the kind of CPU that it was compiled for, found an "
-                                       "older "
-                                       "one, which lacks an instruction; build it here by make -B train_keel_cpu, or "
-                                       "for "
-                                       "most: make CXXFLAGS='-O3 -march=x86-64-v3' train_keel_cpu\n";
+        static constexpr char text[] = "train_keel_cpu: expected the kind of CPU that it was compiled for, found one "
+                                       "that lacks an instruction; "
+                                       "build it here with make -B, or for most with make CXXFLAGS='-O3 "
+                                       "-march=x86-64-v3'\n";
         if (write(2, text, sizeof text - 1) < 0) {}
         _exit(1);
     });

@@ -53,23 +53,6 @@ private:
     }
 };
 
-// How many threads, of the n wanted and this one counted, a limit of processes or of memory lets start. By pthreads:
-// the first free() in a std::thread would give malloc an arena of 64 MiB of address space for it.
-inline int startable_threads(int n) {
-    std::vector<pthread_t> threads(static_cast<size_t>(n));
-    std::mutex waiting;
-    auto wait = [](void* mutex) -> void* {
-        std::lock_guard lock(*static_cast<std::mutex*>(mutex));
-        return nullptr;
-    };
-    int started = 1;
-    waiting.lock();
-    while (started < n && pthread_create(&threads[size_t(started)], nullptr, wait, &waiting) == 0) started++;
-    waiting.unlock();
-    for (int t = 1; t < started; t++) pthread_join(threads[size_t(t)], nullptr);
-    return started;
-}
-
 // The threads that OMP_NUM_THREADS asks for, at the outer level where it is a list; 0 where it is not set.
 inline int threads_asked_for() {
     const char* text = getenv("OMP_NUM_THREADS");
@@ -95,6 +78,36 @@ inline int group_processors(const std::string& groups = "/sys/fs/cgroup") {
     bool limited = read("/cpu.max", "%lf %lf", &quota, &period) ||  // version 2, "max 100000" where there is no limit
                    (read("/cpu/cpu.cfs_quota_us", "%lf", &quota) && read("/cpu/cpu.cfs_period_us", "%lf", &period));
     return limited && quota > 0 && period > 0 ? int(std::min(std::ceil(quota / period), 1e9)) : INT_MAX;
+}
+
+// How many threads to start where OpenMP would start `most`; a note says where that is not one a processor.
+inline int wanted_threads(int most, int processors) {
+    int asked = threads_asked_for(), wanted = asked ? asked : std::min(most, group_processors());
+    if (!asked && wanted < most)
+        print("note       %d threads on %d processors, as the control group has a limit of CPU time; OMP_NUM_THREADS "
+              "sets another number\n",
+              wanted, most);
+    if (asked > processors)
+        print("note       OMP_NUM_THREADS asks for %d threads on %d processors: slower than one a processor\n", asked,
+              processors);
+    return wanted;
+}
+
+// How many threads, of the n wanted and this one counted, a limit of processes or of memory lets start. By pthreads:
+// the first free() in a std::thread would give malloc an arena of 64 MiB of address space for it.
+inline int startable_threads(int n) {
+    std::vector<pthread_t> threads(static_cast<size_t>(n));
+    std::mutex waiting;
+    auto wait = [](void* mutex) -> void* {
+        std::lock_guard lock(*static_cast<std::mutex*>(mutex));
+        return nullptr;
+    };
+    int started = 1;
+    waiting.lock();
+    while (started < n && pthread_create(&threads[size_t(started)], nullptr, wait, &waiting) == 0) started++;
+    waiting.unlock();
+    for (int t = 1; t < started; t++) pthread_join(threads[size_t(t)], nullptr);
+    return started;
 }
 
 // Seconds since the process was started, to the kernel's clock tick of 10 ms; 0 where the kernel does not say.
