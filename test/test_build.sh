@@ -207,7 +207,7 @@ if ! command -v qemu-x86_64-static >/dev/null || ! grep -q avx /proc/cpuinfo; th
     skipped=1
 else
     said=$(qemu-x86_64-static -cpu Nehalem ./train_keel_cpu -h 2>&1 | grep -v TCG)
-    found "an older CPU" "$said" "expected the kind of CPU that this program was compiled for, found an older one"
+    found "an older CPU" "$said" "expected the kind of CPU that this program was compiled for, found one that lacks"
     check "an older CPU, in one line" 1 "$(wc -l <<<"$said")"
 fi
 
