@@ -680,7 +680,10 @@ TEST_SUITE("launchers") {
             {ompi, {"-L", "4"}, "rank 1: MPI: expected rank 1 of 4", "OMPI_COMM_WORLD_RANK OMPI_COMM_WORLD_SIZE"},
             {slurm, {"-L", "4"}, "rank 2: MPI: expected rank 2 of 4", "SLURM_PROCID SLURM_STEP_NUM_TASKS"},
             {torch, {"-L", "4"}, "rank 3: MPI: expected rank 3 of 4", "RANK WORLD_SIZE"},
-            {of_ended, {"-L", "4"}, "rank 1: MPI_Init has ended it", "OMPI_COMM_WORLD_RANK OMPI_COMM_WORLD_SIZE"},
+            {of_ended,
+             {"-L", "4"},
+             "rank 1: MPI_Init has ended this process",
+             "OMPI_COMM_WORLD_RANK OMPI_COMM_WORLD_SIZE"},
             {torch, {"-q"}, "rank 3: unknown flag '-q'", ""},
             {torch, {"-h"}, nullptr, ""}};
         std::vector<Process> processes;
