@@ -66,7 +66,8 @@ struct MpiSession {
     explicit MpiSession(const Launch& launch) {
         int provided, ranks = 0, rank = 0;
         {
-            LastWord word(format("rank %d: MPI_Init has ended it, as MPI says above; start each program by an mpirun "
+            LastWord word(format("rank %d: MPI_Init has ended this process, as MPI says above; start each program by "
+                                 "an mpirun "
                                  "of its own; %s\n",
                                  launch.rank, launch.if_stale()));
             StartWatch watch(launch, [n = launch.ranks] { return format("the others of %d ranks in MPI_Init", n); });

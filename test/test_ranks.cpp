@@ -436,7 +436,8 @@ TEST_SUITE("the lifeline, without MPI") {
 
     TEST_CASE("Beside torchrun's own store on MASTER_PORT the ranks take the next port; a port that is none is named") {
         auto environment = by_port();
-        int store = socket(AF_INET, SOCK_STREAM, 0);
+        int store = socket(AF_INET, SOCK_STREAM, 0), on = 1;
+        setsockopt(store, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
         sockaddr_in at{};
         at.sin_family = AF_INET, at.sin_port = htons(uint16_t(atoi(environment["MASTER_PORT"].c_str())));
         REQUIRE(bind(store, reinterpret_cast<sockaddr*>(&at), sizeof at) == 0);
@@ -463,9 +464,13 @@ TEST_SUITE("launchers") {
                  {"OMPI_", "PMI", "MPI_", "SLURM_", "RANK", "WORLD_SIZE", "LOCAL_", "TORCHELASTIC_"})
                 if (name.starts_with(start)) unsetenv(name.c_str());
         for (const auto& [name, value] : variables) setenv(name.c_str(), value.c_str(), 1);
-        Launch launch = Launch::from_environment();
-        for (const auto& [name, value] : variables) unsetenv(name.c_str());
-        return launch;
+        struct Unset {
+            const std::map<std::string, std::string>& variables;
+            ~Unset() {
+                for (const auto& [name, value] : variables) unsetenv(name.c_str());
+            }
+        } unset{variables};
+        return Launch::from_environment();
     }
 
     TEST_CASE("Of several launchers' variables those of the one that has started this process count") {
@@ -675,7 +680,10 @@ TEST_SUITE("launchers") {
             {ompi, {"-L", "4"}, "rank 1: MPI: expected rank 1 of 4", "OMPI_COMM_WORLD_RANK OMPI_COMM_WORLD_SIZE"},
             {slurm, {"-L", "4"}, "rank 2: MPI: expected rank 2 of 4", "SLURM_PROCID SLURM_STEP_NUM_TASKS"},
             {torch, {"-L", "4"}, "rank 3: MPI: expected rank 3 of 4", "RANK WORLD_SIZE"},
-            {of_ended, {"-L", "4"}, "rank 1: MPI_Init has ended it", "OMPI_COMM_WORLD_RANK OMPI_COMM_WORLD_SIZE"},
+            {of_ended,
+             {"-L", "4"},
+             "rank 1: MPI_Init has ended this process",
+             "OMPI_COMM_WORLD_RANK OMPI_COMM_WORLD_SIZE"},
             {torch, {"-q"}, "rank 3: unknown flag '-q'", ""},
             {torch, {"-h"}, nullptr, ""}};
         std::vector<Process> processes;
