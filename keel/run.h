@@ -28,9 +28,8 @@ inline void print_run(const RunConfig& run, const ParameterLayout& layout, const
     }
     if (run.ranks > 0) print("ranks      %d, -z %d\n", run.ranks, run.zero);
     std::string passes = data.passes(run) > 0 ? format("%.3g passes over the data, ", data.passes(run)) : "";
-    print("training   %lld steps of %lld tokens (%s%d x %d x %d), %speak LR %g, warm-up %lld, weight decay %g, clip "
-          "%g, "
-          "seed %llu\n",
+    print("training   %lld steps of %lld tokens (%s%d x %d x %d), %speak LR %g, warm-up %lld, weight decay %g, "
+          "clip %g, seed %llu\n",
           run.steps, run.total_batch, run.ranks > 1 ? format("%d x ", run.ranks) : "", run.accumulation(), run.B, run.T,
           passes, run.lr, run.warmup, run.weight_decay, run.clip, run.seed);
 }
@@ -254,6 +253,10 @@ private:
         bool to_validate = last[cell] == ',' && last.ends_with(',') && due(config.val_every) &&
                            init->header.template get<int64_t>(H_VAL_EVERY) == config.val_every;
         to_validate = ranks.gather(char(to_validate))[0];
+        if (to_validate) {
+            auto [val_loss, bits_per_byte] = validate_if_due();
+            last = last.insert(cell, val_loss) + bits_per_byte;
+        }
         if (!o.out.empty() && first_rank()) {
             create_output_folder(o.out);
             if (!lock) {  // the folder is new, unless another run has just made it
@@ -268,6 +271,7 @@ private:
             log = std::make_unique<CsvLog>(o.out + "/log.csv",
                                            "step,loss,val_loss,lr,grad_norm,ms,tokens_per_second,mfu,val_bits_per_byte",
                                            to_validate ? step - 1 : kept, copy_later, true);
+            if (to_validate) log->row(last);
             if (o.probe > 0) probe_log = std::make_unique<ProbeLog>(o.out, kept, copy_later);
             if (data->programs.hops)
                 hops_log = std::make_unique<CsvLog>(o.out + "/hops.csv", HopAccuracy::COLUMNS, kept, copy_later);
@@ -279,9 +283,6 @@ private:
             fail("-o: expected the folder %s of rank 0 on all ranks, found none that can be written (%s); give one "
                  "that all share",
                  o.out, errno_text());
-        if (!to_validate) return;
-        auto [val_loss, bits_per_byte] = validate_if_due();
-        if (log) log->row(last.insert(cell, val_loss) + bits_per_byte);
     }
 
     // Leaves the tokenizer beside the models, which are worth little without it; on a resume in place of a damaged one.
