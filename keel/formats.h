@@ -27,7 +27,8 @@ inline void refuse_unexpanded(const std::string& flag, const std::string& path, 
              "name",
              flag, path, left, flag, path.substr(0, slash + 1) + quoted(path.substr(std::min(slash + 1, path.size()))),
              path);
-    if (dollar < path.size() && (isalpha((unsigned char)path[dollar + 1]) || strchr("_{(", path[dollar + 1])))
+    if (dollar < path.size() &&
+        (isalpha((unsigned char)path[dollar + 1]) || path.find_first_of("_{(", dollar + 1) == dollar + 1))
         fail("%s: expected a path, found '%s', whose $ %s, in quotes; use: %s \"%s\", or ./PATH for that very name",
              flag, path, left, flag, path);
     std::string list = close < path.size() ? path.substr(open, close - open) : "";

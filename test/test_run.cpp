@@ -332,6 +332,7 @@ TEST_SUITE("bad input") {
         fs::create_directory(p / "~"), fs::copy(p.text, p / "~/a{1,2}$x.txt");  // what is there is no ~ nor list
         CHECK(bash(binary + rest + "-i '~/a{1,2}$x.txt'").code == 0);
         CHECK(bash(binary + rest + "-i '~/a{1,2}*.txt' -o './$run'").code == 0);
+        CHECK(bash(binary + rest + "-i text.txt -o 'run{}$'").code == 0);
     }
 
     TEST_CASE("The passes over the data are said, and that a model learns them by heart, with where to find more") {
