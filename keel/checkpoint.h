@@ -223,10 +223,14 @@ inline void check_shared_folder(const std::string& folder, const Ranks& ranks) {
         fail("-o: expected the folder %s of rank 0 on all ranks, found none that can be written (%s); give one that "
              "all share",
              folder, errno_text());
-    std::array<char, 256> expected = FolderLock::holder(folder);
+    auto found = [&] {
+        std::array<char, 256> holder = FolderLock::holder(folder);
+        return crc32(holder.data(), holder.size());
+    };
+    uint32_t expected = found();
     ranks.broadcast(&expected, sizeof expected);
-    for (int i = 0; i < 20 && FolderLock::holder(folder) != expected; i++) usleep(100000);  // a network may be late
-    if (FolderLock::holder(folder) != expected)
+    for (int i = 0; i < 20 && found() != expected; i++) usleep(100000);  // a network may be late
+    if (found() != expected)
         fail("-o: expected the folder %s of rank 0 on all ranks, found another of this name on the machine of rank %d; "
              "give one that all share",
              folder, ranks.rank());
