@@ -17,6 +17,7 @@ fi
 failed=0
 printf '%-12s %-12s %8s %9s  %s\n' compiler version warnings "loss 20" difference
 for compiler; do
+    name=${compiler%% *}
     version=$($compiler -dumpfullversion -dumpversion 2>/dev/null) warnings=- loss=- difference="did not build"
     if make -B -s MPI=0 CXX="$compiler" build/train_keel_cpu_other >"$folder/log" 2>&1; then
         difference="did not run"
@@ -30,7 +31,7 @@ for compiler; do
                 END { printf "%.5f %.1e", loss, most }')
         fi
     fi
-    printf '%-12s %-12s %8s %9s  %s\n' "${compiler%% *}" "$version" "$warnings" "$loss" "$difference"
+    printf '%-12s %-12s %8s %9s  %s\n' "${name##*/}" "$version" "$warnings" "$loss" "$difference"
     if [ "$warnings" != 0 ] || ! awk -v d="$difference" 'BEGIN { exit !(d ~ /^[0-9]/ && d <= 1e-5) }'; then
         failed=1
         tail -5 "$folder/log" >&2
