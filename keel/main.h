@@ -7,9 +7,9 @@
 // A CPU that lacks an instruction which the compiler took ends the program, mostly before main: with a word.
 [[gnu::constructor(101)]] static void explain_illegal_instruction() {
     signal(SIGILL, [](int) {
-        static constexpr char text[] = "expected the kind of CPU that this program was compiled for, found an older "
-                                       "one, which lacks an "
-                                       "instruction; build it here by make -B, or for most: make -B CXXFLAGS='-O3 "
+        static constexpr char text[] = "expected the kind of CPU that this program was compiled for, found one that "
+                                       "lacks an instruction; "
+                                       "build it here by make -B, or for most: make -B CXXFLAGS='-O3 "
                                        "-march=x86-64-v3'\n";
         if (write(2, text, sizeof text - 1) < 0) {}
         _exit(1);
