@@ -229,7 +229,7 @@ done
 
 # Each row of dev/doc/reports.md names a test that is there; the title may stand in its file as several string literals.
 missing=$(
-    sed -n 's/^| .* | `\(test[a-z_]*\.[a-z]*\|crash_test\.cpp\): \(.*\)` |$/\1 \2/p' dev/doc/reports.md | while read -r file title; do
+    sed -n 's/^| .* | `\(test[a-z0-9_]*\.[a-z]*\|crash_test\.cpp\): \(.*\)` |$/\1 \2/p' dev/doc/reports.md | while read -r file title; do
         tr -s ' \n' ' ' <"test/$file" | sed 's/" "//g' | grep -qF -- "$title" || echo "$file: $title"
     done
     grep '^| ' dev/doc/reports.md | grep -v '^| report ' | grep -v '` |$'

@@ -1142,6 +1142,25 @@ TEST_SUITE("ends") {
         CHECK(newest_states(p / "run", *std::make_unique<Ranks>()));
     }
 
+    TEST_CASE("A rank that cannot write its part of a checkpoint ends all; a resume passes over what the others "
+              "wrote") {
+        Place p;
+        Words words = p.words(cpu, "run", {"-b", "1", "-x", "60", "-n", "20"}), all = on_ranks(1, words);
+        for (const char* word : {":", "-np", "1", "sh", "-c", "ulimit -f 4; exec \"$@\"", "sh"}) all.push_back(word);
+        all.insert(all.end(), words.begin(), words.end());
+        double start = seconds();
+        Result r = Process(all, {{"KEEL_TEST_PLACE", p.path}}).wait();
+        INFO(r.out << r.err);
+        CHECK(r.code != 0);
+        CHECK(seconds() - start < 30);
+        CHECK(r.err.find("could not be written (File too large)") != std::string::npos);
+        CHECK(!fs::exists(p / "run/model_00000020.bin"));
+        words.push_back("-y");
+        r = p.run(2, words);
+        CHECK(r.out.find("step 60/60") != std::string::npos);
+        CHECK(newest_states(p / "run", *std::make_unique<Ranks>()).step == 60);
+    }
+
     TEST_CASE("A token past V behind those that are looked at first, and validation data that are lost, end a run with "
               "a checkpoint of the last finished step") {
         Place p;
