@@ -1378,8 +1378,7 @@ inline Options parse_command_line(int argc, const char* const* argv) {
             if (!word.empty() && (word == f.short_name || word == f.long_name)) flag = &f;
         if (!flag && !word.starts_with("-"))
             fail("expected a flag, found '%s'; quote a glob so that the shell does not expand it, -i '*.txt', and a "
-                 "name "
-                 "with blanks",
+                 "name with blanks",
                  word);
         if (!flag) fail("unknown flag '%s'; -h lists the flags", word);
         if (!o.given.insert(flag->long_name).second) fail("%s: given twice; give it once", word);

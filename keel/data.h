@@ -100,8 +100,7 @@ private:
         if (names.empty()) refuse_unexpanded(flag, pattern, true);
         if (("/" + pattern).find("/**") != std::string::npos)
             fail("%s: '%s' goes one folder deep, as ** is no more than * here; use: mkdir DIR && bash -O globstar -c "
-                 "%s, "
-                 "and %s 'DIR/*'",
+                 "%s, and %s 'DIR/*'",
                  flag, pattern, quoted("ln -sr " + expandable(pattern) + " DIR"), flag);
         if (names.empty()) fail("%s: the glob '%s' matches no file; correct it", flag, pattern);
         std::string told;
@@ -208,8 +207,7 @@ private:
             memcpy(&token, &bytes[i * width], width);
             if (token >= uint32_t(V))
                 throw DataError(format("%s: expected tokens below the model's V = %d, found %u at token %llu; use "
-                                       "other "
-                                       "data or another model",
+                                       "other data or another model",
                                        file.path, V, token, first + i));
             out[i] = int(token);
         }
@@ -305,8 +303,7 @@ inline void encode_source(TokenSource& source, const Tokenizer& t, int local_ran
                      done - file.first + zero);
             if (size_t at = find_no_utf8(part); !told && done == file.first && at != part.npos)
                 told = true, print("note       %s is not UTF-8 at byte %zu: such bytes become tokens of their own; if "
-                                   "it "
-                                   "is Latin-1, use: iconv -f LATIN1 -t UTF-8 %s > text.txt\n",
+                                   "it is Latin-1, use: iconv -f LATIN1 -t UTF-8 %s > text.txt\n",
                                    file.path, at, quoted(file.path));
             t.encode_parallel(part, int(std::thread::hardware_concurrency()) / local_ranks, *tokens);
             text.erase(0, end), done += end;

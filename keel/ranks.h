@@ -67,8 +67,7 @@ struct MpiSession {
         int provided, ranks = 0, rank = 0;
         {
             LastWord word(format("rank %d: MPI_Init has ended this process, as MPI says above; start each program by "
-                                 "an mpirun "
-                                 "of its own; %s\n",
+                                 "an mpirun of its own; %s\n",
                                  launch.rank, launch.if_stale()));
             StartWatch watch(launch, [n = launch.ranks] { return format("the others of %d ranks in MPI_Init", n); });
             MPI_Init_thread(nullptr, nullptr, MPI_THREAD_FUNNELED, &provided);

@@ -581,8 +581,7 @@ private:
     [[noreturn]] void end_after_skips(const StepResult& result) {
         if (checkpoints) checkpoints->wait();
         fail("step %lld: expected a loss and gradient norm that are finite%s, found %s and %s, the last of %lld "
-             "skipped "
-             "in a row (--max-skips); %s",
+             "skipped in a row (--max-skips); %s",
              step, *or_outlier() ? " and no outliers" : "", number_text(result.loss), number_text(result.norm),
              trainer->run.skipped_in_row,
              *or_outlier() ? "a larger --skip-loss or --skip-grad, or else: " + advice() : advice());

@@ -432,8 +432,7 @@ std::string flips() {
         spill(kind.path, good);
     }
     return format("%lld flips in 6 kinds of files; every one under a checksum found (%lld in shards, texts and logs, "
-                  "which have "
-                  "none, trained on)",
+                  "which have none, trained on)",
                   (long long)flipped, (long long)passed_over);
 }
 

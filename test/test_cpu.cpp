@@ -204,12 +204,10 @@ TEST_SUITE("tables") {
                              "gamma_in[2] qkvw[2] "
                              "attprojw[2] gamma_out[2] gamma_in[3] fcw[3] fcprojw[3] gamma_out[3] ");
         CHECK(names(HYBRIDNORM) == "wte wpe qkvw[0] gamma_q[0] gamma_k[0] gamma_v[0] attprojw[0] gamma_out[0] fcw[1] "
-                                   "fcprojw[1] qkvw[2] "
-                                   "gamma_q[2] gamma_k[2] gamma_v[2] attprojw[2] gamma_out[2] fcw[3] fcprojw[3] "
-                                   "gamma_final ");
+                                   "fcprojw[1] qkvw[2] gamma_q[2] gamma_k[2] gamma_v[2] attprojw[2] gamma_out[2] "
+                                   "fcw[3] fcprojw[3] gamma_final ");
         CHECK(names(POST) == "wte wpe qkvw[0] attprojw[0] gamma_out[0] fcw[1] fcprojw[1] gamma_out[1] qkvw[2] "
-                             "attprojw[2] "
-                             "gamma_out[2] fcw[3] fcprojw[3] gamma_out[3] ");
+                             "attprojw[2] gamma_out[2] fcw[3] fcprojw[3] gamma_out[3] ");
     }
 
     TEST_CASE("Initial weights have the bits of the reference's, in every build") {
@@ -740,8 +738,7 @@ TEST_SUITE("model") {
     }
 
     TEST_CASE("The probe's figures are PyTorch's: rms, same_x, the shortcut's gains, gradients of x and F, and norms "
-              "of "
-              "every tensor, in two steps of AdamW") {
+              "of every tensor, in two steps of AdamW") {
         std::unique_ptr<Model> model;
         DebugState<real> state;
         std::unique_ptr<StepProbe> probe;
@@ -888,8 +885,7 @@ TEST_SUITE("model") {
     }
 
     TEST_CASE("Post-LN's shortcut shrinks as 2^(-L/2) in all, KEEL's keeps its size: the paper's eq. 14-19, measured "
-              "at "
-              "initialisation") {
+              "at initialisation") {
         auto measure = [](NormPlacement norm, int L, int from) {
             ModelConfig c = small_config(norm, L, 64, 2, 256, 64);
             Model model(c, 4, 64, {0});
@@ -1076,8 +1072,7 @@ TEST_SUITE("data") {
     }
 
     TEST_CASE("Programs of hops:K answer their queries right, by as many lookups as they say and no fewer, each number "
-              "of "
-              "lookups as often as any other") {
+              "of lookups as often as any other") {
         for (int K : {1, 3, 8, MAX_HOPS}) {
             HopPrograms programs{K};
             std::map<int, int> count;

@@ -137,8 +137,7 @@ TEST_CASE("CRC-32: pieces combined are the CRC of the whole, by one thread and b
 }
 
 TEST_CASE("A step that is not finite updates nothing and is counted; a run that is resumed among such steps ends with "
-          "the "
-          "same bits") {
+          "the same bits") {
     Place p;
     const std::map<std::string, std::string> bad = {{"KEEL_TEST_BAD", "1,5,6,7,12,13,20"}};
     Result whole = run(p.tiny({"--max-skips", "4"}), bad);
@@ -163,8 +162,7 @@ TEST_CASE("A step that is not finite updates nothing and is counted; a run that 
 }
 
 TEST_CASE("A step whose loss or gradient is an outlier is skipped where --skip-loss or --skip-grad asks, a resume "
-          "skips "
-          "the same, and a checkpoint due then comes a step later") {
+          "skips the same, and a checkpoint due then comes a step later") {
     Place p;
     const std::map<std::string, std::string> spikes = {{"KEEL_TEST_SPIKES", "9,340,350"}};
     auto train = [&](const char* flag, const char* z) {
@@ -308,15 +306,13 @@ TEST_CASE("A run whose last steps were skipped says what it has left, and a resu
     Result r = run(p.tiny(), {{"KEEL_TEST_BAD", "23,24"}});
     CHECK(r.code == 0);
     CHECK_MESSAGE(r.err.find("found the last 2 steps skipped, and the weights those of step 22; the last good "
-                             "checkpoint "
-                             "is " +
+                             "checkpoint is " +
                              state_path(p / "run", 20)) != std::string::npos,
                   r.err);
     Result again = run({"train", "-y", "-i", p.text, "-o", p / "run", "-s", "0"});
     CHECK(again.code == 0);
     CHECK_MESSAGE(again.err.find("skipping a checkpoint: " + state_path(p / "run", 24) +
-                                 ": expected one whose last "
-                                 "step updated the weights") != std::string::npos,
+                                 ": expected one whose last step updated the weights") != std::string::npos,
                   again.err);
     CHECK(again.out.find("resuming   " + state_path(p / "run", 22)) != std::string::npos);
     fs::rename(p / "run", p / "mended");
@@ -428,8 +424,7 @@ TEST_CASE("Divergence: a spike that comes down again is none, and one that does 
 }
 
 TEST_CASE("Divergence in a run: a warning by default, a stop with --stop-on-divergence; a resume goes on watching "
-          "where the "
-          "log ends") {
+          "where the log ends") {
     Place p;
     // Pure noise: nothing can be learned beyond how frequent each byte is, so the loss stays there.
     std::string noise;
@@ -458,8 +453,7 @@ TEST_CASE("Divergence in a run: a warning by default, a stop with --stop-on-dive
 }
 
 TEST_CASE("--keep: the newest K states and models stay, 0 keeps all, and checkpoints later than the one a resume took "
-          "are "
-          "left alone") {
+          "are left alone") {
     Place p;
     auto kept = [&](const Words& more) {
         fs::remove_all(p / "run");
@@ -486,8 +480,7 @@ TEST_CASE("--keep: the newest K states and models stay, 0 keeps all, and checkpo
 }
 
 TEST_CASE("Checkpoints written in the background, from the snapshot, and while training waits have the same bytes; an "
-          "error "
-          "of the thread is thrown") {
+          "error of the thread is thrown") {
     Place p;
     REQUIRE(run(p.tiny()).code == 0);
     fs::rename(p / "run", p / "background");

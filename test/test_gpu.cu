@@ -259,8 +259,7 @@ Outcome run_steps(Trainer& trainer, const TestData& data, int64_t first, int64_t
 // ----------------------------------------------------------------------------------------------------
 TEST_SUITE("layers") {
     TEST_CASE("Embedding: forward from any first position, backward with tokens that repeat and with one that fills "
-              "the "
-              "batch") {
+              "the batch") {
         Comparison compare("embedding", FP32_TOLERANCE);
         struct {
             int B, T, C, V, first;
@@ -478,8 +477,7 @@ TEST_SUITE("layers") {
     }
 
     TEST_CASE("The highway's backward is the CPU's, with every combination of norms, and makes the u before again bit "
-              "for "
-              "bit") {
+              "for bit") {
         // 700 and 2100 rows: several groups of partial sums. 70 rows of 4096: more than the warps of all blocks.
         Comparison compare("dx, dz and gains", FP32_TOLERANCE), compare_branch("df", BRANCH_TOLERANCE);
         for (auto [rows, C] :
@@ -951,8 +949,7 @@ TEST_SUITE("layers") {
                       std::fabs(found - start - expected) / size);
     }
     TEST_CASE("Sums and sums of squares add to what is there, from any start, in one block and in more blocks than the "
-              "grid "
-              "holds") {
+              "grid holds") {
         // four numbers at a time are added in FP32
         Comparison compare("sums", 1e-6);
         for (size_t n : {size_t(1), size_t(3), size_t(5000), size_t(300000),
@@ -989,8 +986,7 @@ TEST_SUITE("layers") {
 // ----------------------------------------------------------------------------------------------------
 TEST_SUITE("optimizer") {
     TEST_CASE("A step's numbers of several ranks: added up in rank order, flags of any and of all, nothing updated "
-              "where "
-              "data were lost") {
+              "where data were lost") {
         const StepShare parts[] = {{1e16, 1, STOP_ASKED | STATE_WRITTEN},
                                    {1, 2, STATE_WRITTEN},
                                    {-1e16, 6, STATE_WRITTEN}};  // another order gives another sum
@@ -1283,8 +1279,7 @@ TEST_SUITE("optimizer") {
     }
 
     TEST_CASE("The probe's sums of squares are those of each tensor's elements, or of their differences, wherever the "
-              "tensor "
-              "starts and ends") {
+              "tensor starts and ends") {
         Comparison compare("sums of squares", 1e-12);  // in double
         Trainer trainer(test_run(small_config(HYBRIDNORM, 4, 300, 9), 1, 9));
         const ParameterLayout& layout = trainer.model.layout;
@@ -1343,8 +1338,7 @@ TEST_SUITE("model") {
     }
 
     TEST_CASE("All placements' losses, logits, x, dx and gradients are the CPU's, at 16 sub-layers and lengths that "
-              "fill no "
-              "tile") {
+              "fill no tile") {
         StateComparison compare;
 #ifdef CUDA_ON_CPU
         const int B = lean(2, 4);
@@ -1559,8 +1553,7 @@ TEST_SUITE("model") {
     // other tokens, 77 % and 0.68. The BF16 branch alone costs 0.5 %: its roundings fall on F, not on the 512 times
     // larger stream, and differ in sign.
     TEST_CASE("At 512 sub-layers a BF16 highway loses most of what they add to the stream, and this trainer's FP32 "
-              "highway "
-              "keeps it") {
+              "highway keeps it") {
         int L = 512, T = 16;
         RunConfig run = test_run(test_config(KEEL, L, 64, 1, 256, T), 1, T, 1, {0});
         cpu::Trainer reference(run);
@@ -1580,8 +1573,7 @@ TEST_SUITE("model") {
         double lost = relative_error(fp32.added(), rounded.added()),
                ours_lost = relative_error(fp32.added(), ours.added());
         std::string figures = format("what %d sub-layers add: off by %.3g %% (cosine %.3f) on a BF16 highway, by %.3g "
-                                     "%% (cosine %.5f) on this "
-                                     "trainer's",
+                                     "%% (cosine %.5f) on this trainer's",
                                      L, 100 * lost, cosine(fp32.added(), rounded.added()), 100 * ours_lost,
                                      cosine(fp32.added(), ours.added()));
         CHECK_MESSAGE(lost > 0.4, figures);
@@ -1635,8 +1627,7 @@ TEST_SUITE("training") {
     }
 
     TEST_CASE("A step whose gradients are not finite is skipped, eager or replayed, and the next ones are those of a "
-              "run "
-              "that never saw them") {
+              "run that never saw them") {
         TestData data;
         for (bool use_graphs : {false, true}) {
             RunConfig run = test_run(small_config(KEEL, 4, 256, 16), 2, 16, 2);
@@ -1778,8 +1769,7 @@ TEST_SUITE("training") {
     }
 
     TEST_CASE("A step that is started while the one before is in flight has the bits of steps one at a time, a skipped "
-              "one "
-              "among them too") {
+              "one among them too") {
         TestData data;
         for (int accumulation : {1, 3}) {
             RunConfig run = test_run(small_config(KEEL, 4, 256, 16), 2, 16, accumulation);
@@ -1896,8 +1886,7 @@ TEST_SUITE("training") {
 
 #ifdef CUDA_ON_CPU
     TEST_CASE("Steps have the same bits whatever the order of threads, blocks and graph nodes, and whatever memory "
-              "held "
-              "before") {
+              "held before") {
         auto before = cuda_on_cpu::settings();
         TestData data;
         for (NormPlacement norm : {KEEL, HYBRIDNORM}) {
@@ -1939,8 +1928,7 @@ TEST_SUITE("memory and machine") {
     }
 
     TEST_CASE("--tune measures each product of a step once, writes a table, and a later run takes its algorithms "
-              "without "
-              "measuring") {
+              "without measuring") {
         // Which algorithm is the fastest the clock decides, and each adds in an order of its own: runs by other tables
         // are as close as the CPU's steps.
         Comparison compare("losses beside the untuned", bf16 ? 2e-2 : 1e-5);

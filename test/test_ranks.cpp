@@ -634,8 +634,7 @@ TEST_SUITE("launchers") {
         CHECK(l.device(1) == 0);
         l.local_rank = 4;
         CHECK_THROWS_WITH(l.device(4), "ranks: expected at most 4 on this machine, one for each GPU, found local rank "
-                                       "4 "
-                                       "(rank 5); start fewer, or show each its own by CUDA_VISIBLE_DEVICES");
+                                       "4 (rank 5); start fewer, or show each its own by CUDA_VISIBLE_DEVICES");
         l.local_rank = -1;
         CHECK(l.device(1) == 0);
         CHECK_THROWS_WITH(l.device(4), doctest::Contains("which of the 4 GPUs here is rank 5's, found no LOCAL_RANK"));
@@ -1026,8 +1025,7 @@ TEST_SUITE("ends") {
     }
 
     TEST_CASE("A stop asked of one rank stops all at the same step, with a checkpoint, exit 0; the run ends as one "
-              "that was "
-              "never stopped") {
+              "that was never stopped") {
         for (const Build& build : builds(2)) {
             Place p;
             Words words = p.words(build, "run", {"-x", "30", "-b", "1", "-n", "1000", "-y"});

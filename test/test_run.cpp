@@ -451,8 +451,7 @@ TEST_SUITE("bad input") {
         std::string expected = "--steps from 6 to 12; the learning rate was 1e-07 at step 6 and is 0.00429 at step 7";
         CHECK(changes({"-x", "12"}) == expected);
         expected = "--lr from 0.01 to 0.02, --schedule from cosine to wsd, --final-lr from 0 to 0.5, --decay-steps "
-                   "from "
-                   "0 to 3, --steps from 12 to 18; the learning rate was 1e-07 at step 12 and is 0.02 at step 13";
+                   "from 0 to 3, --steps from 12 to 18; the learning rate was 1e-07 at step 12 and is 0.02 at step 13";
         Words wsd = {"--schedule", "wsd", "--decay-steps", "3", "--final-lr", "0.5"};
         CHECK(changes(wsd + Words{"-x", "18", "-l", "0.02"}) == expected);
         expected = "--clip from 1 to 2, --skip-loss from 0 to 5, --batch from 2 to 1, --recompute from none to layer";
@@ -660,8 +659,7 @@ TEST_SUITE("the run") {
     }
 
     TEST_CASE("A resume needs the folder and the data alone, skips a damaged checkpoint, and refuses another model or "
-              "other "
-              "data") {
+              "other data") {
         Place p;
         succeeds(p.tiny({"-o", p / "whole", "-n", "2", "-l", "0.02", "--seed", "9"}));
         fs::copy(p / "whole", p / "part");
@@ -791,8 +789,7 @@ TEST_SUITE("the run") {
     }
 
     TEST_CASE("hops:K trains without a file, reports the accuracy of each number of lookups at each validation, and "
-              "resumes "
-              "to the same folder") {
+              "resumes to the same folder") {
         Place p;
         Words w = {"./train_keel_cpu",
                    "-i",
@@ -851,8 +848,7 @@ TEST_SUITE("the run") {
     }
 
     TEST_CASE("hops:K without a number from 1 to 9, with -j, or in sequences that hold no program is refused; a file "
-              "of that "
-              "name is a path") {
+              "of that name is a path") {
         Place p;
         for (const char* word :
              {"hops:0", "hops:10", "hops:", "hops:x", "hops:-1", "hops:+1", "hops:2.5", "hops:99999999999", "hops:3,4"})
@@ -1262,8 +1258,7 @@ TEST_SUITE("more bad input and faults") {
     }
 
     TEST_CASE("Every placement and the FP64 build resume to the same folder, probe included; what is not given comes "
-              "from "
-              "the state") {
+              "from the state") {
         Place p;
         auto check = [&](const std::string& binary, const std::string& norm) {
             Words w = p.tiny({"--norm", norm,  "-n",     "3",     "-v", "2",     "--probe", "2",
@@ -1617,8 +1612,7 @@ TEST_SUITE("the GPU trainer") {
     }
 
     TEST_CASE("It says its memory and its graphs, killed runs resume to the same bits and log, and a finished one is "
-              "left "
-              "alone") {
+              "left alone") {
         for (const std::string& binary : {gpu_fp32, gpu_bf16}) {
             Place p;
             auto command = [&](const std::string& out) { return wide(p, binary, "24", {"-n", "2", "-o", out, "-y"}); };
@@ -1682,8 +1676,7 @@ TEST_SUITE("the GPU trainer") {
     }
 
     TEST_CASE("Models go from one trainer to the other, and sample the same text; states stay with the build that "
-              "wrote "
-              "them") {
+              "wrote them") {
         Place p;
         succeeds(wide(p, "./train_keel_cpu", "8", {"-o", p / "cpu"}));
         succeeds(wide(p, gpu_bf16, "8", {"-o", p / "bf16"}));
@@ -1734,8 +1727,7 @@ TEST_SUITE("the GPU trainer") {
     }
 
     TEST_CASE("The products' benchmark: every way agrees with the trainer's products at small shapes, none is left "
-              "out, and "
-              "each figure is a row" *
+              "out, and each figure is a row" *
               doctest::skip(!long_tests())) {
         Place p;
         Result r = succeeds({"build/bench_products_on_cpu", "--small", "--csv", p / "figures.csv"});
@@ -1750,8 +1742,7 @@ TEST_SUITE("the GPU trainer") {
     }
 
     TEST_CASE("Shapes that the tensor cores' build cannot run are refused before anything is written, and name the "
-              "builds "
-              "that can") {
+              "builds that can") {
         Place p;
         p.fails({gpu_bf16, "-i", p.text, "-C", "72", "-o", p / "run"},
                 {"-C", "multiple of 64", "72", "train_keel_fp32"});

@@ -483,8 +483,7 @@ inline cudaError_t check_launch(const cudaLaunchConfig_t& config, const void* fu
     if (config.dynamicSmemBytes > shared_allowed(function))
         return refuse_launch(function,
                              formatted("expected up to %zu bytes of shared memory, found %zu; cudaFuncSetAttribute "
-                                       "allows "
-                                       "up to %zu",
+                                       "allows up to %zu",
                                        shared_allowed(function), config.dynamicSmemBytes, shared_limit),
                              cudaErrorInvalidValue);
     for (unsigned i = 0; i < config.numAttrs; i++)
@@ -537,8 +536,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
         if (host_pointer) {
             cuda_on_cpu::report_misuse("launch of kernel " + cuda_on_cpu::kernel_name(function) +
                                            cuda_on_cpu::formatted(": expected argument %d to point into device or "
-                                                                  "pinned "
-                                                                  "memory, found that it does not",
+                                                                  "pinned memory, found that it does not",
                                                                   host_pointer),
                                        true);
             return cudaErrorIllegalAddress;

@@ -194,8 +194,7 @@ struct Worker {
         if (at_barrier == 0) barrier_line = line, barrier_sum = 0;
         else if (line != barrier_line)
             misuse(formatted("expected every thread of the block at the __syncthreads of line %d, found this one at "
-                             "line "
-                             "%d",
+                             "line %d",
                              barrier_line, line));
         barrier_sum += number;
         self.wait = Wait::syncthreads, self.line = line;
@@ -275,15 +274,13 @@ struct Worker {
         }
         if (launch->overlaps && !self.waited)
             return fail(place(self) + ": expected wait_for_predecessor() in each thread of a launch that may overlap "
-                                      "the one before, "
-                                      "found a thread that ended without");
+                                      "the one before, found a thread that ended without");
         if (products_used)
             if (std::string unfinished = unfinished_products(self); !unfinished.empty())
                 return fail(place(self) + ": " + unfinished);
         if (!self.copies.empty())
             fail(place(self) + formatted(": expected a cp_async_wait for every cp_async_16, found %zu never waited for "
-                                         "at "
-                                         "the thread's end",
+                                         "at the thread's end",
                                          self.copies.size()));
     }
 
@@ -357,8 +354,7 @@ struct Worker {
         fail(place(*example) +
              (barrier ? formatted(": deadlock: expected all %u threads of the block at __syncthreads, found ", threads)
               : product ? std::string(": deadlock: expected all 128 threads of the warpgroup to issue the wgmma that "
-                                      "is "
-                                      "waited for, found ")
+                                      "is waited for, found ")
                         : std::string(": deadlock: expected all lanes of the mask at the warp's operation, found ")) +
              found);
     }

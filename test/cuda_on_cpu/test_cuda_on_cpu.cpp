@@ -117,8 +117,7 @@ void check_fp8(float largest, float smallest, int numbers) {
     CHECK(std::isnan(decode(encode(NAN))));
 }
 TEST_CASE("a float becomes the nearest FP8 number of either format, the even one of two equally near, the largest "
-          "where it "
-          "is too large") {
+          "where it is too large") {
     check_fp8<__nv_fp8_e4m3>(448, 0x1p-9f, 127);
     check_fp8<__nv_fp8_e5m2>(57344, 0x1p-16f, 124);
 }
