@@ -1109,9 +1109,9 @@ struct RecentSteps {
     // Takes a step whose numbers are finite; false if it is to be skipped: enough steps are known, and its loss or norm
     // is above the mean by more than so many standard deviations (0: any number).
     constexpr bool add(double new_loss, double norm, double skip_loss, double skip_grad) {
-        bool usual = join(loss, new_loss, skip_loss);
-        usual = join(grad, norm, skip_grad) && usual;
-        return count++, usual;
+        bool usual_loss = join(loss, new_loss, skip_loss), usual_norm = join(grad, norm, skip_grad);
+        count++;
+        return usual_loss && usual_norm;
     }
 
 private:
@@ -1328,9 +1328,10 @@ inline double parse_real(const char* flag, const std::string& text, double least
 
 inline int64_t parse_schedule(const std::string& name) {
     std::string names;
-    for (int64_t i = 0; i < NUM_SCHEDULES; i++)
-        if (name == schedules[i].name) return i;
-        else names += (i ? ", " : "") + std::string(schedules[i].name);
+    for (const Schedule& s : schedules) {
+        if (name == s.name) return &s - schedules;
+        names += format("%s%s", names.empty() ? "" : ", ", s.name);
+    }
     fail("--schedule: expected one of %s, found '%s'", names, name);
 }
 

@@ -245,9 +245,8 @@ public:
         return major == 9 || major == 10;
     }
 
-    // Of a large product in the branch's type, 15 times: the fastest counts, for an H100's clocks, just begun, gave a
-    // median of 704 or of 778 TFLOP/s. The matrices are as large as the
-    // GPU and the memory that is left allow.
+    // Of 15 large products in the branch's type. The fastest counts, for an H100's clocks, just begun, gave a median of
+    // 704 or of 778 TFLOP/s. The matrices are as large as the GPU and the memory that is left allow.
     MatrixRate matrix_rate() {
         size_t n = 256;
         while (n < 8192 && n < size_t(gpu_properties().multiProcessorCount) * 64) n *= 2;

@@ -115,8 +115,7 @@ private:
             fail("%s: expected text or token shards in '%s', found %s; give another glob", flag, pattern, told);
         if (passed_over) print("note       %s '%s' passes over %s\n", flag, pattern, told);
     }
-    // Why a glob does not take a file, "" for one that it takes. What cannot be read has data: it is for add() to
-    // refuse.
+    // Why a glob does not take a file, "" for one that it takes, as what cannot be read: that add() refuses.
     std::string passed_over_as(const std::string& path) const {
         struct stat st{};
         if (stat(path.c_str(), &st) != 0) return "";

@@ -28,7 +28,7 @@ struct Launch {
     // Several launchers' variables may be there. The first with more than one rank counts: mpirun under srun has
     // srun's of its daemon beside it, and a shell of srun or mpirun is one process, in which another may start more.
     static Launch from_environment() {
-        static const struct Row {
+        static const struct Row {  // the variables' names; mark: one that has to be there as well
             const char *launcher, *mark, *rank, *ranks, *local_rank, *local_ranks;
         } launchers[] = {
             // On a node where srun or mpirun has started torchrun, which has started this.
@@ -78,9 +78,8 @@ struct Launch {
         return format("where no launcher has started this, unset %s %s", rank_variable, ranks_variable);
     }
 
-    // An error where no lifeline connects the ranks yet. What all have in common, such as a wrong flag, is said by rank
-    // 0 once, and its end has a launcher end the others. Where none is there, or this rank fails alone, it says it
-    // itself.
+    // Prints an error while no lifeline connects the ranks. One that all have, such as a wrong flag, rank 0 prints, and
+    // its end has the launcher end the others meanwhile. A rank that fails alone, or has no launcher, prints its own.
     void say(const std::string& program, const std::string& error) const {
         if (rank > 0) usleep(useconds_t(StartLimits::rank_0 * 1e6));
         if (rank > 0) fprintf(stderr, "%s: rank %d: %s\n", program.c_str(), rank, error.c_str());
@@ -122,16 +121,15 @@ public:
         : thread([this, launch, awaited = std::move(awaited)] {
               using duration = std::chrono::duration<double>;
               std::unique_lock lock(mutex);
-              double patience = StartLimits::patience * (launch.rank == 0 ? 1 : 2);
+              double patience = StartLimits::patience * (launch.rank == 0 ? 1 : 2), most = StartLimits::all + 15;
               auto ended = [this] { return done; };
               if (changed.wait_for(lock, duration(patience), ended)) return;
               std::string why =
                   format("%s=%d in the environment says; %s", launch.ranks_variable, launch.ranks, launch.if_stale());
               fprintf(stderr, "rank %d: waiting for %s, as %s\n", launch.rank, awaited().c_str(), why.c_str());
-              double most = StartLimits::all + 15 - patience;
-              if (changed.wait_for(lock, duration(most), ended)) return;
+              if (changed.wait_for(lock, duration(most - patience), ended)) return;
               fprintf(stderr, "rank %d: expected %s within %.0f s, found it still awaited; see to the launcher\n",
-                      launch.rank, awaited().c_str(), StartLimits::all + 15);
+                      launch.rank, awaited().c_str(), most);
               _exit(1);
           }) {}
     ~StartWatch() {

@@ -83,8 +83,8 @@ void choose_micro_batch(RunConfig& run, uint64_t available, int64_t most_tokens,
     if (run.B) batches = {run.B};
     double best = INFINITY;
     RunConfig chosen = run;
-    uint64_t least = UINT64_MAX, least_of_one = UINT64_MAX,
-             least_of_any = UINT64_MAX;  // bytes; of a micro-batch of 1; by any -r
+    // Least bytes: of what is tried, of a micro-batch of 1, by any -r.
+    uint64_t least = UINT64_MAX, least_of_one = UINT64_MAX, least_of_any = UINT64_MAX;
     for (int B : batches)
         for (Recompute level : levels) {
             uint64_t needed = bytes(B, level);

@@ -374,14 +374,14 @@ private:
         end();
     }
 
-    const char* or_outlier() const { return config.skip_loss > 0 || config.skip_grad > 0 ? " or an outlier" : ""; }
+    bool skips_outliers() const { return config.skip_loss > 0 || config.skip_grad > 0; }
 
     // Says what a run has left whose last steps were skipped, or whose last update broke the weights.
     void end() {
         int64_t skipped = trainer->run.skipped, in_row = trainer->run.skipped_in_row;
         if (skipped > 0)
             print("skipped    %lld of %lld steps, whose loss or gradient was not finite%s\n", skipped, step,
-                  or_outlier());
+                  skips_outliers() ? " or an outlier" : "");
         if (stop_asked()) return;
         if (in_row == 0 && (!checkpoints || weights_are_sound())) {
             if (checkpoints) checkpoints->remove_old(newest);
@@ -543,12 +543,12 @@ private:
         std::string row;
         bool was_due = init->header.template get<int64_t>(H_VAL_EVERY) == config.val_every && due(config.val_every);
         if (log && was_due) row = last_row(o.out + "/log.csv", step);
-        size_t at = row.find(",,");  // "step,loss,"
-        bool again = at != row.npos && at == row.find(',', row.find(',') + 1);
+        size_t at = row.find(',', row.find(',') + 1) + 1;  // where val_loss is, in "step,loss,val_loss,..."
+        bool again = !row.empty() && row[at] == ',';
         ranks.broadcast(&again, sizeof again);
         if (!again) return;
         auto [val_loss, bits_per_byte] = validate_if_due();
-        if (log && !val_loss.empty()) log->replace_last(row.insert(at + 1, val_loss) + bits_per_byte);
+        if (log && !val_loss.empty()) log->replace_last(row.insert(at, val_loss) + bits_per_byte);
     }
 
     // Where the disk has no room for a checkpoint, or the folder is not there, training goes on and the next step tries
@@ -582,9 +582,9 @@ private:
         if (checkpoints) checkpoints->wait();
         fail("step %lld: expected a loss and gradient norm that are finite%s, found %s and %s, the last of %lld "
              "skipped in a row (--max-skips); %s",
-             step, *or_outlier() ? " and no outliers" : "", number_text(result.loss), number_text(result.norm),
+             step, skips_outliers() ? " and no outliers" : "", number_text(result.loss), number_text(result.norm),
              trainer->run.skipped_in_row,
-             *or_outlier() ? "a larger --skip-loss or --skip-grad, or else: " + advice() : advice());
+             (skips_outliers() ? "a larger --skip-loss or --skip-grad, or else: " : "") + advice());
     }
 
     void warn_of_divergence(const std::string& kind) {

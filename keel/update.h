@@ -43,7 +43,8 @@ struct StepSettings {  // written by the host
     double lr, weight_decay;
     double max_norm;  // of the gradient; 0: no clipping
     uint64_t seed;    // of stochastic rounding
-    double tokens, skip_loss, skip_grad;
+    double tokens;    // of the step
+    double skip_loss, skip_grad;
 };
 struct StepState {              // read by the host
     double loss_sum;            // over the step's targets

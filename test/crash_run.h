@@ -206,8 +206,8 @@ bool same_run(const std::string& a, const std::string& b, const std::string& wha
     bool same = expect(slurp(model_path(a, steps)) == slurp(model_path(b, steps)) && fs::exists(model_path(a, steps)),
                        what + ": the final models differ");
     same &= expect(slurp(state_path(a, steps)) == slurp(state_path(b, steps)), what + ": the final states differ");
-    return same & expect(log_without_times(a + "/log.csv") == log_without_times(b + "/log.csv"), what + ": the logs "
-                                                                                                        "differ");
+    bool same_log = log_without_times(a + "/log.csv") == log_without_times(b + "/log.csv");
+    return same & expect(same_log, what + ": the logs differ");
 }
 
 // The step of the last line "checkpoint | .../state_..." (or "resuming"), -1 where there is none: what the trainer has

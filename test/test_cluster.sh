@@ -148,7 +148,7 @@ kill -INT -- -"$pid"  # as a terminal's ^C, to the whole process group
 for ((i = 0; i < 200; i++)); do lines ': INT' 3 && break; sleep 0.05; done
 sleep 0.2
 for signal in USR1 TERM HUP INT; do expect "SIG$signal comes to each rank once" lines ": $signal" 3; done
-pkill -USR2 -f "bash $folder/ran[k]"
+kill -USR2 "$pid"
 expect "ranks that end well after a signal are no error" ends 0
 local_run WAIT=1 3
 kill -9 "$pid"

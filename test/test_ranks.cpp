@@ -294,8 +294,8 @@ TEST_SUITE("the lifeline, without MPI") {
 
     TEST_CASE("Ranks find each other by an address or by a shared file, and part in peace") {
         Place p;
-        for (const auto& environment : {by_port(), std::map<std::string, std::string>{{"KEEL_RENDEZVOUS", p / "rendezvo"
-                                                                                                              "us"}}})
+        std::map<std::string, std::string> by_file = {{"KEEL_RENDEZVOUS", p / "rendezvous"}};
+        for (const auto& environment : {by_port(), by_file})
             for (const Result& r :
                  with_lifeline(4, environment, [](int r, Lifeline&) { return usleep(unsigned(r) * 100000), 0; })) {
                 CHECK(r.code == 0);
@@ -769,8 +769,8 @@ TEST_SUITE("training") {
 
     TEST_CASE("The share of the matrix rate is that of all ranks' rates together") {
         Place p;
-        std::string out = p.run(2, p.words(cpu, "run", {"-x", "3"})).out, end = " GFLOP/s in matrix products, all 2 "
-                                                                                "ranks together\n";
+        std::string out = p.run(2, p.words(cpu, "run", {"-x", "3"})).out;
+        std::string end = " GFLOP/s in matrix products, all 2 ranks together\n";
         size_t at = out.find(end);
         REQUIRE_MESSAGE(at != std::string::npos, out);
         double rate = atof(out.c_str() + out.rfind(' ', at - 1)) * 1e9,

@@ -288,8 +288,8 @@ TEST_SUITE("bad input") {
         fs::resize_file(p.text, 4000);
         fs::create_directories(p / "my texts/deep");
         for (const char* name : {"a.txt", "b.txt", "deep/c.txt"}) fs::copy(p.text, p / "my texts/" + name);
-        std::string binary = fs::absolute("./train_keel_cpu").string(), rest = " -L 4 -C 8 -H 2 -t 8 -b 2 -x 2 -s 0 -v "
-                                                                               "0 ";
+        std::string binary = fs::absolute("./train_keel_cpu").string();
+        std::string rest = " -L 4 -C 8 -H 2 -t 8 -b 2 -x 2 -s 0 -v 0 ";
         auto bash = [&](const std::string& flags) {
             return run({"bash", "-c", format("cd %s && %s", p.path, flags)}, {{"HOME", p.path}});
         };
@@ -710,9 +710,8 @@ TEST_SUITE("the run") {
 
     TEST_CASE("-e goes on from a model, of either build") {
         Place p;
-        succeeds(p.tiny({"-o", p / "a", "-l", "0.02"})), succeeds(p.tiny({"-o", p / "b", "-l", "0.02"}, "./"
-                                                                                                        "train_keel_"
-                                                                                                        "cpu_fp64"));
+        succeeds(p.tiny({"-o", p / "a", "-l", "0.02"}));
+        succeeds(p.tiny({"-o", p / "b", "-l", "0.02"}, "./train_keel_cpu_fp64"));
         for (const char* binary : {"./train_keel_cpu", "./train_keel_cpu_fp64"})
             for (const char* from : {"a", "b"}) {
                 succeeds({binary, "-i", p.text, "-e", p / from + std::string("/model_00000006.bin"), "-x", "1", "-l",
@@ -910,11 +909,8 @@ TEST_SUITE("dump and check") {
     TEST_CASE("A dump of either build passes the check of the other, in all placements and at L = 64") {
         Place p;
         auto both_ways = [&](const Words& words) {
-            for (auto [writer, reader] :
-                 {std::pair("./train_keel_cpu", "./train_keel_cpu_fp64"), std::pair("./train_keel_cpu_fp64", "./"
-                                                                                                             "train_"
-                                                                                                             "keel_"
-                                                                                                             "cpu")}) {
+            for (auto [writer, reader] : {std::pair("./train_keel_cpu", "./train_keel_cpu_fp64"),
+                                          {"./train_keel_cpu_fp64", "./train_keel_cpu"}}) {
                 Words dump = words;
                 dump[0] = writer;
                 succeeds(dump);
@@ -1160,34 +1156,9 @@ TEST_SUITE("more bad input and faults") {
         spill(p.text, slurp(p.text).substr(0, 1000));
         const int steps = 350, epoch = 112;  // 900 tokens are 112 sequences of 8
         auto words = [&](const std::string& out) {
-            return Words{"./train_keel_cpu",
-                         "-i",
-                         p.text,
-                         "-L",
-                         "4",
-                         "-C",
-                         "8",
-                         "-H",
-                         "2",
-                         "-t",
-                         "8",
-                         "-b",
-                         "1",
-                         "-d",
-                         "8",
-                         "-x",
-                         std::to_string(steps),
-                         "-s",
-                         "0",
-                         "-v",
-                         "50",
-                         "-n",
-                         std::to_string(epoch),
-                         "--keep",
-                         "0",
-                         "-o",
-                         out,
-                         "-y"};
+            Words data = {"./train_keel_cpu", "-i", p.text, "-t", "8", "-b", "1", "-d", "8", "-o", out, "-y"};
+            Words model = {"-L", "4", "-C", "8", "-H", "2", "-x", std::to_string(steps)};
+            return data + model + Words{"-s", "0", "-v", "50", "-n", std::to_string(epoch), "--keep", "0"};
         };
         CHECK(run(words(p / "whole")).code == 0);
         for (int from = epoch; from < steps; from += epoch) {
@@ -1685,10 +1656,8 @@ TEST_SUITE("the GPU trainer") {
                 succeeds({binary, "-e", model, "--prompt", "line 1", "-g", "24", "--temperature", "0"}).out;
             return out.substr(out.find("---"));
         };
-        CHECK(sample("./train_keel_cpu", p / "cpu/model_00000008.bin") == sample(gpu_fp32, p / "cpu/"
-                                                                                               "model_00000008.bin"));
-        CHECK(sample("./train_keel_cpu", p / "bf16/model_00000008.bin") == sample(gpu_fp32, p / "bf16/"
-                                                                                                "model_00000008.bin"));
+        for (const std::string& model : {p / "cpu/model_00000008.bin", p / "bf16/model_00000008.bin"})
+            CHECK(sample("./train_keel_cpu", model) == sample(gpu_fp32, model));
         CHECK(sample(gpu_bf16, p / "bf16/model_00000008.bin").find("line 1") != std::string::npos);
         succeeds({gpu_bf16, "-i", p.text, "-e", p / "cpu/model_00000008.bin", "-t", "16", "-b", "2", "-x", "2", "-s",
                   "0"});
