@@ -1,4 +1,4 @@
-# What a run of several ranks wants of its environment; sourced by mpirun.sh and slurm.sbatch. Everything already set stays.
+# What a run of several ranks wants of its environment; sourced by mpirun.sh, slurm.sbatch and local.sh. Everything already set stays.
 
 # NCCL: which networks it may use. Empty: it looks for itself. With several Ethernet interfaces name the one between the nodes, for its start as well as the
 # lifeline's; with InfiniBand or RoCE the ports that belong to the GPUs, so that the storage's port is left alone.
