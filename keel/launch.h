@@ -2,11 +2,9 @@
 // waits for the others.
 #pragma once
 
-#include <chrono>
 #include <condition_variable>
 #include <functional>
 #include <mutex>
-#include <thread>
 
 #include "../keel_common.h"
 

@@ -167,8 +167,8 @@ private:
         std::string bytes(reinterpret_cast<const char*>(&head), sizeof head);
         bytes += text;
         std::lock_guard lock(sending);
-        if (peer.fd >= 0 && send(peer.fd, bytes.data(), bytes.size(), MSG_NOSIGNAL | MSG_DONTWAIT) < 0) {
-        }  // read_bytes sees that the peer is gone
+        if (peer.fd < 0) return;
+        send(peer.fd, bytes.data(), bytes.size(), MSG_NOSIGNAL | MSG_DONTWAIT);  // read_bytes sees if the peer is gone
     }
 
     // Waits for one message; false if the connection ends or nothing comes in time.

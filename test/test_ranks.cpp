@@ -476,137 +476,53 @@ TEST_SUITE("launchers") {
     TEST_CASE("Of several launchers' variables those of the one that has started this process count") {
         struct {
             const char* what;
-            std::map<std::string, std::string> variables;
             int rank, ranks, local_rank, local_ranks;
             const char *launcher, *warning;
+            std::map<std::string, std::string> variables;
         } cases[] = {
-            {"no launcher", {}, 0, 0, -1, 0, "", ""},
-            {"mpirun",
-             {{"OMPI_COMM_WORLD_RANK", "1"},
-              {"OMPI_COMM_WORLD_SIZE", "4"},
-              {"OMPI_COMM_WORLD_LOCAL_RANK", "0"},
-              {"OMPI_COMM_WORLD_LOCAL_SIZE", "2"}},
-             1,
-             4,
-             0,
-             2,
-             "mpirun",
-             ""},
-            {"mpirun in a job of Slurm, whose daemon srun has started",
-             {{"OMPI_COMM_WORLD_RANK", "9"},
-              {"OMPI_COMM_WORLD_SIZE", "16"},
-              {"OMPI_COMM_WORLD_LOCAL_RANK", "1"},
-              {"SLURM_PROCID", "1"},
-              {"SLURM_STEP_NUM_TASKS", "2"},
-              {"SLURM_NTASKS", "16"}},
-             9,
-             16,
-             1,
-             0,
-             "mpirun",
-             ""},
-            {"srun on nodes of unequal numbers",
-             {{"SLURM_PROCID", "3"},
-              {"SLURM_STEP_NUM_TASKS", "5"},
-              {"SLURM_LOCALID", "1"},
-              {"SLURM_STEP_TASKS_PER_NODE", "2(x2),1"}},
-             3,
-             5,
-             1,
-             0,
-             "srun",
-             ""},
-            {"srun --mpi=pmi2",
-             {{"PMI_RANK", "5"},
-              {"PMI_SIZE", "8"},
-              {"SLURM_PROCID", "5"},
-              {"SLURM_STEP_NUM_TASKS", "8"},
-              {"SLURM_LOCALID", "1"},
-              {"SLURM_STEP_TASKS_PER_NODE", "4(x2)"}},
-             5,
-             8,
-             1,
-             4,
-             "mpirun",
-             ""},
-            {"hydra",
-             {{"PMI_RANK", "1"}, {"PMI_SIZE", "2"}, {"MPI_LOCALRANKID", "1"}, {"MPI_LOCALNRANKS", "2"}},
-             1,
-             2,
-             1,
-             2,
-             "mpirun",
-             ""},
-            {"srun --pty bash",
-             {{"SLURM_PROCID", "0"}, {"SLURM_STEP_NUM_TASKS", "1"}, {"SLURM_LOCALID", "0"}},
-             0,
-             1,
-             0,
-             0,
-             "srun",
-             ""},
-            {"eight processes started in such a shell",
-             {{"SLURM_PROCID", "0"},
-              {"SLURM_STEP_NUM_TASKS", "1"},
-              {"SLURM_LOCALID", "0"},
-              {"RANK", "3"},
-              {"WORLD_SIZE", "8"},
-              {"LOCAL_RANK", "3"},
-              {"LOCAL_WORLD_SIZE", "8"}},
-             3,
-             8,
-             3,
-             8,
-             "RANK and WORLD_SIZE",
-             ""},
-            {"srun torchrun",
-             {{"SLURM_PROCID", "1"},
-              {"SLURM_STEP_NUM_TASKS", "2"},
-              {"SLURM_LOCALID", "0"},
-              {"RANK", "9"},
-              {"WORLD_SIZE", "16"},
-              {"LOCAL_RANK", "1"},
-              {"LOCAL_WORLD_SIZE", "8"},
-              {"TORCHELASTIC_RUN_ID", "none"}},
-             9,
-             16,
-             1,
-             8,
-             "torchrun",
-             ""},
-            {"a pod of Kubernetes", {{"RANK", "1"}, {"WORLD_SIZE", "4"}}, 1, 4, -1, 0, "RANK and WORLD_SIZE", ""},
-            {"mpirun in such a pod",
-             {{"RANK", "1"},
-              {"WORLD_SIZE", "4"},
-              {"OMPI_COMM_WORLD_RANK", "7"},
-              {"OMPI_COMM_WORLD_SIZE", "8"},
-              {"OMPI_COMM_WORLD_LOCAL_RANK", "7"}},
-             7,
-             8,
-             7,
-             0,
-             "mpirun",
-             ""},
-            {"the local rank by hand",
-             {{"PMI_RANK", "1"}, {"PMI_SIZE", "4"}, {"LOCAL_RANK", "1"}},
-             1,
-             4,
-             1,
-             0,
-             "mpirun",
-             ""},
-            {"a world of one", {{"RANK", "0"}, {"WORLD_SIZE", "1"}}, 0, 1, -1, 0, "RANK and WORLD_SIZE", ""},
-            {"a local rank alone", {{"LOCAL_RANK", "1"}}, 0, 0, -1, 0, "", ""},
-            {"a rank alone", {{"RANK", "1"}}, 0, 0, -1, 0, "", "RANK=1 is set without WORLD_SIZE"},
-            {"a world alone", {{"WORLD_SIZE", "4"}}, 0, 0, -1, 0, "", "WORLD_SIZE=4 is set without RANK"},
-            {"a batch script",
-             {{"SLURM_NTASKS", "8"}, {"SLURM_PROCID", "0"}, {"SLURM_LOCALID", "0"}},
-             0,
-             0,
-             -1,
-             0,
-             "",
-             "SLURM_NTASKS=8 is set, and srun has not started this"},
+            // clang-format off
+            {"no launcher", 0, 0, -1, 0, "", "",
+             {}},
+            {"mpirun", 1, 4, 0, 2, "mpirun", "",
+             {{"OMPI_COMM_WORLD_RANK", "1"}, {"OMPI_COMM_WORLD_SIZE", "4"}, {"OMPI_COMM_WORLD_LOCAL_RANK", "0"},
+              {"OMPI_COMM_WORLD_LOCAL_SIZE", "2"}}},
+            {"mpirun in a job of Slurm, whose daemon srun has started", 9, 16, 1, 0, "mpirun", "",
+             {{"OMPI_COMM_WORLD_RANK", "9"}, {"OMPI_COMM_WORLD_SIZE", "16"}, {"OMPI_COMM_WORLD_LOCAL_RANK", "1"},
+              {"SLURM_PROCID", "1"}, {"SLURM_STEP_NUM_TASKS", "2"}, {"SLURM_NTASKS", "16"}}},
+            {"srun on nodes of unequal numbers", 3, 5, 1, 0, "srun", "",
+             {{"SLURM_PROCID", "3"}, {"SLURM_STEP_NUM_TASKS", "5"}, {"SLURM_LOCALID", "1"},
+              {"SLURM_STEP_TASKS_PER_NODE", "2(x2),1"}}},
+            {"srun --mpi=pmi2", 5, 8, 1, 4, "mpirun", "",
+             {{"PMI_RANK", "5"}, {"PMI_SIZE", "8"}, {"SLURM_PROCID", "5"}, {"SLURM_STEP_NUM_TASKS", "8"},
+              {"SLURM_LOCALID", "1"}, {"SLURM_STEP_TASKS_PER_NODE", "4(x2)"}}},
+            {"hydra", 1, 2, 1, 2, "mpirun", "",
+             {{"PMI_RANK", "1"}, {"PMI_SIZE", "2"}, {"MPI_LOCALRANKID", "1"}, {"MPI_LOCALNRANKS", "2"}}},
+            {"srun --pty bash", 0, 1, 0, 0, "srun", "",
+             {{"SLURM_PROCID", "0"}, {"SLURM_STEP_NUM_TASKS", "1"}, {"SLURM_LOCALID", "0"}}},
+            {"eight processes started in such a shell", 3, 8, 3, 8, "RANK and WORLD_SIZE", "",
+             {{"SLURM_PROCID", "0"}, {"SLURM_STEP_NUM_TASKS", "1"}, {"SLURM_LOCALID", "0"}, {"RANK", "3"},
+              {"WORLD_SIZE", "8"}, {"LOCAL_RANK", "3"}, {"LOCAL_WORLD_SIZE", "8"}}},
+            {"srun torchrun", 9, 16, 1, 8, "torchrun", "",
+             {{"SLURM_PROCID", "1"}, {"SLURM_STEP_NUM_TASKS", "2"}, {"SLURM_LOCALID", "0"}, {"RANK", "9"},
+              {"WORLD_SIZE", "16"}, {"LOCAL_RANK", "1"}, {"LOCAL_WORLD_SIZE", "8"}, {"TORCHELASTIC_RUN_ID", "none"}}},
+            {"a pod of Kubernetes", 1, 4, -1, 0, "RANK and WORLD_SIZE", "",
+             {{"RANK", "1"}, {"WORLD_SIZE", "4"}}},
+            {"mpirun in such a pod", 7, 8, 7, 0, "mpirun", "",
+             {{"RANK", "1"}, {"WORLD_SIZE", "4"}, {"OMPI_COMM_WORLD_RANK", "7"}, {"OMPI_COMM_WORLD_SIZE", "8"},
+              {"OMPI_COMM_WORLD_LOCAL_RANK", "7"}}},
+            {"the local rank by hand", 1, 4, 1, 0, "mpirun", "",
+             {{"PMI_RANK", "1"}, {"PMI_SIZE", "4"}, {"LOCAL_RANK", "1"}}},
+            {"a world of one", 0, 1, -1, 0, "RANK and WORLD_SIZE", "",
+             {{"RANK", "0"}, {"WORLD_SIZE", "1"}}},
+            {"a local rank alone", 0, 0, -1, 0, "", "",
+             {{"LOCAL_RANK", "1"}}},
+            {"a rank alone", 0, 0, -1, 0, "", "RANK=1 is set without WORLD_SIZE",
+             {{"RANK", "1"}}},
+            {"a world alone", 0, 0, -1, 0, "", "WORLD_SIZE=4 is set without RANK",
+             {{"WORLD_SIZE", "4"}}},
+            {"a batch script", 0, 0, -1, 0, "", "SLURM_NTASKS=8 is set, and srun has not started this",
+             {{"SLURM_NTASKS", "8"}, {"SLURM_PROCID", "0"}, {"SLURM_LOCALID", "0"}}},
+            // clang-format on
         };
         for (const auto& c : cases) {
             INFO(c.what);
@@ -1014,7 +930,7 @@ TEST_SUITE("ends") {
                     CHECK(r.err.find(format("rank %d: rank 2 (process %d on ", other, int(ranks[2]))) !=
                           std::string::npos);
                 if (recovery) continue;
-                StateFiles last = newest_states(p / "run", *std::make_unique<Ranks>());
+                StateFiles last = newest_states(p / "run", {});
                 REQUIRE(last);
                 std::string more = std::to_string(last.step + 3);
                 Result resumed =
@@ -1042,7 +958,7 @@ TEST_SUITE("ends") {
             INFO(build.name << "\n" << r.out << r.err);
             CHECK(r.code == 0);
             CHECK(r.out.find("stopping   after step") != std::string::npos);
-            StateFiles last = newest_states(p / "run", *std::make_unique<Ranks>());
+            StateFiles last = newest_states(p / "run", {});
             REQUIRE(last);
             CHECK(last.step < 30);
             p.run(4, words);
@@ -1083,7 +999,7 @@ TEST_SUITE("ends") {
             CHECK(sampled.prints("--- sample at step 1"));
             for (auto [rank, id] : rank_processes(build.binary, p.path)) kill(id, SIGTERM);
             CHECK(sampled.wait().code == 0);
-            CHECK(newest_states(p / "sampled", *std::make_unique<Ranks>()));
+            CHECK(newest_states(p / "sampled", {}));
         }
     }
 
@@ -1098,7 +1014,7 @@ TEST_SUITE("ends") {
         kill(run.child, SIGTERM);
         Result r = run.wait();
         INFO(r.err);
-        StateFiles last = newest_states(p / "run", *std::make_unique<Ranks>());
+        StateFiles last = newest_states(p / "run", {});
         REQUIRE(last);
         int64_t step = 0;
         read_csv_rows(p / "run/log.csv", INT64_MAX, [&](int64_t s, const std::string&) { step = s; });
@@ -1137,7 +1053,7 @@ TEST_SUITE("ends") {
         CHECK(r.code == 1);
         CHECK(r.err.find("expected 6") != std::string::npos);
         CHECK(r.err.find("the file has been cut short, restore it") != std::string::npos);
-        CHECK(newest_states(p / "run", *std::make_unique<Ranks>()));
+        CHECK(newest_states(p / "run", {}));
     }
 
     TEST_CASE("A rank that cannot write its part of a checkpoint ends all; a resume passes over what the others "
@@ -1156,7 +1072,7 @@ TEST_SUITE("ends") {
         words.push_back("-y");
         r = p.run(2, words);
         CHECK(r.out.find("step 60/60") != std::string::npos);
-        CHECK(newest_states(p / "run", *std::make_unique<Ranks>()).step == 60);
+        CHECK(newest_states(p / "run", {}).step == 60);
     }
 
     TEST_CASE("A token past V behind those that are looked at first, and validation data that are lost, end a run with "
