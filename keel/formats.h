@@ -71,7 +71,8 @@ inline std::vector<std::string> glob_matches(const std::string& pattern) {
 }
 
 // clang-format off
-// What people have beside text and shards, by a file's first bytes, and the command that makes of it what is read here.
+// What people have beside text and shards, by a file's first bytes, and the command that makes of it what is read here;
+// data/shards.py has the rows that are text packed or encoded otherwise.
 struct ForeignFormat { std::string_view start; const char *name, *command; size_t at = 0; };
 inline const ForeignFormat foreign_formats[] = {
     {{"\xFF\xFE\0\0", 4},  "UTF-32",         "iconv -f UTF-32 -t UTF-8 FILE > text.txt"},
@@ -146,6 +147,7 @@ inline void refuse_foreign(const std::string& path, std::string_view head) {
 }
 
 // Whether a run, or data/tokenizer.py beside its shards, has written the file: a glob over their folder is not for it.
+// data/shards.py passes over the same.
 inline bool is_own_file(const std::filesystem::path& path, std::string_view head) {
     for (std::string_view start : {"KEEL\1", "step,loss,val_loss,", "step,hops,", "step,sublayer,", "sublayer,kind,"})
         if (head.starts_with(start)) return true;

@@ -292,8 +292,9 @@ inline void require_gpu(const Launch& launch) {
         fail("expected an NVIDIA GPU, found none (%s); use train_keel_cpu", error == cudaSuccess ? "no device"
                                                                             : driver == 0 ? "no driver"
                                                                                           : cudaGetErrorString(error));
-    if (launch.ranks > 1) CUDA(cudaSetDevice(launch.device(devices)));  // before anything is taken of the first one
-    CUDA(cudaFree(nullptr));                                            // the driver's start, a good part of a second
+    // Before the start below, which takes memory of the GPU that is set: of the first where none is.
+    if (launch.ranks > 1) CUDA(cudaSetDevice(launch.device(devices)));
+    CUDA(cudaFree(nullptr));  // the driver's start, a good part of a second
     cudaDeviceProp p = gpu_properties();
     if (p.major < 8)
         fail("expected a GPU of compute capability 8.0 or later, found %s with %d.%d; use train_keel_cpu", p.name,

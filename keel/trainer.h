@@ -54,8 +54,9 @@ template <class C>
 concept IsCommunicator = requires(C c, const Launch& launch, const void* mine, void* all, size_t bytes) {
     typename C::UniqueId;  // bytes that all need from rank 0, where UniqueId(true) makes them; UniqueId(false): blank
     requires std::constructible_from<C, const Launch&, const typename C::UniqueId&>;
-    { C::device() } -> std::same_as<std::string>;  // what no two ranks may share; empty: nothing
-    c.gather(mine, all, bytes);                    // all (ranks, bytes) = mine (bytes) of every rank, in rank order
+    // What no two ranks may share; empty: nothing.
+    { C::device() } -> std::same_as<std::string>;
+    c.gather(mine, all, bytes);  // all (ranks, bytes) = mine (bytes) of every rank, in rank order
 };
 
 // The first half is asked before a Trainer is made. What a user can mend throws an Error.
