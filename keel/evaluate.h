@@ -31,7 +31,7 @@ std::optional<Validation> validate(Trainer& trainer, const Loader& loader, const
         predictions(hops ? tokens.size() : 0);
     double sum = 0, bytes = 0;
     uint64_t B = uint64_t(run.B);
-    struct { char text[512]; } lost{};  // why this rank's data could not be read
+    std::string lost;  // why this rank's data could not be read
     bool left = false;
     for (uint64_t s = uint64_t(ranks.rank()) * B; s < sequences; s += uint64_t(ranks.count()) * B) {
         if ((left = StopSignals::asked())) break;
@@ -39,8 +39,7 @@ std::optional<Validation> validate(Trainer& trainer, const Loader& loader, const
         try {
             loader.batch(s, b, tokens.data(), targets.data());
         } catch (const DataError& e) {
-            snprintf(lost.text, sizeof lost.text, "%s",
-                     (ranks ? format("rank %d: %s", run.rank, e.what()) : e.what()).c_str());
+            lost = e.what();
             break;
         }
         sum += trainer.evaluate(tokens.data(), targets.data(), b, hops ? predictions.data() : nullptr);
@@ -54,8 +53,7 @@ std::optional<Validation> validate(Trainer& trainer, const Loader& loader, const
                 hops->add(answer, predictions[at] == targets[at]);
             }
     }
-    for (const auto& of_rank : ranks.gather(lost))
-        if (*of_rank.text) throw DataError(of_rank.text);
+    if (!ranks.all(lost.empty())) throw_lost_data(ranks, run, lost);
     if (!ranks.all(!left)) return {};
     if (hops)
         for (auto* counts : {&hops->count, &hops->right})

@@ -467,16 +467,19 @@ public:
     int rank() const { return launch.rank; }
     int count() const { return std::max(1, launch.ranks); }
 
+    void gather(const void* mine, void* all, size_t bytes) const {
+        if (gather_bytes) gather_bytes(mine, all, bytes);
+        else memcpy(all, mine, bytes);
+    }
     template <class T>
     std::vector<T> gather(const T& mine) const {
         std::vector<T> all(size_t(count()), mine);
-        if (gather_bytes) gather_bytes(&mine, all.data(), sizeof mine);
+        gather(&mine, all.data(), sizeof mine);
         return all;
     }
     void broadcast(void* data, size_t bytes) const {  // rank 0's data to all
-        if (!gather_bytes) return;
         std::vector<char> all(bytes * size_t(count()));
-        gather_bytes(data, all.data(), bytes);
+        gather(data, all.data(), bytes);
         std::copy_n(all.begin(), bytes, static_cast<char*>(data));
     }
     bool all(bool mine) const {

@@ -33,14 +33,15 @@ struct StepShare {
     uint64_t flags = 0;
 };
 
-// After a step with DATA_LOST: throws on all ranks the DataError of the first rank whose data could not be read. mine:
-// this rank's error, "" if it has none.
+// After a step with DATA_LOST, or a validation: throws on all ranks the DataError of the first rank whose data could
+// not be read. ranks: a communicator, or Ranks. mine: this rank's error, "" if it has none.
 template <class C>
-[[noreturn]] void throw_lost_data(C& communicator, const RunConfig& run, const std::string& mine) {
+[[noreturn]] void throw_lost_data(C& ranks, const RunConfig& run, const std::string& mine) {
     struct { char text[512]; } ours{};
-    if (!mine.empty()) snprintf(ours.text, sizeof ours.text, "rank %d: %s", run.rank, mine.c_str());
-    std::vector<decltype(ours)> all(size_t(run.ranks));
-    communicator.gather(&ours, all.data(), sizeof ours);
+    std::string from = run.ranks > 0 ? format("rank %d: ", run.rank) : "";
+    if (!mine.empty()) snprintf(ours.text, sizeof ours.text, "%s%s", from.c_str(), mine.c_str());
+    std::vector<decltype(ours)> all(size_t(std::max(1, run.ranks)));
+    ranks.gather(&ours, all.data(), sizeof ours);
     size_t first = 0;
     while (first + 1 < all.size() && !*all[first].text) first++;
     throw DataError(all[first].text);
