@@ -4,7 +4,7 @@
 #include "run.h"
 
 #ifndef KEEL_NO_MAIN
-// A CPU that lacks an instruction which the compiler took ends the program, mostly before main: with a word.
+// A CPU that lacks an instruction of this program ends it by SIGILL, mostly before main: this says why.
 [[gnu::constructor(101)]] static void explain_illegal_instruction() {
     signal(SIGILL, [](int) {
         static constexpr char text[] = "expected the kind of CPU that this program was compiled for, found one that "
