@@ -1109,9 +1109,10 @@ struct RecentSteps {
     // Takes a step whose numbers are finite; false if it is to be skipped: enough steps are known, and its loss or norm
     // is above the mean by more than so many standard deviations (0: any number).
     constexpr bool add(double new_loss, double norm, double skip_loss, double skip_grad) {
-        bool usual_loss = join(loss, new_loss, skip_loss), usual_norm = join(grad, norm, skip_grad);
+        bool usual = join(loss, new_loss, skip_loss);
+        usual = join(grad, norm, skip_grad) && usual;
         count++;
-        return usual_loss && usual_norm;
+        return usual;
     }
 
 private:
