@@ -376,9 +376,12 @@ private:
 
     const char* or_outlier() const { return config.skip_loss > 0 || config.skip_grad > 0 ? " or an outlier" : ""; }
 
+    // Whether the last step's loss or gradient was not finite: the weights are perhaps beyond repair.
+    bool unsound() const { return trainer->run.skipped_in_row > 0 && !trainer->run.outlier; }
+
     // Says what a run has left whose last steps were skipped, or whose last update broke the weights.
     void end() {
-        int64_t skipped = trainer->run.skipped, in_row = trainer->run.skipped_in_row;
+        int64_t skipped = trainer->run.skipped, in_row = unsound() ? trainer->run.skipped_in_row : 0;
         if (skipped > 0)
             print("skipped    %lld of %lld steps, whose loss or gradient was not finite%s\n", skipped, step,
                   or_outlier());
@@ -460,9 +463,10 @@ private:
         trainer->run.recent = result.recent;
         trainer->run.skipped += skipped;
         trainer->run.skipped_in_row = skipped ? trainer->run.skipped_in_row + 1 : 0;
+        trainer->run.outlier = skipped && std::isfinite(result.loss) && std::isfinite(result.norm);
         double numbers[] = {double(step), skipped ? 0 : result.loss, skipped ? 0 : result.norm};
         trainer->run.history = crc32(numbers, sizeof numbers, trainer->run.history);
-        if (!skipped) known_good = newest;
+        if (!unsound()) known_good = newest;
         spent += result.seconds, steps_here++;
         if (steps_here == 1) clock.add("first step", result.seconds), clock.print();
         if (steps_here == 1 && ranks) print("network    %zu bytes sent by rank 0 in a step\n", trainer->step_bytes);
@@ -470,9 +474,9 @@ private:
         if (trainer->run.skipped_in_row >= o.max_skips) end_after_skips(result);
         if (std::string kind = divergence->add(step, result.loss); !kind.empty()) warn_of_divergence(kind);
         if (checkpoints) checkpoints->poll(result.all), checkpoints->remove_old(known_good);
-        // While steps are skipped the parameters stay as they are, perhaps beyond repair: no checkpoint but at the end.
+        // While steps are not finite the parameters stay as they are: no checkpoint but at the end.
         if (overdue || due(o.checkpoint_every)) {
-            if (!skipped || step == config.steps) checkpoint();
+            if (!unsound() || step == config.steps) checkpoint();
             else overdue = bool(checkpoints);
         }
         sample_if_due();
@@ -555,9 +559,8 @@ private:
     // again; the run's end fails.
     void checkpoint() {
         if (!checkpoints || newest == step) return;
-        bool skipping = trainer->run.skipped_in_row > 0;
-        if (skipping && step < config.steps) return;                              // a resume could not go on from it
-        if (!skipping) checkpoints->wait(), checkpoints->remove_old(known_good);  // before space is asked for
+        if (unsound() && step < config.steps) return;                              // a resume could not go on from it
+        if (!unsound()) checkpoints->wait(), checkpoints->remove_old(known_good);  // before space is asked for
         std::string fault = checkpoints->fault(checkpoint_bytes(config.model, real_type<Real>));
         if (ranks.all(fault.empty())) fault = "";
         else if (fault.empty())
@@ -568,7 +571,7 @@ private:
         overdue = !fault.empty();
         if (overdue) return;
         checkpoints->write(step), newest = step;
-        if (!skipping) last_updated = step;
+        if (!unsound()) last_updated = step;
     }
 
     void sample_if_due() {
@@ -623,7 +626,7 @@ private:
     int64_t steps_here = 0;         // steps done by this process
     // Steps of checkpoints: the last; the last whose step updated the weights; the last that a finite step followed.
     int64_t newest = -1, last_updated = -1, known_good = -1;
-    bool overdue = false;       // a checkpoint waits for room on the disk, or for a step that is not skipped
+    bool overdue = false;       // a checkpoint waits for room on the disk, or for a finite step
     bool told_to_stop = false;  // by the flags of the last step, or in a validation: the same on all ranks
     std::exception_ptr data_error;
 };
