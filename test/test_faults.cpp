@@ -202,6 +202,7 @@ TEST_CASE("A step whose loss or gradient is an outlier is skipped where --skip-l
     for (bool again : {false, true}) {
         Result r = run(last, {{"KEEL_TEST_SPIKES", "321"}});
         CHECK_MESSAGE((r.code == 0 && r.err.find("checkpoint") == std::string::npos), r.err);
+        CHECK((r.out.find("skipped    step 321") != std::string::npos) != again);
         CHECK((r.out.find("the run has its 321 steps") != std::string::npos) == again);
     }
 }
