@@ -519,6 +519,10 @@ private:
 
     std::pair<std::string, std::string> validate_if_due() {  // loss and bits per byte, empty where none is measured
         if (!due(config.val_every)) return {};
+        return validate_now();
+    }
+
+    std::pair<std::string, std::string> validate_now() {
         if (ranks) trainer->gather_weights();
         HopAccuracy hops(data->programs);
         std::optional<Validation> found;
@@ -529,7 +533,8 @@ private:
             return {};
         }
         if (!found) {
-            print("note       the validation of step %lld is left to -y, as a signal asks the run to stop\n", step);
+            print("note       the validation of step %lld is left%s, as a signal asks the run to stop\n", step,
+                  checkpoints ? " to -y" : "");
             told_to_stop = true;
             return {};
         }
@@ -542,16 +547,19 @@ private:
         return {number_text(loss), known ? number_text(bits_per_byte) : ""};
     }
 
-    // On a resume: the validation that a signal or lost data have cut short, whose row in the log has no val_loss.
+    // On a resume: the validation that a signal or lost data have cut short, whose row in the log has no val_loss. It
+    // was due by the settings of then.
     void validate_again() {
         std::string row;
-        bool was_due = init->header.template get<int64_t>(H_VAL_EVERY) == config.val_every && due(config.val_every);
+        int64_t every = init->header.template get<int64_t>(H_VAL_EVERY);
+        bool ended = step == init->header.template get<int64_t>(H_STEPS) || step == config.steps;
+        bool was_due = config.val_every > 0 && every > 0 && (step % every == 0 || ended);
         if (log && was_due) row = last_row(o.out + "/log.csv", step);
         size_t at = row.find(",,");  // "step,loss,"
         bool again = at != row.npos && at == row.find(',', row.find(',') + 1);
         ranks.broadcast(&again, sizeof again);
         if (!again) return;
-        auto [val_loss, bits_per_byte] = validate_if_due();
+        auto [val_loss, bits_per_byte] = validate_now();
         if (log && !val_loss.empty()) log->replace_last(row.insert(at + 1, val_loss) + bits_per_byte);
     }
 
