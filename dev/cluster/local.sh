@@ -3,7 +3,7 @@
 #
 #   dev/cluster/local.sh 8 ./train_keel -i 'data/fineweb_edu_10BT/*_train_*.bin' -L 1024 -z 2 -o run
 #
-# When a rank ends by an error all end, and the first one's exit status is this script's. SIGTERM, SIGINT, SIGUSR1 and SIGHUP go to each rank once. Rank R takes the
+# When a rank ends by an error all end, and the first one's exit status is this script's. SIGTERM, SIGINT, SIGUSR1, SIGUSR2 and SIGHUP go to each rank once. Rank R takes the
 # R-th of the GPUs that CUDA_VISIBLE_DEVICES shows, or of all. The CPU trainer's ranks talk by MPI, which local.sh does not start: dev/cluster/mpirun.sh does.
 here=$(cd "$(dirname "$0")" && pwd)
 if [ "$1" = -h ] || [ "$1" = --help ]; then
@@ -37,7 +37,7 @@ pass() {
     passed=$1
     for pid in "${ranks[@]}"; do kill -"$1" -- -"$pid"; done
 }
-for signal in TERM INT USR1 HUP; do trap "pass $signal" "$signal"; done
+for signal in TERM INT USR1 USR2 HUP; do trap "pass $signal" "$signal"; done
 for ((rank = 0; rank < count; rank++)); do
     RANK=$rank LOCAL_RANK=$rank "${with_us[@]}" "$@" </dev/null 2>&3 3>&- &
     ranks[rank]=$!
