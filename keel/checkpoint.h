@@ -45,7 +45,8 @@ inline std::string changed_settings(const FileHeader& before, const FileHeader& 
     compare("--grads", bf16(before.word[H_GRADS_BF16]), bf16(now.word[H_GRADS_BF16]));
     const char* by[] = {"not said", "mma.sync", "wgmma"};
     compare("attention", by[before.word[H_ATTENTION]], by[now.word[H_ATTENTION]]);
-    compare("--tune", before.word[H_TUNED] ? "a table" : "none", now.word[H_TUNED] ? "a table" : "none");
+    if (before.word[H_ATTENTION] || !now.word[H_ATTENTION])  // older states say neither
+        compare("--tune", before.word[H_TUNED] ? "a table" : "none", now.word[H_TUNED] ? "a table" : "none");
     compare("ranks", format("%d", before.word[H_RANKS]), format("%d", now.word[H_RANKS]));
     return text;
 }

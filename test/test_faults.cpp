@@ -207,6 +207,14 @@ TEST_CASE("A step whose loss or gradient is an outlier is skipped where --skip-l
     }
 }
 
+TEST_CASE("Of a table of --tune, which older states do not say, no change is said") {
+    FileHeader before{}, now{};
+    now.word[H_ATTENTION] = 2, now.word[H_TUNED] = 1;
+    CHECK(changed_settings(before, now) == "attention from not said to wgmma");
+    before.word[H_ATTENTION] = 2;
+    CHECK(changed_settings(before, now) == "--tune from none to a table");
+}
+
 TEST_CASE("AdamW's bias corrections count updates, not steps: after a skipped first step the second is a first one") {
     Place p;
     auto end = [&](const char* bad, const char* steps) {
