@@ -711,6 +711,7 @@ enum HeaderWord {
     H_RECENT_COUNT = 72,    // int64
     H_ATTENTION = 74,       // GPU: 1 by mma.sync, 2 by wgmma; 0: not said
     H_TUNED = 75,           // GPU: 1 where a table of --tune decides how products are summed
+    H_OUTLIER = 76,         // 1: the last step was skipped as an outlier; its loss was finite, so the weights are sound
     // of all kinds that have a model
     H_TOKENIZER = 49,       // uint32, CRC-32 of the tokenizer's file; 0: bytes, or a vocabulary that is not known
     // of a tokenizer, which has H_V and none of the others
@@ -1458,7 +1459,8 @@ inline std::string state_fault(const FileHeader& h) {
             return "the mean and variance of its recent steps must be finite";
     if (h.word[H_HOPS] < 0 || h.word[H_HOPS] > MAX_HOPS)
         return format("the hops of its data must be from 0 to %d and are %d", MAX_HOPS, h.word[H_HOPS]);
-    for (auto [word, most] : {std::pair{H_MOMENTS_BF16, 1}, {H_GRADS_BF16, 1}, {H_ATTENTION, 2}, {H_TUNED, 1}})
+    for (auto [word, most] :
+         {std::pair{H_MOMENTS_BF16, 1}, {H_GRADS_BF16, 1}, {H_ATTENTION, 2}, {H_TUNED, 1}, {H_OUTLIER, 1}})
         if (h.word[word] < 0 || h.word[word] > most)
             return format("word %d must be from 0 to %d and is %d", int(word), most, h.word[word]);
     return "";
@@ -1506,6 +1508,7 @@ struct RunConfig : Settings {
     // Not settings but counts: the steps so far that updated nothing, and how many of them came last, in a row. AdamW's
     // bias corrections count only the other steps.
     int64_t skipped = 0, skipped_in_row = 0;
+    bool outlier = false;  // as H_OUTLIER
     RecentSteps recent{};
     uint32_t history = 0;  // H_HISTORY
 
@@ -1694,6 +1697,7 @@ inline RunConfig resolve_run(const Options& o, const FileHeader* init, Vocabular
         fail("-u: expected at most the %lld steps of -x, found %lld; give fewer", run.steps, run.warmup);
     if (resume) run.skipped = init->get<int64_t>(H_SKIPPED), run.skipped_in_row = init->get<int64_t>(H_SKIPPED_IN_ROW);
     if (resume) run.history = init->get<uint32_t>(H_HISTORY), run.recent = init->get<RecentSteps>(H_RECENT);
+    if (resume) run.outlier = init->word[H_OUTLIER];
     run.recompute_chosen = o.recompute != "auto" || resume;
     if (o.recompute != "auto") run.recompute = Recompute::parse(o.recompute);
     else if (resume) run.recompute = {init->word[H_RECOMPUTE]};

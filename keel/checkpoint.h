@@ -14,7 +14,7 @@ inline FileHeader state_header(RealType type, bool branch_bf16, const RunConfig&
     h.set(H_TOTAL_BATCH, run.total_batch);
     h.set(H_TRAIN_TOKENS, int64_t(data.train_count)), h.set(H_VAL_TOKENS, int64_t(data.val_count));
     h.set(H_SKIPPED, run.skipped), h.set(H_SKIPPED_IN_ROW, run.skipped_in_row);
-    h.set(H_RECENT, run.recent);
+    h.set(H_RECENT, run.recent), h.word[H_OUTLIER] = run.outlier;
     h.word[H_ATTENTION] = run.attention, h.word[H_TUNED] = !run.tune.empty();
     h.word[H_MOMENTS_BF16] = run.types.moments_bf16, h.word[H_GRADS_BF16] = run.types.grads_bf16;
     h.word[H_RANKS] = std::max(1, run.ranks), h.word[H_RANK] = run.rank;
@@ -45,7 +45,8 @@ inline std::string changed_settings(const FileHeader& before, const FileHeader& 
     compare("--grads", bf16(before.word[H_GRADS_BF16]), bf16(now.word[H_GRADS_BF16]));
     const char* by[] = {"not said", "mma.sync", "wgmma"};
     compare("attention", by[before.word[H_ATTENTION]], by[now.word[H_ATTENTION]]);
-    compare("--tune", before.word[H_TUNED] ? "a table" : "none", now.word[H_TUNED] ? "a table" : "none");
+    if (before.word[H_ATTENTION] || !now.word[H_ATTENTION])  // older states say neither
+        compare("--tune", before.word[H_TUNED] ? "a table" : "none", now.word[H_TUNED] ? "a table" : "none");
     compare("ranks", format("%d", before.word[H_RANKS]), format("%d", now.word[H_RANKS]));
     return text;
 }
@@ -149,7 +150,7 @@ inline std::string header_fault(const StateFiles& states, FileHeader& first) {
     first = FileReader(states.path(0), FILE_STATE).header;
     if (int64_t step = first.get<int64_t>(H_STEP); step != states.step)
         return format("%s: expected step %lld as in its name, found %lld", states.path(0), states.step, step);
-    if (int64_t skipped = first.get<int64_t>(H_SKIPPED_IN_ROW); skipped > 0)
+    if (int64_t skipped = first.get<int64_t>(H_SKIPPED_IN_ROW); skipped > 0 && !first.word[H_OUTLIER])
         return format("%s: expected one whose last step updated the weights, found that its last %lld were skipped",
                       states.path(0), skipped);
     return "";

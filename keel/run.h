@@ -376,9 +376,12 @@ private:
 
     bool skips_outliers() const { return config.skip_loss > 0 || config.skip_grad > 0; }
 
+    // Whether the last step's loss or gradient was not finite: the weights are perhaps beyond repair.
+    bool unsound() const { return trainer->run.skipped_in_row > 0 && !trainer->run.outlier; }
+
     // Says what a run has left whose last steps were skipped, or whose last update broke the weights.
     void end() {
-        int64_t skipped = trainer->run.skipped, in_row = trainer->run.skipped_in_row;
+        int64_t skipped = trainer->run.skipped, in_row = unsound() ? trainer->run.skipped_in_row : 0;
         if (skipped > 0)
             print("skipped    %lld of %lld steps, whose loss or gradient was not finite%s\n", skipped, step,
                   skips_outliers() ? " or an outlier" : "");
@@ -460,9 +463,10 @@ private:
         trainer->run.recent = result.recent;
         trainer->run.skipped += skipped;
         trainer->run.skipped_in_row = skipped ? trainer->run.skipped_in_row + 1 : 0;
+        trainer->run.outlier = skipped && std::isfinite(result.loss) && std::isfinite(result.norm);
         double numbers[] = {double(step), skipped ? 0 : result.loss, skipped ? 0 : result.norm};
         trainer->run.history = crc32(numbers, sizeof numbers, trainer->run.history);
-        if (!skipped) known_good = newest;
+        if (!unsound()) known_good = newest;
         spent += result.seconds, steps_here++;
         if (steps_here == 1) clock.add("first step", result.seconds), clock.print();
         if (steps_here == 1 && ranks) print("network    %zu bytes sent by rank 0 in a step\n", trainer->step_bytes);
@@ -470,9 +474,9 @@ private:
         if (trainer->run.skipped_in_row >= o.max_skips) end_after_skips(result);
         if (std::string kind = divergence->add(step, result.loss); !kind.empty()) warn_of_divergence(kind);
         if (checkpoints) checkpoints->poll(result.all), checkpoints->remove_old(known_good);
-        // While steps are skipped the parameters stay as they are, perhaps beyond repair: no checkpoint but at the end.
+        // While steps are not finite the parameters stay as they are: no checkpoint but at the end.
         if (overdue || due(o.checkpoint_every)) {
-            if (!skipped || step == config.steps) checkpoint();
+            if (!unsound() || step == config.steps) checkpoint();
             else overdue = bool(checkpoints);
         }
         sample_if_due();
@@ -515,6 +519,10 @@ private:
 
     std::pair<std::string, std::string> validate_if_due() {  // loss and bits per byte, empty where none is measured
         if (!due(config.val_every)) return {};
+        return validate_now();
+    }
+
+    std::pair<std::string, std::string> validate_now() {
         if (ranks) trainer->gather_weights();
         HopAccuracy hops(data->programs);
         std::optional<Validation> found;
@@ -525,7 +533,8 @@ private:
             return {};
         }
         if (!found) {
-            print("note       the validation of step %lld is left to -y, as a signal asks the run to stop\n", step);
+            print("note       the validation of step %lld is left%s, as a signal asks the run to stop\n", step,
+                  checkpoints ? " to -y" : "");
             told_to_stop = true;
             return {};
         }
@@ -538,16 +547,19 @@ private:
         return {number_text(loss), known ? number_text(bits_per_byte) : ""};
     }
 
-    // On a resume: the validation that a signal or lost data have cut short, whose row in the log has no val_loss.
+    // On a resume: the validation that a signal or lost data have cut short, whose row in the log has no val_loss. It
+    // was due by the settings of then.
     void validate_again() {
         std::string row;
-        bool was_due = init->header.template get<int64_t>(H_VAL_EVERY) == config.val_every && due(config.val_every);
+        int64_t every = init->header.template get<int64_t>(H_VAL_EVERY);
+        bool ended = step == init->header.template get<int64_t>(H_STEPS) || step == config.steps;
+        bool was_due = config.val_every > 0 && every > 0 && (step % every == 0 || ended);
         if (log && was_due) row = last_row(o.out + "/log.csv", step);
         size_t at = row.find(',', row.find(',') + 1) + 1;  // where val_loss is, in "step,loss,val_loss,..."
         bool again = !row.empty() && row[at] == ',';
         ranks.broadcast(&again, sizeof again);
         if (!again) return;
-        auto [val_loss, bits_per_byte] = validate_if_due();
+        auto [val_loss, bits_per_byte] = validate_now();
         if (log && !val_loss.empty()) log->replace_last(row.insert(at, val_loss) + bits_per_byte);
     }
 
@@ -555,9 +567,8 @@ private:
     // again; the run's end fails.
     void checkpoint() {
         if (!checkpoints || newest == step) return;
-        bool skipping = trainer->run.skipped_in_row > 0;
-        if (skipping && step < config.steps) return;                              // a resume could not go on from it
-        if (!skipping) checkpoints->wait(), checkpoints->remove_old(known_good);  // before space is asked for
+        if (unsound() && step < config.steps) return;                              // a resume could not go on from it
+        if (!unsound()) checkpoints->wait(), checkpoints->remove_old(known_good);  // before space is asked for
         std::string fault = checkpoints->fault(checkpoint_bytes(config.model, real_type<Real>));
         if (ranks.all(fault.empty())) fault = "";
         else if (fault.empty())
@@ -568,7 +579,7 @@ private:
         overdue = !fault.empty();
         if (overdue) return;
         checkpoints->write(step), newest = step;
-        if (!skipping) last_updated = step;
+        if (!unsound()) last_updated = step;
     }
 
     void sample_if_due() {
@@ -622,7 +633,7 @@ private:
     int64_t steps_here = 0;         // steps done by this process
     // Steps of checkpoints: the last; the last whose step updated the weights; the last that a finite step followed.
     int64_t newest = -1, last_updated = -1, known_good = -1;
-    bool overdue = false;       // a checkpoint waits for room on the disk, or for a step that is not skipped
+    bool overdue = false;       // a checkpoint waits for room on the disk, or for a finite step
     bool told_to_stop = false;  // by the flags of the last step, or in a validation: the same on all ranks
     std::exception_ptr data_error;
 };

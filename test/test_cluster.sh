@@ -106,8 +106,8 @@ expect "a mistake does not" asked ""
 # local.sh: each stand-in says who it is, notes the signals that come, and ends as its rank is told.
 cat >"$folder/rank" <<'END'
 #!/bin/bash
-for signal in TERM INT USR1 HUP; do trap "echo rank $RANK: $signal" "$signal"; done
-trap 'exit 0' USR2 $END
+for signal in TERM INT USR1 USR2 HUP; do trap "echo rank $RANK: $signal" "$signal"; done
+trap 'exit 0' ALRM $END
 echo "rank $RANK of $WORLD_SIZE, $LOCAL_RANK of $LOCAL_WORLD_SIZE here, $MASTER_ADDR, $(dirname "$KEEL_RENDEZVOUS" | xargs test -w && echo a folder)"
 [ "$RANK" = "$BAD" ] && { sleep 0.2; eval "$FATE"; }
 while [ -n "$WAIT" ]; do sleep 0.05; done
@@ -140,15 +140,15 @@ local_run WAIT=1 END=TERM BAD=2 FATE='exit 7' 3
 expect "a rank's error ends all, with its status" ends 7
 expect "which is told" has 'local.sh: rank 2 \(process [0-9]+\) ended with status 7; all end'
 local_run WAIT=1 3
-for signal in USR1 TERM HUP; do
+for signal in USR1 USR2 TERM HUP; do
     kill -$signal "$pid"
     for ((i = 0; i < 200; i++)); do lines ": $signal" 3 && break; sleep 0.05; done
 done
 kill -INT -- -"$pid"  # as a terminal's ^C, to the whole process group
 for ((i = 0; i < 200; i++)); do lines ': INT' 3 && break; sleep 0.05; done
 sleep 0.2
-for signal in USR1 TERM HUP INT; do expect "SIG$signal comes to each rank once" lines ": $signal" 3; done
-kill -USR2 "$pid"
+for signal in USR1 USR2 TERM HUP INT; do expect "SIG$signal comes to each rank once" lines ": $signal" 3; done
+pkill -ALRM -f "bash $folder/ran[k]"
 expect "ranks that end well after a signal are no error" ends 0
 local_run WAIT=1 3
 kill -9 "$pid"

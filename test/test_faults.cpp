@@ -159,10 +159,11 @@ TEST_CASE("A step that is not finite updates nothing and is counted; a run that 
     }
     CHECK(!fs::exists(state_path(p / "whole", 6)));
     CHECK(!fs::exists(state_path(p / "whole", 12)));
+    CHECK(fs::exists(state_path(p / "whole", 21)));  // the one that was due at 20
 }
 
 TEST_CASE("A step whose loss or gradient is an outlier is skipped where --skip-loss or --skip-grad asks, a resume "
-          "skips the same, and a checkpoint due then comes a step later") {
+          "skips the same, and a checkpoint is written then as after any step") {
     Place p;
     const std::map<std::string, std::string> spikes = {{"KEEL_TEST_SPIKES", "9,340,350"}};
     auto train = [&](const char* flag, const char* z) {
@@ -182,9 +183,8 @@ TEST_CASE("A step whose loss or gradient is an outlier is skipped where --skip-l
     out = train("--skip-loss", "5");
     CHECK_MESSAGE(out.find("skipped    step 340, whose loss is ") != std::string::npos, out);
     CHECK_MESSAGE(out.find("skipped    step 350, whose loss is ") != std::string::npos, out);
-    CHECK(!fs::exists(state_path(p / "run", 340)));
     fs::rename(p / "run", p / "whole");
-    for (int64_t from : {320, 341}) {
+    for (int64_t from : {320, 340}) {
         fs::create_directory(p / "run");
         fs::copy(p / "whole/log.csv", p / "run/log.csv");
         fs::copy(state_path(p / "whole", from), state_path(p / "run", from));
@@ -194,6 +194,23 @@ TEST_CASE("A step whose loss or gradient is an outlier is skipped where --skip-l
         CHECK_MESSAGE(slurp(state_path(p / "run", 400)) == slurp(state_path(p / "whole", 400)), from);
         fs::remove_all(p / "run");
     }
+    fs::create_directory(p / "run");  // a run whose last step, here its only one, is an outlier ends as any other
+    fs::copy(state_path(p / "whole", 320), state_path(p / "run", 320));
+    const Words last = {"train", "-y", "-i", p.text, "-o", p / "run", "-s", "0", "-x", "321"};
+    for (bool again : {false, true}) {
+        Result r = run(last, {{"KEEL_TEST_SPIKES", "321"}});
+        CHECK_MESSAGE((r.code == 0 && r.err.find("checkpoint") == std::string::npos), r.err);
+        CHECK((r.out.find("skipped    step 321") != std::string::npos) != again);
+        CHECK((r.out.find("the run has its 321 steps") != std::string::npos) == again);
+    }
+}
+
+TEST_CASE("Of a table of --tune, which older states do not say, no change is said") {
+    FileHeader before{}, now{};
+    now.word[H_ATTENTION] = 2, now.word[H_TUNED] = 1;
+    CHECK(changed_settings(before, now) == "attention from not said to wgmma");
+    before.word[H_ATTENTION] = 2;
+    CHECK(changed_settings(before, now) == "--tune from none to a table");
 }
 
 TEST_CASE("AdamW's bias corrections count updates, not steps: after a skipped first step the second is a first one") {

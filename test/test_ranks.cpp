@@ -989,10 +989,15 @@ TEST_SUITE("ends") {
             CHECK(r.code == 0);
             CHECK(r.out.find("the validation of step 3 is left to -y") != std::string::npos);
             CHECK(r.out.find("validation |") == std::string::npos);
+            fs::copy(p / "run", p / "other");
             p.run(2, words("run", {"-m", "1"}));
             p.run(2, words("whole", {"-m", "1"}));
             CHECK(p.model("run", 6) == p.model("whole", 6));
             CHECK(log_without_times(p / "run/log.csv") == log_without_times(p / "whole/log.csv"));
+            Words other = words("other", {"-m", "1"});  // with which step 3 would have none
+            *(std::find(other.begin(), other.end(), "-v") + 1) = "4";
+            p.run(2, other);
+            CHECK(last_row(p / "other/log.csv", 3).find(",,") == std::string::npos);
             Words sampling = words("sampled", {"-m", "1", "-g", "1000000"});
             *(std::find(sampling.begin(), sampling.end(), "-s") + 1) = "1";
             Process sampled(on_ranks(2, sampling), {{"KEEL_TEST_PLACE", p.path}});
@@ -1000,6 +1005,14 @@ TEST_SUITE("ends") {
             for (auto [rank, id] : rank_processes(build.binary, p.path)) kill(id, SIGTERM);
             CHECK(sampled.wait().code == 0);
             CHECK(newest_states(p / "sampled", {}));
+            Words alone = words("run", {"-m", "1000000000"});  // without a folder there is nothing to resume
+            alone.erase(std::find(alone.begin(), alone.end(), "-y"));
+            auto folder = std::find(alone.begin(), alone.end(), "-o");
+            alone.erase(folder, folder + 2);
+            Process left(alone);
+            CHECK(left.prints("step 3/"));
+            kill(left.child, SIGTERM);
+            CHECK(left.wait().out.find("the validation of step 3 is left, as a signal") != std::string::npos);
         }
     }
 
