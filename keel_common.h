@@ -1139,7 +1139,7 @@ struct Schedule {
 };
 inline int64_t at_warmup(const Settings& s) { return s.warmup; }
 inline int64_t at_decay(const Settings& s) {
-    return std::max(s.warmup, s.steps - (s.decay_steps ? s.decay_steps : s.steps / 5));
+    return std::max(s.warmup, s.steps - (s.decay_steps ? s.decay_steps : std::max<int64_t>(1, s.steps / 5)));
 }
 inline int64_t at_end(const Settings& s) { return s.steps; }
 // clang-format off

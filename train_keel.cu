@@ -1775,9 +1775,8 @@ __global__ void sum_rows_kernel(double* sums, const float* x, int rows, int C, d
 
 // clip = min(1, max_norm / norm), and whether the step is taken: norm and loss are finite (x * 0 is 0 for a finite x
 // alone) and no outliers. AdamW's numbers follow from n, the steps so far that were taken, so that a skipped one leaves
-// no trace. With several ranks
-// (shares), loss and norm are the ranks' sums in rank order; once one rank's data are lost, neither this step nor one
-// in flight updates anything.
+// no trace. With several ranks (shares), loss and norm are the ranks' sums in rank order; once one rank's data are
+// lost, neither this step nor one in flight updates anything.
 __global__ void prepare_update_kernel(StepState* state, const StepSettings* settings, UpdateCounts* counts,
                                       const StepShare* shares, int ranks) {
     begin_kernel();
@@ -2729,8 +2728,9 @@ struct Trainer {
 
     // What the kernels read that changes from step to step.
     void begin_step(int64_t step, int slot) {
-        settings[size_t(slot)] = {learning_rate(run, step), run.weight_decay, run.clip,     uint64_t(run.seed),
-                                  double(run.total_batch),  run.skip_loss,    run.skip_grad};
+        double lr = learning_rate(run, step), tokens = double(run.total_batch);
+        settings[size_t(slot)] = {lr,     run.weight_decay, run.clip,     uint64_t(run.seed),
+                                  tokens, run.skip_loss,    run.skip_grad};
         model.device.copy(model.settings.data(), &settings[size_t(slot)], 1);
         model.device.zero(model.state);
     }

@@ -8,8 +8,8 @@
 [[gnu::constructor(101)]] static void explain_illegal_instruction() {
     signal(SIGILL, [](int) {
         static constexpr char text[] = "expected the kind of CPU that this program was compiled for, found one that "
-                                       "lacks an instruction; build it here by make -B, or for most: make -B "
-                                       "CXXFLAGS='-O3 -march=x86-64-v3'\n";
+                                       "lacks an instruction; "
+                                       "build it here by make -B, or for any by make -B CXXFLAGS=-O3\n";
         if (write(2, text, sizeof text - 1) < 0) {}
         _exit(1);
     });
