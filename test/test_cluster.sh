@@ -117,8 +117,8 @@ lines() { [ "$(grep -c "$1" "$folder/out")" = "$2" ]; }
 local_run() {  # variables, then the number of ranks: in the background, until all stand
     local ranks=${*: -1}
     : >"$folder/out"
-    # A group of its own with SIGINT at its default, as a terminal's command has.
-    (set -m; env "${@:1:$#-1}" dev/cluster/local.sh "$ranks" "$folder/rank" >"$folder/out" 2>&1 & echo $! >"$folder/pid"; wait $!; echo $? >"$folder/status") 2>/dev/null &  # not bash's own "Killed"
+    # A group of its own, and signals at their defaults, as a terminal's command has.
+    (set -m; env --default-signal "${@:1:$#-1}" dev/cluster/local.sh "$ranks" "$folder/rank" >"$folder/out" 2>&1 & echo $! >"$folder/pid"; wait $!; echo $? >"$folder/status") 2>/dev/null &  # not bash's own "Killed"
     script=$!
     for ((i = 0; i < 600; i++)); do
         lines '^rank . of' "$ranks" && break

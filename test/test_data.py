@@ -556,7 +556,7 @@ class Libraries(Case):
         self.run_ok("tokenizer", "train", "-V", 259, "-o", self.at("x.bin"), text)
         self.assertEqual(tokenizer.read_tokenizer(self.at("x.bin")).ranks[256:], [b"ab", b"abab"])
         self.run_error("tokenizer", "train", "-V", 256, "-o", self.at("y.bin"), text, says="at least 257")
-        latin = self.write("l.txt", b"caf\xe9")
+        latin = self.write("l.txt", b"caf\xe9 au lait")
         self.run_error("tokenizer", "train", "-V", 300, "-o", self.at("y.bin"), latin, says="l.txt: not UTF-8: byte 0xe9 at offset 3")
 
     def test_cuts_change_no_token(self):
