@@ -590,6 +590,7 @@ private:
     }
 
     [[noreturn]] void end_after_skips(const StepResult& result) {
+        if (!unsound()) checkpoint();
         if (checkpoints) checkpoints->wait();
         fail("step %lld: expected a loss and gradient norm that are finite%s, found %s and %s, the last of %lld "
              "skipped in a row (--max-skips); %s",

@@ -203,6 +203,13 @@ TEST_CASE("A step whose loss or gradient is an outlier is skipped where --skip-l
         CHECK((r.out.find("skipped    step 321") != std::string::npos) != again);
         CHECK((r.out.find("the run has its 321 steps") != std::string::npos) == again);
     }
+    // --max-skips of them end the run, with a checkpoint of the weights, which are sound
+    Words more = last;
+    more.back() = "400", more.insert(more.end(), {"--max-skips", "2"});
+    Result r = run(more, {{"KEEL_TEST_SPIKES", "330,331"}});
+    CHECK(r.code == 1);
+    CHECK_MESSAGE(r.err.find("(--max-skips); a larger --skip-loss or --skip-grad, or else: ") != r.err.npos, r.err);
+    CHECK(fs::exists(state_path(p / "run", 331)));
 }
 
 TEST_CASE("Of a table of --tune, which older states do not say, no change is said") {
