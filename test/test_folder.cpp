@@ -282,8 +282,8 @@ std::string row_of(const State& state, bool ranks, const Place& place, std::stri
     if (r.code != 0 && r.code != 1) fault = format("exit %d", r.code);
     auto same = [&](const std::string& name) { return after.count(name) && slurp(whole + "/" + name) == after[name]; };
     auto name_of = [](const std::string& path) { return path.substr(path.rfind('/') + 1); };
-    bool equal = same(name_of(model_path(d, 8)));
-    equal &= log_without_times(d + "/log.csv") == log_without_times(whole + "/log.csv");
+    auto same_log = [&] { return log_without_times(d + "/log.csv") == log_without_times(whole + "/log.csv"); };
+    bool equal = same(name_of(model_path(d, 8))) && same_log();
     for (int rank = 0; rank < (ranks ? RANKS : 1); rank++) equal &= same(name_of(state_path(d, 8, rank)));
     if (r.code == 0) left = equal ? "equal" : same(name_of(model_path(d, 8))) ? "equal but for the log" : "another run";
     else left = "as it was";
