@@ -380,6 +380,7 @@ inline MatrixRate product_rate(int ranks_here = 1) {
                                  double(sysconf(_SC_NPROCESSORS_ONLN)) / std::max(1, ranks_here)),
            scale = std::min(1.0, processors / double(team));
     rate.fastest *= scale, rate.median *= scale;
+    rate.share = std::min(1.0, rate.share / scale);  // more threads than processors are no one else's work
     return rate;
 }
 

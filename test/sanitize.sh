@@ -3,21 +3,7 @@
 # "N passed, N failed".
 cd "$(dirname "$0")/.." || exit 1
 export KEEL_TEST_SMALL=1 OMP_NUM_THREADS=2
-passed=0 failed=0
-log=$(mktemp) folder=$(mktemp -d)
-trap 'rm -rf "$log" "$folder"' EXIT
-check() {
-    local what=$1 start=$SECONDS
-    shift
-    if "$@" >"$log" 2>&1; then
-        passed=$((passed + 1))
-        printf '%-28s clean%s (%d s)\n' "$what" "$(grep -oE '[0-9]+ passed' "$log" | head -1 | sed 's/^/, test cases: /')" $((SECONDS - start))
-    else
-        failed=$((failed + 1))
-        printf '%-28s FAILED\n' "$what"
-        grep -vE '^(step|checkpoint) ' "$log" | head -60
-    fi
-}
+. test/check.sh
 echo "leak:libomp.so" >"$folder/leaks"  # what the runtime keeps to its end
 export LSAN_OPTIONS="suppressions=$folder/leaks:print_suppressions=0"
 for suite in test_cpu test_faults test_tokenizer; do
@@ -33,5 +19,3 @@ memcheck() {
 }
 check "memcheck, a run" memcheck -x 6
 check "memcheck, its resume" memcheck -x 8
-echo "$passed passed, $failed failed"
-[ "$failed" -eq 0 ]

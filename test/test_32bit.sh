@@ -3,20 +3,7 @@
 # of both are the same byte for byte, and each goes on from and samples from the other's. Ends with "N passed, N failed".
 cd "$(dirname "$0")/.." || exit 1
 export KEEL_TEST_SMALL=1 OMP_NUM_THREADS=2 LONG=
-passed=0 failed=0
-log=$(mktemp) folder=$(mktemp -d)
-trap 'rm -rf "$log" "$folder"' EXIT
-check() {
-    local what=$1
-    shift
-    if "$@" >"$log" 2>&1; then
-        passed=$((passed + 1))
-    else
-        failed=$((failed + 1))
-        echo "FAILED: $what"
-        tail -40 "$log"
-    fi
-}
+. test/check.sh
 # run BITS FOLDER STEPS FLAGS...; -m asks for 2^32 sequences, of which there are fewer
 run() {
     local bits=$1 out=$2 steps=$3
@@ -49,5 +36,3 @@ for norm in keel deepnorm hybridnorm; do
 done
 check "more parameters than addresses" is_refused -L 1024 -C 1024 -t 64 -d 64
 check "activations of more bytes than addresses" is_refused -L 64 -C 512 -t 64 -b 256
-echo "$passed passed, $failed failed"
-[ "$failed" -eq 0 ]

@@ -3,20 +3,7 @@
 # machine's trainer to 1e-5. Ends with "N passed, N failed".
 cd "$(dirname "$0")/.." || exit 1
 export KEEL_TEST_SMALL=1 LONG= GOMP_SPINCOUNT=1  # set, or the trainer would start itself, and find qemu
-passed=0 failed=0
-folder=$(mktemp -d)
-trap 'rm -rf "$folder"' EXIT
-check() {
-    local what=$1
-    shift
-    if "$@" >"$folder/log" 2>&1; then
-        passed=$((passed + 1))
-    else
-        failed=$((failed + 1))
-        echo "FAILED: $what"
-        tail -40 "$folder/log"
-    fi
-}
+. test/check.sh
 emulated() { qemu-aarch64-static -L /usr/aarch64-linux-gnu "$@"; }
 train() {  # TRAINER... FOLDER
     "${@:1:$#-1}" -i README.md -L 4 -C 32 -t 32 -d 64 -x 20 -v 0 -n 0 -s 0 -o "$folder/${*: -1}"
@@ -30,5 +17,3 @@ check "test_cpu" emulated build/test_cpu_arm64
 check "a run" train emulated build/train_keel_cpu_arm64 arm
 check "the same run here" train ./train_keel_cpu here
 check "the same losses" same_losses
-echo "$passed passed, $failed failed"
-[ "$failed" -eq 0 ]
