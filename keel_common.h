@@ -356,16 +356,18 @@ inline const PlacementRow placements[NUM_PLACEMENTS] = {
 };
 // clang-format on
 
-inline std::string placement_names() {
+// "keel, pre, post"
+template <class Row, size_t n>
+std::string names_of(const Row (&rows)[n]) {
     std::string names;
-    for (const PlacementRow& row : placements) names += (names.empty() ? "" : ", ") + std::string(row.name);
+    for (const Row& row : rows) names += (names.empty() ? "" : ", ") + std::string(row.name);
     return names;
 }
 
 inline NormPlacement placement_by_name(const std::string& name) {
     for (int p = 0; p < NUM_PLACEMENTS; p++)
         if (name == placements[p].name) return NormPlacement(p);
-    fail("--norm: expected one of %s, found '%s'", placement_names(), name);
+    fail("--norm: expected one of %s, found '%s'", names_of(placements), name);
 }
 
 struct ModelConfig {
@@ -1223,12 +1225,12 @@ inline const Flag flags[] = {
     {"-u", "--warmup", "N", "steps/4", "steps of linear warm-up, at most 2500 by default; then --schedule",
      &Options::warmup, 0, MAX_STEPS, H_WARMUP},
     {"", "--schedule", "NAME", nullptr,
-     "how the rate falls: cosine, linear, wsd (at the peak until the last --decay-steps, then 1 - sqrt), constant",
+     "how the rate goes on after the warm-up: ",  // help_text adds the names
      &Options::schedule, 0, NUM_SCHEDULES - 1, H_SCHEDULE},
     {"", "--final-lr", "X", nullptr, "the last step's learning rate, as a fraction of the peak; 0: 1e-7 itself",
      &Options::final_lr, 0, 1, H_FINAL_LR},
-    {"", "--decay-steps", "N", "steps/5", "steps in which wsd falls, the last ones", &Options::decay_steps, 0,
-     MAX_STEPS, H_DECAY_STEPS},
+    {"", "--decay-steps", "N", "steps/5", "last steps, in which wsd falls from the peak by 1 - sqrt",
+     &Options::decay_steps, 0, MAX_STEPS, H_DECAY_STEPS},
     {"-x", "--steps", "N", nullptr, "optimizer steps", &Options::steps, 0, MAX_STEPS, H_STEPS},
     {"-c", "--weight-decay", "X", nullptr, "AdamW's weight decay, on matrices and embeddings", &Options::weight_decay,
      0, MAX_RATE, H_WEIGHT_DECAY},
@@ -1301,7 +1303,10 @@ inline std::string help_text(const char* program, const std::string& ranks) {
     std::string text =
         format("usage: %s [flags]    (KEEL trainer %s; this build runs on %s)\n\n", program, KEEL_VERSION, ranks);
     for (const Flag& f : flags) {
-        std::string help = f.help + (f.long_name == std::string("--norm") ? placement_names() : "");
+        std::string help = f.help;
+        help += f.long_name == std::string("--norm") ? names_of(placements)
+                : f.is_schedule()                    ? names_of(schedules)
+                                                     : "";
         std::string fallback = default_text(f), tail = fallback.empty() ? "" : format(" [%s]", fallback);
         text += format("%-31s %s%s\n", format("  %-3s %s %s", f.short_name, f.long_name, f.argument), help, tail);
     }
@@ -1329,12 +1334,9 @@ inline double parse_real(const char* flag, const std::string& text, double least
 }
 
 inline int64_t parse_schedule(const std::string& name) {
-    std::string names;
-    for (const Schedule& s : schedules) {
+    for (const Schedule& s : schedules)
         if (name == s.name) return &s - schedules;
-        names += format("%s%s", names.empty() ? "" : ", ", s.name);
-    }
-    fail("--schedule: expected one of %s, found '%s'", names, name);
+    fail("--schedule: expected one of %s, found '%s'", names_of(schedules), name);
 }
 
 // What the program does instead of training where a flag asks for it, and the other flags that it then uses.
