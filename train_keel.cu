@@ -31,6 +31,7 @@
 #include "keel/update.h"
 
 constexpr float NORM_EPSILON = 1e-6f;  // rms(x) = sqrt(mean(x^2) + this)
+constexpr float LOG2_E = 1.44269504088896341f;
 
 // ----------------------------------------------------------------------------------------------------
 // The device's primitives: the one room with PTX (PTX ISA 8.0, the sections of the instructions' names)
@@ -44,12 +45,6 @@ template <class T>
 __device__ __forceinline__ T& shared() {
     extern __shared__ __align__(1024) unsigned char shared_memory[];
     return *reinterpret_cast<T*>(shared_memory);
-}
-
-// p as a pointer to whole vectors, to which it must be aligned.
-template <class Vector, class T>
-__device__ __forceinline__ Vector* as_vector(T* p) {
-    return reinterpret_cast<Vector*>(p);
 }
 
 // d (16,8) += a (16,16) b (16,8), a warp's tile on the tensor cores: BF16 in, FP32 out. With g = lane / 4, t = lane % 4
@@ -218,22 +213,6 @@ __device__ __forceinline__ void begin_kernel() {
     start_successor();
 }
 
-// N numbers that are loaded and stored at once
-template <class T, int N>
-struct alignas(sizeof(T) * N) Pack {
-    T v[N];
-    __device__ T& operator[](int i) { return v[i]; }
-    __device__ const T& operator[](int i) const { return v[i]; }
-};
-template <int N, class T>
-__device__ __forceinline__ Pack<T, N> load(const T* p) {
-    return *as_vector<const Pack<T, N>>(p);
-}
-template <int N, class T>
-__device__ __forceinline__ void store(T* p, const Pack<T, N>& values) {
-    *as_vector<Pack<T, N>>(p) = values;
-}
-
 // ----------------------------------------------------------------------------------------------------
 // The layers: each forward beside its backward. A backward adds to gradients of parameters, and sets those of inputs.
 
@@ -381,116 +360,144 @@ struct HighwayPoint {
     branch_t* u;             // (rows,C), null: not wanted
 };
 
-// The same columns of two tensors, which one lane loads together.
-template <class A, class B, int N>
-struct Both {
-    Pack<A, N> a;
-    Pack<B, N> b;
+// A row lies in the registers of a warp, or if it is long of several: 32 N K columns in each, lane by lane N at K
+// places. So all of its loads are on their way before the first is used, and its passes wait for nothing but their
+// sums. Beyond its end are zeros. N is 4 where C is whole fours.
+constexpr int MAX_ROW_WARPS = 8;                              // a multiprocessor has 255 registers a thread for so many
+inline int row_columns(int C) { return C % 4 ? 512 : 1024; }  // in a warp at most
+inline int most_channels(int C) { return MAX_ROW_WARPS * row_columns(C); }
+struct RowShared { float warp[MAX_ROW_WARPS], gains[]; };
+template <int N, int K>
+struct RowLane {
+    int C, warps;        // columns, and warps that share a row: all of a block's, or 1
+    int first;           // this lane's first column
+    int row, rows_away;  // its warp's first row, and how far on the next one is
+    __device__ RowLane(int C, int warps) : C(C), warps(warps) {
+        int warp = threadIdx.x / WARP, rows_a_block = blockDim.x / WARP / warps;
+        first = warp % warps * WARP * N * K + threadIdx.x % WARP * N;
+        row = blockIdx.x * rows_a_block + warp / warps, rows_away = gridDim.x * rows_a_block;
+    }
+    __device__ int column(int k) const { return first + k * WARP * N; }
+    template <class T>
+    __device__ void load(Pack<T, N> (&values)[K], const T* from) const {
+#pragma unroll
+        for (int k = 0; k < K; k++) values[k] = column(k) < C ? ::load<N>(from + column(k)) : Pack<T, N>{};
+    }
+    template <class T>
+    __device__ void store(T* to, const Pack<T, N> (&values)[K]) const {
+#pragma unroll
+        for (int k = 0; k < K; k++)
+            if (column(k) < C) ::store<N>(to + column(k), values[k]);
+    }
+    // A norm's gains; ones where there is none, which with r = 1 change no bit.
+    __device__ Pack<float, N> gains(const float* gamma, int k) const {
+        Pack<float, N> values;
+        for (float& value : values.v) value = 1;
+        if (!gamma || column(k) >= C) return values;
+        if constexpr (BRANCH_BF16) return ::load<N>(gamma + column(k));
+        else  // HybridNorm's gains of D numbers may put these anywhere
+            for (int i = 0; i < N; i++) values[i] = gamma[column(k) + i];
+        return values;
+    }
+    // The sum over the row, in all of its threads with the same bits.
+    __device__ float sum(float value) const {
+        value = warp_sum(value);
+        if (warps == 1) return value;
+        float* sums = shared<RowShared>().warp;
+        __syncthreads();  // the sum before has been read
+        sums[threadIdx.x / WARP] = value;
+        __syncthreads();
+        value = 0;
+        for (int w = 0; w < warps; w++) value += sums[w];
+        return value;
+    }
+    // 1 / rms, where there is a norm; the row's first thread leaves it in r.
+    __device__ float rms_reciprocal(const Pack<float, N> (&x)[K], const float* gamma, float* r) const {
+        if (!gamma) return 1;
+        float squares = 0;
+#pragma unroll
+        for (int k = 0; k < K; k++)
+            for (float value : x[k].v) squares += value * value;
+        float reciprocal = 1 / sqrtf(sum(squares) / C + NORM_EPSILON);
+        if (first == 0) *r = reciprocal;
+        return reciprocal;
+    }
+    // z becomes gamma z r.
+    __device__ void scale(Pack<float, N> (&z)[K], const float* gamma, float r) const {
+#pragma unroll
+        for (int k = 0; k < K; k++) {
+            auto g = gains(gamma, k);
+            for (int i = 0; i < N; i++) z[k][i] = g[i] * (z[k][i] * r);
+        }
+    }
+    // u at a point from x, which becomes u.
+    __device__ void store_u(const HighwayPoint& p, Pack<float, N> (&x)[K], float r_in, size_t at) const {
+        Pack<branch_t, N> u[K];
+        scale(x, p.gamma_in, r_in);
+#pragma unroll
+        for (int k = 0; k < K; k++)
+            for (int i = 0; i < N; i++) u[k][i] = branch_t(x[k][i]);
+        store(p.u + at, u);
+    }
+    // From z, which is lost: r_out, r_in and u of a point.
+    __device__ void norms(const HighwayPoint& p, Pack<float, N> (&z)[K], int row) const {
+        scale(z, p.gamma_out, rms_reciprocal(z, p.gamma_out, p.r_out + row));
+        float r_in = rms_reciprocal(z, p.gamma_in, p.r_in + row);
+        if (p.u) store_u(p, z, r_in, size_t(row) * C);
+    }
+    // Makes u at a point again, from z and the stored norms.
+    __device__ void restore_u(const HighwayPoint& p, int row) const {
+        Pack<float, N> z[K];
+        load(z, p.z + size_t(row) * C);
+        scale(z, p.gamma_out, p.gamma_out ? p.r_out[row] : 1);
+        store_u(p, z, p.gamma_in ? p.r_in[row] : 1, size_t(row) * C);
+    }
 };
-// A warp has a row, and a lane the same columns of it in every pass, so that the warp's shared memory needs
-// no barrier. each_in_flight over the lane's columns, N numbers at a time.
-template <int N, class Load, class Use>
-__device__ __forceinline__ void each_column(int C, int lane, Load load, Use use) {
-    each_in_flight(lane * N, C, WARP * N, load, use);
-}
-
-template <int N>
-__device__ float row_rms_reciprocal(const float* x, int C, int lane) {
-    float sum = 0;
-    for (int c = lane * N; c < C; c += WARP * N)
-        for (auto values = load<N>(x + c); float value : values.v) sum += value * value;
-    return 1 / sqrtf(warp_sum(sum) / C + NORM_EPSILON);
-}
-
-// x at a point from z, N columns of a row
-template <int N>
-__device__ __forceinline__ Pack<float, N> x_of_z(const HighwayPoint& p, Pack<float, N> z, float r_out, int c) {
-    if (!p.gamma_out) return z;
-    auto gamma = load<N>(p.gamma_out + c);
-    for (int i = 0; i < N; i++) z[i] = gamma[i] * (z[i] * r_out);
-    return z;
-}
-
-// u at a point from x, N columns of a row. at: of the first in (rows,C)
-template <int N>
-__device__ __forceinline__ void store_u(const HighwayPoint& p, const Pack<float, N>& x, float r_in, int c, size_t at) {
-    Pack<float, N> gamma{};
-    if (p.gamma_in) gamma = load<N>(p.gamma_in + c);
-    Pack<branch_t, N> u;
-    for (int i = 0; i < N; i++) u[i] = branch_t(p.gamma_in ? gamma[i] * (x[i] * r_in) : x[i]);
-    store<N>(p.u + at, u);
-}
-
-// From a row of z in shared memory, which becomes x: r_out, r_in and u.
-template <int N>
-__device__ void row_norms(const HighwayPoint& p, float* x, int row, int C, int lane) {
-    if (p.gamma_out) {
-        float r_out = row_rms_reciprocal<N>(x, C, lane);
-        if (lane == 0) p.r_out[row] = r_out;
-        for (int c = lane * N; c < C; c += WARP * N) store<N>(x + c, x_of_z<N>(p, load<N>(x + c), r_out, c));
-    }
-    float r_in = 1;
-    if (p.gamma_in) {
-        r_in = row_rms_reciprocal<N>(x, C, lane);
-        if (lane == 0) p.r_in[row] = r_in;
-    }
-    if (!p.u) return;
-    for (int c = lane * N; c < C; c += WARP * N) store_u<N>(p, load<N>(x + c), r_in, c, size_t(row) * C + c);
-}
-
-// Makes u at a point again, from z and the stored norms.
-template <int N>
-__device__ void restore_u(const HighwayPoint& p, int row, int C, int lane) {
-    float r_out = p.gamma_out ? p.r_out[row] : 1, r_in = p.gamma_in ? p.r_in[row] : 1;
-    size_t at = size_t(row) * C;
-    each_column<N>(C, lane, [&](int c) { return load<N>(p.z + at + c); },
-                   [&](int c, const Pack<float, N>& z) { store_u<N>(p, x_of_z<N>(p, z, r_out, c), r_in, c, at + c); });
-}
 
 // z_l = alpha x_l + f, from point l to point l+1, whose norms it makes too.  In BF16 12 bytes an element: z 4 and f 2
-// in, z 4 and u 2 out. Shared: C floats a warp.  to.z may be from.z.
-template <int N>
+// in, z 4 and u 2 out.  to.z may be from.z.
+template <int N, int K>
 __global__ void highway_forward_kernel(HighwayPoint to, HighwayPoint from, const branch_t* f, float alpha, int rows,
-                                       int C) {
+                                       int C, int warps) {
     begin_kernel();
-    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
-    float* z = &shared<float>() + size_t(warp) * C;
-    for (int row = blockIdx.x * warps + warp; row < rows; row += gridDim.x * warps) {
-        float r = from.gamma_out ? from.r_out[row] : 1;
+    RowLane<N, K> lane(C, warps);
+    for (int row = lane.row; row < rows; row += lane.rows_away) {
         size_t at = size_t(row) * C;
-        each_column<N>(C, lane, [&](int c) {
-            return Both<float, branch_t, N>{load<N>(from.z + at + c), load<N>(f + at + c)};
-        }, [&](int c, const Both<float, branch_t, N>& in) {
-            auto out = x_of_z<N>(from, in.a, r, c);
-            for (int i = 0; i < N; i++) out[i] = alpha * out[i] + float(in.b[i]);
-            store<N>(z + c, out);
-            store<N>(to.z + at + c, out);
-        });
-        row_norms<N>(to, z, row, C, lane);
+        Pack<float, N> z[K];
+        Pack<branch_t, N> branch[K];
+        lane.load(z, from.z + at), lane.load(branch, f + at);
+        lane.scale(z, from.gamma_out, from.gamma_out ? from.r_out[row] : 1);
+#pragma unroll
+        for (int k = 0; k < K; k++)
+            for (int i = 0; i < N; i++) z[k][i] = alpha * z[k][i] + float(branch[k][i]);
+        lane.store(to.z + at, z);
+        lane.norms(to, z, row);
     }
 }
 
-// r_out, r_in and u of a point whose z is there.  In BF16 6 bytes an element.  Shared: C floats a warp.
-template <int N>
-__global__ void highway_norms_kernel(HighwayPoint p, int rows, int C) {
+// r_out, r_in and u of a point whose z is there.  In BF16 6 bytes an element.
+template <int N, int K>
+__global__ void highway_norms_kernel(HighwayPoint p, int rows, int C, int warps) {
     begin_kernel();
-    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
-    float* x = &shared<float>() + size_t(warp) * C;
-    for (int row = blockIdx.x * warps + warp; row < rows; row += gridDim.x * warps) {
-        each_column<N>(C, lane, [&](int c) { return load<N>(p.z + size_t(row) * C + c); },
-                       [&](int c, const Pack<float, N>& z) { store<N>(x + c, z); });
-        row_norms<N>(p, x, row, C, lane);
+    RowLane<N, K> lane(C, warps);
+    for (int row = lane.row; row < rows; row += lane.rows_away) {
+        Pack<float, N> z[K];
+        lane.load(z, p.z + size_t(row) * C);
+        lane.norms(p, z, row);
     }
 }
 
 // x (rows,C) of a point, for dumps and probes.
-template <int N>
-__global__ void highway_x_kernel(float* x, HighwayPoint p, int rows, int C) {
+template <int N, int K>
+__global__ void highway_x_kernel(float* x, HighwayPoint p, int rows, int C, int warps) {
     begin_kernel();
-    size_t at = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * N;
-    if (at >= size_t(rows) * C) return;
-    int row = int(at / C), c = int(at % C);
-    store<N>(x + at, x_of_z<N>(p, load<N>(p.z + at), p.gamma_out ? p.r_out[row] : 1, c));
+    RowLane<N, K> lane(C, warps);
+    for (int row = lane.row; row < rows; row += lane.rows_away) {
+        Pack<float, N> z[K];
+        lane.load(z, p.z + size_t(row) * C);
+        lane.scale(z, p.gamma_out, p.gamma_out ? p.r_out[row] : 1);
+        lane.store(x + size_t(row) * C, z);
+    }
 }
 
 struct HighwayGradients {
@@ -512,118 +519,114 @@ struct HighwayGradients {
 // (eq. 18-19).
 //
 // In BF16 16 bytes an element: du 2, dz 4, z 4 in, dz 4, df 2 out; 6 more where u of the point before is made again
-// (before.u not null), 4 more where dx is wanted. Shared: HIGHWAY_FLOATS * C floats a warp: z, a gradient, the sums
-// over rows for the two gains.  partial (blocks,2,C)
-constexpr int HIGHWAY_FLOATS = 4;
-template <int N>
+// (before.u not null), 4 more where dx is wanted. The gains' gradients of a lane's columns are in registers, too, then
+// in shared memory (RowShared and 2C floats for each row that a block has at a time).  partial (blocks,2,C)
+template <int N, int K>
 __global__ void highway_backward_kernel(HighwayPoint p, HighwayPoint before, HighwayGradients g, float alpha,
-                                        bool last_point, int rows, int C, float* partial, unsigned* arrived) {
-    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
-    float *z = &shared<float>() + size_t(warp) * HIGHWAY_FLOATS * C, *d = z + C, *sum_out = d + C,
-          *sum_in = sum_out + C;
-    bool norm_out = p.gamma_out, norm_in = p.gamma_in;
-    for (int c = lane * N; c < C; c += WARP * N)
-        for (int i = 0; i < N; i++) sum_out[c + i] = sum_in[c + i] = 0;
+                                        bool last_point, int rows, int C, int warps, float* partial,
+                                        unsigned* arrived) {
     begin_kernel();
-
-    for (int row = blockIdx.x * warps + warp; row < rows; row += gridDim.x * warps) {
-        float r_out = norm_out ? p.r_out[row] : 1, r_in = norm_in ? p.r_in[row] : 1, mean_in = 0, mean_out = 0;
+    RowLane<N, K> lane(C, warps);
+    Pack<float, N> sum_out[K]{}, sum_in[K]{};
+    for (int row = lane.row; row < rows; row += lane.rows_away) {
         size_t at = size_t(row) * C;
-        each_column<N>(C, lane, [&](int c) {
-            return Both<float, branch_t, N>{load<N>(p.z + at + c), load<N>(g.du + at + c)};
-        }, [&](int c, const Both<float, branch_t, N>& in) {
-            Pack<float, N> gamma_out{}, gamma_in{};
-            if (norm_out) gamma_out = load<N>(p.gamma_out + c);
-            if (norm_in) gamma_in = load<N>(p.gamma_in + c);
-            Pack<float, N> ds, sums = load<N>(sum_in + c);
+        Pack<float, N> z[K], d[K], dx[K]{};
+        Pack<branch_t, N> du[K], df[K];
+        lane.load(z, p.z + at), lane.load(du, g.du + at);
+        if (!last_point) lane.load(dx, g.dz + at);
+        float r_out = p.gamma_out ? p.r_out[row] : 1, r_in = p.gamma_in ? p.r_in[row] : 1, mean_in = 0, mean_out = 0;
+#pragma unroll
+        for (int k = 0; k < K; k++) {
+            auto gamma_out = lane.gains(p.gamma_out, k), gamma_in = lane.gains(p.gamma_in, k);
             for (int i = 0; i < N; i++) {
-                float zi = in.a[i], du = float(in.b[i]), x = norm_out ? gamma_out[i] * (zi * r_out) : zi, xh = x * r_in;
-                ds[i] = norm_in ? gamma_in[i] * du : du;
-                if (norm_in) sums[i] += du * xh, mean_in += ds[i] * xh;
+                float dui = float(du[k][i]), xh = gamma_out[i] * (z[k][i] * r_out) * r_in;
+                sum_in[k][i] += dui * xh;
+                d[k][i] = gamma_in[i] * dui;
+                mean_in += d[k][i] * xh;
             }
-            store<N>(z + c, in.a), store<N>(d + c, ds);
-            if (norm_in) store<N>(sum_in + c, sums);
-        });
-        if (norm_in) mean_in = warp_sum(mean_in) / C;
-        each_column<N>(C, lane, [&](int c) { return last_point ? Pack<float, N>{} : load<N>(g.dz + at + c); },
-                       [&](int c, const Pack<float, N>& dz) {
-            Pack<float, N> gamma_out{}, dx, zs = load<N>(z + c), ds = load<N>(d + c), sums = load<N>(sum_out + c);
-            if (norm_out) gamma_out = load<N>(p.gamma_out + c);
-            for (int i = 0; i < N; i++) {
-                float zh = zs[i] * r_out, x = norm_out ? gamma_out[i] * zh : zs[i], xh = x * r_in;
-                dx[i] = (norm_in ? r_in * (ds[i] - xh * mean_in) : ds[i]) + alpha * dz[i];
-                ds[i] = norm_out ? gamma_out[i] * dx[i] : dx[i];
-                if (norm_out) sums[i] += dx[i] * zh, mean_out += ds[i] * zh;
-            }
-            store<N>(d + c, ds);
-            if (norm_out) store<N>(sum_out + c, sums);
-            if (g.dx) store<N>(g.dx + at + c, dx);
-        });
-        if (norm_out) mean_out = warp_sum(mean_out) / C;
-        for (int c = lane * N; c < C; c += WARP * N) {
-            Pack<float, N> dz, zs = load<N>(z + c), ds = load<N>(d + c);
-            Pack<branch_t, N> df;
-            for (int i = 0; i < N; i++) {
-                dz[i] = norm_out ? r_out * (ds[i] - zs[i] * r_out * mean_out) : ds[i];
-                df[i] = branch_t(dz[i]);
-            }
-            store<N>(g.dz + at + c, dz);
-            if (g.df) store<N>(g.df + at + c, df);
         }
-        if (before.u) restore_u<N>(before, row, C, lane);
+        mean_in = p.gamma_in ? lane.sum(mean_in) / C : 0;
+#pragma unroll
+        for (int k = 0; k < K; k++) {
+            auto gamma_out = lane.gains(p.gamma_out, k);
+            for (int i = 0; i < N; i++) {
+                float zh = z[k][i] * r_out, xh = gamma_out[i] * zh * r_in;
+                dx[k][i] = r_in * (d[k][i] - xh * mean_in) + alpha * dx[k][i];
+                sum_out[k][i] += dx[k][i] * zh;
+                d[k][i] = gamma_out[i] * dx[k][i];
+                mean_out += d[k][i] * zh;
+            }
+        }
+        mean_out = p.gamma_out ? lane.sum(mean_out) / C : 0;
+        if (g.dx) lane.store(g.dx + at, dx);
+#pragma unroll
+        for (int k = 0; k < K; k++)
+            for (int i = 0; i < N; i++) {
+                d[k][i] = r_out * (d[k][i] - z[k][i] * r_out * mean_out);
+                df[k][i] = branch_t(d[k][i]);
+            }
+        lane.store(g.dz + at, d);
+        if (g.df) lane.store(g.df + at, df);
+        if (before.u) lane.restore_u(before, row);
     }
 
-    if (!norm_out && !norm_in) return;
-    __syncthreads();  // the rows of all warps are in their sums
-    for (int i = threadIdx.x; i < 2 * C; i += blockDim.x) {
-        float sum = 0;
-        for (int w = 0; w < warps; w++) sum += (&shared<float>())[(size_t(w) * HIGHWAY_FLOATS + 2) * C + i];
-        partial[size_t(blockIdx.x) * 2 * C + i] = sum;
+    if (!p.gamma_out && !p.gamma_in) return;
+    float* sums = shared<RowShared>().gains;  // (rows a block,2,C)
+    int rows_a_block = int(blockDim.x) / WARP / warps;
+    lane.store(sums + 2 * C * (int(threadIdx.x) / WARP / warps), sum_out);
+    lane.store(sums + 2 * C * (int(threadIdx.x) / WARP / warps) + C, sum_in);
+    __syncthreads();
+    for (int i = threadIdx.x * N; i < 2 * C; i += blockDim.x * N) {
+        auto sum = load<N>(sums + i);
+        for (int r = 1; r < rows_a_block; r++)
+            for (int j = 0; j < N; j++) sum[j] += sums[2 * C * r + i + j];
+        store<N>(partial + size_t(blockIdx.x) * 2 * C + i, sum);
     }
-    add_partials(partial, 2 * C, arrived, [&](int i, float sum) {
-        if (i < C && norm_out) g.dgamma_out[i] += sum;
-        if (i >= C && norm_in) g.dgamma_in[i - C] += sum;
+    add_partials<N>(partial, 2 * C, arrived, [&](int i, float sum) {
+        if (i < C && p.gamma_out) g.dgamma_out[i] += sum;
+        if (i >= C && p.gamma_in) g.dgamma_in[i - C] += sum;
     });
 }
 
-// Warps of a block whose rows need so many floats a column of shared memory each: 8, or fewer where two blocks would
-// not fit into a multiprocessor of Hopper. highway_backward needs most.
-inline int most_channels() { return shared_limit() / (HIGHWAY_FLOATS * 4); }  // a block of one warp: 14528 on Hopper
-inline unsigned row_warps(int C, int floats) {
-    return unsigned(std::clamp(std::min(112 << 10, shared_limit()) / (floats * 4 * C), 1, 8));
+// use(N, K, warps a row, warps a block) with the kernels' numbers for rows of C columns, of which N and K are constants
+template <class Use>
+void with_rows(int C, Use use) {
+    unsigned warps = unsigned(ceil_div(size_t(C), size_t(row_columns(C))));
+    size_t places = ceil_div(size_t(C), size_t(WARP) * 4 * warps);
+    auto with = [&](auto N, auto K) { use(N, K, warps, warps > 1 ? warps : K() <= 2 ? 8 : 4); };
+    std::integral_constant<int, 4> four;
+    if (C % 4) with(std::integral_constant<int, 1>(), std::integral_constant<int, 16>());
+    else if (places <= 2) with(four, std::integral_constant<int, 2>());
+    else if (places <= 4) with(four, four);
+    else if (places <= 6) with(four, std::integral_constant<int, 6>());
+    else with(four, std::integral_constant<int, 8>());
 }
-// Whether a row can be read four numbers at a time: it is whole fours, and the gains start at whole fours (after
-// HybridNorm's gains of D numbers a tensor may start anywhere in the FP32 build).
-inline bool in_fours(int C, std::initializer_list<HighwayPoint> points) {
-    auto aligned = [](const float* gain) { return reinterpret_cast<size_t>(gain) % 16 == 0; };
-    return C % 4 == 0 && std::all_of(points.begin(), points.end(), [&](const HighwayPoint& p) {
-        return aligned(p.gamma_out) && aligned(p.gamma_in);
-    });
-}
-
 void highway_forward(Device& device, const HighwayPoint& to, const HighwayPoint& from, const branch_t* f, float alpha,
                      size_t rows, int C) {
-    unsigned warps = row_warps(C, 1);
-    auto* kernel = in_fours(C, {to, from}) ? highway_forward_kernel<4> : highway_forward_kernel<1>;
-    launch(kernel, ceil_div(rows, warps), warps * WARP, warps * size_t(C) * 4, device.stream, to, from, f, alpha,
-           int(rows), C);
+    with_rows(C, [&](auto N, auto K, unsigned warps, unsigned block) {
+        launch(highway_forward_kernel<N(), K()>, ceil_div(rows, block / warps), block * WARP, sizeof(RowShared),
+               device.stream, to, from, f, alpha, int(rows), C, int(warps));
+    });
 }
 void highway_norms(Device& device, const HighwayPoint& p, size_t rows, int C) {
-    unsigned warps = row_warps(C, 1);
-    auto* kernel = in_fours(C, {p}) ? highway_norms_kernel<4> : highway_norms_kernel<1>;
-    launch(kernel, ceil_div(rows, warps), warps * WARP, warps * size_t(C) * 4, device.stream, p, int(rows), C);
+    with_rows(C, [&](auto N, auto K, unsigned warps, unsigned block) {
+        launch(highway_norms_kernel<N(), K()>, ceil_div(rows, block / warps), block * WARP, sizeof(RowShared),
+               device.stream, p, int(rows), C, int(warps));
+    });
 }
 void highway_x(Device& device, float* x, const HighwayPoint& p, size_t rows, int C) {
-    bool fours = in_fours(C, {p});
-    auto* kernel = fours ? highway_x_kernel<4> : highway_x_kernel<1>;
-    launch_threads(kernel, rows * size_t(C) / (fours ? 4 : 1), device.stream, x, p, int(rows), C);
+    with_rows(C, [&](auto N, auto K, unsigned warps, unsigned block) {
+        launch(highway_x_kernel<N(), K()>, ceil_div(rows, block / warps), block * WARP, sizeof(RowShared),
+               device.stream, x, p, int(rows), C, int(warps));
+    });
 }
 void highway_backward(Device& device, const HighwayPoint& p, const HighwayPoint& before, const HighwayGradients& g,
                       float alpha, bool last_point, size_t rows, int C, float* partial) {
-    unsigned warps = row_warps(C, HIGHWAY_FLOATS);
-    auto* kernel = in_fours(C, {p, before}) ? highway_backward_kernel<4> : highway_backward_kernel<1>;
-    launch_gains(kernel, rows, warps, warps * size_t(C) * HIGHWAY_FLOATS * 4, device.stream, p, before, g, alpha,
-                 last_point, int(rows), C, partial, device.arrived.data());
+    with_rows(C, [&](auto N, auto K, unsigned warps, unsigned block) {
+        launch_gains(highway_backward_kernel<N(), K()>, rows * warps, block,
+                     sizeof(RowShared) + block / warps * 2 * size_t(C) * 4, device.stream, p, before, g, alpha,
+                     last_point, int(rows), C, int(warps), partial, device.arrived.data());
+    });
 }
 
 // ----- HybridNorm's RMSNorm of every head's q, k and v: qkv (rows,3,H,D), a gain (D) for each of the three
@@ -679,7 +682,7 @@ __global__ void qkv_norm_backward_kernel(branch_t* dqkv, const branch_t* qkv, Qk
         for (int w = 0; w < warps; w++) sum += (&shared<float>())[size_t(w) * 3 * D + i];
         partial[size_t(blockIdx.x) * 3 * D + i] = sum;
     }
-    add_partials(partial, 3 * D, arrived, [&](int i, float sum) { g.dgamma[i / D][i % D] += sum; });
+    add_partials<1>(partial, 3 * D, arrived, [&](int i, float sum) { g.dgamma[i / D][i % D] += sum; });
 }
 
 void qkv_norm_forward(Device& device, branch_t* out, const branch_t* qkv, const QkvGains& g, size_t rows, int H,
@@ -688,7 +691,8 @@ void qkv_norm_forward(Device& device, branch_t* out, const branch_t* qkv, const 
 }
 void qkv_norm_backward(Device& device, branch_t* dqkv, const branch_t* qkv, const QkvGains& g, size_t rows, int H,
                        int D, float* partial) {
-    unsigned warps = row_warps(D, 3);
+    // 8, or fewer where two blocks would not fit into a multiprocessor of Hopper
+    unsigned warps = unsigned(std::clamp(std::min(112 << 10, shared_limit()) / (3 * 4 * D), 1, 8));
     launch_gains(qkv_norm_backward_kernel, rows, warps, warps * size_t(D) * 3 * 4, device.stream, dqkv, qkv, g,
                  int(rows), H, D, partial, device.arrived.data());
 }
@@ -970,7 +974,7 @@ inline Grid attention_grid(size_t heads, size_t tiles, size_t kinds, size_t bloc
 }
 __device__ __forceinline__ unsigned attention_head() { return blockIdx.z * gridDim.x + blockIdx.x; }  // of a block
 
-constexpr float LOG2_E = 1.44269504088896341f, LN_2 = 0.69314718055994531f;
+constexpr float LN_2 = 0.69314718055994531f;
 
 // The running softmax of a warp's rows: row 16 m + 8 half + g has its largest score so far, the sum of exp2(scale score
 // - scale largest) over this lane's columns, and what the last tile has shrunk the earlier ones by.
@@ -1666,32 +1670,38 @@ __global__ void cross_entropy_kernel(float* loss, branch_t* logits, const int* t
     int target = targets[blockIdx.x];
     float target_logit = float(row[target]), largest = -INFINITY, sum = 0;
     each_in_flight(threadIdx.x * WIDE, V, blockDim.x * WIDE, [&](int v0) { return load<WIDE>(row + v0); },
-                   [&](int v0, const Pack<branch_t, WIDE>& x) {
+                   [&](int v0, Pack<branch_t, WIDE> x) {
+        if (v0 + WIDE > V)
+            for (int i = 0; i < WIDE; i++)
+                if (v0 + i >= V) x[i] = branch_t(-INFINITY);
         if (backward && stashed) store<WIDE>(stash + v0, x);
         float before = largest;
-        for (int i = 0; i < WIDE; i++)
-            if (v0 + i < V) largest = fmaxf(largest, float(x[i]));
-        sum *= expf(before - largest);
-        for (int i = 0; i < WIDE; i++)
-            if (v0 + i < V) sum += expf(float(x[i]) - largest);
+        for (branch_t logit : x.v) largest = fmaxf(largest, float(logit));
+        sum *= fast_exp2(LOG2_E * (before - largest));
+        for (branch_t logit : x.v) sum += fast_exp2(LOG2_E * (float(logit) - largest));
     });
     float warp_largest = warp_max(largest);
-    sum = warp_sum(sum == 0 ? 0.0f : sum * expf(largest - warp_largest));  // 0: no logit here; a NaN goes on
+    // 0: no logit here; a NaN goes on
+    sum = warp_sum(sum == 0 ? 0.0f : sum * fast_exp2(LOG2_E * (largest - warp_largest)));
     if (lane == 0) s.largest[warp] = warp_largest, s.sum[warp] = sum;
     __syncthreads();  // from here on the row's logits may be overwritten: all threads have read the target's
     largest = -INFINITY, sum = 0;
     for (int w = 0; w < warps; w++) largest = fmaxf(largest, s.largest[w]);
     for (int w = 0; w < warps; w++)
-        if (s.sum[w] != 0) sum += s.sum[w] * expf(s.largest[w] - largest);
+        if (s.sum[w] != 0) sum += s.sum[w] * fast_exp2(LOG2_E * (s.largest[w] - largest));
     float lse = largest + logf(sum);
     if (threadIdx.x == 0) loss[blockIdx.x] = lse - target_logit;
     if constexpr (backward)
         for (int v0 = threadIdx.x * WIDE; v0 < Vp; v0 += blockDim.x * WIDE) {
-            auto x = stashed && v0 < V ? load<WIDE>(stash + v0) : load<WIDE>(row + v0);
-            for (int i = 0; i < WIDE; i++) {
-                int v = v0 + i;
-                x[i] = branch_t(v < V ? scale * (expf(float(x[i]) - lse) - (v == target ? 1.0f : 0.0f)) : 0.0f);
-            }
+            Pack<branch_t, WIDE> x{};
+            if (v0 < V) x = stashed ? load<WIDE>(stash + v0) : load<WIDE>(row + v0);
+            if (v0 + WIDE <= V && (target < v0 || target >= v0 + WIDE))
+                for (branch_t& d : x.v) d = branch_t(scale * fast_exp2(LOG2_E * (float(d) - lse)));
+            else
+                for (int i = 0; i < WIDE; i++) {
+                    float softmax = fast_exp2(LOG2_E * (float(x[i]) - lse));
+                    x[i] = branch_t(v0 + i < V ? scale * (softmax - (v0 + i == target ? 1.0f : 0.0f)) : 0.0f);
+                }
             store<WIDE>(row + v0, x);
         }
 }
@@ -1749,7 +1759,7 @@ __global__ void sum_kernel(double* out, const T* values, size_t n, double* parti
     }
     sum = block_sum(s, sum);
     if (threadIdx.x == 0) partial[blockIdx.x] = sum;
-    add_partials(partial, 1, arrived, [&](int, double total) { *out += total; });
+    add_partials<1>(partial, 1, arrived, [&](int, double total) { *out += total; });
 }
 
 template <bool squares, class T>
@@ -1767,7 +1777,7 @@ __global__ void sum_rows_kernel(double* sums, const float* x, int rows, int C, d
         for (int row = blockIdx.x; row < rows; row += gridDim.x) sum += x[size_t(row) * C + c];
         partial[size_t(blockIdx.x) * C + c] = sum;
     }
-    add_partials(partial, C, arrived, [&](int c, double sum) { sums[c] += sum; });
+    add_partials<1>(partial, C, arrived, [&](int c, double sum) { sums[c] += sum; });
 }
 
 // ----------------------------------------------------------------------------------------------------
@@ -2918,9 +2928,9 @@ struct Trainer {
     static void require_machine(const Launch& launch = {}) { require_gpu(launch); }
 
     static void check_model(const ModelConfig& c) {
-        if (c.C > most_channels())
-            fail("-C: expected at most %d channels on this GPU, found %d; use a smaller -C, or train_keel_cpu",
-                 most_channels(), c.C);
+        if (c.C > most_channels(c.C))
+            fail("-C: expected at most %d channels on a GPU%s, found %d; use a smaller -C, or train_keel_cpu",
+                 most_channels(c.C), c.C % 4 ? " that are no multiple of 4" : "", c.C);
         if (!BRANCH_BF16) return;
         if (c.C % 64)
             fail("-C: expected a multiple of 64 in this build, found %d; use another -C, or train_keel_fp32 or "

@@ -1,8 +1,32 @@
 // keel/sums.h: sums over the threads of a warp, of a block and of a grid, in an order that shapes, the card and the
-// compiled kernel alone decide, so that they have the same bits in every run; and loops that read ahead.
+// compiled kernel alone decide, so that they have the same bits in every run; and numbers that are loaded together.
 #pragma once
 
 #include "gpu.h"
+
+#ifndef CUDA_ON_CPU  // there, the headers bring their own, which checks p
+// p as a pointer to whole vectors, to which it must be aligned.
+template <class Vector, class T>
+__device__ __forceinline__ Vector* as_vector(T* p) {
+    return reinterpret_cast<Vector*>(p);
+}
+#endif
+
+// N numbers that are loaded and stored at once
+template <class T, int N>
+struct alignas(sizeof(T) * N) Pack {
+    T v[N];
+    __device__ T& operator[](int i) { return v[i]; }
+    __device__ const T& operator[](int i) const { return v[i]; }
+};
+template <int N, class T>
+__device__ __forceinline__ Pack<T, N> load(const T* p) {
+    return *as_vector<const Pack<T, N>>(p);
+}
+template <int N, class T>
+__device__ __forceinline__ void store(T* p, const Pack<T, N>& values) {
+    *as_vector<Pack<T, N>>(p) = values;
+}
 
 // Calls use(c, load(c)) for c = first, first + step, ... below end. IN_FLIGHT loads are on their way before the first
 // of them is used: a store in use() would hold up the loads after it, as the compiler cannot tell them apart.
@@ -65,22 +89,29 @@ constexpr unsigned FAN_IN = 16, MAX_PARTIAL_BLOCKS = 1024, ARRIVAL_COUNTERS = 1 
 
 // Sums over all blocks in an order that the grid's size alone decides, within the kernel that makes them. Each block
 // has written its row of partial (blocks,n), which is overwritten. The last block of every FAN_IN adds up their rows in
-// order, the last of those adds up the results, and calls out(i, sum) for each column. arrived: 1 + blocks / FAN_IN
-// rounded up counters, zero before and after.
-template <class T, class Out>
+// order, the last of those adds up the results, and calls out(i, sum) for each column. A thread has N columns at a
+// time, and n is a multiple of N. arrived: 1 + blocks / FAN_IN rounded up counters, zero before and after.
+template <int N, class T, class Out>
 __device__ void add_partials(T* partial, int n, unsigned* arrived, Out out) {
     unsigned group = blockIdx.x / FAN_IN, groups = (gridDim.x + FAN_IN - 1) / FAN_IN, first = group * FAN_IN;
     unsigned members = gridDim.x - first < FAN_IN ? gridDim.x - first : FAN_IN;
     auto sum_rows = [&](unsigned from, unsigned step, unsigned count, int i) {
-        T sum = 0;
+        Pack<T, N> sum{};
 #pragma unroll 16
-        for (unsigned k = 0; k < count; k++) sum += partial[size_t(from + k * step) * n + i];
+        for (unsigned k = 0; k < count; k++) {
+            auto row = load<N>(partial + size_t(from + k * step) * n + i);
+            for (int j = 0; j < N; j++) sum[j] += row[j];
+        }
         return sum;
     };
+    int mine = threadIdx.x * N, step = blockDim.x * N;
     if (!last_to_arrive(&arrived[1 + group], members)) return;
-    for (int i = threadIdx.x; i < n; i += blockDim.x) partial[size_t(first) * n + i] = sum_rows(first, 1, members, i);
+    for (int i = mine; i < n; i += step) store<N>(partial + size_t(first) * n + i, sum_rows(first, 1, members, i));
     if (!last_to_arrive(&arrived[0], groups)) return;
-    for (int i = threadIdx.x; i < n; i += blockDim.x) out(i, sum_rows(0, FAN_IN, groups, i));
+    for (int i = mine; i < n; i += step) {
+        auto sum = sum_rows(0, FAN_IN, groups, i);
+        for (int j = 0; j < N; j++) out(i + j, sum[j]);
+    }
 }
 
 // Launches a kernel that sums over rows, a row a warp at a time, in as many blocks as the GPU holds at once.

@@ -374,7 +374,8 @@ TEST_SUITE("layers") {
 
     TEST_CASE("The highway's norms, x and u are the CPU's, with every combination of norms") {
         Comparison compare("x and norms", FP32_TOLERANCE), compare_branch("u", BRANCH_TOLERANCE);
-        for (auto [rows, C] : {std::pair<size_t, int>{5, 7}, {1, 1}, {70, 64}, {3, 200}, {130, 256}, {9, 2048}})
+        for (auto [rows, C] :
+             {std::pair<size_t, int>{5, 7}, {1, 1}, {70, 64}, {3, 200}, {130, 256}, {9, 512}, {9, 700}, {9, 2048}})
             for (int norms = 0; norms < 4; norms++) {
                 TestPoint p(rows, C, norms & 1, norms & 2, 1);
                 highway_norms(device(), p.point(), rows, C);
@@ -480,8 +481,17 @@ TEST_SUITE("layers") {
               "for bit") {
         // 700 and 2100 rows: several groups of partial sums. 70 rows of 4096: more than the warps of all blocks.
         Comparison compare("dx, dz and gains", FP32_TOLERANCE), compare_branch("df", BRANCH_TOLERANCE);
-        for (auto [rows, C] :
-             {std::pair<size_t, int>{5, 7}, {70, 64}, {700, 12}, {2100, 5}, {3, 2048}, {130, 256}, {70, 4096}})
+        for (auto [rows, C] : {std::pair<size_t, int>{5, 7},
+                               {70, 64},
+                               {700, 12},
+                               {2100, 5},
+                               {3, 2048},
+                               {130, 256},
+                               {70, 4096},
+                               {3, 512},
+                               {5, 700},
+                               {2, 1500},
+                               {9, 1001}})
             for (int norms = 0; norms < 4; norms++)
                 for (bool last_point : {false, true})
                     for (int before : {-1, 0, 1, 2, 3})
@@ -489,7 +499,8 @@ TEST_SUITE("layers") {
                             (before == 3 && (long_tests() || norms == 3 || last_point == (norms == 2))))
                             check_highway_backward(rows, C, norms & 1, norms & 2, last_point, before, compare,
                                                    compare_branch);
-        check_highway_backward(2, most_channels(), true, true, false, 3, compare, compare_branch);
+        for (int C : {most_channels(4), most_channels(1) - 1})  // by fours, and column by column
+            check_highway_backward(2, C, true, true, false, 3, compare, compare_branch);
     }
 
     TEST_CASE("HybridNorm's per-head norms of q, k and v are the CPU's, forward and backward") {
@@ -1997,7 +2008,7 @@ TEST_SUITE("memory and machine") {
         auto refusal = [](int C, int H) {
             return error_of([&] { Trainer::check_model(test_config(KEEL, 4, C, H, 256, 8)); });
         };
-        CHECK(refusal(most_channels() + 64, 1).find(format("at most %d channels", most_channels())) !=
+        CHECK(refusal(most_channels(4) + 64, 1).find(format("at most %d channels", most_channels(4))) !=
               std::string::npos);
         for (int H : {1, 2, 4, 8}) CHECK(refusal(128, H) == "");
         if (bf16) {
@@ -2245,9 +2256,10 @@ TEST_SUITE("coverage") {
                     if (D >= 64 && Device::has_wgmma())
                         instantiations.push_back(format("attention_%s_hopper_kernel<%d>", way, D));
             }
-        for (const char* name : {"embedding_forward_kernel", "highway_forward_kernel", "highway_norms_kernel",
-                                 "highway_x_kernel", "highway_backward_kernel"})
-            for (int N : {1, 4}) instantiations.push_back(format("%s<%d>", name, N));
+        for (int N : {1, 4}) instantiations.push_back(format("embedding_forward_kernel<%d>", N));
+        for (const char* name : {"forward", "norms", "x", "backward"})
+            for (const char* numbers : {"1, 16", "4, 2", "4, 4", "4, 6", "4, 8"})
+                instantiations.push_back(format("highway_%s_kernel<%s>", name, numbers));
         for (const char* flag : {"false", "true"}) {
             instantiations.push_back(format("cross_entropy_kernel<%s>", flag));
             for (const char* type : {"float", "__nv_bfloat16"})
