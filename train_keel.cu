@@ -1670,15 +1670,15 @@ __global__ void cross_entropy_kernel(float* loss, branch_t* logits, const int* t
     int target = targets[blockIdx.x];
     float target_logit = float(row[target]), largest = -INFINITY, sum = 0;
     each_in_flight(threadIdx.x * WIDE, V, blockDim.x * WIDE, [&](int v0) { return load<WIDE>(row + v0); },
-                   [&](int v0, Pack<branch_t, WIDE> x) {
-        if (v0 + WIDE > V)
-            for (int i = 0; i < WIDE; i++)
-                if (v0 + i >= V) x[i] = branch_t(-INFINITY);
+                   [&](int v0, const Pack<branch_t, WIDE>& x) {
         if (backward && stashed) store<WIDE>(stash + v0, x);
-        float before = largest;
-        for (branch_t logit : x.v) largest = fmaxf(largest, float(logit));
+        float logit[WIDE], before = largest;
+        for (int i = 0; i < WIDE; i++) logit[i] = float(x[i]);
+        if (v0 + WIDE > V)
+            for (int i = 0; i < WIDE; i++) logit[i] = v0 + i < V ? logit[i] : -INFINITY;
+        for (float l : logit) largest = fmaxf(largest, l);
         sum *= fast_exp2(LOG2_E * (before - largest));
-        for (branch_t logit : x.v) sum += fast_exp2(LOG2_E * (float(logit) - largest));
+        for (float l : logit) sum += fast_exp2(LOG2_E * (l - largest));
     });
     float warp_largest = warp_max(largest);
     // 0: no logit here; a NaN goes on
