@@ -213,6 +213,52 @@ __device__ __forceinline__ void begin_kernel() {
     start_successor();
 }
 
+// ----- Sums over blocks, in an order that shapes and the card alone decide: each block of a kernel leaves a row of
+// partial (blocks,columns), and a second kernel adds them up
+
+// Where the sums go: that of column i is added to out[i / n][i % n], or nowhere where that is null.
+template <class T>
+struct ColumnSums {
+    int n;
+    T* out[3];
+};
+
+// A block has 32 columns, a warp of it every so many rows. Shared: a T a thread
+template <class T>
+__global__ void add_columns_kernel(ColumnSums<T> to, const T* partial, int blocks, int columns) {
+    begin_kernel();
+    T* sums = &shared<T>();
+    int i = blockIdx.x * WARP + threadIdx.x % WARP, warps = blockDim.x / WARP;
+    T sum = 0;
+#pragma unroll 8  // so many loads are on their way at a time
+    for (int b = threadIdx.x / WARP; b < blocks && i < columns; b += warps) sum += partial[size_t(b) * columns + i];
+    sums[threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.x >= WARP || i >= columns) return;
+    for (int w = 1; w < warps; w++) sum += sums[w * WARP + threadIdx.x];
+    int which = i / to.n;
+    T* out = which == 0 ? to.out[0] : which == 1 ? to.out[1] : to.out[2];  // by an index, they would be on the stack
+    if (out) out[i % to.n] += sum;
+}
+template <class T>
+void add_columns(Device& device, const ColumnSums<T>& to, const T* partial, size_t blocks, size_t columns) {
+    unsigned threads = unsigned(std::min<size_t>(blocks, 32)) * WARP;
+    launch(add_columns_kernel<T>, ceil_div(columns, WARP), threads, threads * sizeof(T), device.stream, to, partial,
+           int(blocks), int(columns));
+}
+
+// Launches a kernel whose blocks have so many rows at a time, and in all of theirs sums for each column: in as many
+// blocks as the GPU holds at once.
+template <class T, class... Parameters, class... Arguments>
+void sum_over_rows(Device& device, const ColumnSums<T>& to, T* partial, size_t columns, void (*kernel)(Parameters...),
+                   size_t rows, unsigned rows_a_block, unsigned threads, size_t shared_bytes, Arguments... arguments) {
+    size_t blocks = std::min({ceil_div(rows, rows_a_block), resident_blocks(kernel, threads, shared_bytes),
+                              size_t(MAX_PARTIAL_BLOCKS)});
+    launch(kernel, blocks, threads, shared_bytes, device.stream, arguments..., partial);
+    if (std::any_of(to.out, std::end(to.out), [](T* out) { return out; }))
+        add_columns(device, to, partial, blocks, columns);
+}
+
 // ----------------------------------------------------------------------------------------------------
 // The layers: each forward beside its backward. A backward adds to gradients of parameters, and sets those of inputs.
 
@@ -523,8 +569,7 @@ struct HighwayGradients {
 // in shared memory (RowShared and 2C floats for each row that a block has at a time).  partial (blocks,2,C)
 template <int N, int K>
 __global__ void highway_backward_kernel(HighwayPoint p, HighwayPoint before, HighwayGradients g, float alpha,
-                                        bool last_point, int rows, int C, int warps, float* partial,
-                                        unsigned* arrived) {
+                                        bool last_point, int rows, int C, int warps, float* partial) {
     begin_kernel();
     RowLane<N, K> lane(C, warps);
     Pack<float, N> sum_out[K]{}, sum_in[K]{};
@@ -582,10 +627,6 @@ __global__ void highway_backward_kernel(HighwayPoint p, HighwayPoint before, Hig
             for (int j = 0; j < N; j++) sum[j] += sums[2 * C * r + i + j];
         store<N>(partial + size_t(blockIdx.x) * 2 * C + i, sum);
     }
-    add_partials<N>(partial, 2 * C, arrived, [&](int i, float sum) {
-        if (i < C && p.gamma_out) g.dgamma_out[i] += sum;
-        if (i >= C && p.gamma_in) g.dgamma_in[i - C] += sum;
-    });
 }
 
 // use(N, K, warps a row, warps a block) with the kernels' numbers for rows of C columns, of which N and K are constants
@@ -623,9 +664,10 @@ void highway_x(Device& device, float* x, const HighwayPoint& p, size_t rows, int
 void highway_backward(Device& device, const HighwayPoint& p, const HighwayPoint& before, const HighwayGradients& g,
                       float alpha, bool last_point, size_t rows, int C, float* partial) {
     with_rows(C, [&](auto N, auto K, unsigned warps, unsigned block) {
-        launch_gains(highway_backward_kernel<N(), K()>, rows * warps, block,
-                     sizeof(RowShared) + block / warps * 2 * size_t(C) * 4, device.stream, p, before, g, alpha,
-                     last_point, int(rows), C, int(warps), partial, device.arrived.data());
+        sum_over_rows<float>(device, {C, {g.dgamma_out, g.dgamma_in}}, partial, 2 * size_t(C),
+                             highway_backward_kernel<N(), K()>, rows, block / warps, block * WARP,
+                             sizeof(RowShared) + block / warps * 2 * size_t(C) * 4, p, before, g, alpha, last_point,
+                             int(rows), C, int(warps));
     });
 }
 
@@ -652,7 +694,7 @@ __global__ void qkv_norm_forward_kernel(branch_t* out, const branch_t* qkv, QkvG
 // RMSNorm_backward as in the highway, x being a head's D numbers. In place: dqkv comes as the gradient of the normed q,
 // k, v. A warp a row, all heads. Shared: 3 D floats a warp. partial (blocks,3,D). 6 bytes an element in BF16
 __global__ void qkv_norm_backward_kernel(branch_t* dqkv, const branch_t* qkv, QkvGains g, int rows, int H, int D,
-                                         float* partial, unsigned* arrived) {
+                                         float* partial) {
     begin_kernel();
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
     float* dgamma = &shared<float>() + size_t(warp) * 3 * D;
@@ -682,7 +724,6 @@ __global__ void qkv_norm_backward_kernel(branch_t* dqkv, const branch_t* qkv, Qk
         for (int w = 0; w < warps; w++) sum += (&shared<float>())[size_t(w) * 3 * D + i];
         partial[size_t(blockIdx.x) * 3 * D + i] = sum;
     }
-    add_partials<1>(partial, 3 * D, arrived, [&](int i, float sum) { g.dgamma[i / D][i % D] += sum; });
 }
 
 void qkv_norm_forward(Device& device, branch_t* out, const branch_t* qkv, const QkvGains& g, size_t rows, int H,
@@ -693,8 +734,9 @@ void qkv_norm_backward(Device& device, branch_t* dqkv, const branch_t* qkv, cons
                        int D, float* partial) {
     // 8, or fewer where two blocks would not fit into a multiprocessor of Hopper
     unsigned warps = unsigned(std::clamp(std::min(112 << 10, shared_limit()) / (3 * 4 * D), 1, 8));
-    launch_gains(qkv_norm_backward_kernel, rows, warps, warps * size_t(D) * 3 * 4, device.stream, dqkv, qkv, g,
-                 int(rows), H, D, partial, device.arrived.data());
+    sum_over_rows<float>(device, {D, {g.dgamma[0], g.dgamma[1], g.dgamma[2]}}, partial, 3 * size_t(D),
+                         qkv_norm_backward_kernel, rows, warps, warps * WARP, warps * size_t(D) * 3 * 4, dqkv, qkv, g,
+                         int(rows), H, D);
 }
 
 // ----- Attention
@@ -1738,10 +1780,10 @@ void predict(Device& device, int* predictions, const branch_t* logits, size_t ro
 
 // ----- Sums
 
-// out += the sum of values, or of their squares, in double.  4 or 2 bytes an element
+// partial (blocks) = the sums of values, or of their squares, in double.  4 or 2 bytes an element
 constexpr int SUM_UNROLL = 4;
 template <class T, bool squares>
-__global__ void sum_kernel(double* out, const T* values, size_t n, double* partial, unsigned* arrived) {
+__global__ void sum_kernel(const T* values, size_t n, double* partial) {
     begin_kernel();
     auto& s = shared<SumShared>();
     bool aligned = reinterpret_cast<size_t>(values) % sizeof(Pack<T, SUM_UNROLL>) == 0;  // a tensor may start anywhere
@@ -1759,25 +1801,25 @@ __global__ void sum_kernel(double* out, const T* values, size_t n, double* parti
     }
     sum = block_sum(s, sum);
     if (threadIdx.x == 0) partial[blockIdx.x] = sum;
-    add_partials<1>(partial, 1, arrived, [&](int, double total) { *out += total; });
 }
 
+// out += that sum
 template <bool squares, class T>
 void add_sum(Device& device, double* out, const T* values, size_t n) {
     size_t blocks = std::clamp<size_t>(ceil_div(n, SUM_THREADS * SUM_UNROLL), 1, MAX_PARTIAL_BLOCKS);
-    launch(sum_kernel<T, squares>, blocks, SUM_THREADS, sizeof(SumShared), device.stream, out, values, n,
-           device.partial_doubles.data(), device.arrived.data());
+    double* partial = device.partial_doubles.data();
+    launch(sum_kernel<T, squares>, blocks, SUM_THREADS, sizeof(SumShared), device.stream, values, n, partial);
+    add_columns<double>(device, {1, {out}}, partial, blocks, 1);
 }
 
-// sums (C) += x (rows,C) summed over rows.  4 bytes an element
-__global__ void sum_rows_kernel(double* sums, const float* x, int rows, int C, double* partial, unsigned* arrived) {
+// partial (blocks,C): x (rows,C) summed over rows.  4 bytes an element
+__global__ void sum_rows_kernel(const float* x, int rows, int C, double* partial) {
     begin_kernel();
     for (int c = threadIdx.x; c < C; c += blockDim.x) {
         double sum = 0;
         for (int row = blockIdx.x; row < rows; row += gridDim.x) sum += x[size_t(row) * C + c];
         partial[size_t(blockIdx.x) * C + c] = sum;
     }
-    add_partials<1>(partial, C, arrived, [&](int c, double sum) { sums[c] += sum; });
 }
 
 // ----------------------------------------------------------------------------------------------------
@@ -2426,8 +2468,9 @@ struct Model : ModelMemory {
             ProbeSums* sums = probe.data() + l;
             highway_x(device, scratch_x(), point(l), rows, config.C);
             add_sum<true>(device, &sums->x, scratch_x(), n);
-            launch_gains(sum_rows_kernel, rows, 8, 0, device.stream, probe_x.data() + size_t(l) * config.C, scratch_x(),
-                         int(rows), config.C, reinterpret_cast<double*>(gain_partial.data()), device.arrived.data());
+            sum_over_rows<double>(device, {config.C, {probe_x.data() + size_t(l) * config.C}},
+                                  reinterpret_cast<double*>(gain_partial.data()), size_t(config.C), sum_rows_kernel,
+                                  rows, 8, THREADS, 0, scratch_x(), int(rows), config.C);
             add_sum<true>(device, &sums->f, f.data(), n);
             add_sum<true>(device, &sums->z, z(l), n);
         }

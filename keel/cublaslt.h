@@ -145,15 +145,12 @@ class Device {
 public:
     cudaStream_t stream = nullptr;
     DeviceArray<char> workspace;          // cuBLASLt's
-    DeviceArray<unsigned> arrived;        // counters of add_partials
-    DeviceArray<double> partial_doubles;  // (MAX_PARTIAL_BLOCKS), of add_sum
+    DeviceArray<double> partial_doubles;  // of add_sum
 
-    static constexpr size_t BYTES =
-        GEMM_WORKSPACE + ARRIVAL_COUNTERS * sizeof(unsigned) + MAX_PARTIAL_BLOCKS * sizeof(double);
+    static constexpr size_t BYTES = GEMM_WORKSPACE + MAX_PARTIAL_BLOCKS * sizeof(double);
 
-    Device() : workspace(GEMM_WORKSPACE), arrived(ARRIVAL_COUNTERS), partial_doubles(MAX_PARTIAL_BLOCKS) {
+    Device() : workspace(GEMM_WORKSPACE), partial_doubles(MAX_PARTIAL_BLOCKS) {
         CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
-        CUDA(cudaMemsetAsync(arrived.data(), 0, arrived.size() * sizeof(unsigned), stream));
         check(cublasLtCreate(&handle), "cublasLtCreate");
     }
     ~Device() {

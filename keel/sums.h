@@ -1,5 +1,4 @@
-// keel/sums.h: sums over the threads of a warp, of a block and of a grid, in an order that shapes, the card and the
-// compiled kernel alone decide, so that they have the same bits in every run; and numbers that are loaded together.
+// keel/sums.h: numbers that a thread loads together, and sums over the threads of a warp and of a block.
 #pragma once
 
 #include "gpu.h"
@@ -56,20 +55,7 @@ __device__ inline float warp_max(float value) {
     return value;
 }
 
-// True in all threads of the last of `blocks` blocks to arrive here; it sees what the others wrote before.
-__device__ inline bool last_to_arrive(unsigned* arrived, unsigned blocks) {
-    __syncthreads();
-    bool last = false;
-    if (threadIdx.x == 0) {
-        __threadfence();
-        last = atomicAdd(arrived, 1u) == blocks - 1;
-    }
-    if (!__syncthreads_or(last)) return false;
-    if (threadIdx.x == 0) *arrived = 0;  // again, for the next kernel
-    __threadfence();
-    return true;
-}
-
+constexpr unsigned MAX_PARTIAL_BLOCKS = 1024;  // of a kernel whose blocks each leave sums of their own
 constexpr int SUM_THREADS = 256;
 struct SumShared { double warp[SUM_THREADS / WARP]; };
 
@@ -81,43 +67,4 @@ __device__ inline double block_sum(SumShared& s, double value) {
     double total = 0;
     for (double w : s.warp) total += w;
     return total;
-}
-
-// Sums over thread blocks run in two rounds (add_partials): the last of every FAN_IN blocks to arrive
-// adds up their rows, and the last of those adds up the results. Each group has an arrival counter, and so has the end.
-constexpr unsigned FAN_IN = 16, MAX_PARTIAL_BLOCKS = 1024, ARRIVAL_COUNTERS = 1 + MAX_PARTIAL_BLOCKS / FAN_IN;
-
-// Sums over all blocks in an order that the grid's size alone decides, within the kernel that makes them. Each block
-// has written its row of partial (blocks,n), which is overwritten. The last block of every FAN_IN adds up their rows in
-// order, the last of those adds up the results, and calls out(i, sum) for each column. A thread has N columns at a
-// time, and n is a multiple of N. arrived: 1 + blocks / FAN_IN rounded up counters, zero before and after.
-template <int N, class T, class Out>
-__device__ void add_partials(T* partial, int n, unsigned* arrived, Out out) {
-    unsigned group = blockIdx.x / FAN_IN, groups = (gridDim.x + FAN_IN - 1) / FAN_IN, first = group * FAN_IN;
-    unsigned members = gridDim.x - first < FAN_IN ? gridDim.x - first : FAN_IN;
-    auto sum_rows = [&](unsigned from, unsigned step, unsigned count, int i) {
-        Pack<T, N> sum{};
-#pragma unroll 16
-        for (unsigned k = 0; k < count; k++) {
-            auto row = load<N>(partial + size_t(from + k * step) * n + i);
-            for (int j = 0; j < N; j++) sum[j] += row[j];
-        }
-        return sum;
-    };
-    int mine = threadIdx.x * N, step = blockDim.x * N;
-    if (!last_to_arrive(&arrived[1 + group], members)) return;
-    for (int i = mine; i < n; i += step) store<N>(partial + size_t(first) * n + i, sum_rows(first, 1, members, i));
-    if (!last_to_arrive(&arrived[0], groups)) return;
-    for (int i = mine; i < n; i += step) {
-        auto sum = sum_rows(0, FAN_IN, groups, i);
-        for (int j = 0; j < N; j++) out(i + j, sum[j]);
-    }
-}
-
-// Launches a kernel that sums over rows, a row a warp at a time, in as many blocks as the GPU holds at once.
-template <class... Parameters, class... Arguments>
-void launch_gains(void (*kernel)(Parameters...), size_t rows, unsigned warps, size_t shared_bytes, cudaStream_t stream,
-                  Arguments... arguments) {
-    size_t blocks = std::min<size_t>(resident_blocks(kernel, warps * WARP, shared_bytes), MAX_PARTIAL_BLOCKS);
-    launch(kernel, std::min(ceil_div(rows, warps), blocks), warps * WARP, shared_bytes, stream, arguments...);
 }

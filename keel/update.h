@@ -206,6 +206,6 @@ inline double predicted_seconds(const ModelConfig& c, int B, int T, Recompute r,
     double bytes = rows * C * blocks * (76 + (r.segments() ? 40 : r.drops_u() ? 28 : 0));
     // A micro-batch reads the weights, and adds to their gradients.
     bytes += weights * (2 * (again ? 3 : 2) + (types.grads_bf16 ? 12 : 8));
-    double nodes = blocks * (20 + (again ? 6 : r.drops_u() ? 1 : 0) + (types.grads_bf16 ? 4 : 0));
+    double nodes = blocks * (22 + (again ? 6 : r.drops_u() ? 1 : 0) + (types.grads_bf16 ? 4 : 0));
     return std::max(operations, operands) + attention + bytes / memory_rate + nodes * node_seconds;
 }

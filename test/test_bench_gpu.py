@@ -605,14 +605,14 @@ def test_predictions_are_the_documents(folder):
     predict.py prints."""
     total = lambda kernels, name: sum(getattr(k, name) for k in kernels)
     assert (total(predict.FORWARD, "bytes"), total(predict.BACKWARD, "bytes")) == (80, 122)
-    assert (total(predict.FORWARD, "launches"), total(predict.BACKWARD, "launches")) == (8, 12)
+    assert (total(predict.FORWARD, "launches"), total(predict.BACKWARD, "launches")) == (8, 14)
     assert (total(predict.FORWARD, "CC"), total(predict.BACKWARD, "CC"), total(predict.FORWARD, "TC"), total(predict.BACKWARD, "TC")) == (24, 48, 2, 5)
     assert (total(predict.FORWARD + predict.BACKWARD, "weights"), total(predict.BACKWARD, "added")) == (48, 96)
     assert [total(predict.again(level), "bytes") for level in ("none", "gelu", "layer", "32")] == [0, 28, 54, 80]
-    # without GELU's backward in an epilogue, and with dq apart from dk and dv: 226 C bytes in 22 kernels
+    # without GELU's backward in an epilogue, and with dq apart from dk and dv: 226 C bytes in 24 kernels
     names = {k.name for change in ("DGELU", "order") for k in predict.CHANGES[change]}
     older = [k for k in predict.BACKWARD if k.name not in names] + predict.CHANGES["DGELU"] + predict.CHANGES["order"]
-    assert (total(older, "bytes"), total(older, "launches"), total(older, "CC"), total(older, "TC")) == (146, 14, 48, 7)
+    assert (total(older, "bytes"), total(older, "launches"), total(older, "CC"), total(older, "TC")) == (146, 16, 48, 7)
     # one block, one micro-step, a memory that costs nothing: 72 C^2 + 7 T C operations a token, and the head's
     step = 2, 512, 256, 256, 1024, 4, "none", 1e12
     floor, predicted = predict.step_seconds(*step, 1e30)

@@ -87,7 +87,7 @@ BACKWARD = [
     Kernel("attention, delta", 0, 0, 4),
     Kernel("attention, dq, dk and dv", 0, 5, 14, of_matrix=ATTENTION_BACKWARD, blocks=WGMMA_BACKWARD_BLOCKS),
     Kernel("products qkv", 12, 0, 16, 6, 24, launches=2),
-    Kernel("highway backward, twice", 0, 0, 32, of_copy=HIGHWAY_BACKWARD, launches=2),
+    Kernel("highway backward, twice", 0, 0, 32, of_copy=HIGHWAY_BACKWARD, launches=4),
 ]
 # What a level of recomputation runs again: u, which the highway's backward then reads and writes on its way (6 bytes an
 # element), and GELU; then the branches up to their last products; then z itself, the whole forward pass.
