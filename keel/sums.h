@@ -1,31 +1,7 @@
-// keel/sums.h: numbers that a thread loads together, and sums over the threads of a warp and of a block.
+// keel/sums.h: loads that are on their way together, and sums over a warp, a block and all blocks of a kernel.
 #pragma once
 
-#include "gpu.h"
-
-#ifndef CUDA_ON_CPU  // there, the headers bring their own, which checks p
-// p as a pointer to whole vectors, to which it must be aligned.
-template <class Vector, class T>
-__device__ __forceinline__ Vector* as_vector(T* p) {
-    return reinterpret_cast<Vector*>(p);
-}
-#endif
-
-// N numbers that are loaded and stored at once
-template <class T, int N>
-struct alignas(sizeof(T) * N) Pack {
-    T v[N];
-    __device__ T& operator[](int i) { return v[i]; }
-    __device__ const T& operator[](int i) const { return v[i]; }
-};
-template <int N, class T>
-__device__ __forceinline__ Pack<T, N> load(const T* p) {
-    return *as_vector<const Pack<T, N>>(p);
-}
-template <int N, class T>
-__device__ __forceinline__ void store(T* p, const Pack<T, N>& values) {
-    *as_vector<Pack<T, N>>(p) = values;
-}
+#include "primitives.h"
 
 // Calls use(c, load(c)) for c = first, first + step, ... below end. IN_FLIGHT loads are on their way before the first
 // of them is used: a store in use() would hold up the loads after it, as the compiler cannot tell them apart.
@@ -67,4 +43,51 @@ __device__ inline double block_sum(SumShared& s, double value) {
     double total = 0;
     for (double w : s.warp) total += w;
     return total;
+}
+
+// ----- Sums over blocks, in an order that shapes and the card alone decide: each block of a kernel leaves a row of
+// partial (blocks,columns), and a second kernel adds them up
+
+// Where the sums go: that of column i is added to out[i / n][i % n], or nowhere where that is null.
+template <class T>
+struct ColumnSums {
+    int n;
+    T* out[3];
+};
+
+// A block has 32 columns, a warp of it every so many rows. Shared: a T a thread
+template <class T>
+__global__ void add_columns_kernel(ColumnSums<T> to, const T* partial, int blocks, int columns) {
+    begin_kernel();
+    T* sums = &shared<T>();
+    int i = blockIdx.x * WARP + threadIdx.x % WARP, warps = blockDim.x / WARP;
+    T sum = 0;
+#pragma unroll 8  // so many loads are on their way at a time
+    for (int b = threadIdx.x / WARP; b < blocks && i < columns; b += warps) sum += partial[size_t(b) * columns + i];
+    sums[threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.x >= WARP || i >= columns) return;
+    for (int w = 1; w < warps; w++) sum += sums[w * WARP + threadIdx.x];
+    int which = i / to.n;
+    T* out = which == 0 ? to.out[0] : which == 1 ? to.out[1] : to.out[2];  // by an index, they would be on the stack
+    if (out) out[i % to.n] += sum;
+}
+template <class T>
+void add_columns(cudaStream_t stream, const ColumnSums<T>& to, const T* partial, size_t blocks, size_t columns) {
+    unsigned threads = unsigned(std::min<size_t>(blocks, 32)) * WARP;
+    launch(add_columns_kernel<T>, ceil_div(columns, WARP), threads, threads * sizeof(T), stream, to, partial,
+           int(blocks), int(columns));
+}
+
+// Launches a kernel whose blocks have so many rows at a time, and in all of theirs sums for each column: in as many
+// blocks as the GPU holds at once.
+template <class T, class... Parameters, class... Arguments>
+void sum_over_rows(cudaStream_t stream, const ColumnSums<T>& to, T* partial, size_t columns,
+                   void (*kernel)(Parameters...), size_t rows, unsigned rows_a_block, unsigned threads,
+                   size_t shared_bytes, Arguments... arguments) {
+    size_t blocks = std::min({ceil_div(rows, rows_a_block), resident_blocks(kernel, threads, shared_bytes),
+                              size_t(MAX_PARTIAL_BLOCKS)});
+    launch(kernel, blocks, threads, shared_bytes, stream, arguments..., partial);
+    if (std::any_of(to.out, std::end(to.out), [](T* out) { return out; }))
+        add_columns(stream, to, partial, blocks, columns);
 }

@@ -981,8 +981,8 @@ TEST_SUITE("layers") {
                 DeviceArray<double> sums(C), partial(std::min<size_t>(rows, MAX_PARTIAL_BLOCKS) * C);
                 std::vector<double> start(C, 5);
                 device().copy(sums.data(), start.data(), C);
-                sum_over_rows<double>(device(), {int(C), {sums.data()}}, partial.data(), C, sum_rows_kernel, rows, 8,
-                                      256, 0, x.data(), int(rows), int(C));
+                sum_over_rows<double>(device().stream, {int(C), {sums.data()}}, partial.data(), C, sum_rows_kernel,
+                                      rows, 8, 256, 0, x.data(), int(rows), int(C));
                 auto found = download(sums.data(), C);
                 for (size_t c = 0; c < C; c++) {
                     double expected = 5, size = 5;
