@@ -650,7 +650,7 @@ def test_predictions_are_the_documents(folder):
     near(gains["FP8 products alone"], 8192 * 36 * 1024**2 / 1e12 / predict.PRODUCT)
     gains, _ = predict.product_gains(1024, 8192, 1024, 1e30, 1e12)
     for way, sign, kernel in (("GELU_AUX epilogue", 1, 16), ("GELU's backward as a kernel", -1, 24)):
-        won = 8192 * 1024 / 1e12 * (kernel / predict.GELU[0] - 8 / predict.HIGHWAY[0])
+        won = 8192 * 1024 / 1e12 * (kernel / predict.GELU[0] - 8 / predict.BY_MEMORY[0])
         near(gains[way], sign * (won + predict.GAP))
 
 
