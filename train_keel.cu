@@ -178,6 +178,8 @@ struct HighwayPoint {
     const float* gamma_out;  // (C), null: no norm
     const float* gamma_in;   // (C), null: no norm
     branch_t* u;             // (rows,C), null: not wanted
+    __device__ float r_out_of(int row) const { return gamma_out ? r_out[row] : 1; }
+    __device__ float r_in_of(int row) const { return gamma_in ? r_in[row] : 1; }
 };
 
 // A row lies in the registers of a warp, or if it is long of several: 32 N K columns in each, lane by lane N at K
@@ -250,27 +252,17 @@ struct RowLane {
             for (int i = 0; i < N; i++) z[k][i] = g[i] * (z[k][i] * r);
         }
     }
-    // u at a point from x, which becomes u.
-    __device__ void store_u(const HighwayPoint& p, Pack<float, N> (&x)[K], float r_in, size_t at) const {
+    // From z, which is lost: r_out, r_in and u of a point; where the first two are there, u again with the same bits.
+    __device__ void norms(const HighwayPoint& p, Pack<float, N> (&z)[K], int row, bool again = false) const {
+        scale(z, p.gamma_out, again ? p.r_out_of(row) : rms_reciprocal(z, p.gamma_out, p.r_out + row));
+        float r_in = again ? p.r_in_of(row) : rms_reciprocal(z, p.gamma_in, p.r_in + row);
+        if (!p.u) return;
+        scale(z, p.gamma_in, r_in);
         Pack<branch_t, N> u[K];
-        scale(x, p.gamma_in, r_in);
 #pragma unroll
         for (int k = 0; k < K; k++)
-            for (int i = 0; i < N; i++) u[k][i] = branch_t(x[k][i]);
-        store(p.u + at, u);
-    }
-    // From z, which is lost: r_out, r_in and u of a point.
-    __device__ void norms(const HighwayPoint& p, Pack<float, N> (&z)[K], int row) const {
-        scale(z, p.gamma_out, rms_reciprocal(z, p.gamma_out, p.r_out + row));
-        float r_in = rms_reciprocal(z, p.gamma_in, p.r_in + row);
-        if (p.u) store_u(p, z, r_in, size_t(row) * C);
-    }
-    // Makes u at a point again, from z and the stored norms.
-    __device__ void restore_u(const HighwayPoint& p, int row) const {
-        Pack<float, N> z[K];
-        load(z, p.z + size_t(row) * C);
-        scale(z, p.gamma_out, p.gamma_out ? p.r_out[row] : 1);
-        store_u(p, z, p.gamma_in ? p.r_in[row] : 1, size_t(row) * C);
+            for (int i = 0; i < N; i++) u[k][i] = branch_t(z[k][i]);
+        store(p.u + size_t(row) * C, u);
     }
 };
 
@@ -286,7 +278,7 @@ __global__ void highway_forward_kernel(HighwayPoint to, HighwayPoint from, const
         Pack<float, N> z[K];
         Pack<branch_t, N> branch[K];
         lane.load(z, from.z + at), lane.load(branch, f + at);
-        lane.scale(z, from.gamma_out, from.gamma_out ? from.r_out[row] : 1);
+        lane.scale(z, from.gamma_out, from.r_out_of(row));
 #pragma unroll
         for (int k = 0; k < K; k++)
             for (int i = 0; i < N; i++) z[k][i] = alpha * z[k][i] + float(branch[k][i]);
@@ -315,7 +307,7 @@ __global__ void highway_x_kernel(float* x, HighwayPoint p, int rows, int C, int 
     for (int row = lane.row; row < rows; row += lane.rows_away) {
         Pack<float, N> z[K];
         lane.load(z, p.z + size_t(row) * C);
-        lane.scale(z, p.gamma_out, p.gamma_out ? p.r_out[row] : 1);
+        lane.scale(z, p.gamma_out, p.r_out_of(row));
         lane.store(x + size_t(row) * C, z);
     }
 }
@@ -353,7 +345,7 @@ __global__ void highway_backward_kernel(HighwayPoint p, HighwayPoint before, Hig
         Pack<branch_t, N> du[K], df[K];
         lane.load(z, p.z + at), lane.load(du, g.du + at);
         if (!last_point) lane.load(dx, g.dz + at);
-        float r_out = p.gamma_out ? p.r_out[row] : 1, r_in = p.gamma_in ? p.r_in[row] : 1, mean_in = 0, mean_out = 0;
+        float r_out = p.r_out_of(row), r_in = p.r_in_of(row), mean_in = 0, mean_out = 0;
 #pragma unroll
         for (int k = 0; k < K; k++) {
             auto gamma_out = lane.gains(p.gamma_out, k), gamma_in = lane.gains(p.gamma_in, k);
@@ -386,7 +378,7 @@ __global__ void highway_backward_kernel(HighwayPoint p, HighwayPoint before, Hig
             }
         lane.store(g.dz + at, d);
         if (g.df) lane.store(g.df + at, df);
-        if (before.u) lane.restore_u(before, row);
+        if (before.u) lane.load(z, before.z + at), lane.norms(before, z, row, true);
     }
 
     if (!p.gamma_out && !p.gamma_in) return;
