@@ -287,28 +287,17 @@ __global__ void highway_forward_kernel(HighwayPoint to, HighwayPoint from, const
     }
 }
 
-// r_out, r_in and u of a point whose z is there.  In BF16 6 bytes an element.
+// r_out, r_in and u of a point whose z is there.  In BF16 6 bytes an element.  Where x (rows,C) is given, for dumps and
+// probes, x of a point that has its norms, and nothing else.
 template <int N, int K>
-__global__ void highway_norms_kernel(HighwayPoint p, int rows, int C, int warps) {
+__global__ void highway_norms_kernel(HighwayPoint p, float* x, int rows, int C, int warps) {
     begin_kernel();
     RowLane<N, K> lane(C, warps);
     for (int row = lane.row; row < rows; row += lane.rows_away) {
         Pack<float, N> z[K];
         lane.load(z, p.z + size_t(row) * C);
-        lane.norms(p, z, row);
-    }
-}
-
-// x (rows,C) of a point, for dumps and probes.
-template <int N, int K>
-__global__ void highway_x_kernel(float* x, HighwayPoint p, int rows, int C, int warps) {
-    begin_kernel();
-    RowLane<N, K> lane(C, warps);
-    for (int row = lane.row; row < rows; row += lane.rows_away) {
-        Pack<float, N> z[K];
-        lane.load(z, p.z + size_t(row) * C);
-        lane.scale(z, p.gamma_out, p.r_out_of(row));
-        lane.store(x + size_t(row) * C, z);
+        if (x) lane.scale(z, p.gamma_out, p.r_out_of(row)), lane.store(x + size_t(row) * C, z);
+        else lane.norms(p, z, row);
     }
 }
 
@@ -415,16 +404,10 @@ void highway_forward(Device& device, const HighwayPoint& to, const HighwayPoint&
                device.stream, to, from, f, alpha, int(rows), C, int(warps));
     });
 }
-void highway_norms(Device& device, const HighwayPoint& p, size_t rows, int C) {
+void highway_norms(Device& device, const HighwayPoint& p, size_t rows, int C, float* x = nullptr) {
     with_rows(C, [&](auto N, auto K, unsigned warps, unsigned block) {
         launch(highway_norms_kernel<N(), K()>, ceil_div(rows, block / warps), block * WARP, sizeof(RowShared),
-               device.stream, p, int(rows), C, int(warps));
-    });
-}
-void highway_x(Device& device, float* x, const HighwayPoint& p, size_t rows, int C) {
-    with_rows(C, [&](auto N, auto K, unsigned warps, unsigned block) {
-        launch(highway_x_kernel<N(), K()>, ceil_div(rows, block / warps), block * WARP, sizeof(RowShared),
-               device.stream, x, p, int(rows), C, int(warps));
+               device.stream, p, x, int(rows), C, int(warps));
     });
 }
 void highway_backward(Device& device, const HighwayPoint& p, const HighwayPoint& before, const HighwayGradients& g,
@@ -2232,7 +2215,7 @@ struct Model : ModelMemory {
             sublayer_forward(l, b);
             if (!probing) continue;
             ProbeSums* sums = probe.data() + l;
-            highway_x(device, scratch_x(), point(l), rows, config.C);
+            highway_norms(device, point(l), rows, config.C, scratch_x());
             add_sum<true>(device, &sums->x, scratch_x(), n);
             sum_over_rows<double>(device.stream, {config.C, {probe_x.data() + size_t(l) * config.C}},
                                   reinterpret_cast<double*>(gain_partial.data()), size_t(config.C), sum_rows_kernel,
@@ -2268,7 +2251,7 @@ struct Model : ModelMemory {
             point_backward(l, b, observed ? scratch_x() : nullptr);
             if (debug) {
                 device.copy(debug->dx.data() + size_t(l) * n, scratch_x(), n);
-                highway_x(device, scratch_x(), point(l), rows, config.C);
+                highway_norms(device, point(l), rows, config.C, scratch_x());
                 device.copy(debug->x.data() + size_t(l) * n, scratch_x(), n);
             } else if (probing) {
                 if (l < config.L) add_sum<true>(device, &probe.data()[l].dx, scratch_x(), n);

@@ -381,7 +381,7 @@ TEST_SUITE("layers") {
                 highway_norms(device(), p.point(), rows, C);
                 p.check_norms(compare, compare_branch, p.name());
                 Field<float> x(p.z_host.size());
-                highway_x(device(), x.data(), p.point(), rows, C);
+                highway_norms(device(), p.point(), rows, C, x.data());
                 compare("x, " + p.name(), p.expected_x(), x.values());
             }
         TestPoint p(3, 64, true, true, 1);
@@ -1577,7 +1577,7 @@ TEST_SUITE("model") {
         trainer.model.forward(upload(tokens).data(), 1);
         Field<float> x(fp32.end.size());
         for (int l : {2, L}) {
-            highway_x(trainer.model.device, x.data(), trainer.model.point(l), size_t(T), 64);
+            highway_norms(trainer.model.device, trainer.model.point(l), size_t(T), 64, x.data());
             trainer.model.device.synchronize();
             (l == L ? ours.end : ours.start) = x.values();
         }
@@ -2257,7 +2257,7 @@ TEST_SUITE("coverage") {
                         instantiations.push_back(format("attention_%s_hopper_kernel<%d>", way, D));
             }
         for (int N : {1, 4}) instantiations.push_back(format("embedding_forward_kernel<%d>", N));
-        for (const char* name : {"forward", "norms", "x", "backward"})
+        for (const char* name : {"forward", "norms", "backward"})
             for (const char* numbers : {"1, 16", "4, 2", "4, 4", "4, 6", "4, 8"})
                 instantiations.push_back(format("highway_%s_kernel<%s>", name, numbers));
         for (const char* flag : {"false", "true"}) {
