@@ -1469,14 +1469,19 @@ inline std::string state_fault(const FileHeader& h) {
 }
 
 // What the backward pass computes again. none: nothing; gelu: u and GELU's output; layer: all but z; an even number K:
-// all but every K-th z. A training state holds the level as 0, -1, 1 or K.
+// all but every K-th z. A training state holds the level as 0, -1, 1 or K. gelu and layer may hold for the first
+// sub-layers alone, the others being at the level before: as few as the memory asks for, where they are not asked for
+// by -r (0: still to be chosen). All have the same bits.
 struct Recompute {
-    int level = 0;
-    bool drops_u() const { return level == -1 || drops_all(); }  // u and GELU's output
-    bool drops_all() const { return level == 1; }                // all activations of a branch
-    bool segments() const { return level >= 2; }                 // all but every K-th z, K sub-layers at a time
-    std::string name() const {
-        return level == 0 ? "none" : level == -1 ? "gelu" : level == 1 ? "layer" : format("%d", level);
+    int level = 0, first = MAX_L;
+    bool drops_u(int l) const { return level == 1 || (level == -1 && l < first); }  // u and GELU's output
+    bool drops_all(int l) const { return level == 1 && l < first; }                 // all activations of a branch
+    bool segments() const { return level >= 2; }  // all but every K-th z, K sub-layers at a time
+    bool may_be_partial() const { return level == -1 || level == 1; }
+    Recompute level_before() const { return {level == 1 ? -1 : 0}; }
+    std::string name(int L = 0) const {
+        std::string text = level == 0 ? "none" : level == -1 ? "gelu" : level == 1 ? "layer" : format("%d", level);
+        return text + (may_be_partial() && first < L ? format(" in %d of %d sub-layers", first, L) : "");
     }
     static Recompute parse(const std::string& text) {
         if (text == "none") return {0};
@@ -1702,7 +1707,7 @@ inline RunConfig resolve_run(const Options& o, const FileHeader* init, Vocabular
     if (resume) run.outlier = init->word[H_OUTLIER];
     run.recompute_chosen = o.recompute != "auto" || resume;
     if (o.recompute != "auto") run.recompute = Recompute::parse(o.recompute);
-    else if (resume) run.recompute = {init->word[H_RECOMPUTE]};
+    else if (resume) run.recompute = {init->word[H_RECOMPUTE], 0};
     run.types.moments_bf16 = o.has("--moments") || !resume ? o.moments == "bf16" : init->word[H_MOMENTS_BF16] != 0;
     run.types.grads_bf16 = o.has("--grads") || !resume ? o.grads == "bf16" : init->word[H_GRADS_BF16] != 0;
     run.tune = o.tune;

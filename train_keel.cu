@@ -2146,8 +2146,8 @@ struct Model : ModelMemory {
         BranchActivations a = activations(l);
         BranchScratch scratch{dbranch.data(), delta.data(), attention.data(), gain_partial.data()};
         size_t rows = size_t(b) * size_t(T);
-        if (recompute.drops_all()) forward_branch(l, b, nullptr);
-        else if (recompute.drops_u() && !is_attention(l))
+        if (recompute.drops_all(l)) forward_branch(l, b, nullptr);
+        else if (recompute.drops_u(l) && !is_attention(l))
             gelu_forward(device, a.gelu, a.h, rows * 4 * size_t(config.C));
         if (is_attention(l))
             attention_branch_backward(device, du.data(), df.data(), a, weights(l), gains(l), gradients(l), config, b, T,
@@ -2167,7 +2167,7 @@ struct Model : ModelMemory {
     // From dz_l in dz (at point L: the head's du_L) to dz_{l-1} in dz and dF_{l-1} in df; x, u as point l has them.
     void point_backward(int l, int b, float* dx) {
         HighwayPoint before = l > 0 ? point(l - 1) : HighwayPoint{};
-        if (!recompute.drops_u()) before.u = nullptr;  // it was kept
+        if (!recompute.drops_u(l - 1)) before.u = nullptr;  // it was kept
         HighwayGradients g{dz.data(), du.data(), nullptr, dx, nullptr, nullptr};
         if (l > 0) g.df = df.data(), g.dgamma_out = gradient(GAMMA_OUT, l - 1);
         g.dgamma_in = l < config.L ? gradient(GAMMA_IN, l) : gradient(GAMMA_FINAL);

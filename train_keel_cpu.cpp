@@ -655,14 +655,14 @@ struct Model {
             }
 
             restore_x(l, rows);
-            if (norm.norm_in && recompute.drops_u()) rmsnorm_forward(a.u, x_l, w[GAMMA_IN], rows, config.C);
+            if (norm.norm_in && recompute.drops_u(l)) rmsnorm_forward(a.u, x_l, w[GAMMA_IN], rows, config.C);
             if (is_attention(l)) {
-                if (recompute.drops_all()) attention_branch_forward(nullptr, a, u_l, w, config, b, T, 0);
+                if (recompute.drops_all(l)) attention_branch_forward(nullptr, a, u_l, w, config, b, T, 0);
                 attention_branch_backward(du_l, df, dbranch.data(), a, u_l, w, dw, config, b, T, partial);
             } else {
-                if (recompute.drops_all()) feed_forward_branch_forward(nullptr, a, u_l, w, config, rows);
+                if (recompute.drops_all(l)) feed_forward_branch_forward(nullptr, a, u_l, w, config, rows);
                 #pragma omp for schedule(static)
-                for (index_t i = 0; i < index_t(recompute.drops_u() ? rows : 0); i++)
+                for (index_t i = 0; i < index_t(recompute.drops_u(l) ? rows : 0); i++)
                     gelu_forward(a.gelu + i * 4 * config.C, a.h + i * 4 * config.C, 4 * size_t(config.C));
                 feed_forward_branch_backward(du_l, df, dbranch.data(), a, u_l, w, dw, config, rows);
             }
@@ -1143,7 +1143,7 @@ struct Trainer {
         ParameterLayout layout(run.model, run.ranks);
         auto bytes = [&](int B, Recompute r) { return Model::bytes(run.model, layout, B, run.T, r, Sharing(run)); };
         auto cost = [](int B, Recompute r) {
-            return MAX_B * (r.segments() ? 3.0 : r.drops_all() ? 2.0 : r.drops_u() ? 1.0 : 0.0) - B;
+            return MAX_B * (r.segments() ? 3.0 : r.level == 1 ? 2.0 : r.level == -1 ? 1.0 : 0.0) - B;
         };
         choose_micro_batch(run, available, 8192, bytes, cost);
     }

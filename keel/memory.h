@@ -68,13 +68,14 @@ inline void print_memory_table(const std::vector<MemoryRow>& rows) {
 }
 
 // Chooses the micro-batch and the level of recomputation where B = 0 and `auto` leave them open: the pair of least cost
-// that fits into `available` bytes. most_tokens: the largest micro-batch to try, unless one sequence is longer.
-// bytes(B, recompute), cost(B, recompute): the memory that a run takes, and its time a token in any unit.
+// that fits into `available` bytes, and in as few sub-layers as will do. most_tokens: the largest micro-batch to try,
+// unless one sequence is longer. bytes(B, recompute), cost(B, recompute): the memory that a run takes, and its time a
+// token in any unit.
 template <class Bytes, class Cost>
 void choose_micro_batch(RunConfig& run, uint64_t available, int64_t most_tokens, Bytes bytes, Cost cost) {
     int root = 2;  // -r K keeps z for K + L/K sub-layers, least at K = sqrt(L)
     while ((root + 2) * (root + 2) <= run.model.L) root += 2;
-    std::vector<Recompute> levels = {{0}, {-1}, {1}, {root}};
+    std::vector<Recompute> levels = {{0}, {-1, 0}, {1, 0}, {root}};
     if (run.recompute_chosen) levels = {run.recompute};
     std::vector<int> batches;
     int64_t sequences = run.rank_sequences();
@@ -87,6 +88,13 @@ void choose_micro_batch(RunConfig& run, uint64_t available, int64_t most_tokens,
     uint64_t least = UINT64_MAX, least_of_one = UINT64_MAX, least_of_any = UINT64_MAX;
     for (int B : batches)
         for (Recompute level : levels) {
+            if (level.first == 0) {  // still to be chosen
+                int too_few = 0;
+                for (level.first = run.model.L; level.first - too_few > 2;) {
+                    int middle = (too_few + level.first) / 4 * 2;
+                    (bytes(B, {level.level, middle}) <= available ? level.first : too_few) = middle;
+                }
+            }
             uint64_t needed = bytes(B, level);
             double c = cost(B, level);
             least = std::min(least, needed);
@@ -94,7 +102,7 @@ void choose_micro_batch(RunConfig& run, uint64_t available, int64_t most_tokens,
             best = c, chosen.B = B, chosen.recompute = level;
         }
     if (best == INFINITY) {
-        for (Recompute level : levels) least_of_one = std::min(least_of_one, bytes(1, level));
+        for (Recompute level : levels) least_of_one = std::min(least_of_one, bytes(1, {level.level}));
         for (Recompute level : {Recompute{1}, Recompute{root}})
             for (int B : batches) least_of_any = std::min(least_of_any, bytes(B, level));
         require_memory(least, available,
@@ -108,13 +116,15 @@ void choose_micro_batch(RunConfig& run, uint64_t available, int64_t most_tokens,
 // Where the z and the activations of each sub-layer lie. Each kind has a buffer of slots, and a slot holds one
 // sub-layer's. What is kept until the backward pass has a slot of its own; the rest shares slots.
 struct ActivationSlots {
-    size_t L, K;     // sub-layers; every K-th z is kept
-    size_t count;    // sub-layers whose activations exist at the same time, half of them attention
-    bool u_dropped;  // u and GELU's output have one slot
-    ActivationSlots(int L, Recompute r)
-        : L(size_t(L)), K(r.segments() ? size_t(r.level) : 1), count(size_t(L)), u_dropped(r.drops_u()) {
+    size_t L, K;          // sub-layers; every K-th z is kept
+    size_t count;         // slots of a sub-layer's activations, half of them attention's
+    size_t shared = 0;    // the first sub-layers, which share two of them
+    size_t shared_u = 0;  // the first sub-layers, which share a slot of u and one of GELU's output
+    ActivationSlots(int L, Recompute r) : L(size_t(L)), K(r.segments() ? size_t(r.level) : 1), count(size_t(L)) {
+        size_t first = size_t(std::min(L, r.first));
         if (r.segments()) count = std::min(K, count);
-        if (r.drops_all()) count = 2;
+        if (r.level == -1) shared_u = first;
+        if (r.level == 1) shared_u = count, shared = first, count += shared ? 2 - shared : 0;
     }
 
     size_t kept_z() const { return (L + K - 1) / K + 1; }    // x_0 = "z_{-1}", every K-th z from there, z_{L-1}
@@ -123,9 +133,12 @@ struct ActivationSlots {
     size_t z_slot(int l) const { return z_is_kept(l) ? (size_t(l + 1) + K - 1) / K : size_t(l + 1) % K - 1; }
 
     // The slot of sub-layer l; an attention's qkv, y and lse and a feed-forward's h are in slot of(l) / 2.
-    size_t of(int l) const { return size_t(l) % count; }
-    size_t u_count() const { return u_dropped ? 1 : count; }
-    size_t gelu_count() const { return u_dropped ? 1 : count / 2; }
-    size_t u_of(int l) const { return u_dropped ? 0 : of(l); }
-    size_t gelu_of(int l) const { return u_dropped ? 0 : of(l) / 2; }
+    size_t of(int l) const {
+        if (!shared) return size_t(l) % count;
+        return size_t(l) < shared ? size_t(l) % 2 : size_t(l) - shared + 2;
+    }
+    size_t u_count() const { return shared_u ? 1 + L - shared_u : count; }
+    size_t gelu_count() const { return shared_u ? 1 + (L - shared_u) / 2 : count / 2; }
+    size_t u_of(int l) const { return !shared_u ? of(l) : size_t(l) < shared_u ? 0 : 1 + size_t(l) - shared_u; }
+    size_t gelu_of(int l) const { return shared_u ? (u_of(l) + 1) / 2 : of(l) / 2; }
 };

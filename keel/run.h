@@ -201,7 +201,7 @@ private:
         if (std::string told = data->repetition(config, parameter_count(model)); !told.empty() && !needs_one_rank())
             print("note       %s\n", told);
         print("memory     needs %s of %s, micro-batch %d, recompute %s:\n", bytes_text(double(total_bytes(memory))),
-              bytes_text(double(available)), config.B, config.recompute.name());
+              bytes_text(double(available)), config.B, config.recompute.name(config.model.L));
         print_memory_table(memory);
         if (wants_checkpoints()) print_checkpoint_memory(snapshot, host_left);
         fflush(stdout);

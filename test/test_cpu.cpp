@@ -807,8 +807,9 @@ TEST_SUITE("model") {
             ModelConfig c = small_config(NormPlacement(p), 10, 16, 2);
             auto tokens = random_tokens(18, c.V, 1), targets = random_tokens(18, c.V, 2);
             std::vector<real> expected;
-            for (Recompute level : {Recompute{0}, Recompute{-1}, Recompute{1}, Recompute{2}, Recompute{4}, Recompute{6},
-                                    Recompute{10}, Recompute{64}}) {
+            for (Recompute level :
+                 {Recompute{0}, Recompute{-1}, Recompute{-1, 2}, Recompute{-1, 8}, Recompute{1}, Recompute{1, 2},
+                  Recompute{1, 6}, Recompute{2}, Recompute{4}, Recompute{6}, Recompute{10}, Recompute{64}}) {
                 Model model(c, 2, 9, level);
                 // poisoned, so that a buffer that is read before it is written shows
                 for (const auto& row : Model::plan(c, model.layout, 2, 9, level))
@@ -818,7 +819,7 @@ TEST_SUITE("model") {
                 model.forward_backward(tokens.data(), targets.data(), 2, real(1.0 / 18));
                 if (expected.empty()) expected.assign(model.grads.data(), model.grads.data() + model.grads.size());
                 CHECK_MESSAGE(same_bits(expected.data(), model.grads.data(), expected.size()),
-                              placements[p].name << " -r " << level.name());
+                              placements[p].name << " -r " << level.name(10));
             }
         }
     }

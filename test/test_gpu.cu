@@ -491,7 +491,9 @@ TEST_SUITE("layers") {
                                {3, 512},
                                {5, 700},
                                {2, 1500},
-                               {9, 1001}})
+                               {9, 1001},
+                               {9, 1024},
+                               {3, 1028}})
             for (int norms = 0; norms < 4; norms++)
                 for (bool last_point : {false, true})
                     for (int before : {-1, 0, 1, 2, 3})
@@ -1675,9 +1677,10 @@ TEST_SUITE("training") {
             OfferEpilogues offer(epilogues);
             std::vector<float> expected_grads;
             Outcome expected;
-            for (int level : {0, -1, 1, 2, 4, 6, 8, 64}) {
-                if (!long_tests() && (norm != KEEL || !epilogues) && level > 4) continue;
-                RunConfig run = test_run(small_config(norm, 8, 256, 12), 2, 12, accumulation, {level});
+            for (Recompute level :
+                 {Recompute{0}, {-1}, {-1, 2}, {-1, 6}, {1}, {1, 2}, {1, 4}, {2}, {4}, {6}, {8}, {64}}) {
+                if (!long_tests() && (norm != KEEL || !epilogues) && (level.level > 4 || level.first == 2)) continue;
+                RunConfig run = test_run(small_config(norm, 8, 256, 12), 2, 12, accumulation, level);
                 Loader loader = data.loader(run);
                 Trainer trainer(run);
                 trainer.initialise(1);
@@ -1692,10 +1695,9 @@ TEST_SUITE("training") {
                 auto grads = host(trainer.model.grads);
                 trainer.model.device.zero(trainer.model.grads);
                 Outcome outcome = run_steps(trainer, data, 1, 2);
-                if (level == 0) expected_grads = grads, expected = outcome;
-                std::string at =
-                    format("%s -r %s, %d micro-batches%s", placements[norm].name, Recompute{level}.name().c_str(),
-                           accumulation, epilogues ? "" : ", GELU's backward by a kernel");
+                if (level.level == 0) expected_grads = grads, expected = outcome;
+                std::string at = format("%s -r %s, %d micro-batches%s", placements[norm].name, level.name(8).c_str(),
+                                        accumulation, epilogues ? "" : ", GELU's backward by a kernel");
                 CHECK_MESSAGE(same_bits(expected_grads, grads),
                               at << ": gradients differ by " << relative_error(expected_grads, grads));
                 CHECK_MESSAGE(expected == outcome, at);
@@ -1725,14 +1727,14 @@ TEST_SUITE("training") {
         TestData data;
         std::vector<float> expected;
         size_t last = SIZE_MAX;
-        for (int level : {0, -1, 1, 32}) {
-            if (!long_tests() && (level == -1 || level == 1)) continue;
-            RunConfig run = test_run(test_config(KEEL, 1024, bf16 ? 64 : 16, 1, 256, 4), 1, 4, 1, {level});
+        for (Recompute level : {Recompute{0}, {-1, 400}, {-1}, {1, 130}, {1}, {32}}) {
+            if (!long_tests() && (level.level == -1 || level.level == 1)) continue;
+            RunConfig run = test_run(test_config(KEEL, 1024, bf16 ? 64 : 16, 1, 256, 4), 1, 4, 1, level);
             size_t before = cuda_on_cpu::memory().used;
             Trainer trainer(run);
             size_t planned = total_bytes(Trainer::memory_rows(run)), taken = cuda_on_cpu::memory().used - before;
             CHECK_MESSAGE((taken <= planned + 512 * 64 && planned <= taken + 512 * 64),
-                          "-r " << Recompute{level}.name() << ": planned " << planned << ", taken " << taken);
+                          "-r " << level.name(1024) << ": planned " << planned << ", taken " << taken);
             CHECK(planned < last);
             last = planned;
             trainer.initialise(1);
@@ -1742,9 +1744,9 @@ TEST_SUITE("training") {
                                 [&](int* tokens, int* targets) { data.loader(run).batch(0, run.B, tokens, targets); });
             trainer.micro_batch(false);
             auto grads = host(trainer.model.grads);
-            if (level == 0) expected = grads;
-            CHECK_MESSAGE(same_bits(expected, grads), "-r " << Recompute{level}.name() << ": gradients differ by "
-                                                            << relative_error(expected, grads));
+            if (level.level == 0) expected = grads;
+            CHECK_MESSAGE(same_bits(expected, grads),
+                          "-r " << level.name(1024) << ": gradients differ by " << relative_error(expected, grads));
         }
     }
 #endif
@@ -2039,6 +2041,25 @@ TEST_SUITE("memory and machine") {
             last = bytes, available = bytes - 1;
         }
         CHECK_MESSAGE(plans >= 4, plans << " plans");
+
+        // A level holds in no more sub-layers than the memory asks for: in the others the level before it.
+        for (int level : {-1, 1}) {
+            RunConfig whole = open, before = open;
+            whole.B = before.B = 4, whole.recompute_chosen = before.recompute_chosen = true;
+            whole.recompute = {level}, before.recompute = whole.recompute.level_before();
+            size_t least = total_bytes(Trainer::memory_rows(whole)), most = total_bytes(Trainer::memory_rows(before));
+            CHECK(least < most);
+            for (size_t bytes : {least, (least + most) / 2, most - 1}) {
+                RunConfig run = whole;
+                run.recompute.first = 0;
+                Trainer::choose_memory_plan(run, bytes);
+                size_t taken = total_bytes(Trainer::memory_rows(run));
+                CHECK_MESSAGE(taken <= bytes, run.recompute.name(16) << ": " << taken << " bytes of " << bytes);
+                if (run.recompute.first == 2) continue;
+                run.recompute.first -= 2;
+                CHECK(total_bytes(Trainer::memory_rows(run)) > bytes);
+            }
+        }
         CHECK_MESSAGE(last_error.find("a smaller -C, -L or -t") != std::string::npos, last_error);
 
         auto turn = [&](int B, bool chosen, int level, size_t bytes) {
