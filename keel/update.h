@@ -202,7 +202,8 @@ inline double predicted_seconds(const ModelConfig& c, int B, int T, Recompute r,
     bool again = r.level == 1 || r.segments();
     double filled = std::min(1.0, std::ceil(rows / 128) * std::ceil(C / 128) / multiprocessors);
     double weights = C * (12 * C * blocks + c.Vp());
-    double operations = 2 * rows * weights * (again ? 4 : 3) / (matrix_rate * filled);
+    // layer makes two of a block's products again, 7/12 of its forward's operations
+    double operations = 2 * rows * weights * (r.segments() ? 4 : again ? 3.6 : 3) / (matrix_rate * filled);
     double attention = rows * C * blocks * T * (again ? 8 : 6) / attention_rate;
     // Bytes a token in units of C, of products and of highway, GELU and delta: what a level makes again comes on top.
     double operands = rows * C * blocks * (104 + (r.segments() ? 32 : again ? 18 : 0)) / memory_rate;

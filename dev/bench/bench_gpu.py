@@ -178,7 +178,7 @@ def keel_turn(program, row, a, extra, deadline):
         log = results.read(folder + "/run/log.csv")
     turn = Turn([float(r["ms"]) for r in log], float(log[0]["loss"]), float(log[0]["grad_norm"]),
                 float(done.find(r"^start-up +([\d.]+) s")[1][1]), done.peak)
-    plan = done.find(r"^memory .*micro-batch (\d+), recompute (\w+)")[1]
+    plan = done.find(r"^memory .*micro-batch (\d+), recompute (.+):$")[1]
     turn.plan = int(plan[1]), plan[2]
     turn.matrix_rate = float(done.find(r"^machine .* (\d+) GFLOP/s in matrix products")[1][1]) * 1e9
     return turn

@@ -4,7 +4,7 @@
     python3 dev/bench/predict.py --terms               what lies between the floor and the prediction
     python3 dev/bench/predict.py --changes             what changes to the step win
     python3 dev/bench/predict.py --products            ways of doing the matrix products
---matrix TFLOP/s and --copy TB/s replace the card's rates.
+--matrix TFLOP/s and --copy TB/s replace the card's rates, --plan B,LEVEL the micro-batch and recomputation.
 
 floor      no kernel is faster than its operations at the matrix rate or its bytes at the copy rate; kernels run one
            after another.
@@ -117,8 +117,13 @@ CHANGES = {
 
 
 def again(recompute):
-    """Kernels of a level as train_keel prints it: none, gelu, layer or a number K."""
-    return AGAIN["K" if recompute.isdigit() else recompute]
+    """(kernel, share of the blocks) of a level as train_keel prints it: none, gelu, layer or a number K, or gelu or layer
+    in so many of all sub-layers, the others being at the level before."""
+    level, _, part = recompute.partition(" in ")
+    first, _, of = part.removesuffix(" sub-layers").partition(" of ")
+    share = int(first) / int(of) if part else 1
+    kernels = [(k, share) for k in AGAIN["K" if level.isdigit() else level]]
+    return kernels + [(k, 1 - share) for k in AGAIN["gelu" if level == "layer" else "none"] if share < 1]
 
 
 def padded(V):
@@ -227,13 +232,13 @@ def step_terms(L, C, V, T, total_batch, B, recompute, matrix_rate, copy_rate, wi
             terms[name] += times * seconds
 
     kernels = {k.name: k for k in FORWARD + BACKWARD + [k for change in without for k in CHANGES[change]]}
-    for k in list(kernels.values()) + [kernels.get(k.name, k) for k in again(recompute)]:
+    for k, share in [(k, 1) for k in kernels.values()] + [(kernels.get(k.name, k), share) for k, share in again(recompute)]:
         term = ATTENTIONS if k.TC else PRODUCTS if k.CC else MEMORY
         operations = rows * (k.CC * C * C + k.TC * T * C)
         longer = wave_factor(rows, C) if "gain blocks" in without and k.of_copy == HIGHWAY_BACKWARD else 1
         if k.blocks:  # heads of 64 channels
             longer = tail_factor(B * C // 64, T, k.blocks, "order" not in without)
-        add(micro_steps * (L // 2), term, operations, rows * k.bytes * C + k.weights * C * C, k.added * C * C,
+        add(micro_steps * (L // 2) * share, term, operations, rows * k.bytes * C + k.weights * C * C, k.added * C * C,
             k.of_matrix, k.of_copy, k.launches, longer)
     terms[ADDED] += micro_steps * (L // 2) * split_seconds(rows, C, matrix_rate, copy_rate, without)
     # The head: logits are written, turned into their gradient in place and read twice; of each chunk two products read
@@ -327,10 +332,12 @@ class Card(NamedTuple):
 
 CARDS = {
     "h100": Card("H100, 78 GiB", 798, 3.0, {
-        "keel_L512_C1024": (2, "none"), "pre_L24_C768": (128, "none"), "keel_L1024_C256": (8, "none")}),
+        "keel_L512_C1024": (4, "layer in 70 of 512 sub-layers"), "pre_L24_C768": (128, "none"),
+        "keel_L1024_C256": (16, "gelu in 86 of 1024 sub-layers")}),
     "h200": Card("H200, 139 GiB", 790, 4.3, {
-        "keel_L512_C1024": (8, "none"), "pre_L24_C768": (256, "none"), "keel_L1024_C256": (16, "none"),
-        "keel_L1024_C1024": (2, "gelu")}),
+        "keel_L512_C1024": (8, "none"), "pre_L24_C768": (256, "none"),
+        "keel_L1024_C256": (32, "gelu in 302 of 1024 sub-layers"),
+        "keel_L1024_C1024": (4, "layer in 646 of 1024 sub-layers")}),
 }
 
 
@@ -391,8 +398,12 @@ def main():
                         (products, "ways of doing the matrix products")):
         parser.add_argument(f"--{table.__name__}", dest="table", action="store_const", const=table, default=models,
                             help=text + ", instead of whole models")
+    parser.add_argument("--plan", metavar="B,LEVEL", help="micro-batch and recomputation of all models, instead of train_keel's own")
     a = parser.parse_args()
     card = CARDS[a.card]
+    if a.plan:
+        B, level = a.plan.split(",")
+        card = card._replace(plans=dict.fromkeys(card.plans, (int(B), level)))
     card = card._replace(matrix=a.matrix or card.matrix, copy=a.copy or card.copy)
     for i, row in enumerate(a.table(card)):
         print("| " + " | ".join(row) + " |" + ("\n|" + "---|" * len(row) if i == 0 else ""))
