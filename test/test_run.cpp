@@ -749,6 +749,35 @@ TEST_SUITE("the run") {
         CHECK(silent);
     }
 
+    TEST_CASE("Where memory is short, activations are made again in as few sub-layers as will do, with the same bits, "
+              "and a resume that has more memory goes on with them") {
+        Place p;
+        std::string flags = format("-i %s -L 16 -C 128 -H 2 -t 64 -b 4 -d 256 -x 4 -n 2 -v 0 -s 0", p.text.c_str());
+        auto train = [&](int limit, const char* folder, const char* more) {  // KiB of address space
+            return run({"bash", "-c",
+                        format("ulimit -v %d; exec ./train_keel_cpu %s -o %s %s", limit, flags, p / folder, more)},
+                       {{"OMP_NUM_THREADS", "1"}});
+        };
+        CHECK(train(1 << 20, "whole", "").out.find("recompute none") != std::string::npos);
+        std::string expected = slurp(p / "whole/model_00000004.bin");
+        int partial = 0;
+        for (int limit = 60000; limit <= 120000; limit += 2000) {
+            fs::remove_all(p / "run");
+            Result r = train(limit, "run", "");
+            if (r.out.find("of 16 sub-layers") == std::string::npos) continue;
+            partial++;
+            CHECK(slurp(p / "run/model_00000004.bin") == expected);
+            for (const char* file : {"model", "state"})
+                for (const auto& entry : fs::directory_iterator(p / "run"))
+                    if (entry.path().filename().string().find(std::string(file) + "_00000004") == 0)
+                        fs::remove(entry.path());
+            CHECK(train(1 << 20, "run", "-y").out.find("in 2 of 16 sub-layers") != std::string::npos);
+            CHECK(slurp(p / "run/model_00000004.bin") == expected);
+            if (partial == 2) break;
+        }
+        CHECK(partial > 0);
+    }
+
     TEST_CASE("--probe writes a row for each sub-layer and for each tensor, and changes no bit") {
         Place p;
         succeeds(p.tiny({"-o", p / "a", "--probe", "2"})), succeeds(p.tiny({"-o", p / "b"}));
