@@ -93,6 +93,18 @@ if [ "$LONG" ] && dev/tools/cuda.sh nvcc >/dev/null 2>&1 && [ "$(dev/tools/cuda.
     fi
 fi
 
+if dev/tools/cuda.sh nvcc >/dev/null 2>&1; then  # which kernels' code a commit had already
+    kernels=$folder/kernels
+    mkdir -p "$kernels/dev/tools" && cp dev/tools/{same_kernels.py,cuda.sh} "$kernels/dev/tools"
+    echo '__global__ void a_kernel(float* x) { x[0] = 1; } __global__ void b_kernel(float* x) { x[0] = 2; }' >"$kernels/train_keel.cu"
+    git -C "$kernels" init -q && git -C "$kernels" add . && git -C "$kernels" -c user.name=test -c user.email=test commit -qm kernels
+    sed -i 's/= 2/= 3/' "$kernels/train_keel.cu"
+    found "kernels that are what they were" "$("$kernels/dev/tools/same_kernels.py" HEAD 2>&1)" "same    a_kernel
+changed b_kernel
+1 of 2 kernels are what they were at HEAD"
+    found "a commit that is none" "$("$kernels/dev/tools/same_kernels.py" nowhere 2>&1)" "same_kernels.py: git: fatal: not a valid object name: nowhere"
+fi
+
 # Programs are built again when what they are built with has changed, and only then: two rules of the Makefile, for g++
 # and nvcc, with compilers that only touch what they are asked for and an mpicc that comes later.
 tree=$folder/tree compilers=$folder/compilers
