@@ -1475,7 +1475,7 @@ inline std::string state_fault(const FileHeader& h) {
 struct Recompute {
     int level = 0, first = MAX_L;
     bool drops_u(int l) const { return level == 1 || (level == -1 && l < first); }  // u and GELU's output
-    bool drops_all(int l) const { return level == 1 && l < first; }                 // all activations of a branch
+    bool drops_all(int l) const { return level == 1 && l < first; }                 // all of a branch's activations
     bool segments() const { return level >= 2; }  // all but every K-th z, K sub-layers at a time
     bool may_be_partial() const { return level == -1 || level == 1; }
     Recompute level_before() const { return {level == 1 ? -1 : 0}; }

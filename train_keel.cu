@@ -1,10 +1,10 @@
 // train_keel.cu: trains a GPT of KEEL highway blocks on a GPU (arXiv 2601.19895), as explicit forward and backward
 // kernels; built with NCCL (-DKEEL_NCCL), on as many GPUs as there are, each a process.
 //
-// It reads in the order data flows: the layers (each forward beside its backward), the optimizer, the sub-layer's
-// branch, the model, sampling, the step. What it stands on is in keel/: memory, launches and graphs (gpu.h), PTX
-// (primitives.h), sums (sums.h), matrix products (cublaslt.h), the run around the steps (run.h), what ranks exchange
-// (nccl.h).
+// It reads from small to large: the layers (each forward beside its backward), the optimizer, the sub-layer's branch,
+// the model, sampling, the step. What it stands on is in keel/: memory, launches and graphs (gpu.h), PTX
+// (primitives.h), sums (sums.h), matrix products (cublaslt.h), the optimizer's work list (update.h), the run around the
+// steps (run.h), what ranks exchange (nccl.h).
 //
 // train_keel_cpu.cpp does the same passes as plain loops, is the reference for each of them, and divides them
 // otherwise. With z_l = alpha_l x_l + F_l(u_l):
@@ -18,9 +18,9 @@
 // The highway (x, z, their gradients and norms) is FP32 always. The branches compute in BF16 on tensor cores, or in
 // FP32 with -DKEEL_FP32, the build for comparisons. Weights are FP32, with a BF16 copy for the matrix products.
 //
-// Every result has the same bits in every run of one program on one kind of GPU with one cuBLAS: the order of each sum
-// depends on shapes, the card and the compiled kernel alone, and floats are added atomically in one place, attention's
-// dq on Hopper, where blocks take turns in a fixed order.
+// Every result has the same bits in every run of one program on one kind of GPU with one cuBLAS, KEEL_WGMMA and --tune:
+// the order of each sum depends on shapes, the card and the compiled kernel alone, and floats are added atomically in
+// one place, attention's dq on Hopper, where blocks take turns in a fixed order.
 //
 // Conventions, which let a plain C++ compiler build and run this file on machines without a GPU (test/cuda_on_cpu):
 // kernels start through launch(); shared memory is dynamic and reached through shared<T>(); PTX is in primitives.h.
@@ -183,9 +183,9 @@ struct HighwayPoint {
 };
 
 // A row lies in the registers of a warp, or if it is long of several: 32 N K columns in each, lane by lane N at K
-// places. So all of its loads are on their way before the first is used, and its passes wait for nothing but their
-// sums. Beyond its end are zeros. N is 4 where C is whole fours.
-constexpr int MAX_ROW_WARPS = 8;                              // a multiprocessor has 255 registers a thread for so many
+// places. So all of its loads are on their way before the first is used. Beyond its end are zeros. N is 4 where C is
+// whole fours.
+constexpr int MAX_ROW_WARPS = 8;  // of up to 255 registers a thread, they fill the 65536 of a multiprocessor
 inline int row_columns(int C) { return C % 4 ? 512 : 1024; }  // in a warp at most
 inline int most_channels(int C) { return MAX_ROW_WARPS * row_columns(C); }
 struct RowShared { float warp[MAX_ROW_WARPS], gains[]; };
@@ -193,7 +193,7 @@ template <int N, int K>
 struct RowLane {
     int C, warps;        // columns, and warps that share a row: all of a block's, or 1
     int first;           // this lane's first column
-    int row, rows_away;  // its warp's first row, and how far on the next one is
+    int row, rows_away;  // its warp's first row, and how far on the next is, where blocks have more
     __device__ RowLane(int C, int warps) : C(C), warps(warps) {
         int warp = threadIdx.x / WARP, rows_a_block = blockDim.x / WARP / warps;
         first = warp % warps * WARP * N * K + threadIdx.x % WARP * N;
@@ -217,7 +217,7 @@ struct RowLane {
         for (float& value : values.v) value = 1;
         if (!gamma || column(k) >= C) return values;
         if constexpr (BRANCH_BF16) return ::load<N>(gamma + column(k));
-        else  // HybridNorm's gains of D numbers may put these anywhere
+        else  // behind HybridNorm's gains, of any D numbers each, they may start anywhere
             for (int i = 0; i < N; i++) values[i] = gamma[column(k) + i];
         return values;
     }
@@ -273,18 +273,18 @@ __global__ void highway_forward_kernel(HighwayPoint to, HighwayPoint from, const
                                        int C, int warps) {
     begin_kernel();
     RowLane<N, K> lane(C, warps);
-    for (int row = lane.row; row < rows; row += lane.rows_away) {
-        size_t at = size_t(row) * C;
-        Pack<float, N> z[K];
-        Pack<branch_t, N> branch[K];
-        lane.load(z, from.z + at), lane.load(branch, f + at);
-        lane.scale(z, from.gamma_out, from.r_out_of(row));
+    int row = lane.row;
+    if (row >= rows) return;
+    size_t at = size_t(row) * C;
+    Pack<float, N> z[K];
+    Pack<branch_t, N> branch[K];
+    lane.load(z, from.z + at), lane.load(branch, f + at);
+    lane.scale(z, from.gamma_out, from.r_out_of(row));
 #pragma unroll
-        for (int k = 0; k < K; k++)
-            for (int i = 0; i < N; i++) z[k][i] = alpha * z[k][i] + float(branch[k][i]);
-        lane.store(to.z + at, z);
-        lane.norms(to, z, row);
-    }
+    for (int k = 0; k < K; k++)
+        for (int i = 0; i < N; i++) z[k][i] = alpha * z[k][i] + float(branch[k][i]);
+    lane.store(to.z + at, z);
+    lane.norms(to, z, row);
 }
 
 // r_out, r_in and u of a point whose z is there.  In BF16 6 bytes an element.  Where x (rows,C) is given, for dumps and
@@ -293,12 +293,12 @@ template <int N, int K>
 __global__ void highway_norms_kernel(HighwayPoint p, float* x, int rows, int C, int warps) {
     begin_kernel();
     RowLane<N, K> lane(C, warps);
-    for (int row = lane.row; row < rows; row += lane.rows_away) {
-        Pack<float, N> z[K];
-        lane.load(z, p.z + size_t(row) * C);
-        if (x) lane.scale(z, p.gamma_out, p.r_out_of(row)), lane.store(x + size_t(row) * C, z);
-        else lane.norms(p, z, row);
-    }
+    int row = lane.row;
+    if (row >= rows) return;
+    Pack<float, N> z[K];
+    lane.load(z, p.z + size_t(row) * C);
+    if (x) lane.scale(z, p.gamma_out, p.r_out_of(row)), lane.store(x + size_t(row) * C, z);
+    else lane.norms(p, z, row);
 }
 
 struct HighwayGradients {
@@ -373,8 +373,8 @@ __global__ void highway_backward_kernel(HighwayPoint p, HighwayPoint before, Hig
     if (!p.gamma_out && !p.gamma_in) return;
     float* sums = shared<RowShared>().gains;  // (rows a block,2,C)
     int rows_a_block = int(blockDim.x) / WARP / warps;
-    lane.store(sums + 2 * C * (int(threadIdx.x) / WARP / warps), sum_out);
-    lane.store(sums + 2 * C * (int(threadIdx.x) / WARP / warps) + C, sum_in);
+    float* own = sums + 2 * C * (int(threadIdx.x) / WARP / warps);
+    lane.store(own, sum_out), lane.store(own + C, sum_in);
     __syncthreads();
     for (int i = threadIdx.x * N; i < 2 * C; i += blockDim.x * N) {
         auto sum = load<N>(sums + i);
@@ -1446,7 +1446,7 @@ void matmul_gelu_backward(Device& device, branch_t* dh, const branch_t* dout, co
 // loss (rows) = lse - logit[target],  lse = log sum_j exp(logit_j) over the V real tokens,  dlogits = scale (softmax -
 // onehot(target)), in place of logits (rows,Vp) if `backward`; padded columns get zeros. A block a row.  In BF16 4
 // bytes an element, without backward 2; the row waits in shared memory for its second pass, unless it is so long that a
-// multiprocessor would not hold two: then 6.
+// multiprocessor of Hopper would not hold two: then 6.
 constexpr int MAX_CROSS_ENTROPY_WARPS = 16, MAX_STASH = 110 << 10;  // bytes
 struct CrossEntropyShared { float largest[MAX_CROSS_ENTROPY_WARPS], sum[MAX_CROSS_ENTROPY_WARPS]; };
 
@@ -1466,7 +1466,8 @@ __global__ void cross_entropy_kernel(float* loss, branch_t* logits, const int* t
         float logit[WIDE], before = largest;
         for (int i = 0; i < WIDE; i++) logit[i] = float(x[i]);
         if (v0 + WIDE > V)
-            for (int i = 0; i < WIDE; i++) logit[i] = v0 + i < V ? logit[i] : -INFINITY;
+            for (int i = 0; i < WIDE; i++)
+                if (v0 + i >= V) logit[i] = -INFINITY;
         for (float l : logit) largest = fmaxf(largest, l);
         sum *= fast_exp2(LOG2_E * (before - largest));
         for (float l : logit) sum += fast_exp2(LOG2_E * (l - largest));

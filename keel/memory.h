@@ -73,8 +73,10 @@ inline void print_memory_table(const std::vector<MemoryRow>& rows) {
 // token in any unit.
 template <class Bytes, class Cost>
 void choose_micro_batch(RunConfig& run, uint64_t available, int64_t most_tokens, Bytes bytes, Cost cost) {
-    int root = 2;  // -r K keeps z for K + L/K sub-layers, least at K = sqrt(L)
-    while ((root + 2) * (root + 2) <= run.model.L) root += 2;
+    // -r K has K slots of activations and of z, 18 C bytes each in BF16, and L/K of z alone, 4 C: least at K =
+    // sqrt(2L/9).
+    int root = 2;
+    while (9 * (root + 2) * (root + 2) <= 2 * run.model.L) root += 2;
     std::vector<Recompute> levels = {{0}, {-1, 0}, {1, 0}, {root}};
     if (run.recompute_chosen) levels = {run.recompute};
     std::vector<int> batches;
@@ -90,7 +92,8 @@ void choose_micro_batch(RunConfig& run, uint64_t available, int64_t most_tokens,
         for (Recompute level : levels) {
             if (level.first == 0) {  // still to be chosen
                 int too_few = 0;
-                for (level.first = run.model.L; level.first - too_few > 2;) {
+                level.first = run.model.L;
+                while (level.first - too_few > 2) {
                     int middle = (too_few + level.first) / 4 * 2;
                     (bytes(B, {level.level, middle}) <= available ? level.first : too_few) = middle;
                 }
@@ -124,7 +127,7 @@ struct ActivationSlots {
         size_t first = size_t(std::min(L, r.first));
         if (r.segments()) count = std::min(K, count);
         if (r.level == -1) shared_u = first;
-        if (r.level == 1) shared_u = count, shared = first, count += shared ? 2 - shared : 0;
+        if (r.level == 1) shared_u = count, shared = first, count -= shared ? shared - 2 : 0;
     }
 
     size_t kept_z() const { return (L + K - 1) / K + 1; }    // x_0 = "z_{-1}", every K-th z from there, z_{L-1}
@@ -140,5 +143,5 @@ struct ActivationSlots {
     size_t u_count() const { return shared_u ? 1 + L - shared_u : count; }
     size_t gelu_count() const { return shared_u ? 1 + (L - shared_u) / 2 : count / 2; }
     size_t u_of(int l) const { return !shared_u ? of(l) : size_t(l) < shared_u ? 0 : 1 + size_t(l) - shared_u; }
-    size_t gelu_of(int l) const { return shared_u ? (u_of(l) + 1) / 2 : of(l) / 2; }
+    size_t gelu_of(int l) const { return u_of(l) / 2; }  // of a feed-forward
 };

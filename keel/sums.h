@@ -35,7 +35,7 @@ constexpr unsigned MAX_PARTIAL_BLOCKS = 1024;  // of a kernel whose blocks each 
 constexpr int SUM_THREADS = 256;
 struct SumShared { double warp[SUM_THREADS / WARP]; };
 
-// The sum over a block of SUM_THREADS, in each thread, in the order of lanes and warps.
+// The sum over a block of SUM_THREADS, in each thread, in the order of lanes and warps; once a kernel.
 __device__ inline double block_sum(SumShared& s, double value) {
     value = warp_sum(value);
     if (threadIdx.x % WARP == 0) s.warp[threadIdx.x / WARP] = value;
@@ -45,8 +45,8 @@ __device__ inline double block_sum(SumShared& s, double value) {
     return total;
 }
 
-// ----- Sums over blocks, in an order that shapes and the card alone decide: each block of a kernel leaves a row of
-// partial (blocks,columns), and a second kernel adds them up
+// ----- Sums over blocks, in an order that shapes, the card and the compiled kernel alone decide: each block of a
+// kernel leaves a row of partial (blocks,columns), and a second kernel adds them up
 
 // Where the sums go: that of column i is added to out[i / n][i % n], or nowhere where that is null.
 template <class T>
@@ -55,7 +55,7 @@ struct ColumnSums {
     T* out[3];
 };
 
-// A block has 32 columns, a warp of it every so many rows. Shared: a T a thread
+// A block has 32 columns, its warp w the rows w, w + warps, ... of them. Shared: a T a thread
 template <class T>
 __global__ void add_columns_kernel(ColumnSums<T> to, const T* partial, int blocks, int columns) {
     begin_kernel();
@@ -79,8 +79,8 @@ void add_columns(cudaStream_t stream, const ColumnSums<T>& to, const T* partial,
            int(blocks), int(columns));
 }
 
-// Launches a kernel whose blocks have so many rows at a time, and in all of theirs sums for each column: in as many
-// blocks as the GPU holds at once.
+// Launches a kernel whose blocks have so many rows at a time and leave their sums in partial, its last parameter: in as
+// many blocks as the GPU holds at once. Then adds up what they have left.
 template <class T, class... Parameters, class... Arguments>
 void sum_over_rows(cudaStream_t stream, const ColumnSums<T>& to, T* partial, size_t columns,
                    void (*kernel)(Parameters...), size_t rows, unsigned rows_a_block, unsigned threads,

@@ -190,27 +190,34 @@ struct StateCounts {
 
 // Seconds of a micro-step of B sequences on one large GPU, by a rough model that need only put the choices in order:
 // the time of products, at a rate that falls where their tiles do not fill the multiprocessors, or of their bytes where
-// that is longer, and to begin and end each; of attention; of the other kernels' bytes; and of each of the graph's
-// nodes. An H100's rates; dev/doc/speed.md has where they are from, and counts the bytes and nodes of a block.
+// that is longer, and to begin and end each; of attention, forward and backward; of the other kernels' bytes; and of
+// each of the graph's nodes. The rates are near an H100's, of which dev/doc/speed.md tells and dev/bench/predict.py has
+// a closer model; there are the bytes and nodes of a block too.
 inline double predicted_seconds(const ModelConfig& c, int B, int T, Recompute r, StateTypes types = {}) {
-    constexpr double matrix_rate = 700e12, product_seconds = 3.5e-6, attention_rate = 210e12, memory_rate = 2.6e12,
-                     node_seconds = 1e-6, multiprocessors = 132;
+    constexpr double matrix_rate = 700e12, product_seconds = 3.5e-6, attention_rate = 326e12,
+                     attention_backward_rate = 224e12, memory_rate = 2.6e12, node_seconds = 1e-6, multiprocessors = 132;
     if (r.may_be_partial() && r.first < c.L)
         return std::lerp(predicted_seconds(c, B, T, r.level_before(), types),
                          predicted_seconds(c, B, T, {r.level}, types), double(r.first) / c.L);
     double rows = double(B) * T, C = c.C, blocks = c.L / 2;
     bool again = r.level == 1 || r.segments();
     double filled = std::min(1.0, std::ceil(rows / 128) * std::ceil(C / 128) / multiprocessors);
-    double weights = C * (12 * C * blocks + c.Vp());
+    double layers = 12 * C * C * blocks, head = C * c.Vp();  // weights
     // layer makes two of a block's products again, 7/12 of its forward's operations
-    double operations = 2 * rows * weights * (r.segments() ? 4 : again ? 3.6 : 3) / (matrix_rate * filled);
-    double attention = rows * C * blocks * T * (again ? 8 : 6) / attention_rate;
+    double passes = 3 + (r.segments() ? 1 : again ? 7.0 / 12 : 0);
+    double operations = 2 * rows * (passes * layers + 3 * head) / (matrix_rate * filled);
+    double attention = rows * C * blocks * T * ((again ? 4 : 2) / attention_rate + 5 / attention_backward_rate);
     // Bytes a token in units of C, of products and of highway, GELU and delta: what a level makes again comes on top.
     double operands = rows * C * blocks * (104 + (r.segments() ? 32 : again ? 18 : 0)) / memory_rate;
     double bytes = rows * C * blocks * (76 + (r.segments() ? 40 : r.may_be_partial() ? 28 : 0));
     // A micro-batch reads the weights, and adds to their gradients.
-    bytes += weights * (2 * (again ? 3 : 2) + (types.grads_bf16 ? 12 : 8));
-    double nodes = blocks * (22 + (again ? 6 : r.may_be_partial() ? 1 : 0) + (types.grads_bf16 ? 4 : 0));
+    bytes += (2 * (again ? 3 : 2) + (types.grads_bf16 ? 12 : 8)) * layers + (4 + 8) * head;
+    double nodes = blocks * (22 +
+                             (r.segments()         ? 8
+                              : again              ? 4
+                              : r.may_be_partial() ? 1
+                                                   : 0) +
+                             (types.grads_bf16 ? 4 : 0));
     double products = blocks * (12 + (r.segments() ? 4 : again ? 2 : 0));
     return std::max(operations, operands) + products * product_seconds + attention + bytes / memory_rate +
            nodes * node_seconds;
