@@ -1469,9 +1469,9 @@ inline std::string state_fault(const FileHeader& h) {
 }
 
 // What the backward pass computes again. none: nothing; gelu: u and GELU's output; layer: all but z; an even number K:
-// all but every K-th z. A training state holds the level as 0, -1, 1 or K. gelu and layer may hold for the first
-// sub-layers alone, the others being at the level before: as few as the memory asks for, where they are not asked for
-// by -r (0: still to be chosen). All have the same bits.
+// all but every K-th z. A training state holds the level as 0, -1, 1 or K. All have the same bits.
+// gelu and layer may hold for the first sub-layers alone, where the others are at the level before: -r auto takes as
+// few as the memory asks for (first = 0: still to be chosen).
 struct Recompute {
     int level = 0, first = MAX_L;
     bool drops_u(int l) const { return level == 1 || (level == -1 && l < first); }  // u and GELU's output

@@ -212,12 +212,7 @@ inline double predicted_seconds(const ModelConfig& c, int B, int T, Recompute r,
     double bytes = rows * C * blocks * (76 + (r.segments() ? 40 : r.may_be_partial() ? 28 : 0));
     // A micro-batch reads the weights, and adds to their gradients.
     bytes += (2 * (again ? 3 : 2) + (types.grads_bf16 ? 12 : 8)) * layers + (4 + 8) * head;
-    double nodes = blocks * (22 +
-                             (r.segments()         ? 8
-                              : again              ? 4
-                              : r.may_be_partial() ? 1
-                                                   : 0) +
-                             (types.grads_bf16 ? 4 : 0));
+    double nodes = blocks * (22 + (r.level == -1 ? 1 : r.level == 1 ? 4 : again ? 8 : 0) + (types.grads_bf16 ? 4 : 0));
     double products = blocks * (12 + (r.segments() ? 4 : again ? 2 : 0));
     return std::max(operations, operands) + products * product_seconds + attention + bytes / memory_rate +
            nodes * node_seconds;
