@@ -1747,8 +1747,9 @@ TEST_SUITE("the GPU trainer") {
                 {"-C", "multiple of 64", "72", "train_keel_fp32"});
         p.fails({gpu_bf16, "-i", p.text, "-C", "64", "-H", "8", "-o", p / "run"},
                 {"-H", "16, 32, 64 or 128", "8", "train_keel_fp32"});
-        p.fails({gpu_fp32, "-i", p.text, "-C", "16384", "-t", "8", "-b", "1", "-o", p / "run"}, {"-C", "at most "
-                                                                                                       "14528"});
+        p.fails({gpu_fp32, "-i", p.text, "-C", "16384", "-t", "8", "-b", "1", "-o", p / "run"}, {"-C", "at most 8192"});
+        std::string odd = "at most 4096 channels on a GPU that are no multiple of 4";
+        p.fails({gpu_fp32, "-i", p.text, "-C", "4097", "-t", "8", "-b", "1", "-o", p / "run"}, {"-C", odd});
         // a card of 1100 MiB, 1 GiB of which is set aside
         Result r = run({gpu_bf16, "-i", p.text, "-L", "64", "-C", "256", "-t", "64", "-b", "1", "-o", p / "run"},
                        {{"CUDA_ON_CPU_MEMORY", "1100"}});
