@@ -2779,7 +2779,7 @@ struct Trainer {
         StateCounts counts(run.model, run.types, Sharing(run));
         auto bytes = [&](int B, Recompute r) { return total_bytes(plan(run, counts, B, r)); };
         auto cost = [&](int B, Recompute r) { return predicted_seconds(run.model, B, run.T, r, run.types) / B; };
-        choose_micro_batch(run, available, MAX_ROWS - 1, bytes, cost);
+        choose_micro_batch(run, available, available / 64, MAX_ROWS - 1, bytes, cost);
     }
 };
 

@@ -1145,7 +1145,7 @@ struct Trainer {
         auto cost = [](int B, Recompute r) {
             return MAX_B * (r.segments() ? 3.0 : r.level == 1 ? 2.0 : r.level == -1 ? 1.0 : 0.0) - B;
         };
-        choose_micro_batch(run, available, 8192, bytes, cost);
+        choose_micro_batch(run, available, available / 8, 8192, bytes, cost);  // a thread's heap may reserve 64 MiB
     }
 };
 

@@ -68,11 +68,12 @@ inline void print_memory_table(const std::vector<MemoryRow>& rows) {
 }
 
 // Chooses the micro-batch and the level of recomputation where B = 0 and `auto` leave them open: the pair of least cost
-// that fits into `available` bytes, and in as few sub-layers as will do. most_tokens: the largest micro-batch to try,
-// unless one sequence is longer. bytes(B, recompute), cost(B, recompute): the memory that a run takes, and its time a
-// token in any unit.
+// that fits into `available` bytes, and in as few sub-layers as leave `unplanned` bytes for what no plan holds.
+// most_tokens: the largest micro-batch to try, unless one sequence is longer. bytes(B, recompute), cost(B, recompute):
+// the memory that a run takes, and its time a token in any unit.
 template <class Bytes, class Cost>
-void choose_micro_batch(RunConfig& run, uint64_t available, int64_t most_tokens, Bytes bytes, Cost cost) {
+void choose_micro_batch(RunConfig& run, uint64_t available, uint64_t unplanned, int64_t most_tokens, Bytes bytes,
+                        Cost cost) {
     // -r K has K slots of activations and of z, 18 C bytes each in BF16, and L/K of z alone, 4 C: least at K =
     // sqrt(2L/9).
     int root = 2;
@@ -95,7 +96,7 @@ void choose_micro_batch(RunConfig& run, uint64_t available, int64_t most_tokens,
                 level.first = run.model.L;
                 while (level.first - too_few > 2) {
                     int middle = (too_few + level.first) / 4 * 2;
-                    (bytes(B, {level.level, middle}) <= available ? level.first : too_few) = middle;
+                    (bytes(B, {level.level, middle}) <= available - unplanned ? level.first : too_few) = middle;
                 }
             }
             uint64_t needed = bytes(B, level);

@@ -332,12 +332,12 @@ class Card(NamedTuple):
 
 CARDS = {
     "h100": Card("H100, 78 GiB", 798, 3.0, {
-        "keel_L512_C1024": (4, "layer in 70 of 512 sub-layers"), "pre_L24_C768": (128, "none"),
-        "keel_L1024_C256": (16, "gelu in 86 of 1024 sub-layers")}),
+        "keel_L512_C1024": (4, "layer in 110 of 512 sub-layers"), "pre_L24_C768": (128, "none"),
+        "keel_L1024_C256": (16, "gelu in 138 of 1024 sub-layers")}),
     "h200": Card("H200, 139 GiB", 790, 4.3, {
         "keel_L512_C1024": (8, "none"), "pre_L24_C768": (256, "none"),
-        "keel_L1024_C256": (32, "gelu in 302 of 1024 sub-layers"),
-        "keel_L1024_C1024": (4, "layer in 646 of 1024 sub-layers")}),
+        "keel_L1024_C256": (32, "gelu in 348 of 1024 sub-layers"),
+        "keel_L1024_C1024": (32, "14")}),
 }
 
 
