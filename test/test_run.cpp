@@ -752,7 +752,7 @@ TEST_SUITE("the run") {
     TEST_CASE("Where memory is short, activations are made again in as few sub-layers as will do, with the same bits, "
               "and a resume that has more memory goes on with them") {
         Place p;
-        std::string flags = format("-i %s -L 16 -C 128 -H 2 -t 64 -b 4 -d 256 -x 4 -n 2 -v 0 -s 0", p.text.c_str());
+        std::string flags = format("-i %s -L 16 -C 64 -H 2 -t 128 -b 16 -d 2048 -x 4 -n 2 -v 0 -s 0", p.text.c_str());
         auto train = [&](int limit, const char* folder, const char* more) {  // KiB of address space
             return run({"bash", "-c",
                         format("ulimit -v %d; exec ./train_keel_cpu %s -o %s %s", limit, flags, p / folder, more)},
@@ -761,7 +761,7 @@ TEST_SUITE("the run") {
         CHECK(train(1 << 20, "whole", "").out.find("recompute none") != std::string::npos);
         std::string expected = slurp(p / "whole/model_00000004.bin");
         int partial = 0;
-        for (int limit = 60000; limit <= 120000; limit += 2000) {
+        for (int limit = 90000; limit <= 200000; limit += 2000) {
             fs::remove_all(p / "run");
             Result r = train(limit, "run", "");
             if (r.out.find("of 16 sub-layers") == std::string::npos) continue;
