@@ -301,8 +301,8 @@ inline void require_gpu(const Launch& launch) {
              p.major, p.minor);
 }
 
-// Bytes that a run may take: the reserve is for the kernels' code and the matrices that matrix_rate
-// multiplies (384 MiB, 768 in FP32).
+// Bytes that a run may take: the reserve is for the kernels' code and the matrices that matrix_rate multiplies (384
+// MiB, 768 in FP32).
 inline size_t available_gpu_memory() {
     size_t free = 0, total = 0, reserve = size_t(1) << 30;
     CUDA(cudaMemGetInfo(&free, &total));

@@ -179,9 +179,9 @@ __device__ __forceinline__ float fast_exp2(float x) {
 #endif
 
 // Every kernel calls it before its first access to global memory: launch() lets a kernel start before the one before it
-// has ended. The next kernel waits for the end of this one alone, and yet may
-// read what earlier ones wrote: its blocks come only once each block here is past its own wait, so that of all kernels
-// before it this one alone is still running.
+// has ended. The next kernel waits for the end of this one alone, and yet may read what earlier ones wrote: its blocks
+// come only once each block here is past its own wait, so that of all kernels before it this one alone is still
+// running.
 __device__ __forceinline__ void begin_kernel() {
     wait_for_predecessor();
     start_successor();

@@ -2077,6 +2077,29 @@ TEST_SUITE("memory and machine") {
               std::string::npos);
     }
 
+#ifndef KEEL_FP32  // the document's are the BF16 build's
+    TEST_CASE("The plans of dev/doc/speed.md's models on an H100 and an H200 are the trainer's") {
+        std::ifstream file("dev/doc/speed.md");
+        std::string document(std::istreambuf_iterator<char>(file), {});
+        auto check = [&](double gib, const char* name, NormPlacement norm, int L, int C, int V, int64_t total_batch) {
+            RunConfig run = test_run(test_config(norm, L, C, C / 64, V, 1024), 0, 1024);
+            run.total_batch = total_batch;
+            Options o;
+            o.sample_every = 0;
+            size_t available = size_t(gib * double(size_t(1) << 30)) - Trainer::memory_beside(run, o).bytes;
+            Trainer::choose_memory_plan(run, available);
+            std::string row = format("| `%s` | %lld | %d, %s |", name, total_batch, run.B, run.recompute.name(L));
+            CHECK_MESSAGE(document.find(row) != std::string::npos, gib << " GiB: " << row);
+        };
+        for (double gib : {77.7, 138.0}) {  // what an H100 printed; what an H200 should leave
+            check(gib, "keel_L512_C1024", KEEL, 512, 1024, 50257, 65536);
+            check(gib, "pre_L24_C768", PRE, 24, 768, 50257, 524288);
+            check(gib, "keel_L1024_C256", KEEL, 1024, 256, 256, 65536);
+        }
+        check(138, "keel_L1024_C1024", KEEL, 1024, 1024, 50257, 65536);
+    }
+#endif
+
     TEST_CASE("With --tune the plan holds its scratch, and takes a smaller micro-batch where that alone is too much") {
         RunConfig open = test_run(test_config(KEEL, 64, 256, 4, 256, 1024), 0, 1024);
         open.total_batch = 16 * 1024, open.recompute_chosen = true;
